@@ -1,0 +1,203 @@
+"""The client bundle on disk: the client plan, the hints, the tokenizer and a manifest. All public, no secret among them.
+
+    manifest.json   format, plan id, public seed, ring, LoRA options, buckets, every circuit's parameters, file hashes
+    plan.onnx(.data) the client plan: embedding, norms, row scales, whatever linear stayed with the client
+    hints/*.npy     H = W·A mod q, one per circuit
+    tokenizer/      what AutoTokenizer.from_pretrained loads
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hecompile.errors import HecompileError, InputError
+from hecompile.he.parameters import LinearParameters, RingParameters, RingParametersLiteral
+from hecompile.he.sampling import PublicSeed
+
+FORMAT, VERSION = "hecompile-client", 1
+MANIFEST, PLAN, PLAN_DATA, HINTS, TOKENIZER = "manifest.json", "plan.onnx", "plan.onnx.data", "hints", "tokenizer"
+_REMEDY = "make the bundle again with `hecompile export llama`"
+_HASH_CHUNK = 1 << 22
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class RingRecord(_Record):
+    """An unchecked ring, as in the file; `ring()` checks it."""
+
+    ring_dim: int
+    rank: int
+    log_q: int
+    sigma: float
+
+    def ring(self) -> RingParameters:
+        return RingParameters.from_literal(RingParametersLiteral(**self.model_dump()))
+
+
+class LoraRecord(_Record):
+    """LoRA options with the names of PEFT."""
+
+    r: int = Field(ge=1)
+    lora_alpha: float
+    lora_dropout: float
+    target_modules: list[str]
+
+
+class CircuitRecord(_Record):
+    """One product: its parameters and what was predicted of it."""
+
+    linear: str
+    direction: Literal["forward", "backward"]
+    in_features: int
+    out_features: int
+    max_l1: int
+    max_l2: float
+    upload_limbs: int
+    reply_bytes: int
+    noise_std: float
+    effective_bits: float
+    weight_sha256: str
+
+    def parameters(self) -> LinearParameters:
+        """The checked form; raises InputError where the numbers cannot belong together."""
+        return LinearParameters(
+            in_features=self.in_features,
+            out_features=self.out_features,
+            max_l1=self.max_l1,
+            max_l2=self.max_l2,
+            upload_limbs=self.upload_limbs,
+            reply_bytes=self.reply_bytes,
+        )
+
+
+class FileRecord(_Record):
+    path: str
+    bytes: int
+    sha256: str
+
+
+class PlanRecord(_Record):
+    """What identifies a plan: everything that client and worker must agree on. Its hash is the plan id."""
+
+    base_model: str
+    public_seed: str
+    ring: RingRecord
+    lora: LoraRecord
+    batch_size: int = Field(ge=1)
+    sequence_buckets: list[int]
+    effective_bits: float
+    graph_sha256: str
+    circuits: dict[str, CircuitRecord]
+
+    def plan_id(self) -> str:
+        """SHA-256 of the canonical JSON form, in hex."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+
+
+class _Manifest(_Record):
+    format: str
+    version: int
+    plan_id: str
+    plan: PlanRecord
+    files: list[FileRecord]
+
+
+@dataclass(frozen=True)
+class ClientBundle:
+    """An opened bundle: every file was hashed, ring and circuits are checked objects."""
+
+    directory: Path
+    plan_id: str
+    plan: PlanRecord
+    ring: RingParameters
+    circuits: dict[str, LinearParameters]
+
+    @property
+    def public_seed(self) -> PublicSeed:
+        return PublicSeed.from_hex(self.plan.public_seed)
+
+    @property
+    def hints(self) -> Path:
+        return self.directory / HINTS
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.directory / TOKENIZER
+
+    def graph(self) -> ir.Model:
+        """The client plan; its large constants stay mapped from their file."""
+        return ir.load(self.directory / PLAN)
+
+    @classmethod
+    def open(cls, directory: str | Path) -> ClientBundle:
+        """Open after checking every file's size and hash. Raises InputError naming what is wrong, SecurityError when the
+        ring is under 128 bits."""
+        directory = Path(directory)
+        manifest = _read_manifest(directory)
+        if manifest.plan.plan_id() != manifest.plan_id:
+            raise InputError(f"{directory / MANIFEST}: the plan does not hash to its id; {_REMEDY}")
+        for record in manifest.files:
+            _check_file(directory, record)
+        ring = manifest.plan.ring.ring()
+        circuits = {name: record.parameters() for name, record in manifest.plan.circuits.items()}
+        return cls(directory, manifest.plan_id, manifest.plan, ring, circuits)
+
+
+def write_manifest(directory: Path, plan: PlanRecord) -> None:
+    """Hash every file under `directory` and write the manifest beside them."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    files = [
+        FileRecord(path=path.relative_to(directory).as_posix(), bytes=path.stat().st_size, sha256=file_sha256(path))
+        for path in paths
+    ]
+    manifest = _Manifest(format=FORMAT, version=VERSION, plan_id=plan.plan_id(), plan=plan, files=files)
+    (directory / MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=1) + "\n", encoding="utf-8")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read_manifest(directory: Path) -> _Manifest:
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{directory} is not a client bundle: {MANIFEST} is missing; {_REMEDY}")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            raise InputError(f"{path} is not the manifest of a client bundle; {_REMEDY}")
+        if raw.get("version") != VERSION:
+            raise InputError(f"{path} has format version {raw.get('version')}, this program reads {VERSION}; {_REMEDY}")
+        return _Manifest.model_validate(raw)
+    except HecompileError:
+        raise
+    except (ValueError, ValidationError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"{path} is damaged ({first}); {_REMEDY}") from error
+
+
+def _check_file(directory: Path, record: FileRecord) -> None:
+    path = directory / record.path
+    if not path.resolve().is_relative_to(directory.resolve()):
+        raise InputError(f"{directory / MANIFEST} names a file outside the bundle; {_REMEDY}")
+    if not path.is_file():
+        raise InputError(f"client bundle {directory}: {record.path} is missing; {_REMEDY}")
+    size = path.stat().st_size
+    if size != record.bytes:
+        raise InputError(f"client bundle {directory}: {record.path} has {size} bytes of {record.bytes}; {_REMEDY}")
+    if file_sha256(path) != record.sha256:
+        raise InputError(f"client bundle {directory}: {record.path} is corrupt (its hash is wrong); {_REMEDY}")

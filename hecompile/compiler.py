@@ -1,0 +1,249 @@
+"""From a checkpoint to the two bundles: export, the pipeline, hints, and everything written at once or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from hecompile.client_bundle import (
+    HINTS,
+    MANIFEST,
+    PLAN,
+    PLAN_DATA,
+    TOKENIZER,
+    CircuitRecord,
+    LoraRecord,
+    PlanRecord,
+    RingRecord,
+    write_manifest,
+)
+from hecompile.errors import InputError
+from hecompile.frontend import Checkpoint, export_onnx, load_checkpoint
+from hecompile.he.hints import write_hint
+from hecompile.he.parameters import CATALOGUE, RingParameters
+from hecompile.he.public_matrix import PublicMatrix
+from hecompile.he.sampling import PublicSeed
+from hecompile.he.setup import setup
+from hecompile.ir import print_model
+from hecompile.pipeline import graph_steps, run_steps
+from hecompile.plan import RemoteCircuit, SplitPlan
+from hecompile.worker_bundle import WorkerBundleWriter
+from passes.attach_lora import AttachLora
+from passes.calibrate import Calibrate
+from passes.lower_worker import LowerWorker
+from passes.place import CostModel, Place, Policy
+from passes.quantize import Quantize
+from passes.select_parameters import SelectParameters
+from passes.split import Split
+from passes.validate import Validate
+
+CLIENT, WORKER = "client", "worker"
+_CALIBRATION_SEQUENCES, _CALIBRATION_LENGTH = 8, 32
+
+Progress = Callable[[str, int, int], None]
+"""Hears (what is being done, how much of it is done, of how much)."""
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Everything that decides a plan. Raises InputError for a value out of range."""
+
+    lora: AttachLora = field(default_factory=AttachLora)
+    effective_bits: float = 9.0
+    ring: str | None = None
+    batch_size: int = 8
+    sequence_buckets: tuple[int, ...] = (32, 64, 128)
+    public_seed: PublicSeed | None = None
+    policy: Policy = "offload"
+    costs: CostModel = field(default_factory=CostModel)
+    remote_head: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {self.batch_size}")
+        buckets = self.sequence_buckets
+        if not buckets or min(buckets) < 2 or list(buckets) != sorted(set(buckets)):
+            raise InputError(f"sequence buckets must be increasing lengths of at least 2, got {list(buckets)}")
+        if self.ring is not None and self.ring not in CATALOGUE:
+            raise InputError(f"ring {self.ring!r} cannot be selected; choose from {', '.join(CATALOGUE)}")
+
+    def ring_parameters(self) -> RingParameters | None:
+        return None if self.ring is None else CATALOGUE[self.ring]
+
+
+def compile_checkpoint(
+    model_name_or_path: str, out: Path, options: CompileOptions, progress: Progress = _silent
+) -> str:
+    """Compile a checkpoint into `out`/client and `out`/worker; returns the plan id.
+
+    Deterministic for a given `options.public_seed`. `out` may be missing, empty or an earlier build, which is replaced;
+    it is left as it was if anything fails. Raises HecompileError.
+    """
+    _check_target(out)
+    progress("load", 0, 1)
+    checkpoint = load_checkpoint(model_name_or_path)
+    longest = getattr(checkpoint.model.config, "max_position_embeddings", options.sequence_buckets[-1])
+    if options.sequence_buckets[-1] > longest:
+        raise InputError(f"sequence bucket {options.sequence_buckets[-1]} is longer than the model's {longest} positions")
+    seed = options.public_seed or PublicSeed.draw()
+    progress("export", 0, 1)
+    model = export_onnx(checkpoint.model)
+    samples = sample_calibration_tokens(checkpoint, seed)
+    plan, ring = lower(model, options, samples, lambda name: progress(name, 0, 1))
+    record = _plan_record(checkpoint, plan, ring, seed, options)
+    with _replacing(out) as staging:
+        (staging / CLIENT).mkdir(parents=True)
+        _write_circuits(staging, plan, ring, seed, record.plan_id(), progress)
+        _write_client(staging / CLIENT, plan, checkpoint, record)
+    return record.plan_id()
+
+
+def lower(
+    model: ir.Model,
+    options: CompileOptions,
+    samples: tuple[tuple[int, ...], ...],
+    on_step: Callable[[str], None] = lambda name: None,
+) -> tuple[SplitPlan, RingParameters]:
+    """Run the whole pipeline on an exported graph (consumed): the validated split plan and the ring chosen."""
+    select = SelectParameters(
+        effective_bits=options.effective_bits,
+        tokens=options.batch_size * options.sequence_buckets[-1],
+        ring=options.ring_parameters(),
+    )
+    steps = graph_steps(
+        options.lora,
+        Calibrate(samples),
+        Quantize(include_head=options.remote_head),
+        Place(options.policy, options.costs),
+        select,
+    )
+    model = run_steps(model, steps, on_step)
+    on_step("split")
+    plan, ring = Split()(model), select.chosen_ring()
+    on_step("validate")
+    Validate(ring, options.effective_bits)(plan)
+    return plan, ring
+
+
+def sample_calibration_tokens(checkpoint: Checkpoint, seed: PublicSeed) -> tuple[tuple[int, ...], ...]:
+    """Text that the model itself writes: in its own language, without any private data, the same for the same seed."""
+    config = checkpoint.model.config
+    length = min(_CALIBRATION_LENGTH, config.max_position_embeddings)
+    start = config.bos_token_id if config.bos_token_id is not None else 0
+    prompts = torch.full((_CALIBRATION_SEQUENCES, 1), int(start))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(int(seed.derive("calibration").stream("tokens").uint32(0, 1)[0]))
+        tokens = checkpoint.model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=True,
+            top_k=0,
+            max_length=length,
+            min_length=length,
+            pad_token_id=int(start),
+        )
+    return tuple(tuple(int(token) for token in row) for row in tokens)
+
+
+def _plan_record(
+    checkpoint: Checkpoint, plan: SplitPlan, ring: RingParameters, seed: PublicSeed, options: CompileOptions
+) -> PlanRecord:
+    lora = options.lora
+    literal = ring.to_literal()
+    return PlanRecord(
+        base_model=checkpoint.name,
+        public_seed=seed.hex(),
+        ring=RingRecord(ring_dim=literal.ring_dim, rank=literal.rank, log_q=literal.log_q, sigma=literal.sigma),
+        lora=LoraRecord(
+            r=lora.r,
+            lora_alpha=float(lora.lora_alpha),
+            lora_dropout=float(lora.lora_dropout),
+            target_modules=list(lora.target_modules),
+        ),
+        batch_size=options.batch_size,
+        sequence_buckets=list(options.sequence_buckets),
+        effective_bits=float(options.effective_bits),
+        graph_sha256=hashlib.sha256(print_model(plan.client).encode()).hexdigest(),
+        circuits={circuit.name: _circuit_record(circuit) for circuit in plan.circuits},
+    )
+
+
+def _circuit_record(circuit: RemoteCircuit) -> CircuitRecord:
+    parameters = circuit.parameters
+    return CircuitRecord(
+        linear=circuit.linear,
+        direction="forward" if circuit.direction == "forward" else "backward",
+        in_features=parameters.in_features,
+        out_features=parameters.out_features,
+        max_l1=parameters.max_l1,
+        max_l2=parameters.max_l2,
+        upload_limbs=parameters.upload_limbs,
+        reply_bytes=parameters.reply_bytes,
+        noise_std=circuit.noise_std,
+        effective_bits=round(circuit.effective_bits, 2),
+        weight_sha256=hashlib.sha256(np.ascontiguousarray(circuit.weight)).hexdigest(),
+    )
+
+
+def _write_circuits(
+    staging: Path, plan: SplitPlan, ring: RingParameters, seed: PublicSeed, plan_id: str, progress: Progress
+) -> None:
+    """Worker circuits and hints, one at a time."""
+    rows = max(circuit.parameters.in_features for circuit in plan.circuits)
+    public = PublicMatrix(ring, seed, rows)
+    with WorkerBundleWriter(staging / WORKER, plan_id) as writer:
+        for done, circuit in enumerate(plan.circuits):
+            progress("circuits and hints", done, len(plan.circuits))
+            writer.add(LowerWorker()(circuit.model()).model)
+            weight = torch.from_numpy(np.ascontiguousarray(circuit.weight.T))  # [features_out, features_in]
+            write_hint(staging / CLIENT / HINTS, circuit.name, setup(weight, public))
+        writer.commit()
+    progress("circuits and hints", len(plan.circuits), len(plan.circuits))
+
+
+def _write_client(directory: Path, plan: SplitPlan, checkpoint: Checkpoint, record: PlanRecord) -> None:
+    ir.save(plan.client, directory / PLAN, external_data=PLAN_DATA)
+    checkpoint.tokenizer.save_pretrained(directory / TOKENIZER)
+    write_manifest(directory, record)
+
+
+def _check_target(out: Path) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"{out} is a file; give a directory for the bundles")
+    if any(out.iterdir()) and not (out / CLIENT / MANIFEST).is_file():
+        raise InputError(f"{out} is not empty and holds no earlier build; give another directory")
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A staging folder beside `out` that takes its place at the end, or vanishes if anything fails."""
+    staging = out.parent / f".{out.name}.{os.getpid()}.partial"
+    old = out.parent / f".{out.name}.{os.getpid()}.old"
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        if out.exists():
+            out.rename(old)
+        staging.rename(out)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,23 @@
+"""The errors that hecompile raises on bad input: one line that names the thing and says what to do about it."""
+
+from __future__ import annotations
+
+
+class HecompileError(Exception):
+    """Base class: the command line prints its message and exits with status 2, without a traceback."""
+
+
+class InputError(HecompileError):
+    """A file, option, recipe or dataset given by the user is missing, malformed or out of range."""
+
+
+class LegalityError(HecompileError):
+    """A graph is not legal at the stage it has reached; the message names the node and the rule."""
+
+
+class SecurityError(HecompileError):
+    """A request would weaken the encryption: parameters under 128 bits, a secret used twice, a secret in the clear."""
+
+
+class WorkerError(HecompileError):
+    """The worker refused a request, broke the protocol or returned something it must not."""

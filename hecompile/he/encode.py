@@ -1,0 +1,52 @@
+"""Real activations and gradients as integers: one scale per token, so that each token uses the whole range."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hecompile.errors import InputError
+
+_SMALLEST_SCALE = torch.finfo(torch.float64).tiny
+
+
+def encode(x: Tensor, bound: int) -> tuple[Tensor, Tensor]:
+    """Scales each token by its largest magnitude to integers in [-bound, bound].
+
+    Args:
+        x: float `[T, n]` of any precision.
+        bound: 1 ≤ bound < 2^31; `LinearParameters.input_bound`.
+
+    Returns:
+        int32 `[T, n]` and the scale, float64 `[T, 1]`, with x = integer · scale ± scale/2. A token that is all zeros
+        (padding, a masked gradient) has scale 0 and integers 0, and so has one below 1e-307 · bound.
+
+    Raises:
+        InputError: x is not a float matrix, or has an infinity or NaN.
+    """
+    if x.dim() != 2 or not x.is_floating_point() or x.shape[1] == 0:
+        raise InputError(f"encode wants a float matrix [tokens, features], got {x.dtype} {list(x.shape)}")
+    if not 1 <= bound < 2**31:
+        raise InputError(f"the integer bound must be in [1, 2^31), got {bound}")
+    largest = x.detach().abs().amax(dim=1, keepdim=True).double()  # [T, 1]; a NaN wins
+    if not torch.isfinite(largest).all():
+        raise InputError("a value to encrypt is infinite or NaN: training has diverged or the model has overflowed")
+    scale = largest / bound
+    dark = scale < _SMALLEST_SCALE  # below, scale would have lost precision and its inverse could be infinite
+    scale = scale.masked_fill(dark, 0.0)
+    inverse = (bound / largest).masked_fill(dark, 0.0)
+    # The largest value gives bound · (1 + 2^-51) at most, which rounds to bound: nothing to clamp.
+    return x.detach().double().mul_(inverse).round_().to(torch.int32), scale
+
+
+def decode(y: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Integers back to reals: y · scale.
+
+    Args:
+        y: integer `[T, n]`.
+        scale: float `[T, 1]`; where it is 0 the result is exactly +0, whatever noise y holds.
+        dtype: of the result.
+    """
+    if scale.shape != (y.shape[0], 1):
+        raise InputError(f"decode wants a scale [{y.shape[0]}, 1] for {list(y.shape)}, got {list(scale.shape)}")
+    return y.double().mul_(scale).add_(0.0).to(dtype)  # -0 + 0 = +0

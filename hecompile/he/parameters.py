@@ -1,0 +1,225 @@
+"""Parameters: an unchecked literal goes in, an immutable object that is secure and cannot overflow comes out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hecompile.errors import InputError, SecurityError
+from hecompile.he.ring import rounding_error_bound
+from hecompile.he.sampling import ERROR_BOUND, SIGMA
+from hecompile.he.security import MINIMUM_BITS, security_bits
+
+LOG_Q = 32
+
+
+@dataclass
+class RingParametersLiteral:
+    """What a file or an option says; nothing is promised about it until `RingParameters.from_literal` takes it."""
+
+    ring_dim: int
+    rank: int
+    log_q: int = LOG_Q
+    sigma: float = SIGMA
+
+
+@dataclass(frozen=True)
+class RingParameters:
+    """The module-LWE instance: R_q^rank with R_q = Z_q[X]/(X^ring_dim + 1), q = 2^log_q, error width sigma.
+
+    Raises:
+        InputError: not a power of two, not a positive rank, or a product that float64 cannot make exactly.
+        SecurityError: less than 128 bits, or an error width that the sampler does not draw.
+    """
+
+    ring_dim: int
+    rank: int
+    log_q: int = LOG_Q
+    sigma: float = SIGMA
+
+    insecure: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ring_dim, int) or not isinstance(self.rank, int):
+            raise InputError(f"ring_dim and rank must be whole numbers, got {self.ring_dim} and {self.rank}")
+        if self.ring_dim < 4 or self.ring_dim & (self.ring_dim - 1):
+            raise InputError(f"ring_dim must be a power of two of at least 4, got {self.ring_dim}")
+        if self.rank < 1:
+            raise InputError(f"rank must be at least 1, got {self.rank}")
+        if self.log_q != LOG_Q:
+            raise InputError(f"log_q must be {LOG_Q}, the word that ciphertexts are made of, got {self.log_q}")
+        if self.sigma != SIGMA:
+            raise SecurityError(f"sigma must be {SIGMA}, the width that the sampler draws, got {self.sigma}")
+        if rounding_error_bound(self) >= 0.5:
+            raise InputError(f"ring products at {self.ring_dim} x {self.rank} are not exact: take a smaller rank")
+        if not self.insecure and self.security_bits < MINIMUM_BITS:
+            raise SecurityError(
+                f"{self.ring_dim} x {self.rank} gives {self.security_bits} bits, under {MINIMUM_BITS}: "
+                f"take one of {', '.join(CATALOGUE)}"
+            )
+
+    @classmethod
+    def from_literal(cls, literal: RingParametersLiteral) -> RingParameters:
+        """Checks a literal. There is no literal for insecure parameters, so no file can ask for them."""
+        return RingParameters(literal.ring_dim, literal.rank, literal.log_q, literal.sigma)
+
+    def to_literal(self) -> RingParametersLiteral:
+        """The plain fields, to be written to a file.
+
+        Raises:
+            SecurityError: these are insecure test parameters.
+        """
+        if self.insecure:
+            raise SecurityError("insecure test parameters are not written to a file")
+        return RingParametersLiteral(self.ring_dim, self.rank, self.log_q, self.sigma)
+
+    @property
+    def lattice_dim(self) -> int:
+        """The dimension at which LWE is counted: ring_dim · rank."""
+        return self.ring_dim * self.rank
+
+    @property
+    def security_bits(self) -> float:
+        """Bits of security by the table in `security`."""
+        return security_bits(self.lattice_dim, self.log_q, self.sigma)
+
+
+class InsecureTestParameters(RingParameters):
+    """A toy ring with no security at all. Made by `test_insecure_parameters` only; never equal to a real one."""
+
+    insecure: ClassVar[bool] = True
+
+    @property
+    def security_bits(self) -> float:
+        """None."""
+        return 0.0
+
+
+def test_insecure_parameters(ring_dim: int = 16, rank: int = 2) -> InsecureTestParameters:
+    """A ring small enough for tests to check by hand. It hides nothing; never use it outside a test."""
+    return InsecureTestParameters(ring_dim, rank)
+
+
+test_insecure_parameters.__test__ = False  # type: ignore[attr-defined]  # its name would make pytest collect it
+
+# At least 128 bits each. A longer ring makes A and the hints cheaper to transform per token; a shorter one wastes less
+# on short sequences. Where d · m = 1280 and 1536 both exist the second costs a fifth more and has 27 bits more margin.
+CATALOGUE: dict[str, RingParameters] = {
+    f"{ring_dim}x{rank}": RingParameters(ring_dim, rank)
+    for ring_dim, rank in ((128, 10), (128, 12), (256, 5), (256, 6), (512, 3), (1024, 2), (2048, 1))
+}
+
+
+@dataclass(frozen=True)
+class LinearParameters:
+    """One circuit: a public int8 matrix W `[out_features, in_features]` and how many bytes go up and come down.
+
+    Args:
+        upload_limbs: L, bytes per uploaded word; below 4 the client rounds b to a multiple of U = 2^(8(4-L)).
+        reply_bytes: R ≤ L, bytes per returned word; the worker rounds to a multiple of G = 2^(8(4-R)).
+        max_l1: largest ‖W_i‖₁ of a row.
+        max_l2: largest ‖W_i‖₂ of a row.
+
+    Raises:
+        InputError: a field is out of range, or so little room is left that no non-zero input fits.
+    """
+
+    in_features: int
+    out_features: int
+    max_l1: int
+    max_l2: float
+    upload_limbs: int = 4
+    reply_bytes: int = 4
+
+    def __post_init__(self) -> None:
+        if self.in_features < 1 or self.out_features < 1:
+            raise InputError(f"a linear needs at least one feature each way: {self.in_features}, {self.out_features}")
+        if not 1 <= self.reply_bytes <= self.upload_limbs <= 4:
+            raise InputError(
+                f"1 <= reply_bytes <= upload_limbs <= 4 is wanted, got {self.reply_bytes} and {self.upload_limbs}"
+            )
+        if not 0 <= self.max_l1 <= 128 * self.in_features:
+            raise InputError(f"max_l1 {self.max_l1} is impossible for {self.in_features} int8 weights in a row")
+        if not (math.isfinite(self.max_l2) and 0 <= self.max_l2 <= self.max_l1 + 1e-6):
+            raise InputError(f"max_l2 {self.max_l2} cannot belong to rows with max_l1 {self.max_l1}")
+        if self.input_bound < 1:
+            raise InputError(
+                f"row norm {self.max_l1} with {self.upload_limbs} limbs and {self.reply_bytes} reply bytes leaves no "
+                "room for an input: use more limbs or reply bytes"
+            )
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, upload_limbs: int = 4, reply_bytes: int = 4) -> LinearParameters:
+        """The parameters of int8 `weight [out, in]`, with its norms measured."""
+        if weight.dtype != torch.int8 or weight.dim() != 2:
+            raise InputError(f"a weight is int8 [out, in], got {weight.dtype} {list(weight.shape)}")
+        magnitude = weight.to(torch.int32).abs()
+        squares = (magnitude * magnitude).sum(dim=1)  # [out]
+        return cls(
+            in_features=weight.shape[1],
+            out_features=weight.shape[0],
+            max_l1=int(magnitude.sum(dim=1).max()),
+            max_l2=math.sqrt(int(squares.max())),
+            upload_limbs=upload_limbs,
+            reply_bytes=reply_bytes,
+        )
+
+    @property
+    def upload_step(self) -> int:
+        """U: ciphertext words are rounded to its multiples (1 where all 4 bytes are sent)."""
+        return 1 << (8 * (4 - self.upload_limbs))
+
+    @property
+    def reply_step(self) -> int:
+        """G: replies are rounded to its multiples."""
+        return 1 << (8 * (4 - self.reply_bytes))
+
+    @property
+    def _upload_error(self) -> int:
+        """Largest |ρ| from rounding b to a multiple of U: 0 or U/2."""
+        return self.upload_step // 2 if self.upload_step > 1 else 0
+
+    @property
+    def _reply_error(self) -> int:
+        """Largest |ρ'| from rounding a multiple of U to a multiple of G: 0 or G/2."""
+        return self.reply_step // 2 if self.reply_step > self.upload_step else 0
+
+    @property
+    def noise_bound(self) -> int:
+        """Largest |decrypted - W·x| that can ever occur: max_l1 · (ERROR_BOUND + U/2) + G/2 (halves where rounded)."""
+        return self.max_l1 * (ERROR_BOUND + self._upload_error) + self._reply_error
+
+    @property
+    def input_bound(self) -> int:
+        """Largest X such that every |x| ≤ X decrypts without overflow, whatever the secret and the error.
+
+        Proof. The client sends b' = b + ρ mod q with b = ⟨A, s⟩ + e + x, |ρ| ≤ U/2, and word = b'/U mod 2^(8L). The
+        worker has Y with U·Y = W·b' mod q, and replies Y' with U·Y' = W·b' + ρ' mod q, |ρ'| ≤ G/2. As U divides q, the
+        wrap mod 2^(8L) is the wrap mod q. The client subtracts ⟨H, s⟩ = W·⟨A, s⟩ mod q, and is left with
+        V = W·(x + e + ρ) + ρ' mod q. Row i of the integer V is at most
+        ‖W_i‖₁·(X + ERROR_BOUND + U/2) + G/2 ≤ 2^31 - 1 = q/2 - 1 by the choice of X, so the centred residue is V.
+        """
+        room = (2 ** (LOG_Q - 1) - 1 - self._reply_error) // max(1, self.max_l1)
+        return room - ERROR_BOUND - self._upload_error
+
+    def noise_std(self, row_l2: Tensor | float) -> Tensor | float:
+        """Predicted standard deviation of decrypted - W·x in a row with ‖W_i‖₂ = `row_l2` (a number or a float tensor).
+
+        √((σ² + (U² - 1)/12)·‖W_i‖₂² + (G² - U²)/12): the error, and two roundings of uniform words, each uniform over
+        the multiples of the finer step within the coarser one.
+        """
+        error = SIGMA**2 + (self.upload_step**2 - 1) / 12
+        rounding = (self.reply_step**2 - self.upload_step**2) / 12
+        return (error * row_l2**2 + rounding) ** 0.5
+
+    def bytes_up(self, tokens: int) -> int:
+        """Bytes of the ciphertext of `tokens` tokens."""
+        return self.upload_limbs * tokens * self.in_features
+
+    def bytes_down(self, tokens: int) -> int:
+        """Bytes of the reply for `tokens` tokens."""
+        return self.reply_bytes * tokens * self.out_features

@@ -1,0 +1,222 @@
+"""The only randomness of hecompile: public streams from a seed, secrets from the operating system, never mixed.
+
+The two are different types and every function that takes one checks which it was given. Public values (the matrix A)
+may be reproduced by anyone who has the seed; secret values (ternary secrets, errors) come from `os.urandom` alone and
+cannot be reproduced, not even for a test: tests use the deterministic functions below these types instead.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal, localcontext
+from functools import cache
+from typing import Any, NoReturn
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+from numpy.typing import NDArray
+
+from hecompile.errors import InputError, SecurityError
+
+SEED_BYTES = 32
+
+SIGMA = 3.2
+"""Standard deviation of the error."""
+
+ERROR_BOUND = 29
+"""Largest |e| that is ever drawn. The mass beyond it is 2^-65.3, and cutting it makes the noise bound deterministic."""
+
+_STRADDLES = 127
+"""Marks a table cell in which the sample is not decided by its 16 top bits; beyond ERROR_BOUND, so no sample."""
+
+
+@dataclass(frozen=True)
+class PublicSeed:
+    """32 public bytes from which public values are expanded. Printing it is fine: it is part of the bundle."""
+
+    value: bytes
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.value, bytes) or len(self.value) != SEED_BYTES:
+            raise InputError(f"a public seed is {SEED_BYTES} bytes: draw one with PublicSeed.draw()")
+
+    @staticmethod
+    def draw() -> PublicSeed:
+        """A fresh seed from the operating system's generator."""
+        return PublicSeed(os.urandom(SEED_BYTES))
+
+    @staticmethod
+    def from_hex(text: str) -> PublicSeed:
+        """The seed that `hex()` wrote."""
+        try:
+            return PublicSeed(bytes.fromhex(text))
+        except ValueError:
+            raise InputError(f"a public seed is written as {2 * SEED_BYTES} hexadecimal digits") from None
+
+    def hex(self) -> str:
+        """64 hexadecimal digits."""
+        return self.value.hex()
+
+    def stream(self, label: str) -> PublicStream:
+        """The public stream named `label`; streams with different labels are independent."""
+        return PublicStream(self._expand("stream", label))
+
+    def derive(self, label: str) -> PublicSeed:
+        """A seed for a part that wants streams of its own."""
+        return PublicSeed(self._expand("seed", label))
+
+    def _expand(self, use: str, label: str) -> bytes:
+        # HKDF-Expand (RFC 5869): the seed is uniform already, so the extract step is not needed.
+        info = f"hecompile/{use}/{label}".encode()
+        return HKDFExpand(algorithm=SHA256(), length=SEED_BYTES, info=info).derive(self.value)
+
+
+class PublicStream:
+    """Uniform public words: ChaCha20 with the stream's key, one nonce per block, so each block is found on its own."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    def uint32(self, block: int, count: int) -> NDArray[np.uint32]:
+        """The first `count` words (uint32 `[count]`, little endian) of block number `block` (0 ≤ block < 2^64)."""
+        # The cipher's 16 bytes are a 64-bit little-endian counter that starts at 0 and then the 64-bit nonce.
+        nonce = bytes(8) + block.to_bytes(8, "little")
+        keystream = Cipher(ChaCha20(self._key, nonce), mode=None).encryptor().update(bytes(4 * count))
+        return np.frombuffer(keystream, dtype="<u4")
+
+
+class Unsharable:
+    """Base of secret objects: cannot be copied or serialized, and printing one shows nothing."""
+
+    __slots__ = ()
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise SecurityError(f"a {type(self).__name__} cannot be copied, pickled or sent to another process")
+
+    __copy__ = __deepcopy__ = __reduce__ = __getstate__ = _refuse
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        self._refuse()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}>"
+
+
+class SecretRandom(Unsharable):
+    """Secret values, straight from the operating system's generator. It has no state, no seed and no subclass.
+
+    Sampling is by table look-up and is not constant time: the adversary is a worker across a network, who sees neither
+    the client's cache nor the time of a single sample.
+    """
+
+    __slots__ = ()
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        raise SecurityError("SecretRandom cannot be subclassed: secret values come from the operating system only")
+
+    def ternary(self, count: int) -> NDArray[np.int8]:
+        """Independent uniform values of {-1, 0, 1}: int8 `[count]`. Two random bits each, the fourth case rejected."""
+        kept: list[NDArray[np.int8]] = []
+        missing = count
+        while missing > 0:
+            # 4 samples per byte, of which 3 survive on average; 32 spare bytes make a second round rare.
+            raw = np.frombuffer(os.urandom(missing // 3 + 32), dtype=np.uint8)
+            pairs = (raw[:, None] >> np.array([0, 2, 4, 6], dtype=np.uint8)) & 3  # [bytes, 4]
+            values = pairs[pairs != 3].astype(np.int8) - np.int8(1)
+            kept.append(values[:missing])
+            missing -= len(kept[-1])
+        return np.concatenate(kept) if kept else np.zeros(0, dtype=np.int8)
+
+    def discrete_gaussian(self, shape: tuple[int, ...]) -> NDArray[np.int8]:
+        """Independent centred discrete Gaussian samples, standard deviation SIGMA, |e| ≤ ERROR_BOUND: int8 `shape`."""
+        count = int(np.prod(shape, dtype=np.int64))
+        top = np.frombuffer(os.urandom(2 * count), dtype=np.uint16)
+        return gaussian_from_uniform(top, os.urandom).reshape(shape)
+
+
+@cache
+def gaussian_cdf() -> NDArray[np.uint64]:
+    """2^64 · P(e ≤ k) for k = -ERROR_BOUND … ERROR_BOUND - 1, rounded to nearest: uint64 `[2 · ERROR_BOUND]`.
+
+    P(e = k) is proportional to exp(-k² / (2 σ²)). A step is off by at most 2^-65, so a sample is within statistical
+    distance 2^-58 of the exact distribution. (Inversion by a cumulative table: Peikert, "An efficient and parallel
+    Gaussian sampler for lattices", CRYPTO 2010, section 4.1.)
+    """
+    with localcontext() as context:
+        context.prec = 50
+        width = 2 * Decimal(str(SIGMA)) ** 2
+        mass = [(-(Decimal(k) ** 2) / width).exp() for k in range(-ERROR_BOUND, ERROR_BOUND + 1)]
+        total, below, steps = sum(mass), Decimal(0), []
+        for part in mass[:-1]:
+            below += part
+            steps.append(int((below / total * 2**64).to_integral_value()))  # the last one is 2^64 - 3
+    return np.array(steps, dtype=np.uint64)
+
+
+@cache
+def _gaussian_table() -> NDArray[np.int8]:
+    """The sample for each value of the top 16 bits, or _STRADDLES where a step of the CDF lies inside: int8 `[65536]`.
+
+    28 of the 65536 cells straddle, so about one sample in 2300 needs more bits.
+    """
+    low = np.arange(65536, dtype=np.uint64) << np.uint64(48)
+    first = np.searchsorted(gaussian_cdf(), low, side="right")
+    last = np.searchsorted(gaussian_cdf(), low + np.uint64(2**48 - 1), side="right")
+    return np.where(first == last, first - ERROR_BOUND, _STRADDLES).astype(np.int8)
+
+
+def gaussian_from_uniform(top: NDArray[np.uint16], more_bytes: Callable[[int], bytes]) -> NDArray[np.int8]:
+    """Inverts the 64-bit CDF at uniform numbers given by their top 16 bits, drawing the other 48 where they matter.
+
+    Args:
+        top: uniform uint16 `[n]`.
+        more_bytes: returns that many uniform bytes; asked once, for 6 bytes per undecided sample.
+
+    Returns:
+        int8 `[n]`: the smallest k with u < 2^64 · P(e ≤ k).
+    """
+    samples = np.take(_gaussian_table(), top)
+    undecided = np.flatnonzero(samples == _STRADDLES)
+    if len(undecided):
+        tail = np.zeros((len(undecided), 8), dtype=np.uint8)
+        tail[:, :6] = np.frombuffer(more_bytes(6 * len(undecided)), dtype=np.uint8).reshape(-1, 6)
+        uniform = (top[undecided].astype(np.uint64) << np.uint64(48)) | tail.view("<u8")[:, 0]
+        samples[undecided] = np.searchsorted(gaussian_cdf(), uniform, side="right") - ERROR_BOUND
+    return samples
+
+
+class OneTimeSecret(Unsharable):
+    """A ternary secret s ∈ R^rank (int8 `[rank, ring_dim]`) that exactly one encryption may consume.
+
+    Two encryptions under one secret and the same A reveal the difference of their plaintexts. So the value leaves this
+    object once, and no copy of the object can be made: neither by copy, pickle nor a forked process.
+    """
+
+    __slots__ = ("_lock", "_process", "_value")
+
+    def __init__(self, random: SecretRandom, rank: int, ring_dim: int) -> None:
+        if type(random) is not SecretRandom:
+            raise SecurityError("a secret is drawn from SecretRandom, never from a public seed or stream")
+        self._value: NDArray[np.int8] | None = random.ternary(rank * ring_dim).reshape(rank, ring_dim)
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+
+    def spend(self) -> NDArray[np.int8]:
+        """Hands the value out, once: int8 `[rank, ring_dim]`.
+
+        Raises:
+            SecurityError: it was spent before, or this process is a fork of the one that drew it.
+        """
+        with self._lock:
+            if os.getpid() != self._process:
+                raise SecurityError("this one-time secret belongs to the parent process: draw a fresh one with keygen")
+            value, self._value = self._value, None
+        if value is None:
+            raise SecurityError("this one-time secret was already used: draw a fresh one with keygen per encryption")
+        return value

@@ -1,0 +1,194 @@
+"""The scheme, in five verbs: keygen, encrypt, evaluate, decrypt, and setup (`setup.py`).
+
+With q = 2^32, R_q = Z_q[X]/(X^d + 1), a public matrix A of rows in R_q^m, and tokens running along the coefficients:
+
+    keygen     s ← uniform ternary in R^m, for one block of T ≤ d tokens and never again
+    setup      H = W·A mod q                                   once per model
+    encrypt    b_j = ⟨A_j, s⟩[0:T] + e_j + x_j mod q            for each input feature j, e discrete Gaussian
+    evaluate   Y = W·b mod q                                   the worker: one integer matrix product
+    decrypt    Y_i - ⟨H_i, s⟩[0:T] mod q, centred = W_i·(x + e)
+
+This is Regev's encryption with a shared A and a fresh secret per message (Peikert, Vaikuntanathan, Waters, CRYPTO 2008;
+Frodo, CCS 2016), used as SimplePIR (Henzinger et al., USENIX Security 2023) does, over a module lattice. b and Y may
+travel rounded (`LinearParameters`). Nothing but b is sent: T tokens cost T words per feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hecompile.errors import InputError, SecurityError, WorkerError
+from hecompile.he.hints import Hint
+from hecompile.he.parameters import LinearParameters, RingParameters
+from hecompile.he.public_matrix import PublicMatrix
+from hecompile.he.ring import negacyclic_fft, row_chunks
+from hecompile.he.sampling import OneTimeSecret, SecretRandom, Unsharable
+from hecompile.he.setup import setup
+
+__all__ = ["Ciphertext", "DecryptionKey", "decrypt", "encrypt", "encrypt_tokens", "evaluate", "keygen", "setup"]
+
+
+@dataclass(frozen=True, eq=False)
+class Ciphertext:
+    """What the worker gets: little-endian byte planes of b / U, uint8 `[upload_limbs, T, in_features]`."""
+
+    planes: Tensor
+
+
+class DecryptionKey(Unsharable):
+    """The secrets of one ciphertext, in the FFT domain. Decrypts any number of replies; cannot be copied or pickled."""
+
+    __slots__ = ("_secret_ffts", "linear", "params", "tokens")
+
+    def __init__(self, params: RingParameters, linear: LinearParameters, tokens: int, secret_ffts: Tensor) -> None:
+        self.params = params
+        self.linear = linear
+        self.tokens = tokens
+        self._secret_ffts = secret_ffts  # complex128 [blocks, rank, ring_dim/2]
+
+
+def blocks(tokens: int, ring_dim: int) -> list[slice]:
+    """Cuts tokens into blocks of at most ring_dim."""
+    return [slice(start, min(start + ring_dim, tokens)) for start in range(0, tokens, ring_dim)]
+
+
+def keygen(params: RingParameters) -> OneTimeSecret:
+    """A fresh secret for one block of tokens."""
+    return OneTimeSecret(SecretRandom(), params.rank, params.ring_dim)
+
+
+def encrypt_tokens(public: PublicMatrix, x: Tensor, linear: LinearParameters) -> tuple[Ciphertext, DecryptionKey]:
+    """Encrypts any number of tokens, each block of ring_dim of them under a fresh secret: see `encrypt`."""
+    _check_input(public, x, linear)
+    return encrypt(public, [keygen(public.params) for _ in blocks(len(x), public.params.ring_dim)], x, linear)
+
+
+def encrypt(
+    public: PublicMatrix, secrets: Sequence[OneTimeSecret], x: Tensor, linear: LinearParameters
+) -> tuple[Ciphertext, DecryptionKey]:
+    """Encrypts, and spends the secrets.
+
+    Args:
+        public: A, with at least in_features rows.
+        secrets: one per block of ring_dim tokens, all unspent.
+        x: int32 or int64 `[T, in_features]`, |x| ≤ linear.input_bound.
+        linear: the circuit.
+
+    Raises:
+        InputError: x has the wrong shape or type, or a value that could overflow.
+        SecurityError: a secret was used before, or is not a OneTimeSecret.
+    """
+    _check_input(public, x, linear)
+    if not all(type(secret) is OneTimeSecret for secret in secrets):
+        raise SecurityError("encrypt consumes OneTimeSecret objects made by keygen and nothing else")
+    if len(secrets) != len(blocks(len(x), public.params.ring_dim)):
+        raise InputError(f"{len(x)} tokens need one secret per {public.params.ring_dim}, got {len(secrets)}")
+    error = SecretRandom().discrete_gaussian((len(x), linear.in_features))
+    return _encrypt_with(public, [secret.spend() for secret in secrets], error, x, linear)
+
+
+def _encrypt_with(
+    public: PublicMatrix,
+    secrets: Sequence[NDArray[np.int8]],
+    error: NDArray[np.int8],
+    x: Tensor,
+    linear: LinearParameters,
+) -> tuple[Ciphertext, DecryptionKey]:
+    """The deterministic core: secrets int8 `[rank, ring_dim]` per block, error int8 `[T, in]`, x integer `[T, in]`."""
+    params = public.params
+    fft = negacyclic_fft(params.ring_dim)
+    secret_ffts = torch.stack([fft.forward(torch.from_numpy(secret)) for secret in secrets])  # [blocks, rank, d/2]
+    b = torch.add(x, torch.from_numpy(error)).to(torch.int32)  # [T, in]
+    for block, secret_fft in zip(blocks(len(x), params.ring_dim), secret_ffts, strict=True):
+        for rows in row_chunks(linear.in_features, params.ring_dim):
+            mask = public.inner_product(secret_fft, rows, block.stop - block.start)  # [rows, T of the block]
+            b[block, rows] += mask.t()
+    planes = _top_bytes(b, linear.upload_limbs, linear.upload_step)
+    return Ciphertext(planes), DecryptionKey(params, linear, len(x), secret_ffts)
+
+
+def evaluate(weight: Tensor, planes: Tensor, linear: LinearParameters) -> Tensor:
+    """What a worker computes, exactly and without haste: the reference that engines are tested against.
+
+    Args:
+        weight: int8 `[out, in]`.
+        planes: uint8 `[upload_limbs, T, in]`.
+        linear: the circuit.
+
+    Returns:
+        uint8 `[reply_bytes, T, out]`: the top bytes of W·word mod 2^(8·upload_limbs), rounded to nearest.
+    """
+    if weight.shape != (linear.out_features, linear.in_features) or weight.dtype != torch.int8:
+        raise InputError(f"the weight must be int8 [{linear.out_features}, {linear.in_features}]")
+    outer = (linear.upload_limbs, linear.in_features)
+    if planes.dtype != torch.uint8 or planes.dim() != 3 or planes.shape[::2] != outer:
+        raise InputError(f"the ciphertext must be uint8 [{linear.upload_limbs}, T, {linear.in_features}]")
+    # Each float64 product is exact: its sums are integers below 255 · 128 · in.
+    partial = [(plane.double() @ weight.double().t()).to(torch.int64) for plane in planes]
+    total = sum((part << (8 * limb) for limb, part in enumerate(partial)), torch.zeros_like(partial[0]))  # [T, out]
+    return _top_bytes((total * linear.upload_step).to(torch.int32), linear.reply_bytes, linear.reply_step)
+
+
+def decrypt(key: DecryptionKey, hint: Hint, reply: Tensor, linear: LinearParameters) -> Tensor:
+    """W·x plus noise within `linear.noise_bound`.
+
+    Args:
+        key: of the ciphertext that was evaluated.
+        hint: of the circuit's weight under the same A.
+        reply: uint8 `[reply_bytes, T, out_features]`.
+        linear: the circuit.
+
+    Returns:
+        int64 `[T, out_features]`, centred.
+
+    Raises:
+        WorkerError: the reply does not have the shape asked for.
+        InputError: the key, hint and circuit do not belong together.
+    """
+    if key.linear.in_features != linear.in_features or key.linear.upload_limbs != linear.upload_limbs:
+        raise InputError("this ciphertext was made for a circuit with other inputs: decrypt with that one")
+    if hint.params != key.params or hint.rows != linear.out_features:
+        raise InputError(f"the hint has {hint.rows} rows and may be of another ring; {linear.out_features} are wanted")
+    shape = (linear.reply_bytes, key.tokens, linear.out_features)
+    if reply.dtype != torch.uint8 or reply.shape != shape:
+        raise WorkerError(f"a reply of uint8 {list(shape)} was asked for, got {reply.dtype} {list(reply.shape)}")
+    fft = negacyclic_fft(key.params.ring_dim)
+    result = _from_top_bytes(reply)  # int32 [T, out], wraps mod q
+    for rows in row_chunks(linear.out_features, key.params.ring_dim):
+        hint_fft = hint.fft(rows)  # [rank, rows, d/2]
+        for block, secret_fft in zip(blocks(key.tokens, key.params.ring_dim), key._secret_ffts, strict=True):
+            result[block, rows] -= fft.inner_product(hint_fft, secret_fft, block.stop - block.start).t()
+    return result.to(torch.int64)
+
+
+def _check_input(public: PublicMatrix, x: Tensor, linear: LinearParameters) -> None:
+    if x.dtype not in (torch.int32, torch.int64) or x.dim() != 2 or x.shape[1] != linear.in_features or len(x) == 0:
+        raise InputError(
+            f"the plaintext must be int32 or int64 [tokens, {linear.in_features}], got {x.dtype} {list(x.shape)}"
+        )
+    if public.rows < linear.in_features:
+        raise InputError(f"the public matrix has {public.rows} rows, the circuit {linear.in_features} inputs")
+    low, high = torch.aminmax(x)
+    if max(-int(low), int(high)) > linear.input_bound:
+        raise InputError(f"a plaintext value is beyond the input bound {linear.input_bound} and could overflow")
+
+
+def _top_bytes(words: Tensor, count: int, step: int) -> Tensor:
+    """Rounds int32 words mod 2^32 to multiples of `step` = 2^(8(4-count)), ties up: uint8 `[count, *words.shape]`."""
+    rounded = words + step // 2 if step > 1 else words
+    octets = rounded.contiguous().view(torch.uint8).view(*words.shape, 4)[..., 4 - count :]
+    return octets.permute(2, 0, 1).contiguous()
+
+
+def _from_top_bytes(planes: Tensor) -> Tensor:
+    """Reads byte planes `[count, T, n]` as the top bytes of words mod 2^32: int32 `[T, n]`."""
+    words = torch.zeros(planes.shape[1:], dtype=torch.int32)
+    for index, plane in enumerate(planes.flip(0)):  # the top byte first
+        words |= plane.to(torch.int32) << (24 - 8 * index)
+    return words

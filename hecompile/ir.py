@@ -1,0 +1,169 @@
+"""What every pass shares: the custom operator domain, metadata keys, small graph helpers and the text form of a model.
+
+The container is `onnx_ir`; nothing here wraps it. The custom domain `hecompile` holds the operators that have no
+standard ONNX counterpart (`Linear` with a frozen weight, `RemoteLinear`, ...); `hecompile/operators.py` is the table of
+what each of them computes.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+DOMAIN = "hecompile"
+"""Domain of the operators that this compiler adds to ONNX."""
+
+ORIGIN = "hecompile.origin"
+"""Metadata key: what a node was made from (module path of the checkpoint, or the nodes it replaces)."""
+
+SECRECY = "hecompile.secrecy"
+"""Metadata key of a value: "public" or "secret"."""
+
+PLACEMENT = "hecompile.placement"
+"""Metadata key of a node: "client" or "worker"."""
+
+RANGE = "hecompile.range"
+"""Metadata key of a value: JSON {"max", "crest"} recorded by calibration; crest = max|x| / rms, per token."""
+
+GRADIENT_RANGE = "hecompile.gradient_range"
+"""Metadata key of a value: the same of the gradient that flows back into it."""
+
+_SHORT_DTYPES = {"FLOAT": "f32", "DOUBLE": "f64", "FLOAT16": "f16", "BFLOAT16": "bf16", "INT64": "i64", "INT32": "i32"}
+_SHORT_DTYPES |= {"INT8": "i8", "UINT8": "u8", "UINT32": "u32", "BOOL": "bool"}
+_PRINTED_CONSTANT_ELEMENTS = 8
+
+
+def module_path(node: ir.Node) -> str:
+    """Path of the checkpoint's module that `node` was exported from, e.g. `model.layers.0.self_attn.q_proj`.
+
+    Read from the exporter's name scopes (initializer names are not reliable: constant folding renames them). Empty for
+    a node outside every module. The first scope component is the export wrapper and is dropped.
+    """
+    if ORIGIN in node.metadata_props:
+        return node.metadata_props[ORIGIN]
+    raw = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+    if raw is None:
+        return ""
+    scopes = ast.literal_eval(raw)
+    # The last entry names the operator itself; the one before is the innermost module.
+    innermost = scopes[-2] if len(scopes) >= 2 else ""
+    return innermost.partition(".")[2]
+
+
+def constant_of(value: ir.Value | None) -> np.ndarray | None:
+    """The numpy value of a constant (initializer or `Constant` node), or None when `value` is computed."""
+    if value is None:
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def source_of(value: ir.Value | None) -> ir.Value | None:
+    """Look through the casts and reshapes that the exporter puts on integer constants."""
+    while value is not None and (producer := value.producer()) is not None and producer.op_type in ("Cast", "Reshape"):
+        value = producer.inputs[0]
+    return value
+
+
+def attribute(node: ir.Node, name: str) -> object:
+    """The value of attribute `name` of `node`; KeyError when it has none."""
+    return node.attributes[name].value
+
+
+def attributes_of(node: ir.Node) -> dict[str, Any]:
+    """All attributes of `node` as Python values."""
+    return {name: attr.value for name, attr in node.attributes.items()}
+
+
+def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """Register `array` under `name` and return its value. Raises ValueError when the name is taken."""
+    if name in graph.initializers:
+        raise ValueError(f"initializer {name} exists already")
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)))
+    value.const_value = ir.Tensor(array, name=name)
+    graph.initializers[name] = value
+    return value
+
+
+def replace_node(old: ir.Node, new: Iterable[ir.Node], outputs: Iterable[ir.Value]) -> None:
+    """Put `new` where `old` stands, hand over the uses (and names, types and shapes) of its outputs, remove `old`."""
+    graph = old.graph
+    assert isinstance(graph, ir.Graph)
+    nodes = list(new)
+    graph.insert_before(old, nodes)
+    for before, after in zip(old.outputs, outputs, strict=True):
+        after.type = before.type or after.type
+        after.shape = before.shape or after.shape
+        after.metadata_props.update(before.metadata_props)
+        name = before.name
+        ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
+        before.name = None
+        after.name = name
+    graph.remove(old, safe=True)
+
+
+def nodes_of_type(model: ir.Model, op_type: str, domain: str = DOMAIN) -> Iterator[ir.Node]:
+    """The nodes of one operator, in graph order; safe against changes of the graph while iterating."""
+    for node in list(model.graph):
+        if node.op_type == op_type and node.domain == domain:
+            yield node
+
+
+def remove_unused(model: ir.Model) -> None:
+    """Drop dead nodes and initializers."""
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def print_model(model: ir.Model) -> str:
+    """A deterministic text of the graph: inputs, initializers (shape and type only, small ones with their values), one
+    line per node with types, attributes, placement, and origin, then outputs. Golden tests compare it."""
+    lines = [f"model {key} = {value}" for key, value in sorted(model.metadata_props.items())]
+    graph = model.graph
+    lines += [f"input {_typed(value)}" for value in graph.inputs]
+    lines += [f"const {_typed(value)}{_constant_text(value)}" for _, value in sorted(graph.initializers.items())]
+    lines += [_node_text(node) for node in graph]
+    lines += [f"output {_typed(value)}" for value in graph.outputs]
+    return "\n".join(lines) + "\n"
+
+
+def _typed(value: ir.Value) -> str:
+    dtype = value.dtype
+    dtype_text = "?" if dtype is None else _SHORT_DTYPES.get(dtype.name, dtype.name.lower())
+    shape = "[?]" if value.shape is None else "[" + ",".join(str(dim) for dim in value.shape) + "]"
+    secrecy = value.metadata_props.get(SECRECY)
+    return f"%{value.name}: {dtype_text}{shape}" + (f" !{secrecy}" if secrecy else "")
+
+
+def _constant_text(value: ir.Value) -> str:
+    array = constant_of(value)
+    if array is None or array.size > _PRINTED_CONSTANT_ELEMENTS:
+        return ""
+    return f" = {array.tolist()}"
+
+
+def _node_text(node: ir.Node) -> str:
+    outputs = ", ".join(_typed(value) for value in node.outputs)
+    inputs = ", ".join("none" if value is None else f"%{value.name}" for value in node.inputs)
+    name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+    attributes = " ".join(f"{key}={_attribute_text(attr)}" for key, attr in sorted(node.attributes.items()))
+    text = f"{outputs} = {name}({inputs})" + (f" {{{attributes}}}" if attributes else "")
+    if placement := node.metadata_props.get(PLACEMENT):
+        text += f" @{placement}"
+    if origin := node.metadata_props.get(ORIGIN):
+        text += f"  # {origin}"
+    return text
+
+
+def _attribute_text(attr: ir.Attr) -> str:
+    if attr.type == ir.AttributeType.TENSOR:
+        return str(attr.as_tensor().numpy().tolist())
+    if attr.type == ir.AttributeType.FLOAT:
+        return f"{attr.as_float():.7g}"
+    return str(attr.value)

@@ -1,0 +1,107 @@
+"""What is legal at each stage of the pipeline, as data, and the check that runs between passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from hecompile.errors import LegalityError
+from hecompile.ir import DOMAIN, module_path
+
+_SHAPE_OPERATORS = frozenset({"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Concat", "Split", "Slice", "Constant"})
+_ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Neg", "Cos", "Sin", "Cast"})
+_EXPORTER_ONLY = frozenset({"Shape", "Expand", "Identity", "Pow", "Sqrt", "Reciprocal", "ReduceMean", "Sigmoid"})
+_MODEL = frozenset({"Gather", "MatMul", "Softmax"}) | _SHAPE_OPERATORS | _ELEMENTWISE
+_RAISED = frozenset({"Linear", "RMSNorm", "SiLU", "RotaryEmbedding", "RepeatKV"})
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A named set of legal operators: standard ones and ones of the `hecompile` domain."""
+
+    name: str
+    standard: frozenset[str]
+    custom: frozenset[str] = frozenset()
+
+
+EXPORTED = Stage("exported", _MODEL | _EXPORTER_ONLY)
+CANONICAL = Stage("canonical", _MODEL, _RAISED)
+ADAPTED = Stage("adapted", _MODEL, _RAISED | {"Lora"})
+QUANTIZED = Stage("quantized", _MODEL, _RAISED | {"Lora", "QuantizedLinear"})
+CLIENT_PLAN = Stage("client plan", _MODEL, _RAISED | {"Lora", "QuantizedLinear", "RemoteLinear"})
+WORKER_CIRCUIT = Stage(
+    "worker circuit",
+    frozenset(
+        {"MatMulInteger", "Cast", "Mul", "Add", "Concat", "Slice", "Squeeze", "Unsqueeze", "Gather", "Split", "Constant"}
+        | {"BitShift", "BitwiseAnd", "Reshape", "Identity"}
+    ),
+)
+
+TypeRule = Callable[[ir.Node], str | None]
+"""Says what is wrong with a node's inputs, or None."""
+
+
+def _weight_rule(dtype: ir.DataType) -> TypeRule:
+    def rule(node: ir.Node) -> str | None:
+        weight = node.inputs[1]
+        if weight is None or weight.shape is None or len(weight.shape) != 2 or weight.dtype != dtype:
+            return f"input 1 must be a {dtype.name} matrix"
+        x = node.inputs[0]
+        if x is not None and x.shape is not None and isinstance(x.shape[-1], int) and x.shape[-1] != weight.shape[1]:
+            return f"x has {x.shape[-1]} features, the weight takes {weight.shape[1]}"
+        return None
+
+    return rule
+
+
+def _lora_rule(node: ir.Node) -> str | None:
+    _, a, b = node.inputs
+    if a is None or b is None or a.shape is None or b.shape is None or a.shape[0] != b.shape[1]:
+        return "lora_A [r, in] and lora_B [out, r] must share r"
+    return None
+
+
+def _gain_rule(node: ir.Node) -> str | None:
+    x, weight = node.inputs
+    if x is None or weight is None or weight.shape is None or len(weight.shape) != 1:
+        return "the gain must be a vector"
+    if x.shape is not None and isinstance(x.shape[-1], int) and x.shape[-1] != weight.shape[0]:
+        return f"x has {x.shape[-1]} features, the gain {weight.shape[0]}"
+    return None
+
+
+TYPE_RULES: dict[str, tuple[int, TypeRule | None]] = {
+    "Linear": (2, _weight_rule(ir.DataType.FLOAT)),
+    "QuantizedLinear": (3, _weight_rule(ir.DataType.INT8)),
+    "RemoteLinear": (2, None),
+    "Lora": (3, _lora_rule),
+    "RMSNorm": (2, _gain_rule),
+    "SiLU": (1, None),
+    "RotaryEmbedding": (3, None),
+    "RepeatKV": (1, None),
+}
+"""Custom operator → number of inputs and its type rule."""
+
+
+def check_stage(model: ir.Model, stage: Stage) -> None:
+    """LegalityError naming the first node that is not legal at `stage`: its operator, its module, its inputs, the rule."""
+    for node in model.graph:
+        legal = stage.custom if node.domain == DOMAIN else stage.standard if node.domain == "" else frozenset()
+        if node.op_type not in legal:
+            raise _illegal(node, stage, f"operator {node.domain or 'onnx'}::{node.op_type} is not legal here")
+        if node.domain == DOMAIN:
+            arity, rule = TYPE_RULES[node.op_type]
+            if len(node.inputs) != arity:
+                raise _illegal(node, stage, f"takes {arity} inputs, has {len(node.inputs)}")
+            problem = rule(node) if rule else None
+            if problem:
+                raise _illegal(node, stage, problem)
+
+
+def _illegal(node: ir.Node, stage: Stage, problem: str) -> LegalityError:
+    inputs = ", ".join("none" if v is None else f"%{v.name}:{v.shape}" for v in node.inputs)
+    outputs = ", ".join(f"%{v.name}" for v in node.outputs)
+    where = module_path(node) or "the graph"
+    return LegalityError(f"stage {stage.name!r}, {where}: {outputs} = {node.op_type}({inputs}): {problem}")

@@ -1,0 +1,214 @@
+"""One table: operator → differentiable torch function. The interpreter, calibration and the client run on it.
+
+Standard operators follow the ONNX specification (opset 23) for the forms that the exporter emits; the `hecompile` domain is
+defined here:
+
+* `Linear(x, weight)`: y = x·Wᵀ, x [..., in], weight [out, in], float.
+* `QuantizedLinear(x, weight, scale)`: y = (x·Wᵀ) ⊙ scale, weight int8 [out, in], scale f32 [out].
+* `RemoteLinear(x, scale)`: the same product, W being known to the worker alone; computed by `context.remote`.
+* `Lora(x, A, B; scaling, dropout)`: y = scaling · dropout(x)·Aᵀ·Bᵀ, A [r, in], B [out, r] (Hu et al., arXiv 2106.09685).
+* `RMSNorm(x, weight; epsilon)`: x / sqrt(mean(x²) + ε) ⊙ weight over the last axis (Zhang & Sennrich, arXiv 1910.07467).
+* `SiLU(x)`: x·sigmoid(x).
+* `RotaryEmbedding(x, cos, sin)`: x ⊙ cos + rotate_half(x) ⊙ sin, x [B, heads, S, D], cos and sin [B, S, D]
+  (Su et al., arXiv 2104.09864, in the half-split layout of Hugging Face).
+* `RepeatKV(x; repeats)`: [B, kv_heads, S, D] → [B, kv_heads·repeats, S, D] (grouped-query attention).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hecompile.ir import DOMAIN
+
+Attributes = Mapping[str, Any]
+OperatorKey = tuple[str, str]
+_INT64_MAX = np.iinfo(np.int64).max
+_TORCH_DTYPES = {1: torch.float32, 11: torch.float64, 7: torch.int64, 6: torch.int32, 9: torch.bool, 3: torch.int8}
+
+
+class RemoteProduct(Protocol):
+    """What computes a `RemoteLinear`: x [..., in] → x·Wᵀ [..., out], W the integer weight of `linear`, scale [out]."""
+
+    def __call__(self, linear: str, x: Tensor, scale: Tensor) -> Tensor: ...
+
+
+@dataclass
+class Context:
+    """What a run needs besides values: training mode (dropout), and who computes remote linears."""
+
+    training: bool = False
+    remote: RemoteProduct | None = None
+
+
+Operator = Callable[..., Any]
+OPERATORS: dict[OperatorKey, Operator] = {}
+
+
+def operator(op_type: str, domain: str = "") -> Callable[[Operator], Operator]:
+    """Register a function `(context, attributes, *inputs) → tensor or tuple of tensors` for an operator."""
+
+    def register(function: Operator) -> Operator:
+        OPERATORS[domain, op_type] = function
+        return function
+
+    return register
+
+
+def _elementwise(op_type: str, function: Callable[..., Tensor]) -> None:
+    OPERATORS["", op_type] = lambda context, attributes, *inputs: function(*inputs)
+
+
+for _name, _function in {
+    "Add": torch.add,
+    "Sub": torch.sub,
+    "Mul": torch.mul,
+    "Div": torch.div,
+    "Neg": torch.neg,
+    "Pow": torch.pow,
+    "Sqrt": torch.sqrt,
+    "Reciprocal": torch.reciprocal,
+    "Sigmoid": torch.sigmoid,
+    "Cos": torch.cos,
+    "Sin": torch.sin,
+    "MatMul": torch.matmul,
+    "Identity": lambda x: x,
+}.items():
+    _elementwise(_name, _function)
+
+
+@operator("Gather")
+def _gather(context: Context, attributes: Attributes, data: Tensor, indices: Tensor) -> Tensor:
+    if attributes.get("axis", 0) == 0:
+        return data[indices]
+    return torch.index_select(data, attributes["axis"], indices.reshape(-1))
+
+
+@operator("Cast")
+def _cast(context: Context, attributes: Attributes, x: Tensor) -> Tensor:
+    return x.to(_TORCH_DTYPES[int(attributes["to"])])
+
+
+@operator("Unsqueeze")
+def _unsqueeze(context: Context, attributes: Attributes, x: Tensor, axes: Tensor) -> Tensor:
+    rank = x.dim() + axes.numel()
+    for axis in sorted(int(a) % rank for a in axes.reshape(-1)):
+        x = x.unsqueeze(axis)
+    return x
+
+
+@operator("Squeeze")
+def _squeeze(context: Context, attributes: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
+    if axes is None:
+        return x.squeeze()
+    for axis in sorted((int(a) % x.dim() for a in axes.reshape(-1)), reverse=True):
+        x = x.squeeze(axis)
+    return x
+
+
+@operator("Concat")
+def _concat(context: Context, attributes: Attributes, *inputs: Tensor) -> Tensor:
+    return torch.cat(inputs, dim=int(attributes["axis"]))
+
+
+@operator("Shape")
+def _shape(context: Context, attributes: Attributes, x: Tensor) -> Tensor:
+    return torch.tensor(list(x.shape)[attributes.get("start", 0) : attributes.get("end", x.dim())], dtype=torch.int64)
+
+
+@operator("Reshape")
+def _reshape(context: Context, attributes: Attributes, x: Tensor, shape: Tensor) -> Tensor:
+    target = [int(dim) for dim in shape]
+    if not attributes.get("allowzero", 0):
+        target = [x.shape[axis] if dim == 0 else dim for axis, dim in enumerate(target)]
+    return x.reshape(target)
+
+
+@operator("Transpose")
+def _transpose(context: Context, attributes: Attributes, x: Tensor) -> Tensor:
+    return x.permute(tuple(attributes.get("perm", range(x.dim() - 1, -1, -1))))
+
+
+@operator("Expand")
+def _expand(context: Context, attributes: Attributes, x: Tensor, shape: Tensor) -> Tensor:
+    return x.expand(torch.broadcast_shapes(x.shape, tuple(int(dim) for dim in shape)))
+
+
+@operator("Slice")
+def _slice(
+    context: Context, attributes: Attributes, x: Tensor, starts: Tensor, ends: Tensor, axes: Tensor, steps: Tensor
+) -> Tensor:
+    for start, end, axis, step in zip(starts.tolist(), ends.tolist(), axes.tolist(), steps.tolist(), strict=True):
+        index: list[slice] = [slice(None)] * x.dim()
+        index[axis] = slice(start, None if end == _INT64_MAX else end, step)
+        x = x[tuple(index)]
+    return x
+
+
+@operator("Split")
+def _split(context: Context, attributes: Attributes, x: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(x, sizes.tolist(), dim=int(attributes.get("axis", 0)))
+
+
+@operator("ReduceMean")
+def _reduce_mean(context: Context, attributes: Attributes, x: Tensor, axes: Tensor) -> Tensor:
+    return x.mean(dim=axes.tolist(), keepdim=bool(attributes.get("keepdims", 1)))
+
+
+@operator("Softmax")
+def _softmax(context: Context, attributes: Attributes, x: Tensor) -> Tensor:
+    return torch.softmax(x, dim=int(attributes.get("axis", -1)))
+
+
+# ------------------------------------------------------------------------------------------------- domain "hecompile"
+
+
+@operator("Linear", DOMAIN)
+def _linear(context: Context, attributes: Attributes, x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+@operator("QuantizedLinear", DOMAIN)
+def _quantized_linear(context: Context, attributes: Attributes, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return F.linear(x, weight.to(x.dtype)) * scale
+
+
+@operator("RemoteLinear", DOMAIN)
+def _remote_linear(context: Context, attributes: Attributes, x: Tensor, scale: Tensor) -> Tensor:
+    if context.remote is None:
+        raise ValueError(f"RemoteLinear {attributes['linear']}: this run has no worker; give Context(remote=...)")
+    return context.remote(attributes["linear"], x, scale)
+
+
+@operator("Lora", DOMAIN)
+def _lora(context: Context, attributes: Attributes, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+    dropped = F.dropout(x, attributes["dropout"], training=context.training)
+    return F.linear(F.linear(dropped, lora_a), lora_b) * attributes["scaling"]
+
+
+@operator("RMSNorm", DOMAIN)
+def _rms_norm(context: Context, attributes: Attributes, x: Tensor, weight: Tensor) -> Tensor:
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + attributes["epsilon"]))
+
+
+@operator("SiLU", DOMAIN)
+def _silu(context: Context, attributes: Attributes, x: Tensor) -> Tensor:
+    return F.silu(x)
+
+
+@operator("RotaryEmbedding", DOMAIN)
+def _rotary_embedding(context: Context, attributes: Attributes, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)  # [B, heads, S, D/2] each
+    rotated = torch.cat((-second, first), dim=-1)  # [B, heads, S, D]
+    return x * cos.unsqueeze(1) + rotated * sin.unsqueeze(1)
+
+
+@operator("RepeatKV", DOMAIN)
+def _repeat_kv(context: Context, attributes: Attributes, x: Tensor) -> Tensor:
+    return x.repeat_interleave(attributes["repeats"], dim=1)

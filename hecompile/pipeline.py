@@ -1,0 +1,89 @@
+"""The pipeline: the ordered list of passes from an exported graph to a split plan, with what is legal in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from hecompile.errors import HecompileError, LegalityError
+from hecompile.legality import ADAPTED, CANONICAL, EXPORTED, QUANTIZED, Stage, check_stage
+from passes.annotate_secrecy import AnnotateSecrecy
+from passes.attach_lora import AttachLora
+from passes.calibrate import Calibrate
+from passes.canonicalize import Canonicalize
+from passes.lower_worker import LowerWorker
+from passes.place import Place
+from passes.quantize import Quantize
+from passes.select_parameters import SelectParameters
+from passes.simplify import Simplify
+from passes.split import Split
+from passes.stack_projections import StackProjections
+from passes.validate import Validate
+
+PASSES: dict[str, type] = {
+    "simplify": Simplify,
+    "canonicalize": Canonicalize,
+    "attach_lora": AttachLora,
+    "calibrate": Calibrate,
+    "quantize": Quantize,
+    "annotate_secrecy": AnnotateSecrecy,
+    "place": Place,
+    "stack_projections": StackProjections,
+    "select_parameters": SelectParameters,
+    "split": Split,
+    "lower_worker": LowerWorker,
+    "validate": Validate,
+}
+"""Every pass by its registered name, in pipeline order; the last three work on the split plan."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A pass with its options, and the stage that its result must be legal at."""
+
+    name: str
+    transform: ir.passes.PassBase
+    stage: Stage
+
+
+def graph_steps(
+    attach_lora: AttachLora,
+    calibrate: Calibrate,
+    quantize: Quantize,
+    place: Place,
+    select_parameters: SelectParameters,
+) -> tuple[Step, ...]:
+    """The graph-to-graph part of the pipeline."""
+    return (
+        Step("simplify", Simplify(), EXPORTED),
+        Step("canonicalize", Canonicalize(), CANONICAL),
+        Step("attach_lora", attach_lora, ADAPTED),
+        Step("calibrate", calibrate, ADAPTED),
+        Step("quantize", quantize, QUANTIZED),
+        Step("annotate_secrecy", AnnotateSecrecy(), QUANTIZED),
+        Step("place", place, QUANTIZED),
+        Step("stack_projections", StackProjections(), QUANTIZED),
+        Step("select_parameters", select_parameters, QUANTIZED),
+    )
+
+
+def run_steps(
+    model: ir.Model, steps: Sequence[Step], on_step: Callable[[str], None] = lambda name: None
+) -> ir.Model:
+    """Run the passes in order, each followed by its legality check. `on_step` hears each name before the pass runs.
+
+    Raises the HecompileError of the pass that failed; any other invariant becomes a LegalityError that names the pass.
+    """
+    for step in steps:
+        on_step(step.name)
+        try:
+            model = step.transform(model).model
+        except ir.passes.InvariantError as error:
+            cause = error.__cause__
+            if isinstance(cause, HecompileError):
+                raise cause from error
+            raise LegalityError(f"pass {step.name}: {error}") from error
+        check_stage(model, step.stage)
+    return model

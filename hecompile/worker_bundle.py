@@ -1,0 +1,301 @@
+"""The worker bundle: the directory that is given to the worker, with nothing secret in it.
+
+    manifest.json            format, version, plan_id, and for each circuit its dimensions and its files' SHA-256
+    circuits/<name>.onnx     one lowered circuit (standard integer operators, see passes/lower_worker.py)
+    circuits/<name>.bin      its int8 weight, when that is above 64 KiB
+
+One circuit is written and read at a time, so memory holds one weight however large the model is. A bundle is written
+beside its destination and renamed into place whole. It is a function of its circuits and its plan_id: same bytes every
+time.
+
+Every bundle also holds the circuit `known_answer`: one extreme linear whose exact reply both sides can work out from
+the plan_id alone, with nothing secret in it. A worker is only as exact as its machine: x86 without VNNI saturates pairs
+of uint8 × int8 products at ±32767, some servers accumulate in float. Each changes a byte of this reply, so the client
+asks for it at every connection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hecompile.errors import InputError, LegalityError
+from passes.lower_worker import LowerWorker, encrypted_linear_model, encrypted_linear_reference
+
+FORMAT = "hecompile-worker-bundle"
+VERSION = 1
+MANIFEST = "manifest.json"
+EXTERNAL_DATA_THRESHOLD = 65536
+"""Weights above this many bytes go to a file of their own, which the engines can map into memory."""
+
+KNOWN_ANSWER = "known_answer"
+KNOWN_ANSWER_LIMBS = 4
+KNOWN_ANSWER_REPLY_BYTES = 3  # so that the reply is also rounded
+KNOWN_ANSWER_SHAPE = (5, 1031, 37)
+"""(T, in, out). Sums over 1031 features pass 2^24, where float32 loses the lowest bit, and some of them are odd; 1031
+is prime, so every vector kernel meets its remainder loop."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
+_PLAN_ID = re.compile(r"[0-9a-f]{8,128}")
+_HASH_CHUNK = 1 << 22
+_REMEDY = "give the directory that `hecompile compile` wrote"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class BundleFile(_Record):
+    """One file of the bundle; `path` is relative to the bundle."""
+
+    path: str
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class CircuitSpec(_Record):
+    """One linear in one direction: uint8 [upload_limbs, T, in_features] → uint8 [reply_bytes, T, out_features]."""
+
+    name: str = Field(pattern=rf"^{_NAME.pattern}$")
+    linear: str
+    direction: Literal["forward", "backward"]
+    in_features: int = Field(ge=1)
+    out_features: int = Field(ge=1)
+    upload_limbs: int = Field(ge=1, le=4)
+    reply_bytes: int = Field(ge=1, le=4)
+    file: BundleFile
+    data: BundleFile | None = None
+
+
+class _Manifest(_Record):
+    format: str
+    version: int
+    plan_id: str = Field(pattern=rf"^{_PLAN_ID.pattern}$")
+    circuits: list[CircuitSpec]
+
+
+class WorkerBundleWriter:
+    """Writes a bundle into a temporary sibling of `directory`; `commit` renames it into place.
+
+    Use as a context manager: leaving it without `commit` (an error, a kill of the process apart) removes everything.
+    Raises InputError when `directory` already exists and is not empty, or cannot be written.
+    """
+
+    def __init__(self, directory: str | Path, plan_id: str) -> None:
+        if not _PLAN_ID.fullmatch(plan_id):
+            raise InputError(f"plan_id {plan_id!r} is not 8 to 128 lowercase hex digits")
+        self._target = Path(directory)
+        if self._target.exists() and (not self._target.is_dir() or any(self._target.iterdir())):
+            raise InputError(f"worker bundle {self._target} exists already; remove it or choose another directory")
+        self._plan_id = plan_id
+        self._circuits: dict[str, CircuitSpec] = {}
+        self._temporary = self._target.parent / f".{self._target.name}.{os.getpid()}.partial"
+        with _writing(self._target):
+            (self._temporary / "circuits").mkdir(parents=True)
+
+    def __enter__(self) -> WorkerBundleWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def add(self, model: ir.Model) -> CircuitSpec:
+        """Write one lowered circuit, named `<linear>.<direction>` by its graph's name; the model can be freed after.
+
+        Raises LegalityError when it is not a lowered circuit or its name is not of that form or is taken.
+        """
+        name = model.graph.name or ""
+        linear, _, direction = name.rpartition(".")
+        if not _NAME.fullmatch(name) or not linear or direction not in ("forward", "backward"):
+            raise LegalityError(f"circuit name {name!r} is not <linear>.forward or <linear>.backward")
+        return self._add(model, name, linear, "forward" if direction == "forward" else "backward")
+
+    def commit(self) -> WorkerBundle:
+        """Add the known-answer circuit, write the manifest, rename the bundle into place and return it."""
+        weight = known_answer_weight(self._plan_id)
+        model = encrypted_linear_model(weight, KNOWN_ANSWER_LIMBS, KNOWN_ANSWER_REPLY_BYTES, KNOWN_ANSWER)
+        self._add(LowerWorker()(model).model, KNOWN_ANSWER, KNOWN_ANSWER, "forward")
+        manifest = _Manifest(
+            format=FORMAT, version=VERSION, plan_id=self._plan_id, circuits=list(self._circuits.values())
+        )
+        with _writing(self._target):
+            text = json.dumps(manifest.model_dump(exclude_none=True), indent=1) + "\n"
+            (self._temporary / MANIFEST).write_text(text, encoding="utf-8")
+            self._temporary.rename(self._target)
+        return WorkerBundle(self._target, self._plan_id, dict(self._circuits))
+
+    def _add(self, model: ir.Model, name: str, linear: str, direction: Literal["forward", "backward"]) -> CircuitSpec:
+        if name in self._circuits:
+            raise LegalityError(f"circuit {name} is in the bundle already")
+        LowerWorker().ensures(model)
+        (upload_limbs, in_features), (reply_bytes, out_features) = _dimensions(model)
+        path = self._temporary / _circuit_path(name, "onnx")
+        with _writing(self._target):
+            has_data = in_features * out_features > EXTERNAL_DATA_THRESHOLD
+            external = f"{name}.bin" if has_data else None
+            ir.save(model, path, external_data=external, size_threshold_bytes=EXTERNAL_DATA_THRESHOLD)
+            file = _describe(self._temporary, _circuit_path(name, "onnx"))
+            data = _describe(self._temporary, _circuit_path(name, "bin")) if has_data else None
+        self._circuits[name] = CircuitSpec(
+            name=name,
+            linear=linear,
+            direction=direction,
+            in_features=in_features,
+            out_features=out_features,
+            upload_limbs=upload_limbs,
+            reply_bytes=reply_bytes,
+            file=file,
+            data=data,
+        )
+        return self._circuits[name]
+
+
+@dataclass(frozen=True)
+class WorkerBundle:
+    """An opened bundle: its directory, the plan it belongs to and its circuits by name."""
+
+    directory: Path
+    plan_id: str
+    circuits: dict[str, CircuitSpec]
+
+    @classmethod
+    def open(cls, directory: str | Path) -> WorkerBundle:
+        """Open a bundle after hashing every file of it. Raises InputError naming the file that is not right."""
+        directory = Path(directory)
+        manifest = _read_manifest(directory)
+        circuits = {spec.name: spec for spec in manifest.circuits}
+        if len(circuits) != len(manifest.circuits):
+            raise _damaged(directory / MANIFEST, "two circuits have one name")
+        if KNOWN_ANSWER not in circuits:
+            raise _damaged(directory / MANIFEST, f"the circuit {KNOWN_ANSWER} is missing")
+        for spec in manifest.circuits:
+            for file, suffix in ((spec.file, "onnx"), (spec.data, "bin")):
+                if file is not None:
+                    _check_file(directory, file, _circuit_path(spec.name, suffix))
+        return cls(directory, manifest.plan_id, circuits)
+
+    def circuit_path(self, name: str) -> Path:
+        """The ONNX file of circuit `name`."""
+        return self.directory / self.circuits[name].file.path
+
+    def weight(self, name: str) -> np.ndarray:
+        """The right-hand side of circuit `name`: int8 [in_features, out_features], mapped from its file if large."""
+        model = ir.load(self.circuit_path(name))
+        product = next(node for node in model.graph if node.op_type == "MatMulInteger")
+        constant = product.inputs[1]
+        assert constant is not None and constant.const_value is not None
+        return constant.const_value.numpy()
+
+
+def known_answer_weight(plan_id: str) -> np.ndarray:
+    """The weight, int8 [1031, 37]: columns 0 to 4 are fixed extremes, the rest is drawn from `plan_id`."""
+    _, in_features, out_features = KNOWN_ANSWER_SHAPE
+    drawn = _expand(plan_id, "weight", in_features * out_features).reshape(in_features, out_features)
+    values = np.array([127, -127, -128], dtype=np.int8)[drawn % 3]
+    values[:, :3] = 127, -128, -127
+    values[0::2, 3], values[1::2, 3] = 127, -128  # neighbours nearly cancel
+    values[0::4, 4], values[1::4, 4], values[2::4, 4], values[3::4, 4] = 127, 127, -128, -128  # pairs do
+    return values
+
+
+def known_answer_vector(plan_id: str) -> tuple[np.ndarray, np.ndarray]:
+    """(planes uint8 [4, 5, 1031], expected reply uint8 [3, 5, 37]) for the plan, computed exactly in int64.
+
+    Token 0 is all 255, token 1 all 0, token 2 alternates, the rest is drawn from {0, 255} by `plan_id`.
+    """
+    tokens, in_features, _ = KNOWN_ANSWER_SHAPE
+    drawn = _expand(plan_id, "planes", KNOWN_ANSWER_LIMBS * tokens * in_features) & 1
+    planes = (drawn * 255).astype(np.uint8).reshape(KNOWN_ANSWER_LIMBS, tokens, in_features)
+    planes[:, 0, :] = 255
+    planes[:, 1, :] = 0
+    planes[:, 2, 0::2], planes[:, 2, 1::2] = 255, 0
+    return planes, encrypted_linear_reference(planes, known_answer_weight(plan_id), KNOWN_ANSWER_REPLY_BYTES)
+
+
+def _expand(plan_id: str, label: str, count: int) -> np.ndarray:
+    """`count` bytes from SHAKE-256 of the plan: the same on every platform and numpy version."""
+    stream = hashlib.shake_256(f"hecompile known answer v1 {label} {plan_id}".encode()).digest(count)
+    return np.frombuffer(stream, dtype=np.uint8)
+
+
+def _dimensions(model: ir.Model) -> tuple[tuple[int, int], tuple[int, int]]:
+    """((upload_limbs, in_features), (reply_bytes, out_features)) from the shapes of the graph's input and output."""
+    sides = []
+    for values in (model.graph.inputs, model.graph.outputs):
+        shape = values[0].shape if len(values) == 1 else None
+        if shape is None or len(shape) != 3 or not isinstance(shape[0], int) or not isinstance(shape[2], int):
+            raise LegalityError(f"circuit {model.graph.name} has no single input and output of rank 3 with known sizes")
+        sides.append((shape[0], shape[2]))
+    return sides[0], sides[1]
+
+
+def _circuit_path(name: str, suffix: str) -> str:
+    return f"circuits/{name}.{suffix}"
+
+
+def _describe(directory: Path, path: str) -> BundleFile:
+    return BundleFile(path=path, bytes=(directory / path).stat().st_size, sha256=_sha256(directory / path))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read_manifest(directory: Path) -> _Manifest:
+    path = directory / MANIFEST
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{directory} is not a worker bundle: {MANIFEST} is missing; {_REMEDY}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise _damaged(path, f"it cannot be read ({type(error).__name__})") from error
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise InputError(f"{path} is not the manifest of a worker bundle; {_REMEDY}")
+    if raw.get("version") != VERSION:
+        found = raw.get("version")
+        raise InputError(f"{path} has version {found!r}, this program reads {VERSION}; compile the model again")
+    try:
+        return _Manifest.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def _check_file(directory: Path, file: BundleFile, expected_path: str) -> None:
+    path = directory / expected_path
+    if file.path != expected_path:
+        raise _damaged(directory / MANIFEST, f"it names {file.path!r} where {expected_path} belongs")
+    if not path.is_file():
+        raise _damaged(path, "it is missing")
+    if (size := path.stat().st_size) != file.bytes:
+        raise _damaged(path, f"it has {size} bytes instead of {file.bytes}")
+    if _sha256(path) != file.sha256:
+        raise _damaged(path, "its SHA-256 is not the manifest's")
+
+
+def _damaged(path: Path, reason: str) -> InputError:
+    return InputError(f"worker bundle file {path} is damaged: {reason}; copy the bundle or compile the model again")
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write worker bundle {target}: {error.strerror or error}") from error

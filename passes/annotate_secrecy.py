@@ -1,0 +1,41 @@
+"""Mark every value public or secret.
+
+    tokens, LoRA matrices, the attention bias (it tells lengths)  →  secret
+    frozen weights, constants, positions                           →  public
+    a node's outputs                                               →  secret if any input is, else public
+
+The lattice has two points and the rule is monotone, so one sweep in graph order reaches the least fixed point (Denning,
+"A lattice model of secure information flow", 1976).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from hecompile.ir import SECRECY
+
+PUBLIC_INPUTS = frozenset({"position_ids"})
+"""Graph inputs that say nothing of the data: every other input is secret."""
+
+
+@dataclass(frozen=True)
+class AnnotateSecrecy(ir.passes.InPlacePass):
+    """Writes the secrecy of every value into its metadata."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        for value in model.graph.inputs:
+            value.metadata_props[SECRECY] = "public" if value.name in PUBLIC_INPUTS else "secret"
+        for value in model.graph.initializers.values():
+            value.metadata_props[SECRECY] = "public"
+        for node in model.graph:
+            secret = any(value is not None and value.metadata_props[SECRECY] == "secret" for value in node.inputs)
+            for output in node.outputs:
+                output.metadata_props[SECRECY] = "secret" if secret else "public"
+        return ir.passes.PassResult(model, True)
+
+    def ensures(self, model: ir.Model) -> None:
+        for output in model.graph.outputs:
+            if output.metadata_props.get(SECRECY) != "secret":
+                raise ir.passes.PostconditionError(f"the graph output {output.name} does not depend on any secret")

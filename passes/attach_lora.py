@@ -1,0 +1,79 @@
+"""Put a trainable low-rank branch beside each targeted Linear.
+
+    y = Linear(x, W)   →   y = Add(Linear(x, W), Lora(x, A, B; scaling = lora_alpha / r, dropout = lora_dropout))
+
+A [r, in] and B [out, r] become graph inputs named as in PEFT's adapter file, so that the compiled plan holds no adapter and
+any PEFT adapter of the same shape can be run with it (Hu et al., arXiv 2106.09685; names and semantics of PEFT's
+LoraConfig). Exact where B = 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from hecompile.errors import InputError
+from hecompile.ir import DOMAIN, ORIGIN, module_path, nodes_of_type, replace_node
+
+LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def lora_name(path: str, matrix: str) -> str:
+    """Key of a LoRA matrix (`lora_A` or `lora_B`) in PEFT's adapter_model.safetensors."""
+    return f"base_model.model.{path}.{matrix}.weight"
+
+
+@dataclass(frozen=True)
+class AttachLora(ir.passes.InPlacePass):
+    """Adds LoRA branches; options as in PEFT's LoraConfig.
+
+    Raises InputError for a target that no Linear of the graph has, or options out of range.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] = LLAMA_LINEARS
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise InputError(f"LoRA r must be at least 1, got {self.r}")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise InputError(f"LoRA dropout must be in [0, 1), got {self.lora_dropout}")
+        if not self.target_modules:
+            raise InputError(f"target_modules is empty; give one or more of {', '.join(LLAMA_LINEARS)}")
+        unknown = sorted(set(self.target_modules) - set(LLAMA_LINEARS))
+        if unknown:
+            raise InputError(f"target module {unknown[0]!r} does not exist; choose from {', '.join(LLAMA_LINEARS)}")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        targets = [n for n in nodes_of_type(model, "Linear") if module_path(n).rpartition(".")[2] in self.target_modules]
+        for target in self.target_modules:
+            if not any(module_path(node).endswith(f".{target}") for node in targets):
+                raise InputError(f"target module {target!r} does not exist in this model")
+        for node in targets:
+            self._attach(model.graph, node)
+        return ir.passes.PassResult(model, bool(targets))
+
+    def _attach(self, graph: ir.Graph, node: ir.Node) -> None:
+        path = module_path(node)
+        x, weight = node.inputs
+        assert x is not None and weight is not None and weight.shape is not None
+        out_features, in_features = weight.shape
+        lora_a = _trainable(graph, lora_name(path, "lora_A"), (self.r, in_features))
+        lora_b = _trainable(graph, lora_name(path, "lora_B"), (out_features, self.r))
+        frozen = ir.node("Linear", [x, weight], domain=DOMAIN, metadata_props={ORIGIN: path})
+        attributes = {"scaling": float(self.lora_alpha / self.r), "dropout": float(self.lora_dropout)}
+        branch = ir.node("Lora", [x, lora_a, lora_b], attributes, domain=DOMAIN, metadata_props={ORIGIN: path})
+        total = ir.node("Add", [frozen.outputs[0], branch.outputs[0]], metadata_props={ORIGIN: path})
+        for part, suffix in ((frozen, "frozen"), (branch, "lora")):
+            part.outputs[0].name = f"{path}.{suffix}"
+            part.outputs[0].type, part.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+        replace_node(node, [frozen, branch, total], total.outputs)
+
+
+def _trainable(graph: ir.Graph, name: str, shape: tuple[int | ir.SymbolicDim, ...]) -> ir.Value:
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+    graph.inputs.append(value)
+    return value

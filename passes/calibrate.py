@@ -1,0 +1,85 @@
+"""Run the graph on sample tokens, forward and backward, and record what each Linear sees.
+
+    Linear(x, W)  →  the same node; x and y carry {"max", "crest"} of activations, y also those of its gradient
+
+`crest` is the root mean square, over tokens, of max|x| / rms(x) within a token: with per-token scaling it says how far
+the rms of an encoded token lies below the largest integer, hence what precision a given noise leaves. `max` is the largest
+magnitude and feeds the domains of polynomial approximations. The tokens need not be private: any text of the model's
+language will do. Records only; the function of the graph is unchanged.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from hecompile.errors import InputError
+from hecompile.interpreter import Interpreter, graph_inputs
+from hecompile.ir import DOMAIN, GRADIENT_RANGE, RANGE, nodes_of_type
+
+
+@dataclass(frozen=True)
+class Calibrate(ir.passes.InPlacePass):
+    """Records ranges. `samples`: token ids, one tuple per sequence, of equal lengths ≥ 2."""
+
+    samples: tuple[tuple[int, ...], ...]
+
+    def requires(self, model: ir.Model) -> None:
+        if not self.samples or len({len(sample) for sample in self.samples}) != 1 or len(self.samples[0]) < 2:
+            raise InputError("calibration needs one or more sequences of one length of at least 2 tokens")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        watched = {value for node in _linears(model) for value in (node.inputs[0], node.outputs[0])}
+        seen: dict[ir.Value, Tensor] = {}
+
+        def observe(value: ir.Value, result: Tensor) -> None:
+            if value in watched:
+                if not result.requires_grad:
+                    result.requires_grad_()  # a leaf here: everything before it is frozen
+                result.retain_grad()
+                seen[value] = result
+
+        with torch.enable_grad():
+            input_ids = torch.tensor(self.samples, dtype=torch.int64)
+            inputs = graph_inputs(input_ids, torch.ones_like(input_ids)) | _adapter_at_zero(model)
+            logits = Interpreter(model).run(inputs, observer=observe)[str(model.graph.outputs[0].name)]
+            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()).backward()
+        for value, tensor in seen.items():
+            value.metadata_props[RANGE] = _summary(tensor.detach())
+        for node in _linears(model):
+            gradient = seen[node.outputs[0]].grad
+            if gradient is not None:
+                node.outputs[0].metadata_props[GRADIENT_RANGE] = _summary(gradient)
+        return ir.passes.PassResult(model, True)
+
+    def ensures(self, model: ir.Model) -> None:
+        for node in _linears(model):
+            if RANGE not in node.outputs[0].metadata_props:
+                raise ir.passes.PostconditionError(f"{node.name} was not reached by calibration")
+
+
+def _linears(model: ir.Model) -> list[ir.Node]:
+    return list(nodes_of_type(model, "Linear", DOMAIN))
+
+
+def _adapter_at_zero(model: ir.Model) -> dict[str, Tensor]:
+    return {
+        str(value.name): torch.zeros(tuple(int(dim) for dim in value.shape))  # type: ignore[union-attr]
+        for value in model.graph.inputs
+        if ".lora_" in str(value.name)
+    }
+
+
+def _summary(tensor: Tensor) -> str:
+    """JSON of the largest magnitude and the crest factor over tokens; tokens that are all zero do not count."""
+    rows = tensor.reshape(-1, tensor.shape[-1])  # [T, features]
+    peak = rows.abs().amax(dim=1)  # [T]
+    live = peak > 0
+    if not bool(live.any()):
+        return json.dumps({"max": 0.0, "crest": 1.0})
+    crest = peak[live] / rows[live].pow(2).mean(dim=1).sqrt()  # [live tokens]
+    return json.dumps({"max": float(f"{peak.max():.4g}"), "crest": float(f"{crest.pow(2).mean().sqrt():.4g}")})

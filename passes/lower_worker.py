@@ -1,0 +1,230 @@
+"""Lower the encrypted linear of a worker circuit to standard integer ONNX operators.
+
+    reply = hecompile.EncryptedLinear(ciphertext, weight) {upload_limbs=L, reply_bytes=R}
+      →  word  = Σ_l uint32(MatMulInteger(ciphertext[l], weight)) · 2^(8l)              (mod 2^32, read mod 2^(8L))
+         reply = the top R of the L bytes of word + 2^(8(L-R)-1), as byte planes
+
+The ciphertext word is `c = Σ_l plane_l · 2^(8l)`, so by linearity `c·W = Σ_l (plane_l·W) · 2^(8l)`; every product is a
+uint8 × int8 integer matrix product whose int32 accumulator cannot overflow while `255 · 128 · features_in < 2^31`, and
+everything after it is arithmetic mod 2^32. The result is exact: the only rounding is the one asked for by
+`reply_bytes < upload_limbs`, of at most half a unit of the lowest byte that is sent. `Add` and `Mul` are used and never
+`ReduceSum`, which ONNX Runtime computes inexactly on integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from hecompile.errors import LegalityError
+from hecompile.ir import DOMAIN, ORIGIN, add_initializer, nodes_of_type, replace_node
+
+ENCRYPTED_LINEAR = "EncryptedLinear"
+MAX_LIMBS = 4
+"""q = 2^32 is four bytes."""
+
+MAX_FEATURES_IN = (2**31 - 1) // (255 * 128)
+"""Largest inner dimension whose |uint8 × int8| sums stay below 2^31: 65793."""
+
+ONNX_OPSET = 18
+"""The first with BitwiseAnd."""
+
+ONNX_IR_VERSION = 10
+STANDARD_OPERATORS = frozenset({"Slice", "MatMulInteger", "Cast", "Mul", "Add", "BitShift", "BitwiseAnd", "Concat"})
+INTEGER_TYPES = frozenset(
+    {ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.INT32, ir.DataType.UINT32, ir.DataType.INT64}
+)
+
+
+class LowerWorker(ir.passes.InPlacePass):
+    """Replace every `hecompile.EncryptedLinear` of a worker circuit; `modified` is False when there is none.
+
+    requires: each such node has a uint8 ciphertext [upload_limbs, T, features_in], an int8 initializer
+    [features_in, features_out], `1 <= reply_bytes <= upload_limbs <= 4` and `features_in <= 65793`.
+    ensures: only standard operators, integer tensors and constants, and an origin on every node.
+    Both raise `LegalityError`, which the pass base chains into `PreconditionError` and `PostconditionError`.
+    """
+
+    def requires(self, model: ir.Model) -> None:
+        for node in nodes_of_type(model, ENCRYPTED_LINEAR):
+            check_encrypted_linear(node)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        nodes = list(nodes_of_type(model, ENCRYPTED_LINEAR))
+        for node in nodes:
+            lowered, reply = lower_encrypted_linear(node)
+            replace_node(node, lowered, [reply])
+        model.opset_imports.pop(DOMAIN, None)
+        return ir.passes.PassResult(model, modified=bool(nodes))
+
+    def ensures(self, model: ir.Model) -> None:
+        for node in model.graph:
+            if node.domain != "" or node.op_type not in STANDARD_OPERATORS:
+                raise LegalityError(
+                    f"worker circuit {model.graph.name}: node {node.name} is {node.domain}.{node.op_type}; "
+                    f"a worker runs only {', '.join(sorted(STANDARD_OPERATORS))}"
+                )
+            if ORIGIN not in node.metadata_props:
+                raise LegalityError(f"worker circuit {model.graph.name}: node {node.name} does not say its origin")
+        for value in _values(model.graph):
+            if value.dtype not in INTEGER_TYPES:
+                dtype = "no type" if value.dtype is None else value.dtype.name
+                raise LegalityError(
+                    f"worker circuit {model.graph.name}: value {value.name} has {dtype}; only integers are exact"
+                )
+
+
+def encrypted_linear_model(weight: np.ndarray, upload_limbs: int, reply_bytes: int, name: str) -> ir.Model:
+    """The circuit of one linear before lowering: a single `hecompile.EncryptedLinear`.
+
+    weight: int8 [features_in, features_out], the right-hand side of the product (for a module weight W [out, in] that
+    is Wᵀ forward and W backward). name: the circuit's name. Raises LegalityError on another dtype or rank.
+    """
+    if weight.dtype != np.int8 or weight.ndim != 2 or 0 in weight.shape:
+        raise LegalityError(f"circuit {name}: weight is {weight.dtype} {list(weight.shape)}; needs int8 [in, out]")
+    features_in, features_out = weight.shape
+    ciphertext_shape = ir.Shape([upload_limbs, "T", features_in])
+    ciphertext = ir.Value(name="ciphertext", shape=ciphertext_shape, type=ir.TensorType(ir.DataType.UINT8))
+    graph = ir.Graph([ciphertext], [], nodes=[], opset_imports={"": ONNX_OPSET, DOMAIN: 1}, name=name)
+    constant = add_initializer(graph, "weight", np.ascontiguousarray(weight))
+    attributes = {"upload_limbs": upload_limbs, "reply_bytes": reply_bytes}
+    node = ir.node(ENCRYPTED_LINEAR, [ciphertext, constant], attributes, domain=DOMAIN, name=name)
+    node.metadata_props[ORIGIN] = name
+    reply = node.outputs[0]
+    reply.name, reply.type = "reply", ir.TensorType(ir.DataType.UINT8)
+    reply.shape = ir.Shape([reply_bytes, "T", features_out])
+    graph.append(node)
+    graph.outputs.append(reply)
+    return ir.Model(graph, ir_version=ONNX_IR_VERSION, producer_name="hecompile")
+
+
+def encrypted_linear_reference(planes: np.ndarray, weight: np.ndarray, reply_bytes: int) -> np.ndarray:
+    """What `EncryptedLinear` means, in int64: slow and plain, for the tests and the known answer.
+
+    planes: uint8 [upload_limbs, T, in]; weight: int8 [in, out]. Returns uint8 [reply_bytes, T, out]:
+    Y = W·word mod 2^(8L), rounded to nearest by adding 2^(8(L-R)-1), then its top R bytes, lowest first. |Y| stays
+    below 2^32 · 2^7 · in, so int64 holds it for every in < 2^24.
+    """
+    limbs = planes.shape[0]
+    scales = np.int64(256) ** np.arange(limbs, dtype=np.int64)
+    word = np.tensordot(scales, planes.astype(np.int64), axes=1)  # [T, in]
+    dropped_bits = 8 * (limbs - reply_bytes)
+    half = 1 << (dropped_bits - 1) if dropped_bits else 0
+    product = word @ weight.astype(np.int64) + np.int64(half)  # [T, out]
+    kept = [(product >> (dropped_bits + 8 * r)) & 255 for r in range(reply_bytes)]
+    return np.stack(kept).astype(np.uint8)  # [reply_bytes, T, out]
+
+
+def check_encrypted_linear(node: ir.Node) -> None:
+    """Say why `node` cannot be lowered. Raises LegalityError with the node's name and the numbers."""
+    where = f"EncryptedLinear {node.name}"
+    ciphertext, weight = node.inputs if len(node.inputs) == 2 else (None, None)
+    if ciphertext is None or weight is None:
+        raise LegalityError(f"{where} has {len(node.inputs)} inputs; it takes (ciphertext, weight)")
+    limbs, reply_bytes = _limb_counts(node)
+    if not 1 <= reply_bytes <= limbs <= MAX_LIMBS:
+        raise LegalityError(
+            f"{where}: upload_limbs {limbs}, reply_bytes {reply_bytes}; needs 1 <= reply_bytes <= upload_limbs <= 4"
+        )
+    constant = weight.const_value
+    if constant is None or weight.dtype != ir.DataType.INT8 or len(constant.shape) != 2:
+        raise LegalityError(f"{where}: the weight {weight.name} must be a constant int8 [features_in, features_out]")
+    features_in, _ = constant.shape.numpy()
+    if ciphertext.dtype != ir.DataType.UINT8 or ciphertext.shape is None or len(ciphertext.shape) != 3:
+        raise LegalityError(f"{where}: the ciphertext must be uint8 [upload_limbs, T, features_in]")
+    if ciphertext.shape[0] != limbs or ciphertext.shape[2] != features_in:
+        raise LegalityError(
+            f"{where}: ciphertext {ciphertext.shape} does not fit {limbs} limbs and weight {constant.shape}"
+        )
+    if features_in > MAX_FEATURES_IN:
+        raise LegalityError(
+            f"{where}: {features_in} input features; the int32 accumulator holds 255 · 128 · features_in < 2^31, that "
+            f"is at most {MAX_FEATURES_IN}; split the linear by columns"
+        )
+
+
+def lower_encrypted_linear(node: ir.Node) -> tuple[list[ir.Node], ir.Value]:
+    """The standard nodes that compute `node`, in order, and the value that stands for its output."""
+    limbs, reply_bytes = _limb_counts(node)
+    ciphertext, weight = node.inputs
+    assert ciphertext is not None and ciphertext.shape is not None and weight is not None
+    assert weight.const_value is not None
+    tokens = ciphertext.shape[1]
+    features_in, features_out = weight.const_value.shape.numpy()
+    emit = _Emitter(node)
+
+    axis = emit.constant("limb_axis", np.array([0], dtype=np.int64))
+    bounds = [emit.constant(f"limb_{k}", np.array([k], dtype=np.int64)) for k in range(limbs + 1)]
+    plane_shape = ir.Shape([1, tokens, features_in])
+    product_shape = ir.Shape([1, tokens, features_out])
+
+    word: ir.Value | None = None
+    for k in range(limbs):
+        plane = emit("Slice", [ciphertext, bounds[k], bounds[k + 1], axis], f"plane_{k}", "UINT8", plane_shape)
+        product = emit("MatMulInteger", [plane, weight], f"product_{k}", "INT32", product_shape)
+        term = emit("Cast", [product], f"term_{k}", "UINT32", product_shape, to=ir.DataType.UINT32)
+        if k > 0:
+            scale = emit.constant(f"scale_{k}", np.array(2 ** (8 * k), dtype=np.uint32))
+            term = emit("Mul", [term, scale], f"scaled_{k}", "UINT32", product_shape)
+        word = term if word is None else emit("Add", [word, term], f"word_{k}", "UINT32", product_shape)
+    assert word is not None
+
+    dropped_bits = 8 * (limbs - reply_bytes)
+    if dropped_bits:
+        half = emit.constant("half", np.array(2 ** (dropped_bits - 1), dtype=np.uint32))
+        word = emit("Add", [word, half], "rounded", "UINT32", product_shape)
+    low_byte = emit.constant("low_byte", np.array(255, dtype=np.uint32))
+    planes = []
+    for r in range(reply_bytes):
+        byte = word
+        if shift := dropped_bits + 8 * r:
+            amount = emit.constant(f"shift_{shift}", np.array(shift, dtype=np.uint32))
+            byte = emit("BitShift", [word, amount], f"shifted_{r}", "UINT32", product_shape, direction="RIGHT")
+        # The mask makes the narrowing cast in-range: ONNX leaves an out-of-range cast to the implementation.
+        byte = emit("BitwiseAnd", [byte, low_byte], f"masked_{r}", "UINT32", product_shape)
+        planes.append(emit("Cast", [byte], f"reply_{r}", "UINT8", product_shape, to=ir.DataType.UINT8))
+    reply_shape = ir.Shape([reply_bytes, tokens, features_out])
+    return emit.nodes, emit("Concat", planes, "reply", "UINT8", reply_shape, axis=0)
+
+
+class _Emitter:
+    """Collects the nodes made from one node; names and origins start with that node's name."""
+
+    def __init__(self, source: ir.Node) -> None:
+        assert isinstance(source.graph, ir.Graph)
+        self._graph = source.graph
+        self._prefix = source.name or ENCRYPTED_LINEAR
+        self._origin = source.metadata_props.get(ORIGIN) or self._prefix
+        self.nodes: list[ir.Node] = []
+
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        return add_initializer(self._graph, f"{self._prefix}.{name}", array)
+
+    def __call__(
+        self, op_type: str, inputs: list[ir.Value], name: str, dtype: str, shape: ir.Shape, **attributes: int | str
+    ) -> ir.Value:
+        full_name = f"{self._prefix}.{name}"
+        node = ir.node(op_type, inputs, attributes, name=full_name)
+        node.metadata_props[ORIGIN] = self._origin
+        output = node.outputs[0]
+        output.name, output.type, output.shape = full_name, ir.TensorType(ir.DataType[dtype]), shape
+        self.nodes.append(node)
+        return output
+
+
+def _limb_counts(node: ir.Node) -> tuple[int, int]:
+    counts = []
+    for name in ("upload_limbs", "reply_bytes"):
+        if name not in node.attributes:
+            raise LegalityError(f"EncryptedLinear {node.name} has no attribute {name}")
+        counts.append(node.attributes[name].as_int())
+    return counts[0], counts[1]
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs

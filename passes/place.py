@@ -1,0 +1,125 @@
+"""Assign every node to the client or the worker by a minimum s-t cut over measured costs.
+
+    QuantizedLinear(secret x, public Q, s)  →  @client or @worker, whichever makes the whole step cheaper
+    everything else                          →  @client (it must see plaintext)
+
+The cut (source side = client): an edge source → node costs what the worker needs for the node, node → sink what the client
+needs; a value that crosses is paid once however many nodes on the other side use it (an auxiliary vertex per value and
+direction). Costs are seconds per token for one forward and one backward pass. Minimum cut = cheapest placement (Stone,
+"Multiprocessor scheduling with the aid of network flow algorithms", 1977).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import networkx as nx
+import onnx_ir as ir
+
+from hecompile.ir import PLACEMENT, SECRECY
+from hecompile.secrecy import WORKER_OPERATORS, check_placement
+
+Policy = Literal["offload", "cheapest"]
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Speeds of a client, a worker and the link between them. Defaults: two CPU cores on both sides, 1 Gbit/s.
+
+    Measured by the benchmarks; only ratios matter for the placement.
+    """
+
+    client_flops: float = 3.0e11
+    """float32 operations per second of the client (multiply and add count as two)."""
+    worker_flops: float = 1.0e12
+    """int8 operations per second of the worker."""
+    bandwidth: float = 1.25e8
+    """bytes per second, each way."""
+    encrypt_seconds: float = 4.0e-8
+    """client seconds to encrypt one element."""
+    decrypt_seconds: float = 4.0e-8
+    """client seconds to decrypt one element."""
+    upload_limbs: int = 4
+    reply_bytes: int = 4
+
+    def crossing_seconds(self, features: int) -> float:
+        """One value of `features` elements up and its gradient down, or the reverse: the price is the same."""
+        wire = (self.upload_limbs + self.reply_bytes) / self.bandwidth
+        return features * (wire + self.encrypt_seconds + self.decrypt_seconds)
+
+    def client_seconds(self, multiplications: int) -> float:
+        """Forward and backward product on the client."""
+        return 4 * multiplications / self.client_flops
+
+    def worker_seconds(self, multiplications: int) -> float:
+        """Forward and backward product on the worker, one integer product per limb."""
+        return 4 * multiplications * self.upload_limbs / self.worker_flops
+
+
+@dataclass(frozen=True)
+class Place(ir.passes.InPlacePass):
+    """Writes the placement of every node into its metadata.
+
+    policy "offload" (default) pins the decoder's quantised linears to the worker, so that the client holds none of their
+    weights; "cheapest" leaves them to the cut.
+    """
+
+    policy: Policy = "offload"
+    costs: CostModel = field(default_factory=CostModel)
+
+    def requires(self, model: ir.Model) -> None:
+        for node in model.graph:
+            if any(SECRECY not in output.metadata_props for output in node.outputs):
+                raise ir.passes.PreconditionError("run annotate_secrecy before place")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        on_worker = self._worker_side(model)
+        for node in model.graph:
+            node.metadata_props[PLACEMENT] = "worker" if node in on_worker else "client"
+        return ir.passes.PassResult(model, True)
+
+    def ensures(self, model: ir.Model) -> None:
+        check_placement(model)
+
+    def _worker_side(self, model: ir.Model) -> set[ir.Node]:
+        cut = nx.DiGraph()
+        cut.add_nodes_from(("client", "worker"))
+        for node in model.graph:
+            if (node.domain, node.op_type) not in WORKER_OPERATORS:
+                cut.add_edge("client", node)  # no capacity: infinite, pinned to the client
+                continue
+            weight = node.inputs[1]
+            assert weight is not None and weight.shape is not None
+            multiplications = int(weight.shape[0]) * int(weight.shape[1])
+            cut.add_edge("client", node, capacity=self.costs.worker_seconds(multiplications))
+            if self.policy == "offload":
+                cut.add_edge(node, "worker")
+            else:
+                cut.add_edge(node, "worker", capacity=self.costs.client_seconds(multiplications))
+        for value in _computed_values(model):
+            self._add_crossing(cut, value)
+        _, (_, worker_side) = nx.minimum_cut(cut, "client", "worker")
+        return {vertex for vertex in worker_side if isinstance(vertex, ir.Node)}
+
+    def _add_crossing(self, cut: nx.DiGraph, value: ir.Value) -> None:
+        """The value's price, once, if any consumer stands on the other side of its producer."""
+        price = self.costs.crossing_seconds(_features(value))
+        producer = value.producer() if value.producer() is not None else "client"
+        up, down = ("up", value), ("down", value)
+        cut.add_edge(producer, up, capacity=price)
+        cut.add_edge(down, producer, capacity=price)
+        for consumer in value.consumers():
+            cut.add_edge(up, consumer)
+            cut.add_edge(consumer, down)
+
+
+def _computed_values(model: ir.Model) -> list[ir.Value]:
+    inputs = [value for value in model.graph.inputs if value.consumers()]
+    return inputs + [output for node in model.graph for output in node.outputs if output.consumers()]
+
+
+def _features(value: ir.Value) -> int:
+    """Elements per token of a value [batch, sequence, features]; other shapes never cross and count as one."""
+    last = value.shape[-1] if value.shape is not None and len(value.shape) else 1
+    return last if isinstance(last, int) else 1

@@ -1,0 +1,78 @@
+"""Split the graph at the LoRA boundary: a client plan with RemoteLinear nodes, and one worker circuit per product.
+
+    QuantizedLinear(x, Q, s) @worker  →  client:  RemoteLinear(x, s; linear = name)
+                                          worker:  name.forward = EncryptedLinear(ciphertext, Qᵀ),
+                                                   name.backward = EncryptedLinear(ciphertext, Q)
+
+The weights leave the client plan, the scales stay in it. Nothing secret can reach a worker circuit: its only constant is a
+frozen weight, whose secrecy is checked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+
+from hecompile.errors import LegalityError, SecurityError
+from hecompile.he.parameters import LinearParameters
+from hecompile.ir import (
+    DOMAIN,
+    ORIGIN,
+    PLACEMENT,
+    SECRECY,
+    attributes_of,
+    constant_of,
+    module_path,
+    nodes_of_type,
+    replace_node,
+)
+from hecompile.plan import DIRECTIONS, RemoteCircuit, SplitPlan
+from hecompile.secrecy import check_placement
+
+
+@dataclass(frozen=True)
+class Split:
+    """Not a graph-to-graph pass: it ends the common pipeline and yields two artefacts."""
+
+    def __call__(self, model: ir.Model) -> SplitPlan:
+        """Consumes `model`. Raises LegalityError when parameters were not selected, SecurityError on a secret weight."""
+        check_placement(model)
+        circuits: list[RemoteCircuit] = []
+        for node in nodes_of_type(model, "QuantizedLinear"):
+            if node.metadata_props.get(PLACEMENT) == "worker":
+                circuits.extend(_circuits(node))
+                _make_remote(node)
+        common.RemoveUnusedNodesPass()(model)
+        return SplitPlan(model, tuple(circuits))
+
+
+def _circuits(node: ir.Node) -> Iterator[RemoteCircuit]:
+    name, value = module_path(node), node.inputs[1]
+    if value is None or value.metadata_props.get(SECRECY) != "public":
+        raise SecurityError(f"the weight of {name} is not marked public; it must not be given to the worker")
+    weight = constant_of(value)
+    if weight is None or "forward_upload_limbs" not in node.attributes:
+        raise LegalityError(f"{name}: run quantize and select_parameters before split")
+    attributes = attributes_of(node)
+    for direction, matrix in zip(DIRECTIONS, (weight, weight.T), strict=True):
+        rows = np.ascontiguousarray(matrix)  # [features_out, features_in]
+        limbs, reply = attributes[f"{direction}_upload_limbs"], attributes[f"{direction}_reply_bytes"]
+        parameters = LinearParameters.from_weight(torch.from_numpy(rows), upload_limbs=limbs, reply_bytes=reply)
+        yield RemoteCircuit(name, direction, parameters, rows.T, attributes[f"{direction}_crest"])
+
+
+def _make_remote(node: ir.Node) -> None:
+    name = module_path(node)
+    remote = ir.node(
+        "RemoteLinear",
+        [node.inputs[0], node.inputs[2]],
+        {"linear": name} | attributes_of(node),
+        domain=DOMAIN,
+        metadata_props={ORIGIN: name, PLACEMENT: "client"},
+    )
+    replace_node(node, [remote], remote.outputs)

@@ -1,0 +1,74 @@
+"""The last look at a split plan, before anything is written: legality, security, overflow, noise, secrecy.
+
+    (client plan, circuits, ring)  →  the same, or an error that names the node and the numbers
+
+Changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from hecompile.errors import LegalityError, SecurityError
+from hecompile.he.parameters import RingParameters
+from hecompile.he.security import MINIMUM_BITS
+from hecompile.ir import PLACEMENT, attributes_of, nodes_of_type
+from hecompile.legality import CLIENT_PLAN, check_stage
+from hecompile.plan import DIRECTIONS, RemoteCircuit, SplitPlan
+
+_ACCUMULATOR_LIMIT = 2**31
+_LARGEST_PRODUCT = 255 * 128  # of an uint8 limb and an int8 weight
+
+
+@dataclass(frozen=True)
+class Validate:
+    """`effective_bits`: the precision that every product must be predicted to have."""
+
+    ring: RingParameters
+    effective_bits: float
+
+    def __call__(self, plan: SplitPlan) -> None:
+        """Raises LegalityError or SecurityError."""
+        check_stage(plan.client, CLIENT_PLAN)
+        if self.ring.insecure or self.ring.security_bits < MINIMUM_BITS:
+            raise SecurityError(f"the ring gives {self.ring.security_bits} bits of security, under {MINIMUM_BITS}")
+        circuits = {circuit.name: circuit for circuit in plan.circuits}
+        self._check_matching(plan, circuits)
+        for circuit in plan.circuits:
+            self._check_circuit(circuit)
+        _check_client_holds_no_weight(plan)
+
+    def _check_matching(self, plan: SplitPlan, circuits: dict[str, RemoteCircuit]) -> None:
+        named = {attributes_of(node)["linear"] for node in nodes_of_type(plan.client, "RemoteLinear")}
+        wanted = {f"{linear}.{direction}" for linear in named for direction in DIRECTIONS}
+        for missing in sorted(wanted ^ circuits.keys()):
+            raise LegalityError(f"circuit {missing} is {'missing' if missing in wanted else 'used by no RemoteLinear'}")
+        for node in plan.client.graph:
+            if node.metadata_props.get(PLACEMENT) == "worker":
+                raise SecurityError(f"node {node.name} ({node.op_type}) is placed on the worker but stands in the client plan")
+
+    def _check_circuit(self, circuit: RemoteCircuit) -> None:
+        parameters = circuit.parameters
+        accumulated = _LARGEST_PRODUCT * parameters.in_features
+        if accumulated >= _ACCUMULATOR_LIMIT:
+            raise LegalityError(
+                f"{circuit.name}: {parameters.in_features} inputs sum up to {accumulated}, over the int32 accumulator's 2^31"
+            )
+        if circuit.weight.shape != (parameters.in_features, parameters.out_features):
+            raise LegalityError(f"{circuit.name}: the weight is {circuit.weight.shape}, its parameters say otherwise")
+        worst = parameters.max_l1 * parameters.input_bound + parameters.noise_bound
+        if worst >= 2**31:
+            raise LegalityError(f"{circuit.name}: a result can reach {worst}, over q/2 = 2^31")
+        if circuit.effective_bits < self.effective_bits - 1e-6:
+            raise LegalityError(
+                f"{circuit.name}: {circuit.effective_bits:.2f} effective bits predicted, {self.effective_bits} asked for"
+            )
+
+
+def _check_client_holds_no_weight(plan: SplitPlan) -> None:
+    """A remote weight must have left the client plan: an int8 constant there belongs to a linear computed there."""
+    for name, value in plan.client.graph.initializers.items():
+        if value.dtype == ir.DataType.INT8 and not any(n.op_type == "QuantizedLinear" for n in value.consumers()):
+            raise LegalityError(f"the client plan still holds the weight {name}, which no node of it uses")

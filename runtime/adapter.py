@@ -1,0 +1,152 @@
+"""What the trainer asks of a model (`AdapterModel`), and LoRA adapters on disk in PEFT's format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import peft
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers.modeling_outputs import CausalLMOutput
+
+from hecompile.errors import InputError
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+# The settings besides the matrices that change what an adapter computes (`lora_dropout` acts in training only).
+_DEFINING = (
+    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern"
+)  # fmt: skip
+
+
+class AdapterModel(Protocol):
+    """A causal language model with a frozen base and a trainable LoRA adapter; it is also a `torch.nn.Module`.
+
+    Its trainable parameters are the matrices of `adapter_state()`, float32, and nothing else. `train()` and `eval()`
+    switch LoRA's dropout.
+    """
+
+    @property
+    def sequence_buckets(self) -> tuple[int, ...]:
+        """The sequence lengths S that a batch may have."""
+
+    @property
+    def batch_size(self) -> int:
+        """The most rows B that a batch may have; fewer are as good."""
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """The most tokens B * S that a batch may have, padding included."""
+
+    @property
+    def peft_config(self) -> peft.LoraConfig:
+        """The LoRA settings, fixed when the model was exported."""
+
+    def __call__(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> CausalLMOutput:
+        """Predict from int64 [B, S] each; padding is on the right, `attention_mask` is 0 there and `labels` -100.
+
+        Returns logits float32 [B, S, V] and, given labels, the loss: the mean cross entropy in nats over the unmasked
+        labels of the batch, logits at i against the label at i + 1. Logits are unspecified at padding and, given
+        labels, at each i whose label at i + 1 is masked.
+        """
+
+    def adapter_state(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters themselves, keyed as in PEFT's `adapter_model.safetensors`, for example
+        `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`; A is [r, in] and B is [out, r]."""
+
+    def load_adapter_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Copy values into the existing parameters; keys and shapes are those of `adapter_state()`."""
+
+    def stats(self) -> dict[str, float]:
+        """Cumulative figures since the model was made: `client_crypto_seconds`, `worker_seconds`, `wire_seconds`,
+        `bytes_up`, `bytes_down` and `tokens`, the attended tokens that went forward."""
+
+
+def save_adapter(
+    model: AdapterModel, directory: str | Path, base_model_name_or_path: str | Path | None = None
+) -> Path:
+    """Write the adapter for `PeftModel.from_pretrained(base, directory)`; same adapter, same bytes.
+
+    `base_model_name_or_path` is only recorded; by default it is the one in `model.peft_config`. The directory appears
+    whole or not at all. One that exists is replaced if it holds an adapter, and is an `InputError` otherwise.
+    """
+    directory = Path(directory)
+    if directory.exists() and not (directory / CONFIG_FILE).is_file():
+        raise InputError(f"{directory} exists and is not an adapter directory; give another place to save the adapter")
+    config = model.peft_config.to_dict()
+    config["inference_mode"] = True  # as PEFT saves it: a loaded adapter is frozen unless asked otherwise
+    if base_model_name_or_path is not None:
+        config["base_model_name_or_path"] = str(base_model_name_or_path)
+    text = json.dumps(config, indent=2, sort_keys=True, default=_jsonable) + "\n"
+    tensors = {key: value.detach().cpu().contiguous() for key, value in sorted(model.adapter_state().items())}
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # In the same parent, so that the move is a rename; with the usual permissions, which mkdtemp itself does not give.
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
+        staged = Path(scratch) / directory.name
+        staged.mkdir()
+        (staged / CONFIG_FILE).write_text(text, encoding="utf-8")
+        save_file(tensors, staged / WEIGHTS_FILE, metadata={"format": "pt"})
+        replace_directory(staged, directory)
+    return directory
+
+
+def load_adapter(model: AdapterModel, directory: str | Path) -> None:
+    """Copy the values of the adapter in `directory` into the model's parameters.
+
+    Raises `InputError` if files are missing or unreadable, or if the adapter differs from the model in the settings
+    that define what it computes, in its matrices or in their shapes; the message names what differs.
+    """
+    directory = Path(directory)
+    try:
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        state = load_file(directory / WEIGHTS_FILE)
+    except OSError as error:
+        raise InputError(f"no PEFT adapter in {directory}: {error.strerror or error}") from None
+    except (ValueError, SafetensorError):
+        raise InputError(f"the adapter in {directory} is damaged; save it again") from None
+    own = json.loads(json.dumps(model.peft_config.to_dict(), default=_jsonable))
+    for name in _DEFINING:
+        # An older PEFT wrote fewer settings; one that is absent has its default, which the model's must then be too.
+        if name in config and config[name] != own[name]:
+            raise InputError(f"adapter {directory}: {name} is {config[name]} but the model's is {own[name]}")
+    expected = model.adapter_state()
+    _refuse(directory, "has no values for", sorted(expected.keys() - state.keys()))
+    _refuse(directory, "has values that the model has no place for:", sorted(state.keys() - expected.keys()))
+    for key, value in state.items():
+        if value.shape != expected[key].shape:
+            shapes = f"{list(value.shape)} but the model's is {list(expected[key].shape)}"
+            raise InputError(f"adapter {directory}: the shape of {key} is {shapes}")
+        if not torch.isfinite(value).all():
+            raise InputError(f"adapter {directory}: {key} has values that are not finite")
+    model.load_adapter_state({key: value.to(torch.float32) for key, value in state.items()})
+
+
+def replace_directory(source: Path, target: Path) -> None:
+    """Rename `source` to `target`; a directory that is there already is moved aside first and deleted last."""
+    if target.exists():
+        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+        target.rename(aside / target.name)
+        source.rename(target)
+        shutil.rmtree(aside)
+    else:
+        source.rename(target)
+
+
+def _refuse(directory: Path, what: str, keys: list[str]) -> None:
+    if keys:
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        raise InputError(f"adapter {directory} {what} {', '.join(keys[:3])}{more}; was it made for another export?")
+
+
+def _jsonable(value: object) -> object:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)  # PEFT keeps target_modules as a set, whose order differs from run to run
+    raise TypeError(f"{type(value).__name__} has no JSON form")

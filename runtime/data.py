@@ -1,0 +1,189 @@
+"""Private text to token batches: JSONL with `prompt` and `completion`, or with `text`, one object per line.
+
+A prompt is tokenised as the tokenizer does by default (with bos, for Llama), the completion after it on its own, and
+eos ends each example. The loss is taken on the completion and eos; of a `text` on all of it. No error shows any text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from hecompile.errors import InputError
+
+IGNORED = -100
+"""The label of a position that the loss leaves out; the value that transformers and torch's cross entropy use."""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One example: `input_ids` with eos at its end, of which the first `prompt_length` carry no loss.
+
+    `prompt_length` is at least 1: the first token is predicted from nothing, so that it has no loss in any case.
+    """
+
+    input_ids: tuple[int, ...]
+    prompt_length: int
+    has_prompt: bool
+
+    def __repr__(self) -> str:
+        return f"Example({len(self.input_ids)} tokens, {self.prompt_length} of them prompt)"
+
+    @property
+    def labels(self) -> list[int]:
+        """`input_ids` with `IGNORED` in place of the prompt."""
+        return [IGNORED] * self.prompt_length + list(self.input_ids[self.prompt_length :])
+
+
+class Examples(Dataset[dict[str, list[int]]]):
+    """Tokenised examples in file order; item i is a dict with the lists `input_ids` and `labels` of equal length."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = tuple(examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        example = self.examples[index]
+        return {"input_ids": list(example.input_ids), "labels": example.labels}
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max(len(example.input_ids) for example in self.examples)
+
+
+@dataclass(frozen=True)
+class PadToBucket:
+    """Collates items of `Examples`: pads on the right to the smallest of `sequence_buckets` that holds the longest.
+
+    Returns int64 tensors `input_ids`, `attention_mask` (0 on padding) and `labels` (`IGNORED` on padding), each [B, S].
+    """
+
+    sequence_buckets: tuple[int, ...]
+    pad_token_id: int
+
+    def __call__(self, items: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+        lengths = [len(item["input_ids"]) for item in items]
+        width = smallest_bucket(max(lengths), self.sequence_buckets)
+        shape = (len(items), width)  # [B, S]
+        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
+        labels = torch.full(shape, IGNORED, dtype=torch.int64)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        for row, (item, length) in enumerate(zip(items, lengths, strict=True)):
+            input_ids[row, :length] = torch.tensor(item["input_ids"])
+            labels[row, :length] = torch.tensor(item["labels"])
+            attention_mask[row, :length] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def smallest_bucket(length: int, sequence_buckets: Sequence[int]) -> int:
+    """Return the smallest bucket of at least `length` tokens; raise `InputError` if there is none."""
+    fitting = [bucket for bucket in sequence_buckets if bucket >= length]
+    if not fitting:
+        raise InputError(f"{length} tokens do not fit the largest sequence bucket, {max(sequence_buckets)}")
+    return min(fitting)
+
+
+def eos_and_pad(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Return the ids of eos and of the padding token, which is eos where the tokenizer has none of its own.
+
+    The padding token's id is never attended to, so any will do. Raises `InputError` without an eos token.
+    """
+    eos = tokenizer.eos_token_id
+    if not isinstance(eos, int):
+        raise InputError("the tokenizer has no eos token, so that no answer could ever end; set eos_token")
+    pad = tokenizer.pad_token_id
+    return eos, pad if isinstance(pad, int) else eos
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Return the token ids that `prompt` begins an example with: bos if the tokenizer adds one, and no eos."""
+    ids: list[int] = list(tokenizer(prompt)["input_ids"])
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids
+
+
+def load_examples(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_buckets: Sequence[int],
+    max_length: int | None = None,
+) -> Examples:
+    """Read and tokenise a JSONL file; empty lines are skipped and other keys of an object are ignored.
+
+    Raises `InputError`, naming the file and the line, if the file is missing, has no example, a line is not a JSON
+    object with the expected text, or an example with eos is longer than `max_length` or the largest sequence bucket.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8 JSONL") from None
+    except OSError as error:
+        raise InputError(f"cannot read the dataset {path}: {error.strerror}") from None
+    eos, _ = eos_and_pad(tokenizer)
+    limit = min(max_length or max(sequence_buckets), max(sequence_buckets))
+    examples = []
+    # Not splitlines(): U+2028 and its like are legal inside a JSON string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            prompt, completion = _parse(line, where)
+            examples.append(_encode(prompt, completion, tokenizer, eos, limit, where))
+    if not examples:
+        raise InputError(f"the dataset {path} is empty; give one JSON object with prompt and completion per line")
+    return Examples(examples)
+
+
+def _parse(line: str, where: str) -> tuple[str | None, str]:
+    """Return (prompt, completion), or (None, text)."""
+    try:
+        record: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not valid JSON at column {error.colno}") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: not a JSON object; each line must be one, with prompt and completion, or text")
+    if "text" in record and ("prompt" in record or "completion" in record):
+        raise InputError(f"{where}: has text and also prompt or completion; give one form or the other")
+    if "text" not in record and not {"prompt", "completion"} <= record.keys():
+        missing = [key for key in ("prompt", "completion") if key not in record]
+        lacks = "prompt and completion, or text" if len(missing) == 2 else missing[0]
+        raise InputError(f"{where}: the object lacks {lacks}")
+    keys = ("text",) if "text" in record else ("prompt", "completion")
+    for key in keys:
+        if not isinstance(record[key], str):
+            raise InputError(f"{where}: {key} must be a string, not {type(record[key]).__name__}")
+    if not record[keys[-1]]:
+        raise InputError(f"{where}: {keys[-1]} is an empty string, there is nothing to learn from it")
+    return (None, record["text"]) if keys == ("text",) else (record["prompt"], record["completion"])
+
+
+def _encode(
+    prompt: str | None, completion: str, tokenizer: PreTrainedTokenizerBase, eos: int, limit: int, where: str
+) -> Example:
+    if prompt is None:
+        ids = [*encode_prompt(tokenizer, completion), eos]
+        lengths, prompt_length = f"text has {len(ids) - 1} tokens", 1
+    else:
+        start = encode_prompt(tokenizer, prompt)
+        answer: list[int] = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+        ids = [*start, *answer, eos]
+        lengths, prompt_length = f"prompt has {len(start)} tokens and completion {len(answer)}", max(1, len(start))
+    if len(ids) > limit:
+        raise InputError(
+            f"{where}: {lengths}, with eos {len(ids)}, over the limit of {limit} tokens (the largest sequence bucket "
+            f"or data.max_length); shorten it or export the model with a larger bucket"
+        )
+    if len(ids) == prompt_length:
+        raise InputError(f"{where}: the tokenizer makes no token of it, there is nothing to learn from it")
+    return Example(tuple(ids), prompt_length, has_prompt=prompt is not None)

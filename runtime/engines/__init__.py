@@ -1,0 +1,52 @@
+"""Engines: what multiplies ciphertext byte planes by a public weight on the worker's machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hecompile.errors import InputError
+from hecompile.worker_bundle import WorkerBundle
+from runtime.engines.base import Engine
+
+
+def _onnxruntime(bundle: WorkerBundle) -> Engine:
+    from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine(bundle)
+
+
+def _torch(bundle: WorkerBundle) -> Engine:
+    from runtime.engines.torch_engine import TorchEngine
+
+    return TorchEngine(bundle)
+
+
+def _torch_cuda(bundle: WorkerBundle) -> Engine:
+    from runtime.engines.torch_engine import TorchEngine
+
+    return TorchEngine(bundle, device="cuda")
+
+
+def _concrete(bundle: WorkerBundle) -> Engine:
+    from runtime.engines.concrete_engine import ConcreteEngine
+
+    return ConcreteEngine(bundle)
+
+
+# The libraries are imported when an engine is asked for: each takes a second or more.
+ENGINES: dict[str, Callable[[WorkerBundle], Engine]] = {
+    "onnxruntime": _onnxruntime,
+    "torch": _torch,
+    "torch-cuda": _torch_cuda,
+    "concrete": _concrete,
+}
+
+
+def create_engine(name: str, bundle: WorkerBundle) -> Engine:
+    """The engine `name` over `bundle`. Raises InputError for a name that is not in `ENGINES`."""
+    if name not in ENGINES:
+        raise InputError(f"unknown engine {name!r}; choose one of {', '.join(ENGINES)}")
+    return ENGINES[name](bundle)
+
+
+__all__ = ["ENGINES", "Engine", "create_engine"]

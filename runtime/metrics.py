@@ -1,0 +1,109 @@
+"""Training metrics: one JSON object per line and optimizer step, and a progress bar. Numbers only, never any text."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hecompile.errors import HecompileError
+from runtime.adapter import AdapterModel
+
+METRICS_FILE = "metrics.jsonl"
+_LOGGED = ("epoch", "loss", "learning_rate", "grad_norm")
+
+
+class MetricsWriter(TrainerCallback):
+    """Appends to `path` one record per optimizer step and one per evaluation; each is on disk when the step ends.
+
+    A step's record has `step`, `epoch`, `loss` (nats, mean over the unmasked tokens of the step), `learning_rate`,
+    `grad_norm` (before clipping), `seconds` (forward, backward and update, without evaluation and checkpoints) and what
+    the step added to each figure of `AdapterModel.stats()`. An evaluation's has `step`, `epoch` and `eval_*`. No figure
+    is rounded.
+    """
+
+    def __init__(self, model: AdapterModel, path: Path) -> None:
+        self._model = model
+        self._path = path
+        self._started = 0.0
+        self._stats: dict[str, float] = {}
+        self._costs: dict[str, float] = {}
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._stats = self._model.stats()
+        self._started = time.perf_counter()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        # After clipping and before the update: what is refused here never reaches the adapter or the optimizer.
+        for name, parameter in self._model.adapter_state().items():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                raise HecompileError(
+                    f"step {state.global_step + 1}: the gradient of {name} is not finite; the step was not taken. "
+                    f"Try a lower learning_rate"
+                )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        seconds = time.perf_counter() - self._started
+        after = self._model.stats()
+        self._costs = {"seconds": seconds} | {key: after[key] - self._stats.get(key, 0.0) for key in after}
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            record = {key: float(logs[key]) for key in _LOGGED if key in logs} | self._costs
+        elif "eval_loss" in logs:
+            record = {key: value for key, value in logs.items() if key == "epoch" or key.startswith("eval_")}
+        else:
+            return  # the summary at the end, whose figures follow from the records
+        line = json.dumps({"step": state.global_step} | record, allow_nan=False) + "\n"
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics file; a last line that a kill left incomplete is dropped."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop the records of steps after `step`, which a run that resumes from there takes again."""
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_text("".join(json.dumps(record, allow_nan=False) + "\n" for record in kept), encoding="utf-8")
+    scratch.replace(path)
+
+
+class ProgressBar(ProgressCallback):
+    """The trainer's progress bar with the last loss beside it, instead of a printed dictionary per step."""
+
+    def __init__(self, logging_steps: int) -> None:
+        super().__init__()
+        self._logging_steps = logging_steps
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        due = state.global_step % self._logging_steps == 0
+        if self.training_bar is not None and logs and ("eval_loss" in logs or ("loss" in logs and due)):
+            shown = {key: f"{logs[key]:.4g}" for key in ("loss", "eval_loss", "eval_exact_match") if key in logs}
+            self.training_bar.set_postfix(shown)

@@ -1,0 +1,264 @@
+"""The training recipe: a YAML file with the names of PEFT and of transformers' `TrainingArguments`.
+
+Paths: a relative path in the recipe is relative to the recipe file, so a recipe and its data can be moved together; a
+relative path in an override is relative to the working directory, as on any command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import peft
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from hecompile.errors import InputError
+
+UNIX_PREFIX = "unix://"
+_PATH_KEYS = (
+    ("model",),
+    ("worker_bundle",),
+    ("data", "train_file"),
+    ("data", "validation_file"),
+    ("training", "output_dir"),
+)
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataSection(_Section):
+    """JSONL files (see `runtime.data`); `max_length` counts tokens with bos and eos, and can only be under the largest
+    sequence bucket of the model."""
+
+    train_file: Path
+    validation_file: Path | None = None
+    max_length: Annotated[int, Field(ge=2)] | None = None
+
+
+class LoraSection(_Section):
+    """LoRA is fixed when the model is exported; a recipe may repeat it here and is then checked against the model."""
+
+    r: Positive | None = None
+    lora_alpha: float | None = None
+    lora_dropout: Fraction | None = None
+    target_modules: list[str] | None = None
+
+
+class TrainingSection(_Section):
+    """Names, meanings and defaults are those of `transformers.TrainingArguments`, with these additions: `warmup_ratio`
+    is the older name of a `warmup_steps` below 1; giving `eval_steps` is enough to evaluate every so many steps;
+    `overwrite_output_dir` replaces the run that `output_dir` holds (otherwise such a run is an error)."""
+
+    output_dir: Path
+    overwrite_output_dir: bool = False
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    max_steps: int = -1
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
+    per_device_train_batch_size: Positive = 8
+    per_device_eval_batch_size: Positive | None = None
+    gradient_accumulation_steps: Positive = 1
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = "linear"
+    warmup_steps: Annotated[float, Field(ge=0)] = 0
+    warmup_ratio: Fraction = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    data_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    logging_steps: Positive = 1
+    disable_tqdm: bool = False
+    save_strategy: Literal["no", "steps", "epoch"] = "steps"
+    save_steps: Positive = 500
+    save_total_limit: Positive | None = None
+    eval_strategy: Literal["no", "steps", "epoch"] | None = None
+    eval_steps: Positive | None = None
+    eval_on_start: bool = False
+
+    @field_validator("max_steps")
+    @classmethod
+    def _steps(cls, value: int) -> int:
+        if value < 1 and value != -1:
+            raise ValueError("must be at least 1, or -1 to train for num_train_epochs")
+        return value
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _warmup_steps(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError("must be a whole number of steps, or a fraction of all steps below 1")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainingSection:
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError("give warmup_steps or warmup_ratio, not both")
+        if self.eval_steps is not None and self.eval_strategy in ("no", "epoch"):
+            raise ValueError(f"eval_steps has no meaning with eval_strategy: {self.eval_strategy}; drop one of them")
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            raise ValueError("eval_strategy: steps needs eval_steps")
+        return self
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the data order: `data_seed`, or `seed` where it is not given."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether a held-out evaluation is asked for before or during the training."""
+        return self.eval_on_start or self.eval_steps is not None or self.eval_strategy == "epoch"
+
+
+class Recipe(_Section):
+    """One training run.
+
+    `model` is the client bundle. `worker` is where the worker listens (`tcp://host:port`, `unix://path`) or
+    `inprocess`, which runs `worker_bundle` with `engine` (onnxruntime by default) in this process.
+    """
+
+    model: Path
+    worker: str = "inprocess"
+    worker_bundle: Path | None = None
+    engine: Literal["onnxruntime", "torch", "cleartext"] | None = None
+    data: DataSection
+    training: TrainingSection
+    lora: LoraSection | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.worker == "inprocess":
+            if self.worker_bundle is None:
+                raise ValueError("worker: inprocess needs worker_bundle, the worker's half of the export")
+        elif not self.worker.startswith(("tcp://", UNIX_PREFIX)) or not self.worker.partition("://")[2]:
+            raise ValueError("worker must be inprocess, tcp://host:port or unix://path")
+        elif self.engine is not None:
+            raise ValueError("engine is the worker's own choice unless worker: inprocess; drop it here")
+        if self.training.evaluates and self.data.validation_file is None:
+            raise ValueError("the training section asks for evaluation; give data.validation_file")
+        return self
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the YAML file `path`, apply overrides such as `training.max_steps=20`, and validate the whole.
+
+    The right-hand side of an override is read as YAML. Raises `InputError`, with one message that names the key, for a
+    missing or malformed file, an unknown or repeated key, and a value of the wrong type or out of range.
+    """
+    path = Path(path)
+    try:
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506  a SafeLoader
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise InputError(f"the recipe {path} must be a YAML mapping with the keys {', '.join(Recipe.model_fields)}")
+    _resolve_paths(document, path.resolve().parent)
+    for override in overrides:
+        _apply_override(document, override)
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise InputError(f"recipe {path}: {_explain(error)}") from None
+
+
+def check_lora(section: LoraSection | None, config: peft.LoraConfig) -> None:
+    """Raise `InputError` if a recipe names LoRA settings that differ from those the model was exported with."""
+    for name, wanted in section.model_dump(exclude_none=True).items() if section else ():
+        actual = getattr(config, name)
+        if (set(wanted) != set(actual)) if name == "target_modules" else (wanted != actual):
+            shown = sorted(actual) if name == "target_modules" else actual
+            raise InputError(
+                f"recipe: lora.{name} is {wanted} but the model was exported with {shown}; "
+                f"drop it from the recipe or export the model again"
+            )
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A SafeLoader that refuses a mapping with a repeated key, where YAML would silently keep the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str) or key in seen:
+                problem = f"repeated or non-text key {key!r}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise InputError(f"override {override!r} must have the form key=value, for example training.max_steps=20")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"override {dotted}: the value is not valid YAML") from None
+    change: dict[str, Any] = {keys[-1]: value}
+    for key in reversed(keys[:-1]):
+        change = {key: change}
+    _resolve_paths(change, Path.cwd())
+    target = document
+    for key in keys[:-1]:
+        change = change[key]
+        target = target.setdefault(key, {})
+        if not isinstance(target, dict):
+            raise InputError(f"override {dotted}: {key} is not a section of the recipe{_suggest(dotted)}")
+    target[keys[-1]] = change[keys[-1]]
+
+
+def _resolve_paths(document: dict[str, Any], directory: Path) -> None:
+    """Make the relative paths of a recipe, or of a part of one, relative to `directory`; leave the rest to pydantic."""
+    for *sections, leaf in _PATH_KEYS:
+        target: Any = document
+        for section in sections:
+            target = target.get(section) if isinstance(target, dict) else None
+        if isinstance(target, dict) and isinstance(target.get(leaf), str):
+            target[leaf] = str(directory / target[leaf])
+    worker = document.get("worker")
+    if isinstance(worker, str) and worker.startswith(UNIX_PREFIX) and worker != UNIX_PREFIX:
+        document["worker"] = f"{UNIX_PREFIX}{directory / worker.removeprefix(UNIX_PREFIX)}"
+
+
+def _known_keys() -> list[str]:
+    sections: dict[str, type[_Section]] = {"data": DataSection, "training": TrainingSection, "lora": LoraSection}
+    inner = [f"{name}.{field}" for name, section in sections.items() for field in section.model_fields]
+    return [*Recipe.model_fields, *inner]
+
+
+def _suggest(dotted: str) -> str:
+    """Return "; did you mean X?" for the nearest known key, first in the same section and then by its last part."""
+    section, _, leaf = dotted.rpartition(".")
+    known = _known_keys()
+    same = [key for key in known if key.rpartition(".")[0] == section]
+    by_leaf = {key.rpartition(".")[2]: key for key in reversed(known)}
+    match = difflib.get_close_matches(dotted, same, n=1, cutoff=0.7)
+    match = match or [by_leaf[near] for near in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def _explain(error: ValidationError) -> str:
+    """Return the one message that helps most: an unknown key comes before the missing key that it was meant to be."""
+    details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+    detail = details[0]
+    dotted = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {dotted}{_suggest(dotted)}"
+    if detail["type"] == "missing":
+        return f"the key {dotted} is missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{dotted}: {message}" if dotted else message

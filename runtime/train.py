@@ -1,0 +1,173 @@
+"""One training run from a recipe: check everything, then train, then save the adapter.
+
+The output directory then holds `metrics.jsonl`, `checkpoint-N/` (the PEFT adapter with the states of optimizer,
+schedule and random generators, and the settings) and `adapter/`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+
+from hecompile.errors import InputError
+from runtime.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterModel, load_adapter, save_adapter
+from runtime.data import Examples, PadToBucket, eos_and_pad, load_examples, smallest_bucket
+from runtime.metrics import METRICS_FILE, forget_after, read_metrics
+from runtime.recipe import Recipe, check_lora
+from runtime.trainer import SETTINGS_FILE, AdapterTrainer
+
+ADAPTER_DIR = "adapter"
+_STATE_FILE = "trainer_state.json"
+_CHECKPOINT_FILES = (
+    CONFIG_FILE, WEIGHTS_FILE, SETTINGS_FILE, _STATE_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth"
+)  # fmt: skip
+# A run that resumes with another value of one of these would not take up where the checkpoint stopped.
+_FIXED = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "train_examples")
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Where the PEFT adapter is, how many optimizer steps it has had, and the figures at the end.
+
+    `metrics` has `loss` of the last step, and `eval_loss` and `eval_exact_match` if there is a validation file.
+    """
+
+    adapter_dir: Path
+    steps: int
+    metrics: dict[str, float]
+
+
+def run_training(
+    model: AdapterModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    resume: bool | str | Path = False,
+) -> TrainingResult:
+    """Train `model`'s adapter in place as `recipe` says and save it in `output_dir/adapter`.
+
+    `resume` is a checkpoint directory, or True for the last one in the output directory; the run then goes on exactly
+    as if it had not stopped, data order and dropout included. Raises `InputError` before anything is written if the
+    recipe, the data or the checkpoint do not fit the model, and `HecompileError` if the loss or a gradient is not
+    finite; the checkpoints saved before that stay good.
+    """
+    section = recipe.training
+    check_lora(recipe.lora, model.peft_config)
+    train = load_examples(recipe.data.train_file, tokenizer, model.sequence_buckets, recipe.data.max_length)
+    heldout = None
+    if recipe.data.validation_file is not None:
+        heldout = load_examples(recipe.data.validation_file, tokenizer, model.sequence_buckets, recipe.data.max_length)
+    _check_batches_fit(model, recipe, train, heldout)
+    settings = section.model_dump(mode="json") | {"data_seed": section.order_seed, "train_examples": len(train)}
+    checkpoint = _checkpoint_to_resume(section.output_dir, resume) if resume else None
+    if checkpoint is None:
+        _claim(section.output_dir, section.overwrite_output_dir)
+    else:
+        step = _check_resumable(checkpoint, settings, _total_steps(recipe, len(train)))
+        load_adapter(model, checkpoint)
+        section.output_dir.mkdir(parents=True, exist_ok=True)
+        forget_after(section.output_dir / METRICS_FILE, step)  # the steps after it are taken again
+        section = section.model_copy(update={"eval_on_start": False})  # this is not the start
+
+    collate = PadToBucket(model.sequence_buckets, eos_and_pad(tokenizer)[1])
+    trainer = AdapterTrainer(model, section, settings, train, heldout, collate)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    adapter_dir = save_adapter(model, section.output_dir / ADAPTER_DIR)
+    return TrainingResult(adapter_dir, trainer.state.global_step, _final_metrics(trainer, section.output_dir))
+
+
+def _final_metrics(trainer: AdapterTrainer, output_dir: Path) -> dict[str, float]:
+    step = trainer.state.global_step
+    evaluated = any("eval_loss" in record and record["step"] == step for record in trainer.state.log_history)
+    if trainer.eval_dataset is not None and not evaluated:
+        trainer.evaluate()
+    last: dict[str, float] = {}
+    for record in read_metrics(output_dir / METRICS_FILE):
+        if record["step"] == step:
+            last |= {key: record[key] for key in ("loss", "eval_loss", "eval_exact_match") if key in record}
+    return last
+
+
+def _total_steps(recipe: Recipe, examples: int) -> int:
+    """Optimizer steps of the whole run, counted as `transformers.Trainer` does."""
+    section = recipe.training
+    if section.max_steps > 0:
+        return section.max_steps
+    batches = math.ceil(examples / section.per_device_train_batch_size)
+    return math.ceil(section.num_train_epochs * math.ceil(batches / section.gradient_accumulation_steps))
+
+
+def _check_batches_fit(model: AdapterModel, recipe: Recipe, train: Examples, heldout: Examples | None) -> None:
+    section = recipe.training
+    sizes = [("per_device_train_batch_size", section.per_device_train_batch_size, train)]
+    if heldout is not None:
+        # Evaluation chooses its own batches where it may, but one example has to fit.
+        sizes.append(("per_device_eval_batch_size", section.per_device_eval_batch_size or 1, heldout))
+    for name, rows, examples in sizes:
+        if rows > model.batch_size:
+            raise InputError(
+                f"recipe: training.{name} is {rows} but the model takes batches of at most {model.batch_size}; lower "
+                f"it and raise gradient_accumulation_steps, or export the model for a larger batch"
+            )
+        width = smallest_bucket(examples.longest, model.sequence_buckets)
+        if rows * width > model.max_batch_tokens:
+            raise InputError(
+                f"recipe: training.{name} is {rows} and the longest example needs {width} tokens with padding, so a "
+                f"batch has {rows * width}, but the model takes at most {model.max_batch_tokens}; lower it"
+            )
+
+
+def _claim(output_dir: Path, overwrite: bool) -> None:
+    """Make sure that the output directory holds no other run; with `overwrite`, delete the files of one."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"training.output_dir {output_dir} is a file; name a directory")
+    earlier = [path for path in output_dir.glob("checkpoint-*") if path.is_dir()]
+    earlier += [output_dir / name for name in (METRICS_FILE, ADAPTER_DIR) if (output_dir / name).exists()]
+    if earlier and not overwrite:
+        raise InputError(
+            f"training.output_dir {output_dir} already holds a run ({earlier[0].name}); resume it, choose another "
+            f"directory, or set training.overwrite_output_dir=true to replace it"
+        )
+    for path in earlier:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _checkpoint_to_resume(output_dir: Path, resume: bool | str | Path) -> Path:
+    if resume is True:
+        last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+        if last is None:
+            raise InputError(f"nothing to resume: {output_dir} has no checkpoint; start the run without resuming")
+        return Path(last)
+    checkpoint = Path(str(resume))
+    if not checkpoint.is_dir():
+        raise InputError(f"no checkpoint directory {checkpoint}")
+    return checkpoint
+
+
+def _check_resumable(checkpoint: Path, settings: dict[str, object], total_steps: int) -> int:
+    """Return the checkpoint's step; refuse one that is incomplete, of a finished run, or of another data order."""
+    missing = [name for name in _CHECKPOINT_FILES if not (checkpoint / name).is_file()]
+    if missing:
+        raise InputError(f"checkpoint {checkpoint} lacks {', '.join(missing)}; resume from another one")
+    try:
+        step = int(json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))["global_step"])
+        started = dict(json.loads((checkpoint / SETTINGS_FILE).read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"checkpoint {checkpoint} is damaged; resume from another one") from None
+    for name in _FIXED:
+        if started.get(name) != settings[name]:
+            raise InputError(
+                f"cannot resume {checkpoint}: {name} was {started.get(name)} and is now {settings[name]}, which "
+                f"changes the data order; restore it or start a new run"
+            )
+    if step >= total_steps:
+        raise InputError(
+            f"the run of {checkpoint} is complete (step {step} of {total_steps}), there is nothing to resume; raise "
+            f"training.max_steps or training.num_train_epochs to train further"
+        )
+    return step

@@ -1,0 +1,18 @@
+"""Transports: how a request reaches the worker. The client's code is the same over each."""
+
+from __future__ import annotations
+
+from runtime.transports.base import Direction, TrafficRecorder, Transport
+from runtime.transports.connection import open_connection
+from runtime.transports.inprocess import InProcessTransport
+from runtime.transports.sockets import SocketTransport, connect
+
+__all__ = [
+    "Direction",
+    "InProcessTransport",
+    "SocketTransport",
+    "TrafficRecorder",
+    "Transport",
+    "connect",
+    "open_connection",
+]

@@ -1,0 +1,29 @@
+"""The embedded worker: same frames, no socket and no copy of the payload."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hecompile.errors import WorkerError
+from runtime.protocol import Frame
+from runtime.transports.base import FrameTransport, TrafficRecorder
+
+if TYPE_CHECKING:  # runtime.worker imports this package for its addresses
+    from runtime.worker import Worker
+
+
+class InProcessTransport(FrameTransport):
+    """A worker of this process."""
+
+    def __init__(self, worker: Worker, recorder: TrafficRecorder | None = None) -> None:
+        super().__init__(recorder)
+        self._worker: Worker | None = worker
+
+    def _exchange(self, frame: Frame) -> Frame:
+        if self._worker is None:
+            raise WorkerError("the connection to the embedded worker is closed")
+        return self._worker.exchange(frame)
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+        self._worker = None

@@ -1,0 +1,103 @@
+"""A worker behind a TCP or Unix socket."""
+
+from __future__ import annotations
+
+import socket
+
+from hecompile.errors import InputError, WorkerError
+from runtime import protocol
+from runtime.protocol import Frame
+from runtime.transports.address import TcpAddress, parse_address
+from runtime.transports.base import FrameTransport, TrafficRecorder
+
+
+class SocketTransport(FrameTransport):
+    """Connected when made. address: `tcp://host:port` or `unix:///path`.
+
+    connect_timeout, reply_timeout: seconds; the second is the longest silence while a request is answered. After a
+    failure the connection is closed and stays so: a stream broken in mid-message cannot be read on. Raises InputError
+    for a malformed address, WorkerError when nothing answers there.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        connect_timeout: float = 10.0,
+        reply_timeout: float = 600.0,
+        max_message_bytes: int = protocol.MAX_MESSAGE_BYTES,
+        recorder: TrafficRecorder | None = None,
+    ) -> None:
+        super().__init__(recorder)
+        self._address = address
+        self._reply_timeout = reply_timeout
+        self._max_message_bytes = max_message_bytes
+        self._socket: socket.socket | None = _open(address, connect_timeout)
+        self._socket.settimeout(reply_timeout)
+
+    def _exchange(self, frame: Frame) -> Frame:
+        if self._socket is None:
+            raise WorkerError(f"the connection to the worker at {self._address} is closed; connect again")
+        if frame.size > self._max_message_bytes:
+            raise WorkerError(
+                f"request of {frame.size} bytes; at most {self._max_message_bytes} are sent; use a smaller batch"
+            )
+        answer = None
+        try:
+            protocol.send_frame(self._socket, frame)
+            answer = protocol.receive_frame(self._socket, self._max_message_bytes)
+        except TimeoutError as error:
+            raise WorkerError(
+                f"the worker at {self._address} was silent for {self._reply_timeout:g} s; "
+                "see its log, or raise the reply timeout for a slow machine"
+            ) from error
+        except OSError as error:
+            raise WorkerError(f"the connection to the worker at {self._address} broke: {_reason(error)}") from error
+        except WorkerError as error:
+            raise WorkerError(f"worker at {self._address}: {error}") from error
+        finally:
+            if answer is None:
+                self.close()
+        if answer is None:
+            raise WorkerError(f"the worker at {self._address} closed the connection without an answer; see its log")
+        return answer
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
+def connect(address: str, *, recorder: TrafficRecorder | None = None, reply_timeout: float = 600.0) -> SocketTransport:
+    """A transport to the worker at `address`; see `SocketTransport`. `inprocess` has no address: the caller makes an
+    `InProcessTransport` of its own worker."""
+    if address == "inprocess":
+        raise InputError("an embedded worker is not connected to by address: make an InProcessTransport of it")
+    return SocketTransport(address, recorder=recorder, reply_timeout=reply_timeout)
+
+
+def _open(address: str, timeout: float) -> socket.socket:
+    parsed = parse_address(address)
+    try:
+        if isinstance(parsed, TcpAddress):
+            connection = socket.create_connection(parsed.socket_address, timeout)
+            # A request is two writes; without this the second may wait for the acknowledgement of the first.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return connection
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(timeout)
+            connection.connect(parsed.socket_address)
+        except OSError:
+            connection.close()
+            raise
+        return connection
+    except OSError as error:
+        raise WorkerError(
+            f"no worker answers at {address}: {_reason(error)}; start one with `hecompile worker serve`"
+        ) from error
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error) or type(error).__name__
