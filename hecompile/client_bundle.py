@@ -1,9 +1,9 @@
 """The client bundle on disk: the client plan, the hints, the tokenizer and a manifest. All public, no secret among them.
 
-    manifest.json   format, plan id, public seed, ring, LoRA options, buckets, every circuit's parameters, file hashes
-    plan.onnx(.data) the client plan: embedding, norms, row scales, whatever linear stayed with the client
-    hints/*.npy     H = W·A mod q, one per circuit
-    tokenizer/      what AutoTokenizer.from_pretrained loads
+manifest.json   format, plan id, public seed, ring, LoRA options, buckets, every circuit's parameters, file hashes
+plan.onnx(.data) the client plan: embedding, norms, row scales, whatever linear stayed with the client
+hints/*.npy     H = W·A mod q, one per circuit
+tokenizer/      what AutoTokenizer.from_pretrained loads
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -97,7 +98,9 @@ def compile_checkpoint(
     checkpoint = load_checkpoint(model_name_or_path)
     longest = getattr(checkpoint.model.config, "max_position_embeddings", options.sequence_buckets[-1])
     if options.sequence_buckets[-1] > longest:
-        raise InputError(f"sequence bucket {options.sequence_buckets[-1]} is longer than the model's {longest} positions")
+        raise InputError(
+            f"sequence bucket {options.sequence_buckets[-1]} is longer than the model's {longest} positions"
+        )
     seed = options.public_seed or PublicSeed.draw()
     progress("export", 0, 1)
     model = export_onnx(checkpoint.model)
@@ -146,7 +149,7 @@ def sample_calibration_tokens(checkpoint: Checkpoint, seed: PublicSeed) -> tuple
     prompts = torch.full((_CALIBRATION_SEQUENCES, 1), int(start))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(int(seed.derive("calibration").stream("tokens").uint32(0, 1)[0]))
-        tokens = checkpoint.model.generate(
+        tokens = cast("Any", checkpoint.model).generate(
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
             do_sample=True,
@@ -194,7 +197,7 @@ def _circuit_record(circuit: RemoteCircuit) -> CircuitRecord:
         reply_bytes=parameters.reply_bytes,
         noise_std=circuit.noise_std,
         effective_bits=round(circuit.effective_bits, 2),
-        weight_sha256=hashlib.sha256(np.ascontiguousarray(circuit.weight)).hexdigest(),
+        weight_sha256=hashlib.sha256(np.ascontiguousarray(circuit.weight).tobytes()).hexdigest(),
     )
 
 

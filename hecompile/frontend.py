@@ -8,6 +8,7 @@ import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -59,7 +60,9 @@ def load_checkpoint(model_name_or_path: str) -> Checkpoint:
     try:
         config = transformers.AutoConfig.from_pretrained(model_name_or_path)
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the model configuration of {model_name_or_path}: {_first_line(error)}") from error
+        raise InputError(
+            f"cannot read the model configuration of {model_name_or_path}: {_first_line(error)}"
+        ) from error
     if config.model_type not in SUPPORTED_MODEL_TYPES:
         raise InputError(
             f"model {model_name_or_path} has architecture {config.model_type!r}; "
@@ -68,9 +71,10 @@ def load_checkpoint(model_name_or_path: str) -> Checkpoint:
     if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
         raise InputError(f"model {model_name_or_path} has biases in its linear layers, which is not supported")
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             model_name_or_path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
         )
+        model, info = loaded
     except Exception as error:  # safetensors and torch raise many kinds for a corrupt file
         raise InputError(
             f"cannot load the weights of {model_name_or_path}: {_first_line(error)}; "

@@ -53,15 +53,13 @@ class Interpreter:
         last_use: dict[str, int] = {}
         nodes = [node for node in self.graph if not self._fold_constant(node)]
         for index, node in enumerate(nodes):
-            for value in node.inputs:
-                if value is not None:
-                    last_use[str(value.name)] = index
+            last_use.update({str(used.name): index for used in node.inputs if used is not None})
         kept = {str(value.name) for value in self.graph.outputs} | self.constants.keys()
         for index, node in enumerate(nodes):
             function = OPERATORS.get((node.domain, node.op_type))
             if function is None:
                 raise LegalityError(f"no implementation of operator {node.domain}::{node.op_type} (node {node.name})")
-            names = tuple(None if value is None else str(value.name) for value in node.inputs)
+            names = tuple(None if used is None else str(used.name) for used in node.inputs)
             dead = tuple({n for n in names if n is not None and last_use[n] == index and n not in kept})
             outputs = tuple(str(value.name) for value in node.outputs)
             attributes = attributes_of(node)

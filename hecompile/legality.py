@@ -34,7 +34,19 @@ CLIENT_PLAN = Stage("client plan", _MODEL, _RAISED | {"Lora", "QuantizedLinear",
 WORKER_CIRCUIT = Stage(
     "worker circuit",
     frozenset(
-        {"MatMulInteger", "Cast", "Mul", "Add", "Concat", "Slice", "Squeeze", "Unsqueeze", "Gather", "Split", "Constant"}
+        {
+            "MatMulInteger",
+            "Cast",
+            "Mul",
+            "Add",
+            "Concat",
+            "Slice",
+            "Squeeze",
+            "Unsqueeze",
+            "Gather",
+            "Split",
+            "Constant",
+        }
         | {"BitShift", "BitwiseAnd", "Reshape", "Identity"}
     ),
 )

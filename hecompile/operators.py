@@ -65,7 +65,7 @@ def _elementwise(op_type: str, function: Callable[..., Tensor]) -> None:
     OPERATORS["", op_type] = lambda context, attributes, *inputs: function(*inputs)
 
 
-for _name, _function in {
+_ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
     "Add": torch.add,
     "Sub": torch.sub,
     "Mul": torch.mul,
@@ -79,7 +79,8 @@ for _name, _function in {
     "Sin": torch.sin,
     "MatMul": torch.matmul,
     "Identity": lambda x: x,
-}.items():
+}
+for _name, _function in _ELEMENTWISE.items():
     _elementwise(_name, _function)
 
 

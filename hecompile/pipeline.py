@@ -69,9 +69,7 @@ def graph_steps(
     )
 
 
-def run_steps(
-    model: ir.Model, steps: Sequence[Step], on_step: Callable[[str], None] = lambda name: None
-) -> ir.Model:
+def run_steps(model: ir.Model, steps: Sequence[Step], on_step: Callable[[str], None] = lambda name: None) -> ir.Model:
     """Run the passes in order, each followed by its legality check. `on_step` hears each name before the pass runs.
 
     Raises the HecompileError of the pass that failed; any other invariant becomes a LegalityError that names the pass.

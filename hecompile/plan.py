@@ -38,9 +38,7 @@ class RemoteCircuit:
 
     def model(self) -> ir.Model:
         """The worker circuit, not yet lowered."""
-        return encrypted_linear_model(
-            self.weight, self.parameters.upload_limbs, self.parameters.reply_bytes, self.name
-        )
+        return encrypted_linear_model(self.weight, self.parameters.upload_limbs, self.parameters.reply_bytes, self.name)
 
     @property
     def effective_bits(self) -> float:

@@ -5,8 +5,7 @@
     circuits/<name>.bin      its int8 weight, when that is above 64 KiB
 
 One circuit is written and read at a time, so memory holds one weight however large the model is. A bundle is written
-beside its destination and renamed into place whole. It is a function of its circuits and its plan_id: same bytes every
-time.
+beside its destination and renamed into place whole. Its bytes are a function of its circuits and its plan_id.
 
 Every bundle also holds the circuit `known_answer`: one extreme linear whose exact reply both sides can work out from
 the plan_id alone, with nothing secret in it. A worker is only as exact as its machine: x86 without VNNI saturates pairs
@@ -127,9 +126,8 @@ class WorkerBundleWriter:
         weight = known_answer_weight(self._plan_id)
         model = encrypted_linear_model(weight, KNOWN_ANSWER_LIMBS, KNOWN_ANSWER_REPLY_BYTES, KNOWN_ANSWER)
         self._add(LowerWorker()(model).model, KNOWN_ANSWER, KNOWN_ANSWER, "forward")
-        manifest = _Manifest(
-            format=FORMAT, version=VERSION, plan_id=self._plan_id, circuits=list(self._circuits.values())
-        )
+        circuits = list(self._circuits.values())
+        manifest = _Manifest(format=FORMAT, version=VERSION, plan_id=self._plan_id, circuits=circuits)
         with _writing(self._target):
             text = json.dumps(manifest.model_dump(exclude_none=True), indent=1) + "\n"
             (self._temporary / MANIFEST).write_text(text, encoding="utf-8")

@@ -48,7 +48,9 @@ class AttachLora(ir.passes.InPlacePass):
             raise InputError(f"target module {unknown[0]!r} does not exist; choose from {', '.join(LLAMA_LINEARS)}")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        targets = [n for n in nodes_of_type(model, "Linear") if module_path(n).rpartition(".")[2] in self.target_modules]
+        targets = [
+            n for n in nodes_of_type(model, "Linear") if module_path(n).rpartition(".")[2] in self.target_modules
+        ]
         for target in self.target_modules:
             if not any(module_path(node).endswith(f".{target}") for node in targets):
                 raise InputError(f"target module {target!r} does not exist in this model")

@@ -68,9 +68,9 @@ def _linears(model: ir.Model) -> list[ir.Node]:
 
 def _adapter_at_zero(model: ir.Model) -> dict[str, Tensor]:
     return {
-        str(value.name): torch.zeros(tuple(int(dim) for dim in value.shape))  # type: ignore[union-attr]
+        str(value.name): torch.zeros(value.shape.numpy())
         for value in model.graph.inputs
-        if ".lora_" in str(value.name)
+        if ".lora_" in str(value.name) and value.shape is not None
     }
 
 

@@ -48,7 +48,7 @@ class LinearRule(pattern.RewriteRuleClassBase):
     def pattern(self, op: Any, x: Any, weight: Any) -> Any:
         return op.MatMul(x, op.Transpose(weight, perm=[1, 0]), _outputs=["product"])
 
-    def check(self, context: Any, weight: ir.Value, **_: Any) -> MatchResult:
+    def check(self, op: Any, weight: ir.Value, **_: Any) -> MatchResult:
         result = MatchResult()
         if not weight.is_initializer():
             return result.fail("the right-hand side is computed, not a frozen weight", weight)
@@ -69,7 +69,7 @@ class RMSNormRule(pattern.RewriteRuleClassBase):
         return op.Mul(weight, op.Mul(x, inverse), _outputs=["normalized"])
 
     def check(
-        self, context: Any, weight: ir.Value, exponent: ir.Value, axes: ir.Value, epsilon: ir.Value, **_: Any
+        self, op: Any, weight: ir.Value, exponent: ir.Value, axes: ir.Value, epsilon: ir.Value, **_: Any
     ) -> MatchResult:
         result = MatchResult()
         if _scalar(exponent) != 2.0:
@@ -110,7 +110,7 @@ class RotaryRule(pattern.RewriteRuleClassBase):
         return op.Add(op.Mul(x, cos), op.Mul(rotated, sin), _outputs=["turned"])
 
     def check(
-        self, context: Any, x: ir.Value, cos: ir.Value, sin: ir.Value, first: ir.Value, second: ir.Value, **_: Any
+        self, op: Any, x: ir.Value, cos: ir.Value, sin: ir.Value, first: ir.Value, second: ir.Value, **_: Any
     ) -> MatchResult:
         result = MatchResult()
         for table in (cos, sin):
@@ -138,7 +138,7 @@ class RepeatKVRule(pattern.RewriteRuleClassBase):
         return op.Reshape(expanded, shape, _outputs=["repeated"], _allow_other_attributes=True)
 
     def check(
-        self, context: Any, x: ir.Value, axis: ir.Value, expanded: ir.Value, repeated: ir.Value, **_: Any
+        self, op: Any, x: ir.Value, axis: ir.Value, expanded: ir.Value, repeated: ir.Value, **_: Any
     ) -> MatchResult:
         result = MatchResult()
         if _scalar(axis) != 2.0:
@@ -176,4 +176,6 @@ class Canonicalize(ir.passes.InPlacePass):
             if node.op_type in ("Sigmoid", "Reciprocal", "Expand"):
                 raise ir.passes.PostconditionError(f"{node.op_type} of {module_path(node)} was not raised")
             if node.op_type == "MatMul" and any(v is not None and v.is_initializer() for v in node.inputs):
-                raise ir.passes.PostconditionError(f"a product by a frozen weight in {module_path(node)} was not raised")
+                raise ir.passes.PostconditionError(
+                    f"a product by a frozen weight in {module_path(node)} was not raised"
+                )

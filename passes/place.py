@@ -11,6 +11,7 @@ direction). Costs are seconds per token for one forward and one backward pass. M
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -91,7 +92,7 @@ class Place(ir.passes.InPlacePass):
                 continue
             weight = node.inputs[1]
             assert weight is not None and weight.shape is not None
-            multiplications = int(weight.shape[0]) * int(weight.shape[1])
+            multiplications = math.prod(weight.shape.numpy())
             cut.add_edge("client", node, capacity=self.costs.worker_seconds(multiplications))
             if self.policy == "offload":
                 cut.add_edge(node, "worker")

@@ -116,5 +116,7 @@ def _crest(node: ir.Node, direction: str) -> float:
         return json.loads(raw)["crest"] if raw else _FALLBACK_CREST
     # A stacked gradient is as uneven as its most uneven part.
     outputs = [node.outputs[0]] + [o for consumer in node.outputs[0].consumers() for o in consumer.outputs]
-    crests = [json.loads(o.metadata_props[GRADIENT_RANGE])["crest"] for o in outputs if GRADIENT_RANGE in o.metadata_props]
+    crests = [
+        json.loads(o.metadata_props[GRADIENT_RANGE])["crest"] for o in outputs if GRADIENT_RANGE in o.metadata_props
+    ]
     return max(crests, default=_FALLBACK_CREST)

@@ -73,7 +73,11 @@ def _stack(graph: ir.Graph, group: list[ir.Node]) -> None:
         total.shape = ir.Shape([*first.shape[:-1], int(sum(len(s) for s in scales if s is not None))])
     total.metadata_props[SECRECY] = first.metadata_props.get(SECRECY, "secret")
     split = ir.node(
-        "Split", [total, sizes], {"axis": -1}, num_outputs=len(group), metadata_props={ORIGIN: name, PLACEMENT: "client"}
+        "Split",
+        [total, sizes],
+        {"axis": -1},
+        num_outputs=len(group),
+        metadata_props={ORIGIN: name, PLACEMENT: "client"},
     )
     graph.insert_before(group[0], [stacked, split])
     for node, output in zip(group, split.outputs, strict=True):
@@ -85,7 +89,3 @@ def _stack(graph: ir.Graph, group: list[ir.Node]) -> None:
         before.name = None
         output.name = name_of_output
         graph.remove(node, safe=True)
-    for node in group:
-        for value in node.inputs[1:]:
-            if value is not None and not value.consumers() and value.name in graph.initializers:
-                del graph.initializers[value.name]

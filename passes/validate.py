@@ -47,7 +47,9 @@ class Validate:
             raise LegalityError(f"circuit {missing} is {'missing' if missing in wanted else 'used by no RemoteLinear'}")
         for node in plan.client.graph:
             if node.metadata_props.get(PLACEMENT) == "worker":
-                raise SecurityError(f"node {node.name} ({node.op_type}) is placed on the worker but stands in the client plan")
+                raise SecurityError(
+                    f"node {node.name} ({node.op_type}) is placed on the worker but stands in the client plan"
+                )
 
     def _check_circuit(self, circuit: RemoteCircuit) -> None:
         parameters = circuit.parameters

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -67,7 +67,7 @@ class EncryptedCausalLM(torch.nn.Module):
             name = str(value.name)
             if ".lora_" not in name or value.shape is None:
                 continue
-            matrix = torch.zeros([int(dim) for dim in value.shape])  # type: ignore[arg-type]
+            matrix = torch.zeros(value.shape.numpy())
             if ".lora_A." in name:
                 torch.nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
             self._names[name] = name.replace(".", "_")
@@ -90,7 +90,7 @@ class EncryptedCausalLM(torch.nn.Module):
         lora = self.bundle.plan.lora
         return peft.LoraConfig(
             r=lora.r,
-            lora_alpha=int(lora.lora_alpha) if lora.lora_alpha == int(lora.lora_alpha) else lora.lora_alpha,
+            lora_alpha=cast("int", lora.lora_alpha),  # PEFT takes any number and declares an int
             lora_dropout=lora.lora_dropout,
             target_modules=list(lora.target_modules),
             task_type="CAUSAL_LM",
@@ -109,14 +109,14 @@ class EncryptedCausalLM(torch.nn.Module):
         self._tokens += len(rows)
 
         def remote(linear: str, x: Tensor, scale: Tensor) -> Tensor:
-            return _RemoteLinear.apply(x, scale, self.products, linear, rows)  # type: ignore[no-any-return, no-untyped-call]
+            return _RemoteLinear.apply(x, scale, self.products, linear, rows)
 
         inputs = graph_inputs(input_ids, attention_mask) | dict(self.adapter_state())
         logits = self._interpreter.run(inputs, Context(self.training, remote))["logits"]  # [B, S, V]
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED)
-        return CausalLMOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+        return CausalLMOutput(loss=loss, logits=logits)
 
     def adapter_state(self) -> dict[str, torch.nn.Parameter]:
         return {name: getattr(self, attribute) for name, attribute in self._names.items()}

@@ -41,9 +41,13 @@ class Example:
         """`input_ids` with `IGNORED` in place of the prompt."""
         return [IGNORED] * self.prompt_length + list(self.input_ids[self.prompt_length :])
 
+    def item(self) -> dict[str, list[int]]:
+        """What `PadToBucket` collates: the lists `input_ids` and `labels`, of equal length."""
+        return {"input_ids": list(self.input_ids), "labels": self.labels}
+
 
 class Examples(Dataset[dict[str, list[int]]]):
-    """Tokenised examples in file order; item i is a dict with the lists `input_ids` and `labels` of equal length."""
+    """Tokenised examples in file order, as the trainer's dataset."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = tuple(examples)
@@ -52,8 +56,7 @@ class Examples(Dataset[dict[str, list[int]]]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        example = self.examples[index]
-        return {"input_ids": list(example.input_ids), "labels": example.labels}
+        return self.examples[index].item()
 
     @property
     def longest(self) -> int:

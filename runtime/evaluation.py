@@ -41,7 +41,7 @@ def evaluate(model: AdapterModel, examples: Examples, pad_token_id: int, batch_s
     total_loss, tokens, matches, prompts = 0.0, 0, 0, 0
     with _inference(model):
         for batch in _batches(model, examples.examples, batch_size):
-            inputs = collate([Examples(batch)[i] for i in range(len(batch))])
+            inputs = collate([example.item() for example in batch])
             output = model(**inputs)
             assert output.loss is not None and output.logits is not None
             targets = inputs["labels"][:, 1:]  # [B, S - 1]

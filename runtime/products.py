@@ -67,7 +67,7 @@ class Products(abc.ABC):
     def _product_of_live_rows(self, circuit: str, parameters: LinearParameters, x: Tensor) -> Tensor:
         """The product of rows none of which is zero."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  most have nothing to let go of
         """Let go of the worker."""
 
 
@@ -78,9 +78,7 @@ class EncryptedProducts(Products):
     Raises WorkerError when the worker serves another plan or computes wrongly.
     """
 
-    def __init__(
-        self, bundle: ClientBundle, transport: Transport, cache_bytes: int = DEFAULT_CACHE_BYTES
-    ) -> None:
+    def __init__(self, bundle: ClientBundle, transport: Transport, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
         super().__init__(bundle.circuits)
         self._transport = transport
         self._check_circuits(open_connection(transport, bundle.plan_id).circuits.keys())
@@ -129,7 +127,9 @@ class CleartextProducts(Products):
                 f"worker bundle {worker_bundle.directory} is of plan {worker_bundle.plan_id}, "
                 f"the client bundle of {bundle.plan_id}; export them together"
             )
-        message = "engine 'cleartext': NOTHING IS ENCRYPTED. Use it for debugging only, never with private data elsewhere."
+        message = (
+            "engine 'cleartext': NOTHING IS ENCRYPTED. Use it for debugging only, never with private data elsewhere."
+        )
         warnings.warn(message, stacklevel=2)
         _LOG.warning(message)
         self._worker_bundle = worker_bundle

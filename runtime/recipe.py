@@ -52,9 +52,13 @@ class LoraSection(_Section):
 
 
 class TrainingSection(_Section):
-    """Names, meanings and defaults are those of `transformers.TrainingArguments`, with these additions: `warmup_ratio`
-    is the older name of a `warmup_steps` below 1; giving `eval_steps` is enough to evaluate every so many steps;
-    `overwrite_output_dir` replaces the run that `output_dir` holds (otherwise such a run is an error)."""
+    """Names, meanings and defaults are those of `transformers.TrainingArguments`, except that
+
+    * `warmup_ratio` is the older name of a `warmup_steps` below 1;
+    * `logging_steps` is only how often the progress bar shows the loss (the metrics file has every step), default 1;
+    * `eval_steps` is enough to evaluate every so many steps, and the default evaluation batch is what the model takes;
+    * `overwrite_output_dir` replaces the run that `output_dir` holds; without it such a run is an error.
+    """
 
     output_dir: Path
     overwrite_output_dir: bool = False

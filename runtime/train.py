@@ -68,7 +68,7 @@ def run_training(
     if checkpoint is None:
         _claim(section.output_dir, section.overwrite_output_dir)
     else:
-        step = _check_resumable(checkpoint, settings, _total_steps(recipe, len(train)))
+        step = _check_resumable(checkpoint, section.output_dir, settings, _total_steps(recipe, len(train)))
         load_adapter(model, checkpoint)
         section.output_dir.mkdir(parents=True, exist_ok=True)
         forget_after(section.output_dir / METRICS_FILE, step)  # the steps after it are taken again
@@ -149,8 +149,9 @@ def _checkpoint_to_resume(output_dir: Path, resume: bool | str | Path) -> Path:
     return checkpoint
 
 
-def _check_resumable(checkpoint: Path, settings: dict[str, object], total_steps: int) -> int:
-    """Return the checkpoint's step; refuse one that is incomplete, of a finished run, or of another data order."""
+def _check_resumable(checkpoint: Path, output_dir: Path, settings: dict[str, object], total_steps: int) -> int:
+    """Return the checkpoint's step; refuse one that is incomplete, of a finished run or of another data order, and one
+    that has later checkpoints beside it, which would be mistaken for those of the resumed run."""
     missing = [name for name in _CHECKPOINT_FILES if not (checkpoint / name).is_file()]
     if missing:
         raise InputError(f"checkpoint {checkpoint} lacks {', '.join(missing)}; resume from another one")
@@ -165,6 +166,11 @@ def _check_resumable(checkpoint: Path, settings: dict[str, object], total_steps:
                 f"cannot resume {checkpoint}: {name} was {started.get(name)} and is now {settings[name]}, which "
                 f"changes the data order; restore it or start a new run"
             )
+    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    if last is not None and int(last.rpartition("-")[2]) > step:
+        raise InputError(
+            f"cannot resume step {step}: {last} is later; resume from that one, delete it, or give another output_dir"
+        )
     if step >= total_steps:
         raise InputError(
             f"the run of {checkpoint} is complete (step {step} of {total_steps}), there is nothing to resume; raise "

@@ -144,8 +144,6 @@ class AdapterTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = str(output_dir)
-        if final.exists():
-            shutil.rmtree(final)  # left by a run that was resumed from before it
         (staging / final.name).rename(final)
         staging.rmdir()
         rotate_checkpoints(str(output_dir), save_total_limit=self.args.save_total_limit)

@@ -36,7 +36,7 @@ def encode(x: Tensor, bound: int) -> tuple[Tensor, Tensor]:
     scale = scale.masked_fill(dark, 0.0)
     inverse = (bound / largest).masked_fill(dark, 0.0)
     # The largest value gives bound · (1 + 2^-51) at most, which rounds to bound: nothing to clamp.
-    return x.detach().double().mul_(inverse).round_().to(torch.int32), scale
+    return torch.mul(x.detach().double(), inverse).round_().to(torch.int32), scale
 
 
 def decode(y: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -49,4 +49,4 @@ def decode(y: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tens
     """
     if scale.shape != (y.shape[0], 1):
         raise InputError(f"decode wants a scale [{y.shape[0]}, 1] for {list(y.shape)}, got {list(scale.shape)}")
-    return y.double().mul_(scale).add_(0.0).to(dtype)  # -0 + 0 = +0
+    return torch.mul(y.double(), scale).add_(0.0).to(dtype)  # -0 + 0 = +0

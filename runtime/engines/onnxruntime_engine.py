@@ -37,8 +37,6 @@ class OnnxRuntimeEngine:
             if circuit not in self._sessions:
                 options = onnxruntime.SessionOptions()
                 options.intra_op_num_threads = self._threads
-                # There is a thread pool per circuit and one runs at a time: waiting threads must not hold the cores.
-                options.add_session_config_entry("session.intra_op.allow_spinning", "0")
                 path = str(self._bundle.circuit_path(circuit))
                 try:
                     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

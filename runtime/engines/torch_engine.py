@@ -4,6 +4,8 @@ Bytes are unsigned and `_int_mm` is signed, so the word is rewritten in balanced
 Σ d_l · 2^(8l) ≡ word mod 2^(8L). On words that is `(b + 0x80808080) ^ 0x80808080` read as int8; on byte planes it is
 the same carry chain, one plane after the other, without gathering bytes into words (5 times faster, measured).
 |product| ≤ 128 · 128 · in stays below 2^31 for in < 131072. Later arithmetic is int32, which torch wraps mod 2^32.
+
+The tests run the padding that CUDA needs on the CPU, and no GPU: there the known-answer test of every connection decides.
 """
 
 from __future__ import annotations

@@ -1,0 +1,233 @@
+"""The command line. Each command checks its options, calls one function of the library and prints the result."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from hecompile.errors import HecompileError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Compile an open-weight Llama so that you can LoRA-fine-tune it on private text while an untrusted worker does "
+    "the heavy multiplications on ciphertexts only.\n\nThe usual order: `export llama`, `inspect`, `worker serve` (on the "
+    "worker's machine), `train` (on yours).",
+)
+export_app = typer.Typer(no_args_is_help=True, help="Compile a checkpoint into a client bundle and a worker bundle.")
+worker_app = typer.Typer(no_args_is_help=True, help="Run the untrusted side.")
+app.add_typer(export_app, name="export")
+app.add_typer(worker_app, name="worker")
+
+ALL_LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+@export_app.command("llama")
+def export_llama(
+    model: Annotated[str, typer.Option(help="Checkpoint: a directory made by save_pretrained, or a hub id.")],
+    out: Annotated[Path, typer.Option(help="Where to write client/ and worker/. An earlier build there is replaced.")],
+    lora_r: Annotated[int, typer.Option(help="Rank r of the LoRA matrices (PEFT's r).")] = 8,
+    lora_alpha: Annotated[float, typer.Option(help="LoRA scaling is lora_alpha / r (PEFT's lora_alpha).")] = 16.0,
+    lora_dropout: Annotated[
+        float, typer.Option(help="Dropout before lora_A, in training (PEFT's lora_dropout).")
+    ] = 0.0,
+    target_modules: Annotated[
+        str, typer.Option(help="Comma-separated linears that get an adapter, any subset of the seven.")
+    ] = ALL_LINEARS,
+    precision: Annotated[
+        float,
+        typer.Option(
+            help="Effective bits of every encrypted product: signal over noise, in powers of two. 9 follows float32 "
+            "training within 1 %; fewer bits send fewer bytes. `inspect` shows what was reached."
+        ),
+    ] = 9.0,
+    ring: Annotated[
+        Optional[str],  # noqa: UP045  typer evaluates it
+        typer.Option(
+            help="Ring dimension x module rank, e.g. 512x3. All that can be selected have at least 128 bits of security; "
+            "by default the cheapest for the batch size is taken, the more secure where two cost about the same."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Most sequences per batch.")] = 8,
+    sequence_buckets: Annotated[
+        str, typer.Option(help="Comma-separated padded lengths; a batch takes the smallest that fits.")
+    ] = "32,64,128",
+    public_seed: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="64 hex digits: seed of the public matrix A. The same seed and input give the same bytes. By default a "
+            "fresh one is drawn, so that work done against one bundle is worth nothing against another."
+        ),
+    ] = None,
+    placement: Annotated[
+        str,
+        typer.Option(
+            help="'offload': every decoder linear goes to the worker. 'cheapest': a minimum cut decides by cost; at small "
+            "sizes it may keep everything on the client."
+        ),
+    ] = "offload",
+) -> None:
+    """Export a Hugging Face Llama to ONNX and compile it: a client bundle (plan, hints, tokenizer) and a worker bundle
+    (integer circuits). Both are public; the secrets are drawn at training time and never stored."""
+    from hecompile.compiler import CompileOptions, compile_checkpoint
+    from hecompile.errors import InputError
+    from hecompile.he.sampling import PublicSeed
+    from passes.attach_lora import AttachLora
+
+    if placement not in ("offload", "cheapest"):
+        raise InputError(f"--placement must be offload or cheapest, got {placement!r}")
+    options = CompileOptions(
+        lora=AttachLora(lora_r, lora_alpha, lora_dropout, tuple(_split(target_modules))),
+        effective_bits=precision,
+        ring=ring,
+        batch_size=batch_size,
+        sequence_buckets=_lengths(sequence_buckets),
+        public_seed=None if public_seed is None else PublicSeed.from_hex(public_seed),
+        policy="offload" if placement == "offload" else "cheapest",
+    )
+    console = _console()
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("load", total=1)
+        plan_id = compile_checkpoint(
+            model,
+            out,
+            options,
+            lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+        )
+    console.print(f"plan {plan_id}\nclient bundle: {out / 'client'}\nworker bundle: {out / 'worker'}", soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    build: Annotated[Path, typer.Argument(help="The directory given to `export llama --out`.")],
+    draw: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Also draw the plan as a picture, client and worker in two colours (.svg or .png)."),
+    ] = None,
+) -> None:
+    """Show what was compiled: per linear its shape, ring, limbs, security, predicted noise and bytes per token; totals."""
+    from hecompile.client_bundle import ClientBundle
+    from hecompile.inspection import circuit_table, totals_table
+    from hecompile.inspection import draw as draw_plan
+
+    bundle = ClientBundle.open(build / "client" if (build / "client").is_dir() else build)
+    console = _console()
+    console.print(circuit_table(bundle))
+    console.print(totals_table(bundle))
+    if draw is not None:
+        draw_plan(bundle, draw)
+        console.print(f"picture: {draw}", soft_wrap=True)
+
+
+@worker_app.command("serve")
+def worker_serve(
+    bundle: Annotated[Path, typer.Argument(help="The worker bundle (build/worker).")],
+    listen: Annotated[
+        str, typer.Option(help="tcp://127.0.0.1:PORT (0 picks a free one) or unix:///path/to/socket.")
+    ] = "tcp://127.0.0.1:7700",
+    engine: Annotated[str, typer.Option(help="onnxruntime, torch, or concrete (TFHE, tiny circuits).")] = "onnxruntime",
+    allow_plaintext_network: Annotated[
+        bool, typer.Option(help="Listen on an address other machines can reach, without authentication or TLS.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option(help="Log every request (circuit, tokens, seconds; never the payload).")
+    ] = False,
+) -> None:
+    """Serve a worker bundle until interrupted. The worker sees public weights and ciphertexts, nothing else."""
+    from hecompile.worker_bundle import WorkerBundle
+    from runtime.worker import Worker, serve
+
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    for noisy in ("matplotlib", "numba", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    worker = Worker(WorkerBundle.open(bundle), engine)
+
+    def ready(address: str) -> None:
+        print(f"listening on {address}", flush=True)
+
+    serve(worker, listen, ready=ready, allow_plaintext_network=allow_plaintext_network)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe; models/recipes/demo.yaml is a commented example.")],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="Changes to the recipe, e.g. training.max_steps=20 worker=tcp://127.0.0.1:7700"),
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in training.output_dir.")] = False,
+) -> None:
+    """LoRA fine-tuning with encrypted products. Writes checkpoints, metrics.jsonl and the adapter in PEFT's format."""
+    from runtime.recipe import load_recipe
+    from runtime.session import open_session
+    from runtime.train import run_training
+
+    loaded = load_recipe(recipe, overrides or ())
+    with open_session(loaded) as session:
+        result = run_training(session.model, session.tokenizer, loaded, resume=resume)
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+    _console().print(f"{result.steps} steps, {figures}\nadapter: {result.adapter_dir}", soft_wrap=True)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the build, the runs and the report go; emptied first.")] = Path(
+        "build/demo"
+    ),
+    steps: Annotated[Optional[int], typer.Option(help="Optimizer steps, instead of the recipe's.")] = None,  # noqa: UP045
+) -> None:
+    """The whole path on the shipped small Llama and private data: export, a worker process on a loopback socket, encrypted
+    training, and the same by plaintext PEFT for comparison. About four minutes on two cores."""
+    from hecompile.demo import run_demo
+
+    run_demo(out, steps, _console())
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    from hecompile.errors import InputError
+
+    try:
+        return tuple(int(part) for part in _split(text))
+    except ValueError:
+        raise InputError(f"--sequence-buckets must be whole numbers with commas between, got {text!r}") from None
+
+
+def main() -> None:
+    """Entry point: bad input is one line on standard error and exit status 2; an interrupt is status 130."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except HecompileError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

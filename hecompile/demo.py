@@ -1,0 +1,135 @@
+"""`hecompile demo`: the whole path on the shipped small Llama, and the same training in plaintext beside it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
+from hecompile.errors import WorkerError
+from models import TINY_LLAMA
+from runtime.adapter import AdapterModel
+from runtime.comparison import LossComparison, StepSplit, compare_losses, step_split
+from runtime.data import eos_and_pad, load_examples
+from runtime.evaluation import Evaluation, evaluate
+from runtime.metrics import METRICS_FILE
+from runtime.plaintext import PlaintextPeftModel
+from runtime.recipe import Recipe, load_recipe
+from runtime.session import Session, open_session
+from runtime.train import run_training
+
+RECIPE = TINY_LLAMA.parent / "recipes" / "demo.yaml"
+BATCH_SIZE, SEQUENCE_BUCKETS = 16, (32, 48)
+_STOP_SECONDS = 20
+_LISTENING = "listening on "
+
+
+@contextmanager
+def worker_process(bundle: Path, engine: str = "onnxruntime") -> Iterator[str]:
+    """A worker in a process of its own on a free loopback port; yields its address. Raises WorkerError if it fails."""
+    command = [sys.executable, "-m", "hecompile.cli", "worker", "serve", str(bundle)]
+    command += ["--listen", "tcp://127.0.0.1:0", "--engine", engine]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # noqa: S603
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line.startswith(_LISTENING):
+            _, errors = process.communicate(timeout=_STOP_SECONDS)
+            last = (errors.strip().splitlines() or ["no message"])[-1]
+            raise WorkerError(f"the worker process did not start: {last}")
+        yield line.removeprefix(_LISTENING).strip()
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+
+
+def run_demo(out: Path, steps: int | None, console: Console) -> None:
+    """Export, train encrypted over a socket, train in plaintext, print the comparison. `out` is emptied first."""
+    build, runs = out / "build", out / "runs"
+    for directory in (build, runs):
+        shutil.rmtree(directory, ignore_errors=True)
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task("export")
+        plan_id = compile_checkpoint(
+            str(TINY_LLAMA),
+            build,
+            CompileOptions(batch_size=BATCH_SIZE, sequence_buckets=SEQUENCE_BUCKETS),
+            lambda what, done, total: bar.update(task, description=f"export: {what}"),
+        )
+    console.print(f"exported {TINY_LLAMA.name}: plan {plan_id[:16]}, bundles in {build}", soft_wrap=True)
+    overrides = [f"model={build / CLIENT}", f"training.output_dir={runs / 'encrypted'}"]
+    overrides += [] if steps is None else [f"training.max_steps={steps}"]
+    with worker_process(build / WORKER) as address:
+        recipe = load_recipe(RECIPE, [*overrides, f"worker={address}"])
+        with open_session(recipe) as session:
+            console.print(f"worker process on {address}; encrypted training of {recipe.training.max_steps} steps")
+            initial = {name: value.detach().clone() for name, value in session.model.adapter_state().items()}
+            before = _held_out(session.model, session, recipe)
+            result = run_training(session.model, session.tokenizer, recipe)
+            after = _held_out(session.model, session, recipe)
+    console.print("the same in plaintext: PEFT on the original float32 checkpoint, same seed and data order")
+    plain = PlaintextPeftModel.from_pretrained(TINY_LLAMA, session.model.peft_config, SEQUENCE_BUCKETS, BATCH_SIZE)
+    plain.load_adapter_state(initial)
+    plain_recipe = load_recipe(RECIPE, [*overrides, f"training.output_dir={runs / 'plaintext'}"])
+    plain_before = _held_out(plain, session, plain_recipe)
+    run_training(plain, session.tokenizer, plain_recipe)
+    plain_after = _held_out(plain, session, plain_recipe)
+    encrypted_metrics, plain_metrics = runs / "encrypted" / METRICS_FILE, runs / "plaintext" / METRICS_FILE
+    console.print(_quality(before, after, plain_before, plain_after))
+    console.print(_costs(step_split(encrypted_metrics), step_split(plain_metrics)))
+    console.print(_agreement(compare_losses(encrypted_metrics, plain_metrics)))
+    console.print(f"PEFT adapter: {result.adapter_dir}", soft_wrap=True)
+
+
+def _held_out(model: AdapterModel, session: Session, recipe: Recipe) -> Evaluation:
+    assert recipe.data.validation_file is not None
+    examples = load_examples(recipe.data.validation_file, session.tokenizer, model.sequence_buckets)
+    torch.manual_seed(recipe.training.seed)  # evaluation draws nothing; the runs that follow start alike
+    return evaluate(model, examples, eos_and_pad(session.tokenizer)[1])
+
+
+def _quality(before: Evaluation, after: Evaluation, plain_before: Evaluation, plain_after: Evaluation) -> Table:
+    table = Table(title="held-out paraphrases of the private questions")
+    for heading in ("", "loss before", "loss after", "exact match before", "exact match after"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, first, last in (("encrypted", before, after), ("plaintext PEFT", plain_before, plain_after)):
+        matches = [f"{100 * (evaluation.exact_match or 0.0):.1f} %" for evaluation in (first, last)]
+        table.add_row(name, f"{first.loss:.4f}", f"{last.loss:.4f}", *matches)
+    return table
+
+
+def _costs(encrypted: StepSplit, plain: StepSplit) -> Table:
+    table = Table(title="one optimizer step (median), and the wire")
+    table.add_column("")
+    for heading in ("encrypted", "plaintext PEFT"):
+        table.add_column(heading, justify="right")
+    table.add_row("seconds per step", f"{encrypted.seconds:.3f}", f"{plain.seconds:.3f}")
+    table.add_row("  client cryptography", f"{encrypted.client_crypto:.3f}", "")
+    table.add_row("  client model", f"{encrypted.client_model:.3f}", f"{plain.client_model:.3f}")
+    table.add_row("  worker", f"{encrypted.worker:.3f}", "")
+    table.add_row("  wire", f"{encrypted.wire:.3f}", "")
+    table.add_row("bytes per token up", f"{encrypted.bytes_up_per_token:.0f}", "0")
+    table.add_row("bytes per token down", f"{encrypted.bytes_down_per_token:.0f}", "0")
+    return table
+
+
+def _agreement(comparison: LossComparison) -> str:
+    verdict = "within" if comparison.follows else "NOT within"
+    return (
+        f"training loss of the encrypted run over {comparison.steps} steps: {verdict} 1 % or 0.01 nats of plaintext at "
+        f"every step; largest difference {comparison.largest_difference:.4f} nats, worst step {comparison.worst_step} at "
+        f"{comparison.worst_ratio:.2f} of the tolerance"
+    )

@@ -1,0 +1,13 @@
+"""The small Llama that hecompile ships and tests itself on: its weights, its text, and the programs that make both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+TINY_LLAMA: Path = _HERE / "tiny-llama"
+"""Directory of the pretrained checkpoint and its tokenizer (Hugging Face layout)."""
+PRIVATE_TRAIN: Path = _HERE / "private" / "train.jsonl"
+"""Private questions to fine-tune on, one JSON object with `prompt` and `completion` per line."""
+PRIVATE_HELDOUT: Path = _HERE / "private" / "heldout.jsonl"
+"""The same facts asked in phrasings that `PRIVATE_TRAIN` does not use for them."""

@@ -1,0 +1,61 @@
+"""Opens what a recipe names: the client bundle, a worker (in process or on a socket) and the model over both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hecompile.client_bundle import ClientBundle
+from hecompile.errors import InputError
+from hecompile.worker_bundle import WorkerBundle
+from runtime.client import EncryptedCausalLM
+from runtime.products import CleartextProducts, EncryptedProducts, Products
+from runtime.recipe import Recipe
+from runtime.transports import InProcessTransport, connect
+from runtime.worker import Worker
+
+DEFAULT_ENGINE = "onnxruntime"
+
+
+@dataclass(frozen=True)
+class Session:
+    """An open plan: the model, its tokenizer, and the bundle that both came from."""
+
+    model: EncryptedCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    bundle: ClientBundle
+
+
+@contextmanager
+def open_session(recipe: Recipe) -> Iterator[Session]:
+    """Open everything that `recipe` names; the connection is closed at the end. Raises HecompileError."""
+    bundle = ClientBundle.open(recipe.model)
+    tokenizer = load_tokenizer(bundle)
+    products = open_products(bundle, recipe)
+    try:
+        yield Session(EncryptedCausalLM(bundle, products, recipe.training.seed), tokenizer, bundle)
+    finally:
+        products.close()
+
+
+def load_tokenizer(bundle: ClientBundle) -> PreTrainedTokenizerBase:
+    """The tokenizer that travels with the plan: the original checkpoint is not needed."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(bundle.tokenizer)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load the tokenizer of {bundle.directory}; export the bundle again") from error
+    return tokenizer
+
+
+def open_products(bundle: ClientBundle, recipe: Recipe) -> Products:
+    """Connect to the recipe's worker. The cleartext engine is used only where the recipe asks for it by name."""
+    if recipe.worker != "inprocess":
+        return EncryptedProducts(bundle, connect(recipe.worker))
+    assert recipe.worker_bundle is not None  # the recipe was validated
+    worker_bundle = WorkerBundle.open(recipe.worker_bundle)
+    if recipe.engine == "cleartext":
+        return CleartextProducts(bundle, worker_bundle)
+    return EncryptedProducts(bundle, InProcessTransport(Worker(worker_bundle, recipe.engine or DEFAULT_ENGINE)))

@@ -1,0 +1,154 @@
+"""The same vectors through every engine and every transport give the same bytes: those of exact integer arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hecompile.errors import InputError, WorkerError
+from hecompile.worker_bundle import KNOWN_ANSWER, WorkerBundle, WorkerBundleWriter, known_answer_vector
+from passes.lower_worker import LowerWorker, encrypted_linear_model, encrypted_linear_reference
+from runtime.engines import ENGINES, Engine, create_engine
+from runtime.engines.torch_engine import CUDA_GRANULE, TorchEngine
+from runtime.transports import InProcessTransport, Transport, connect, open_connection
+from runtime.worker import Worker, WorkerServer
+from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
+
+IN, OUT = 67, 29  # odd, so that vector kernels meet their remainders
+TINY_IN, TINY_OUT = 4, 3
+LIMBS = [(limbs, reply_bytes) for limbs in range(1, 5) for reply_bytes in range(1, limbs + 1)]
+CONCRETE_LIMBS = [(1, 1), (3, 3), (4, 2)]
+WEIGHT = extreme_weight(IN, OUT)
+TINY_WEIGHT = extreme_weight(TINY_IN, TINY_OUT)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> WorkerBundle:
+    linears = {f"linear_{limbs}{reply_bytes}": (WEIGHT, limbs, reply_bytes) for limbs, reply_bytes in LIMBS}
+    linears |= {f"tiny_{limbs}{reply_bytes}": (TINY_WEIGHT, limbs, reply_bytes) for limbs, reply_bytes in LIMBS}
+    return write_bundle(tmp_path_factory.mktemp("conformance") / "worker", linears)
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", "torch", "torch-padded"])
+def engine(request: pytest.FixtureRequest, bundle: WorkerBundle) -> Engine:
+    """`torch-padded` is the torch engine with the padding that CUDA needs, on the CPU."""
+    if request.param == "torch-padded":
+        return TorchEngine(bundle, granule=CUDA_GRANULE)
+    return create_engine(request.param, bundle)
+
+
+@pytest.fixture(scope="module")
+def concrete(bundle: WorkerBundle) -> Engine:
+    return create_engine("concrete", bundle)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 33])
+@pytest.mark.parametrize(("limbs", "reply_bytes"), LIMBS)
+def test_engine_is_exact(engine: Engine, limbs: int, reply_bytes: int, tokens: int) -> None:
+    for direction, weight in (("forward", WEIGHT), ("backward", WEIGHT.T)):
+        planes = extreme_planes(limbs, tokens, weight.shape[0], seed=tokens)
+        reply = engine.evaluate(f"linear_{limbs}{reply_bytes}.{direction}", planes)
+        assert reply.dtype == np.uint8 and reply.shape == (reply_bytes, tokens, weight.shape[1])
+        np.testing.assert_array_equal(reply, encrypted_linear_reference(planes, weight, reply_bytes))
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(("limbs", "reply_bytes"), CONCRETE_LIMBS)
+def test_tfhe_gives_the_same_bytes(
+    engine: Engine, concrete: Engine, limbs: int, reply_bytes: int, direction: str
+) -> None:
+    circuit = f"tiny_{limbs}{reply_bytes}.{direction}"
+    planes = extreme_planes(limbs, 2, TINY_IN if direction == "forward" else TINY_OUT)
+    planes[0, 1] = np.arange(planes.shape[2])
+    np.testing.assert_array_equal(concrete.evaluate(circuit, planes), engine.evaluate(circuit, planes))
+
+
+def test_tfhe_passes_the_known_answer(concrete: Engine) -> None:
+    planes, expected = known_answer_vector(PLAN_ID)
+    np.testing.assert_array_equal(concrete.evaluate(KNOWN_ANSWER, planes[:, :1]), expected[:, :1])
+
+
+def test_tfhe_takes_a_weight_of_zeros(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "worker", {"zero": (np.zeros((2, 1), dtype=np.int8), 1, 1)})
+    reply = create_engine("concrete", bundle).evaluate("zero.forward", np.full((1, 1, 2), 255, dtype=np.uint8))
+    np.testing.assert_array_equal(reply, np.zeros((1, 1, 1), dtype=np.uint8))
+
+
+def test_tfhe_refuses_a_large_linear(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "worker", {"wide": (extreme_weight(300, 300), 1, 1)})
+    with pytest.raises(WorkerError, match=r"wide\.forward: 300 × 300 = 90000 weights; .* at most 65536"):
+        create_engine("concrete", bundle).evaluate("wide.forward", np.zeros((1, 1, 300), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("circuit", "planes", "message"),
+    [
+        ("absent.forward", np.zeros((1, 1, IN), np.uint8), "no circuit 'absent.forward'"),
+        ("linear_32.forward", np.zeros((3, 1, IN), np.int8), "planes are int8; needs uint8"),
+        ("linear_32.forward", np.zeros((2, 1, IN), np.uint8), r"shape \[2, 1, 67\]; needs \[3, T, 67\]"),
+        ("linear_32.forward", np.zeros((3, 1, IN + 1), np.uint8), r"shape \[3, 1, 68\]; needs \[3, T, 67\]"),
+        ("linear_32.forward", np.zeros((3, 0, IN), np.uint8), "T at least 1"),
+        ("linear_32.forward", np.zeros((3, IN), np.uint8), r"shape \[3, 67\]"),
+    ],
+)
+@pytest.mark.parametrize("name", ["onnxruntime", "torch", "concrete"])
+def test_engine_refuses(bundle: WorkerBundle, name: str, circuit: str, planes: np.ndarray, message: str) -> None:
+    with pytest.raises(WorkerError, match=message):
+        create_engine(name, bundle).evaluate(circuit, planes)
+
+
+def test_engine_accepts_planes_that_are_read_only_and_strided(engine: Engine) -> None:
+    planes = extreme_planes(3, 8, IN)[:, ::2]
+    planes.flags.writeable = False
+    reply = engine.evaluate("linear_32.forward", planes)
+    np.testing.assert_array_equal(reply, encrypted_linear_reference(planes, WEIGHT, 2))
+
+
+def test_torch_does_not_share_a_backward_that_is_not_the_transpose(tmp_path: Path) -> None:
+    matrices = {"pair.forward": extreme_weight(8, 6, seed=1), "pair.backward": extreme_weight(6, 8, seed=2)}
+    with WorkerBundleWriter(tmp_path / "worker", PLAN_ID) as writer:
+        for name, matrix in matrices.items():
+            writer.add(LowerWorker()(encrypted_linear_model(matrix, 2, 2, name)).model)
+        engine = TorchEngine(writer.commit())
+    for name, matrix in matrices.items():
+        planes = extreme_planes(2, 3, matrix.shape[0])
+        np.testing.assert_array_equal(engine.evaluate(name, planes), encrypted_linear_reference(planes, matrix, 2))
+
+
+def test_unknown_engine_is_named_with_the_choices(bundle: WorkerBundle) -> None:
+    with pytest.raises(InputError, match="unknown engine 'abacus'; choose one of onnxruntime, torch"):
+        create_engine("abacus", bundle)
+    assert "concrete" in ENGINES
+
+
+@contextmanager
+def open_transport(kind: str, worker: Worker, directory: Path) -> Iterator[Transport]:
+    with ExitStack() as stack:
+        if kind == "inprocess":
+            transport: Transport = InProcessTransport(worker)
+        else:
+            address = "tcp://127.0.0.1:0" if kind == "tcp" else f"unix://{directory}/socket"
+            transport = connect(stack.enter_context(WorkerServer(worker, address)).address)
+        stack.callback(transport.close)
+        yield transport
+
+
+@pytest.mark.parametrize("kind", ["inprocess", "tcp", "unix"])
+def test_every_transport_gives_the_same_bytes(
+    kind: str, bundle: WorkerBundle, engine: Engine, tmp_path: Path
+) -> None:
+    planes = extreme_planes(4, 33, IN)
+    with open_transport(kind, Worker(bundle, engine), tmp_path) as transport:
+        info = open_connection(transport, PLAN_ID)
+        assert info.engine == engine.name and info.circuits.keys() == bundle.circuits.keys()
+        sent, received = transport.bytes_sent, transport.bytes_received
+        reply = transport.evaluate("linear_43.forward", planes)
+    np.testing.assert_array_equal(reply, encrypted_linear_reference(planes, WEIGHT, 3))
+    # Frames are counted whole: 16 bytes and a header beside the planes.
+    assert 0 < transport.bytes_sent - sent - planes.size - 16 < 200
+    assert 0 < transport.bytes_received - received - reply.size - 16 < 200
+    assert transport.worker_seconds > 0

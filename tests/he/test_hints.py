@@ -1,0 +1,181 @@
+"""The public matrix, setup, and hints on disk and in the cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hecompile.errors import InputError
+from hecompile.he import hints as hints_module
+from hecompile.he import setup as setup_code  # `setup_module` would be a hook of pytest
+from hecompile.he.hints import Hint, HintStore, write_hint
+from hecompile.he.parameters import CATALOGUE, test_insecure_parameters
+from hecompile.he.public_matrix import PublicMatrix
+from hecompile.he.ring import negacyclic_fft
+from hecompile.he.sampling import PublicSeed
+from hecompile.he.setup import limb_product_is_exact, multiply_by_limbs, multiply_in_float64, setup
+
+SEED = PublicSeed(bytes(range(32)))
+TOY = test_insecure_parameters(16, 2)
+
+
+def random_weight(rows: int, columns: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(-128, 128, (rows, columns), generator=generator).to(torch.int8)
+
+
+def test_rows_do_not_depend_on_how_many_there_are() -> None:
+    few, many = PublicMatrix(TOY, SEED, 3), PublicMatrix(TOY, SEED, 50)
+    assert torch.equal(few.coefficients(slice(0, 3)), many.coefficients(slice(0, 3)))
+    assert torch.equal(many.coefficients(slice(7, 9)), many.coefficients(slice(0, 50))[7:9])
+    assert torch.equal(few.fft(slice(0, 3)), many.fft(slice(0, 3)))
+
+
+def test_lazy_expansion_in_any_order() -> None:
+    params = test_insecure_parameters(2048, 1)  # 64 rows per chunk
+    at_once, piecewise = PublicMatrix(params, SEED, 150), PublicMatrix(params, SEED, 150)
+    for rows in (slice(3, 5), slice(70, 71), slice(0, 2), slice(149, 150)):
+        assert torch.equal(piecewise.fft(rows), at_once.fft(slice(0, 150))[:, rows])
+    back = negacyclic_fft(2048).inverse(piecewise.fft(slice(0, 150)))  # [rank, rows, d]
+    assert torch.equal(back.transpose(0, 1), piecewise.coefficients(slice(0, 150)))
+
+
+def test_another_seed_gives_another_matrix() -> None:
+    one = PublicMatrix(TOY, SEED, 4).coefficients(slice(0, 4))
+    other = PublicMatrix(TOY, SEED.derive("other"), 4).coefficients(slice(0, 4))
+    assert not (one == other).any()
+
+
+def test_entries_are_uniform() -> None:
+    words = PublicMatrix(CATALOGUE["512x3"], SEED, 64).coefficients(slice(0, 64)).numpy().view(np.uint8)
+    counts = np.bincount(words.ravel(), minlength=256)
+    expected = words.size / 256
+    # fixed data: 255 degrees of freedom have mean 255 and standard deviation 22.6
+    assert abs(((counts - expected) ** 2 / expected).sum() - 255) < 5 * 22.6
+
+
+def test_empty_matrix_is_refused() -> None:
+    with pytest.raises(InputError, match="at least one row"):
+        PublicMatrix(TOY, SEED, 0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (17, 33, 32), (40, 300, 24)])
+@pytest.mark.parametrize("extreme", [False, True])
+def test_both_products_agree_with_python_integers(shape: tuple[int, int, int], extreme: bool) -> None:
+    rows, inner, columns = shape
+    weight, matrix = random_weight(rows, inner), torch.full((inner, columns), -(2**31), dtype=torch.int32)
+    if extreme:
+        weight[:] = -128
+        matrix[:, 1::2] = 2**31 - 1
+    else:
+        generator = torch.Generator().manual_seed(4)
+        matrix = torch.randint(-(2**31), 2**31, (inner, columns), generator=generator).to(torch.int32)
+    exact = weight.numpy().astype(object) @ matrix.numpy().astype(object)
+    wanted = torch.from_numpy(((exact + 2**31) % 2**32 - 2**31).astype(np.int32))
+    assert torch.equal(multiply_in_float64(weight, matrix), wanted)
+    assert not limb_product_is_exact() or torch.equal(multiply_by_limbs(weight, matrix), wanted)
+
+
+def test_float64_product_is_exact_at_its_widest() -> None:
+    weight = torch.full((1, 2**15), -128, dtype=torch.int8)
+    matrix = torch.full((2**15, 2), -(2**31), dtype=torch.int32)
+    weight[0, -1], matrix[-1, 0], matrix[0, 1] = -127, 2**31 - 1, 2**31 - 1
+    exact = weight.numpy().astype(object) @ matrix.numpy().astype(object)
+    wanted = ((exact + 2**31) % 2**32 - 2**31).astype(np.int64)
+    assert multiply_in_float64(weight, matrix).tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("exact_limbs", [True, False])
+def test_setup_in_chunks(monkeypatch: pytest.MonkeyPatch, exact_limbs: bool) -> None:
+    weight, public = random_weight(21, 30), PublicMatrix(TOY, SEED, 40)
+    wanted = multiply_in_float64(weight, public.coefficients(slice(0, 30)).flatten(1))
+    monkeypatch.setattr(setup_code, "_CHUNK_IN", 8)
+    monkeypatch.setattr(setup_code, "_CHUNK_OUT", 6)
+    monkeypatch.setattr(setup_code, "limb_product_is_exact", lambda: exact_limbs and limb_product_is_exact())
+    assert torch.equal(setup(weight, public), wanted)
+
+
+def test_inexact_int8_product_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = torch._int_mm
+
+    def saturating(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return right(a, b).clamp(-500_000, 500_000)
+
+    def missing(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("not implemented")
+
+    for broken in (saturating, missing):
+        monkeypatch.setattr(torch, "_int_mm", broken)
+        assert not limb_product_is_exact.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(2, 5, dtype=torch.int8), torch.zeros(2, 4), torch.zeros(4, dtype=torch.int8)]
+)
+def test_setup_refuses_what_it_cannot_multiply(weight: torch.Tensor) -> None:
+    with pytest.raises(InputError, match="weight"):
+        setup(weight, PublicMatrix(TOY, SEED, 4))
+
+
+def test_hint_file_round_trip(tmp_path: Path) -> None:
+    hint = setup(random_weight(5, 4), PublicMatrix(TOY, SEED, 4))
+    path = write_hint(tmp_path / "hints", "model.layers.0.mlp.down_proj.forward", hint)
+    assert path.name == "model.layers.0.mlp.down_proj.forward.npy"
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert np.array_equal(np.load(path), hint.numpy())
+    store = HintStore(path.parent, TOY, cache_bytes=0)
+    opened = store.hint("model.layers.0.mlp.down_proj.forward")
+    assert opened.rows == 5
+    assert torch.equal(opened.fft(slice(1, 4)), Hint(TOY, hint).fft(slice(0, 5))[:, 1:4])
+
+
+def test_cache_keeps_what_fits_and_no_more(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        write_hint(tmp_path, name, setup(random_weight(5, 4), PublicMatrix(TOY, SEED, 4)))
+    one = 5 * 32 * 8
+    store = HintStore(tmp_path, TOY, cache_bytes=2 * one + 1)
+    kept = [store.hint(name)._values is not None for name in ("a", "b", "c")]
+    assert kept == [True, True, False]
+    assert store.cached_bytes == 2 * one == store.hint("a").fft(slice(0, 5)).nbytes * 2
+    assert store.hint("c") is store.hint("c")
+    assert torch.equal(store.hint("a").fft(slice(0, 5)), store.hint("c").fft(slice(0, 5)))
+
+
+def test_interrupted_write_leaves_the_old_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hint = torch.ones(2, 32, dtype=torch.int32)
+    write_hint(tmp_path, "a", hint)
+
+    def full_disk(file: object, array: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        raise OSError("no space left")
+
+    monkeypatch.setattr(hints_module.np, "save", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        write_hint(tmp_path, "a", hint * 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
+    assert np.array_equal(np.load(tmp_path / "a.npy"), hint.numpy())
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../a", "a/b", ".hidden", "a b", "a\n"])
+def test_circuit_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="name a circuit"):
+        write_hint(tmp_path, name, torch.zeros(1, 32, dtype=torch.int32))
+    with pytest.raises(InputError, match="name a circuit"):
+        HintStore(tmp_path, TOY, 0).hint(name)
+
+
+def test_missing_damaged_and_foreign_hints_are_refused(tmp_path: Path) -> None:
+    store = HintStore(tmp_path, TOY, 1 << 20)
+    with pytest.raises(InputError, match="no hint for a"):
+        store.hint("a")
+    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY damaged")
+    with pytest.raises(InputError, match="cannot be read"):
+        store.hint("a")
+    write_hint(tmp_path, "a", torch.zeros(3, 48, dtype=torch.int32))
+    with pytest.raises(InputError, match="run setup again"):
+        store.hint("a")
+    with pytest.raises(InputError, match="int32"):
+        write_hint(tmp_path, "a", torch.zeros(3, 32))

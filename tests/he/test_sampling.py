@@ -1,0 +1,179 @@
+"""Distributions, the separation of public from secret randomness, and secrets that work once."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import os
+import pickle
+import threading
+
+import numpy as np
+import pytest
+
+from hecompile.errors import InputError, SecurityError
+from hecompile.he import sampling
+from hecompile.he.parameters import RingParameters, test_insecure_parameters
+from hecompile.he.public_matrix import PublicMatrix
+from hecompile.he.sampling import ERROR_BOUND, SIGMA, OneTimeSecret, PublicSeed, SecretRandom, gaussian_from_uniform
+from hecompile.he.scheme import keygen
+
+SEED = PublicSeed(bytes(range(32)))
+
+
+def chi_square_limit(freedom: int) -> float:
+    """Exceeded with probability at most e^-21.5 < 5e-10 (Laurent and Massart, Ann. Statist. 28, 2000, lemma 1)."""
+    return freedom + 2 * math.sqrt(freedom * 21.5) + 2 * 21.5
+
+
+def test_ternary_is_uniform() -> None:
+    count = 300_000
+    observed = np.bincount(SecretRandom().ternary(count).astype(int) + 1, minlength=3)
+    assert len(observed) == 3
+    assert ((observed - count / 3) ** 2 / (count / 3)).sum() < chi_square_limit(2)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 1536])
+def test_ternary_gives_as_many_as_asked(count: int) -> None:
+    assert SecretRandom().ternary(count).shape == (count,)
+
+
+def test_ternary_draws_again_after_rejections(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = [b"\xff" * 40, b"\x24" * 64]  # all four samples rejected; then 0, 1, 2, 0
+
+    monkeypatch.setattr(sampling.os, "urandom", lambda _: drawn.pop(0))
+    assert SecretRandom().ternary(8).tolist() == [-1, 0, 1, -1, -1, 0, 1, -1]
+    assert drawn == []
+
+
+def test_gaussian_has_its_distribution() -> None:
+    count, edge = 1 << 20, 12
+    samples = SecretRandom().discrete_gaussian((1024, count // 1024))
+    assert samples.shape == (1024, 1024)
+    assert samples.dtype == np.int8
+    weight = {k: math.exp(-(k**2) / (2 * SIGMA**2)) for k in range(-60, 61)}
+    total = sum(weight.values())
+    expected = np.zeros(2 * edge + 1)
+    for k, w in weight.items():
+        expected[min(max(k, -edge), edge) + edge] += count * w / total  # the two outer bins hold the tails
+    observed = np.bincount(np.clip(samples.ravel(), -edge, edge).astype(int) + edge, minlength=2 * edge + 1)
+    assert ((observed - expected) ** 2 / expected).sum() < chi_square_limit(2 * edge)
+
+
+def test_gaussian_inverts_the_cdf_at_every_step() -> None:
+    steps = [int(step) for step in sampling.gaussian_cdf()]
+    assert len(steps) == 2 * ERROR_BOUND
+    assert all(low < high for low, high in itertools.pairwise(steps))
+    uniform = [u for step in steps for u in (step - 1, step)] + [0, 2**64 - 1]
+    # just below step k the sample is k - ERROR_BOUND, at the step it is one more
+    wanted = [k - ERROR_BOUND for step in range(len(steps)) for k in (step, step + 1)] + [-ERROR_BOUND, ERROR_BOUND]
+    top = np.array([u >> 48 for u in uniform], dtype=np.uint16)
+    cells = sampling._gaussian_table()[top]
+    # each step lies inside its cell, so a step's own cell must be refined
+    assert (cells[:-2] == sampling._STRADDLES).sum() >= len(steps)
+    low = [(u & (2**48 - 1)).to_bytes(6, "little") for u, cell in zip(uniform, cells, strict=True) if cell == 127]
+    assert gaussian_from_uniform(top, lambda size: b"".join(low)).tolist() == wanted
+
+
+def test_gaussian_symmetric_and_tail_is_negligible() -> None:
+    steps = [int(step) for step in sampling.gaussian_cdf()]
+    assert all(abs(low + high - 2**64) <= 1 for low, high in zip(steps, steps[::-1], strict=True))
+    total = sum(math.exp(-(k**2) / (2 * SIGMA**2)) for k in range(-90, 91))
+    tail = 2 * sum(math.exp(-(k**2) / (2 * SIGMA**2)) for k in range(ERROR_BOUND + 1, 90)) / total
+    assert tail < 2.0**-64
+
+
+def test_most_samples_need_two_bytes() -> None:
+    assert (sampling._gaussian_table() == sampling._STRADDLES).mean() < 1e-3
+
+    def refuse(size: int) -> bytes:
+        raise AssertionError("no refinement is needed in the middle of a cell")
+
+    assert gaussian_from_uniform(np.array([32768 + 100], dtype=np.uint16), refuse).tolist() == [0]
+
+
+def test_seed_round_trip_and_separate_streams() -> None:
+    assert PublicSeed.from_hex(SEED.hex()) == SEED
+    assert PublicSeed.draw() != PublicSeed.draw()
+    words = [SEED.stream("A").uint32(0, 64), SEED.stream("B").uint32(0, 64), SEED.stream("A").uint32(1, 64)]
+    words += [SEED.derive("A").stream("A").uint32(0, 64)]
+    assert len({w.tobytes() for w in words}) == len(words)
+    assert (SEED.stream("A").uint32(0, 64)[:7] == SEED.stream("A").uint32(0, 7)).all()
+
+
+@pytest.mark.parametrize("text", ["", "00", "zz" * 32, "00" * 33])
+def test_malformed_seed_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="public seed"):
+        PublicSeed.from_hex(text)
+
+
+@pytest.mark.parametrize("wrong", [SecretRandom(), bytes(32), SEED.stream("A"), 7])
+def test_public_matrix_takes_a_public_seed_only(wrong: object) -> None:
+    with pytest.raises(SecurityError, match="PublicSeed"):
+        PublicMatrix(test_insecure_parameters(), wrong, 2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [SEED, SEED.stream("A"), np.random.default_rng(0), None])
+def test_secret_takes_secret_randomness_only(wrong: object) -> None:
+    with pytest.raises(SecurityError, match="SecretRandom"):
+        OneTimeSecret(wrong, 2, 16)  # type: ignore[arg-type]
+
+
+def test_secret_randomness_cannot_be_replaced_by_a_subclass() -> None:
+    with pytest.raises(SecurityError, match="subclassed"):
+        type("Predictable", (SecretRandom,), {})
+
+
+def test_secret_is_handed_out_once() -> None:
+    secret = keygen(RingParameters(256, 5))
+    value = secret.spend()
+    assert value.shape == (5, 256)
+    assert set(np.unique(value)) == {-1, 0, 1}
+    with pytest.raises(SecurityError, match="already used"):
+        secret.spend()
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps, lambda s: s.__reduce__()])
+def test_secret_cannot_be_duplicated(duplicate: object) -> None:
+    secret = keygen(test_insecure_parameters())
+    with pytest.raises(SecurityError, match="copied"):
+        duplicate(secret)  # type: ignore[operator]
+    assert secret.spend().shape == (2, 16)
+
+
+def test_secret_shows_nothing() -> None:
+    secret = keygen(test_insecure_parameters())
+    assert repr(secret) == str(secret) == "<OneTimeSecret>"
+    assert not hasattr(secret, "__dict__")
+
+
+def test_one_thread_only_gets_the_secret() -> None:
+    secret, barrier, outcomes = keygen(test_insecure_parameters()), threading.Barrier(8), []
+
+    def spend() -> None:
+        barrier.wait()
+        try:
+            outcomes.append(secret.spend() is not None)
+        except SecurityError:
+            outcomes.append(False)
+
+    threads = [threading.Thread(target=spend) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == [False] * 7 + [True]
+
+
+def test_forked_process_cannot_use_the_parents_secret() -> None:
+    secret = keygen(test_insecure_parameters())
+    child = os.fork()
+    if child == 0:
+        try:
+            secret.spend()
+        except SecurityError:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert secret.spend().shape == (2, 16)

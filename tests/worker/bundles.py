@@ -1,0 +1,41 @@
+"""Small worker bundles for the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from hecompile.worker_bundle import WorkerBundle, WorkerBundleWriter
+from passes.lower_worker import LowerWorker, encrypted_linear_model
+
+PLAN_ID = "00112233445566778899aabbccddeeff"
+
+
+def extreme_weight(in_features: int, out_features: int, seed: int = 0) -> np.ndarray:
+    """int8 [in, out]: the first columns all 127, all -128 and alternating, the rest uniform."""
+    values = np.random.default_rng(seed).integers(-128, 128, (in_features, out_features), dtype=np.int8)
+    values[:, 0] = 127
+    values[:, 1] = -128
+    values[0::2, 2], values[1::2, 2] = 127, -128
+    return values
+
+
+def extreme_planes(limbs: int, tokens: int, features: int, seed: int = 0) -> np.ndarray:
+    """uint8 [limbs, tokens, features]: token 0 all 255, then (if there are so many) all 0, all 128, 127 and uniform."""
+    planes = np.random.default_rng(seed).integers(0, 256, (limbs, tokens, features), dtype=np.uint8)
+    for token, value in enumerate((255, 0, 128, 127)[:tokens]):
+        planes[:, token, :] = value
+    return planes
+
+
+def write_bundle(
+    directory: Path, linears: dict[str, tuple[np.ndarray, int, int]], plan_id: str = PLAN_ID
+) -> WorkerBundle:
+    """linears: name → (right-hand side of the forward product int8 [in, out], upload_limbs, reply_bytes)."""
+    with WorkerBundleWriter(directory, plan_id) as writer:
+        for name, (weight, limbs, reply_bytes) in linears.items():
+            for direction, matrix in (("forward", weight), ("backward", weight.T)):
+                model = encrypted_linear_model(matrix, limbs, reply_bytes, f"{name}.{direction}")
+                writer.add(LowerWorker()(model).model)
+        return writer.commit()
