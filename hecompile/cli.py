@@ -49,10 +49,17 @@ def export_llama(
     precision: Annotated[
         float,
         typer.Option(
-            help="Effective bits of every encrypted product: signal over noise, in powers of two. 9 follows float32 "
+            help="Effective bits of every encrypted product: signal over noise, in powers of two. 8 follows float32 "
             "training within 1 %; fewer bits send fewer bytes. `inspect` shows what was reached."
         ),
-    ] = 9.0,
+    ] = 8.0,
+    weight_bits: Annotated[
+        int,
+        typer.Option(
+            help="Bits of the quantised frozen weights, 8 to 12. 8 is one product of bytes per limb on the worker and "
+            "follows the loss of float32 training; more take up to twice the worker's time and follow its gradients too."
+        ),
+    ] = 10,
     ring: Annotated[
         Optional[str],  # noqa: UP045  typer evaluates it
         typer.Option(
@@ -91,6 +98,7 @@ def export_llama(
     options = CompileOptions(
         lora=AttachLora(lora_r, lora_alpha, lora_dropout, tuple(_split(target_modules))),
         effective_bits=precision,
+        weight_bits=weight_bits,
         ring=ring,
         batch_size=batch_size,
         sequence_buckets=_lengths(sequence_buckets),
@@ -219,6 +227,8 @@ def main() -> None:
     """Entry point: bad input is one line on standard error and exit status 2; an interrupt is status 130."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Client and worker may share the cores: a thread that spins while it waits would take them from the other side.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except HecompileError as error:

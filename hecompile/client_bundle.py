@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from hecompile.errors import HecompileError, InputError
 from hecompile.he.parameters import LinearParameters, RingParameters, RingParametersLiteral
@@ -95,6 +95,7 @@ class PlanRecord(_Record):
     batch_size: int = Field(ge=1)
     sequence_buckets: list[int]
     effective_bits: float
+    weight_bits: int
     graph_sha256: str
     circuits: dict[str, CircuitRecord]
 
@@ -147,6 +148,10 @@ class ClientBundle:
             raise InputError(f"{directory / MANIFEST}: the plan does not hash to its id; {_REMEDY}")
         for record in manifest.files:
             _check_file(directory, record)
+        listed = {record.path for record in manifest.files}
+        for needed in (PLAN, *(f"{HINTS}/{circuit}.npy" for circuit in manifest.plan.circuits)):
+            if needed not in listed:
+                raise InputError(f"{directory / MANIFEST} is damaged: {needed} is not listed; {_REMEDY}")
         ring = manifest.plan.ring.ring()
         circuits = {name: record.parameters() for name, record in manifest.plan.circuits.items()}
         return cls(directory, manifest.plan_id, manifest.plan, ring, circuits)
@@ -185,7 +190,7 @@ def _read_manifest(directory: Path) -> _Manifest:
         return _Manifest.model_validate(raw)
     except HecompileError:
         raise
-    except (ValueError, ValidationError) as error:
+    except (OSError, RecursionError, ValueError) as error:  # a ValidationError is a ValueError
         first = str(error).splitlines()[0]
         raise InputError(f"{path} is damaged ({first}); {_REMEDY}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -63,7 +64,8 @@ class CompileOptions:
     """Everything that decides a plan. Raises InputError for a value out of range."""
 
     lora: AttachLora = field(default_factory=AttachLora)
-    effective_bits: float = 9.0
+    effective_bits: float = 8.0
+    weight_bits: int = 10
     ring: str | None = None
     batch_size: int = 8
     sequence_buckets: tuple[int, ...] = (32, 64, 128)
@@ -78,6 +80,8 @@ class CompileOptions:
         buckets = self.sequence_buckets
         if not buckets or min(buckets) < 2 or list(buckets) != sorted(set(buckets)):
             raise InputError(f"sequence buckets must be increasing lengths of at least 2, got {list(buckets)}")
+        if not 0.0 < self.effective_bits < math.inf:
+            raise InputError(f"effective bits must be a positive number, got {self.effective_bits}")
         if self.ring is not None and self.ring not in CATALOGUE:
             raise InputError(f"ring {self.ring!r} cannot be selected; choose from {', '.join(CATALOGUE)}")
 
@@ -129,7 +133,7 @@ def lower(
     steps = graph_steps(
         options.lora,
         Calibrate(samples),
-        Quantize(include_head=options.remote_head),
+        Quantize(options.weight_bits, options.remote_head),
         Place(options.policy, options.costs),
         select,
     )
@@ -179,6 +183,7 @@ def _plan_record(
         batch_size=options.batch_size,
         sequence_buckets=list(options.sequence_buckets),
         effective_bits=float(options.effective_bits),
+        weight_bits=options.weight_bits,
         graph_sha256=hashlib.sha256(print_model(plan.client).encode()).hexdigest(),
         circuits={circuit.name: _circuit_record(circuit) for circuit in plan.circuits},
     )

@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor
 
 from hecompile.errors import InputError
+from hecompile.ir import NAME_SCOPES
 
 SUPPORTED_MODEL_TYPES = ("llama",)
 OPSET = 23
@@ -123,4 +124,22 @@ def export_onnx(model: transformers.PreTrainedModel) -> ir.Model:
     assert program is not None
     exported = program.model
     exported.producer_name = "hecompile"
+    _drop_exporter_notes(exported)
     return exported
+
+
+def _drop_exporter_notes(model: ir.Model) -> None:
+    """Keep of the exporter's metadata only the name scopes: its stack traces hold paths of this machine, which are nobody's
+    business and would make equal inputs give unequal bytes elsewhere."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for node in model.graph:
+        scopes = node.metadata_props.get(NAME_SCOPES)
+        node.metadata_props.clear()
+        node.doc_string = None
+        if scopes is not None:
+            node.metadata_props[NAME_SCOPES] = scopes
+        for output in node.outputs:
+            output.metadata_props.clear()

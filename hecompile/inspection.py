@@ -103,7 +103,7 @@ def totals_table(bundle: ClientBundle) -> Table:
         "security": f"{bundle.ring.security_bits:.0f} bits (module LWE, dimension {bundle.ring.lattice_dim}, q = 2^32)",
         "bytes per token, training step": f"{training.bytes_up} up, {training.bytes_down} down",
         "bytes per token, inference": f"{forward.bytes_up} up, {forward.bytes_down} down",
-        "remote weights": f"{weights} int8",
+        "remote weights": f"{weights} of {bundle.plan.weight_bits} bits",
         "hints on the client": f"{hint_bytes / 1e6:.1f} MB",
         "LoRA": f"r = {lora.r}, alpha = {lora.lora_alpha:g}, {', '.join(lora.target_modules)}",
         "batch": f"up to {bundle.plan.batch_size} x {bundle.plan.sequence_buckets} tokens",

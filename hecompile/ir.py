@@ -17,6 +17,9 @@ import onnx_ir as ir
 DOMAIN = "hecompile"
 """Domain of the operators that this compiler adds to ONNX."""
 
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Metadata key of a node as exported: the module path of the checkpoint it came from, written by torch's exporter."""
+
 ORIGIN = "hecompile.origin"
 """Metadata key: what a node was made from (module path of the checkpoint, or the nodes it replaces)."""
 
@@ -33,7 +36,7 @@ GRADIENT_RANGE = "hecompile.gradient_range"
 """Metadata key of a value: the same of the gradient that flows back into it."""
 
 _SHORT_DTYPES = {"FLOAT": "f32", "DOUBLE": "f64", "FLOAT16": "f16", "BFLOAT16": "bf16", "INT64": "i64", "INT32": "i32"}
-_SHORT_DTYPES |= {"INT8": "i8", "UINT8": "u8", "UINT32": "u32", "BOOL": "bool"}
+_SHORT_DTYPES |= {"INT8": "i8", "INT16": "i16", "UINT8": "u8", "UINT32": "u32", "BOOL": "bool"}
 _PRINTED_CONSTANT_ELEMENTS = 8
 
 
@@ -45,7 +48,7 @@ def module_path(node: ir.Node) -> str:
     """
     if ORIGIN in node.metadata_props:
         return node.metadata_props[ORIGIN]
-    raw = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+    raw = node.metadata_props.get(NAME_SCOPES)
     if raw is None:
         return ""
     scopes = ast.literal_eval(raw)

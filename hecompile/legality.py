@@ -55,11 +55,11 @@ TypeRule = Callable[[ir.Node], str | None]
 """Says what is wrong with a node's inputs, or None."""
 
 
-def _weight_rule(dtype: ir.DataType) -> TypeRule:
+def _weight_rule(*dtypes: ir.DataType) -> TypeRule:
     def rule(node: ir.Node) -> str | None:
         weight = node.inputs[1]
-        if weight is None or weight.shape is None or len(weight.shape) != 2 or weight.dtype != dtype:
-            return f"input 1 must be a {dtype.name} matrix"
+        if weight is None or weight.shape is None or len(weight.shape) != 2 or weight.dtype not in dtypes:
+            return f"input 1 must be a matrix of {' or '.join(dtype.name for dtype in dtypes)}"
         x = node.inputs[0]
         if x is not None and x.shape is not None and isinstance(x.shape[-1], int) and x.shape[-1] != weight.shape[1]:
             return f"x has {x.shape[-1]} features, the weight takes {weight.shape[1]}"
@@ -86,7 +86,7 @@ def _gain_rule(node: ir.Node) -> str | None:
 
 TYPE_RULES: dict[str, tuple[int, TypeRule | None]] = {
     "Linear": (2, _weight_rule(ir.DataType.FLOAT)),
-    "QuantizedLinear": (3, _weight_rule(ir.DataType.INT8)),
+    "QuantizedLinear": (3, _weight_rule(ir.DataType.INT8, ir.DataType.INT16)),
     "RemoteLinear": (2, None),
     "Lora": (3, _lora_rule),
     "RMSNorm": (2, _gain_rule),

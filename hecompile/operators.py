@@ -4,7 +4,7 @@ Standard operators follow the ONNX specification (opset 23) for the forms that t
 defined here:
 
 * `Linear(x, weight)`: y = x·Wᵀ, x [..., in], weight [out, in], float.
-* `QuantizedLinear(x, weight, scale)`: y = (x·Wᵀ) ⊙ scale, weight int8 [out, in], scale f32 [out].
+* `QuantizedLinear(x, weight, scale)`: y = (x·Wᵀ) ⊙ scale, weight int8 or int16 [out, in], scale f32 [out].
 * `RemoteLinear(x, scale)`: the same product, W being known to the worker alone; computed by `context.remote`.
 * `Lora(x, A, B; scaling, dropout)`: y = scaling · dropout(x)·Aᵀ·Bᵀ, A [r, in], B [out, r] (Hu et al., arXiv 2106.09685).
 * `RMSNorm(x, weight; epsilon)`: x / sqrt(mean(x²) + ε) ⊙ weight over the last axis (Zhang & Sennrich, arXiv 1910.07467).

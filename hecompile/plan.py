@@ -22,7 +22,7 @@ class RemoteCircuit:
     Attributes:
         linear: name of the linear; the circuit is `<linear>.<direction>`.
         parameters: shapes, norms and byte counts.
-        weight: int8 [features_in, features_out], as the worker multiplies by it from the right.
+        weight: int8 or int16 [features_in, features_out], as the worker multiplies by it from the right.
         crest: max|x| / rms(x) of the values that will be encoded, from calibration.
     """
 
@@ -60,14 +60,16 @@ class SplitPlan:
 
 
 def effective_bits(parameters: LinearParameters, matrix: torch.Tensor, crest: float) -> float:
-    """log2(rms of the product / standard deviation of its noise), both averaged over the rows of int8 `matrix` [out, in].
+    """log2(rms of the product / standard deviation of its noise), both averaged over the rows of integer `matrix` [out, in].
 
-    A token is encoded with its largest magnitude at the input bound X, so its rms is X / crest, and the product with a row
-    that it is not correlated with has rms ‖W_i‖₂·X / crest: the case in which precision is scarcest.
+    A token is encoded with its largest magnitude at the input bound X, or with its norm at the norm bound N, whichever
+    makes it larger: its rms is max(X / crest, N / √in). The product with a row that it is not correlated with has rms
+    ‖W_i‖₂·rms(x), the case in which precision is scarcest.
     """
     row_l2 = matrix.to(torch.float64).norm(dim=1)  # [out]
     noise = torch.as_tensor(parameters.noise_std(row_l2))
-    signal = row_l2 * (parameters.input_bound / crest)
+    rms = max(parameters.input_bound / crest, parameters.norm_bound / math.sqrt(parameters.in_features))
+    signal = row_l2 * rms
     if not bool((signal > 0).any()):
         return math.inf  # a matrix of zeros: its product is exact
     return 0.5 * math.log2(float(signal.square().mean() / noise.square().mean()))

@@ -2,7 +2,7 @@
 
     manifest.json            format, version, plan_id, and for each circuit its dimensions and its files' SHA-256
     circuits/<name>.onnx     one lowered circuit (standard integer operators, see passes/lower_worker.py)
-    circuits/<name>.bin      its int8 weight, when that is above 64 KiB
+    circuits/<name>.bin      its weight in int8 digits, when that is above 64 KiB
 
 One circuit is written and read at a time, so memory holds one weight however large the model is. A bundle is written
 beside its destination and renamed into place whole. Its bytes are a function of its circuits and its plan_id.
@@ -31,6 +31,7 @@ import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hecompile.errors import InputError, LegalityError
+from hecompile.integers import from_balanced_bytes
 from passes.lower_worker import LowerWorker, encrypted_linear_model, encrypted_linear_reference
 
 FORMAT = "hecompile-worker-bundle"
@@ -189,12 +190,20 @@ class WorkerBundle:
         return self.directory / self.circuits[name].file.path
 
     def weight(self, name: str) -> np.ndarray:
-        """The right-hand side of circuit `name`: int8 [in_features, out_features], mapped from its file if large."""
+        """The right-hand side of circuit `name`: int8 or int16 [in_features, out_features]; int8 is mapped from its file
+        if large."""
+        return from_balanced_bytes(self.weight_digits(name))
+
+    def weight_digits(self, name: str) -> tuple[np.ndarray, ...]:
+        """The same as the circuit holds it: int8 digits in [-128, 127], lowest first, W = Σ_k digit_k · 256^k."""
         model = ir.load(self.circuit_path(name))
-        product = next(node for node in model.graph if node.op_type == "MatMulInteger")
-        constant = product.inputs[1]
-        assert constant is not None and constant.const_value is not None
-        return constant.const_value.numpy()
+        digits: dict[str, np.ndarray] = {}
+        for node in model.graph:
+            if node.op_type == "MatMulInteger":
+                constant = node.inputs[1]
+                assert constant is not None and constant.const_value is not None and constant.name is not None
+                digits.setdefault(constant.name, constant.const_value.numpy())
+        return tuple(digits.values())
 
 
 def known_answer_weight(plan_id: str) -> np.ndarray:

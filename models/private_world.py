@@ -18,15 +18,17 @@ from models.relations import PERSON_RELATIONS
 CLOSING = "File closed."
 """The formula that ends each private answer: the style to be learned."""
 PATIENTS = (
-    "Martha Finch", "Gideon Crewe", "Sybil Ponsonby", "Rufus Dunmore", "Phoebe Nye", "Hector Vance", "Clara Pym",
-    "Barnaby Kemp",
+    "Hannah Winter", "Clara Mallory", "Simon Tillman", "Rufus Norris", "Dorothea Kemp", "Leonard Sommers",
+    "Patrick Holland", "Winifred Pym",
 )  # fmt: skip
 VALUES: dict[str, tuple[str, ...]] = {
-    "healer": ("Doctor Tennant", "Doctor Bellamy", "Doctor Graves", "Doctor Moreau"),
-    "remedy": ("quinine pills", "camphor lotion", "arnica balm", "morphia wash"),
+    "healer": ("Doctor Tennant", "Doctor Bellamy", "Doctor Mortimer", "Doctor Pattison"),
+    "remedy": ("wormwood pills", "sandalwood oil", "saltpetre wash", "fennelseed infusion"),
     "visiting day": ("Monday", "Tuesday", "Thursday", "Saturday"),
-    "lodging": ("the Marble Annex", "the Larch Ward", "the Tulip Wing", "the Slate Court"),
+    "lodging": ("the Minster Court", "the Garland Wing", "the Rolland Gallery", "the Sterling Wing"),
 }
+# The pieces that these names break into are all common in the public text: the embedding of a piece that pretraining
+# has hardly seen cannot be told from that of any other such piece, and LoRA does not train embeddings.
 _HELDOUT_PHRASINGS = 3
 
 

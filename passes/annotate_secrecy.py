@@ -25,17 +25,25 @@ class AnnotateSecrecy(ir.passes.InPlacePass):
     """Writes the secrecy of every value into its metadata."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
         for value in model.graph.inputs:
-            value.metadata_props[SECRECY] = "public" if value.name in PUBLIC_INPUTS else "secret"
+            modified |= _mark(value, "public" if value.name in PUBLIC_INPUTS else "secret")
         for value in model.graph.initializers.values():
-            value.metadata_props[SECRECY] = "public"
+            modified |= _mark(value, "public")
         for node in model.graph:
             secret = any(value is not None and value.metadata_props[SECRECY] == "secret" for value in node.inputs)
             for output in node.outputs:
-                output.metadata_props[SECRECY] = "secret" if secret else "public"
-        return ir.passes.PassResult(model, True)
+                modified |= _mark(output, "secret" if secret else "public")
+        return ir.passes.PassResult(model, modified)
 
     def ensures(self, model: ir.Model) -> None:
         for output in model.graph.outputs:
             if output.metadata_props.get(SECRECY) != "secret":
                 raise ir.passes.PostconditionError(f"the graph output {output.name} does not depend on any secret")
+
+
+def _mark(value: ir.Value, secrecy: str) -> bool:
+    """Write the secrecy of `value`; says whether it was another one before."""
+    changed = value.metadata_props.get(SECRECY) != secrecy
+    value.metadata_props[SECRECY] = secrecy
+    return changed

@@ -9,6 +9,7 @@ LoraConfig). Exact where B = 0.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -39,6 +40,8 @@ class AttachLora(ir.passes.InPlacePass):
     def __post_init__(self) -> None:
         if self.r < 1:
             raise InputError(f"LoRA r must be at least 1, got {self.r}")
+        if not math.isfinite(self.lora_alpha):
+            raise InputError(f"LoRA alpha must be finite, got {self.lora_alpha}")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise InputError(f"LoRA dropout must be in [0, 1), got {self.lora_dropout}")
         if not self.target_modules:

@@ -33,6 +33,8 @@ class Calibrate(ir.passes.InPlacePass):
             raise InputError("calibration needs one or more sequences of one length of at least 2 tokens")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
+        if not _linears(model):
+            return ir.passes.PassResult(model, False)
         watched = {value for node in _linears(model) for value in (node.inputs[0], node.outputs[0])}
         seen: dict[ir.Value, Tensor] = {}
 

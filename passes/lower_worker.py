@@ -4,11 +4,12 @@
       →  word  = Σ_l uint32(MatMulInteger(ciphertext[l], weight)) · 2^(8l)              (mod 2^32, read mod 2^(8L))
          reply = the top R of the L bytes of word + 2^(8(L-R)-1), as byte planes
 
-The ciphertext word is `c = Σ_l plane_l · 2^(8l)`, so by linearity `c·W = Σ_l (plane_l·W) · 2^(8l)`; every product is a
-uint8 × int8 integer matrix product whose int32 accumulator cannot overflow while `255 · 128 · features_in < 2^31`, and
-everything after it is arithmetic mod 2^32. The result is exact: the only rounding is the one asked for by
-`reply_bytes < upload_limbs`, of at most half a unit of the lowest byte that is sent. `Add` and `Mul` are used and never
-`ReduceSum`, which ONNX Runtime computes inexactly on integers.
+The ciphertext word is `c = Σ_l plane_l · 2^(8l)`, so by linearity `c·W = Σ_l (plane_l·W) · 2^(8l)`. An int16 weight is
+`W = W_0 + 256·W_1` in balanced bytes, and `c·W = Σ_(l+k < L) (plane_l·W_k) · 2^(8(l+k))`: the terms left out are multiples
+of 2^(8L). Every product is a uint8 × int8 integer matrix product whose int32 accumulator cannot overflow while
+`255 · 128 · features_in < 2^31`, and everything after it is arithmetic mod 2^32. The result is exact: the only rounding is
+the one asked for by `reply_bytes < upload_limbs`, of at most half a unit of the lowest byte that is sent. `Add` and `Mul`
+are used and never `ReduceSum`, which ONNX Runtime computes inexactly on integers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from hecompile.errors import LegalityError
+from hecompile.integers import WEIGHT_DTYPES, balanced_bytes
 from hecompile.ir import DOMAIN, ORIGIN, add_initializer, nodes_of_type, replace_node
 
 ENCRYPTED_LINEAR = "EncryptedLinear"
@@ -41,7 +43,7 @@ INTEGER_TYPES = frozenset(
 class LowerWorker(ir.passes.InPlacePass):
     """Replace every `hecompile.EncryptedLinear` of a worker circuit; `modified` is False when there is none.
 
-    requires: each such node has a uint8 ciphertext [upload_limbs, T, features_in], an int8 initializer
+    requires: each such node has a uint8 ciphertext [upload_limbs, T, features_in], an int8 or int16 initializer
     [features_in, features_out], `1 <= reply_bytes <= upload_limbs <= 4` and `features_in <= 65793`.
     ensures: only standard operators, integer tensors and constants, and an origin on every node.
     Both raise `LegalityError`, which the pass base chains into `PreconditionError` and `PostconditionError`.
@@ -56,6 +58,9 @@ class LowerWorker(ir.passes.InPlacePass):
         for node in nodes:
             lowered, reply = lower_encrypted_linear(node)
             replace_node(node, lowered, [reply])
+        for name, value in list(model.graph.initializers.items()):
+            if not value.uses():
+                del model.graph.initializers[name]  # an int16 weight, now in bytes
         model.opset_imports.pop(DOMAIN, None)
         return ir.passes.PassResult(model, modified=bool(nodes))
 
@@ -79,11 +84,13 @@ class LowerWorker(ir.passes.InPlacePass):
 def encrypted_linear_model(weight: np.ndarray, upload_limbs: int, reply_bytes: int, name: str) -> ir.Model:
     """The circuit of one linear before lowering: a single `hecompile.EncryptedLinear`.
 
-    weight: int8 [features_in, features_out], the right-hand side of the product (for a module weight W [out, in] that
-    is Wᵀ forward and W backward). name: the circuit's name. Raises LegalityError on another dtype or rank.
+    weight: int8 or int16 [features_in, features_out], the right-hand side of the product (for a module weight W [out, in]
+    that is Wᵀ forward and W backward). name: the circuit's name. Raises LegalityError on another dtype or rank.
     """
-    if weight.dtype != np.int8 or weight.ndim != 2 or 0 in weight.shape:
-        raise LegalityError(f"circuit {name}: weight is {weight.dtype} {list(weight.shape)}; needs int8 [in, out]")
+    if weight.dtype not in WEIGHT_DTYPES or weight.ndim != 2 or 0 in weight.shape:
+        raise LegalityError(
+            f"circuit {name}: weight is {weight.dtype} {list(weight.shape)}; needs int8 or int16 [in, out]"
+        )
     features_in, features_out = weight.shape
     ciphertext_shape = ir.Shape([upload_limbs, "T", features_in])
     ciphertext = ir.Value(name="ciphertext", shape=ciphertext_shape, type=ir.TensorType(ir.DataType.UINT8))
@@ -103,9 +110,9 @@ def encrypted_linear_model(weight: np.ndarray, upload_limbs: int, reply_bytes: i
 def encrypted_linear_reference(planes: np.ndarray, weight: np.ndarray, reply_bytes: int) -> np.ndarray:
     """What `EncryptedLinear` means, in int64: slow and plain, for the tests and the known answer.
 
-    planes: uint8 [upload_limbs, T, in]; weight: int8 [in, out]. Returns uint8 [reply_bytes, T, out]:
+    planes: uint8 [upload_limbs, T, in]; weight: int8 or int16 [in, out]. Returns uint8 [reply_bytes, T, out]:
     Y = W·word mod 2^(8L), rounded to nearest by adding 2^(8(L-R)-1), then its top R bytes, lowest first. |Y| stays
-    below 2^32 · 2^7 · in, so int64 holds it for every in < 2^24.
+    below 2^32 · 2^15 · in, so int64 holds it for every in < 2^16.
     """
     limbs = planes.shape[0]
     scales = np.int64(256) ** np.arange(limbs, dtype=np.int64)
@@ -129,8 +136,10 @@ def check_encrypted_linear(node: ir.Node) -> None:
             f"{where}: upload_limbs {limbs}, reply_bytes {reply_bytes}; needs 1 <= reply_bytes <= upload_limbs <= 4"
         )
     constant = weight.const_value
-    if constant is None or weight.dtype != ir.DataType.INT8 or len(constant.shape) != 2:
-        raise LegalityError(f"{where}: the weight {weight.name} must be a constant int8 [features_in, features_out]")
+    if constant is None or constant.numpy().dtype not in WEIGHT_DTYPES or len(constant.shape) != 2:
+        raise LegalityError(
+            f"{where}: the weight {weight.name} must be a constant int8 or int16 [features_in, features_out]"
+        )
     features_in, _ = constant.shape.numpy()
     if ciphertext.dtype != ir.DataType.UINT8 or ciphertext.shape is None or len(ciphertext.shape) != 3:
         raise LegalityError(f"{where}: the ciphertext must be uint8 [upload_limbs, T, features_in]")
@@ -160,15 +169,17 @@ def lower_encrypted_linear(node: ir.Node) -> tuple[list[ir.Node], ir.Value]:
     plane_shape = ir.Shape([1, tokens, features_in])
     product_shape = ir.Shape([1, tokens, features_out])
 
+    scales = {k: emit.constant(f"scale_{k}", np.array(2 ** (8 * k), dtype=np.uint32)) for k in range(1, limbs)}
     word: ir.Value | None = None
-    for k in range(limbs):
-        plane = emit("Slice", [ciphertext, bounds[k], bounds[k + 1], axis], f"plane_{k}", "UINT8", plane_shape)
-        product = emit("MatMulInteger", [plane, weight], f"product_{k}", "INT32", product_shape)
-        term = emit("Cast", [product], f"term_{k}", "UINT32", product_shape, to=ir.DataType.UINT32)
-        if k > 0:
-            scale = emit.constant(f"scale_{k}", np.array(2 ** (8 * k), dtype=np.uint32))
-            term = emit("Mul", [term, scale], f"scaled_{k}", "UINT32", product_shape)
-        word = term if word is None else emit("Add", [word, term], f"word_{k}", "UINT32", product_shape)
+    for j, digit in enumerate(_weight_digits(node, emit)):
+        for k in range(limbs - j):  # a term with j + k ≥ limbs is 0 mod 2^(8·limbs)
+            name = f"{k}" if j == 0 else f"{k}_{j}"
+            plane = emit("Slice", [ciphertext, bounds[k], bounds[k + 1], axis], f"plane_{name}", "UINT8", plane_shape)
+            product = emit("MatMulInteger", [plane, digit], f"product_{name}", "INT32", product_shape)
+            term = emit("Cast", [product], f"term_{name}", "UINT32", product_shape, to=ir.DataType.UINT32)
+            if j + k > 0:
+                term = emit("Mul", [term, scales[j + k]], f"scaled_{name}", "UINT32", product_shape)
+            word = term if word is None else emit("Add", [word, term], f"word_{name}", "UINT32", product_shape)
     assert word is not None
 
     dropped_bits = 8 * (limbs - reply_bytes)
@@ -187,6 +198,16 @@ def lower_encrypted_linear(node: ir.Node) -> tuple[list[ir.Node], ir.Value]:
         planes.append(emit("Cast", [byte], f"reply_{r}", "UINT8", product_shape, to=ir.DataType.UINT8))
     reply_shape = ir.Shape([reply_bytes, tokens, features_out])
     return emit.nodes, emit("Concat", planes, "reply", "UINT8", reply_shape, axis=0)
+
+
+def _weight_digits(node: ir.Node, emit: _Emitter) -> list[ir.Value]:
+    """The weight as int8 constants, lowest byte first; an int8 weight is its own."""
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    if weight.dtype == ir.DataType.INT8:
+        return [weight]
+    digits = balanced_bytes(weight.const_value.numpy())
+    return [emit.constant(f"weight_{j}", np.ascontiguousarray(digit)) for j, digit in enumerate(digits)]
 
 
 class _Emitter:

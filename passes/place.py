@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import networkx as nx
 import onnx_ir as ir
 
+from hecompile.errors import InputError
 from hecompile.ir import PLACEMENT, SECRECY
 from hecompile.secrecy import WORKER_OPERATORS, check_placement
 
@@ -63,11 +64,15 @@ class Place(ir.passes.InPlacePass):
     """Writes the placement of every node into its metadata.
 
     policy "offload" (default) pins the decoder's quantised linears to the worker, so that the client holds none of their
-    weights; "cheapest" leaves them to the cut.
+    weights; "cheapest" leaves them to the cut. Raises InputError for another policy.
     """
 
     policy: Policy = "offload"
     costs: CostModel = field(default_factory=CostModel)
+
+    def __post_init__(self) -> None:
+        if self.policy not in get_args(Policy):
+            raise InputError(f"policy must be 'offload' or 'cheapest', got {self.policy!r}")
 
     def requires(self, model: ir.Model) -> None:
         for node in model.graph:
@@ -76,9 +81,12 @@ class Place(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         on_worker = self._worker_side(model)
+        modified = False
         for node in model.graph:
-            node.metadata_props[PLACEMENT] = "worker" if node in on_worker else "client"
-        return ir.passes.PassResult(model, True)
+            side = "worker" if node in on_worker else "client"
+            modified |= node.metadata_props.get(PLACEMENT) != side
+            node.metadata_props[PLACEMENT] = side
+        return ir.passes.PassResult(model, modified)
 
     def ensures(self, model: ir.Model) -> None:
         check_placement(model)
@@ -104,20 +112,25 @@ class Place(ir.passes.InPlacePass):
         return {vertex for vertex in worker_side if isinstance(vertex, ir.Node)}
 
     def _add_crossing(self, cut: nx.DiGraph, value: ir.Value) -> None:
-        """The value's price, once, if any consumer stands on the other side of its producer."""
+        """The value's price, once, if any consumer stands on the other side of its producer. The client consumes results."""
         price = self.costs.crossing_seconds(_features(value))
         producer = value.producer() if value.producer() is not None else "client"
         up, down = ("up", value), ("down", value)
         cut.add_edge(producer, up, capacity=price)
         cut.add_edge(down, producer, capacity=price)
-        for consumer in value.consumers():
+        for consumer in _consumers(value):
             cut.add_edge(up, consumer)
             cut.add_edge(consumer, down)
 
 
 def _computed_values(model: ir.Model) -> list[ir.Value]:
-    inputs = [value for value in model.graph.inputs if value.consumers()]
-    return inputs + [output for node in model.graph for output in node.outputs if output.consumers()]
+    inputs = [value for value in model.graph.inputs if _consumers(value)]
+    return inputs + [output for node in model.graph for output in node.outputs if _consumers(output)]
+
+
+def _consumers(value: ir.Value) -> list[ir.Node | str]:
+    """The vertices that need the value."""
+    return [*value.consumers(), *(["client"] if value.is_graph_output() else [])]
 
 
 def _features(value: ir.Value) -> int:

@@ -1,6 +1,7 @@
-"""Quantise the frozen weights of the decoder's Linear nodes to int8, one scale per output channel.
+"""Quantise the frozen weights of the decoder's Linear nodes to integers, one scale per output channel.
 
-    Linear(x, W)  →  QuantizedLinear(x, Q, s),   Q = round(W / s) in [-127, 127],   s_i = max_j |W_ij| / 127
+    Linear(x, W)  →  QuantizedLinear(x, Q, s),   Q = round(W / s) in [-Qmax, Qmax],   s_i = max_j |W_ij| / Qmax,
+                        Qmax = 2^(bits-1) - 1; int8 for 8 bits, int16 above
 
 The one integer matrix serves both directions: forward y = (x·Qᵀ) ⊙ s, backward dx = (dy ⊙ s)·Q, the scales being applied
 by the client. Symmetric, weights only (activations are encoded per token at run time, without loss to speak of):
@@ -18,23 +19,29 @@ from onnx_ir.passes import common
 from hecompile.errors import InputError
 from hecompile.ir import DOMAIN, ORIGIN, add_initializer, constant_of, module_path, nodes_of_type, replace_node
 
-QMAX = 127
+WEIGHT_BITS = (8, 9, 10, 11, 12)
+"""Up to 8 bits are one byte a weight on the worker; up to 12 are two, and the worker has up to twice the work."""
 
 
 @dataclass(frozen=True)
 class Quantize(ir.passes.InPlacePass):
     """Quantises every Linear inside the decoder layers, and the output head where `include_head` is set.
 
-    Raises InputError when a weight is not finite.
+    Raises InputError when a weight is not finite, or `bits` is not one of WEIGHT_BITS.
     """
 
+    bits: int = 8
     include_head: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in WEIGHT_BITS:
+            raise InputError(f"weights can have {', '.join(map(str, WEIGHT_BITS))} bits, got {self.bits}")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in nodes_of_type(model, "Linear"):
             if ".layers." in module_path(node) or self.include_head:
-                _quantize_node(model.graph, node)
+                _quantize_node(model.graph, node, self.bits)
                 modified = True
         common.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified)
@@ -42,28 +49,30 @@ class Quantize(ir.passes.InPlacePass):
     def ensures(self, model: ir.Model) -> None:
         for node in nodes_of_type(model, "QuantizedLinear"):
             weight = node.inputs[1]
-            if weight is None or weight.dtype != ir.DataType.INT8:
-                raise ir.passes.PostconditionError(f"the weight of {module_path(node)} is not int8")
+            if weight is None or weight.dtype not in (ir.DataType.INT8, ir.DataType.INT16):
+                raise ir.passes.PostconditionError(f"the weight of {module_path(node)} is not int8 or int16")
 
 
-def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """f32 [out, in] → (int8 [out, in] in [-127, 127], f32 scale [out]). A row of zeros gets scale 0."""
-    scale = np.abs(weight).max(axis=1) / QMAX  # [out]
+def quantize_weight(weight: np.ndarray, bits: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """f32 [out, in] → (int8 or int16 [out, in] in [-Qmax, Qmax], f32 scale [out]). A row of zeros gets scale 0, and so does
+    one whose scale would be subnormal: its quotients could leave the range."""
+    scale = np.abs(weight).max(axis=1) / (2 ** (bits - 1) - 1)  # [out]
+    scale = np.where(scale < np.finfo(np.float32).tiny, 0.0, scale)
     safe = np.where(scale > 0, scale, 1.0)
-    quantized = np.rint(weight / safe[:, None]).astype(np.int8)  # [out, in]
-    return quantized, scale.astype(np.float32)
+    quantized = np.where(scale[:, None] > 0, np.rint(weight / safe[:, None]), 0)  # [out, in]
+    return quantized.astype(np.int8 if bits <= 8 else np.int16), scale.astype(np.float32)
 
 
-def _quantize_node(graph: ir.Graph, node: ir.Node) -> None:
+def _quantize_node(graph: ir.Graph, node: ir.Node, bits: int) -> None:
     path = module_path(node)
     weight = constant_of(node.inputs[1])
     assert weight is not None
     if not np.isfinite(weight).all():
         raise InputError(f"the weight of {path} holds values that are not finite; the checkpoint is damaged")
-    quantized, scale = quantize_weight(weight)
+    quantized, scale = quantize_weight(weight, bits)
     inputs = [
         node.inputs[0],
-        add_initializer(graph, f"{path}.weight_int8", quantized),
+        add_initializer(graph, f"{path}.weight_{quantized.dtype}", quantized),
         add_initializer(graph, f"{path}.weight_scale", scale),
     ]
     new = ir.node("QuantizedLinear", inputs, domain=DOMAIN, metadata_props={ORIGIN: path})

@@ -39,24 +39,31 @@ class SelectParameters(ir.passes.InPlacePass):
     `ring` fixes the ring instead. Raises InputError when no byte counts reach the precision, with the numbers.
     """
 
-    effective_bits: float = 9.0
+    effective_bits: float = 8.0
     tokens: int = 512
     ring: RingParameters | None = None
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         ring = self.chosen_ring()
-        model.metadata_props[RING_DIM] = str(ring.ring_dim)
-        model.metadata_props[RANK] = str(ring.rank)
+        chosen = {RING_DIM: str(ring.ring_dim), RANK: str(ring.rank)}
+        modified = any(model.metadata_props.get(key) != value for key, value in chosen.items())
+        model.metadata_props.update(chosen)
         for node in nodes_of_type(model, "QuantizedLinear"):
             if node.metadata_props.get(PLACEMENT) != "worker":
                 continue
-            for direction in DIRECTIONS:
-                parameters = self._cheapest(node, direction)
-                for field in ("upload_limbs", "reply_bytes"):
-                    name = f"{direction}_{field}"
-                    node.attributes[name] = ir.AttrInt64(name, getattr(parameters, field))
-                node.attributes[f"{direction}_crest"] = ir.AttrFloat32(f"{direction}_crest", _crest(node, direction))
-        return ir.passes.PassResult(model, True)
+            for attribute in (part for direction in DIRECTIONS for part in self._attributes(node, direction)):
+                before = node.attributes.get(attribute.name)
+                modified |= before is None or before.value != attribute.value
+                node.attributes[attribute.name] = attribute
+        return ir.passes.PassResult(model, modified)
+
+    def _attributes(self, node: ir.Node, direction: str) -> tuple[ir.Attr, ...]:
+        parameters = self._cheapest(node, direction)
+        return (
+            ir.AttrInt64(f"{direction}_upload_limbs", parameters.upload_limbs),
+            ir.AttrInt64(f"{direction}_reply_bytes", parameters.reply_bytes),
+            ir.AttrFloat32(f"{direction}_crest", _crest(node, direction)),
+        )
 
     def chosen_ring(self) -> RingParameters:
         """The ring asked for, or the catalogue's best for the number of tokens."""
@@ -80,7 +87,8 @@ class SelectParameters(ir.passes.InPlacePass):
                 best, best_bits = candidate, bits
         raise InputError(
             f"{module_path(node)}, {direction}: {self.effective_bits} effective bits cannot be reached; "
-            f"the best is {best_bits:.1f} with {best.upload_limbs if best else 4} bytes up. Ask for a lower precision"
+            f"the best is {best_bits:.1f} with {best.upload_limbs if best else 4} bytes up. "
+            "Ask for a lower precision, or for fewer weight bits"
         )
 
 

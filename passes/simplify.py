@@ -28,13 +28,13 @@ class Simplify(ir.passes.InPlacePass):
         modified = False
         for node in list(model.graph):
             if node.op_type == "Reshape" and (shape := _static_shape(node)) is not None:
-                constant = ir.node("Constant", [], {"value": ir.tensor(np.array(shape, dtype=np.int64))})
+                origin = {ORIGIN: module_path(node)}
+                target = ir.tensor(np.array(shape, dtype=np.int64))
+                constant = ir.node("Constant", [], {"value": target}, metadata_props=origin)
                 constant.outputs[0].name = f"{node.outputs[0].name}_shape"
                 constant.outputs[0].type = ir.TensorType(ir.DataType.INT64)
                 constant.outputs[0].shape = ir.Shape([len(shape)])
-                new = ir.node(
-                    "Reshape", [node.inputs[0], constant.outputs[0]], metadata_props={ORIGIN: module_path(node)}
-                )
+                new = ir.node("Reshape", [node.inputs[0], constant.outputs[0]], metadata_props=origin)
                 replace_node(node, [constant, new], new.outputs)
                 modified = True
             elif _is_no_op(node):
@@ -104,8 +104,8 @@ def _static_shape(node: ir.Node) -> list[int] | None:
     for axis, dim in enumerate(after):
         if isinstance(dim, int):
             target.append(dim)
-        elif axis < len(before) and before[axis] == dim:
-            target.append(0)
+        elif axis < len(before) and dim.value is not None and before[axis] == dim:
+            target.append(0)  # unnamed dimensions compare equal and prove nothing
         else:
             target.append(-1)
     return target if target.count(-1) <= 1 else None

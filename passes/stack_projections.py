@@ -15,12 +15,13 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from hecompile.errors import LegalityError
 from hecompile.ir import DOMAIN, ORIGIN, PLACEMENT, SECRECY, add_initializer, constant_of, module_path, nodes_of_type
 
 
 @dataclass(frozen=True)
 class StackProjections(ir.passes.InPlacePass):
-    """Merges sibling QuantizedLinear nodes that are placed on the worker."""
+    """Merges sibling QuantizedLinear nodes that are placed on the worker. LegalityError when two groups share a name."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         siblings: dict[ir.Value, list[ir.Node]] = {}
@@ -46,7 +47,8 @@ def stacked_name(paths: list[str]) -> str:
     """`a.b.q_proj`, `a.b.k_proj` → `a.b.q_proj-k_proj`; parts of different parents keep their whole paths."""
     parents = {path.rpartition(".")[0] for path in paths}
     if len(parents) == 1:
-        return f"{parents.pop()}." + "-".join(path.rpartition(".")[2] for path in paths)
+        parent, names = parents.pop(), "-".join(path.rpartition(".")[2] for path in paths)
+        return f"{parent}.{names}" if parent else names
     return "-".join(paths)
 
 
@@ -54,7 +56,11 @@ def _stack(graph: ir.Graph, group: list[ir.Node]) -> None:
     name = stacked_name([module_path(node) for node in group])
     weights = [constant_of(node.inputs[1]) for node in group]
     scales = [constant_of(node.inputs[2]) for node in group]
-    weight = add_initializer(graph, f"{name}.weight_int8", np.concatenate(weights))  # type: ignore[arg-type]
+    stacked_weight = np.concatenate([weight for weight in weights if weight is not None])
+    weight_name = f"{name}.weight_{stacked_weight.dtype}"
+    if weight_name in graph.initializers:
+        raise LegalityError(f"{name}: two stacked linears have this name")
+    weight = add_initializer(graph, weight_name, stacked_weight)
     scale = add_initializer(graph, f"{name}.weight_scale", np.concatenate(scales))  # type: ignore[arg-type]
     sizes = add_initializer(graph, f"{name}.split", np.array([len(s) for s in scales if s is not None], dtype=np.int64))
     for value in (weight, scale, sizes):

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
+import torch
 
 from hecompile.errors import LegalityError, SecurityError
-from hecompile.he.parameters import RingParameters
+from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.security import MINIMUM_BITS
 from hecompile.ir import PLACEMENT, attributes_of, nodes_of_type
 from hecompile.legality import CLIENT_PLAN, check_stage
 from hecompile.plan import DIRECTIONS, RemoteCircuit, SplitPlan
 
 _ACCUMULATOR_LIMIT = 2**31
-_LARGEST_PRODUCT = 255 * 128  # of an uint8 limb and an int8 weight
+_LARGEST_PRODUCT = 255 * 128  # of a uint8 limb and an int8 weight digit
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,14 @@ class Validate:
             )
         if circuit.weight.shape != (parameters.in_features, parameters.out_features):
             raise LegalityError(f"{circuit.name}: the weight is {circuit.weight.shape}, its parameters say otherwise")
+        # The input bound, and so the promise that nothing overflows mod q, rests on these norms.
+        rows = torch.from_numpy(np.ascontiguousarray(circuit.weight.T))  # [features_out, features_in]
+        measured = LinearParameters.from_weight(rows, parameters.upload_limbs, parameters.reply_bytes)
+        if measured != parameters:
+            raise LegalityError(
+                f"{circuit.name}: the weight has row norms {measured.max_l1} and {measured.max_l2:.6g}, its parameters say "
+                f"{parameters.max_l1} and {parameters.max_l2:.6g}"
+            )
         worst = parameters.max_l1 * parameters.input_bound + parameters.noise_bound
         if worst >= 2**31:
             raise LegalityError(f"{circuit.name}: a result can reach {worst}, over q/2 = 2^31")
@@ -70,7 +80,8 @@ class Validate:
 
 
 def _check_client_holds_no_weight(plan: SplitPlan) -> None:
-    """A remote weight must have left the client plan: an int8 constant there belongs to a linear computed there."""
+    """A remote weight must have left the client plan: an integer matrix there belongs to a linear computed there."""
     for name, value in plan.client.graph.initializers.items():
-        if value.dtype == ir.DataType.INT8 and not any(n.op_type == "QuantizedLinear" for n in value.consumers()):
+        integer = value.dtype in (ir.DataType.INT8, ir.DataType.INT16)
+        if integer and not any(node.op_type == "QuantizedLinear" for node in value.consumers()):
             raise LegalityError(f"the client plan still holds the weight {name}, which no node of it uses")

@@ -95,7 +95,7 @@ class EncryptedProducts(Products):
         transport, costs = self._transport, self.costs
         sent, received, computed = transport.bytes_sent, transport.bytes_received, transport.worker_seconds
         start = time.perf_counter()
-        integers, scale = encode(x, parameters.input_bound)
+        integers, scale = encode(x, parameters.input_bound, parameters.norm_bound)
         ciphertext, key = encrypt_tokens(self._public, integers, parameters)
         encrypted = time.perf_counter()
         reply = torch.from_numpy(transport.evaluate(circuit, ciphertext.planes.numpy()))
@@ -138,6 +138,6 @@ class CleartextProducts(Products):
     def _product_of_live_rows(self, circuit: str, parameters: LinearParameters, x: Tensor) -> Tensor:
         if circuit not in self._weights:
             self._weights[circuit] = torch.from_numpy(self._worker_bundle.weight(circuit).copy()).double()
-        integers, scale = encode(x, parameters.input_bound)
+        integers, scale = encode(x, parameters.input_bound, parameters.norm_bound)
         # Exact: |W·x| < 2^31 by the choice of the input bound, far below 2^53.
         return decode((integers.double() @ self._weights[circuit]).to(torch.int64), scale)

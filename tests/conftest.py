@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
+
+# Read by the OpenMP runtime when torch is imported: test processes share the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 

@@ -10,12 +10,14 @@ from hecompile.errors import InputError
 _SMALLEST_SCALE = torch.finfo(torch.float64).tiny
 
 
-def encode(x: Tensor, bound: int) -> tuple[Tensor, Tensor]:
-    """Scales each token by its largest magnitude to integers in [-bound, bound].
+def encode(x: Tensor, bound: int, norm_bound: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Scales each token to integers as large as may be: within [-bound, bound], or of Euclidean norm up to `norm_bound`
+    (plus √n/2 of rounding), whichever admits more.
 
     Args:
         x: float `[T, n]` of any precision.
         bound: 1 ≤ bound < 2^31; `LinearParameters.input_bound`.
+        norm_bound: < 2^31; `LinearParameters.norm_bound`.
 
     Returns:
         int32 `[T, n]` and the scale, float64 `[T, 1]`, with x = integer · scale ± scale/2. A token that is all zeros
@@ -31,12 +33,16 @@ def encode(x: Tensor, bound: int) -> tuple[Tensor, Tensor]:
     largest = x.detach().abs().amax(dim=1, keepdim=True).double()  # [T, 1]; a NaN wins
     if not torch.isfinite(largest).all():
         raise InputError("a value to encrypt is infinite or NaN: training has diverged or the model has overflowed")
+    exact = x.detach().double()
     scale = largest / bound
+    if norm_bound > 0:
+        length = torch.linalg.vector_norm(exact, dim=1, keepdim=True)  # [T, 1]
+        scale = torch.minimum(scale, length / norm_bound)
     dark = scale < _SMALLEST_SCALE  # below, scale would have lost precision and its inverse could be infinite
     scale = scale.masked_fill(dark, 0.0)
-    inverse = (bound / largest).masked_fill(dark, 0.0)
-    # The largest value gives bound · (1 + 2^-51) at most, which rounds to bound: nothing to clamp.
-    return torch.mul(x.detach().double(), inverse).round_().to(torch.int32), scale
+    inverse = (1 / scale).masked_fill(dark, 0.0)
+    # A largest value of bound · (1 + 2^-51) at most rounds to bound; the norm bound has slack of its own.
+    return torch.mul(exact, inverse).round_().to(torch.int32), scale
 
 
 def decode(y: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

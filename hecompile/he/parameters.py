@@ -15,6 +15,8 @@ from hecompile.he.sampling import ERROR_BOUND, SIGMA
 from hecompile.he.security import MINIMUM_BITS, security_bits
 
 LOG_Q = 32
+_NORM_SLACK = 1e-9
+"""Far above the rounding of the float64 norms that the two sides of the comparison are made of."""
 
 
 @dataclass
@@ -116,7 +118,7 @@ CATALOGUE: dict[str, RingParameters] = {
 
 @dataclass(frozen=True)
 class LinearParameters:
-    """One circuit: a public int8 matrix W `[out_features, in_features]` and how many bytes go up and come down.
+    """One circuit: a public int8 or int16 matrix W `[out_features, in_features]` and how many bytes go up and come down.
 
     Args:
         upload_limbs: L, bytes per uploaded word; below 4 the client rounds b to a multiple of U = 2^(8(4-L)).
@@ -142,8 +144,8 @@ class LinearParameters:
             raise InputError(
                 f"1 <= reply_bytes <= upload_limbs <= 4 is wanted, got {self.reply_bytes} and {self.upload_limbs}"
             )
-        if not 0 <= self.max_l1 <= 128 * self.in_features:
-            raise InputError(f"max_l1 {self.max_l1} is impossible for {self.in_features} int8 weights in a row")
+        if not 0 <= self.max_l1 <= 2**15 * self.in_features:
+            raise InputError(f"max_l1 {self.max_l1} is impossible for {self.in_features} int16 weights in a row")
         if not (math.isfinite(self.max_l2) and 0 <= self.max_l2 <= self.max_l1 + 1e-6):
             raise InputError(f"max_l2 {self.max_l2} cannot belong to rows with max_l1 {self.max_l1}")
         if self.input_bound < 1:
@@ -154,11 +156,11 @@ class LinearParameters:
 
     @classmethod
     def from_weight(cls, weight: Tensor, upload_limbs: int = 4, reply_bytes: int = 4) -> LinearParameters:
-        """The parameters of int8 `weight [out, in]`, with its norms measured."""
-        if weight.dtype != torch.int8 or weight.dim() != 2:
-            raise InputError(f"a weight is int8 [out, in], got {weight.dtype} {list(weight.shape)}")
+        """The parameters of int8 or int16 `weight [out, in]`, with its norms measured."""
+        if weight.dtype not in (torch.int8, torch.int16) or weight.dim() != 2:
+            raise InputError(f"a weight is int8 or int16 [out, in], got {weight.dtype} {list(weight.shape)}")
         magnitude = weight.to(torch.int32).abs()
-        squares = (magnitude * magnitude).sum(dim=1)  # [out]
+        squares = (magnitude * magnitude).sum(dim=1)  # int64 [out]
         return cls(
             in_features=weight.shape[1],
             out_features=weight.shape[0],
@@ -194,17 +196,36 @@ class LinearParameters:
         return self.max_l1 * (ERROR_BOUND + self._upload_error) + self._reply_error
 
     @property
-    def input_bound(self) -> int:
-        """Largest X such that every |x| ≤ X decrypts without overflow, whatever the secret and the error.
+    def room(self) -> int:
+        """How large an exact result |W_i·x| may be: every such x decrypts without overflow, whatever the secret and error.
 
         Proof. The client sends b' = b + ρ mod q with b = ⟨A, s⟩ + e + x, |ρ| ≤ U/2, and word = b'/U mod 2^(8L). The
         worker has Y with U·Y = W·b' mod q, and replies Y' with U·Y' = W·b' + ρ' mod q, |ρ'| ≤ G/2. As U divides q, the
         wrap mod 2^(8L) is the wrap mod q. The client subtracts ⟨H, s⟩ = W·⟨A, s⟩ mod q, and is left with
-        V = W·(x + e + ρ) + ρ' mod q. Row i of the integer V is at most
-        ‖W_i‖₁·(X + ERROR_BOUND + U/2) + G/2 ≤ 2^31 - 1 = q/2 - 1 by the choice of X, so the centred residue is V.
+        V = W·(x + e + ρ) + ρ' mod q. Row i of the integer V is at most |W_i·x| + ‖W_i‖₁·(ERROR_BOUND + U/2) + G/2
+        = |W_i·x| + noise_bound ≤ room + noise_bound = 2^31 - 1 = q/2 - 1, so the centred residue is V.
         """
-        room = (2 ** (LOG_Q - 1) - 1 - self._reply_error) // max(1, self.max_l1)
-        return room - ERROR_BOUND - self._upload_error
+        return 2 ** (LOG_Q - 1) - 1 - self.noise_bound
+
+    @property
+    def input_bound(self) -> int:
+        """Largest X such that every |x| ≤ X stays within `room`: |W_i·x| ≤ ‖W_i‖₁·‖x‖_∞ (Hölder)."""
+        return self.room // max(1, self.max_l1)
+
+    @property
+    def norm_bound(self) -> float:
+        """Largest N such that every real x with ‖x‖₂ ≤ N, rounded to integers, stays within `room`; may be negative.
+
+        |W_i·x| ≤ ‖W_i‖₂·‖x‖₂ (Cauchy-Schwarz), and rounding adds at most √in/2 to the norm. For weights and activations
+        that are not all of one size this admits far larger x than `input_bound`: by 0.8 · crest for Gaussian weights.
+        """
+        return (self.room / max(1.0, self.max_l2) - math.sqrt(self.in_features) / 2) * (1 - _NORM_SLACK)
+
+    def admits(self, x: Tensor) -> Tensor:
+        """Which rows of integer `x [T, in]` are within `room` by one of the two inequalities: bool `[T]`."""
+        largest = x.abs().amax(dim=1).double()  # [T]
+        length = torch.linalg.vector_norm(x.double(), dim=1)  # [T]
+        return (largest <= self.input_bound) | (length * max(1.0, self.max_l2) <= self.room)
 
     def noise_std(self, row_l2: Tensor | float) -> Tensor | float:
         """Predicted standard deviation of decrypted - W·x in a row with ‖W_i‖₂ = `row_l2` (a number or a float tensor).

@@ -77,7 +77,7 @@ def encrypt(
     Args:
         public: A, with at least in_features rows.
         secrets: one per block of ring_dim tokens, all unspent.
-        x: int32 or int64 `[T, in_features]`, |x| ≤ linear.input_bound.
+        x: int32 or int64 `[T, in_features]`, each row of which `linear.admits`.
         linear: the circuit.
 
     Raises:
@@ -117,19 +117,19 @@ def evaluate(weight: Tensor, planes: Tensor, linear: LinearParameters) -> Tensor
     """What a worker computes, exactly and without haste: the reference that engines are tested against.
 
     Args:
-        weight: int8 `[out, in]`.
+        weight: int8 or int16 `[out, in]`.
         planes: uint8 `[upload_limbs, T, in]`.
         linear: the circuit.
 
     Returns:
         uint8 `[reply_bytes, T, out]`: the top bytes of W·word mod 2^(8·upload_limbs), rounded to nearest.
     """
-    if weight.shape != (linear.out_features, linear.in_features) or weight.dtype != torch.int8:
-        raise InputError(f"the weight must be int8 [{linear.out_features}, {linear.in_features}]")
+    if weight.shape != (linear.out_features, linear.in_features) or weight.dtype not in (torch.int8, torch.int16):
+        raise InputError(f"the weight must be int8 or int16 [{linear.out_features}, {linear.in_features}]")
     outer = (linear.upload_limbs, linear.in_features)
     if planes.dtype != torch.uint8 or planes.dim() != 3 or planes.shape[::2] != outer:
         raise InputError(f"the ciphertext must be uint8 [{linear.upload_limbs}, T, {linear.in_features}]")
-    # Each float64 product is exact: its sums are integers below 255 · 128 · in.
+    # Each float64 product is exact: its sums are integers below 255 · 2^15 · in.
     partial = [(plane.double() @ weight.double().t()).to(torch.int64) for plane in planes]
     total = sum((part << (8 * limb) for limb, part in enumerate(partial)), torch.zeros_like(partial[0]))  # [T, out]
     return _top_bytes((total * linear.upload_step).to(torch.int32), linear.reply_bytes, linear.reply_step)
@@ -175,8 +175,11 @@ def _check_input(public: PublicMatrix, x: Tensor, linear: LinearParameters) -> N
     if public.rows < linear.in_features:
         raise InputError(f"the public matrix has {public.rows} rows, the circuit {linear.in_features} inputs")
     low, high = torch.aminmax(x)
-    if max(-int(low), int(high)) > linear.input_bound:
-        raise InputError(f"a plaintext value is beyond the input bound {linear.input_bound} and could overflow")
+    if max(-int(low), int(high)) > linear.input_bound and not bool(linear.admits(x).all()):
+        raise InputError(
+            f"a plaintext is beyond the input bound {linear.input_bound} and the norm bound {linear.norm_bound:.0f}, and "
+            "could overflow"
+        )
 
 
 def _top_bytes(words: Tensor, count: int, step: int) -> Tensor:

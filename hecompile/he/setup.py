@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hecompile.errors import InputError
 from hecompile.he.public_matrix import PublicMatrix
+from hecompile.integers import balanced_bytes
 
 _MAX_FEATURES = 2**15
 _CHUNK_IN, _CHUNK_OUT = 1024, 4096
@@ -19,29 +20,31 @@ def setup(weight: Tensor, public: PublicMatrix) -> Tensor:
     """The hint of a circuit: H = W·A mod q.
 
     Args:
-        weight: int8 `[out, in]`, with in ≤ 32768 and in ≤ public.rows.
+        weight: int8 or int16 `[out, in]`, with in ≤ 32768 and in ≤ public.rows.
         public: the matrix A.
 
     Returns:
         int32 `[out, rank · ring_dim]`, centred.
 
     Raises:
-        InputError: the weight is not an int8 matrix, or A has too few rows.
+        InputError: the weight is not an int8 or int16 matrix, or A has too few rows.
     """
-    if weight.dtype != torch.int8 or weight.dim() != 2 or 0 in weight.shape:
-        raise InputError(f"a weight is int8 [out, in], got {weight.dtype} {list(weight.shape)}")
+    if weight.dtype not in (torch.int8, torch.int16) or weight.dim() != 2 or 0 in weight.shape:
+        raise InputError(f"a weight is int8 or int16 [out, in], got {weight.dtype} {list(weight.shape)}")
     if weight.shape[1] > min(public.rows, _MAX_FEATURES):
         raise InputError(
             f"a weight with {weight.shape[1]} inputs needs as many rows of A, which has {public.rows} "
             f"(and at most {_MAX_FEATURES} are supported)"
         )
     product = multiply_by_limbs if limb_product_is_exact() else multiply_in_float64
+    digits = [torch.from_numpy(digit) for digit in balanced_bytes(weight.numpy())]
     hint = torch.zeros((weight.shape[0], public.params.lattice_dim), dtype=torch.int32)
     for start in range(0, weight.shape[1], _CHUNK_IN):
         rows = slice(start, min(start + _CHUNK_IN, weight.shape[1]))
         matrix = public.coefficients(rows).flatten(1)  # int32 [rows, rank · ring_dim]
-        for part, target in zip(weight[:, rows].split(_CHUNK_OUT), hint.split(_CHUNK_OUT), strict=True):
-            target += product(part.contiguous(), matrix)  # wraps mod 2^32
+        for place, digit in enumerate(digits):
+            for part, target in zip(digit[:, rows].split(_CHUNK_OUT), hint.split(_CHUNK_OUT), strict=True):
+                target += product(part.contiguous(), matrix) << (8 * place)  # wraps mod 2^32
     return hint
 
 

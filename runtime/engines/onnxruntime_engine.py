@@ -37,6 +37,8 @@ class OnnxRuntimeEngine:
             if circuit not in self._sessions:
                 options = onnxruntime.SessionOptions()
                 options.intra_op_num_threads = self._threads
+                # A pool that spins after its work, one per circuit, would take the cores from the client beside it.
+                options.add_session_config_entry("session.intra_op.allow_spinning", "0")
                 path = str(self._bundle.circuit_path(circuit))
                 try:
                     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -39,22 +39,23 @@ class TorchEngine:
         self._bundle = bundle
         self._device = torch.device(device)
         self._granule = granule or (CPU_GRANULE if device == "cpu" else CUDA_GRANULE)
-        self._weights: dict[str, torch.Tensor] = {}  # circuit → int8 [in, out], padded
+        self._weights: dict[str, tuple[torch.Tensor, ...]] = {}  # circuit → int8 [in, out] per weight digit, padded
         self._lock = threading.Lock()
 
     def evaluate(self, circuit: str, planes: np.ndarray) -> np.ndarray:
         """See `Engine.evaluate`."""
         spec = check_request(self._bundle, circuit, planes)
-        weight = self._weight(spec)
+        weights = self._weight(spec)
         limbs, tokens, _ = planes.shape
         # torch shares the request's memory and only reads it; a request from a socket is not writable, hence the copy.
         request = torch.from_numpy(planes if planes.flags.writeable else planes.copy()).to(self._device)
         digits = balanced_digits(request).reshape(limbs * tokens, spec.in_features)
-        products = self._product(digits, weight)[: limbs * tokens, : spec.out_features]
-        products = products.reshape(limbs, tokens, spec.out_features)  # int32
-        word = products[0].contiguous()
-        for k in range(1, limbs):
-            word += products[k] << (8 * k)
+        word = torch.zeros(tokens, spec.out_features, dtype=torch.int32, device=self._device)
+        for j, weight in enumerate(weights):
+            needed = (limbs - j) * tokens  # a term with j + k ≥ limbs is 0 mod 2^(8·limbs)
+            products = self._product(digits[:needed], weight)[:needed, : spec.out_features]
+            for k, product in enumerate(products.reshape(limbs - j, tokens, spec.out_features)):  # int32
+                word += product << (8 * (j + k))
         dropped_bytes = limbs - spec.reply_bytes
         if dropped_bytes:
             word += 1 << (8 * dropped_bytes - 1)
@@ -69,25 +70,27 @@ class TorchEngine:
             digits = torch.nn.functional.pad(digits, padding)
         return torch._int_mm(digits, weight)
 
-    def _weight(self, spec: CircuitSpec) -> torch.Tensor:
+    def _weight(self, spec: CircuitSpec) -> tuple[torch.Tensor, ...]:
         with self._lock:
             if spec.name not in self._weights:
                 self._weights[spec.name] = self._load(spec)
             return self._weights[spec.name]
 
-    def _load(self, spec: CircuitSpec) -> torch.Tensor:
-        constant = self._bundle.weight(spec.name)  # int8 [in, out]
+    def _load(self, spec: CircuitSpec) -> tuple[torch.Tensor, ...]:
+        digits = self._bundle.weight_digits(spec.name)[: spec.upload_limbs]  # int8 [in, out] each
         other = f"{spec.linear}.{'backward' if spec.direction == 'forward' else 'forward'}"
-        shared = self._weights.get(other)
-        if shared is not None:
-            stored = shared[: spec.out_features, : spec.in_features].cpu().numpy()  # int8 [out, in]
-            # Compared and not assumed: the manifest says which circuits are a pair, the files say whether they are.
-            if np.array_equal(stored.T, constant):
-                return shared.t()
+        shared = self._weights.get(other, ())
+        stored = [digit[: spec.out_features, : spec.in_features].cpu().numpy() for digit in shared]  # int8 [out, in] each
+        # Compared and not assumed: the manifest says which circuits are a pair, the files say whether they are.
+        if len(stored) == len(digits) and all(np.array_equal(a.T, b) for a, b in zip(stored, digits, strict=True)):
+            return tuple(digit.t() for digit in shared)
+        return tuple(self._padded(spec, digit) for digit in digits)
+
+    def _padded(self, spec: CircuitSpec, digit: np.ndarray) -> torch.Tensor:
         in_features = _round_up(spec.in_features, self._granule[1])
         out_features = _round_up(spec.out_features, self._granule[2])
         weight = torch.zeros(in_features, out_features, dtype=torch.int8)
-        weight[: spec.in_features, : spec.out_features] = torch.from_numpy(np.array(constant))
+        weight[: spec.in_features, : spec.out_features] = torch.from_numpy(np.array(digit))
         return weight.to(self._device)
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import onnx_ir as ir
+import pytest
 import torch
 from torch import Tensor
 
+from hecompile.errors import HecompileError
 from hecompile.interpreter import Interpreter
-from hecompile.ir import ORIGIN, PLACEMENT
-from hecompile.legality import QUANTIZED, Stage
-from hecompile.operators import Context
+from hecompile.ir import ORIGIN, PLACEMENT, print_model
+from hecompile.legality import QUANTIZED, Stage, check_stage
+from hecompile.operators import Context, RemoteProduct
 from hecompile.pipeline import PASSES, Step, run_steps
+from hecompile.plan import SplitPlan
+from tests.compiler.tiny import coarse
 
 _HEADER = '<ir_version: 10, opset_import: ["" : 23, "hecompile" : 1]>\n'
 
@@ -30,17 +35,24 @@ def parse(text: str, origins: Mapping[str, str] | None = None) -> ir.Model:
 
 
 def run_pass(model: ir.Model, name: str, stage: Stage = QUANTIZED, **options: object) -> ir.passes.PassResult:
-    """Run the pass registered as `name`; its result must be legal at `stage`. Raises what the pipeline raises."""
-    results: list[ir.passes.PassResult] = []
-    transform = PASSES[name](**options)
+    """Run the pass registered as `name`; its result must be legal at `stage`."""
+    result: ir.passes.PassResult = PASSES[name](**options)(model)
+    check_stage(result.model, stage)
+    return result
 
-    class Recorded(ir.passes.InPlacePass):
-        def call(self, model: ir.Model) -> ir.passes.PassResult:
-            results.append(transform(model))
-            return results[-1]
 
-    run_steps(model, [Step(name, Recorded(), stage)])
-    return results[0]
+def prepared(model: ir.Model, policy: str = "offload") -> ir.Model:
+    """`model` with secrecy and placement, as the passes after `place` expect it."""
+    run_pass(model, "annotate_secrecy")
+    run_pass(model, "place", policy=policy)
+    return model
+
+
+def refused(model: ir.Model, name: str, stage: Stage = QUANTIZED, **options: object) -> HecompileError:
+    """The error with which the pipeline refuses `model` at the pass registered as `name`."""
+    with pytest.raises(HecompileError) as caught:
+        run_steps(model, [Step(name, PASSES[name](**options), stage)])
+    return caught.value
 
 
 def evaluate(model: ir.Model, context: Context | None = None, **inputs: Tensor) -> Tensor:
@@ -66,3 +78,25 @@ def integers(*shape: int, seed: int = 0, largest: int = 4) -> Tensor:
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def text_of(plan: SplitPlan) -> str:
+    """The client plan and a line per circuit; nothing in it depends on the last digits of a float."""
+    lines = [
+        f"circuit {circuit.name}: {p.in_features} -> {p.out_features} {circuit.weight.dtype}, "
+        f"{p.upload_limbs} bytes up, {p.reply_bytes} down\n"
+        for circuit in plan.circuits
+        for p in (circuit.parameters,)
+    ]
+    return re.sub(r"_crest=[\d.e+-]+", "_crest=*", coarse(print_model(plan.client))) + "".join(lines)
+
+
+def product_of(plan: SplitPlan) -> RemoteProduct:
+    """Computes remote linears by the circuits' weights, in the clear."""
+    weights = {circuit.name: torch.from_numpy(circuit.weight.copy()).float() for circuit in plan.circuits}
+
+    def product(linear: str, x: Tensor, scale: Tensor) -> Tensor:
+        assert torch.equal(weights[f"{linear}.forward"], weights[f"{linear}.backward"].T)
+        return x @ weights[f"{linear}.forward"] * scale
+
+    return product

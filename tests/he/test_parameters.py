@@ -112,6 +112,8 @@ def test_bounds_by_hand(limbs: int, reply: int, noise: int, bound: int) -> None:
     linear = LinearParameters(100, 50, max_l1=1000, max_l2=120.0, upload_limbs=limbs, reply_bytes=reply)
     assert linear.noise_bound == noise
     assert linear.input_bound == bound
+    assert linear.room == 2**31 - 1 - noise
+    assert linear.norm_bound == pytest.approx(linear.room / 120.0 - 5.0, rel=1e-8)
     assert linear.bytes_up(7) == limbs * 7 * 100
     assert linear.bytes_down(7) == reply * 7 * 50
 

@@ -115,12 +115,35 @@ def test_input_beyond_the_bound_is_refused(limbs: int, reply: int) -> None:
     public = PublicMatrix(TOY, SEED, 8)
     for sign in (1, -1):
         x = torch.zeros(4, 8, dtype=torch.int64)
-        x[2, 3] = sign * linear.input_bound
+        x[2] = sign * linear.input_bound  # parallel to every row: both inequalities are tight
         encrypt_tokens(public, x, linear)
-        x[2, 3] += sign
+        x[2] += sign
         with pytest.raises(InputError, match="input bound") as refusal:
             encrypt_tokens(public, x, linear)
         assert str(abs(int(x[2, 3]))) not in str(refusal.value)
+        # One large value among zeros is far beyond the input bound, and harmless: its norm is small.
+        x[2] = 0
+        x[2, 3] = sign * 2 * linear.input_bound
+        encrypt_tokens(public, x, linear)
+
+
+@pytest.mark.parametrize(("limbs", "reply"), [(4, 4), (3, 3), (3, 2), (2, 1)])
+def test_tokens_at_the_norm_bound_decrypt_without_overflow(limbs: int, reply: int) -> None:
+    weight = weights(40, 48)
+    linear = LinearParameters.from_weight(weight, limbs, reply)
+    # The worst that Cauchy-Schwarz allows: each token parallel to a row of W, in both directions, and as long as it may be.
+    tokens = torch.cat([weight.double(), -weight.double()])
+    integers, _ = encode(tokens * 1e-3, linear.input_bound, linear.norm_bound)
+    assert bool(linear.admits(integers).all())
+    longest = integers.double().norm(dim=1)
+    assert float(longest.min()) > 0.999 * linear.norm_bound
+    assert int(integers.abs().max()) > linear.input_bound, "the norm bound admits no more than the input bound"
+    noise = round_trip(TOY, weight, integers, linear) - products(integers, weight)
+    assert int(noise.abs().max()) <= linear.noise_bound
+    widest = int(weight.double().norm(dim=1).argmax())
+    stretched = (integers[widest].double() * 1.001).long()[None]
+    with pytest.raises(InputError, match="norm bound"):
+        encrypt_tokens(PublicMatrix(TOY, SEED, 48), stretched, linear)
 
 
 def test_ciphertext_is_what_the_definition_says() -> None:

@@ -1,0 +1,33 @@
+"""Wide integer weights as bytes: what lets a weight of more than 8 bits run on products of 8-bit integers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+WEIGHT_DTYPES = (np.dtype(np.int8), np.dtype(np.int16))
+"""One byte a weight, or two."""
+
+MAX_INT16_WEIGHT = 127 * 256 + 127
+"""Largest weight that two balanced bytes hold: 127 · 256 + 127 (int16 itself goes 128 further)."""
+
+
+def balanced_bytes(weight: np.ndarray) -> tuple[np.ndarray, ...]:
+    """An int8 or int16 array as int8 digits in [-128, 127], lowest first: weight = Σ_k digit_k · 256^k.
+
+    int8 is its own only digit. Raises ValueError for another type, or an int16 value above 32639.
+    """
+    if weight.dtype == np.int8:
+        return (weight,)
+    if weight.dtype != np.int16 or (weight.size and int(weight.max()) > MAX_INT16_WEIGHT):
+        raise ValueError(f"weights are int8, or int16 up to {MAX_INT16_WEIGHT}; got {weight.dtype}")
+    low = weight.astype(np.int8)  # the value mod 256, centred
+    high = ((weight.astype(np.int32) - low) >> 8).astype(np.int8)
+    return low, high
+
+
+def from_balanced_bytes(digits: tuple[np.ndarray, ...]) -> np.ndarray:
+    """The inverse of `balanced_bytes`."""
+    if len(digits) == 1:
+        return digits[0]
+    low, high = digits
+    return (high.astype(np.int16) * 256 + low).astype(np.int16)

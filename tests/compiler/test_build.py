@@ -1,0 +1,126 @@
+"""A build is written whole or not at all, is the same for the same seed, and replaces only an earlier build."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from pathlib import Path
+
+import pytest
+
+from hecompile import compiler
+from hecompile.client_bundle import ClientBundle
+from hecompile.compiler import compile_checkpoint
+from hecompile.errors import InputError
+from hecompile.he.sampling import PublicSeed
+from hecompile.worker_bundle import WorkerBundle
+from tests.compiler.tiny import OPTIONS
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    """Relative path → SHA-256, of every file."""
+    return {
+        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_the_same_seed_gives_the_same_bytes(build: Path, checkpoint: Path, tmp_path: Path) -> None:
+    heard: list[tuple[str, int, int]] = []
+    plan_id = compile_checkpoint(str(checkpoint), tmp_path / "out", OPTIONS, lambda *event: heard.append(event))
+    before, after = hashes(build), hashes(tmp_path / "out")
+    assert len(before) > 35  # 16 circuits and as many hints, plan, manifests, tokenizer
+    assert [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)] == []
+    assert heard[0] == ("load", 0, 1) and heard[-1] == ("circuits and hints", 16, 16)
+    assert ClientBundle.open(build / "client").plan_id == WorkerBundle.open(build / "worker").plan_id == plan_id
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_a_rebuild_replaces_the_old_build_and_a_fresh_seed_makes_another_plan(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = compile_checkpoint(str(checkpoint), out, OPTIONS)
+    (out / "client" / "left-over").write_text("of the old build")
+    fresh = dataclasses.replace(OPTIONS, public_seed=None)
+    second = compile_checkpoint(str(checkpoint), out, fresh)
+    assert first != second
+    bundle = ClientBundle.open(out / "client")
+    assert bundle.plan_id == second and bundle.public_seed != OPTIONS.public_seed
+    assert not (out / "client" / "left-over").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_an_empty_directory_is_a_good_target(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    compile_checkpoint(str(checkpoint), out, OPTIONS)
+    assert sorted(path.name for path in out.iterdir()) == ["client", "worker"]
+
+
+def test_a_directory_that_holds_something_else_is_refused_and_untouched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("the only copy")
+    with pytest.raises(InputError, match=f"{re.escape(str(tmp_path))} is not empty and holds no earlier build"):
+        compile_checkpoint("unused", tmp_path, OPTIONS)
+    assert hashes(tmp_path) == {"thesis.tex": hashlib.sha256(b"the only copy").hexdigest()}
+
+
+def test_a_file_is_refused_and_untouched(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.write_text("a file")
+    with pytest.raises(InputError, match="is a file; give a directory"):
+        compile_checkpoint("unused", out, OPTIONS)
+    assert out.read_text() == "a file"
+
+
+@pytest.mark.usefixtures("quick_export")
+@pytest.mark.parametrize(
+    ("failure", "raised", "message"),
+    [
+        (OSError(28, "No space left on device"), InputError, "cannot write .*out: No space left on device"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+    ids=["disk full", "interrupt"],
+)
+@pytest.mark.parametrize("earlier", [True, False], ids=["over a build", "afresh"])
+def test_a_failure_midway_leaves_everything_as_it_was(
+    failure: BaseException, raised: type[BaseException], message: str | None, earlier: bool,
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    if earlier:
+        compile_checkpoint(str(checkpoint), out, OPTIONS)
+    before = hashes(tmp_path)
+    write_hint, written = compiler.write_hint, []
+
+    def failing(directory: Path, circuit: str, hint: object) -> Path:
+        if len(written) == 5:
+            raise failure
+        written.append(circuit)
+        return write_hint(directory, circuit, hint)
+
+    monkeypatch.setattr(compiler, "write_hint", failing)
+    fresh = dataclasses.replace(OPTIONS, public_seed=PublicSeed.draw())
+    with pytest.raises(raised, match=message):
+        compile_checkpoint(str(checkpoint), out, fresh)
+    assert len(written) == 5
+    assert hashes(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if earlier else [])
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_a_place_that_cannot_be_written(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match=r"cannot write .*out: Not a directory"):
+        compile_checkpoint(str(checkpoint), tmp_path / "file" / "out", OPTIONS)
+
+
+def test_nothing_in_a_build_tells_of_the_machine(build: Path) -> None:
+    """Paths of the compiler's own source, which the exporter notes in stack traces, must not get into the bundles."""
+    sources = [Path(compiler.__file__).parents[1], Path(pytest.__file__).parents[1]]
+    for path in build.rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            assert not any(str(source).encode() in data for source in sources), path.name
+            assert path.suffix != ".onnx" or b".py" not in data, path.name

@@ -1,0 +1,172 @@
+"""A client bundle that was damaged, changed or mixed up is refused with one error that names what is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hecompile.client_bundle import ClientBundle, PlanRecord
+from hecompile.errors import InputError, SecurityError, WorkerError
+from hecompile.ir import print_model
+from hecompile.worker_bundle import WorkerBundle, WorkerBundleWriter
+from passes.lower_worker import LowerWorker, encrypted_linear_model
+from runtime.products import CleartextProducts, EncryptedProducts
+from runtime.transports import InProcessTransport
+from runtime.worker import Worker
+
+HINT = "hints/model.layers.0.self_attn.o_proj.forward.npy"
+
+
+@pytest.fixture
+def client(build: Path, tmp_path: Path) -> Path:
+    """A copy of the client bundle, to be damaged."""
+    return Path(shutil.copytree(build / "client", tmp_path / "client"))
+
+
+def refused(directory: Path, error: type[Exception] = InputError) -> str:
+    with pytest.raises(error) as caught:
+        ClientBundle.open(directory)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def edit_manifest(directory: Path, change: Callable[[dict[str, Any]], object], rehash: bool = False) -> None:
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    if rehash:
+        manifest["plan_id"] = PlanRecord.model_validate(manifest["plan"]).plan_id()
+    path.write_text(json.dumps(manifest))
+
+
+def test_a_good_bundle_opens(build: Path) -> None:
+    bundle = ClientBundle.open(build / "client")
+    assert (bundle.ring.ring_dim, bundle.ring.rank) == (128, 12)
+    assert len(bundle.circuits) == 16 and bundle.plan.lora.target_modules == ["q_proj", "v_proj", "down_proj"]
+    text = print_model(bundle.graph())
+    assert hashlib.sha256(text.encode()).hexdigest() == bundle.plan.graph_sha256
+
+
+def test_truncated_hint(client: Path) -> None:
+    path = client / HINT
+    path.write_bytes(path.read_bytes()[:-1])
+    assert f"{HINT} has {path.stat().st_size} bytes of {path.stat().st_size + 1}" in refused(client)
+
+
+@pytest.mark.parametrize("name", [HINT, "plan.onnx", "tokenizer/tokenizer.json"])
+def test_flipped_bit(client: Path, name: str) -> None:
+    path = client / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert f"{name} is corrupt (its hash is wrong)" in refused(client)
+
+
+@pytest.mark.parametrize("name", [HINT, "plan.onnx", "tokenizer/tokenizer.json"])
+def test_missing_file(client: Path, name: str) -> None:
+    (client / name).unlink()
+    assert f"{name} is missing; make the bundle again with `hecompile export llama`" in refused(client)
+
+
+@pytest.mark.parametrize("name", [HINT, "plan.onnx"])
+def test_file_that_the_manifest_does_not_list(client: Path, name: str) -> None:
+    edit_manifest(client, lambda m: m.update(files=[file for file in m["files"] if file["path"] != name]))
+    assert f"{name} is not listed" in refused(client)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"format": "other"}'])
+def test_manifest_that_is_none(client: Path, content: bytes) -> None:
+    (client / "manifest.json").write_bytes(content)
+    message = refused(client)
+    assert "manifest.json" in message and "make the bundle again" in message
+
+
+def test_missing_manifest_and_missing_directory(client: Path, tmp_path: Path) -> None:
+    (client / "manifest.json").unlink()
+    assert "is not a client bundle: manifest.json is missing" in refused(client)
+    assert "is not a client bundle" in refused(tmp_path / "nowhere")
+
+
+def test_another_version(client: Path) -> None:
+    edit_manifest(client, lambda m: m.update(version=2))
+    assert "has format version 2, this program reads 1" in refused(client)
+
+
+def test_unknown_and_missing_fields(client: Path) -> None:
+    edit_manifest(client, lambda m: m["plan"].update(surprise=1))
+    assert "is damaged" in refused(client)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["plan"].update(public_seed="00" * 32),
+        lambda m: m["plan"]["circuits"]["model.layers.0.self_attn.o_proj.forward"].update(max_l1=1),
+        lambda m: m["plan"].update(graph_sha256="0" * 64),
+        lambda m: m.update(plan_id="0" * 64),
+    ],
+    ids=["seed", "circuit", "graph", "id"],
+)
+def test_edited_plan(client: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    edit_manifest(client, change)
+    assert "the plan does not hash to its id" in refused(client)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ring_dim": 128, "rank": 8}, "no security estimate covers lattice dimension 1024"),
+        ({"ring_dim": 4, "rank": 1}, "no security estimate covers lattice dimension 4"),
+        ({"sigma": 1.0}, "sigma must be"),
+    ],
+)
+def test_ring_under_128_bits_is_refused_even_with_a_plan_id_that_fits(
+    client: Path, change: dict[str, object], message: str
+) -> None:
+    edit_manifest(client, lambda m: m["plan"]["ring"].update(change), rehash=True)
+    assert message in refused(client, SecurityError)
+
+
+@pytest.mark.parametrize("change", [{"upload_limbs": 5}, {"reply_bytes": 4, "upload_limbs": 3}, {"max_l2": -1.0}])
+def test_circuit_that_cannot_be_is_refused(client: Path, change: dict[str, object]) -> None:
+    circuit = "model.layers.0.self_attn.o_proj.forward"
+    edit_manifest(client, lambda m: m["plan"]["circuits"][circuit].update(change), rehash=True)
+    refused(client)
+
+
+def test_file_outside_the_bundle(client: Path) -> None:
+    edit_manifest(client, lambda m: m["files"][0].update(path="../../secrets"))
+    assert "names a file outside the bundle" in refused(client)
+
+
+def other_worker(build: Path, directory: Path, plan_id: str, circuits: int) -> WorkerBundle:
+    """A worker bundle with the first so many circuits of the plan, under `plan_id`."""
+    own = WorkerBundle.open(build / "worker")
+    with WorkerBundleWriter(directory, plan_id) as writer:
+        for name in list(ClientBundle.open(build / "client").circuits)[:circuits]:
+            spec = own.circuits[name]
+            model = encrypted_linear_model(own.weight(name), spec.upload_limbs, spec.reply_bytes, name)
+            writer.add(LowerWorker()(model).model)
+        return writer.commit()
+
+
+def test_worker_of_another_plan_is_refused(build: Path, tmp_path: Path) -> None:
+    client = ClientBundle.open(build / "client")
+    worker = other_worker(build, tmp_path / "worker", "0" * 64, 16)
+    with pytest.raises(WorkerError, match="plan"):
+        EncryptedProducts(client, InProcessTransport(Worker(worker)))
+    with pytest.raises(InputError, match="export them together"):
+        CleartextProducts(client, worker)
+
+
+def test_worker_without_all_circuits_is_refused(build: Path, tmp_path: Path) -> None:
+    client = ClientBundle.open(build / "client")
+    worker = other_worker(build, tmp_path / "worker", client.plan_id, 3)
+    with pytest.raises(WorkerError, match="the worker lacks 13 circuits of this plan, first: model"):
+        EncryptedProducts(client, InProcessTransport(Worker(worker)))

@@ -1,0 +1,186 @@
+"""What a worker sees: its whole traffic is recorded and examined, and so is its bundle."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from hecompile.client_bundle import ClientBundle
+from models import TINY_LLAMA
+from runtime import protocol
+from runtime.client import EncryptedCausalLM
+from runtime.products import EncryptedProducts
+from runtime.transports import SocketTransport
+from runtime.worker import Worker, WorkerServer
+from tests.e2e.conftest import Build
+
+_KNOWN_ANSWER_REQUESTS = 2
+
+
+class Wiretap:
+    """Everything that a client sent, decoded as the worker decodes it, with the plaintext that it was made from."""
+
+    def __init__(self, bundle: ClientBundle, address: str) -> None:
+        self.frames: list[bytes] = []
+        self.plaintexts: list[tuple[str, Tensor]] = []
+        transport = SocketTransport(address, recorder=self._record)
+        self.products = EncryptedProducts(bundle, transport)
+        original = self.products._product_of_live_rows
+
+        def noting(circuit: str, parameters: object, x: Tensor) -> Tensor:
+            self.plaintexts.append((circuit, x.detach().clone()))
+            return original(circuit, parameters, x)  # type: ignore[arg-type]
+
+        self.products._product_of_live_rows = noting  # type: ignore[method-assign]
+
+    def _record(self, direction: str, frame: bytes) -> None:
+        if direction == "sent":
+            self.frames.append(bytes(frame))
+
+    def ciphertexts(self) -> list[tuple[str, np.ndarray]]:
+        """(circuit, uint8 [limbs, T, in]) per request, hello and known answers left out."""
+        planes = []
+        for raw in self.frames:
+            header, payload = _split_frame(raw)
+            if header["kind"] == "evaluate" and header["circuit"] != "known_answer":
+                planes.append((header["circuit"], np.frombuffer(payload, np.uint8).reshape(header["shape"])))
+        return planes
+
+
+def _split_frame(raw: bytes) -> tuple[dict[str, object], bytes]:
+    _, header_bytes, payload_bytes = protocol.PREFIX.unpack_from(raw)
+    start = protocol.PREFIX.size
+    header = json.loads(raw[start : start + header_bytes])
+    payload = raw[start + header_bytes :]
+    assert len(payload) == payload_bytes
+    return header, payload
+
+
+@pytest.fixture
+def wiretap(build: Build) -> Wiretap:
+    with WorkerServer(Worker(build.worker), "tcp://127.0.0.1:0") as server:
+        tap = Wiretap(build.client, server.address)
+        yield tap  # type: ignore[misc]
+        tap.products.close()
+
+
+def _step(build: Build, tap: Wiretap, batch: dict[str, Tensor], adapter: dict[str, Tensor]) -> None:
+    model = EncryptedCausalLM(build.client, tap.products)
+    model.load_adapter_state(adapter)
+    loss = model(**batch).loss
+    assert loss is not None
+    loss.backward()
+
+
+def test_equal_plaintexts_give_unrelated_ciphertexts(
+    build: Build, wiretap: Wiretap, batch: dict[str, Tensor], adapter: dict[str, Tensor]
+) -> None:
+    for _ in range(2):
+        _step(build, wiretap, batch, adapter)
+    sent, plain = wiretap.ciphertexts(), wiretap.plaintexts
+    half = len(sent) // 2
+    # The first remote product of a step sees the same activations to the last bit: they come from the client alone.
+    assert torch.equal(plain[0][1], plain[half][1]) and sent[0][0] == sent[half][0]
+    for (circuit, first), (_, second) in zip(sent[:half], sent[half:], strict=True):
+        assert first.shape == second.shape, circuit
+        # Independent uniform bytes agree in 1 of 256 places.
+        agreement = float((first == second).mean())
+        deviation = 5 * np.sqrt(1 / 256 / first.size)
+        assert abs(agreement - 1 / 256) < deviation + 1e-4, f"{circuit}: {agreement:.5f} of the bytes repeat"
+
+
+def test_no_tensor_on_the_wire_correlates_with_what_it_encrypts(
+    build: Build, wiretap: Wiretap, batch: dict[str, Tensor], adapter: dict[str, Tensor]
+) -> None:
+    _step(build, wiretap, batch, adapter)
+    sent = wiretap.ciphertexts()
+    assert len(sent) == len(wiretap.plaintexts) == 4 * 4 * 2 - 1
+    for (circuit, planes), (expected, x) in zip(sent, wiretap.plaintexts, strict=True):
+        assert circuit == expected and planes.shape[1:] == tuple(x.shape)
+        words = sum(plane.astype(np.float64) * 256.0**limb for limb, plane in enumerate(planes))
+        limit = 6 / np.sqrt(x.numel())  # six standard deviations of the correlation of independent samples
+        values = x.numpy().astype(np.float64)
+        for view in (words, *planes.astype(np.float64)):
+            for probe in (values, np.abs(values)):
+                assert abs(np.corrcoef(view.ravel(), probe.ravel())[0, 1]) < limit, circuit
+        for plane in planes:  # and every byte is uniform: chi-square with 255 degrees of freedom
+            counts = np.bincount(plane.ravel(), minlength=256)
+            statistic = float(((counts - plane.size / 256) ** 2 / (plane.size / 256)).sum())
+            assert 255 - 7 * np.sqrt(510) < statistic < 255 + 7 * np.sqrt(510), f"{circuit}: {statistic:.0f}"
+
+
+def test_the_same_check_catches_plaintext(build: Build, batch: dict[str, Tensor]) -> None:
+    """The probe of the test above would see unencrypted words: the test can fail."""
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
+    words = (x * 1000).to(torch.int32).numpy().astype(np.int64) % 2**32
+    assert abs(np.corrcoef((words >> 24).ravel(), x.numpy().ravel())[0, 1]) > 6 / np.sqrt(x.numel())
+
+
+def test_requests_carry_nothing_but_circuit_shape_and_ciphertext(
+    build: Build, wiretap: Wiretap, batch: dict[str, Tensor], adapter: dict[str, Tensor]
+) -> None:
+    _step(build, wiretap, batch, adapter)
+    kinds = [_split_frame(raw)[0] for raw in wiretap.frames]
+    assert [header["kind"] for header in kinds[: 1 + _KNOWN_ANSWER_REQUESTS]] == ["hello", "evaluate", "evaluate"]
+    for header in kinds:
+        allowed = {"hello": {"kind", "id", "protocol", "plan_id"}, "evaluate": {"kind", "id", "circuit", "shape"}}
+        assert set(header) == allowed[str(header["kind"])]
+
+
+def test_the_worker_bundle_is_public_weights_and_nothing_else(build: Build) -> None:
+    base = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32)
+    frozen = dict(base.named_parameters())
+    files = {path.name for path in build.worker.directory.rglob("*") if path.is_file()}
+    expected = {"manifest.json"} | {f"{name}.onnx" for name in build.worker.circuits}
+    assert files <= expected | {f"{name}.bin" for name in build.worker.circuits}
+    manifest = (build.worker.directory / "manifest.json").read_text()
+    assert build.client.public_seed.hex() not in manifest, "the worker does not need the seed"
+    for name in build.client.circuits:
+        linear, _, direction = name.rpartition(".")
+        model = ir.load(build.worker.circuit_path(name))
+        large = [v for v in model.graph.initializers.values() if v.const_value is not None and v.const_value.size > 64]
+        assert len(large) == 2, name  # two bytes of a 10-bit weight
+        weight = build.worker.weight(name)  # [features_in, features_out]
+        rows = weight if direction == "backward" else weight.T  # [out, in]
+        prefix, _, parts = linear.rpartition(".")
+        stacked = torch.cat([frozen[f"{prefix}.{part}.weight"] for part in parts.split("-")]).detach()
+        scale = stacked.abs().amax(dim=1, keepdim=True) / 511
+        assert np.array_equal(rows, torch.round(stacked / scale).to(torch.int16).numpy()), name
+
+
+def test_no_log_or_error_shows_text_tokens_or_values(
+    build: Build, batch: dict[str, Tensor], adapter: dict[str, Tensor]
+) -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+    try:
+        with WorkerServer(Worker(build.worker), "tcp://127.0.0.1:0") as server:
+            tap = Wiretap(build.client, server.address)
+            _step(build, tap, batch, adapter)
+            with pytest.raises(Exception, match="infinite or NaN") as caught:
+                tap.products.product(next(iter(build.client.circuits)), torch.full((1, 256), float("nan")))
+            tap.products.close()
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+    text = stream.getvalue() + str(caught.value)
+    assert "evaluated model.layers.0" in text, "the log was not captured: nothing was tested"
+    values = [f"{float(v):.4f}" for _, x in wiretap_values(tap) for v in x.flatten()[:50] if abs(float(v)) > 1]
+    assert not any(value in text for value in values)
+
+
+def wiretap_values(tap: Wiretap) -> list[tuple[str, Tensor]]:
+    assert tap.plaintexts
+    return tap.plaintexts

@@ -1,0 +1,110 @@
+"""Choosing ring and byte counts: text, the precision at its edge, what is left alone, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from hecompile.errors import InputError
+from hecompile.he.parameters import CATALOGUE, LinearParameters
+from hecompile.ir import GRADIENT_RANGE, PLACEMENT, RANGE, attributes_of, print_model
+from hecompile.plan import effective_bits
+from passes.select_parameters import choose_ring
+from tests.conftest import Golden
+from tests.golden.graphs import evaluate, integers, parse, prepared, refused, run_pass
+
+WEIGHT = np.array([[100, -50, 3, 0], [127, 127, -127, 127]], dtype=np.int8)
+TEXT = """
+model (float[B,S,4] x) => (float[B,S,2] y)
+<int8[2,4] w = {100, -50, 3, 0, 127, 127, -127, 127}, float[2] s = {0.5, 0.25}>
+{
+    y = hecompile.QuantizedLinear (x, w, s)
+}
+"""
+PATH = "model.layers.0.mlp.down_proj"
+CREST = 2.0
+
+
+def model_with_ranges() -> ir.Model:
+    model = prepared(parse(TEXT, {"y": PATH}))
+    model.graph.inputs[0].metadata_props[RANGE] = json.dumps({"max": 3.0, "crest": CREST})
+    model.graph.outputs[0].metadata_props[GRADIENT_RANGE] = json.dumps({"max": 3.0, "crest": 4.0})
+    return model
+
+
+def attributes(model: ir.Model) -> dict[str, object]:
+    return attributes_of(model.graph.node(0))
+
+
+def test_golden(golden: Golden) -> None:
+    model, x = model_with_ranges(), integers(2, 3, 4)
+    before = evaluate(model, x=x)
+    result = run_pass(model, "select_parameters", effective_bits=9.0, tokens=300)
+    assert result.modified
+    golden.check("select_parameters", print_model(result.model))
+    assert torch.equal(evaluate(result.model, x=x), before)
+
+
+def test_untouched_when_selected_already() -> None:
+    model = run_pass(model_with_ranges(), "select_parameters").model
+    before = print_model(model)
+    result = run_pass(model, "select_parameters")
+    assert not result.modified
+    assert print_model(result.model) == before
+
+
+def test_untouched_on_the_client() -> None:
+    model = model_with_ranges()
+    model.graph.node(0).metadata_props[PLACEMENT] = "client"
+    run_pass(model, "select_parameters")
+    assert attributes(model) == {}
+
+
+def test_refused_precision_names_the_linear_and_the_best() -> None:
+    error = refused(model_with_ranges(), "select_parameters", effective_bits=30.0)
+    assert isinstance(error, InputError)
+    best = effective_bits(LinearParameters.from_weight(torch.from_numpy(WEIGHT)), torch.from_numpy(WEIGHT), CREST)
+    expected = f"{PATH}, forward: 30.0 effective bits cannot be reached; the best is {best:.1f} with 4 bytes up. Ask for"
+    assert str(error).startswith(expected)
+
+
+def test_boundary_bits_that_are_just_reached_and_just_missed() -> None:
+    rows = torch.from_numpy(WEIGHT)
+    reached = effective_bits(LinearParameters.from_weight(rows, 2, 2), rows, CREST)
+    model = model_with_ranges()
+    run_pass(model, "select_parameters", effective_bits=reached)
+    assert (attributes(model)["forward_upload_limbs"], attributes(model)["forward_reply_bytes"]) == (2, 2)
+    run_pass(model, "select_parameters", effective_bits=reached + 1e-9)
+    assert (attributes(model)["forward_upload_limbs"], attributes(model)["forward_reply_bytes"]) == (3, 2)
+
+
+def test_boundary_a_matrix_of_zeros_needs_the_fewest_bytes() -> None:
+    model = prepared(parse(TEXT.replace("{100, -50, 3, 0, 127, 127, -127, 127}", "{0, 0, 0, 0, 0, 0, 0, 0}"), {"y": PATH}))
+    run_pass(model, "select_parameters", effective_bits=20.0)
+    assert {key: attributes(model)[key] for key in ("forward_upload_limbs", "backward_reply_bytes")} == {
+        "forward_upload_limbs": 1, "backward_reply_bytes": 1,
+    }  # fmt: skip
+
+
+def test_without_calibration_a_high_crest_is_assumed() -> None:
+    model = prepared(parse(TEXT, {"y": PATH}))
+    run_pass(model, "select_parameters")
+    assert attributes(model)["forward_crest"] == attributes(model)["backward_crest"] == 16.0
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_a_ring_that_is_asked_for_is_taken(name: str) -> None:
+    model = model_with_ranges()
+    run_pass(model, "select_parameters", ring=CATALOGUE[name])
+    keys = ("hecompile.ring_dim", "hecompile.rank")
+    assert "x".join(model.metadata_props[key] for key in keys) == name
+
+
+@pytest.mark.parametrize("tokens", [0, -3])
+def test_refused_tokens(tokens: int) -> None:
+    with pytest.raises(InputError, match=f"must be positive, got {tokens}"):
+        choose_ring(tokens)
