@@ -57,10 +57,10 @@ class LowerWorker(ir.passes.InPlacePass):
         nodes = list(nodes_of_type(model, ENCRYPTED_LINEAR))
         for node in nodes:
             lowered, reply = lower_encrypted_linear(node)
+            weight = node.inputs[1]
             replace_node(node, lowered, [reply])
-        for name, value in list(model.graph.initializers.items()):
-            if not value.uses():
-                del model.graph.initializers[name]  # an int16 weight, now in bytes
+            if weight is not None and weight.name is not None and not weight.uses():
+                del model.graph.initializers[weight.name]  # int16, now in bytes
         model.opset_imports.pop(DOMAIN, None)
         return ir.passes.PassResult(model, modified=bool(nodes))
 

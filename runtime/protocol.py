@@ -23,6 +23,8 @@ import numpy as np
 
 from hecompile.errors import WorkerError
 
+# Python ignores SIGPIPE, but a library loaded later may not: LLVM, inside concrete-python, takes the process down with it.
+_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 PROTOCOL_VERSION = 1
 MAGIC = b"HEC1"
 PREFIX = struct.Struct("<4sIQ")
@@ -165,9 +167,9 @@ def decode_reply(frame: Frame) -> tuple[int, Reply]:
 
 def send_frame(connection: socket.socket, frame: Frame) -> None:
     """Send one frame whole. Raises OSError as the socket does."""
-    connection.sendall(frame.prefix() + frame.header)
+    connection.sendall(frame.prefix() + frame.header, _NO_SIGNAL)
     if len(frame.payload):
-        connection.sendall(frame.payload)
+        connection.sendall(frame.payload, _NO_SIGNAL)
 
 
 def receive_frame(connection: socket.socket, max_bytes: int = MAX_MESSAGE_BYTES) -> Frame | None:

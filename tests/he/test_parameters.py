@@ -143,7 +143,7 @@ def test_norms_of_a_weight_are_measured() -> None:
         {"upload_limbs": 5},
         {"reply_bytes": 0},
         {"upload_limbs": 2, "reply_bytes": 3},
-        {"max_l1": 128 * 100 + 1},
+        {"max_l1": 2**15 * 100 + 1, "max_l2": 2.0**18},
         {"max_l1": -1},
         {"max_l2": 1001.0},
         {"max_l2": float("nan")},

@@ -112,7 +112,7 @@ def test_ciphertext_that_does_not_fit_is_refused() -> None:
     expect_illegal(model, "does not fit 3 limbs and weight [4,3]")
 
 
-@pytest.mark.parametrize("weight", [np.zeros((2, 2), np.int16), np.zeros(4, np.int8), np.zeros((0, 2), np.int8)])
+@pytest.mark.parametrize("weight", [np.zeros((2, 2), np.int32), np.zeros(4, np.int8), np.zeros((0, 2), np.int8)])
 def test_builder_refuses_other_weights(weight: np.ndarray) -> None:
     with pytest.raises(LegalityError, match="needs int8"):
         encrypted_linear_model(weight, 3, 3, "a.forward")
