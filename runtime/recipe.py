@@ -89,6 +89,11 @@ class TrainingSection(_Section):
     eval_steps: Positive | None = None
     eval_on_start: bool = False
 
+    @field_validator("save_strategy", "eval_strategy", mode="before")
+    @classmethod
+    def _yaml_no(cls, value: object) -> object:
+        return "no" if value is False else value  # YAML 1.1 reads a bare `no` as false
+
     @field_validator("max_steps")
     @classmethod
     def _steps(cls, value: int) -> int:
