@@ -201,13 +201,17 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the build, the runs and the report go; emptied first.")] = Path(
         "build/demo"
     ),
-    steps: Annotated[Optional[int], typer.Option(help="Optimizer steps, instead of the recipe's.")] = None,  # noqa: UP045
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="Changes to models/recipes/demo.yaml for both runs, e.g. training.max_steps=20"),
+    ] = None,
+    precision: Annotated[float, typer.Option(help="As for `export llama`.")] = 8.0,
 ) -> None:
     """The whole path on the shipped small Llama and private data: export, a worker process on a loopback socket, encrypted
     training, and the same by plaintext PEFT for comparison. About four minutes on two cores."""
     from hecompile.demo import run_demo
 
-    run_demo(out, steps, _console())
+    run_demo(out, _console(), precision, overrides or ())
 
 
 def _split(text: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,8 +56,11 @@ def worker_process(bundle: Path, engine: str = "onnxruntime") -> Iterator[str]:
             process.communicate()
 
 
-def run_demo(out: Path, steps: int | None, console: Console) -> None:
-    """Export, train encrypted over a socket, train in plaintext, print the comparison. `out` is emptied first."""
+def run_demo(out: Path, console: Console, precision: float = 8.0, changes: Sequence[str] = ()) -> None:
+    """Export, train encrypted over a socket, train in plaintext, print the comparison. `out` is emptied first.
+
+    `changes` are overrides of the recipe for both runs, such as `training.max_steps=20`.
+    """
     build, runs = out / "build", out / "runs"
     for directory in (build, runs):
         shutil.rmtree(directory, ignore_errors=True)
@@ -66,12 +69,11 @@ def run_demo(out: Path, steps: int | None, console: Console) -> None:
         plan_id = compile_checkpoint(
             str(TINY_LLAMA),
             build,
-            CompileOptions(batch_size=BATCH_SIZE, sequence_buckets=SEQUENCE_BUCKETS),
+            CompileOptions(batch_size=BATCH_SIZE, sequence_buckets=SEQUENCE_BUCKETS, effective_bits=precision),
             lambda what, done, total: bar.update(task, description=f"export: {what}"),
         )
     console.print(f"exported {TINY_LLAMA.name}: plan {plan_id[:16]}, bundles in {build}", soft_wrap=True)
-    overrides = [f"model={build / CLIENT}", f"training.output_dir={runs / 'encrypted'}"]
-    overrides += [] if steps is None else [f"training.max_steps={steps}"]
+    overrides = [*changes, f"model={build / CLIENT}", f"training.output_dir={runs / 'encrypted'}"]
     with worker_process(build / WORKER) as address:
         recipe = load_recipe(RECIPE, [*overrides, f"worker={address}"])
         with open_session(recipe) as session:
