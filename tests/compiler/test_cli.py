@@ -26,7 +26,7 @@ HELP = {
     "worker": ("serve",),
     "worker serve": ("--listen", "--engine", "--allow-plaintext-network", "bundle"),
     "train": ("--resume", "recipe", "training.max_steps=20"),
-    "demo": ("--out", "--steps"),
+    "demo": ("--out", "--precision"),
 }  # fmt: skip
 
 
