@@ -59,11 +59,13 @@ def _circuits(node: ir.Node) -> Iterator[RemoteCircuit]:
     if weight is None or "forward_upload_limbs" not in node.attributes:
         raise LegalityError(f"{name}: run quantize and select_parameters before split")
     attributes = attributes_of(node)
-    for direction, matrix in zip(DIRECTIONS, (weight, weight.T), strict=True):
-        rows = np.ascontiguousarray(matrix)  # [features_out, features_in]
+    # Transposed once, by torch, which is several times as fast at it: both circuits then hold what their file will.
+    transposed = torch.from_numpy(weight).t().contiguous().numpy()  # [in, out]
+    for direction, stored in zip(DIRECTIONS, (transposed, np.ascontiguousarray(weight)), strict=True):
+        rows = stored.T  # [features_out, features_in]
         limbs, reply = attributes[f"{direction}_upload_limbs"], attributes[f"{direction}_reply_bytes"]
         parameters = LinearParameters.from_weight(torch.from_numpy(rows), upload_limbs=limbs, reply_bytes=reply)
-        yield RemoteCircuit(name, direction, parameters, rows.T, attributes[f"{direction}_crest"])
+        yield RemoteCircuit(name, direction, parameters, stored, attributes[f"{direction}_crest"])
 
 
 def _make_remote(node: ir.Node) -> None:
