@@ -28,6 +28,7 @@ from hecompile.client_bundle import (
     RingRecord,
     write_manifest,
 )
+from hecompile.costs import CostModel
 from hecompile.errors import InputError
 from hecompile.frontend import Checkpoint, export_onnx, load_checkpoint
 from hecompile.he.hints import write_hint
@@ -42,9 +43,9 @@ from hecompile.worker_bundle import WorkerBundleWriter
 from passes.attach_lora import AttachLora
 from passes.calibrate import Calibrate
 from passes.lower_worker import LowerWorker
-from passes.place import CostModel, Place, Policy
+from passes.place import Place, Policy
 from passes.quantize import Quantize
-from passes.select_parameters import SelectParameters
+from passes.select_parameters import SelectParameters, selected_ring
 from passes.split import Split
 from passes.validate import Validate
 
@@ -129,6 +130,7 @@ def lower(
         effective_bits=options.effective_bits,
         tokens=options.batch_size * options.sequence_buckets[-1],
         ring=options.ring_parameters(),
+        costs=options.costs,
     )
     steps = graph_steps(
         options.lora,
@@ -139,7 +141,8 @@ def lower(
     )
     model = run_steps(model, steps, on_step)
     on_step("split")
-    plan, ring = Split()(model), select.chosen_ring()
+    ring = selected_ring(model)
+    plan = Split()(model)
     on_step("validate")
     Validate(ring, options.effective_bits)(plan)
     return plan, ring

@@ -19,7 +19,7 @@ import torch
 from onnx_ir.passes import common
 
 from hecompile.errors import LegalityError, SecurityError
-from hecompile.he.parameters import LinearParameters
+from hecompile.he.parameters import LinearParameters, measure_norms
 from hecompile.ir import (
     DOMAIN,
     ORIGIN,
@@ -59,11 +59,12 @@ def _circuits(node: ir.Node) -> Iterator[RemoteCircuit]:
     if weight is None or "forward_upload_limbs" not in node.attributes:
         raise LegalityError(f"{name}: run quantize and select_parameters before split")
     attributes = attributes_of(node)
-    for direction, matrix in zip(DIRECTIONS, (weight, weight.T), strict=True):
+    both_norms = measure_norms(torch.from_numpy(weight))
+    for direction, matrix, norms in zip(DIRECTIONS, (weight, weight.T), both_norms, strict=True):
         rows = np.ascontiguousarray(matrix)  # [features_out, features_in]
         limbs, reply = attributes[f"{direction}_upload_limbs"], attributes[f"{direction}_reply_bytes"]
-        parameters = LinearParameters.from_weight(torch.from_numpy(rows), upload_limbs=limbs, reply_bytes=reply)
-        yield RemoteCircuit(name, direction, parameters, rows.T, attributes[f"{direction}_crest"])
+        parameters = LinearParameters.from_norms(norms, upload_limbs=limbs, reply_bytes=reply)
+        yield RemoteCircuit(name, direction, parameters, rows.T, norms, attributes[f"{direction}_crest"])
 
 
 def _make_remote(node: ir.Node) -> None:
