@@ -32,6 +32,7 @@ from hecompile.client_bundle import (
     write_manifest,
 )
 from hecompile.client_bundle import VERSION as CLIENT_VERSION
+from hecompile.costs import CostModel
 from hecompile.errors import InputError
 from hecompile.frontend import Checkpoint, export_onnx, load_checkpoint
 from hecompile.he.parameters import CATALOGUE, RingParameters
@@ -42,9 +43,9 @@ from hecompile.staging import staging
 from hecompile.worker_bundle import VERSION as WORKER_VERSION
 from passes.attach_lora import AttachLora
 from passes.calibrate import Calibrate
-from passes.place import CostModel, Place, Policy
+from passes.place import Place, Policy
 from passes.quantize import Quantize
-from passes.select_parameters import SelectParameters
+from passes.select_parameters import SelectParameters, selected_ring
 from passes.split import Split
 from passes.validate import Validate
 
@@ -132,6 +133,7 @@ def lower(
         effective_bits=options.effective_bits,
         tokens=options.batch_size * options.sequence_buckets[-1],
         ring=options.ring_parameters(),
+        costs=options.costs,
     )
     steps = graph_steps(
         options.lora,
@@ -142,7 +144,8 @@ def lower(
     )
     model = run_steps(model, steps, on_step)
     on_step("split")
-    plan, ring = Split()(model), select.chosen_ring()
+    ring = selected_ring(model)
+    plan = Split()(model)
     on_step("validate")
     Validate(ring, options.effective_bits)(plan)
     return plan, ring

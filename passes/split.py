@@ -19,7 +19,7 @@ import torch
 from onnx_ir.passes import common
 
 from hecompile.errors import LegalityError, SecurityError
-from hecompile.he.parameters import LinearParameters
+from hecompile.he.parameters import LinearParameters, measure_norms
 from hecompile.ir import (
     DOMAIN,
     ORIGIN,
@@ -61,11 +61,12 @@ def _circuits(node: ir.Node) -> Iterator[RemoteCircuit]:
     attributes = attributes_of(node)
     # Transposed once, by torch, which is several times as fast at it: both circuits then hold what their file will.
     transposed = torch.from_numpy(weight).t().contiguous().numpy()  # [in, out]
-    for direction, stored in zip(DIRECTIONS, (transposed, np.ascontiguousarray(weight)), strict=True):
-        rows = stored.T  # [features_out, features_in]
+    both_stored = (transposed, np.ascontiguousarray(weight))
+    both_norms = measure_norms(torch.from_numpy(weight))
+    for direction, stored, norms in zip(DIRECTIONS, both_stored, both_norms, strict=True):
         limbs, reply = attributes[f"{direction}_upload_limbs"], attributes[f"{direction}_reply_bytes"]
-        parameters = LinearParameters.from_weight(torch.from_numpy(rows), upload_limbs=limbs, reply_bytes=reply)
-        yield RemoteCircuit(name, direction, parameters, stored, attributes[f"{direction}_crest"])
+        parameters = LinearParameters.from_norms(norms, upload_limbs=limbs, reply_bytes=reply)
+        yield RemoteCircuit(name, direction, parameters, stored, norms, attributes[f"{direction}_crest"])
 
 
 def _make_remote(node: ir.Node) -> None:
