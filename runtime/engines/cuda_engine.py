@@ -11,8 +11,8 @@ The one resident copy has that layout for the circuit that was asked for first; 
 device for each chunk: one pass over the weight, small beside the product at a thousand tokens.
 
 What was run: everything but the CUDA calls themselves, by the conformance tests, on the CPU (`device="cpu"`), and the
-Triton kernels under Triton's interpreter. Nothing of it has run on a GPU; there the known-answer test of every
-connection decides.
+Triton kernels under Triton's interpreter, also compiled for sm_80 and sm_90. Nothing of it has run on a GPU, and its speed
+is unknown; there the known-answer test of every connection decides.
 """
 
 from __future__ import annotations

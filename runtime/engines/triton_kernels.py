@@ -1,7 +1,8 @@
 """The two ends of a product on the GPU, each one pass over memory: bytes to balanced digits, products to reply bytes.
 
 Same meaning and same signatures as `split_digits` and `recombine` of torch_engine.py. Imported only where Triton is
-(CUDA builds of torch bring it). Run so far under Triton's interpreter, on the CPU, against those two; on no GPU.
+(CUDA builds of torch bring it). The tests run them under Triton's interpreter, on the CPU, against those two, and compile
+them for sm_80 and sm_90 (Triton 3.7.0). They have run on no GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def _split(planes, digits, tokens, used, rows, features, LIMBS: tl.constexpr, BL
     feature = position % features
     inside = token < tokens
     known = inside & (feature < used)
-    carry = tl.zeros([BLOCK], dtype=tl.int32)
+    carry = tl.full([BLOCK], 0, dtype=tl.int32)
     for limb in tl.static_range(LIMBS):
         source = planes + (limb * tokens + token) * used + feature
         value = tl.load(source, mask=known, other=0).to(tl.int32) + carry  # 0 … 256
@@ -33,7 +34,7 @@ def _split(planes, digits, tokens, used, rows, features, LIMBS: tl.constexpr, BL
         tl.store(digits + (limb * tokens + token) * features + feature, (value - 256 * carry).to(tl.int8), mask=inside)
     # The rows beyond the last limb's; the grid covers them as well where they are more than the tokens.
     beyond = LIMBS * tokens * features + position
-    zero = tl.zeros([BLOCK], dtype=tl.int8)
+    zero = tl.full([BLOCK], 0, dtype=tl.int8)
     tl.store(digits + beyond, zero, mask=beyond < rows * features)
 
 
