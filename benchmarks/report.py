@@ -20,6 +20,7 @@ from benchmarks import SECTIONS
 from benchmarks.timing import describe_threads
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +66,7 @@ def save_plot(figure: Figure, name: str, caption: str) -> str:
     return f"![{caption}]({name}.svg)"
 
 
-def new_figure(title: str, x: str, y: str, size: tuple[float, float] = (6.4, 3.6)) -> tuple[Figure, object]:
+def new_figure(title: str, x: str, y: str, size: tuple[float, float] = (6.4, 3.6)) -> tuple[Figure, Axes]:
     """A figure with one pair of labelled axes and a light grid."""
     import matplotlib
 
