@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import transformers
+
 from benchmarks import SECTIONS
 from benchmarks.timing import describe_threads
 
@@ -119,6 +121,7 @@ def commit() -> str:
 
 def store_section(name: str, run: ModuleType, quick: bool) -> Path:
     """Run a section, store its Markdown with where it comes from, and assemble the page again."""
+    transformers.utils.logging.disable_progress_bar()
     if quick:  # its figures must not take the place of real ones
         os.environ.setdefault(_RESULTS, str(ROOT / "build" / "quick-benchmarks"))
     load = os.getloadavg()[0]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import peft
+import transformers
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.timing import resident_bytes
@@ -49,6 +50,7 @@ class Spec:
 
 
 def main() -> None:
+    transformers.utils.logging.disable_progress_bar()
     spec = Spec(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     with ExitStack() as stack:
         answers = stack.enter_context(os.fdopen(os.dup(sys.stdout.fileno()), "w"))
