@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 
@@ -74,17 +76,15 @@ def _rows(
             error = relative_error(path.decrypt(key, hint, reply, parameters, scale), exact)
             results[name] = (path, key, reply, scale, error)
         for count in thread_counts():
-            calls = {}
+            calls: dict[str, Callable[[], object]] = {}
             for name, (path, key, reply, scale, _) in results.items():
-                calls[name, "encrypt"] = lambda path=path: path.encrypt(public, x, parameters)
-                calls[name, "decrypt"] = lambda path=path, key=key, reply=reply, scale=scale: path.decrypt(
-                    key, hint, reply, parameters, scale
-                )
+                calls[f"{name} encrypt"] = partial(path.encrypt, public, x, parameters)
+                calls[f"{name} decrypt"] = partial(path.decrypt, key, hint, reply, parameters, scale)
             with threads(count):
                 samples = paired(calls, repeats)
             for name, (*_, error) in results.items():
-                encrypted = _nanoseconds(samples[name, "encrypt"], tokens * parameters.in_features, count)
-                decrypted = _nanoseconds(samples[name, "decrypt"], tokens * parameters.out_features, count)
+                encrypted = _nanoseconds(samples[f"{name} encrypt"], tokens * parameters.in_features, count)
+                decrypted = _nanoseconds(samples[f"{name} decrypt"], tokens * parameters.out_features, count)
                 shape = f"{parameters.in_features} × {parameters.out_features}"
                 rows.append([shape, tokens, f"{ring.ring_dim} × {ring.rank}", name, count, encrypted, decrypted, error])
     return rows

@@ -11,7 +11,7 @@ from benchmarks.stepping import Batch, Side, Steps, measure_steps
 from hecompile.client_bundle import ClientBundle
 from hecompile.compiler import CLIENT
 
-LAYERS, BATCH = 16, Batch(sequences=8, length=128, micro_batch=4)
+LAYERS, BATCH = 16, Batch(sequences=2, length=512, micro_batch=1)
 QUICK_LAYERS, QUICK_BATCH = 2, Batch(sequences=2, length=32)
 RATIO_TARGET, BYTES_TARGET, CLIENT_GB_TARGET = 1.5, 3.6e6, 4.0
 PROSE = """\

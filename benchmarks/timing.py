@@ -13,6 +13,8 @@ from pathlib import Path
 import numba
 import torch
 
+_NUMBA_THREADS = numba.get_num_threads()  # at the start, as many as there can be
+
 
 @dataclass
 class Samples:
@@ -48,7 +50,7 @@ def paired(
     for round_number in range(repeats):
         if round_number >= 3 and time.perf_counter() - started > budget_seconds:
             break
-        names = list(functions) if round_number % 2 == 0 else list(reversed(functions))
+        names = list(functions)[:: 1 if round_number % 2 == 0 else -1]
         for name in names:
             cpu, wall = time.process_time(), time.perf_counter()
             functions[name]()
@@ -67,7 +69,7 @@ def threads(count: int) -> Iterator[None]:
     """Run torch and numba on `count` threads (numba cannot have more than it started with)."""
     before = torch.get_num_threads(), numba.get_num_threads()
     torch.set_num_threads(count)
-    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(count, _NUMBA_THREADS))
     try:
         yield
     finally:
