@@ -23,7 +23,7 @@ demo: install
 # QUICK=1 only checks that every section runs; SECTIONS="crypto field" takes some. Writes benchmarks/results/README.md.
 bench: install
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(SECTIONS)
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(SECTIONS)
 
 lint: install
 	$(BIN)/ruff check .

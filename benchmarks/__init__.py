@@ -7,6 +7,12 @@ A section is a module with `run(quick: bool) -> str`, which returns Markdown and
 Each runs in a process of its own and stores its Markdown in results/, so that one can be run again without the others.
 """
 
+import os
+
+# Before torch is imported, as the command line does: client and worker share the cores, and a thread that spins while
+# it waits would take them from the other side.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 SECTIONS = (
     "worker",
     "gpu",

@@ -20,6 +20,7 @@ import transformers
 
 from benchmarks import SECTIONS
 from benchmarks.timing import describe_threads
+from hecompile.errors import HecompileError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -174,11 +175,15 @@ def section_main(name: str) -> None:
     parser = argparse.ArgumentParser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smallest sizes, to check that the code works")
     quick = parser.parse_args().quick
-    print(store_section(name, module, quick).read_text(encoding="utf-8"))
+    try:
+        print(store_section(name, module, quick).read_text(encoding="utf-8"))
+    except HecompileError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def run_section_process(name: str, quick: bool) -> bool:
     """Run one section in a process of its own; whether it succeeded. A failure leaves its earlier result as it was."""
     command = [sys.executable, "-m", f"benchmarks.{name}", *(["--quick"] if quick else [])]
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+    environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0

@@ -177,17 +177,20 @@ def _write_recipe(scratch: Path, build: Path, checkpoint: Path, batch: Batch, st
 
 def text_of_length(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> str:
     """A text that makes `length` tokens with eos. Raises HecompileError where the words do not add up to it."""
+
+    def count(words: list[str]) -> int:
+        return len(tokenizer(" ".join(words), verbose=False)["input_ids"]) + 1  # with eos
+
     words: list[str] = []
     for index in range(length):
         candidate = [*words, _WORDS[(index * (seed + 3) + seed) % len(_WORDS)]]
-        if len(tokenizer(" ".join(candidate))["input_ids"]) + 1 > length:
+        if count(candidate) > length:
             break
         words = candidate
-    while len(tokenizer(" ".join(words))["input_ids"]) + 1 < length:
+    while count(words) < length:
         words.append("a")
-    found = len(tokenizer(" ".join(words))["input_ids"]) + 1
-    if found != length:
-        raise HecompileError(f"no text of {length} tokens: one of {found} was made")
+    if count(words) != length:
+        raise HecompileError(f"no text of {length} tokens: one of {count(words)} was made")
     return " ".join(words)
 
 
