@@ -13,15 +13,18 @@ from hecompile.compiler import CLIENT
 
 LAYERS, BATCH = 16, Batch(sequences=2, length=512, micro_batch=1)
 QUICK_LAYERS, QUICK_BATCH = 2, Batch(sequences=2, length=32)
+ENGINE = "torch"
+"""One copy of the weights for both directions: onnxruntime took over 10 GB for this model."""
+
 RATIO_TARGET, BYTES_TARGET, CLIENT_GB_TARGET = 1.5, 3.6e6, 4.0
 PROSE = """\
 ## One training step at 1B size
 
 Llama-3.2-1B's shape ({layers} layers) with random weights of {weight_bits} bits, precision {precision:g}, ring {ring},
 LoRA of rank 8 on all seven linears, {tokens} tokens per step ({sequences} sequences of {length}, {micro} at a time),
-gradients through all layers. Client and worker are processes that share the machine's cores, connected by TCP; plaintext is
-PEFT on the same checkpoint in float32, a third process. Both sides train with `runtime.train.run_training`, in turn;
-medians of {steps} steps each.
+gradients through all layers. Client and worker (engine `{engine}`) are processes that share the machine's cores, connected
+by TCP; plaintext is PEFT on the same checkpoint in float32, a third process. Both sides train with
+`runtime.train.run_training`, in turn; medians of {steps} steps each.
 """
 
 
@@ -30,7 +33,8 @@ def run(quick: bool) -> str:
     layers, batch = (QUICK_LAYERS, QUICK_BATCH) if quick else (LAYERS, BATCH)
     rounds, steps = (1, 1) if quick else (3, 2)
     with llama_1b(layers, batch.micro_batch or batch.sequences, batch.length) as built:
-        return describe(built, batch, measure_steps(built.build, built.checkpoint, batch, rounds, steps))
+        measured = measure_steps(built.build, built.checkpoint, batch, rounds, steps, engine=ENGINE)
+        return describe(built, batch, measured)
 
 
 def describe(built: Built, batch: Batch, measured: Steps) -> str:
@@ -41,6 +45,7 @@ def describe(built: Built, batch: Batch, measured: Steps) -> str:
     prose = PROSE.format(
         layers=sum(name.endswith("down_proj.forward") for name in plan.circuits),
         weight_bits=plan.weight_bits,
+        engine=ENGINE,
         precision=plan.effective_bits,
         ring=f"{plan.ring.ring_dim} × {plan.ring.rank}",
         tokens=batch.tokens,

@@ -6,7 +6,9 @@ machine slows both. The first step of every round is not counted.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import select
 import statistics
 import subprocess
 import sys
@@ -21,7 +23,7 @@ import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.report import ROOT
-from benchmarks.timing import cpu_seconds, resident_bytes
+from benchmarks.timing import available_bytes, cpu_seconds, resident_bytes
 from benchmarks.training_process import Spec
 from hecompile.client_bundle import MANIFEST
 from hecompile.compiler import CLIENT, WORKER
@@ -32,6 +34,7 @@ _WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was"
 _LISTENING = "listening on "
 _COSTS = ("client_crypto_seconds", "worker_seconds", "wire_seconds")
 _STOP_SECONDS = 30
+_POLL_SECONDS, _LEAST_MEMORY = 0.25, 2 * 10**9
 
 
 @dataclass(frozen=True)
@@ -220,7 +223,13 @@ def _round(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def _line(process: subprocess.Popen[str]) -> str:
+    """The next line, of which there is never more than one. Gives up before the machine has no memory left."""
     assert process.stdout is not None
+    while not select.select([process.stdout], [], [], _POLL_SECONDS)[0]:
+        if available_bytes() < _LEAST_MEMORY:
+            raise HecompileError(
+                f"only {available_bytes() / 1e9:.1f} GB of memory are left: stopped. Free some, or measure a smaller model"
+            )
     line = process.stdout.readline()
     if not line:
         raise HecompileError(f"a benchmark process ended early with status {process.wait()}; its messages are above")
@@ -231,6 +240,8 @@ def _line(process: subprocess.Popen[str]) -> str:
 def _process(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with contextlib.suppress(OSError):  # if memory runs out all the same, it is these processes that end, and no others
+        Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000", encoding="utf-8")
     try:
         yield process
     finally:

@@ -104,3 +104,9 @@ def cpu_seconds(pid: int) -> float:
     """User and system CPU seconds of another process so far."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def available_bytes() -> int:
+    """Memory that the machine can still give, in bytes: MemAvailable of /proc."""
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
