@@ -57,8 +57,10 @@ class Products(abc.ABC):
         Rows of zeros give exact zeros. Raises InputError for values that are not finite, WorkerError from the worker.
         """
         parameters = self.circuits[circuit]
-        result = x.new_zeros(x.shape[0], parameters.out_features)
         live = x.ne(0).any(dim=1).nonzero().squeeze(1)  # [T'] of the rows that travel
+        if len(live) == len(x) > 0:
+            return self._product_of_live_rows(circuit, parameters, x)
+        result = x.new_zeros(x.shape[0], parameters.out_features)
         if live.numel():
             result[live] = self._product_of_live_rows(circuit, parameters, x[live])
         return result
