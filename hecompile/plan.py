@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
-from hecompile.he.parameters import LinearParameters
+from hecompile.he.parameters import LinearParameters, WeightNorms
 from passes.lower_worker import encrypted_linear_model
 
 DIRECTIONS = ("forward", "backward")
@@ -23,6 +22,7 @@ class RemoteCircuit:
         linear: name of the linear; the circuit is `<linear>.<direction>`.
         parameters: shapes, norms and byte counts.
         weight: int8 or int16 [features_in, features_out], as the worker multiplies by it from the right.
+        norms: of the matrix [features_out, features_in], measured.
         crest: max|x| / rms(x) of the values that will be encoded, from calibration.
     """
 
@@ -30,6 +30,7 @@ class RemoteCircuit:
     direction: str
     parameters: LinearParameters
     weight: np.ndarray
+    norms: WeightNorms
     crest: float
 
     @property
@@ -42,13 +43,12 @@ class RemoteCircuit:
 
     @property
     def effective_bits(self) -> float:
-        return effective_bits(self.parameters, torch.from_numpy(self.weight.T), self.crest)
+        return effective_bits(self.parameters, self.norms, self.crest)
 
     @property
     def noise_std(self) -> float:
         """Predicted noise, in units of the integer product: root mean square over the output features."""
-        row_l2 = torch.from_numpy(self.weight.T).to(torch.float64).norm(dim=1)  # [out]
-        return float(torch.as_tensor(self.parameters.noise_std(row_l2)).square().mean().sqrt())
+        return rms_noise(self.parameters, self.norms)
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,23 @@ class SplitPlan:
     circuits: tuple[RemoteCircuit, ...]
 
 
-def effective_bits(parameters: LinearParameters, matrix: torch.Tensor, crest: float) -> float:
-    """log2(rms of the product / standard deviation of its noise), both averaged over the rows of integer `matrix` [out, in].
+def effective_bits(parameters: LinearParameters, norms: WeightNorms, crest: float) -> float:
+    """log2(rms of the product / standard deviation of its noise), both averaged over the rows of the matrix.
+
+    In words: with b effective bits the encryption adds noise of 2^-b of the result's own size: 1.6 % at 6 bits, 0.4 % at 8
+    (what rounding to bfloat16 does), 0.1 % at 10.
 
     A token is encoded with its largest magnitude at the input bound X, or with its norm at the norm bound N, whichever
     makes it larger: its rms is max(X / crest, N / √in). The product with a row that it is not correlated with has rms
     ‖W_i‖₂·rms(x), the case in which precision is scarcest.
     """
-    row_l2 = matrix.to(torch.float64).norm(dim=1)  # [out]
-    noise = torch.as_tensor(parameters.noise_std(row_l2))
     rms = max(parameters.input_bound / crest, parameters.norm_bound / math.sqrt(parameters.in_features))
-    signal = row_l2 * rms
-    if not bool((signal > 0).any()):
+    signal = math.sqrt(norms.mean_square_l2) * rms
+    if signal <= 0:
         return math.inf  # a matrix of zeros: its product is exact
-    return 0.5 * math.log2(float(signal.square().mean() / noise.square().mean()))
+    return math.log2(signal / rms_noise(parameters, norms))
+
+
+def rms_noise(parameters: LinearParameters, norms: WeightNorms) -> float:
+    """Root mean square, over the rows of the matrix, of `LinearParameters.noise_std`; its square is linear in ‖W_i‖₂²."""
+    return float(parameters.noise_std(math.sqrt(norms.mean_square_l2)))

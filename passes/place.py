@@ -18,45 +18,12 @@ from typing import Literal, get_args
 import networkx as nx
 import onnx_ir as ir
 
+from hecompile.costs import CostModel
 from hecompile.errors import InputError
 from hecompile.ir import PLACEMENT, SECRECY
 from hecompile.secrecy import WORKER_OPERATORS, check_placement
 
 Policy = Literal["offload", "cheapest"]
-
-
-@dataclass(frozen=True)
-class CostModel:
-    """Speeds of a client, a worker and the link between them. Defaults: two CPU cores on both sides, 1 Gbit/s.
-
-    Measured by the benchmarks; only ratios matter for the placement.
-    """
-
-    client_flops: float = 3.0e11
-    """float32 operations per second of the client (multiply and add count as two)."""
-    worker_flops: float = 1.0e12
-    """int8 operations per second of the worker."""
-    bandwidth: float = 1.25e8
-    """bytes per second, each way."""
-    encrypt_seconds: float = 4.0e-8
-    """client seconds to encrypt one element."""
-    decrypt_seconds: float = 4.0e-8
-    """client seconds to decrypt one element."""
-    upload_limbs: int = 4
-    reply_bytes: int = 4
-
-    def crossing_seconds(self, features: int) -> float:
-        """One value of `features` elements up and its gradient down, or the reverse: the price is the same."""
-        wire = (self.upload_limbs + self.reply_bytes) / self.bandwidth
-        return features * (wire + self.encrypt_seconds + self.decrypt_seconds)
-
-    def client_seconds(self, multiplications: int) -> float:
-        """Forward and backward product on the client."""
-        return 4 * multiplications / self.client_flops
-
-    def worker_seconds(self, multiplications: int) -> float:
-        """Forward and backward product on the worker, one integer product per limb."""
-        return 4 * multiplications * self.upload_limbs / self.worker_flops
 
 
 @dataclass(frozen=True)
@@ -101,11 +68,11 @@ class Place(ir.passes.InPlacePass):
             weight = node.inputs[1]
             assert weight is not None and weight.shape is not None
             multiplications = math.prod(weight.shape.numpy())
-            cut.add_edge("client", node, capacity=self.costs.worker_seconds(multiplications))
+            cut.add_edge("client", node, capacity=self.costs.remote(multiplications))
             if self.policy == "offload":
                 cut.add_edge(node, "worker")
             else:
-                cut.add_edge(node, "worker", capacity=self.costs.client_seconds(multiplications))
+                cut.add_edge(node, "worker", capacity=self.costs.local(multiplications))
         for value in _computed_values(model):
             self._add_crossing(cut, value)
         _, (_, worker_side) = nx.minimum_cut(cut, "client", "worker")
@@ -113,7 +80,7 @@ class Place(ir.passes.InPlacePass):
 
     def _add_crossing(self, cut: nx.DiGraph, value: ir.Value) -> None:
         """The value's price, once, if any consumer stands on the other side of its producer. The client consumes results."""
-        price = self.costs.crossing_seconds(_features(value))
+        price = self.costs.crossing(_features(value))
         producer = value.producer() if value.producer() is not None else "client"
         up, down = ("up", value), ("down", value)
         cut.add_edge(producer, up, capacity=price)

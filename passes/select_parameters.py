@@ -1,4 +1,4 @@
-"""Choose the ring, and for every linear on the worker the bytes that travel, from the precision asked for.
+"""Choose the ring, and for every linear on the worker the bytes that travel, from the precision asked for, by cost.
 
     QuantizedLinear(x, Q, s) @worker  →  the same with upload_limbs, reply_bytes and crest for each direction
     model                              →  metadata: ring_dim, rank
@@ -8,27 +8,38 @@ input bound X (no overflow, whatever comes), crest factor c of the encoded token
 
     rms(W_i·x) ≈ ‖W_i‖·X/c      std(noise) = LinearParameters.noise_std(‖W_i‖)
 
-(the first for inputs that are uncorrelated with the row, which is where precision is scarcest). The cheapest pair of byte
-counts that reaches the bits asked for is taken; the crest comes from calibration.
+(the first for inputs that are uncorrelated with the row, which is where precision is scarcest). The modulus is q = 2^32 for
+every linear; each rounds what travels to a modulus of its own, 2^(8·upload_limbs) up and 2^(8·reply_bytes) down.
+
+Of the byte counts that reach the bits asked for, those with the least time on wire and worker are taken (`hecompile.costs`);
+the client's work does not depend on them. The ring is that of the least client work for the whole plan: a product's
+precision does not depend on it, and a ring of its own for every linear would save at most 2.2 % of that work (all shapes
+of Llama-3.2-1B, 32 to 4096 tokens, default costs) for the price of several matrices A.
+
+A stacked backward product has many inputs, and noise in proportion to its signal grows as their number: gate and up together
+have 16384 at 1B size, and need 4 limbs for 8 bits. Uploading the two gradients apart would save a byte per input up and cost
+a second reply: 57 kB per token instead of 70 kB where 3 limbs then do (to 6.5 bits); for 8 bits five parts would be needed,
+and 70 kB. So they stay together, and the limbs grow there alone.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
-from hecompile.errors import HecompileError, InputError
-from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
+from hecompile.costs import CostModel
+from hecompile.errors import HecompileError, InputError, LegalityError
+from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters, WeightNorms, measure_norms
 from hecompile.ir import GRADIENT_RANGE, PLACEMENT, RANGE, constant_of, module_path, nodes_of_type
 from hecompile.plan import DIRECTIONS, effective_bits
 
 RING_DIM, RANK = "hecompile.ring_dim", "hecompile.rank"
-_SIMILAR_COST = 1.15  # sets whose costs differ by less count as equal; then the one with more security bits wins
+_SIMILAR_COST = 1.2  # sets whose costs differ by less count as equal; then the one with more security bits wins
+_BYTE_COUNTS = tuple((limbs, reply) for limbs in (1, 2, 3, 4) for reply in range(1, limbs + 1))
 _FALLBACK_CREST = 16.0  # a value that calibration did not see (its gradient was zero)
 
 
@@ -42,79 +53,76 @@ class SelectParameters(ir.passes.InPlacePass):
     effective_bits: float = 8.0
     tokens: int = 512
     ring: RingParameters | None = None
+    costs: CostModel = field(default_factory=CostModel)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        ring = self.chosen_ring()
-        chosen = {RING_DIM: str(ring.ring_dim), RANK: str(ring.rank)}
-        modified = any(model.metadata_props.get(key) != value for key, value in chosen.items())
-        model.metadata_props.update(chosen)
+        modified = False
+        circuits: list[LinearParameters] = []
         for node in nodes_of_type(model, "QuantizedLinear"):
             if node.metadata_props.get(PLACEMENT) != "worker":
                 continue
-            for attribute in (part for direction in DIRECTIONS for part in self._attributes(node, direction)):
-                before = node.attributes.get(attribute.name)
-                modified |= before is None or before.value != attribute.value
-                node.attributes[attribute.name] = attribute
+            weight = constant_of(node.inputs[1])
+            assert weight is not None
+            for direction, norms in zip(DIRECTIONS, measure_norms(torch.from_numpy(weight)), strict=True):
+                crest = _crest(node, direction)
+                parameters = self._cheapest(f"{module_path(node)}, {direction}", norms, crest, weight.itemsize)
+                circuits.append(parameters)
+                for attribute in (
+                    ir.AttrInt64(f"{direction}_upload_limbs", parameters.upload_limbs),
+                    ir.AttrInt64(f"{direction}_reply_bytes", parameters.reply_bytes),
+                    ir.AttrFloat32(f"{direction}_crest", crest),
+                ):
+                    before = node.attributes.get(attribute.name)
+                    modified |= before is None or before.value != attribute.value
+                    node.attributes[attribute.name] = attribute
+        ring = self.ring or choose_ring(self.tokens, circuits, self.costs)
+        chosen = {RING_DIM: str(ring.ring_dim), RANK: str(ring.rank)}
+        modified |= any(model.metadata_props.get(key) != value for key, value in chosen.items())
+        model.metadata_props.update(chosen)
         return ir.passes.PassResult(model, modified)
 
-    def _attributes(self, node: ir.Node, direction: str) -> tuple[ir.Attr, ...]:
-        parameters = self._cheapest(node, direction)
-        return (
-            ir.AttrInt64(f"{direction}_upload_limbs", parameters.upload_limbs),
-            ir.AttrInt64(f"{direction}_reply_bytes", parameters.reply_bytes),
-            ir.AttrFloat32(f"{direction}_crest", _crest(node, direction)),
-        )
-
-    def chosen_ring(self) -> RingParameters:
-        """The ring asked for, or the catalogue's best for the number of tokens."""
-        return self.ring or choose_ring(self.tokens)
-
-    def _cheapest(self, node: ir.Node, direction: str) -> LinearParameters:
-        weight = constant_of(node.inputs[1])
-        assert weight is not None
-        matrix = torch.from_numpy(np.ascontiguousarray(weight if direction == "forward" else weight.T))
-        crest = _crest(node, direction)
+    def _cheapest(self, where: str, norms: WeightNorms, crest: float, weight_bytes: int) -> LinearParameters:
         best, best_bits = None, -math.inf
-        for limbs, reply in sorted(_byte_counts(), key=lambda pair: _bytes_per_token(matrix, *pair)):
+        reaching: list[LinearParameters] = []
+        for limbs, reply in _BYTE_COUNTS:
             try:
-                candidate = LinearParameters.from_weight(matrix, limbs, reply)
+                candidate = LinearParameters.from_norms(norms, limbs, reply)
             except HecompileError:
                 continue  # so few bytes that no input fits
-            bits = effective_bits(candidate, matrix, crest)
+            bits = effective_bits(candidate, norms, crest)
             if bits >= self.effective_bits:
-                return candidate
-            if bits > best_bits:
+                reaching.append(candidate)
+            elif bits > best_bits:
                 best, best_bits = candidate, bits
+        if reaching:
+            return min(reaching, key=lambda p: self.costs.wire(p, 1) + self.costs.worker(p, 1, weight_bytes))
         raise InputError(
-            f"{module_path(node)}, {direction}: {self.effective_bits} effective bits cannot be reached; "
+            f"{where}: {self.effective_bits} effective bits cannot be reached; "
             f"the best is {best_bits:.1f} with {best.upload_limbs if best else 4} bytes up. "
             "Ask for a lower precision, or for fewer weight bits"
         )
 
 
-def choose_ring(tokens: int) -> RingParameters:
-    """The catalogue's set with the least client work for `tokens` tokens; among similar ones the most secure.
-
-    Work per feature: each block of ring_dim coefficients costs one FFT, ∝ d·log2 d, and rank products, ∝ d·rank.
-    """
+def choose_ring(tokens: int, circuits: list[LinearParameters], costs: CostModel) -> RingParameters:
+    """The catalogue's set with the least client work for `tokens` tokens through every circuit; among those within a fifth
+    of it the most secure."""
     if tokens < 1:
         raise InputError(f"the number of tokens per step must be positive, got {tokens}")
 
     def work(ring: RingParameters) -> float:
-        blocks = math.ceil(tokens / ring.ring_dim)
-        return blocks * ring.ring_dim * (math.log2(ring.ring_dim) + 2 * ring.rank)
+        encrypt = sum(costs.encrypt(ring, tokens, p.in_features) for p in circuits)
+        return encrypt + sum(costs.decrypt(ring, tokens, p.out_features) for p in circuits)
 
     least = min(work(ring) for ring in CATALOGUE.values())
     similar = [ring for ring in CATALOGUE.values() if work(ring) <= _SIMILAR_COST * least]
     return max(similar, key=lambda ring: (ring.security_bits, -work(ring)))
 
 
-def _byte_counts() -> list[tuple[int, int]]:
-    return [(limbs, reply) for limbs in (1, 2, 3, 4) for reply in range(1, limbs + 1)]
-
-
-def _bytes_per_token(matrix: torch.Tensor, limbs: int, reply: int) -> int:
-    return limbs * matrix.shape[1] + reply * matrix.shape[0]
+def selected_ring(model: ir.Model) -> RingParameters:
+    """The ring that the pass wrote into `model`. Raises LegalityError when it has not run."""
+    if RING_DIM not in model.metadata_props:
+        raise LegalityError("no ring was selected: run select_parameters first")
+    return RingParameters(int(model.metadata_props[RING_DIM]), int(model.metadata_props[RANK]))
 
 
 def _crest(node: ir.Node, direction: str) -> float:

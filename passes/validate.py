@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
 from hecompile.errors import LegalityError, SecurityError
-from hecompile.he.parameters import LinearParameters, RingParameters
+from hecompile.he.parameters import LinearParameters, RingParameters, measure_norms
 from hecompile.he.security import MINIMUM_BITS
 from hecompile.ir import PLACEMENT, attributes_of, nodes_of_type
 from hecompile.legality import CLIENT_PLAN, check_stage
-from hecompile.plan import DIRECTIONS, RemoteCircuit, SplitPlan
+from hecompile.plan import DIRECTIONS, RemoteCircuit, SplitPlan, effective_bits
 
 _ACCUMULATOR_LIMIT = 2**31
 _LARGEST_PRODUCT = 255 * 128  # of a uint8 limb and an int8 weight digit
@@ -63,8 +62,8 @@ class Validate:
         if circuit.weight.shape != (parameters.in_features, parameters.out_features):
             raise LegalityError(f"{circuit.name}: the weight is {circuit.weight.shape}, its parameters say otherwise")
         # The input bound, and so the promise that nothing overflows mod q, rests on these norms.
-        rows = torch.from_numpy(np.ascontiguousarray(circuit.weight.T))  # [features_out, features_in]
-        measured = LinearParameters.from_weight(rows, parameters.upload_limbs, parameters.reply_bytes)
+        norms, _ = measure_norms(torch.from_numpy(circuit.weight.T))  # of [features_out, features_in]
+        measured = LinearParameters.from_norms(norms, parameters.upload_limbs, parameters.reply_bytes)
         if measured != parameters:
             raise LegalityError(
                 f"{circuit.name}: the weight has row norms {measured.max_l1} and {measured.max_l2:.6g}, its parameters say "
@@ -73,9 +72,10 @@ class Validate:
         worst = parameters.max_l1 * parameters.input_bound + parameters.noise_bound
         if worst >= 2**31:
             raise LegalityError(f"{circuit.name}: a result can reach {worst}, over q/2 = 2^31")
-        if circuit.effective_bits < self.effective_bits - 1e-6:
+        bits = effective_bits(parameters, norms, circuit.crest)
+        if bits < self.effective_bits - 1e-6:
             raise LegalityError(
-                f"{circuit.name}: {circuit.effective_bits:.2f} effective bits predicted, {self.effective_bits} asked for"
+                f"{circuit.name}: {bits:.2f} effective bits predicted, {self.effective_bits} asked for"
             )
 
 

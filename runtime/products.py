@@ -1,6 +1,6 @@
 """The client's side of a remote product: which rows travel, how they are encoded and encrypted, what it cost.
 
-    real rows [T, in] → drop rows of zeros → encode per token → encrypt → worker → decrypt → decode → [T, out]
+    real rows [T, in] → drop rows of zeros, encode per token, encrypt → worker → decrypt, decode → [T, out]
 
 Rows that are all zero (masked gradients) are not sent and come back as exact zeros; padding never gets here.
 """
@@ -9,30 +9,36 @@ from __future__ import annotations
 
 import abc
 import logging
+import threading
 import time
 import warnings
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hecompile.client_bundle import ClientBundle
 from hecompile.errors import InputError, WorkerError
 from hecompile.he.encode import decode, encode
+from hecompile.he.fused import decrypt_reals, encrypt_reals
 from hecompile.he.hints import HintStore
 from hecompile.he.parameters import LinearParameters
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.he.scheme import decrypt, encrypt_tokens
 from hecompile.worker_bundle import WorkerBundle
-from runtime.transports import Transport, open_connection
+from runtime.transports import Answer, Transport, open_connection
 
-DEFAULT_CACHE_BYTES = 2 << 30
+DEFAULT_CACHE_BYTES = 512 << 20
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass
 class Costs:
-    """Cumulative costs of a session: seconds by who spent them, whole frames on the wire in bytes."""
+    """Cumulative costs of a session: seconds by who spent them, whole frames on the wire in bytes.
+
+    The seconds are added up over the threads that were at it: with several products in flight they exceed the time that
+    passed.
+    """
 
     client_crypto_seconds: float = 0.0
     worker_seconds: float = 0.0
@@ -45,27 +51,32 @@ class Costs:
 
 
 class Products(abc.ABC):
-    """Computes the products of a plan's circuits on real numbers. Not for several threads at once."""
+    """Computes the products of a plan's circuits on real numbers; `product` may be called in several threads at once."""
 
     def __init__(self, circuits: dict[str, LinearParameters]) -> None:
         self.circuits = circuits
         self.costs = Costs()
-
-    def product(self, circuit: str, x: Tensor) -> Tensor:
-        """x f32 [T, in_features] → x·Wᵀ f32 [T, out_features], W the integer weight of `circuit`.
-
-        Rows of zeros give exact zeros. Raises InputError for values that are not finite, WorkerError from the worker.
-        """
-        parameters = self.circuits[circuit]
-        result = x.new_zeros(x.shape[0], parameters.out_features)
-        live = x.ne(0).any(dim=1).nonzero().squeeze(1)  # [T'] of the rows that travel
-        if live.numel():
-            result[live] = self._product_of_live_rows(circuit, parameters, x[live])
-        return result
+        self._lock = threading.Lock()
 
     @abc.abstractmethod
-    def _product_of_live_rows(self, circuit: str, parameters: LinearParameters, x: Tensor) -> Tensor:
-        """The product of rows none of which is zero."""
+    def product(
+        self, circuit: str, x: Tensor, column_scale: Tensor | None = None, row_scale: Tensor | None = None
+    ) -> Tensor:
+        """(x ⊙ column_scale)·Wᵀ ⊙ row_scale, W the integer weight of `circuit`.
+
+        Args:
+            circuit: its name.
+            x: float32 `[T, in_features]`. Rows of zeros are not sent and give exact zeros.
+            column_scale: float32 `[in_features]`, or None for ones.
+            row_scale: float32 `[out_features]`, or None for ones.
+
+        Returns:
+            float32 `[T, out_features]`.
+
+        Raises:
+            InputError: a value that is not finite.
+            WorkerError: from the worker.
+        """
 
     def close(self) -> None:  # noqa: B027  most have nothing to let go of
         """Let go of the worker."""
@@ -74,13 +85,14 @@ class Products(abc.ABC):
 class EncryptedProducts(Products):
     """Products by an untrusted worker on ciphertexts. Every call encrypts under fresh one-time secrets.
 
-    Opening says hello and runs the known-answer test. `cache_bytes` bounds the memory for hints in the FFT domain.
+    Opening says hello and runs the known-answer test. `cache_bytes` bounds the memory for transformed hints.
     Raises WorkerError when the worker serves another plan or computes wrongly.
     """
 
     def __init__(self, bundle: ClientBundle, transport: Transport, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
         super().__init__(bundle.circuits)
         self._transport = transport
+        self._turn = threading.Lock()  # for a transport that takes one request at a time
         self._check_circuits(open_connection(transport, bundle.plan_id).circuits.keys())
         rows = max(parameters.in_features for parameters in bundle.circuits.values())
         self._public = PublicMatrix(bundle.ring, bundle.public_seed, rows)
@@ -91,24 +103,35 @@ class EncryptedProducts(Products):
         if missing:
             raise WorkerError(f"the worker lacks {len(missing)} circuits of this plan, first: {missing[0]}")
 
-    def _product_of_live_rows(self, circuit: str, parameters: LinearParameters, x: Tensor) -> Tensor:
-        transport, costs = self._transport, self.costs
-        sent, received, computed = transport.bytes_sent, transport.bytes_received, transport.worker_seconds
+    def product(
+        self, circuit: str, x: Tensor, column_scale: Tensor | None = None, row_scale: Tensor | None = None
+    ) -> Tensor:
+        """See `Products.product`."""
+        parameters = self.circuits[circuit]
         start = time.perf_counter()
-        integers, scale = encode(x, parameters.input_bound, parameters.norm_bound)
-        ciphertext, key = encrypt_tokens(self._public, integers, parameters)
+        ciphertext, key = encrypt_reals(self._public, x, parameters, column_scale)
+        if key.tokens == 0:
+            return x.new_zeros(len(x), parameters.out_features)
         encrypted = time.perf_counter()
-        reply = torch.from_numpy(transport.evaluate(circuit, ciphertext.planes.numpy()))
+        answer = self._evaluate(circuit, ciphertext.planes.numpy())
         answered = time.perf_counter()
-        result = decode(decrypt(key, self._hints.hint(circuit), reply, parameters), scale)
+        reply = torch.from_numpy(answer.planes)
+        result = decrypt_reals(key, self._hints.hint(circuit, parameters.out_features), reply, parameters, row_scale)
+        self._hints.release(circuit)
         done = time.perf_counter()
-        worker_seconds = transport.worker_seconds - computed
-        costs.client_crypto_seconds += (encrypted - start) + (done - answered)
-        costs.worker_seconds += worker_seconds
-        costs.wire_seconds += max(0.0, answered - encrypted - worker_seconds)
-        costs.bytes_up += transport.bytes_sent - sent
-        costs.bytes_down += transport.bytes_received - received
+        with self._lock:
+            self.costs.client_crypto_seconds += (encrypted - start) + (done - answered)
+            self.costs.worker_seconds += answer.worker_seconds
+            self.costs.wire_seconds += max(0.0, answered - encrypted - answer.worker_seconds)
+            self.costs.bytes_up += answer.bytes_sent
+            self.costs.bytes_down += answer.bytes_received
         return result
+
+    def _evaluate(self, circuit: str, planes: np.ndarray) -> Answer:
+        if self._transport.concurrent:
+            return self._transport.evaluate(circuit, planes)
+        with self._turn:
+            return self._transport.evaluate(circuit, planes)
 
     def close(self) -> None:
         self._transport.close()
@@ -135,9 +158,16 @@ class CleartextProducts(Products):
         self._worker_bundle = worker_bundle
         self._weights: dict[str, Tensor] = {}
 
-    def _product_of_live_rows(self, circuit: str, parameters: LinearParameters, x: Tensor) -> Tensor:
-        if circuit not in self._weights:
-            self._weights[circuit] = torch.from_numpy(self._worker_bundle.weight(circuit).copy()).double()
-        integers, scale = encode(x, parameters.input_bound, parameters.norm_bound)
+    def product(
+        self, circuit: str, x: Tensor, column_scale: Tensor | None = None, row_scale: Tensor | None = None
+    ) -> Tensor:
+        """See `Products.product`."""
+        parameters = self.circuits[circuit]
+        with self._lock:
+            if circuit not in self._weights:
+                self._weights[circuit] = torch.from_numpy(self._worker_bundle.weight(circuit).copy()).double()
+        scaled = x.double() if column_scale is None else x.double() * column_scale.double()
+        integers, scale = encode(scaled, parameters.input_bound, parameters.norm_bound)
         # Exact: |W·x| < 2^31 by the choice of the input bound, far below 2^53.
-        return decode((integers.double() @ self._weights[circuit]).to(torch.int64), scale)
+        result = decode((integers.double() @ self._weights[circuit]).to(torch.int64), scale, torch.float64)
+        return (result if row_scale is None else result * row_scale.double()).to(torch.float32)

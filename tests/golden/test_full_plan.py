@@ -23,9 +23,8 @@ def test_golden(golden: Golden) -> None:
     golden.check("full_plan", f"ring {ring.ring_dim} x {ring.rank}, after {', '.join(steps)}\n" + text_of(plan))
     # No choice of bytes is so near the precision asked for that the last digit of a calibrated crest could decide it.
     for circuit in plan.circuits:
-        rows = torch.from_numpy(circuit.weight.T.copy())
         for limbs, reply in ((2, 1), (2, 2), (3, 1), (3, 2), (3, 3), (4, 2), (4, 3), (4, 4)):
-            bits = effective_bits(LinearParameters.from_weight(rows, limbs, reply), rows, circuit.crest)
+            bits = effective_bits(LinearParameters.from_norms(circuit.norms, limbs, reply), circuit.norms, circuit.crest)
             assert abs(bits - OPTIONS.effective_bits) > 0.02, (circuit.name, limbs, reply)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import onnx_ir as ir
 import pytest
 import torch
 
+from hecompile.costs import CostModel
 from hecompile.errors import InputError, LegalityError, SecurityError
 from hecompile.ir import PLACEMENT, print_model
 from hecompile.secrecy import check_placement
-from passes.place import CostModel, Place
+from passes.place import Place
 from passes.split import Split
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, integers, parse, placements, prepared, refused, run_pass
@@ -52,9 +54,14 @@ def projections(sources: tuple[str, str, str], features: int = 8) -> ir.Model:
     return model
 
 
+FREE_CRYPTOGRAPHY = {
+    "transform_flops": math.inf, "hint_bandwidth": math.inf, "encrypt_seconds": 0.0, "decrypt_seconds": 0.0,
+}  # fmt: skip
+
+
 # One linear 8 → 8 costs the client 4·64/256 = 1 s and the worker next to nothing; a value that crosses costs 8 · price.
 def crossing(price: float) -> CostModel:
-    return CostModel(client_flops=256.0, worker_flops=1e12, bandwidth=8 / price, encrypt_seconds=0.0, decrypt_seconds=0.0)
+    return CostModel(client_flops=256.0, worker_flops=1e12, bandwidth=8 / price, **FREE_CRYPTOGRAPHY)
 
 
 def test_golden(golden: Golden) -> None:
@@ -85,7 +92,7 @@ def test_offload_pins_linears_to_the_worker_however_dear_and_everything_else_to_
 def test_the_cut_moves_with_bandwidth() -> None:
     for bandwidth, side in ((1e12, "worker"), (1.0, "client")):
         model = block()
-        costs = CostModel(client_flops=1e6, bandwidth=bandwidth, encrypt_seconds=1e-9, decrypt_seconds=1e-9)
+        costs = CostModel(client_flops=1e6, bandwidth=bandwidth)
         run_pass(model, "place", policy="cheapest", costs=costs)
         assert set(placements(model).values()) == {side}, bandwidth
 

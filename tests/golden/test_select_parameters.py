@@ -9,15 +9,17 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from hecompile.errors import InputError
-from hecompile.he.parameters import CATALOGUE, LinearParameters
+from hecompile.costs import CostModel
+from hecompile.errors import InputError, LegalityError
+from hecompile.he.parameters import CATALOGUE, LinearParameters, measure_norms
 from hecompile.ir import GRADIENT_RANGE, PLACEMENT, RANGE, attributes_of, print_model
 from hecompile.plan import effective_bits
-from passes.select_parameters import choose_ring
+from passes.select_parameters import choose_ring, selected_ring
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, integers, parse, prepared, refused, run_pass
 
 WEIGHT = np.array([[100, -50, 3, 0], [127, 127, -127, 127]], dtype=np.int8)
+NORMS, _ = measure_norms(torch.from_numpy(WEIGHT))
 TEXT = """
 model (float[B,S,4] x) => (float[B,S,2] y)
 <int8[2,4] w = {100, -50, 3, 0, 127, 127, -127, 127}, float[2] s = {0.5, 0.25}>
@@ -67,14 +69,13 @@ def test_untouched_on_the_client() -> None:
 def test_refused_precision_names_the_linear_and_the_best() -> None:
     error = refused(model_with_ranges(), "select_parameters", effective_bits=30.0)
     assert isinstance(error, InputError)
-    best = effective_bits(LinearParameters.from_weight(torch.from_numpy(WEIGHT)), torch.from_numpy(WEIGHT), CREST)
+    best = effective_bits(LinearParameters.from_norms(NORMS), NORMS, CREST)
     expected = f"{PATH}, forward: 30.0 effective bits cannot be reached; the best is {best:.1f} with 4 bytes up. Ask for"
     assert str(error).startswith(expected)
 
 
 def test_boundary_bits_that_are_just_reached_and_just_missed() -> None:
-    rows = torch.from_numpy(WEIGHT)
-    reached = effective_bits(LinearParameters.from_weight(rows, 2, 2), rows, CREST)
+    reached = effective_bits(LinearParameters.from_norms(NORMS, 2, 2), NORMS, CREST)
     model = model_with_ranges()
     run_pass(model, "select_parameters", effective_bits=reached)
     assert (attributes(model)["forward_upload_limbs"], attributes(model)["forward_reply_bytes"]) == (2, 2)
@@ -107,4 +108,34 @@ def test_a_ring_that_is_asked_for_is_taken(name: str) -> None:
 @pytest.mark.parametrize("tokens", [0, -3])
 def test_refused_tokens(tokens: int) -> None:
     with pytest.raises(InputError, match=f"must be positive, got {tokens}"):
-        choose_ring(tokens)
+        choose_ring(tokens, [LinearParameters.from_norms(NORMS)], CostModel())
+
+
+def test_the_ring_is_read_back_and_missed_where_the_pass_has_not_run() -> None:
+    model = model_with_ranges()
+    with pytest.raises(LegalityError, match="run select_parameters first"):
+        selected_ring(model)
+    run_pass(model, "select_parameters", ring=CATALOGUE["256x6"])
+    assert selected_ring(model) == CATALOGUE["256x6"]
+
+
+def test_the_ring_follows_the_number_of_tokens() -> None:
+    """Short blocks for few tokens, long ones where the hint's transforms are shared by many; more security where two
+    cost about the same."""
+    circuits = [LinearParameters.from_norms(NORMS)]
+    chosen = {tokens: choose_ring(tokens, circuits, CostModel()).ring_dim for tokens in (32, 256, 1024, 8192)}
+    assert list(chosen.values()) == sorted(chosen.values())
+    assert chosen[32] == 128 and chosen[8192] >= 1024
+    assert choose_ring(1024, circuits, CostModel()).security_bits > 160  # 256x5 would cost as much, at 133 bits
+
+
+def test_who_is_slow_decides_between_a_limb_and_a_reply_byte() -> None:
+    """Backward, 2 inputs and 4 outputs: 3 bytes up and 3 down are 18 on the wire and 3 products; 4 and 2 are 16, and 4."""
+    model = model_with_ranges()
+    _, norms = measure_norms(torch.from_numpy(WEIGHT))
+    bits = {pair: effective_bits(LinearParameters.from_norms(norms, *pair), norms, 4.0) for pair in ((3, 2), (3, 3), (4, 2))}
+    wanted = min(bits[3, 3], bits[4, 2])
+    assert bits[3, 2] < wanted
+    for costs, chosen in ((CostModel(worker_flops=1e18), (4, 2)), (CostModel(bandwidth=1e18), (3, 3))):
+        run_pass(model, "select_parameters", effective_bits=wanted, costs=costs)
+        assert (attributes(model)["backward_upload_limbs"], attributes(model)["backward_reply_bytes"]) == chosen

@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from hecompile.errors import HecompileError, LegalityError, SecurityError
-from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters, test_insecure_parameters
+from hecompile.he.parameters import (
+    CATALOGUE,
+    LinearParameters,
+    RingParameters,
+    measure_norms,
+    test_insecure_parameters,
+)
 from hecompile.ir import PLACEMENT, SECRECY, add_initializer
 from hecompile.pipeline import PASSES
 from hecompile.plan import RemoteCircuit, SplitPlan
@@ -127,7 +133,8 @@ def test_a_zero_matrix_is_exact_and_passes() -> None:
     plan = split(selected())
     first = plan.circuits[0]
     zeros = np.zeros_like(first.weight)
-    parameters = LinearParameters.from_weight(torch.from_numpy(zeros.T.copy()))
-    exact = RemoteCircuit(first.linear, first.direction, parameters, zeros, first.crest)
+    norms, _ = measure_norms(torch.from_numpy(zeros.T))
+    parameters = LinearParameters.from_norms(norms)
+    exact = RemoteCircuit(first.linear, first.direction, parameters, zeros, norms, first.crest)
     assert exact.effective_bits == float("inf")
     validate(SplitPlan(plan.client, (exact, *plan.circuits[1:])), effective_bits=5.0)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hecompile.costs import CostModel
 from hecompile.errors import HecompileError
-from hecompile.he.parameters import CATALOGUE, LinearParameters
+from hecompile.he.parameters import CATALOGUE, LinearParameters, measure_norms
 from hecompile.interpreter import Interpreter
 from hecompile.ir import DOMAIN, ORIGIN, add_initializer, attributes_of
 from hecompile.plan import effective_bits
-from passes.place import CostModel
 from passes.select_parameters import choose_ring
 from tests.golden.graphs import placements, prepared, run_pass
 
@@ -65,39 +67,74 @@ def test_stacking_preserves_meaning_for_all_shapes(seed: int, outs: list[int], f
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=SEEDS, shape=st.tuples(st.integers(1, 6), st.integers(1, 6)), wanted=st.floats(0.5, 22.0))
+@given(
+    seed=SEEDS,
+    shape=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    wanted=st.floats(0.5, 22.0),
+    bandwidth=st.sampled_from([1e6, 1e11, 1e14]),
+)
 def test_the_bytes_chosen_are_the_cheapest_that_reach_the_precision(
-    seed: int, shape: tuple[int, int], wanted: float
+    seed: int, shape: tuple[int, int], wanted: float, bandwidth: float
 ) -> None:
     weight = int8(np.random.default_rng(seed), *shape)
     model = prepared(linears({"p": weight}, {"p": "x"}))
-    best: dict[str, int | None] = {}
-    for direction, matrix in (("forward", weight), ("backward", weight.T)):
-        rows = torch.from_numpy(np.ascontiguousarray(matrix))
-        costs = []
+    costs = CostModel(bandwidth=bandwidth)
+    best: dict[str, float | None] = {}
+    for direction, norms in zip(("forward", "backward"), measure_norms(torch.from_numpy(weight)), strict=True):
+        seconds = []
         for limbs, reply in itertools.product((1, 2, 3, 4), repeat=2):
             try:
-                parameters = LinearParameters.from_weight(rows, limbs, reply)
+                parameters = LinearParameters.from_norms(norms, limbs, reply)
             except HecompileError:
                 continue
-            if effective_bits(parameters, rows, 16.0) >= wanted:
-                costs.append(parameters.bytes_up(1) + parameters.bytes_down(1))
-        best[direction] = min(costs, default=None)
+            if effective_bits(parameters, norms, 16.0) >= wanted:
+                seconds.append(cost_of_bytes(costs, limbs, reply, *weight.shape[:: 1 if direction == "backward" else -1]))
+        best[direction] = min(seconds, default=None)
     try:
-        run_pass(model, "select_parameters", effective_bits=wanted)
+        run_pass(model, "select_parameters", effective_bits=wanted, costs=costs)
     except HecompileError as error:
         assert None in best.values() and f"{wanted} effective bits cannot be reached" in str(error)
         return
     chosen = attributes_of(model.graph.node(0))
     for direction, (features_in, features_out) in {"forward": shape[::-1], "backward": shape}.items():
         limbs, reply = chosen[f"{direction}_upload_limbs"], chosen[f"{direction}_reply_bytes"]
-        assert limbs * features_in + reply * features_out == best[direction]
+        assert cost_of_bytes(costs, limbs, reply, features_in, features_out) == best[direction]
+
+
+def cost_of_bytes(costs: CostModel, limbs: int, reply: int, features_in: int, features_out: int) -> float:
+    """Seconds per token that depend on the bytes, for an int8 weight."""
+    wire = (limbs * features_in + reply * features_out) / costs.bandwidth
+    return wire + 2 * features_in * features_out * limbs / costs.worker_flops
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=SEEDS,
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    chunk=st.integers(1, 200),
+    wide=st.booleans(),
+    transposed=st.booleans(),
+)
+def test_norms_of_rows_and_columns_are_exact(
+    seed: int, shape: tuple[int, int], chunk: int, wide: bool, transposed: bool
+) -> None:
+    limit, dtype = (2**15, np.int16) if wide else (2**7, np.int8)
+    weight = np.random.default_rng(seed).integers(-limit, limit, shape, dtype=dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hecompile.he.parameters._NORM_CHUNK", chunk)
+        measured = measure_norms(torch.from_numpy(weight.T if transposed else weight))
+    for norms, rows in zip(measured[:: -1 if transposed else 1], (weight, weight.T), strict=True):
+        l1 = [sum(abs(int(value)) for value in row) for row in rows]
+        squares = [sum(int(value) ** 2 for value in row) for row in rows]
+        assert (norms.out_features, norms.in_features) == rows.shape
+        assert (norms.max_l1, norms.max_l2) == (max(l1), math.sqrt(max(squares)))
+        assert norms.mean_square_l2 == pytest.approx(sum(squares) / len(squares), rel=1e-12)
 
 
 @settings(max_examples=100, deadline=None)
-@given(tokens=st.integers(1, 2**20))
-def test_the_ring_chosen_is_always_secure(tokens: int) -> None:
-    ring = choose_ring(tokens)
+@given(tokens=st.integers(1, 2**20), shape=st.tuples(st.integers(1, 2**15), st.integers(1, 2**15)))
+def test_the_ring_chosen_is_always_secure(tokens: int, shape: tuple[int, int]) -> None:
+    ring = choose_ring(tokens, [LinearParameters(*shape, max_l1=shape[0], max_l2=1.0)], CostModel())
     assert ring in CATALOGUE.values()
     assert ring.security_bits >= 128 and not ring.insecure
 
@@ -116,7 +153,7 @@ def test_the_cut_is_as_cheap_as_the_best_of_all_placements(
     features = 5
     costs = CostModel(
         client_flops=4.0 * features, worker_flops=16.0 * features / worker, bandwidth=8 / price,
-        encrypt_seconds=0.0, decrypt_seconds=0.0,
+        encrypt_seconds=0.0, decrypt_seconds=0.0, transform_flops=math.inf, hint_bandwidth=math.inf,
     )  # fmt: skip  one output feature: 1 s on the client, `worker` on the worker; one element that crosses: `price`
     names = [f"p{index}" for index in range(len(sources))]
     random = np.random.default_rng(seed)
