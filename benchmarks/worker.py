@@ -4,7 +4,7 @@
 
 Each row is one circuit of a real bundle, asked of the engines that serve (`create_engine`): three byte planes in, two out,
 random int8 weights. Every round runs float32, int8 and the engines one after the other, the order turned from round to
-round; figures are medians, ratios are medians of the rounds' ratios. float32 is `torch.nn.functional.linear` of as many
+round; figures are medians, ratios are medians of the rounds' ratios. float32 is the plaintext product of as many
 tokens, int8 is one `torch._int_mm` into memory that is there already: three of those would be the price of three limbs
 with everything around them free. The memory is that of `hecompile worker serve`, a process of its own, over a bundle of
 Llama-3.2-1B's linears, after every circuit was asked forward and backward.
@@ -12,19 +12,19 @@ Llama-3.2-1B's linears, after every circuit was asked forward and backward.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.report import section_main, table
+from benchmarks.timing import paired, ratio, resident_bytes
 from hecompile.worker_bundle import WorkerBundle, WorkerBundleWriter
 from passes.lower_worker import LowerWorker, encrypted_linear_model, encrypted_linear_reference
 from runtime.engines import Engine, create_engine
@@ -46,20 +46,13 @@ MIB = 1 << 20
 def run(quick: bool) -> str:
     """The section as Markdown. quick: fewer shapes and rounds, one layer instead of 16; its figures are no measurement."""
     engines = [*(["vnni"] if supported() else []), "torch", "onnxruntime"]
-    parts = ["## Worker", _speed(engines, quick), _memory(engines, quick)]
-    return "\n\n".join(parts) + "\n"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a minute instead of several: shows that it runs")
-    print(run(parser.parse_args(arguments).quick))
+    return "\n\n".join(["## Worker", _speed(engines, quick), _memory(engines, quick)])
 
 
 def _speed(engines: list[str], quick: bool) -> str:
-    ratios = " | ".join(f"{name} / float32 | {name} / int8" for name in engines)
-    header = f"| in × out | direction | tokens | float32 ms | int8 ms | {' ms | '.join(engines)} ms | {ratios} |"
-    lines = [header, "|---" * (header.count("|") - 1) + "|"]
+    ratios = [f"{name} / {what}" for name in engines for what in ("float32", "int8")]
+    headings = ["in × out", "direction", "tokens", *(f"{name} ms" for name in ("float32", "int8", *engines)), *ratios]
+    lines: list[list[object]] = []
     shapes, tokens, rounds = ([(512, 1024)], [64, 256], 3) if quick else (SHAPES, TOKENS, 15)
     for in_features, out_features in shapes:
         with tempfile.TemporaryDirectory() as directory:
@@ -70,11 +63,11 @@ def _speed(engines: list[str], quick: bool) -> str:
     return (
         f"An encrypted linear ({LIMBS} bytes up, {REPLY_BYTES} down per value), wire bytes in and out included, on "
         f"{torch.get_num_threads()} threads. A backward row multiplies by the transpose: its inner dimension is `out`.\n\n"
-        + "\n".join(lines)
+        + table(headings, lines)
     )
 
 
-def _row(bundle: WorkerBundle, engines: dict[str, Engine], direction: str, tokens: int, rounds: int) -> str:
+def _row(bundle: WorkerBundle, engines: dict[str, Engine], direction: str, tokens: int, rounds: int) -> list[object]:
     circuit = f"linear.{direction}"
     spec = bundle.circuits[circuit]
     planes = random_planes(tokens, spec.in_features)
@@ -92,13 +85,13 @@ def _row(bundle: WorkerBundle, engines: dict[str, Engine], direction: str, token
     }
     for name, engine in engines.items():
         _check(engine, circuit, planes, bundle)
-        functions[name] = lambda engine=engine: engine.evaluate(circuit, planes)
+        functions[name] = partial(engine.evaluate, circuit, planes)
     times = paired(functions, rounds)
-    cells = [f"{1e3 * statistics.median(seconds):.1f}" for seconds in times.values()]
+    cells = [f"{1e3 * samples.seconds:.1f}" for samples in times.values()]
     for name in engines:
-        cells += [f"{ratio(times[name], times['float32']):.2f}", f"{ratio(times[name], times['int8']):.2f}"]
+        cells += [f"{ratio(times[name].wall, times[what].wall):.2f}" for what in ("float32", "int8")]
     size = f"{bundle.circuits['linear.forward'].in_features} × {bundle.circuits['linear.forward'].out_features}"
-    return f"| {size} | {direction} | {tokens} | {' | '.join(cells)} |"
+    return [size, direction, tokens, *cells]
 
 
 def _check(engine: Engine, circuit: str, planes: np.ndarray, bundle: WorkerBundle) -> None:
@@ -111,10 +104,8 @@ def _check(engine: Engine, circuit: str, planes: np.ndarray, bundle: WorkerBundl
 
 def _memory(engines: list[str], quick: bool) -> str:
     layers = 1 if quick else 16
-    header = (
-        "| engine | int8 weights | one batch | at the start | after forward | after forward and backward | / weights |"
-    )
-    lines = [header, "|---" * (header.count("|") - 1) + "|"]
+    headings = ["engine", "int8 weights", "one batch", "at the start", "after forward", "and backward", "/ weights"]
+    lines: list[list[object]] = []
     with tempfile.TemporaryDirectory() as directory:
         linears = {f"layer_{i}.{name}": shape for i in range(layers) for name, shape in LAYER.items()}
         bundle = write_bundle(Path(directory) / "worker", linears)
@@ -123,13 +114,12 @@ def _memory(engines: list[str], quick: bool) -> str:
         for name in engines:
             start, forward, both = worker_memory(bundle, name)
             cells = [weights, batch, start, forward, both]
-            shown = " | ".join(f"{cell / MIB:.0f} MiB" for cell in cells)
-            lines.append(f"| {name} | {shown} | {(both - batch) / weights:.2f} |")
+            lines.append([name, *(f"{cell / MIB:.0f} MiB" for cell in cells), f"{(both - batch) / weights:.2f}"])
     return (
         f"Resident memory of a worker process that serves {layers} layers of Llama-3.2-1B, requests of "
         f"{MEMORY_TOKENS} tokens (the last column without the batch). The weights of `vnni` and `torch` "
         "are mapped files, one for both directions; ONNX Runtime keeps one repacked copy of each direction.\n\n"
-        + "\n".join(lines)
+        + table(headings, lines)
     )
 
 
@@ -138,13 +128,13 @@ def worker_memory(bundle: WorkerBundle, engine: str) -> tuple[int, int, int]:
     with worker(bundle.directory, engine) as (process, address):
         transport = connect(address)
         with contextlib.closing(transport):
-            sizes = [resident_bytes(process.pid)]
+            sizes = [resident_bytes(process.pid)[0]]
             open_connection(transport, bundle.plan_id)
             for direction in ("forward", "backward"):
                 for spec in bundle.circuits.values():
                     if spec.linear != spec.name and spec.direction == direction:
                         transport.evaluate(spec.name, random_planes(MEMORY_TOKENS, spec.in_features))
-                sizes.append(resident_bytes(process.pid))
+                sizes.append(resident_bytes(process.pid)[0])
     return sizes[0], sizes[1], sizes[2]
 
 
@@ -179,30 +169,5 @@ def random_planes(tokens: int, features: int) -> np.ndarray:
     return np.random.default_rng(tokens).integers(0, 256, (LIMBS, tokens, features), dtype=np.uint8)
 
 
-def paired(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round of each function, after one round that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(-1, rounds):
-        for name in list(functions)[:: 1 if number % 2 else -1]:
-            start = time.perf_counter()
-            functions[name]()
-            if number >= 0:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def ratio(own: list[float], reference: list[float]) -> float:
-    """The median over the rounds of own / reference."""
-    return statistics.median(a / b for a, b in zip(own, reference, strict=True))
-
-
-def resident_bytes(pid: int) -> int:
-    """VmRSS of a process: what of it is in memory, mapped files included."""
-    for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmRSS:"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"/proc/{pid}/status does not say VmRSS")
-
-
 if __name__ == "__main__":
-    main()
+    section_main("worker")
