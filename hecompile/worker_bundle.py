@@ -221,8 +221,12 @@ class WorkerBundle:
         for node in model.graph:
             if node.op_type == "MatMulInteger":
                 constant = node.inputs[1]
-                assert constant is not None and constant.const_value is not None and constant.name is not None
-                digits.setdefault(constant.name, constant.const_value.numpy())
+                assert constant is not None and constant.name is not None
+                if constant.name not in digits:
+                    assert constant.const_value is not None
+                    digits[constant.name] = constant.const_value.numpy()
+                    # The graph's references go in circles: without this the file would stay mapped until a collection.
+                    constant.const_value = None
         return tuple(digits.values())
 
 
