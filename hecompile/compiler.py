@@ -74,6 +74,8 @@ class CompileOptions:
     policy: Policy = "offload"
     costs: CostModel = field(default_factory=CostModel)
     remote_head: bool = False
+    stored_hints: bool = True
+    """False: the client stores no hints, and the worker computes them with every product (`hecompile.public_rows`)."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -114,7 +116,7 @@ def compile_checkpoint(
     record = _plan_record(checkpoint, plan, ring, seed, options)
     with _replacing(out) as staging:
         (staging / CLIENT).mkdir(parents=True)
-        _write_circuits(staging, plan, ring, seed, record.plan_id(), progress)
+        _write_circuits(staging, plan, ring, seed, record, progress)
         _write_client(staging / CLIENT, plan, checkpoint, record)
     return record.plan_id()
 
@@ -131,6 +133,7 @@ def lower(
         tokens=options.batch_size * options.sequence_buckets[-1],
         ring=options.ring_parameters(),
         costs=options.costs,
+        stored_hints=options.stored_hints,
     )
     steps = graph_steps(
         options.lora,
@@ -187,6 +190,7 @@ def _plan_record(
         sequence_buckets=list(options.sequence_buckets),
         effective_bits=float(options.effective_bits),
         weight_bits=options.weight_bits,
+        hints="stored" if options.stored_hints else "none",
         graph_sha256=hashlib.sha256(print_model(plan.client).encode()).hexdigest(),
         circuits={circuit.name: _circuit_record(circuit) for circuit in plan.circuits},
     )
@@ -210,17 +214,22 @@ def _circuit_record(circuit: RemoteCircuit) -> CircuitRecord:
 
 
 def _write_circuits(
-    staging: Path, plan: SplitPlan, ring: RingParameters, seed: PublicSeed, plan_id: str, progress: Progress
+    staging: Path, plan: SplitPlan, ring: RingParameters, seed: PublicSeed, record: PlanRecord, progress: Progress
 ) -> None:
-    """Worker circuits and hints, one at a time."""
+    """Worker circuits, and hints or what the worker needs to compute them, one at a time."""
     rows = max(circuit.parameters.in_features for circuit in plan.circuits)
     public = PublicMatrix(ring, seed, rows)
-    with WorkerBundleWriter(staging / WORKER, plan_id) as writer:
+    with WorkerBundleWriter(staging / WORKER, record.plan_id()) as writer:
         for done, circuit in enumerate(plan.circuits):
             progress("circuits and hints", done, len(plan.circuits))
             writer.add(LowerWorker()(circuit.model()).model)
+            if record.hints == "none":
+                writer.add(LowerWorker()(circuit.exact_model()).model)
+                continue
             weight = torch.from_numpy(np.ascontiguousarray(circuit.weight.T))  # [features_out, features_in]
             write_hint(staging / CLIENT / HINTS, circuit.name, setup(weight, public))
+        if record.hints == "none":
+            writer.add_public_rows(public, rows)
         writer.commit()
     progress("circuits and hints", len(plan.circuits), len(plan.circuits))
 

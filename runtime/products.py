@@ -24,6 +24,7 @@ from hecompile.he.parameters import LinearParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.scheme import decrypt, encrypt_tokens
 from hecompile.worker_bundle import WorkerBundle
+from runtime.hintless import fetch_hint
 from runtime.transports import Transport, open_connection
 
 DEFAULT_CACHE_BYTES = 2 << 30
@@ -82,9 +83,11 @@ class EncryptedProducts(Products):
         super().__init__(bundle.circuits)
         self._transport = transport
         self._check_circuits(open_connection(transport, bundle.plan_id).circuits.keys())
+        self._ring = bundle.ring
         rows = max(parameters.in_features for parameters in bundle.circuits.values())
         self._public = PublicMatrix(bundle.ring, bundle.public_seed, rows)
         self._hints = HintStore(bundle.hints, bundle.ring, cache_bytes)
+        self._hintless = bundle.plan.hints == "none"
 
     def _check_circuits(self, offered: object) -> None:
         missing = sorted(name for name in self.circuits if name not in offered)  # type: ignore[operator]
@@ -99,8 +102,10 @@ class EncryptedProducts(Products):
         ciphertext, key = encrypt_tokens(self._public, integers, parameters)
         encrypted = time.perf_counter()
         reply = torch.from_numpy(transport.evaluate(circuit, ciphertext.planes.numpy()))
+        fetched = fetch_hint(transport, self._ring, circuit, parameters) if self._hintless else None
         answered = time.perf_counter()
-        result = decode(decrypt(key, self._hints.hint(circuit), reply, parameters), scale)
+        hint = fetched or self._hints.hint(circuit)
+        result = decode(decrypt(key, hint, reply, parameters), scale)
         done = time.perf_counter()
         worker_seconds = transport.worker_seconds - computed
         costs.client_crypto_seconds += (encrypted - start) + (done - answered)
