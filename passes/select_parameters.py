@@ -47,8 +47,8 @@ _FALLBACK_CREST = 16.0  # a value that calibration did not see (its gradient was
 class SelectParameters(ir.passes.InPlacePass):
     """`effective_bits`: precision wanted of every product. `tokens`: tokens per step the ring is sized for.
 
-    `ring` fixes the ring instead. Without `stored_hints` the worker's products for the hints count as well. Raises InputError
-    when no byte counts reach the precision, with the numbers.
+    `ring` fixes the ring instead. Without `stored_hints` the worker's products for the hints count as well.
+    Raises InputError when no byte counts reach the precision, with the numbers.
     """
 
     effective_bits: float = 8.0

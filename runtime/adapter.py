@@ -70,9 +70,7 @@ class AdapterModel(Protocol):
         `bytes_up`, `bytes_down` and `tokens`, the attended tokens that went forward."""
 
 
-def save_adapter(
-    model: AdapterModel, directory: str | Path, base_model_name_or_path: str | Path | None = None
-) -> Path:
+def save_adapter(model: AdapterModel, directory: str | Path, base_model_name_or_path: str | Path | None = None) -> Path:
     """Write the adapter for `PeftModel.from_pretrained(base, directory)`; same adapter, same bytes.
 
     `base_model_name_or_path` is only recorded; by default it is the one in `model.peft_config`. The directory appears

@@ -22,4 +22,4 @@ from runtime.transports import Transport
 def fetch_hint(transport: Transport, ring: RingParameters, circuit: str, parameters: LinearParameters) -> Hint:
     """The hint of `circuit`, computed by the worker. Raises WorkerError when it cannot, or answers something else."""
     planes = transport.setup(circuit, ring.lattice_dim)  # [4, rank · d, out]
-    return Hint(ring, hint_from_planes(planes, ring, parameters.out_features), keep_fft=False)
+    return Hint.from_coefficients(ring, hint_from_planes(planes, ring, parameters.out_features))

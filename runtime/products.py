@@ -1,6 +1,6 @@
 """The client's side of a remote product: which rows travel, how they are encoded and encrypted, what it cost.
 
-    real rows [T, in] → drop rows of zeros → encode per token → encrypt → worker → decrypt → decode → [T, out]
+    real rows [T, in] → drop rows of zeros, encode per token, encrypt → worker → decrypt, decode → [T, out]
 
 Rows that are all zero (masked gradients) are not sent and come back as exact zeros; padding never gets here.
 """
@@ -19,15 +19,15 @@ from torch import Tensor
 from hecompile.client_bundle import ClientBundle
 from hecompile.errors import InputError, WorkerError
 from hecompile.he.encode import decode, encode
+from hecompile.he.fused import decrypt_reals, encrypt_reals
 from hecompile.he.hints import HintStore
 from hecompile.he.parameters import LinearParameters
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.he.scheme import decrypt, encrypt_tokens
 from hecompile.worker_bundle import WorkerBundle
 from runtime.hintless import fetch_hint
 from runtime.transports import Transport, open_connection
 
-DEFAULT_CACHE_BYTES = 2 << 30
+DEFAULT_CACHE_BYTES = 512 << 20
 _LOG = logging.getLogger(__name__)
 
 
@@ -52,21 +52,25 @@ class Products(abc.ABC):
         self.circuits = circuits
         self.costs = Costs()
 
-    def product(self, circuit: str, x: Tensor) -> Tensor:
-        """x f32 [T, in_features] → x·Wᵀ f32 [T, out_features], W the integer weight of `circuit`.
-
-        Rows of zeros give exact zeros. Raises InputError for values that are not finite, WorkerError from the worker.
-        """
-        parameters = self.circuits[circuit]
-        result = x.new_zeros(x.shape[0], parameters.out_features)
-        live = x.ne(0).any(dim=1).nonzero().squeeze(1)  # [T'] of the rows that travel
-        if live.numel():
-            result[live] = self._product_of_live_rows(circuit, parameters, x[live])
-        return result
-
     @abc.abstractmethod
-    def _product_of_live_rows(self, circuit: str, parameters: LinearParameters, x: Tensor) -> Tensor:
-        """The product of rows none of which is zero."""
+    def product(
+        self, circuit: str, x: Tensor, column_scale: Tensor | None = None, row_scale: Tensor | None = None
+    ) -> Tensor:
+        """(x ⊙ column_scale)·Wᵀ ⊙ row_scale, W the integer weight of `circuit`.
+
+        Args:
+            circuit: its name.
+            x: float32 `[T, in_features]`. Rows of zeros are not sent and give exact zeros.
+            column_scale: float32 `[in_features]`, or None for ones.
+            row_scale: float32 `[out_features]`, or None for ones.
+
+        Returns:
+            float32 `[T, out_features]`.
+
+        Raises:
+            InputError: a value that is not finite.
+            WorkerError: from the worker.
+        """
 
     def close(self) -> None:  # noqa: B027  most have nothing to let go of
         """Let go of the worker."""
@@ -75,7 +79,7 @@ class Products(abc.ABC):
 class EncryptedProducts(Products):
     """Products by an untrusted worker on ciphertexts. Every call encrypts under fresh one-time secrets.
 
-    Opening says hello and runs the known-answer test. `cache_bytes` bounds the memory for hints in the FFT domain.
+    Opening says hello and runs the known-answer test. `cache_bytes` bounds the memory for transformed hints.
     Raises WorkerError when the worker serves another plan or computes wrongly.
     """
 
@@ -94,18 +98,24 @@ class EncryptedProducts(Products):
         if missing:
             raise WorkerError(f"the worker lacks {len(missing)} circuits of this plan, first: {missing[0]}")
 
-    def _product_of_live_rows(self, circuit: str, parameters: LinearParameters, x: Tensor) -> Tensor:
+    def product(
+        self, circuit: str, x: Tensor, column_scale: Tensor | None = None, row_scale: Tensor | None = None
+    ) -> Tensor:
+        """See `Products.product`."""
+        parameters = self.circuits[circuit]
         transport, costs = self._transport, self.costs
         sent, received, computed = transport.bytes_sent, transport.bytes_received, transport.worker_seconds
         start = time.perf_counter()
-        integers, scale = encode(x, parameters.input_bound, parameters.norm_bound)
-        ciphertext, key = encrypt_tokens(self._public, integers, parameters)
+        ciphertext, key = encrypt_reals(self._public, x, parameters, column_scale)
+        if key.tokens == 0:
+            return x.new_zeros(len(x), parameters.out_features)
         encrypted = time.perf_counter()
         reply = torch.from_numpy(transport.evaluate(circuit, ciphertext.planes.numpy()))
         fetched = fetch_hint(transport, self._ring, circuit, parameters) if self._hintless else None
         answered = time.perf_counter()
-        hint = fetched or self._hints.hint(circuit)
-        result = decode(decrypt(key, hint, reply, parameters), scale)
+        hint = fetched or self._hints.hint(circuit, parameters.out_features)
+        result = decrypt_reals(key, hint, reply, parameters, row_scale)
+        self._hints.release(circuit)
         done = time.perf_counter()
         worker_seconds = transport.worker_seconds - computed
         costs.client_crypto_seconds += (encrypted - start) + (done - answered)
@@ -140,9 +150,15 @@ class CleartextProducts(Products):
         self._worker_bundle = worker_bundle
         self._weights: dict[str, Tensor] = {}
 
-    def _product_of_live_rows(self, circuit: str, parameters: LinearParameters, x: Tensor) -> Tensor:
+    def product(
+        self, circuit: str, x: Tensor, column_scale: Tensor | None = None, row_scale: Tensor | None = None
+    ) -> Tensor:
+        """See `Products.product`."""
+        parameters = self.circuits[circuit]
         if circuit not in self._weights:
             self._weights[circuit] = torch.from_numpy(self._worker_bundle.weight(circuit).copy()).double()
-        integers, scale = encode(x, parameters.input_bound, parameters.norm_bound)
+        scaled = x.double() if column_scale is None else x.double() * column_scale.double()
+        integers, scale = encode(scaled, parameters.input_bound, parameters.norm_bound)
         # Exact: |W·x| < 2^31 by the choice of the input bound, far below 2^53.
-        return decode((integers.double() @ self._weights[circuit]).to(torch.int64), scale)
+        result = decode((integers.double() @ self._weights[circuit]).to(torch.int64), scale, torch.float64)
+        return (result if row_scale is None else result * row_scale.double()).to(torch.float32)

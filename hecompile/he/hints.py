@@ -1,11 +1,14 @@
-"""Hints H = W·A mod q: one file per circuit, memory-mapped, and as many as fit kept in the FFT domain.
+"""Hints H = W·A mod q: one file per circuit, memory-mapped, read ahead of their use and let go of after it.
 
 Training visits every circuit in turn, over and over. Under such a cycle a cache that evicts the least recently used
-entry never hits once it is too small, so nothing is evicted here: what came first stays.
+entry never hits once it is too small, so of the transformed hints (twice the size of the file, and one transform less per
+use) what came first stays, up to a limit, and all others are streamed: the order of the last visit tells which come next,
+the operating system is asked to read those, and the pages of a hint that was used are given back.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import threading
@@ -17,48 +20,60 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.errors import InputError
+from hecompile.he.kernels import deinterleave, interleave, transform
 from hecompile.he.parameters import RingParameters
-from hecompile.he.ring import negacyclic_fft, row_chunks
+from hecompile.he.ring import negacyclic_fft
+from hecompile.he.simd import LANES
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+_READ_AHEAD = 4
+"""Hints asked for ahead of the one in use: the circuits of one decoder layer in one direction."""
 
 
 class Hint:
-    """The hint of one circuit: rows of R_q^rank, as int32 coefficients and perhaps in the FFT domain.
+    """The hint of one circuit: `rows` polynomials vectors of R_q^rank, eight side by side for the kernels.
 
     Args:
         params: the ring.
-        coefficients: int32 `[out_features, rank · ring_dim]`, perhaps memory-mapped.
-        keep_fft: transform once and keep it (twice the size of the coefficients), or transform at each use.
+        words: int32, `[groups, rank · ring_dim, 8]`, perhaps memory-mapped: what `interleave` makes.
+        rows: how many of the 8 · groups rows are real.
+        keep_transformed: transform once and keep that, or transform at each use.
 
     Raises:
-        InputError: the shape or type does not fit the ring.
+        InputError: the shape or type does not fit the ring or the rows.
     """
 
-    def __init__(self, params: RingParameters, coefficients: NDArray[np.int32] | Tensor, keep_fft: bool = True) -> None:
-        array = coefficients.numpy() if isinstance(coefficients, Tensor) else coefficients
-        if array.ndim != 2 or array.dtype != np.int32 or array.shape[1] != params.lattice_dim or len(array) == 0:
+    def __init__(
+        self, params: RingParameters, words: NDArray[np.int32], rows: int, keep_transformed: bool = False
+    ) -> None:
+        wanted = (-(-rows // LANES), params.lattice_dim, LANES)
+        if words.shape != wanted or words.dtype != np.int32 or rows < 1:
             raise InputError(
-                f"a hint for {params.ring_dim} x {params.rank} is int32 [out, {params.lattice_dim}], "
-                f"got {array.dtype} {list(array.shape)}: run setup again with these parameters"
+                f"a hint of {rows} rows for {params.ring_dim} x {params.rank} is int32 {list(wanted)}, "
+                f"got {words.dtype} {list(words.shape)}: run setup again with these parameters"
             )
         self.params = params
-        self.rows = len(array)
-        self._coefficients = array
-        self._values: Tensor | None = None
-        if keep_fft:
-            chunks = [self._transform(chunk) for chunk in row_chunks(self.rows, params.ring_dim)]
-            self._values = torch.cat(chunks, dim=1)  # [rank, rows, d/2]
+        self.rows = rows
+        self.words = words.reshape(-1)
+        self.transformed = transform(self.words, params.ring_dim) if keep_transformed else None
+
+    @classmethod
+    def from_coefficients(cls, params: RingParameters, coefficients: Tensor, keep_transformed: bool = False) -> Hint:
+        """Of what `setup` makes: int32 `[out_features, rank · ring_dim]`."""
+        if coefficients.dtype != torch.int32 or coefficients.dim() != 2 or len(coefficients) == 0:
+            raise InputError(f"a hint is int32 [out, rank * ring_dim], got {coefficients.dtype}")
+        words = interleave(coefficients).reshape(-1, coefficients.shape[1], LANES)
+        return cls(params, words, len(coefficients), keep_transformed)
+
+    def coefficients(self, rows: slice) -> Tensor:
+        """Some rows: int32 `[rows, rank · ring_dim]`, a copy."""
+        start, stop, _ = rows.indices(self.rows)
+        return torch.from_numpy(deinterleave(self.words, slice(start, stop), self.params.lattice_dim))
 
     def fft(self, rows: slice) -> Tensor:
-        """Some rows in the FFT domain: complex128 `[rank, rows, ring_dim/2]`."""
-        return self._transform(rows) if self._values is None else self._values[:, rows]
-
-    def _transform(self, rows: slice) -> Tensor:
-        # A copy: the mapping is read-only, which torch cannot express.
-        part = torch.from_numpy(np.array(self._coefficients[rows]))
-        shaped = part.view(-1, self.params.rank, self.params.ring_dim)  # [rows, rank, d]
-        return negacyclic_fft(self.params.ring_dim).forward(shaped.transpose(0, 1))  # [rank, rows, d/2]
+        """Some rows as `ring.NegacyclicFft.forward` has them: complex128 `[rank, rows, ring_dim/2]`. Made at each call."""
+        shaped = self.coefficients(rows).view(-1, self.params.rank, self.params.ring_dim)
+        return negacyclic_fft(self.params.ring_dim).forward(shaped.transpose(0, 1))
 
 
 def _path(directory: Path, circuit: str) -> Path:
@@ -68,15 +83,21 @@ def _path(directory: Path, circuit: str) -> Path:
 
 
 def write_hint(directory: Path, circuit: str, hint: Tensor) -> Path:
-    """Writes the int32 hint of `circuit` to `<directory>/<circuit>.npy`, whole or not at all; returns the path."""
+    """Writes the hint of `circuit` to `<directory>/<circuit>.npy`, whole or not at all; returns the path.
+
+    Args:
+        directory: made if it is missing.
+        circuit: its name.
+        hint: int32 `[out_features, rank · ring_dim]`, as `setup` makes it; the file has it eight rows side by side.
+    """
     path = _path(directory, circuit)
-    if hint.dtype != torch.int32 or hint.dim() != 2:
+    if hint.dtype != torch.int32 or hint.dim() != 2 or len(hint) == 0:
         raise InputError(f"the hint of {circuit} must be int32 [out, rank * ring_dim], got {hint.dtype}")
     directory.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            np.save(file, hint.numpy())
+            np.save(file, interleave(hint).reshape(-1, hint.shape[1], LANES))
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -91,8 +112,8 @@ class HintStore:
     Args:
         directory: where `write_hint` wrote.
         params: the ring they were made for.
-        cache_bytes: how much memory the FFT forms of all hints together may take. Hints beyond it are transformed from
-            the mapped file at each use: rank + 1 transforms per row instead of one.
+        cache_bytes: how much memory transformed hints may take together. The others are read from the mapped file and
+            transformed at each use.
     """
 
     def __init__(self, directory: Path, params: RingParameters, cache_bytes: int) -> None:
@@ -101,28 +122,53 @@ class HintStore:
         self.cache_bytes = cache_bytes
         self.cached_bytes = 0
         self._hints: dict[str, Hint] = {}
+        self._maps: dict[str, mmap.mmap] = {}
+        self._next: dict[str, str] = {}  # circuit → the one that was asked for after it
+        self._last: str | None = None
         self._lock = threading.Lock()
 
-    def hint(self, circuit: str) -> Hint:
-        """The hint of `circuit`, e.g. "model.layers.0.self_attn.qkv_proj.forward".
+    def hint(self, circuit: str, rows: int) -> Hint:
+        """The hint of `circuit`, e.g. "model.layers.0.self_attn.qkv_proj.forward", which has `rows` output features.
 
         Raises:
-            InputError: there is none, its file is damaged, or it belongs to another ring.
+            InputError: there is none, its file is damaged, or it belongs to another ring or circuit.
         """
         with self._lock:
             if circuit not in self._hints:
-                coefficients = self._open(circuit)
-                size = 2 * coefficients.nbytes
-                keep = self.cached_bytes + size <= self.cache_bytes
-                self._hints[circuit] = Hint(self.params, coefficients, keep_fft=keep)
-                self.cached_bytes += size if keep else 0
+                words, mapping = self._open(circuit)
+                keep = self.cached_bytes + 2 * words.nbytes <= self.cache_bytes
+                self._hints[circuit] = Hint(self.params, words, rows, keep_transformed=keep)
+                if keep:
+                    self.cached_bytes += 2 * words.nbytes
+                    mapping.madvise(mmap.MADV_DONTNEED)
+                else:
+                    self._maps[circuit] = mapping
+            if self._last is not None:
+                self._next[self._last] = circuit
+            self._last = circuit
+            self._read_ahead(circuit)
             return self._hints[circuit]
 
-    def _open(self, circuit: str) -> NDArray[np.int32]:
+    def release(self, circuit: str) -> None:
+        """Tells that the hint has been used: its pages leave this process (and stay in the system's file cache)."""
+        with self._lock:
+            if circuit in self._maps:
+                self._maps[circuit].madvise(mmap.MADV_DONTNEED)
+
+    def _read_ahead(self, circuit: str) -> None:
+        for _ in range(_READ_AHEAD):
+            if (following := self._next.get(circuit)) is None:
+                return
+            circuit = following
+            if circuit in self._maps:
+                self._maps[circuit].madvise(mmap.MADV_WILLNEED)  # starts reading in the background and returns
+
+    def _open(self, circuit: str) -> tuple[NDArray[np.int32], mmap.mmap]:
         path = _path(self.directory, circuit)
         if not path.is_file():
             raise InputError(f"there is no hint for {circuit} in {self.directory}: run setup for it")
         try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
+            words = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
             raise InputError(f"the hint file {path} cannot be read ({error}): run setup again") from error
+        return np.asarray(words), words._mmap

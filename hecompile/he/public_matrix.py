@@ -1,4 +1,4 @@
-"""The public matrix A: rows of R_q^rank expanded from a public seed, in the FFT domain, one for the whole model."""
+"""The public matrix A: rows of R_q^rank, expanded from a public seed and transformed, one for the whole model."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import threading
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.errors import InputError, SecurityError
+from hecompile.he.kernels import aligned, interleave, transform
 from hecompile.he.parameters import RingParameters
-from hecompile.he.ring import negacyclic_fft, row_chunks
+from hecompile.he.ring import negacyclic_fft
 from hecompile.he.sampling import PublicSeed
+from hecompile.he.simd import LANES
+from hecompile.he.threads import for_each
 
 
 class PublicMatrix:
     """A ∈ R_q^(rows × rank), uniform. Row j is block j of the seed's stream "A", so it does not depend on `rows`.
 
-    Rows are expanded when first used, in order, and kept as complex128: 8 · rank · ring_dim bytes each (24 MiB for
-    2048 rows at lattice dimension 1536). Safe to use from several threads.
+    Rows are expanded when first used, in order, and kept transformed: 8 · rank · ring_dim bytes each (24 MiB for 2048 rows
+    at lattice dimension 1536). Safe to use from several threads.
 
     Args:
         params: the ring.
@@ -38,11 +42,11 @@ class PublicMatrix:
         self.seed = seed
         self.rows = rows
         self._stream = seed.stream("A")
-        self._fft = negacyclic_fft(params.ring_dim)
         self._lock = threading.Lock()
-        self._expanded = 0
+        self._expanded = 0  # groups of LANES rows
+        self._groups = -(-rows // LANES)
         # Never touched rows cost no memory: the operating system maps a page at its first write.
-        self._values = torch.empty((params.rank, rows, params.ring_dim // 2), dtype=torch.complex128)
+        self._values = aligned(self._groups * LANES * params.lattice_dim, np.float64)
 
     def coefficients(self, rows: slice) -> Tensor:
         """The coefficients of some rows, centred: int32 `[rows, rank, ring_dim]`."""
@@ -55,28 +59,25 @@ class PublicMatrix:
         return torch.from_numpy(words.view(np.int32))
 
     def fft(self, rows: slice) -> Tensor:
-        """Some rows in the FFT domain: complex128 `[rank, rows, ring_dim/2]`. A view: do not write to it."""
-        _, stop, _ = rows.indices(self.rows)
-        self._expand_to(stop)
-        return self._values[:, rows]
+        """Some rows as `ring.NegacyclicFft.forward` has them: complex128 `[rank, rows, ring_dim/2]`. Made at each call."""
+        return negacyclic_fft(self.params.ring_dim).forward(self.coefficients(rows)).transpose(0, 1)
 
-    def inner_product(self, secret_fft: Tensor, rows: slice, tokens: int) -> Tensor:
-        """The first `tokens` coefficients of ⟨A_j, s⟩ mod q: int32 `[rows, tokens]`.
+    def transformed(self, rows: int) -> NDArray[np.float64]:
+        """At least the first `rows` rows as the kernels want them: flat, `[groups, rank, ring_dim/2, 2, 8]`. Read only."""
+        wanted = -(-rows // LANES)
+        if wanted > self._expanded:
+            with self._lock:
+                groups = range(self._expanded, wanted)
+                for_each(
+                    self._expand, [groups[i : i + _GROUPS_AT_ONCE] for i in range(0, len(groups), _GROUPS_AT_ONCE)]
+                )
+                self._expanded = max(wanted, self._expanded)
+        return self._values
 
-        Args:
-            secret_fft: complex128 `[rank, ring_dim/2]`.
-            rows: which j.
-            tokens: at most ring_dim.
-        """
-        return self._fft.inner_product(self.fft(rows), secret_fft, tokens)
+    def _expand(self, groups: range) -> None:
+        size = LANES * self.params.lattice_dim
+        words = interleave(self.coefficients(slice(LANES * groups[0], LANES * (groups[-1] + 1))).flatten(1))
+        transform(words, self.params.ring_dim, self._values[groups[0] * size : (groups[-1] + 1) * size])
 
-    def _expand_to(self, stop: int) -> None:
-        if stop <= self._expanded:
-            return
-        with self._lock:
-            for chunk in row_chunks(stop, self.params.ring_dim):
-                first = max(chunk.start, self._expanded)
-                if first < chunk.stop:
-                    values = self._fft.forward(self.coefficients(slice(first, chunk.stop)))  # [rows, rank, d/2]
-                    self._values[:, first : chunk.stop] = values.transpose(0, 1)  # [rank, rows, d/2]
-                    self._expanded = chunk.stop
+
+_GROUPS_AT_ONCE = 16

@@ -11,6 +11,8 @@ With q = 2^32, R_q = Z_q[X]/(X^d + 1), a public matrix A of rows in R_q^m, and t
 This is Regev's encryption with a shared A and a fresh secret per message (Peikert, Vaikuntanathan, Waters, CRYPTO 2008;
 Frodo, CCS 2016), used as SimplePIR (Henzinger et al., USENIX Security 2023) does, over a module lattice. b and Y may
 travel rounded (`LinearParameters`). Nothing but b is sent: T tokens cost T words per feature.
+
+This module works on integers, simply, and is what `fused.py` is tested against; clients use that.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from hecompile.errors import InputError, SecurityError, WorkerError
 from hecompile.he.hints import Hint
+from hecompile.he.kernels import transform_secrets
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.ring import negacyclic_fft, row_chunks
@@ -42,15 +45,40 @@ class Ciphertext:
 
 
 class DecryptionKey(Unsharable):
-    """The secrets of one ciphertext, in the FFT domain. Decrypts any number of replies; cannot be copied or pickled."""
+    """The secrets of one ciphertext. Decrypts any number of replies; cannot be copied or pickled."""
 
-    __slots__ = ("_secret_ffts", "linear", "params", "tokens")
+    __slots__ = ("_secrets", "_transformed", "linear", "params", "tokens")
 
-    def __init__(self, params: RingParameters, linear: LinearParameters, tokens: int, secret_ffts: Tensor) -> None:
+    def __init__(
+        self, params: RingParameters, linear: LinearParameters, tokens: int, secrets: NDArray[np.int8]
+    ) -> None:
         self.params = params
         self.linear = linear
         self.tokens = tokens
-        self._secret_ffts = secret_ffts  # complex128 [blocks, rank, ring_dim/2]
+        self._secrets = secrets  # int8 [blocks, rank, ring_dim]
+        self._transformed: NDArray[np.float64] | None = None
+
+    def secret_ffts(self) -> Tensor:
+        """As `ring.NegacyclicFft.forward` has them: complex128 `[blocks, rank, ring_dim/2]`."""
+        return negacyclic_fft(self.params.ring_dim).forward(torch.from_numpy(self._secrets))
+
+    def secrets_transformed(self) -> NDArray[np.float64]:
+        """As the kernels want them: see `kernels.transform_secrets`."""
+        if self._transformed is None:
+            self._transformed = transform_secrets(self._secrets)
+        return self._transformed
+
+    def check(self, hint: Hint, reply: Tensor, linear: LinearParameters) -> None:
+        """Raises WorkerError for a reply of another shape than was asked for, InputError for a strange hint or circuit."""
+        if self.linear.in_features != linear.in_features or self.linear.upload_limbs != linear.upload_limbs:
+            raise InputError("this ciphertext was made for a circuit with other inputs: decrypt with that one")
+        if hint.params != self.params or hint.rows != linear.out_features:
+            raise InputError(
+                f"the hint has {hint.rows} rows and may be of another ring; {linear.out_features} are wanted"
+            )
+        shape = (linear.reply_bytes, self.tokens, linear.out_features)
+        if reply.dtype != torch.uint8 or reply.shape != shape:
+            raise WorkerError(f"a reply of uint8 {list(shape)} was asked for, got {reply.dtype} {list(reply.shape)}")
 
 
 def blocks(tokens: int, ring_dim: int) -> list[slice]:
@@ -103,14 +131,14 @@ def _encrypt_with(
     """The deterministic core: secrets int8 `[rank, ring_dim]` per block, error int8 `[T, in]`, x integer `[T, in]`."""
     params = public.params
     fft = negacyclic_fft(params.ring_dim)
-    secret_ffts = torch.stack([fft.forward(torch.from_numpy(secret)) for secret in secrets])  # [blocks, rank, d/2]
+    key = DecryptionKey(params, linear, len(x), np.stack(secrets))
     b = torch.add(x, torch.from_numpy(error)).to(torch.int32)  # [T, in]
-    for block, secret_fft in zip(blocks(len(x), params.ring_dim), secret_ffts, strict=True):
+    for block, secret_fft in zip(blocks(len(x), params.ring_dim), key.secret_ffts(), strict=True):
         for rows in row_chunks(linear.in_features, params.ring_dim):
-            mask = public.inner_product(secret_fft, rows, block.stop - block.start)  # [rows, T of the block]
+            mask = fft.inner_product(public.fft(rows), secret_fft, block.stop - block.start)  # [rows, T of the block]
             b[block, rows] += mask.t()
     planes = _top_bytes(b, linear.upload_limbs, linear.upload_step)
-    return Ciphertext(planes), DecryptionKey(params, linear, len(x), secret_ffts)
+    return Ciphertext(planes), key
 
 
 def evaluate(weight: Tensor, planes: Tensor, linear: LinearParameters) -> Tensor:
@@ -151,18 +179,12 @@ def decrypt(key: DecryptionKey, hint: Hint, reply: Tensor, linear: LinearParamet
         WorkerError: the reply does not have the shape asked for.
         InputError: the key, hint and circuit do not belong together.
     """
-    if key.linear.in_features != linear.in_features or key.linear.upload_limbs != linear.upload_limbs:
-        raise InputError("this ciphertext was made for a circuit with other inputs: decrypt with that one")
-    if hint.params != key.params or hint.rows != linear.out_features:
-        raise InputError(f"the hint has {hint.rows} rows and may be of another ring; {linear.out_features} are wanted")
-    shape = (linear.reply_bytes, key.tokens, linear.out_features)
-    if reply.dtype != torch.uint8 or reply.shape != shape:
-        raise WorkerError(f"a reply of uint8 {list(shape)} was asked for, got {reply.dtype} {list(reply.shape)}")
+    key.check(hint, reply, linear)
     fft = negacyclic_fft(key.params.ring_dim)
     result = _from_top_bytes(reply)  # int32 [T, out], wraps mod q
     for rows in row_chunks(linear.out_features, key.params.ring_dim):
         hint_fft = hint.fft(rows)  # [rank, rows, d/2]
-        for block, secret_fft in zip(blocks(key.tokens, key.params.ring_dim), key._secret_ffts, strict=True):
+        for block, secret_fft in zip(blocks(key.tokens, key.params.ring_dim), key.secret_ffts(), strict=True):
             result[block, rows] -= fft.inner_product(hint_fft, secret_fft, block.stop - block.start).t()
     return result.to(torch.int64)
 

@@ -80,7 +80,9 @@ class TorchEngine:
         digits = self._bundle.weight_digits(spec.name)[: spec.upload_limbs]  # int8 [in, out] each
         other = f"{spec.linear}.{'backward' if spec.direction == 'forward' else 'forward'}"
         shared = self._weights.get(other, ())
-        stored = [digit[: spec.out_features, : spec.in_features].cpu().numpy() for digit in shared]  # int8 [out, in] each
+        stored = [
+            digit[: spec.out_features, : spec.in_features].cpu().numpy() for digit in shared
+        ]  # int8 [out, in] each
         # Compared and not assumed: the manifest says which circuits are a pair, the files say whether they are.
         if len(stored) == len(digits) and all(np.array_equal(a.T, b) for a, b in zip(stored, digits, strict=True)):
             return tuple(digit.t() for digit in shared)

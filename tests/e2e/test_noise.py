@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from hecompile.he.fused import decrypt_reals, encrypt_reals
 from hecompile.he.hints import HintStore
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.scheme import decrypt, encrypt_tokens
@@ -29,7 +30,7 @@ def test_noise_of_every_circuit_is_within_its_bound_and_as_wide_as_predicted(bui
         x[0], x[1] = bound, -bound
         ciphertext, key = encrypt_tokens(public, x, parameters)
         reply = torch.from_numpy(engine.evaluate(name, ciphertext.planes.numpy()))
-        decrypted = decrypt(key, hints.hint(name), reply, parameters)  # [T, out]
+        decrypted = decrypt(key, hints.hint(name, parameters.out_features), reply, parameters)  # [T, out]
         weight = torch.from_numpy(build.worker.weight(name).astype(np.int64))  # [in, out]
         noise = (decrypted - x @ weight).double()
         assert float(noise.abs().max()) <= parameters.noise_bound, name
@@ -37,6 +38,15 @@ def test_noise_of_every_circuit_is_within_its_bound_and_as_wide_as_predicted(bui
         ratio = float((noise.square().mean(dim=0) / predicted.square()).mean().sqrt())
         assert 0.9 < ratio < 1.1, f"{name}: noise is {ratio:.3f} of the predicted"
         recorded = client.plan.circuits[name].noise_std
+        reals = torch.randn(TOKENS, parameters.in_features, generator=generator)
+        ciphertext, real_key = encrypt_reals(public, reals, parameters)
+        reply = torch.from_numpy(engine.evaluate(name, ciphertext.planes.numpy()))
+        result = decrypt_reals(real_key, hints.hint(name, parameters.out_features), reply, parameters)
+        scale = torch.from_numpy(real_key.scale)[:, None]
+        integers = (reals.double() / scale).round()
+        noise = result.double() / scale - integers @ weight.double()
+        ratio = float((noise.square().mean(dim=0) / predicted.square()).mean().sqrt())
+        assert 0.9 < ratio < 1.1, f"{name}: noise through the fused kernels is {ratio:.3f} of the predicted"
         assert recorded == pytest.approx(float(predicted.square().mean().sqrt()), rel=1e-6), name
 
 

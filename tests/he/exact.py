@@ -29,9 +29,7 @@ def words(planes: Tensor) -> NDArray[np.int64]:
     return sum(plane.numpy().astype(np.int64) << (8 * limb) for limb, plane in enumerate(planes))
 
 
-def encryption(
-    public: PublicMatrix, secret: NDArray[np.int8], error: NDArray[np.int8], x: Tensor
-) -> NDArray[np.int64]:
+def encryption(public: PublicMatrix, secret: NDArray[np.int8], error: NDArray[np.int8], x: Tensor) -> NDArray[np.int64]:
     """b mod 2^32 for one block: int64 `[T, in]`."""
     mask = inner_products(public.coefficients(slice(0, x.shape[1])), secret)[:, : len(x)].T  # [T, in]
     return (mask + error + x.numpy()) % 2**32

@@ -58,7 +58,9 @@ def test_known_answers(name: str) -> None:
         found |= {
             f"ciphertext_{limbs}": digest(ciphertext.planes),
             f"reply_{limbs}_{reply_bytes}": digest(reply),
-            f"decrypted_{limbs}_{reply_bytes}": digest(decrypt(key, Hint(params, hint), reply, linear)),
+            f"decrypted_{limbs}_{reply_bytes}": digest(
+                decrypt(key, Hint.from_coefficients(params, hint), reply, linear)
+            ),
         }
     assert found == pinned
 

@@ -16,7 +16,8 @@ from hecompile.errors import InputError, SecurityError
 from hecompile.he import sampling
 from hecompile.he.parameters import RingParameters, test_insecure_parameters
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.he.sampling import ERROR_BOUND, SIGMA, OneTimeSecret, PublicSeed, SecretRandom, gaussian_from_uniform
+from hecompile.he.gaussian import _STRADDLES, gaussian_cdf, gaussian_from_uniform, gaussian_table
+from hecompile.he.sampling import ERROR_BOUND, SIGMA, OneTimeSecret, PublicSeed, SecretRandom
 from hecompile.he.scheme import keygen
 
 SEED = PublicSeed(bytes(range(32)))
@@ -62,22 +63,22 @@ def test_gaussian_has_its_distribution() -> None:
 
 
 def test_gaussian_inverts_the_cdf_at_every_step() -> None:
-    steps = [int(step) for step in sampling.gaussian_cdf()]
+    steps = [int(step) for step in gaussian_cdf()]
     assert len(steps) == 2 * ERROR_BOUND
     assert all(low < high for low, high in itertools.pairwise(steps))
     uniform = [u for step in steps for u in (step - 1, step)] + [0, 2**64 - 1]
     # just below step k the sample is k - ERROR_BOUND, at the step it is one more
     wanted = [k - ERROR_BOUND for step in range(len(steps)) for k in (step, step + 1)] + [-ERROR_BOUND, ERROR_BOUND]
     top = np.array([u >> 48 for u in uniform], dtype=np.uint16)
-    cells = sampling._gaussian_table()[top]
+    cells = gaussian_table(16)[top]
     # each step lies inside its cell, so a step's own cell must be refined
-    assert (cells[:-2] == sampling._STRADDLES).sum() >= len(steps)
+    assert (cells[:-2] == _STRADDLES).sum() >= len(steps)
     low = [(u & (2**48 - 1)).to_bytes(6, "little") for u, cell in zip(uniform, cells, strict=True) if cell == 127]
     assert gaussian_from_uniform(top, lambda size: b"".join(low)).tolist() == wanted
 
 
 def test_gaussian_symmetric_and_tail_is_negligible() -> None:
-    steps = [int(step) for step in sampling.gaussian_cdf()]
+    steps = [int(step) for step in gaussian_cdf()]
     assert all(abs(low + high - 2**64) <= 1 for low, high in zip(steps, steps[::-1], strict=True))
     total = sum(math.exp(-(k**2) / (2 * SIGMA**2)) for k in range(-90, 91))
     tail = 2 * sum(math.exp(-(k**2) / (2 * SIGMA**2)) for k in range(ERROR_BOUND + 1, 90)) / total
@@ -85,7 +86,7 @@ def test_gaussian_symmetric_and_tail_is_negligible() -> None:
 
 
 def test_most_samples_need_two_bytes() -> None:
-    assert (sampling._gaussian_table() == sampling._STRADDLES).mean() < 1e-3
+    assert (gaussian_table(16) == _STRADDLES).mean() < 1e-3
 
     def refuse(size: int) -> bytes:
         raise AssertionError("no refinement is needed in the middle of a cell")

@@ -1,0 +1,190 @@
+"""Encrypting reals and decrypting to reals in one pass over memory: what the client does, at speed.
+
+The scheme is that of `scheme.py`, to the bit: a ciphertext made here is the one that `scheme.encrypt` makes of the integers
+that `encode` makes, given the same scales, secrets and errors, and `decrypt_reals` is `decode(scheme.decrypt(...))`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hecompile.errors import InputError
+from hecompile.he import tiles
+from hecompile.he.encode import token_scales
+from hecompile.he.hints import Hint
+from hecompile.he.kernels import aligned, roots
+from hecompile.he.parameters import LinearParameters, RingParameters
+from hecompile.he.public_matrix import PublicMatrix
+from hecompile.he.sampling import SecretRandom
+from hecompile.he.scheme import Ciphertext, DecryptionKey, blocks, keygen
+from hecompile.he.threads import for_each, slices
+
+_CHUNK = 2**18
+"""Words encrypted or decrypted by one call of a kernel: large against the cost of the call, small against all of it."""
+
+
+class RealKey(DecryptionKey):
+    """A `DecryptionKey` that also knows the scale of each token, and which rows were zero and not sent."""
+
+    __slots__ = ("live", "rows", "scale")
+
+    def __init__(
+        self, params: RingParameters, linear: LinearParameters, secrets: NDArray[np.int8], scale: NDArray[np.float64],
+        live: Tensor | None, rows: int,
+    ) -> None:  # fmt: skip
+        super().__init__(params, linear, len(scale), secrets)
+        self.scale = scale  # float64 [T'] of the rows sent
+        self.live = live  # int64 [T']: which rows those are, or None for all
+        self.rows = rows  # T
+
+
+def encrypt_reals(
+    public: PublicMatrix, x: Tensor, linear: LinearParameters, column_scale: Tensor | None = None
+) -> tuple[Ciphertext, RealKey]:
+    """Encrypts the rows of x that are not zero, each block of ring_dim of them under a fresh secret.
+
+    Args:
+        public: A, with at least in_features rows.
+        x: float32 `[T, in_features]`.
+        linear: the circuit; each token is scaled to use all the room it has.
+        column_scale: float `[in_features]`, to encrypt x · column_scale instead.
+
+    Returns:
+        The ciphertext of the T' rows that are not zero (perhaps none), and its key.
+
+    Raises:
+        InputError: x has the wrong shape or type, or a value that is infinite or NaN.
+    """
+    if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != linear.in_features:
+        raise InputError(
+            f"the rows to encrypt must be float32 [T, {linear.in_features}], got {x.dtype} {list(x.shape)}"
+        )
+    if public.rows < linear.in_features:
+        raise InputError(f"the public matrix has {public.rows} rows, the circuit {linear.in_features} inputs")
+    factors = _factors(column_scale, linear.in_features)
+    rows = x.detach().contiguous()
+    scale = token_scales(*_norms(rows, factors), linear)  # float64 [T]
+    live = None
+    if not scale.all():
+        live = torch.from_numpy(np.flatnonzero(scale))
+        rows, scale = rows[live], scale[live.numpy()]
+    params = public.params
+    secrets = [keygen(params).spend() for _ in blocks(len(rows), params.ring_dim)]
+    stacked = np.stack(secrets) if secrets else np.empty((0, params.rank, params.ring_dim), dtype=np.int8)
+    key = RealKey(params, linear, stacked, scale, live, len(x))
+    planes = torch.empty((linear.upload_limbs, len(rows), linear.in_features), dtype=torch.uint8)
+    if secrets:
+        key.secrets_transformed()  # before several threads ask for it
+        random = SecretRandom()
+        for_each(
+            lambda part: _encrypt_part(
+                public, rows, factors, key, planes, part, random.discrete_gaussian((len(rows), part.stop - part.start))
+            ),
+            _parts(linear.in_features, len(rows)),
+        )
+    return Ciphertext(planes), key
+
+
+def _encrypt_part(
+    public: PublicMatrix, rows: Tensor, factors: NDArray[np.float64], key: RealKey, planes: Tensor, part: slice,
+    error: NDArray[np.int8],
+) -> None:  # fmt: skip
+    """Features `part` (which starts at a multiple of 8): error int8 `[T', part]`."""
+    params, linear, tokens = key.params, key.linear, len(rows)
+    n, features = params.ring_dim // 2, linear.in_features
+    tiles.encrypt(
+        public.transformed(features), part.start // 8, part.stop - part.start, params.rank, n, roots(params.ring_dim),
+        key.secrets_transformed(), tokens, rows.numpy().reshape(-1), part.start, features, 1 / key.scale, factors[part],
+        error.reshape(-1), planes.numpy().reshape(-1), part.start, tokens * features, features, linear.upload_limbs,
+        aligned(tiles.tile_words(tokens), np.int32), aligned(16 * n, np.float64),
+    )  # fmt: skip
+
+
+def decrypt_reals(
+    key: RealKey, hint: Hint, reply: Tensor, linear: LinearParameters, row_scale: Tensor | None = None
+) -> Tensor:
+    """x·Wᵀ, plus noise within `linear.noise_bound` times the token's scale; zeros for rows that were zero.
+
+    Args:
+        key: of the ciphertext that was evaluated.
+        hint: of the circuit's weight under the same A.
+        reply: uint8 `[reply_bytes, T', out_features]`.
+        linear: the circuit.
+        row_scale: float `[out_features]`, to multiply the result with.
+
+    Returns:
+        float32 `[T, out_features]`.
+
+    Raises:
+        WorkerError: the reply does not have the shape asked for.
+        InputError: the key, hint and circuit do not belong together.
+    """
+    key.check(hint, reply, linear)
+    factors = _factors(row_scale, linear.out_features)
+    result = torch.empty((key.tokens, linear.out_features), dtype=torch.float32)
+    if key.tokens:
+        planes = reply.contiguous()
+        for_each(
+            lambda part: _decrypt_part(key, hint, planes, linear, factors, result, part),
+            _parts(linear.out_features, key.tokens),
+        )
+    if key.live is None:
+        return result
+    full = torch.zeros((key.rows, linear.out_features), dtype=torch.float32)
+    full[key.live] = result
+    return full
+
+
+def _decrypt_part(
+    key: RealKey, hint: Hint, planes: Tensor, linear: LinearParameters, factors: NDArray[np.float64], result: Tensor,
+    part: slice,
+) -> None:  # fmt: skip
+    params, tokens, features = key.params, key.tokens, linear.out_features
+    n = params.ring_dim // 2
+    kept = np.empty(0) if hint.transformed is None else hint.transformed
+    tiles.decrypt(
+        hint.words, kept, part.start // 8, part.stop - part.start, params.rank, n, roots(params.ring_dim),
+        key.secrets_transformed(), tokens, planes.numpy().reshape(-1), part.start, tokens * features, features,
+        linear.reply_bytes, key.scale, factors[part], result.numpy().reshape(-1), part.start, features,
+        aligned(tiles.tile_words(tokens), np.int32), aligned(16 * n * params.rank, np.float64), aligned(16 * n, np.float64),
+    )  # fmt: skip
+
+
+def _norms(rows: Tensor, factors: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of each row times `factors`: the largest magnitude and the Euclidean length, float64 `[T]` each.
+
+    Raises:
+        InputError: a value is infinite or NaN.
+    """
+    tokens, features = rows.shape
+    largest, squares = np.empty(tokens), np.empty(tokens)
+    flat = rows.numpy().reshape(-1)
+
+    def measure(part: slice) -> None:
+        piece = flat[part.start * features : part.stop * features]
+        tiles.row_norms(piece, features, features, part.stop - part.start, factors, largest[part], squares[part])
+
+    for_each(measure, slices(tokens, max(1, _CHUNK // features)))
+    if not np.isfinite(squares).all():
+        raise InputError("a value to encrypt is infinite or NaN: training has diverged or the model has overflowed")
+    return largest, np.sqrt(squares)
+
+
+def _factors(scale: Tensor | None, features: int) -> NDArray[np.float64]:
+    if scale is None:
+        return np.ones(features)
+    if scale.shape != (features,):
+        raise InputError(f"a scale per feature is [{features}], got {list(scale.shape)}")
+    return scale.detach().double().contiguous().numpy()
+
+
+def _parts(features: int, tokens: int) -> list[slice]:
+    """Pieces of whole tiles, at least two so that two threads have work."""
+    tile = 8 * tiles.TILE_GROUPS
+    step = max(1, min(_CHUNK // max(1, tokens), math.ceil(features / 2)) // tile) * tile
+    return slices(features, step)

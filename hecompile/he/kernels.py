@@ -1,0 +1,289 @@
+"""Compiled kernels: negacyclic products of eight features at a time, with what comes before and after fused in.
+
+`ring.py` has the mathematics and the proof of exactness; here the same transform is arranged for speed. A polynomial of
+degree < d folds to n = d/2 complex numbers modulo X^n - i (X^n = i identifies a_k + i·a_{k+n}). From there
+
+    X^2h - c² = (X^h - c)(X^h + c)
+
+splits it level by level, two levels at a time (radix 4), down to n values, with one root c per node of the tree: the twist
+of `ring.py` is part of the roots. The order of the n values is that of the tree's leaves, which is all one needs for
+products. (Bernstein, "Multidigit multiplication for mathematicians", 2001, sections 3 and 8; the tree of roots is the usual
+form of negacyclic number-theoretic transforms, e.g. Seiler, ePrint 2018/039.)
+
+Every array is flat and holds eight features side by side: complex values as `[n, 2, 8]` float64, coefficients as `[d, 8]`
+int32. Kernels release the GIL and touch nothing but their arguments, so threads may run them on different groups of
+features. Results do not depend on the machine or on the number of threads.
+"""
+
+# mypy: disallow-untyped-defs = False
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hecompile.he.simd import LANES, address, broadcast, fma, fnma, load_f64, load_i32, store_f64, to_f64
+
+_LINE = 64
+
+compiled = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
+inlined = numba.njit(forceinline=True, nogil=True, boundscheck=False, error_model="numpy")
+
+
+def aligned(count: int, dtype: type[np.generic]) -> NDArray[Any]:
+    """An uninitialized flat array that starts at a cache line: loads that straddle lines cost twice as much."""
+    size = np.dtype(dtype).itemsize
+    raw = np.empty(count * size + _LINE, dtype=np.uint8)
+    start = -raw.ctypes.data % _LINE
+    return raw[start : start + count * size].view(dtype)
+
+
+def interleave(rows: NDArray[np.int32] | Tensor) -> NDArray[np.int32]:
+    """int32 `[rows, n]` → flat `[groups, n, 8]`: eight rows side by side, the last group filled with rows of zeros."""
+    source = torch.as_tensor(rows)
+    groups, width = -(-len(source) // LANES), source.shape[1]
+    result = aligned(groups * LANES * width, np.int32)
+    shaped = torch.from_numpy(result).view(groups, width, LANES)
+    whole = len(source) // LANES
+    shaped[:whole] = source[: whole * LANES].view(whole, LANES, width).transpose(1, 2)
+    if whole < groups:
+        shaped[whole] = 0
+        shaped[whole, :, : len(source) - whole * LANES] = source[whole * LANES :].t()
+    return result
+
+
+def deinterleave(words: NDArray[Any], rows: slice, width: int) -> NDArray[Any]:
+    """Some rows of what `interleave` made, `[rows, width]`."""
+    first, last = rows.start // LANES, -(-rows.stop // LANES)
+    groups = words[first * LANES * width : last * LANES * width].reshape(last - first, width, LANES)
+    flat = groups.transpose(0, 2, 1).reshape(-1, width)
+    return np.ascontiguousarray(flat[rows.start - first * LANES : rows.stop - first * LANES])
+
+
+def transform(
+    words: NDArray[np.int32], ring_dim: int, result: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
+    """Transforms interleaved polynomials: int32, flat `[polynomials, ring_dim, 8]` → float64 `[…, ring_dim/2, 2, 8]`."""
+    values = aligned(words.size, np.float64) if result is None else result
+    forward_many(words, words.size // (LANES * ring_dim), ring_dim // 2, roots(ring_dim), values)
+    return values
+
+
+def transform_secrets(secrets: NDArray[np.int8]) -> NDArray[np.float64]:
+    """int8 `[blocks, rank, ring_dim]` → float64, flat `[blocks, rank, ring_dim/2, 2]`, divided by ring_dim/2.
+
+    The division, exact as that is a power of two, is the one that the inverse transform wants.
+    """
+    ring_dim = secrets.shape[-1]
+    polynomials = secrets.reshape(-1, ring_dim).astype(np.int32)
+    values = transform(interleave(polynomials), ring_dim)
+    rows = deinterleave(values, slice(0, len(polynomials)), ring_dim)  # [polynomials, ring_dim/2 · 2]
+    return (rows / (ring_dim // 2)).ravel()
+
+
+@lru_cache(maxsize=16)
+def roots(ring_dim: int) -> NDArray[np.float64]:
+    """The roots of the tree for `ring_dim`, pass by pass from the top: float64, flat.
+
+    A radix-4 node X^4h - e^(iθ) has six numbers: e^(iθ/4), e^(iθ/2) and their product. Where log2 n is odd the lowest
+    level is radix 2, with e^(iθ/2) for each node.
+    """
+    # An angle is a fraction of the full circle, an exact binary number: θ/2π = 1/4 at the top.
+    turns, size, parts = np.array([0.25]), ring_dim // 2, []
+    while size >= 4:
+        parts.append(np.stack([_unit(turns / 4), _unit(turns / 2), _unit(turns * 0.75)], axis=1).ravel())
+        turns = (turns[:, None] / 4 + np.array([0.0, 0.5, 0.25, 0.75])).ravel()
+        size //= 4
+    if size == 2:
+        parts.append(_unit(turns / 2))
+    flat = np.concatenate(parts).view(np.float64)
+    flat.flags.writeable = False
+    return flat
+
+
+def _unit(turns: NDArray[np.float64]) -> NDArray[np.complex128]:
+    """exp(2πi·turns), each within 2^-52: the angle is reduced to an eighth of the circle while it is still exact."""
+    eighths = np.floor(turns * 8 + 0.5).astype(np.int64)  # nearest multiple of 1/8
+    rest = (turns - eighths / 8) * (2 * np.pi)  # |rest| ≤ π/8
+    value = np.cos(rest) + 1j * np.sin(rest)
+    half = np.sqrt(0.5)
+    turn = np.array(
+        [1, complex(half, half), 1j, complex(-half, half), -1, complex(-half, -half), -1j, complex(half, -half)]
+    )
+    return value * turn[eighths % 8]
+
+
+@inlined
+def _times(re, im, w_re, w_im):
+    """(re + i·im)(w_re + i·w_im)."""
+    return fnma(im, w_im, re * w_re), fma(im, w_re, re * w_im)
+
+
+@inlined
+def _times_conjugate(re, im, w_re, w_im):
+    """(re + i·im)(w_re - i·w_im)."""
+    return fma(im, w_im, re * w_re), fnma(re, w_im, im * w_re)
+
+
+@inlined
+def _split4(work, at, step, roots, r, q0r, q0i, q1r, q1i, q2r, q2i, q3r, q3i):
+    """The four quarters of a node of size 4h to its four grandchildren, stored `step` apart from `at` on."""
+    q1r, q1i = _times(q1r, q1i, broadcast(roots, r), broadcast(roots, r + 1))
+    q2r, q2i = _times(q2r, q2i, broadcast(roots, r + 2), broadcast(roots, r + 3))
+    q3r, q3i = _times(q3r, q3i, broadcast(roots, r + 4), broadcast(roots, r + 5))
+    ar, ai, br, bi = q0r + q2r, q0i + q2i, q1r + q3r, q1i + q3i
+    cr, ci, dr, di = q0r - q2r, q0i - q2i, q1r - q3r, q1i - q3i
+    store_f64(work, at, ar + br)
+    store_f64(work, at + 8, ai + bi)
+    store_f64(work, at + step, ar - br)
+    store_f64(work, at + step + 8, ai - bi)
+    store_f64(work, at + 2 * step, cr - di)
+    store_f64(work, at + 2 * step + 8, ci + dr)
+    store_f64(work, at + 3 * step, cr + di)
+    store_f64(work, at + 3 * step + 8, ci - dr)
+
+
+@inlined
+def _join4(roots, r, u0r, u0i, u1r, u1i, u2r, u2i, u3r, u3i):
+    """The inverse of `_split4`, times 4: the four quarters."""
+    ar, ai, br, bi = u0r + u1r, u0i + u1i, u0r - u1r, u0i - u1i
+    cr, ci, dr, di = u2r + u3r, u2i + u3i, u2r - u3r, u2i - u3i
+    q1r, q1i = _times_conjugate(br + di, bi - dr, broadcast(roots, r), broadcast(roots, r + 1))
+    q2r, q2i = _times_conjugate(ar - cr, ai - ci, broadcast(roots, r + 2), broadcast(roots, r + 3))
+    q3r, q3i = _times_conjugate(br - di, bi + dr, broadcast(roots, r + 4), broadcast(roots, r + 5))
+    return ar + cr, ai + ci, q1r, q1i, q2r, q2i, q3r, q3i
+
+
+@compiled
+def forward_many(coefficients, count, n, roots, values):
+    """`count` polynomials, one after the other."""
+    for i in range(count):
+        forward_at(address(coefficients), 16 * n * i, n, address(roots), address(values), 16 * n * i)
+
+
+@inlined
+def forward_at(coefficients, start, n, roots, work, at):
+    """int32 `[d, 8]` at word `start` of `coefficients` → complex `[n, 2, 8]` at number `at` of `work`."""
+    h = n // 4
+    for p in range(h):
+        c = start + 8 * p
+        _split4(
+            work, at + 16 * p, 16 * h, roots, 0,
+            to_f64(load_i32(coefficients, c)), to_f64(load_i32(coefficients, c + 8 * n)),
+            to_f64(load_i32(coefficients, c + 8 * h)), to_f64(load_i32(coefficients, c + 8 * (h + n))),
+            to_f64(load_i32(coefficients, c + 16 * h)), to_f64(load_i32(coefficients, c + 8 * (2 * h + n))),
+            to_f64(load_i32(coefficients, c + 24 * h)), to_f64(load_i32(coefficients, c + 8 * (3 * h + n))),
+        )  # fmt: skip
+    r, nodes = 6, 4
+    while h >= 4:
+        h //= 4
+        step = 16 * h
+        for node in range(nodes):
+            for p in range(h):
+                a = at + 16 * (4 * h * node + p)
+                _split4(
+                    work, a, step, roots, r,
+                    load_f64(work, a), load_f64(work, a + 8),
+                    load_f64(work, a + step), load_f64(work, a + step + 8),
+                    load_f64(work, a + 2 * step), load_f64(work, a + 2 * step + 8),
+                    load_f64(work, a + 3 * step), load_f64(work, a + 3 * step + 8),
+                )  # fmt: skip
+            r += 6
+        nodes *= 4
+    if h == 2:
+        for node in range(nodes):
+            a = at + 32 * node
+            ur, ui = load_f64(work, a), load_f64(work, a + 8)
+            vr, vi = _times(
+                load_f64(work, a + 16), load_f64(work, a + 24), broadcast(roots, r), broadcast(roots, r + 1)
+            )
+            store_f64(work, a, ur + vr)
+            store_f64(work, a + 8, ui + vi)
+            store_f64(work, a + 16, ur - vr)
+            store_f64(work, a + 24, ui - vi)
+            r += 2
+
+
+@inlined
+def inner(matrix, a, rank_step, secret, s, secret_step, rank):
+    """Σ_k matrix[k] · secret[k] at one of the n points, eight rows of the matrix at a time."""
+    sr, si = broadcast(secret, s), broadcast(secret, s + 1)
+    mr, mi = load_f64(matrix, a), load_f64(matrix, a + 8)
+    re, im = fnma(mi, si, mr * sr), fma(mi, sr, mr * si)
+    for k in range(1, rank):
+        sr, si = broadcast(secret, s + k * secret_step), broadcast(secret, s + k * secret_step + 1)
+        mr, mi = load_f64(matrix, a + k * rank_step), load_f64(matrix, a + k * rank_step + 8)
+        re, im = fnma(mi, si, fma(mr, sr, re)), fma(mi, sr, fma(mr, si, im))
+    return re, im
+
+
+@inlined
+def inner_product(matrix, at, secret, s, rank, n, roots, root_count, work):
+    """The product with the secret and all passes of the inverse transform but the last: `work` gets `[n, 2, 8]`.
+
+    Returns the size of the quarters that the last pass joins: n/4.
+    """
+    rank_step, secret_step = 16 * n, 2 * n
+    r = root_count
+    h, nodes = 1, n
+    if n & 0x55555555 == 0:  # log2 n is odd: the lowest level is radix 2
+        r -= n
+        for node in range(n // 2):
+            ur, ui = inner(matrix, at + 32 * node, rank_step, secret, s + 4 * node, secret_step, rank)
+            vr, vi = inner(matrix, at + 32 * node + 16, rank_step, secret, s + 4 * node + 2, secret_step, rank)
+            w = r + 2 * node
+            hr, hi = _times_conjugate(ur - vr, ui - vi, broadcast(roots, w), broadcast(roots, w + 1))
+            store_f64(work, 32 * node, ur + vr)
+            store_f64(work, 32 * node + 8, ui + vi)
+            store_f64(work, 32 * node + 16, hr)
+            store_f64(work, 32 * node + 24, hi)
+        h, nodes = 2, n // 2
+    else:
+        nodes = n // 4
+        r -= 6 * nodes
+        for node in range(nodes):
+            a, b = at + 64 * node, s + 8 * node
+            u0r, u0i = inner(matrix, a, rank_step, secret, b, secret_step, rank)
+            u1r, u1i = inner(matrix, a + 16, rank_step, secret, b + 2, secret_step, rank)
+            u2r, u2i = inner(matrix, a + 32, rank_step, secret, b + 4, secret_step, rank)
+            u3r, u3i = inner(matrix, a + 48, rank_step, secret, b + 6, secret_step, rank)
+            _store4(work, 64 * node, 16, *_join4(roots, r + 6 * node, u0r, u0i, u1r, u1i, u2r, u2i, u3r, u3i))
+        h = 4
+    while 4 * h < n:
+        nodes //= 4
+        r -= 6 * nodes
+        step = 16 * h
+        for node in range(nodes):
+            for p in range(h):
+                a = 64 * h * node + 16 * p
+                _store4(work, a, step, *load_and_join4(work, a, step, roots, r + 6 * node))
+        h *= 4
+    return h
+
+
+@inlined
+def _store4(work, a, step, q0r, q0i, q1r, q1i, q2r, q2i, q3r, q3i):
+    store_f64(work, a, q0r)
+    store_f64(work, a + 8, q0i)
+    store_f64(work, a + step, q1r)
+    store_f64(work, a + step + 8, q1i)
+    store_f64(work, a + 2 * step, q2r)
+    store_f64(work, a + 2 * step + 8, q2i)
+    store_f64(work, a + 3 * step, q3r)
+    store_f64(work, a + 3 * step + 8, q3i)
+
+
+@inlined
+def load_and_join4(work, a, step, roots, r):
+    return _join4(
+        roots, r,
+        load_f64(work, a), load_f64(work, a + 8),
+        load_f64(work, a + step), load_f64(work, a + step + 8),
+        load_f64(work, a + 2 * step), load_f64(work, a + 2 * step + 8),
+        load_f64(work, a + 3 * step), load_f64(work, a + 3 * step + 8),
+    )  # fmt: skip

@@ -1,0 +1,191 @@
+"""The fused kernels against the simple path: the same ciphertexts and the same results, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hecompile.errors import InputError, SecurityError, WorkerError
+from hecompile.he import fused
+from hecompile.he.encode import decode
+from hecompile.he.fused import RealKey, decrypt_reals, encrypt_reals
+from hecompile.he.hints import Hint
+from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters, test_insecure_parameters
+from hecompile.he.public_matrix import PublicMatrix
+from hecompile.he.sampling import ERROR_BOUND, PublicSeed, SecretRandom
+from hecompile.he.scheme import DecryptionKey, _encrypt_with, blocks, decrypt, evaluate, setup
+
+SEED = PublicSeed(bytes(range(32)))
+TOY = test_insecure_parameters(16, 2)
+
+
+def reals(tokens: int, features: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(tokens, features, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def weights(rows: int, columns: int, seed: int = 5) -> torch.Tensor:
+    return torch.randint(-127, 128, (rows, columns), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+
+
+def key_of(params: RingParameters, linear: LinearParameters, scale: np.ndarray, secrets: np.ndarray) -> RealKey:
+    return RealKey(params, linear, secrets, scale, None, len(scale))
+
+
+def check_against_the_simple_path(
+    params: RingParameters, tokens: int, shape: tuple[int, int], limbs: int, reply_bytes: int, extreme: bool = False
+) -> None:
+    out_features, in_features = shape
+    weight = weights(out_features, in_features)
+    linear = LinearParameters.from_weight(weight, limbs, reply_bytes)
+    public = PublicMatrix(params, SEED, in_features + 3)
+    rng = np.random.default_rng(7)
+    count = len(blocks(tokens, params.ring_dim))
+    secrets = rng.integers(-1, 2, (count, params.rank, params.ring_dim)).astype(np.int8)
+    error = rng.integers(-ERROR_BOUND, ERROR_BOUND + 1, (tokens, in_features)).astype(np.int8)
+    x = reals(tokens, in_features)
+    if extreme:
+        secrets[:], error[:] = 1, ERROR_BOUND
+        x = x.sign() * 7.0
+    column, row = torch.rand(in_features) + 0.5, torch.rand(out_features) + 0.5
+    largest, length = fused._norms(x, column.double().numpy())
+    exact = x.double() * column.double()
+    assert np.array_equal(largest, exact.abs().amax(dim=1).numpy())
+    assert np.allclose(length, exact.norm(dim=1).numpy(), rtol=1e-12, atol=0)
+    scale = fused.token_scales(largest, length, linear)
+    integers = (exact * torch.from_numpy(1 / scale)[:, None]).round().long()
+    assert bool(linear.admits(integers).all())
+
+    wanted, simple_key = _encrypt_with(public, list(secrets), error, integers, linear)
+    key = key_of(params, linear, scale, secrets)
+    planes = torch.full(wanted.planes.shape, 99, dtype=torch.uint8)
+    for part in fused._parts(in_features, tokens):
+        own_error = np.ascontiguousarray(error[:, part])
+        fused._encrypt_part(public, x, column.double().numpy(), key, planes, part, own_error)
+    assert torch.equal(planes, wanted.planes)
+
+    reply = evaluate(weight, planes, linear)
+    coefficients = setup(weight, public)
+    for keep in (True, False):
+        hint = Hint.from_coefficients(params, coefficients, keep_transformed=keep)
+        simple = decode(decrypt(simple_key, hint, reply, linear), torch.from_numpy(scale)[:, None], torch.float64)
+        wanted_reals = (simple * row.double()).to(torch.float32)
+        assert torch.equal(decrypt_reals(key, hint, reply, linear, row), wanted_reals)
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 55])
+@pytest.mark.parametrize("shape", [(9, 12), (64, 8), (5, 3), (70, 130), (1, 65)])
+def test_any_number_of_tokens_and_features(tokens: int, shape: tuple[int, int]) -> None:
+    check_against_the_simple_path(TOY, tokens, shape, 3, 2)
+
+
+@pytest.mark.parametrize(("limbs", "reply_bytes"), [(4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2), (4, 1)])
+@pytest.mark.parametrize("extreme", [False, True])
+def test_any_number_of_bytes(limbs: int, reply_bytes: int, extreme: bool) -> None:
+    check_against_the_simple_path(TOY, 20, (11, 21), limbs, reply_bytes, extreme)
+
+
+@pytest.mark.parametrize("params", CATALOGUE.values(), ids=CATALOGUE)
+@pytest.mark.parametrize("extreme", [False, True])
+def test_every_ring_of_the_catalogue(params: RingParameters, extreme: bool) -> None:
+    check_against_the_simple_path(params, params.ring_dim + 5, (20, 150), 3, 2, extreme)
+
+
+def test_one_thread_and_several_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_CHUNK", 64)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            check_against_the_simple_path(TOY, 30, (150, 210), 3, 2)
+    finally:
+        torch.set_num_threads(before)
+
+
+def round_trip(x: torch.Tensor, weight: torch.Tensor, params: RingParameters = TOY) -> tuple[torch.Tensor, RealKey]:
+    linear = LinearParameters.from_weight(weight, 4, 4)
+    public = PublicMatrix(params, SEED, linear.in_features)
+    ciphertext, key = encrypt_reals(public, x, linear)
+    assert ciphertext.planes.shape == (4, key.tokens, linear.in_features)
+    hint = Hint.from_coefficients(params, setup(weight, public))
+    reply = (
+        evaluate(weight, ciphertext.planes, linear) if key.tokens else torch.empty(4, 0, len(weight), dtype=torch.uint8)
+    )
+    return decrypt_reals(key, hint, reply, linear), key
+
+
+def test_result_is_the_product_within_the_noise() -> None:
+    weight = weights(24, 40)
+    linear = LinearParameters.from_weight(weight, 4, 4)
+    x = reals(700, 40)
+    result, key = round_trip(x, weight, CATALOGUE["512x3"])
+    integers = (x.double() / torch.from_numpy(key.scale)[:, None]).round()
+    noise = result.double() / torch.from_numpy(key.scale)[:, None] - integers @ weight.double().t()
+    assert 0 < noise.abs().max() <= linear.noise_bound + 2**7  # and half a unit in the last place of a float32
+    predicted = torch.as_tensor(linear.noise_std(weight.double().norm(dim=1)))
+    assert (noise.square().mean(dim=0).sqrt() / predicted - 1).abs().max() < 0.2
+
+
+def test_rows_of_zeros_are_not_sent_and_come_back_as_zeros() -> None:
+    x = reals(30, 12)
+    x[[0, 7, 29]] = 0
+    result, key = round_trip(x, weights(9, 12))
+    assert key.tokens == 27
+    assert not result[[0, 7, 29]].any()
+    others = [row for row in range(30) if row not in (0, 7, 29)]
+    exact = x.double() @ weights(9, 12).double().t()
+    assert torch.allclose(result[others].double(), exact[others], rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
+
+
+def test_nothing_but_zeros_sends_nothing() -> None:
+    result, key = round_trip(torch.zeros(5, 12), weights(9, 12))
+    assert key.tokens == 0
+    assert result.shape == (5, 9)
+    assert not result.any()
+
+
+def test_every_ciphertext_is_fresh() -> None:
+    linear = LinearParameters.from_weight(weights(9, 12), 4, 4)
+    public, x = PublicMatrix(TOY, SEED, 12), reals(20, 12)
+    one, other = encrypt_reals(public, x, linear)[0].planes, encrypt_reals(public, x, linear)[0].planes
+    # Equal in one byte of 256 by chance; 960 bytes give 3.75 ± 1.9.
+    assert int((one == other).sum()) < 3.75 + 10 * 1.9
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 11])
+def test_values_that_are_not_finite_are_refused(bad: float, place: int) -> None:
+    x = reals(4, 12)
+    x[2, place] = bad
+    with pytest.raises(InputError, match="infinite or NaN"):
+        round_trip(x, weights(9, 12))
+
+
+def test_wrong_shapes_are_refused() -> None:
+    linear = LinearParameters.from_weight(weights(9, 12), 4, 4)
+    public = PublicMatrix(TOY, SEED, 12)
+    for x in (reals(4, 11), reals(4, 12).double(), reals(4, 12).reshape(2, 2, 12)):
+        with pytest.raises(InputError, match="float32"):
+            encrypt_reals(public, x, linear)
+    with pytest.raises(InputError, match="rows"):
+        encrypt_reals(PublicMatrix(TOY, SEED, 11), reals(4, 12), linear)
+    with pytest.raises(InputError, match="scale per feature"):
+        encrypt_reals(public, reals(4, 12), linear, torch.ones(11))
+    key = encrypt_reals(public, reals(4, 12), linear)[1]
+    hint = Hint.from_coefficients(TOY, setup(weights(9, 12), public))
+    with pytest.raises(WorkerError, match="was asked for"):
+        decrypt_reals(key, hint, torch.zeros(4, 4, 8, dtype=torch.uint8), linear)
+
+
+def test_a_key_shows_nothing_and_cannot_be_copied() -> None:
+    linear = LinearParameters.from_weight(weights(9, 12), 4, 4)
+    key = encrypt_reals(PublicMatrix(TOY, SEED, 12), reals(4, 12), linear)[1]
+    assert isinstance(key, DecryptionKey)
+    assert repr(key) == "<RealKey>"
+    with pytest.raises(SecurityError):
+        key.__reduce_ex__(2)
+
+
+def test_bulk_randomness_is_fresh_and_uniform() -> None:
+    samples = [SecretRandom().discrete_gaussian((4096,)) for _ in range(2)]
+    assert not np.array_equal(*samples)
