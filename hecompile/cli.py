@@ -96,9 +96,13 @@ def export_llama(
 ) -> None:
     """Export a Hugging Face Llama to ONNX and compile it: a client bundle (plan, hints, tokenizer) and a worker bundle
     (integer circuits). Both are public; the secrets are drawn at training time and never stored."""
+    from hecompile.circuit_writer import RESUMED
     from hecompile.compiler import CompileOptions, compile_checkpoint
     from hecompile.errors import InputError
+    from hecompile.frontend import load_config
     from hecompile.he.sampling import PublicSeed
+    from hecompile.prediction import ModelSize, prediction_table
+    from hecompile.staging import staging_path
     from passes.attach_lora import AttachLora
 
     if placement not in ("offload", "cheapest"):
@@ -115,6 +119,9 @@ def export_llama(
         stored_hints=hints,
     )
     console = _console()
+    size = ModelSize.of(load_config(model))
+    tokens = options.batch_size * options.sequence_buckets[-1]
+    console.print(prediction_table(size, options.weight_bits, tokens, options.ring_parameters()))
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -124,18 +131,30 @@ def export_llama(
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("load", total=1)
-        plan_id = compile_checkpoint(
-            model,
-            out,
-            options,
-            lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
-        )
+
+        def report(what: str, done: int, total: int) -> None:
+            if what == RESUMED:
+                bar.console.print(f"going on from an interrupted export: {done} of {total} rows of hints are there")
+            bar.update(task, description=what, completed=done, total=total)
+
+        try:
+            plan_id = compile_checkpoint(model, out, options, report)
+        except KeyboardInterrupt:
+            if staging_path(out).exists():
+                bar.console.print("interrupted; the same command goes on from here", soft_wrap=True)
+            raise
     console.print(f"plan {plan_id}\nclient bundle: {out / 'client'}\nworker bundle: {out / 'worker'}", soft_wrap=True)
 
 
 @app.command()
 def inspect(
-    build: Annotated[Path, typer.Argument(help="The directory given to `export llama --out`.")],
+    build: Annotated[
+        Path,
+        typer.Argument(
+            help="The directory given to `export llama --out`; or a checkpoint, to see what its export would take on disk "
+            "and in memory."
+        ),
+    ],
     draw: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Also draw the plan as a picture, client and worker in two colours (.svg or .png)."),
@@ -143,11 +162,19 @@ def inspect(
 ) -> None:
     """Show what was compiled: per linear its shape, ring, limbs, security, predicted noise and bytes per token; totals."""
     from hecompile.client_bundle import ClientBundle
+    from hecompile.compiler import CompileOptions
+    from hecompile.frontend import load_config
     from hecompile.inspection import circuit_table, totals_table
     from hecompile.inspection import draw as draw_plan
+    from hecompile.prediction import ModelSize, prediction_table
 
-    bundle = ClientBundle.open(build / "client" if (build / "client").is_dir() else build)
     console = _console()
+    if (build / "config.json").is_file():
+        defaults = CompileOptions()
+        tokens = defaults.batch_size * defaults.sequence_buckets[-1]
+        console.print(prediction_table(ModelSize.of(load_config(str(build))), defaults.weight_bits, tokens))
+        return
+    bundle = ClientBundle.open(build / "client" if (build / "client").is_dir() else build)
     console.print(circuit_table(bundle))
     console.print(totals_table(bundle))
     if draw is not None:
@@ -161,7 +188,13 @@ def worker_serve(
     listen: Annotated[
         str, typer.Option(help="tcp://127.0.0.1:PORT (0 picks a free one) or unix:///path/to/socket.")
     ] = "tcp://127.0.0.1:7700",
-    engine: Annotated[str, typer.Option(help="onnxruntime, torch, or concrete (TFHE, tiny circuits).")] = "onnxruntime",
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="auto (vnni where the CPU has AVX512-VNNI, else torch), vnni, torch, torch-cuda, onnxruntime, or "
+            "concrete (TFHE, tiny circuits)."
+        ),
+    ] = "auto",
     allow_plaintext_network: Annotated[
         bool, typer.Option(help="Listen on an address other machines can reach, without authentication or TLS.")
     ] = False,

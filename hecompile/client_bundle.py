@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from hecompile.errors import HecompileError, InputError
 from hecompile.he.parameters import LinearParameters, RingParameters, RingParametersLiteral
 from hecompile.he.sampling import PublicSeed
+from hecompile.ir import print_model
 
 FORMAT, VERSION = "hecompile-client", 1
 MANIFEST, PLAN, PLAN_DATA, HINTS, TOKENIZER = "manifest.json", "plan.onnx", "plan.onnx.data", "hints", "tokenizer"
@@ -136,8 +138,11 @@ class ClientBundle:
         return self.directory / TOKENIZER
 
     def graph(self) -> ir.Model:
-        """The client plan; its large constants stay mapped from their file."""
-        return ir.load(self.directory / PLAN)
+        """The client plan; its large constants stay mapped from their file. Raises InputError when it cannot be read."""
+        try:
+            return ir.load(self.directory / PLAN)
+        except Exception as error:  # protobuf and onnx_ir raise many kinds for a file that is no model
+            raise InputError(f"{self.directory / PLAN} cannot be read; {_REMEDY}") from error
 
     @classmethod
     def open(cls, directory: str | Path) -> ClientBundle:
@@ -156,18 +161,37 @@ class ClientBundle:
                 raise InputError(f"{directory / MANIFEST} is damaged: {needed} is not listed; {_REMEDY}")
         ring = manifest.plan.ring.ring()
         circuits = {name: record.parameters() for name, record in manifest.plan.circuits.items()}
-        return cls(directory, manifest.plan_id, manifest.plan, ring, circuits)
+        bundle = cls(directory, manifest.plan_id, manifest.plan, ring, circuits)
+        # The plan id that client and worker agree on covers the graph through its hash, not through the file's.
+        if graph_sha256(bundle.graph()) != manifest.plan.graph_sha256:
+            raise InputError(f"{directory / PLAN} is not the graph that the plan was made with; {_REMEDY}")
+        return bundle
 
 
-def write_manifest(directory: Path, plan: PlanRecord) -> None:
-    """Hash every file under `directory` and write the manifest beside them."""
+def describe_file(directory: Path, path: Path) -> FileRecord:
+    """The record of a file of the bundle: hashes it."""
+    relative = path.relative_to(directory).as_posix()
+    return FileRecord(path=relative, bytes=path.stat().st_size, sha256=file_sha256(path))
+
+
+def is_intact(directory: Path, record: FileRecord) -> bool:
+    """Whether the file is there, whole and unchanged."""
+    path = directory / record.path
+    return path.is_file() and path.stat().st_size == record.bytes and file_sha256(path) == record.sha256
+
+
+def write_manifest(directory: Path, plan: PlanRecord, hashed: Iterable[FileRecord] = ()) -> None:
+    """Hash every file under `directory`, apart from those in `hashed`, and write the manifest beside them."""
+    known = {record.path: record for record in hashed}
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    files = [
-        FileRecord(path=path.relative_to(directory).as_posix(), bytes=path.stat().st_size, sha256=file_sha256(path))
-        for path in paths
-    ]
+    files = [known.get(path.relative_to(directory).as_posix()) or describe_file(directory, path) for path in paths]
     manifest = _Manifest(format=FORMAT, version=VERSION, plan_id=plan.plan_id(), plan=plan, files=files)
     (directory / MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=1) + "\n", encoding="utf-8")
+
+
+def graph_sha256(model: ir.Model) -> str:
+    """SHA-256 of the printed graph, in hex: its operators, names, shapes and small constants."""
+    return hashlib.sha256(print_model(model).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

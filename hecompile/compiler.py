@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -15,45 +13,43 @@ from typing import Any, cast
 import numpy as np
 import onnx_ir as ir
 import torch
+import transformers
 
+from hecompile.circuit_writer import CLIENT as CLIENT
+from hecompile.circuit_writer import WORKER as WORKER
+from hecompile.circuit_writer import Progress, write_circuits, write_circuits_without_hints
 from hecompile.client_bundle import (
-    HINTS,
     MANIFEST,
     PLAN,
     PLAN_DATA,
     TOKENIZER,
     CircuitRecord,
+    FileRecord,
     LoraRecord,
     PlanRecord,
     RingRecord,
+    graph_sha256,
     write_manifest,
 )
+from hecompile.client_bundle import VERSION as CLIENT_VERSION
 from hecompile.costs import CostModel
 from hecompile.errors import InputError
 from hecompile.frontend import Checkpoint, export_onnx, load_checkpoint
-from hecompile.he.hints import write_hint
 from hecompile.he.parameters import CATALOGUE, RingParameters
-from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.sampling import PublicSeed
-from hecompile.he.setup import setup
-from hecompile.ir import print_model
 from hecompile.pipeline import graph_steps, run_steps
 from hecompile.plan import RemoteCircuit, SplitPlan
-from hecompile.worker_bundle import WorkerBundleWriter
+from hecompile.staging import staging
+from hecompile.worker_bundle import VERSION as WORKER_VERSION
 from passes.attach_lora import AttachLora
 from passes.calibrate import Calibrate
-from passes.lower_worker import LowerWorker
 from passes.place import Place, Policy
 from passes.quantize import Quantize
 from passes.select_parameters import SelectParameters, selected_ring
 from passes.split import Split
 from passes.validate import Validate
 
-CLIENT, WORKER = "client", "worker"
 _CALIBRATION_SEQUENCES, _CALIBRATION_LENGTH = 8, 32
-
-Progress = Callable[[str, int, int], None]
-"""Hears (what is being done, how much of it is done, of how much)."""
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -98,26 +94,34 @@ def compile_checkpoint(
     """Compile a checkpoint into `out`/client and `out`/worker; returns the plan id.
 
     Deterministic for a given `options.public_seed`. `out` may be missing, empty or an earlier build, which is replaced;
-    it is left as it was if anything fails. Raises HecompileError.
+    it is left as it was if anything fails. Interrupted while it makes hints, it keeps those that are complete beside `out`,
+    and the next call with the same arguments goes on from there (`hecompile.staging`). Raises HecompileError.
     """
     _check_target(out)
     progress("load", 0, 1)
     checkpoint = load_checkpoint(model_name_or_path)
+    name, tokenizer = checkpoint.name, checkpoint.tokenizer
     longest = getattr(checkpoint.model.config, "max_position_embeddings", options.sequence_buckets[-1])
     if options.sequence_buckets[-1] > longest:
         raise InputError(
             f"sequence bucket {options.sequence_buckets[-1]} is longer than the model's {longest} positions"
         )
-    seed = options.public_seed or PublicSeed.draw()
-    progress("export", 0, 1)
-    model = export_onnx(checkpoint.model)
-    samples = sample_calibration_tokens(checkpoint, seed)
-    plan, ring = lower(model, options, samples, lambda name: progress(name, 0, 1))
-    record = _plan_record(checkpoint, plan, ring, seed, options)
-    with _replacing(out) as staging:
-        (staging / CLIENT).mkdir(parents=True)
-        _write_circuits(staging, plan, ring, seed, record, progress)
-        _write_client(staging / CLIENT, plan, checkpoint, record)
+    request = f"{CLIENT_VERSION} {WORKER_VERSION} {name} {options!r}"
+    with staging(out, request, options.public_seed or PublicSeed.draw()) as stage:
+        seed = stage.public_seed
+        progress("export", 0, 1)
+        model = export_onnx(checkpoint.model)
+        progress("sample", 0, 1)
+        samples = sample_calibration_tokens(checkpoint, seed)
+        # The graph holds the weights from here on, and lets go of each as it is quantised.
+        del checkpoint
+        plan, ring = lower(model, options, samples, lambda step: progress(step, 0, 1))
+        del model
+        gc.collect()  # the exporter's program is part of reference cycles, and keeps every float weight
+        record = _plan_record(name, plan, ring, seed, options)
+        write = write_circuits if options.stored_hints else write_circuits_without_hints
+        hints = write(stage, plan, ring, record.plan_id(), progress)
+        _write_client(stage.build / CLIENT, plan, tokenizer, record, hints)
     return record.plan_id()
 
 
@@ -172,12 +176,12 @@ def sample_calibration_tokens(checkpoint: Checkpoint, seed: PublicSeed) -> tuple
 
 
 def _plan_record(
-    checkpoint: Checkpoint, plan: SplitPlan, ring: RingParameters, seed: PublicSeed, options: CompileOptions
+    base_model: str, plan: SplitPlan, ring: RingParameters, seed: PublicSeed, options: CompileOptions
 ) -> PlanRecord:
     lora = options.lora
     literal = ring.to_literal()
     return PlanRecord(
-        base_model=checkpoint.name,
+        base_model=base_model,
         public_seed=seed.hex(),
         ring=RingRecord(ring_dim=literal.ring_dim, rank=literal.rank, log_q=literal.log_q, sigma=literal.sigma),
         lora=LoraRecord(
@@ -191,7 +195,7 @@ def _plan_record(
         effective_bits=float(options.effective_bits),
         weight_bits=options.weight_bits,
         hints="stored" if options.stored_hints else "none",
-        graph_sha256=hashlib.sha256(print_model(plan.client).encode()).hexdigest(),
+        graph_sha256=graph_sha256(plan.client),
         circuits={circuit.name: _circuit_record(circuit) for circuit in plan.circuits},
     )
 
@@ -209,35 +213,20 @@ def _circuit_record(circuit: RemoteCircuit) -> CircuitRecord:
         reply_bytes=parameters.reply_bytes,
         noise_std=circuit.noise_std,
         effective_bits=round(circuit.effective_bits, 2),
-        weight_sha256=hashlib.sha256(np.ascontiguousarray(circuit.weight).tobytes()).hexdigest(),
+        weight_sha256=hashlib.sha256(np.ascontiguousarray(circuit.weight).data).hexdigest(),
     )
 
 
-def _write_circuits(
-    staging: Path, plan: SplitPlan, ring: RingParameters, seed: PublicSeed, record: PlanRecord, progress: Progress
+def _write_client(
+    directory: Path,
+    plan: SplitPlan,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    record: PlanRecord,
+    hints: Iterable[FileRecord],
 ) -> None:
-    """Worker circuits, and hints or what the worker needs to compute them, one at a time."""
-    rows = max(circuit.parameters.in_features for circuit in plan.circuits)
-    public = PublicMatrix(ring, seed, rows)
-    with WorkerBundleWriter(staging / WORKER, record.plan_id()) as writer:
-        for done, circuit in enumerate(plan.circuits):
-            progress("circuits and hints", done, len(plan.circuits))
-            writer.add(LowerWorker()(circuit.model()).model)
-            if record.hints == "none":
-                writer.add(LowerWorker()(circuit.exact_model()).model)
-                continue
-            weight = torch.from_numpy(np.ascontiguousarray(circuit.weight.T))  # [features_out, features_in]
-            write_hint(staging / CLIENT / HINTS, circuit.name, setup(weight, public))
-        if record.hints == "none":
-            writer.add_public_rows(public, rows)
-        writer.commit()
-    progress("circuits and hints", len(plan.circuits), len(plan.circuits))
-
-
-def _write_client(directory: Path, plan: SplitPlan, checkpoint: Checkpoint, record: PlanRecord) -> None:
     ir.save(plan.client, directory / PLAN, external_data=PLAN_DATA)
-    checkpoint.tokenizer.save_pretrained(directory / TOKENIZER)
-    write_manifest(directory, record)
+    tokenizer.save_pretrained(directory / TOKENIZER)
+    write_manifest(directory, record, hints)
 
 
 def _check_target(out: Path) -> None:
@@ -247,23 +236,3 @@ def _check_target(out: Path) -> None:
         raise InputError(f"{out} is a file; give a directory for the bundles")
     if any(out.iterdir()) and not (out / CLIENT / MANIFEST).is_file():
         raise InputError(f"{out} is not empty and holds no earlier build; give another directory")
-
-
-@contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """A staging folder beside `out` that takes its place at the end, or vanishes if anything fails."""
-    staging = out.parent / f".{out.name}.{os.getpid()}.partial"
-    old = out.parent / f".{out.name}.{os.getpid()}.old"
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        if out.exists():
-            out.rename(old)
-        staging.rename(out)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(staging, ignore_errors=True)

@@ -48,8 +48,8 @@ class _ExportWrapper(torch.nn.Module):
         ).logits  # [B, S, vocabulary]
 
 
-def load_checkpoint(model_name_or_path: str) -> Checkpoint:
-    """Load a Llama checkpoint (local directory or hub id) in float32 for export, with its tokenizer.
+def load_config(model_name_or_path: str) -> transformers.PretrainedConfig:
+    """The configuration of a Llama checkpoint (local directory or hub id).
 
     Raises InputError when it cannot be found or read, or when its architecture is not supported.
     """
@@ -71,6 +71,15 @@ def load_checkpoint(model_name_or_path: str) -> Checkpoint:
         )
     if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
         raise InputError(f"model {model_name_or_path} has biases in its linear layers, which is not supported")
+    return config
+
+
+def load_checkpoint(model_name_or_path: str) -> Checkpoint:
+    """Load a Llama checkpoint (local directory or hub id) in float32 for export, with its tokenizer.
+
+    Raises InputError as `load_config` does, and when the weights or the tokenizer cannot be read.
+    """
+    load_config(model_name_or_path)
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             model_name_or_path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True

@@ -14,6 +14,7 @@ from hecompile.costs import hint_bytes
 from hecompile.errors import InputError
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.ir import DOMAIN, module_path
+from hecompile.prediction import megabytes, total_hint_bytes
 
 _CLIENT_COLOUR, _WORKER_COLOUR = "#9ecae1", "#fdae6b"
 _SUFFIXES = (".svg", ".png")
@@ -102,7 +103,7 @@ def totals_table(bundle: ClientBundle) -> Table:
     skipped = circuits_without_gradient(bundle.graph())
     training = predicted_traffic(bundle.circuits, skipped)
     forward = predicted_traffic({n: p for n, p in bundle.circuits.items() if n.endswith(".forward")})
-    stored = sum(path.stat().st_size for path in bundle.hints.glob("*.npy"))
+    stored = total_hint_bytes(bundle.ring, (p.out_features for p in bundle.circuits.values()))
     weights = sum(p.in_features * p.out_features for n, p in bundle.circuits.items() if n.endswith(".forward"))
     table = Table(title="totals", show_header=False)
     table.add_column("what")
@@ -113,7 +114,7 @@ def totals_table(bundle: ClientBundle) -> Table:
         "bytes per token, training step": f"{training.bytes_up} up, {training.bytes_down} down",
         "bytes per token, inference": f"{forward.bytes_up} up, {forward.bytes_down} down",
         "remote weights": f"{weights} of {bundle.plan.weight_bits} bits",
-        "hints on the client": f"{stored / 1e6:.1f} MB" if bundle.plan.hints == "stored" else _fetched(bundle, skipped),
+        "hints on the client": megabytes(stored) if bundle.plan.hints == "stored" else _fetched(bundle, skipped),
         "LoRA": f"r = {lora.r}, alpha = {lora.lora_alpha:g}, {', '.join(lora.target_modules)}",
         "batch": f"up to {bundle.plan.batch_size} x {bundle.plan.sequence_buckets} tokens",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +32,11 @@ class _Step:
 
 
 def _as_tensor(array: np.ndarray) -> Tensor:
-    # Memory-mapped weights come read-only; the interpreter never writes to them.
-    return torch.from_numpy(array if array.flags.writeable else np.array(array))
+    """A tensor on the array's own memory, also where that is a file mapped read-only: no operator writes to its inputs, and
+    a copy of a large vocabulary's embedding would double what the client keeps resident."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        return torch.from_numpy(array)
 
 
 class Interpreter:

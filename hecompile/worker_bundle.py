@@ -105,26 +105,46 @@ class WorkerBundleWriter:
 
     Use as a context manager: leaving it without `commit` (an error, a kill of the process apart) removes everything.
     Raises InputError when `directory` already exists and is not empty, or cannot be written.
+
+    With `keep`, what was written stays where it is, complete circuits being `take_up`-able by the next writer of the same
+    directory: for a caller that looks after the folder itself.
     """
 
-    def __init__(self, directory: str | Path, plan_id: str) -> None:
+    def __init__(self, directory: str | Path, plan_id: str, keep: bool = False) -> None:
         if not _PLAN_ID.fullmatch(plan_id):
             raise InputError(f"plan_id {plan_id!r} is not 8 to 128 lowercase hex digits")
         self._target = Path(directory)
+        self._keep = keep
+        self._temporary = self._target.parent / f".{self._target.name}.{'kept' if keep else os.getpid()}.partial"
+        if keep and self._target.exists() and not self._temporary.exists():
+            self._target.rename(self._temporary)  # committed, but what it is a part of was interrupted after that
         if self._target.exists() and (not self._target.is_dir() or any(self._target.iterdir())):
             raise InputError(f"worker bundle {self._target} exists already; remove it or choose another directory")
         self._plan_id = plan_id
         self._circuits: dict[str, CircuitSpec] = {}
         self._public_rows: BundleFile | None = None
-        self._temporary = self._target.parent / f".{self._target.name}.{os.getpid()}.partial"
         with _writing(self._target):
-            (self._temporary / "circuits").mkdir(parents=True)
+            (self._temporary / "circuits").mkdir(parents=True, exist_ok=keep)
 
     def __enter__(self) -> WorkerBundleWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        if not self._keep:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def take_up(self, spec: CircuitSpec) -> list[Path] | None:
+        """Count a circuit that an earlier writer with `keep` completed as added: its files, or None if one is not intact."""
+        files = []
+        for file, suffix in ((spec.file, "onnx"), (spec.data, "bin")):
+            if file is not None:
+                try:
+                    _check_file(self._temporary, file, _circuit_path(spec.name, suffix))
+                except InputError:
+                    return None
+                files.append(self._temporary / file.path)
+        self._circuits[spec.name] = spec
+        return files
 
     def add(self, model: ir.Model) -> CircuitSpec:
         """Write one lowered circuit, named `<linear>.<direction>` by its graph's name; the model can be freed after.

@@ -64,8 +64,8 @@ def quantize_weight(weight: np.ndarray, bits: int = 8) -> tuple[np.ndarray, np.n
 
 
 def _quantize_node(graph: ir.Graph, node: ir.Node, bits: int) -> None:
-    path = module_path(node)
-    weight = constant_of(node.inputs[1])
+    path, frozen = module_path(node), node.inputs[1]
+    weight = constant_of(frozen)
     assert weight is not None
     if not np.isfinite(weight).all():
         raise InputError(f"the weight of {path} holds values that are not finite; the checkpoint is damaged")
@@ -77,3 +77,5 @@ def _quantize_node(graph: ir.Graph, node: ir.Node, bits: int) -> None:
     ]
     new = ir.node("QuantizedLinear", inputs, domain=DOMAIN, metadata_props={ORIGIN: path})
     replace_node(node, [new], new.outputs)
+    if frozen is not None and frozen.name is not None and not frozen.uses():
+        del graph.initializers[frozen.name]  # at once: all float weights beside all integer ones would be too much memory

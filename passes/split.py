@@ -59,12 +59,14 @@ def _circuits(node: ir.Node) -> Iterator[RemoteCircuit]:
     if weight is None or "forward_upload_limbs" not in node.attributes:
         raise LegalityError(f"{name}: run quantize and select_parameters before split")
     attributes = attributes_of(node)
+    # Transposed once, by torch, which is several times as fast at it: both circuits then hold what their file will.
+    transposed = torch.from_numpy(weight).t().contiguous().numpy()  # [in, out]
+    both_stored = (transposed, np.ascontiguousarray(weight))
     both_norms = measure_norms(torch.from_numpy(weight))
-    for direction, matrix, norms in zip(DIRECTIONS, (weight, weight.T), both_norms, strict=True):
-        rows = np.ascontiguousarray(matrix)  # [features_out, features_in]
+    for direction, stored, norms in zip(DIRECTIONS, both_stored, both_norms, strict=True):
         limbs, reply = attributes[f"{direction}_upload_limbs"], attributes[f"{direction}_reply_bytes"]
         parameters = LinearParameters.from_norms(norms, upload_limbs=limbs, reply_bytes=reply)
-        yield RemoteCircuit(name, direction, parameters, rows.T, norms, attributes[f"{direction}_crest"])
+        yield RemoteCircuit(name, direction, parameters, stored, norms, attributes[f"{direction}_crest"])
 
 
 def _make_remote(node: ir.Node) -> None:

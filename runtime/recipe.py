@@ -133,13 +133,13 @@ class Recipe(_Section):
     """One training run.
 
     `model` is the client bundle. `worker` is where the worker listens (`tcp://host:port`, `unix://path`) or
-    `inprocess`, which runs `worker_bundle` with `engine` (onnxruntime by default) in this process.
+    `inprocess`, which runs `worker_bundle` with `engine` (by default the fastest on this CPU) in this process.
     """
 
     model: Path
     worker: str = "inprocess"
     worker_bundle: Path | None = None
-    engine: Literal["onnxruntime", "torch", "cleartext"] | None = None
+    engine: Literal["auto", "vnni", "torch", "torch-cuda", "onnxruntime", "cleartext"] | None = None
     data: DataSection
     training: TrainingSection
     lora: LoraSection | None = None

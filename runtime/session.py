@@ -12,12 +12,11 @@ from hecompile.client_bundle import ClientBundle
 from hecompile.errors import InputError
 from hecompile.worker_bundle import WorkerBundle
 from runtime.client import EncryptedCausalLM
+from runtime.engines import DEFAULT_ENGINE
 from runtime.products import CleartextProducts, EncryptedProducts, Products
 from runtime.recipe import Recipe
 from runtime.transports import InProcessTransport, connect
 from runtime.worker import Worker
-
-DEFAULT_ENGINE = "onnxruntime"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from hecompile.errors import HecompileError, InputError, WorkerError
 from hecompile.public_rows import exact_name
 from hecompile.worker_bundle import WorkerBundle
 from runtime import protocol
-from runtime.engines import create_engine
+from runtime.engines import DEFAULT_ENGINE, create_engine
 from runtime.engines.base import Engine
 from runtime.protocol import ErrorReply, EvaluateReply, EvaluateRequest, Frame, HelloRequest, Reply, Request, WorkerInfo
 from runtime.transports.address import TcpAddress, UnixAddress, parse_address
@@ -39,7 +39,7 @@ class Worker:
     engine: a name of `runtime.engines.ENGINES`, or an engine made already.
     """
 
-    def __init__(self, bundle: WorkerBundle, engine: str | Engine = "onnxruntime") -> None:
+    def __init__(self, bundle: WorkerBundle, engine: str | Engine = DEFAULT_ENGINE) -> None:
         self.bundle = bundle
         self.engine: Engine = create_engine(engine, bundle) if isinstance(engine, str) else engine
         self._public_rows = bundle.public_rows() if bundle.has_public_rows else None

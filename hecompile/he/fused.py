@@ -80,6 +80,7 @@ def encrypt_reals(
     planes = torch.empty((linear.upload_limbs, len(rows), linear.in_features), dtype=torch.uint8)
     if secrets:
         key.secrets_transformed()  # before several threads ask for it
+        public.transformed(linear.in_features)  # it uses the threads itself, and must not be waited for by all of them
         random = SecretRandom()
         for_each(
             lambda part: _encrypt_part(

@@ -65,12 +65,21 @@ def test_export_then_inspect(checkpoint: Path, tmp_path: Path) -> None:
     exported = CliRunner().invoke(app, ["export", "llama", "--model", str(checkpoint), "--out", str(out), *arguments])
     assert exported.exit_code == 0, exported.output
     assert f"client bundle: {out / 'client'}" in exported.output
+    assert "736 rows of hints; predicted" in exported.output
     picture = tmp_path / "plan.svg"
     for target in (out, out / "client"):
         shown = CliRunner().invoke(app, ["inspect", str(target), "--draw", str(picture)])
         assert shown.exit_code == 0, shown.output
         assert "161 bits" in shown.output and str(picture) in shown.output
     assert picture.stat().st_size > 1000
+
+
+def test_inspect_of_a_checkpoint_predicts_its_sizes(checkpoint: Path) -> None:
+    shown = CliRunner().invoke(app, ["inspect", str(checkpoint)])
+    assert shown.exit_code == 0, shown.output
+    assert "16 products, 736 rows of hints; predicted" in shown.output
+    (row,) = [line for line in shown.output.splitlines() if "512 x 3" in line]
+    assert "161 bits" in row and "4.5 MB" in row
 
 
 def test_inspect_of_a_truncated_bundle(build: Path, tmp_path: Path) -> None:

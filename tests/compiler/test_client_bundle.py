@@ -9,10 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import pytest
+import torch
 
 from hecompile.client_bundle import ClientBundle, PlanRecord
 from hecompile.errors import InputError, SecurityError, WorkerError
+from hecompile.interpreter import Interpreter
 from hecompile.ir import print_model
 from hecompile.worker_bundle import WorkerBundle, WorkerBundleWriter
 from passes.lower_worker import LowerWorker, encrypted_linear_model
@@ -51,6 +55,39 @@ def test_a_good_bundle_opens(build: Path) -> None:
     assert len(bundle.circuits) == 16 and bundle.plan.lora.target_modules == ["q_proj", "v_proj", "down_proj"]
     text = print_model(bundle.graph())
     assert hashlib.sha256(text.encode()).hexdigest() == bundle.plan.graph_sha256
+
+
+def test_another_graph_is_refused_even_if_its_file_is_listed(client: Path) -> None:
+    """The plan id covers the graph by its own hash: a plan.onnx that is swapped with its file's hash is noticed."""
+    path = client / "plan.onnx"
+    model = ir.load(path)
+    node = next(node for node in model.graph if node.op_type == "RMSNorm")
+    node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.5)
+    path.write_bytes(ir.to_proto(model).SerializeToString())
+
+    def relist(manifest: dict[str, Any]) -> None:
+        (record,) = [file for file in manifest["files"] if file["path"] == "plan.onnx"]
+        record.update(bytes=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+
+    edit_manifest(client, relist)
+    assert "plan.onnx is not the graph that the plan was made with" in refused(client)
+
+
+def test_large_constants_are_not_copied(tmp_path: Path) -> None:
+    """The embedding of a large vocabulary stays in its file: the interpreter's tensor lies in the mapping."""
+    table = ir.Value(name="table", shape=ir.Shape((4096, 8)), type=ir.TensorType(ir.DataType.FLOAT))
+    table.const_value = ir.Tensor(np.arange(4096 * 8, dtype=np.float32).reshape(4096, 8), name="table")
+    ids = ir.Value(name="ids", shape=ir.Shape(("n",)), type=ir.TensorType(ir.DataType.INT64))
+    gather = ir.node("Gather", [table, ids])
+    gather.outputs[0].name = "rows"
+    graph = ir.Graph([ids], gather.outputs, nodes=[gather], initializers=[table], opset_imports={"": 23}, name="g")
+    ir.save(ir.Model(graph, ir_version=10), tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
+    model = ir.load(tmp_path / "m.onnx")
+    interpreter = Interpreter(model)
+    mapped = model.graph.initializers["table"].const_value
+    assert mapped is not None and interpreter.constants["table"].data_ptr() == mapped.numpy().ctypes.data
+    rows = interpreter.run({"ids": torch.tensor([1, 4095])})["rows"]
+    assert rows[:, 0].tolist() == [8.0, 4095 * 8.0]
 
 
 def test_truncated_hint(client: Path) -> None:

@@ -122,10 +122,10 @@ def test_setup_in_chunks(monkeypatch: pytest.MonkeyPatch, exact_limbs: bool) -> 
 def test_inexact_int8_product_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = torch._int_mm
 
-    def saturating(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return right(a, b).clamp(-500_000, 500_000)
+    def saturating(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        return right(a, b, out=out).clamp_(-500_000, 500_000)
 
-    def missing(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def missing(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("not implemented")
 
     for broken in (saturating, missing):

@@ -1,0 +1,136 @@
+"""Worker circuits and hints of a plan: made one circuit at a time, written behind, taken up after an interruption.
+
+The products that make a hint keep every core busy; lowering, writing and hashing what was made runs in one thread beside
+them and mostly waits for the disk. At most three hints are in memory.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from hecompile.client_bundle import HINTS, FileRecord, describe_file, is_intact
+from hecompile.he.hints import write_hint
+from hecompile.he.parameters import RingParameters
+from hecompile.he.public_matrix import PublicMatrix
+from hecompile.he.setup import PreparedMatrix
+from hecompile.plan import RemoteCircuit, SplitPlan
+from hecompile.staging import Staging
+from hecompile.worker_bundle import CircuitSpec, WorkerBundleWriter
+from passes.lower_worker import LowerWorker
+
+CLIENT, WORKER = "client", "worker"
+
+Progress = Callable[[str, int, int], None]
+"""Hears (what is being done, how much of it is done, of how much)."""
+
+RESUMED = "taken up from an interrupted export"
+MAKING = "hints (rows)"
+_BEHIND = 2
+"""Hints that may wait to be written."""
+
+
+class _Line(BaseModel):
+    """What the journal says of a complete circuit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    name: str
+    hint: FileRecord
+    worker: CircuitSpec
+
+
+def write_circuits(
+    stage: Staging, plan: SplitPlan, ring: RingParameters, plan_id: str, progress: Progress
+) -> tuple[FileRecord, ...]:
+    """Write every circuit's hint into the client's part of the build and the worker bundle beside it.
+
+    Progress counts rows of hints. Returns the records of the hint files. Raises OSError or InputError when the disk cannot
+    be written.
+    """
+    client = stage.build / CLIENT
+    total = sum(circuit.parameters.out_features for circuit in plan.circuits)
+    lines = [line for line in map(_parsed, stage.begin(plan_id)) if line is not None]
+    with WorkerBundleWriter(stage.build / WORKER, plan_id, keep=True) as writer:
+        kept = _take_up(stage, writer, client, {line.name: line for line in lines}, plan.circuits)
+        missing = [circuit for circuit in plan.circuits if circuit.name not in kept]
+        done = total - sum(circuit.parameters.out_features for circuit in missing)
+        if kept:
+            progress(RESUMED, done, total)
+        progress(MAKING, done, total)
+        records = [line.hint for line in kept.values()]
+        public = PublicMatrix(ring, stage.public_seed, max(c.parameters.in_features for c in plan.circuits))
+        prepared = PreparedMatrix(public)
+        pending: deque[tuple[RemoteCircuit, Future[FileRecord]]] = deque()
+        with ThreadPoolExecutor(max_workers=1) as background:
+            for circuit in missing:
+                hint = prepared.setup(torch.from_numpy(circuit.weight).t())  # of [features_out, features_in]
+                pending.append((circuit, background.submit(_write, stage, writer, client, circuit, hint)))
+                while len(pending) > (_BEHIND if circuit is not missing[-1] else 0):
+                    written, future = pending.popleft()
+                    records.append(future.result())
+                    done += written.parameters.out_features
+                    progress(MAKING, done, total)
+        writer.commit()
+    return tuple(records)
+
+
+def write_circuits_without_hints(
+    stage: Staging, plan: SplitPlan, ring: RingParameters, plan_id: str, progress: Progress
+) -> tuple[FileRecord, ...]:
+    """Write a worker bundle that can compute hints (`hecompile.public_rows`), and no hint; returns no records.
+
+    It takes as long as the weights take to write, and always starts anew.
+    """
+    stage.begin(plan_id)
+    stage.drop_unlisted(())
+    (stage.build / CLIENT).mkdir(exist_ok=True)
+    features = max(circuit.parameters.in_features for circuit in plan.circuits)
+    with WorkerBundleWriter(stage.build / WORKER, plan_id) as writer:
+        for done, circuit in enumerate(plan.circuits):
+            progress("circuits", done, len(plan.circuits))
+            writer.add(LowerWorker()(circuit.model()).model)
+            writer.add(LowerWorker()(circuit.exact_model()).model)
+        progress("public rows", len(plan.circuits), len(plan.circuits))
+        writer.add_public_rows(PublicMatrix(ring, stage.public_seed, features), features)
+        writer.commit()
+    return ()
+
+
+def _write(
+    stage: Staging, writer: WorkerBundleWriter, client: Path, circuit: RemoteCircuit, hint: Tensor
+) -> FileRecord:
+    spec = writer.add(LowerWorker()(circuit.model()).model)
+    record = describe_file(client, write_hint(client / HINTS, circuit.name, hint))
+    stage.note(_Line(name=circuit.name, hint=record, worker=spec).model_dump(mode="json"))
+    return record
+
+
+def _take_up(
+    stage: Staging, writer: WorkerBundleWriter, client: Path, lines: dict[str, _Line], wanted: Iterable[RemoteCircuit]
+) -> dict[str, _Line]:
+    """The circuits that are complete and intact, counted as added; every other file of the build is deleted."""
+    kept: dict[str, _Line] = {}
+    files: list[Path] = []
+    for name in (circuit.name for circuit in wanted):
+        line = lines.get(name)
+        if line is None or line.worker.name != name or not line.hint.path.startswith(f"{HINTS}/{name}."):
+            continue
+        if is_intact(client, line.hint) and (circuit_files := writer.take_up(line.worker)) is not None:
+            kept[name] = line
+            files += [client / line.hint.path, *circuit_files]
+    stage.drop_unlisted(files)
+    return kept
+
+
+def _parsed(line: dict[str, Any]) -> _Line | None:
+    try:
+        return _Line.model_validate(line)
+    except ValidationError:
+        return None

@@ -1,0 +1,199 @@
+"""Where a build is made before it takes its place: a folder beside the target that outlives an interruption.
+
+    .NAME.partial/export.json       what was asked for, and the public seed that was drawn for it
+    .NAME.partial/lock              held (flock) while an export is writing
+    .NAME.partial/circuits.jsonl    the plan id, then one line per circuit whose files are complete, with their hashes
+    .NAME.partial/build/            what will become NAME
+
+An export that is killed leaves the folder; the next export into the same target that asks for the same takes its seed and
+every circuit whose files still hash to their line, and makes the rest. A line is written after its files are on the disk, so
+an unfinished file is never listed; whatever is not listed is deleted. An export that asks for something else, or whose plan
+turns out to be another (another checkpoint), starts afresh. A folder that no export has made is refused and not touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hecompile.errors import InputError
+from hecompile.he.sampling import PublicSeed
+
+FORMAT, VERSION = "hecompile-export", 1
+RECORD, LOCK, JOURNAL, BUILD = "export.json", "lock", "circuits.jsonl", "build"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    format: str
+    version: int
+    request: str
+    public_seed: str
+
+
+def staging_path(out: Path) -> Path:
+    """Where a build of `out` is made."""
+    return out.parent / f".{out.name}.partial"
+
+
+class Staging:
+    """An opened staging folder. Make it with `staging`.
+
+    Attributes:
+        build: the folder that will become the target.
+        public_seed: of this build; that of the interrupted one where it is taken up.
+        resumed: whether an interrupted export that asked for the same was found.
+    """
+
+    def __init__(self, folder: Path, request: str, drawn: PublicSeed) -> None:
+        self._folder = folder
+        self._journal = folder / JOURNAL
+        self.build = folder / BUILD
+        record = _read_record(folder)
+        self.resumed = record is not None and record.request == request
+        if self.resumed and record is not None:
+            self.public_seed = PublicSeed.from_hex(record.public_seed)
+            return
+        self.public_seed = drawn
+        self._clear()
+        fresh = _Record(format=FORMAT, version=VERSION, request=request, public_seed=drawn.hex())
+        partial = folder / f"{RECORD}.new"
+        partial.write_text(json.dumps(fresh.model_dump()) + "\n", encoding="utf-8")
+        partial.replace(folder / RECORD)
+
+    def begin(self, plan_id: str) -> list[dict[str, Any]]:
+        """The lines noted of circuits of this plan, oldest first; those of another plan are dropped with its files."""
+        lines = self._noted()
+        if lines[:1] != [{"plan_id": plan_id}]:
+            self._clear()
+            lines = []
+            self.note({"plan_id": plan_id})
+        self.build.mkdir(exist_ok=True)
+        return lines[1:]
+
+    def note(self, line: dict[str, Any]) -> None:
+        """Append a line, on the disk when this returns."""
+        with self._journal.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def drop_unlisted(self, listed: Iterable[Path]) -> None:
+        """Delete every file of the build but those."""
+        kept = set(listed)
+        for path in self.build.rglob("*"):
+            if path.is_file() and path not in kept:
+                path.unlink()
+
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether a circuit is complete."""
+        return len(self._noted()) > 1
+
+    def _noted(self) -> list[dict[str, Any]]:
+        """The lines up to the first that an interruption cut off."""
+        lines = []
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            for text in self._journal.read_text(encoding="utf-8").splitlines(keepends=True):
+                if not text.endswith("\n"):
+                    break
+                lines.append(json.loads(text))
+        return lines
+
+    def _clear(self) -> None:
+        self._journal.unlink(missing_ok=True)
+        if self.build.exists():
+            shutil.rmtree(self.build)
+
+
+@contextlib.contextmanager
+def staging(out: Path, request: str, drawn: PublicSeed) -> Iterator[Staging]:
+    """Make a build of `out`: on a clean end it replaces `out`; an error removes what was made, an interruption keeps it.
+
+    Args:
+        request: says what is asked for; an interrupted export that asked for the same is taken up.
+        drawn: the public seed of a fresh start.
+
+    Raises:
+        InputError: another export is writing there, the folder is none of an export, or the disk cannot be written.
+    """
+    folder = staging_path(out)
+    made = _missing_parents(folder)
+    keep = False
+    try:
+        _check_ours(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, out):
+            try:
+                stage = Staging(folder, request, drawn)
+                try:
+                    yield stage
+                except (KeyboardInterrupt, SystemExit):
+                    keep = stage.worth_keeping
+                    raise
+                _publish(stage.build, out)
+            finally:
+                if not keep:
+                    shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()  # only where it is empty
+
+
+def _missing_parents(folder: Path) -> list[Path]:
+    """The parents that a build has to make, deepest first."""
+    return [parent for parent in folder.parents if not parent.exists()]
+
+
+def _check_ours(folder: Path) -> None:
+    """A folder of this name without a valid record is somebody else's, unless nothing but a lock is in it."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    ours = folder.is_dir() and not folder.is_symlink()
+    if ours and _read_record(folder) is None:
+        ours = {path.name for path in folder.iterdir()} <= {LOCK, f"{RECORD}.new"}
+    if not ours:
+        raise InputError(f"{folder} is in the way and is not an interrupted export of this program; move or remove it")
+
+
+def _read_record(folder: Path) -> _Record | None:
+    try:
+        record = _Record.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
+        PublicSeed.from_hex(record.public_seed)
+    except (FileNotFoundError, UnicodeDecodeError, ValidationError, InputError):
+        return None
+    return record if (record.format, record.version) == (FORMAT, VERSION) else None
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, out: Path) -> Iterator[IO[str]]:
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another export is writing {out} at this moment; wait for it or choose another") from None
+        yield lock
+
+
+def _publish(build: Path, out: Path) -> None:
+    """Rename into place; an earlier build is put aside until that has worked."""
+    old = out.parent / f".{out.name}.{os.getpid()}.old"
+    try:
+        if out.exists():
+            out.rename(old)
+        build.rename(out)
+    finally:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
