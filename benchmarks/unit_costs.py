@@ -3,8 +3,8 @@
     python benchmarks/unit_costs.py [--quick]
 
 Seconds of encrypting and decrypting are taken for several rings and numbers of tokens, the shortest of a few repetitions
-each (the model is of an undisturbed machine), and transform_flops, encrypt_seconds and decrypt_seconds fitted to them by least
-squares of the relative error. The worker's and the client's products are timed on a 2048 x 2048 matrix.
+each (the model is of an undisturbed machine). transform_flops, encrypt_seconds and decrypt_seconds are fitted to them by
+least squares of the relative error. Products are timed on a 2048 x 2048 matrix.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -106,17 +107,23 @@ class SelectParameters(ir.passes.InPlacePass):
 
 
 def choose_ring(
-    tokens: int, circuits: list[LinearParameters], costs: CostModel, stored_hints: bool = True
+    tokens: int,
+    circuits: Sequence[LinearParameters] = (),
+    costs: CostModel | None = None,
+    stored_hints: bool = True,
 ) -> RingParameters:
-    """The catalogue's set with the least client work for `tokens` tokens through every circuit (and, where hints are not
-    stored, the least time for fetching them); among those within a fifth of it the most secure."""
+    """The catalogue's set with the least client work for `tokens` tokens through every circuit (one with as many inputs as
+    outputs where none is given) and, where hints are not stored, the least time for fetching them; among those within a
+    fifth of it the most secure."""
     if tokens < 1:
         raise InputError(f"the number of tokens per step must be positive, got {tokens}")
+    prices = costs or CostModel()
+    inputs = sum(p.in_features for p in circuits) or 1
+    outputs = sum(p.out_features for p in circuits) or 1
 
     def work(ring: RingParameters) -> float:
-        encrypt = sum(costs.encrypt(ring, tokens, p.in_features) for p in circuits)
-        hints = 0.0 if stored_hints else sum(costs.fetched_hint(ring, p) for p in circuits)
-        return encrypt + sum(costs.decrypt(ring, tokens, p.out_features) for p in circuits) + hints
+        hints = 0.0 if stored_hints else sum(prices.fetched_hint(ring, p) for p in circuits)
+        return prices.encrypt(ring, tokens, inputs) + prices.decrypt(ring, tokens, outputs) + hints
 
     least = min(work(ring) for ring in CATALOGUE.values())
     similar = [ring for ring in CATALOGUE.values() if work(ring) <= _SIMILAR_COST * least]
