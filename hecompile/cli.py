@@ -49,8 +49,8 @@ def export_llama(
     precision: Annotated[
         float,
         typer.Option(
-            help="Effective bits of every encrypted product: signal over noise, in powers of two. 8 follows float32 "
-            "training within 1 %; fewer bits send fewer bytes. `inspect` shows what was reached."
+            help="Effective bits of every encrypted product: b bits mean noise of 2^-b of the result's own size (8: 0.4 %, "
+            "about what bfloat16 rounding does). Fewer bits send fewer bytes. `inspect` shows what was reached."
         ),
     ] = 8.0,
     weight_bits: Annotated[
@@ -85,6 +85,14 @@ def export_llama(
             "sizes it may keep everything on the client."
         ),
     ] = "offload",
+    hints: Annotated[
+        bool,
+        typer.Option(
+            "--hints/--no-hints",
+            help="--no-hints stores no hints on the client; the worker then computes one with every product, which costs "
+            "its time and your download. `inspect` shows how many bytes, `python benchmarks/hintless.py` the time.",
+        ),
+    ] = True,
 ) -> None:
     """Export a Hugging Face Llama to ONNX and compile it: a client bundle (plan, hints, tokenizer) and a worker bundle
     (integer circuits). Both are public; the secrets are drawn at training time and never stored."""
@@ -108,6 +116,7 @@ def export_llama(
         sequence_buckets=_lengths(sequence_buckets),
         public_seed=None if public_seed is None else PublicSeed.from_hex(public_seed),
         policy="offload" if placement == "offload" else "cheapest",
+        stored_hints=hints,
     )
     console = _console()
     size = ModelSize.of(load_config(model))
