@@ -77,7 +77,7 @@ def write_circuits(
                     records.append(future.result())
                     done += written.parameters.out_features
                     progress(MAKING, done, total)
-        writer.commit()
+        writer.commit([circuit.name for circuit in plan.circuits])
     return tuple(records)
 
 
