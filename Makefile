@@ -20,6 +20,11 @@ $(VENV)/.installed: pyproject.toml
 demo: install
 	$(BIN)/hecompile demo --out build/demo
 
+# QUICK=1 only checks that every section runs; SECTIONS="crypto field" takes some. Writes benchmarks/results/README.md.
+bench: install
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(SECTIONS)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy

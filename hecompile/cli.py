@@ -179,7 +179,13 @@ def worker_serve(
     listen: Annotated[
         str, typer.Option(help="tcp://127.0.0.1:PORT (0 picks a free one) or unix:///path/to/socket.")
     ] = "tcp://127.0.0.1:7700",
-    engine: Annotated[str, typer.Option(help="onnxruntime, torch, or concrete (TFHE, tiny circuits).")] = "onnxruntime",
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="auto (vnni where the CPU has AVX512-VNNI, else torch), vnni, torch, torch-cuda, onnxruntime, or "
+            "concrete (TFHE, tiny circuits)."
+        ),
+    ] = "auto",
     allow_plaintext_network: Annotated[
         bool, typer.Option(help="Listen on an address other machines can reach, without authentication or TLS.")
     ] = False,

@@ -34,7 +34,7 @@ _LISTENING = "listening on "
 
 
 @contextmanager
-def worker_process(bundle: Path, engine: str = "onnxruntime") -> Iterator[str]:
+def worker_process(bundle: Path, engine: str = "auto") -> Iterator[str]:
     """A worker in a process of its own on a free loopback port; yields its address. Raises WorkerError if it fails."""
     command = [sys.executable, "-m", "hecompile.cli", "worker", "serve", str(bundle)]
     command += ["--listen", "tcp://127.0.0.1:0", "--engine", engine]

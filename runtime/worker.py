@@ -18,7 +18,7 @@ from typing import Any
 from hecompile.errors import HecompileError, InputError, WorkerError
 from hecompile.worker_bundle import WorkerBundle
 from runtime import protocol
-from runtime.engines import create_engine
+from runtime.engines import DEFAULT_ENGINE, create_engine
 from runtime.engines.base import Engine
 from runtime.protocol import ErrorReply, EvaluateReply, Frame, HelloRequest, Reply, Request, WorkerInfo
 from runtime.transports.address import TcpAddress, UnixAddress, parse_address
@@ -36,7 +36,7 @@ class Worker:
     engine: a name of `runtime.engines.ENGINES`, or an engine made already.
     """
 
-    def __init__(self, bundle: WorkerBundle, engine: str | Engine = "onnxruntime") -> None:
+    def __init__(self, bundle: WorkerBundle, engine: str | Engine = DEFAULT_ENGINE) -> None:
         self.bundle = bundle
         self.engine: Engine = create_engine(engine, bundle) if isinstance(engine, str) else engine
 

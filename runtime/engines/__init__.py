@@ -22,9 +22,22 @@ def _torch(bundle: WorkerBundle) -> Engine:
 
 
 def _torch_cuda(bundle: WorkerBundle) -> Engine:
-    from runtime.engines.torch_engine import TorchEngine
+    from runtime.engines.cuda_engine import CudaEngine
 
-    return TorchEngine(bundle, device="cuda")
+    return CudaEngine(bundle)
+
+
+def _vnni(bundle: WorkerBundle) -> Engine:
+    from runtime.engines.vnni_engine import VnniEngine
+
+    return VnniEngine(bundle)
+
+
+def _auto(bundle: WorkerBundle) -> Engine:
+    """The fastest on this machine's CPU. Never a GPU: that is asked for by name."""
+    from runtime.engines.vnni_kernel import supported
+
+    return _vnni(bundle) if supported() else _torch(bundle)
 
 
 def _concrete(bundle: WorkerBundle) -> Engine:
@@ -33,8 +46,12 @@ def _concrete(bundle: WorkerBundle) -> Engine:
     return ConcreteEngine(bundle)
 
 
+DEFAULT_ENGINE = "auto"
+
 # The libraries are imported when an engine is asked for: each takes a second or more.
 ENGINES: dict[str, Callable[[WorkerBundle], Engine]] = {
+    "auto": _auto,
+    "vnni": _vnni,
     "onnxruntime": _onnxruntime,
     "torch": _torch,
     "torch-cuda": _torch_cuda,
@@ -49,4 +66,4 @@ def create_engine(name: str, bundle: WorkerBundle) -> Engine:
     return ENGINES[name](bundle)
 
 
-__all__ = ["ENGINES", "Engine", "create_engine"]
+__all__ = ["DEFAULT_ENGINE", "ENGINES", "Engine", "create_engine"]

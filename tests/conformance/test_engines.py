@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hecompile.errors import InputError, WorkerError
+from hecompile.integers import MAX_INT16_WEIGHT
 from hecompile.worker_bundle import KNOWN_ANSWER, WorkerBundle, WorkerBundleWriter, known_answer_vector
 from passes.lower_worker import LowerWorker, encrypted_linear_model, encrypted_linear_reference
-from runtime.engines import ENGINES, Engine, create_engine
-from runtime.engines.torch_engine import CUDA_GRANULE, TorchEngine
-from runtime.transports import InProcessTransport, Transport, connect, open_connection
+from runtime.engines import ENGINES, Engine, create_engine, vnni_kernel
+from runtime.engines.cuda_engine import CudaEngine
+from runtime.engines.torch_engine import TorchEngine
+from runtime.transports import InProcessTransport, Transport, TransportPool, connect, open_connection
 from runtime.worker import Worker, WorkerServer
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
@@ -24,20 +28,25 @@ LIMBS = [(limbs, reply_bytes) for limbs in range(1, 5) for reply_bytes in range(
 CONCRETE_LIMBS = [(1, 1), (3, 3), (4, 2)]
 WEIGHT = extreme_weight(IN, OUT)
 TINY_WEIGHT = extreme_weight(TINY_IN, TINY_OUT)
+WIDE_WEIGHT = np.random.default_rng(3).integers(-32768, MAX_INT16_WEIGHT, (IN, OUT), dtype=np.int16)
+WIDE_WEIGHT[:, :3] = MAX_INT16_WEIGHT, -32768, 128  # 128 is 256 - 128 in balanced bytes
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> WorkerBundle:
     linears = {f"linear_{limbs}{reply_bytes}": (WEIGHT, limbs, reply_bytes) for limbs, reply_bytes in LIMBS}
+    linears |= {f"wide_{limbs}{reply_bytes}": (WIDE_WEIGHT, limbs, reply_bytes) for limbs, reply_bytes in LIMBS}
     linears |= {f"tiny_{limbs}{reply_bytes}": (TINY_WEIGHT, limbs, reply_bytes) for limbs, reply_bytes in LIMBS}
     return write_bundle(tmp_path_factory.mktemp("conformance") / "worker", linears)
 
 
-@pytest.fixture(scope="module", params=["onnxruntime", "torch", "torch-padded"])
+@pytest.fixture(scope="module", params=["onnxruntime", "torch", "vnni", "torch-cuda-on-cpu"])
 def engine(request: pytest.FixtureRequest, bundle: WorkerBundle) -> Engine:
-    """`torch-padded` is the torch engine with the padding that CUDA needs, on the CPU."""
-    if request.param == "torch-padded":
-        return TorchEngine(bundle, granule=CUDA_GRANULE)
+    """`torch-cuda-on-cpu` is the CUDA engine with its padding, layouts and chunks, on the CPU."""
+    if request.param == "vnni" and not vnni_kernel.supported():
+        pytest.skip("this CPU has no AVX512-VNNI")
+    if request.param == "torch-cuda-on-cpu":
+        return CudaEngine(bundle, device="cpu", chunk_tokens=20)
     return create_engine(request.param, bundle)
 
 
@@ -48,10 +57,13 @@ def concrete(bundle: WorkerBundle) -> Engine:
 
 @pytest.mark.parametrize("tokens", [1, 2, 33])
 @pytest.mark.parametrize(("limbs", "reply_bytes"), LIMBS)
-def test_engine_is_exact(engine: Engine, limbs: int, reply_bytes: int, tokens: int) -> None:
-    for direction, weight in (("forward", WEIGHT), ("backward", WEIGHT.T)):
+@pytest.mark.parametrize(("name", "forward"), [("linear", WEIGHT), ("wide", WIDE_WEIGHT)])
+def test_engine_is_exact(
+    engine: Engine, name: str, forward: np.ndarray, limbs: int, reply_bytes: int, tokens: int
+) -> None:
+    for direction, weight in (("forward", forward), ("backward", forward.T)):
         planes = extreme_planes(limbs, tokens, weight.shape[0], seed=tokens)
-        reply = engine.evaluate(f"linear_{limbs}{reply_bytes}.{direction}", planes)
+        reply = engine.evaluate(f"{name}_{limbs}{reply_bytes}.{direction}", planes)
         assert reply.dtype == np.uint8 and reply.shape == (reply_bytes, tokens, weight.shape[1])
         np.testing.assert_array_equal(reply, encrypted_linear_reference(planes, weight, reply_bytes))
 
@@ -95,7 +107,7 @@ def test_tfhe_refuses_a_large_linear(tmp_path: Path) -> None:
         ("linear_32.forward", np.zeros((3, IN), np.uint8), r"shape \[3, 67\]"),
     ],
 )
-@pytest.mark.parametrize("name", ["onnxruntime", "torch", "concrete"])
+@pytest.mark.parametrize("name", ["auto", "onnxruntime", "torch", "concrete"])
 def test_engine_refuses(bundle: WorkerBundle, name: str, circuit: str, planes: np.ndarray, message: str) -> None:
     with pytest.raises(WorkerError, match=message):
         create_engine(name, bundle).evaluate(circuit, planes)
@@ -108,19 +120,22 @@ def test_engine_accepts_planes_that_are_read_only_and_strided(engine: Engine) ->
     np.testing.assert_array_equal(reply, encrypted_linear_reference(planes, WEIGHT, 2))
 
 
-def test_torch_does_not_share_a_backward_that_is_not_the_transpose(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [TorchEngine, partial(CudaEngine, device="cpu"), partial(create_engine, "auto")])
+def test_a_backward_that_is_not_the_transpose_is_not_shared(
+    make: Callable[[WorkerBundle], Engine], tmp_path: Path
+) -> None:
     matrices = {"pair.forward": extreme_weight(8, 6, seed=1), "pair.backward": extreme_weight(6, 8, seed=2)}
     with WorkerBundleWriter(tmp_path / "worker", PLAN_ID) as writer:
         for name, matrix in matrices.items():
             writer.add(LowerWorker()(encrypted_linear_model(matrix, 2, 2, name)).model)
-        engine = TorchEngine(writer.commit())
+        engine = make(writer.commit())
     for name, matrix in matrices.items():
         planes = extreme_planes(2, 3, matrix.shape[0])
         np.testing.assert_array_equal(engine.evaluate(name, planes), encrypted_linear_reference(planes, matrix, 2))
 
 
 def test_unknown_engine_is_named_with_the_choices(bundle: WorkerBundle) -> None:
-    with pytest.raises(InputError, match="unknown engine 'abacus'; choose one of onnxruntime, torch"):
+    with pytest.raises(InputError, match="unknown engine 'abacus'; choose one of auto, vnni, onnxruntime, torch"):
         create_engine("abacus", bundle)
     assert "concrete" in ENGINES
 
@@ -131,13 +146,14 @@ def open_transport(kind: str, worker: Worker, directory: Path) -> Iterator[Trans
         if kind == "inprocess":
             transport: Transport = InProcessTransport(worker)
         else:
-            address = "tcp://127.0.0.1:0" if kind == "tcp" else f"unix://{directory}/socket"
-            transport = connect(stack.enter_context(WorkerServer(worker, address)).address)
+            listen = f"unix://{directory}/socket" if kind == "unix" else "tcp://127.0.0.1:0"
+            address = stack.enter_context(WorkerServer(worker, listen)).address
+            transport = TransportPool(lambda: connect(address), 3) if kind == "pool" else connect(address)
         stack.callback(transport.close)
         yield transport
 
 
-@pytest.mark.parametrize("kind", ["inprocess", "tcp", "unix"])
+@pytest.mark.parametrize("kind", ["inprocess", "tcp", "unix", "pool"])
 def test_every_transport_gives_the_same_bytes(
     kind: str, bundle: WorkerBundle, engine: Engine, tmp_path: Path
 ) -> None:
@@ -145,10 +161,29 @@ def test_every_transport_gives_the_same_bytes(
     with open_transport(kind, Worker(bundle, engine), tmp_path) as transport:
         info = open_connection(transport, PLAN_ID)
         assert info.engine == engine.name and info.circuits.keys() == bundle.circuits.keys()
-        sent, received = transport.bytes_sent, transport.bytes_received
-        reply = transport.evaluate("linear_43.forward", planes)
-    np.testing.assert_array_equal(reply, encrypted_linear_reference(planes, WEIGHT, 3))
+        answer = transport.evaluate("linear_43.forward", planes)
+    np.testing.assert_array_equal(answer.planes, encrypted_linear_reference(planes, WEIGHT, 3))
     # Frames are counted whole: 16 bytes and a header beside the planes.
-    assert 0 < transport.bytes_sent - sent - planes.size - 16 < 200
-    assert 0 < transport.bytes_received - received - reply.size - 16 < 200
-    assert transport.worker_seconds > 0
+    assert 0 < answer.bytes_sent - planes.size - 16 < 200
+    assert 0 < answer.bytes_received - answer.planes.size - 16 < 200
+    assert answer.worker_seconds > 0
+
+
+@pytest.mark.parametrize("kind", ["inprocess", "pool"])
+def test_requests_of_several_threads_are_not_mixed_up(
+    kind: str, bundle: WorkerBundle, engine: Engine, tmp_path: Path
+) -> None:
+    """More threads than connections, each with ciphertexts of its own in both directions."""
+    requests = [(i, direction) for i in range(6) for direction in ("forward", "backward")]
+
+    def ask(index: int, direction: str) -> tuple[np.ndarray, np.ndarray]:
+        weight = WEIGHT if direction == "forward" else WEIGHT.T
+        planes = extreme_planes(4, 5 + index, weight.shape[0], seed=index)
+        reply = transport.evaluate(f"linear_43.{direction}", planes).planes
+        return reply, encrypted_linear_reference(planes, weight, 3)
+
+    with open_transport(kind, Worker(bundle, engine), tmp_path) as transport, ThreadPoolExecutor(5) as threads:
+        open_connection(transport, PLAN_ID)
+        assert transport.concurrent
+        for reply, expected in threads.map(lambda request: ask(*request), requests):
+            np.testing.assert_array_equal(reply, expected)

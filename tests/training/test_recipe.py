@@ -90,7 +90,7 @@ def test_training_arguments_have_the_recipes_values(recipe_file: Path) -> None:
         ("worker=unix://", "worker must be inprocess, tcp://host:port or unix://path"),
         ("worker=inprocess", "worker: inprocess needs worker_bundle"),
         ("engine=torch", "engine is the worker's own choice"),
-        ("engine=cuda", "engine: Input should be 'onnxruntime', 'torch' or 'cleartext'"),
+        ("engine=cuda", "engine: Input should be 'auto', 'vnni', 'torch', 'torch-cuda', 'onnxruntime' or 'cleartext'"),
     ],
 )
 def test_a_wrong_override_gives_one_line_that_names_the_key(recipe_file: Path, override: str, message: str) -> None:

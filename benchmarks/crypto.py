@@ -1,0 +1,113 @@
+"""The client's cryptography: nanoseconds per element and core to encrypt and to decrypt, everything included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+
+from benchmarks.client_path import PATHS, TRAINED, ClientPath
+from benchmarks.linears import Linear, public_matrix, random_linear, random_rows, relative_error, stored_hint
+from benchmarks.report import section_main, table
+from benchmarks.timing import Samples, paired, thread_counts, threads
+from hecompile.he.encode import encode
+from hecompile.he.parameters import CATALOGUE, RingParameters
+from hecompile.he.sampling import SecretRandom
+from hecompile.he.scheme import evaluate
+from passes.select_parameters import choose_ring
+
+TARGET_NS = 3.0
+SHAPES = ((2048, 2048), (2048, 8192), (8192, 2048))
+TOKENS = (512, 1024, 2048)
+RING_SHAPE, RING_TOKENS = (2048, 2048), 1024
+PROSE = f"""\
+## Client cryptography
+
+Time of encrypting (scaling, rounding, drawing the secret, product with the public matrix, error, packing to wire bytes) and
+of decrypting (unpacking, product of hint and secret, centring, scaling back), over the elements (tokens × features) of the
+side that is encrypted or decrypted, times the threads used. `trained` is what training calls. Error: relative rms
+error of the decrypted product to the exact one. Target: at most {TARGET_NS:g} ns each.
+"""
+
+
+def run(quick: bool) -> str:
+    """Markdown: by shape and tokens with the ring that the compiler would choose, by ring, and the reference's split."""
+    shapes, tokens = (((64, 96),), (40,)) if quick else (SHAPES, TOKENS)
+    ring_shape, ring_tokens = ((64, 64), 48) if quick else (RING_SHAPE, RING_TOKENS)
+    repeats = 2 if quick else 9
+    by_shape: list[list[object]] = []
+    for in_features, out_features in shapes:
+        linear = random_linear(in_features, out_features)
+        for count in tokens:
+            by_shape += _rows(linear, choose_ring(count), count, repeats)
+    by_ring: list[list[object]] = []
+    linear = random_linear(*ring_shape)
+    for ring in CATALOGUE.values():
+        by_ring += _rows(linear, ring, ring_tokens, repeats, {"trained": TRAINED})
+    headings = ["in × out", "tokens", "ring × rank", "path", "threads", "encrypt ns/element/core", "decrypt", "error"]
+    return "\n\n".join(
+        [
+            PROSE,
+            table(headings, by_shape),
+            f"Every ring that can be selected, at {ring_shape[0]} × {ring_shape[1]} and {ring_tokens} tokens:",
+            table(headings, by_ring),
+            "Parts of encrypting that exist as functions of their own, one thread:",
+            table(["in", "tokens", "part", "ns/element"], _split(ring_shape[0], ring_tokens, repeats)),
+        ]
+    )
+
+
+def _rows(
+    linear: Linear, ring: RingParameters, tokens: int, repeats: int, paths: dict[str, ClientPath] = PATHS
+) -> list[list[object]]:
+    parameters = linear.parameters
+    public = public_matrix(ring, parameters.in_features)
+    x = random_rows(tokens, parameters.in_features)
+    exact = x.double() @ linear.weight.double().t()
+    rows: list[list[object]] = []
+    with ExitStack() as stack:
+        hint = stack.enter_context(stored_hint(public, linear.weight))
+        results = {}
+        for name, path in paths.items():
+            ciphertext, key, scale = path.encrypt(public, x, parameters)
+            reply = evaluate(linear.weight, ciphertext.planes, parameters)
+            error = relative_error(path.decrypt(key, hint, reply, parameters, scale), exact)
+            results[name] = (path, key, reply, scale, error)
+        for count in thread_counts():
+            calls: dict[str, Callable[[], object]] = {}
+            for name, (path, key, reply, scale, _) in results.items():
+                calls[f"{name} encrypt"] = partial(path.encrypt, public, x, parameters)
+                calls[f"{name} decrypt"] = partial(path.decrypt, key, hint, reply, parameters, scale)
+            with threads(count):
+                samples = paired(calls, repeats)
+            for name, (*_, error) in results.items():
+                encrypted = _nanoseconds(samples[f"{name} encrypt"], tokens * parameters.in_features, count)
+                decrypted = _nanoseconds(samples[f"{name} decrypt"], tokens * parameters.out_features, count)
+                shape = f"{parameters.in_features} × {parameters.out_features}"
+                rows.append([shape, tokens, f"{ring.ring_dim} × {ring.rank}", name, count, encrypted, decrypted, error])
+    return rows
+
+
+def _nanoseconds(samples: Samples, elements: int, cores: int) -> float:
+    return 1e9 * samples.seconds * cores / elements
+
+
+def _split(features: int, tokens: int, repeats: int) -> list[list[object]]:
+    parameters = random_linear(features, features).parameters
+    x = random_rows(tokens, features)
+    public = public_matrix(choose_ring(tokens), features)
+    calls = {
+        "scaling and rounding (`encode`)": lambda: encode(x, parameters.input_bound, parameters.norm_bound),
+        "error sampling (`SecretRandom.discrete_gaussian`)": lambda: SecretRandom().discrete_gaussian((tokens, features)),
+        "all of encrypting": lambda: TRAINED.encrypt(public, x, parameters),
+    }
+    with threads(1):
+        samples = paired(calls, repeats)
+    return [[features, tokens, name, _nanoseconds(samples[name], tokens * features, 1)] for name in calls]
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    section_main("crypto")

@@ -1,0 +1,113 @@
+"""Frozen linears of any shape outside a model: weights, parameters, hints and a worker's engine, as the compiler makes them.
+
+The rows of a trained or initialised linear are close to normal, so that random normal weights have the norms, and with
+them the scales and the noise, of real ones.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hecompile.he.hints import Hint, HintStore, write_hint
+from hecompile.he.parameters import LinearParameters, RingParameters
+from hecompile.he.public_matrix import PublicMatrix
+from hecompile.he.sampling import PublicSeed
+from hecompile.he.setup import setup
+from hecompile.worker_bundle import WorkerBundleWriter
+from passes.lower_worker import LowerWorker, encrypted_linear_model
+from passes.quantize import quantize_weight
+from runtime.engines import Engine, create_engine
+
+UPLOAD_LIMBS, REPLY_BYTES = 3, 2
+"""What parameter selection takes for most linears of a 1B model with 8-bit weights, at precision 8."""
+
+WEIGHT_BITS = 8
+_SAMPLED_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A quantised linear: int8 weight [out, in] and f32 scale [out]; x·Wᵀ of the float layer is product ⊙ scale."""
+
+    weight: Tensor
+    parameters: LinearParameters
+
+
+def random_linear(in_features: int, out_features: int, seed: int = 0) -> Linear:
+    """Normal weights, quantised as `passes.quantize` does."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, _ = quantize_weight(torch.randn(out_features, in_features, generator=generator).numpy(), WEIGHT_BITS)
+    matrix = torch.from_numpy(weight)
+    return Linear(matrix, LinearParameters.from_weight(matrix, UPLOAD_LIMBS, REPLY_BYTES))
+
+
+def parameters_of_shape(in_features: int, out_features: int) -> LinearParameters:
+    """The parameters of such a linear, from a sample of its rows: for shapes whose weights would not fit in memory."""
+    sample = random_linear(in_features, min(out_features, _SAMPLED_ROWS)).parameters
+    slack = 1.05  # the largest norm of all rows is a little above that of the sample
+    return LinearParameters(
+        in_features, out_features, int(slack * sample.max_l1), slack * sample.max_l2, UPLOAD_LIMBS, REPLY_BYTES
+    )
+
+
+def random_rows(tokens: int, features: int, seed: int = 1) -> Tensor:
+    """Activations f32 [T, features]: normal, each token of a size of its own, one feature in a hundred ten times larger."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, features, generator=generator) * torch.rand(tokens, 1, generator=generator).add_(0.5)
+    x[:, :: max(1, min(100, features - 1))] *= 10.0
+    return x
+
+
+def public_matrix(ring: RingParameters, rows: int) -> PublicMatrix:
+    return PublicMatrix(ring, PublicSeed.from_hex("b0" * 32), rows)
+
+
+@contextmanager
+def stored_hint(public: PublicMatrix, weight: Tensor) -> Iterator[Hint]:
+    """The hint of a weight, made by setup, written and read back as training reads it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        write_hint(Path(scratch), "linear", setup(weight, public))
+        yield _read(Path(scratch), public.params)
+
+
+@contextmanager
+def random_hint(ring: RingParameters, out_features: int) -> Iterator[Hint]:
+    """Uniform values in a hint's place, where setup for the real one would take too long: timing does not depend on them,
+    the decrypted values are meaningless."""
+    generator = torch.Generator().manual_seed(2)
+    with tempfile.TemporaryDirectory() as scratch:
+        shape = (out_features, ring.lattice_dim)
+        values = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
+        write_hint(Path(scratch), "linear", values)
+        yield _read(Path(scratch), ring)
+
+
+def _read(directory: Path, ring: RingParameters) -> Hint:
+    # Nothing cached: in a model of real size the hints' transforms do not fit in memory.
+    return HintStore(directory, ring, cache_bytes=0).hint("linear")
+
+
+@contextmanager
+def engine_of(linear: Linear, engine: str) -> Iterator[Engine]:
+    """A worker's engine over a bundle that holds this linear as `linear.forward`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        with WorkerBundleWriter(Path(scratch) / "worker", "00" * 16) as writer:
+            parameters = linear.parameters
+            weight = linear.weight.t().contiguous().numpy()  # int8 [in, out]
+            model = encrypted_linear_model(weight, parameters.upload_limbs, parameters.reply_bytes, "linear.forward")
+            writer.add(LowerWorker()(model).model)
+            bundle = writer.commit()
+        yield create_engine(engine, bundle)
+
+
+def relative_error(result: Tensor, exact: Tensor) -> float:
+    """Root mean square of the difference over that of the exact values."""
+    return math.sqrt(float((result.double() - exact).square().mean() / exact.square().mean()))

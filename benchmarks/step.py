@@ -1,0 +1,99 @@
+"""One training step at Llama-3.2-1B size: encrypted over plaintext PEFT, its split, memory, and bytes on the wire.
+
+$HECOMPILE_BENCHMARK_1B may name a folder with `checkpoint` and `build`; else both are made (minutes, 15 GB of disk).
+"""
+
+from __future__ import annotations
+
+from benchmarks.builds import Built, llama_1b
+from benchmarks.report import section_main, table
+from benchmarks.stepping import Batch, Side, Steps, measure_steps
+from hecompile.client_bundle import ClientBundle
+from hecompile.compiler import CLIENT
+
+LAYERS, BATCH = 16, Batch(sequences=2, length=512, micro_batch=1)
+QUICK_LAYERS, QUICK_BATCH = 2, Batch(sequences=2, length=32)
+ENGINE = "torch"
+"""One copy of the weights for both directions: onnxruntime took over 10 GB for this model."""
+
+RATIO_TARGET, BYTES_TARGET, CLIENT_GB_TARGET = 1.5, 3.6e6, 4.0
+PROSE = """\
+## One training step at 1B size
+
+Llama-3.2-1B's shape ({layers} layers) with random weights of {weight_bits} bits, precision {precision:g}, ring {ring},
+LoRA of rank 8 on all seven linears, {tokens} tokens per step ({sequences} sequences of {length}, {micro} at a time),
+gradients through all layers. Client and worker (engine `{engine}`) are processes that share the machine's cores, connected
+by TCP; plaintext is PEFT on the same checkpoint in float32, a third process. Both sides train with
+`runtime.train.run_training`, in turn; medians of {steps} steps each.
+"""
+
+
+def run(quick: bool) -> str:
+    """Markdown: seconds and their split, CPU seconds and memory by process, bytes per token and their prediction."""
+    layers, batch = (QUICK_LAYERS, QUICK_BATCH) if quick else (LAYERS, BATCH)
+    rounds, steps = (1, 1) if quick else (3, 2)
+    with llama_1b(layers, batch.micro_batch or batch.sequences, batch.length) as built:
+        measured = measure_steps(built.build, built.checkpoint, batch, rounds, steps, engine=ENGINE)
+        return describe(built, batch, measured)
+
+
+def describe(built: Built, batch: Batch, measured: Steps) -> str:
+    """The section's Markdown."""
+    encrypted, plain = measured.encrypted, measured.plaintext
+    assert plain is not None
+    plan = ClientBundle.open(built.build / CLIENT).plan
+    prose = PROSE.format(
+        layers=sum(name.endswith("down_proj.forward") for name in plan.circuits),
+        weight_bits=plan.weight_bits,
+        engine=ENGINE,
+        precision=plan.effective_bits,
+        ring=f"{plan.ring.ring_dim} × {plan.ring.rank}",
+        tokens=batch.tokens,
+        sequences=batch.sequences,
+        length=batch.length,
+        micro=batch.micro_batch or batch.sequences,
+        steps=sum(len(steps) for steps in encrypted.rounds),
+    )
+    rows: list[list[object]] = [["a step", encrypted.seconds, plain.seconds]]
+    rows += [[f"– {name}", seconds, ""] for name, seconds in measured.split.items()]
+    rows.append(["encrypted / plaintext (median of pairs)", f"**{measured.ratio:.2f}**", f"target ≤ {RATIO_TARGET:g}"])
+    rows.append(["loss of the first step", f"{encrypted.first_loss:.4f}", f"{plain.first_loss:.4f}"])
+    processes = [
+        ["client", encrypted.cpu_seconds, encrypted.peak / 1e9, f"≤ {CLIENT_GB_TARGET:g} GB"],
+        ["worker", measured.worker_cpu_seconds, measured.worker_peak / 1e9, _worker_target(built)],
+        ["plaintext PEFT", plain.cpu_seconds, plain.peak / 1e9, ""],
+    ]
+    return "\n\n".join(
+        [
+            prose,
+            table(["seconds", "encrypted", "plaintext PEFT"], rows),
+            table(["process", "CPU s per step", "peak memory, GB", "target"], processes),
+            bytes_table(built, encrypted),
+        ]
+    )
+
+
+def bytes_table(built: Built, encrypted: Side) -> str:
+    """Bytes per token on the wire, whole frames, beside what `inspect` predicts of the payload."""
+    predicted = built.traffic()
+    up, down = encrypted.per_token("bytes_up"), encrypted.per_token("bytes_down")
+    rows = [
+        ["up", f"{predicted.bytes_up:,}", f"{up:,.0f}", f"{100 * (up / predicted.bytes_up - 1):+.2f} %"],
+        ["down", f"{predicted.bytes_down:,}", f"{down:,.0f}", f"{100 * (down / predicted.bytes_down - 1):+.2f} %"],
+        ["both", f"{predicted.total:,}", f"{up + down:,.0f}", f"{100 * ((up + down) / predicted.total - 1):+.2f} %"],
+    ]
+    heading = (
+        f"Bytes per token, forward and backward (target for 16 layers: at most {BYTES_TARGET:,.0f}, and 1 % between the "
+        "two). The wire adds frame headers; rows without a gradient (a sequence's last, in the last layer) are not sent:"
+    )
+    return f"{heading}\n\n" + table(["", "predicted by `inspect`", "on the wire", "difference"], rows)
+
+
+def _worker_target(built: Built) -> str:
+    circuits = ClientBundle.open(built.build / CLIENT).circuits
+    weights = sum(p.in_features * p.out_features for name, p in circuits.items() if name.endswith(".forward"))
+    return f"≤ 1.5 × {weights / 1e9:.2f} GB of weights + one batch"
+
+
+if __name__ == "__main__":
+    section_main("step")

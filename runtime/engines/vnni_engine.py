@@ -1,0 +1,90 @@
+"""The circuits in one fused kernel for AVX512-VNNI (`vnni_kernel`): the fastest engine where the CPU has it."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from hecompile.errors import WorkerError
+from hecompile.worker_bundle import WorkerBundle
+from runtime.engines.base import check_request
+from runtime.engines.vnni_kernel import CACHE_LINE, PANEL, TILE_TOKENS, product_kernel, supported
+from runtime.engines.weights import Weights
+
+PIECES_PER_THREAD = 16
+"""Pieces of work for each thread, so that none waits long for the last; wide layers have so many panels anyway."""
+
+SMALLEST_BLOCK = 256
+"""Tokens that packing a panel must be worth: it takes about as long as 10 tokens."""
+
+
+class VnniEngine:
+    """threads: for one request; 0 takes every core that this process may use.
+
+    Requests from several threads at once share the pool, and each gets on with its caller's thread alone. Memory beside
+    the mapped weights: the request, the reply, and 64 · in_features bytes a weight digit and thread.
+    Raises WorkerError where the CPU has no AVX512-VNNI.
+    """
+
+    name = "vnni"
+
+    def __init__(self, bundle: WorkerBundle, threads: int = 0) -> None:
+        if not supported():
+            raise WorkerError("engine vnni: this CPU has no AVX512-VNNI; use the engine torch or onnxruntime")
+        self._bundle = bundle
+        self._weights = Weights(bundle)
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._pool = ThreadPoolExecutor(max(self._threads - 1, 1), thread_name_prefix="vnni")
+
+    def evaluate(self, circuit: str, planes: np.ndarray) -> np.ndarray:
+        """See `Engine.evaluate`."""
+        spec = check_request(self._bundle, circuit, planes)
+        weight = self._weights[spec]
+        limbs, tokens, _ = planes.shape
+        digits = tuple(digit.view(np.uint8) for digit in weight.digits)
+        quads = -(-spec.in_features // 4)
+        planes = _in_quads(planes, quads)
+        block = block_tokens(tokens, spec.out_features, limbs, self._threads)
+        reply = np.empty((spec.reply_bytes, tokens, spec.out_features), dtype=np.uint8)
+        counter = np.zeros(1, dtype=np.int64)
+        work = product_kernel(limbs, len(digits))
+
+        def share() -> None:
+            packed = aligned((len(digits), quads, PANEL))
+            work(planes, digits, weight.transposed, block, counter, packed, reply)
+
+        helpers: list[Future[None]] = [self._pool.submit(share) for _ in range(self._threads - 1)]
+        share()
+        for helper in helpers:
+            if not helper.cancel():  # one that has not begun has nothing left to do
+                helper.result()
+        return reply
+
+
+def block_tokens(tokens: int, out_features: int, limbs: int, threads: int) -> int:
+    """Tokens of one piece of work, a multiple of the tile's: all of them, unless there are too few panels to share out."""
+    panels = -(-out_features // PANEL)
+    blocks = min(-(-PIECES_PER_THREAD * threads // panels), max(tokens // SMALLEST_BLOCK, 1))
+    tile = TILE_TOKENS[limbs]
+    return -(-tokens // (blocks * tile)) * tile
+
+
+def aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """uint32, uninitialised, at the start of a cache line."""
+    size = 4 * int(np.prod(shape))
+    room = np.empty(size + CACHE_LINE, dtype=np.uint8)
+    start = -room.ctypes.data % CACHE_LINE
+    return room[start : start + size].view(np.uint32).reshape(shape)
+
+
+def _in_quads(planes: np.ndarray, quads: int) -> np.ndarray:
+    """Read-only uint8 [limbs, T, 4 · quads] in C order, padded with zeros where the features are not whole quads."""
+    if planes.shape[2] != 4 * quads:
+        padded = np.zeros((*planes.shape[:2], 4 * quads), dtype=np.uint8)
+        padded[..., : planes.shape[2]] = planes
+        planes = padded
+    view = np.ascontiguousarray(planes).view()
+    view.flags.writeable = False  # numba compiles for each kind of array; one is enough
+    return view
