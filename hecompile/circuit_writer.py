@@ -31,7 +31,7 @@ CLIENT, WORKER = "client", "worker"
 Progress = Callable[[str, int, int], None]
 """Hears (what is being done, how much of it is done, of how much)."""
 
-RESUMED = "taken up from an interrupted export"
+RESUMED = "resume"
 MAKING = "hints (rows)"
 _BEHIND = 2
 """Hints that may wait to be written."""
@@ -77,7 +77,7 @@ def write_circuits(
                     records.append(future.result())
                     done += written.parameters.out_features
                     progress(MAKING, done, total)
-        writer.commit()
+        writer.commit([circuit.name for circuit in plan.circuits])
     return tuple(records)
 
 

@@ -101,6 +101,7 @@ def export_llama(
     from hecompile.errors import InputError
     from hecompile.frontend import load_config
     from hecompile.he.sampling import PublicSeed
+    from hecompile.phases import PhaseClock
     from hecompile.prediction import ModelSize, prediction_table
     from hecompile.staging import staging_path
     from passes.attach_lora import AttachLora
@@ -131,8 +132,10 @@ def export_llama(
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("load", total=1)
+        clock = PhaseClock()
 
         def report(what: str, done: int, total: int) -> None:
+            clock.report(what)
             if what == RESUMED:
                 bar.console.print(f"going on from an interrupted export: {done} of {total} rows of hints are there")
             bar.update(task, description=what, completed=done, total=total)
@@ -143,6 +146,7 @@ def export_llama(
             if staging_path(out).exists():
                 bar.console.print("interrupted; the same command goes on from here", soft_wrap=True)
             raise
+    console.print(clock.summary(), soft_wrap=True)
     console.print(f"plan {plan_id}\nclient bundle: {out / 'client'}\nworker bundle: {out / 'worker'}", soft_wrap=True)
 
 

@@ -23,7 +23,7 @@ from hecompile.he.parameters import LinearParameters, RingParameters, RingParame
 from hecompile.he.sampling import PublicSeed
 from hecompile.ir import print_model
 
-FORMAT, VERSION = "hecompile-client", 1
+FORMAT, VERSION = "hecompile-client", 2
 MANIFEST, PLAN, PLAN_DATA, HINTS, TOKENIZER = "manifest.json", "plan.onnx", "plan.onnx.data", "hints", "tokenizer"
 _REMEDY = "make the bundle again with `hecompile export llama`"
 _HASH_CHUNK = 1 << 22

@@ -115,12 +115,13 @@ def compile_checkpoint(
         samples = sample_calibration_tokens(checkpoint, seed)
         # The graph holds the weights from here on, and lets go of each as it is quantised.
         del checkpoint
+        gc.collect()  # the exporter's program is part of reference cycles
         plan, ring = lower(model, options, samples, lambda step: progress(step, 0, 1))
         del model
-        gc.collect()  # the exporter's program is part of reference cycles, and keeps every float weight
         record = _plan_record(name, plan, ring, seed, options)
         write = write_circuits if options.stored_hints else write_circuits_without_hints
         hints = write(stage, plan, ring, record.plan_id(), progress)
+        progress("write", 0, 1)
         _write_client(stage.build / CLIENT, plan, tokenizer, record, hints)
     return record.plan_id()
 

@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -164,12 +164,16 @@ class WorkerBundleWriter:
             write_public_rows(self._temporary / PUBLIC_ROWS, public, features)
             self._public_rows = _describe(self._temporary, PUBLIC_ROWS)
 
-    def commit(self) -> WorkerBundle:
-        """Add the known-answer circuit, write the manifest, rename the bundle into place and return it."""
+    def commit(self, order: Sequence[str] = ()) -> WorkerBundle:
+        """Add the known-answer circuit, write the manifest, rename the bundle into place and return it.
+
+        The manifest has the circuits named in `order` first, then the others as they were added.
+        """
         weight = known_answer_weight(self._plan_id)
         model = encrypted_linear_model(weight, KNOWN_ANSWER_LIMBS, KNOWN_ANSWER_REPLY_BYTES, KNOWN_ANSWER)
         self._add(LowerWorker()(model).model, KNOWN_ANSWER, KNOWN_ANSWER, "forward")
-        circuits = list(self._circuits.values())
+        names = [*order, *(name for name in self._circuits if name not in set(order))]
+        circuits = [self._circuits[name] for name in names]
         manifest = _Manifest(
             format=FORMAT, version=VERSION, plan_id=self._plan_id, circuits=circuits, public_rows=self._public_rows
         )
