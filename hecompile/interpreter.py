@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,30 @@ class Interpreter:
             outputs = tuple(str(value.name) for value in node.outputs)
             attributes = attributes_of(node)
             self._steps.append(_Step(node, function, attributes, names, outputs, dead))
+        self._narrowing = self._find_narrowing(last_use)
+
+    def _find_narrowing(self, last_use: Mapping[str, int]) -> tuple[int, tuple[tuple[str, int], ...]] | None:
+        """The last Attention's index, and what lives on after it with positions: (name, axis of the positions)."""
+        attentions = [index for index, step in enumerate(self._steps) if step.node.op_type == "Attention"]
+        names = {str(value.name): value for value in self.graph.inputs}
+        shape = names["input_ids"].shape if "input_ids" in names else None
+        if not attentions or shape is None:
+            return None
+        last, positions = attentions[-1], shape[-1]
+        made = [value for step in self._steps[: last + 1] for value in step.node.outputs]
+        kept = {str(value.name) for value in self.graph.outputs}
+        alive: list[tuple[str, int]] = []
+        for value in (*self.graph.inputs, *made):
+            name = str(value.name)
+            if last_use.get(name, -1) <= last and name not in kept:
+                continue
+            if value.shape is None:
+                return None
+            axes = [axis for axis, dim in enumerate(value.shape) if isinstance(dim, ir.SymbolicDim) and dim == positions]
+            if len(axes) > 1:
+                return None
+            alive += [(name, axis) for axis in axes]
+        return last, tuple(alive)
 
     def _fold_constant(self, node: ir.Node) -> bool:
         if node.op_type != "Constant" or node.domain:
@@ -79,21 +103,30 @@ class Interpreter:
         return True
 
     def run(
-        self, inputs: Mapping[str, Tensor], context: Context | None = None, observer: Observer | None = None
+        self,
+        inputs: Mapping[str, Tensor],
+        context: Context | None = None,
+        observer: Observer | None = None,
+        positions: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Evaluate the graph. `inputs` maps every graph input to a tensor; returns the graph outputs by name.
 
-        `observer` is called with every value that a node produces (calibration). Raises InputError for a missing
-        input.
+        `observer` is called with every value that a node produces (calibration). `positions` (int64 [N]) are those of
+        the sequence axis that the outputs are wanted at, in this order: after the last Attention node no position
+        depends on another, so the others are left out from there on. Raises InputError for a missing input, and for
+        `positions` where the graph has no such place.
         """
         context = context or Context()
+        narrowing = self._narrowing if positions is not None else None
+        if positions is not None and narrowing is None:
+            raise InputError("this graph has no last Attention node after which positions could be left out: fuse it")
         values: dict[str, Tensor] = dict(self.constants)
         for graph_input in self.graph.inputs:
             name = str(graph_input.name)
             if name not in inputs:
                 raise InputError(f"the graph needs the input {name}; given were {sorted(inputs)}")
             values[name] = inputs[name]
-        for step in self._steps:
+        for index, step in enumerate(self._steps):
             arguments = [None if name is None else values[name] for name in step.inputs]
             results = step.function(context, step.attributes, *arguments)
             if not isinstance(results, tuple):
@@ -104,7 +137,20 @@ class Interpreter:
                     observer(value, result)
             for name in step.dead:
                 del values[name]
+            if narrowing is not None and index == narrowing[0]:
+                assert positions is not None
+                for name, axis in narrowing[1]:
+                    values[name] = values[name].index_select(axis, positions)
         return {str(value.name): values[str(value.name)] for value in self.graph.outputs}
+
+
+def packed_graph_inputs(input_ids: Tensor, lengths: Sequence[int]) -> dict[str, Tensor]:
+    """The data inputs of a fused graph for sequences packed one after the other: input_ids [1, T], T the sum of lengths.
+
+    Run it with `Context(sequences=lengths)`: the bias is a placeholder, Attention goes by the lengths.
+    """
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]  # [1, T]
+    return {"input_ids": input_ids, "attention_bias": torch.zeros(1, 1, 1, 1), "position_ids": positions}
 
 
 def causal_attention_bias(attention_mask: Tensor) -> Tensor:

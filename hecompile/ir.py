@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 DOMAIN = "hecompile"
 """Domain of the operators that this compiler adds to ONNX."""
@@ -118,7 +119,7 @@ def nodes_of_type(model: ir.Model, op_type: str, domain: str = DOMAIN) -> Iterat
 
 def remove_unused(model: ir.Model) -> None:
     """Drop dead nodes and initializers."""
-    ir.passes.common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedNodesPass()(model)
 
 
 # ---------------------------------------------------------------------------------------------------------------- text

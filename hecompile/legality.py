@@ -31,6 +31,7 @@ CANONICAL = Stage("canonical", _MODEL, _RAISED)
 ADAPTED = Stage("adapted", _MODEL, _RAISED | {"Lora"})
 QUANTIZED = Stage("quantized", _MODEL, _RAISED | {"Lora", "QuantizedLinear"})
 CLIENT_PLAN = Stage("client plan", _MODEL, _RAISED | {"Lora", "QuantizedLinear", "RemoteLinear"})
+FUSED_CLIENT_PLAN = Stage("fused client plan", CLIENT_PLAN.standard, CLIENT_PLAN.custom | {"Attention", "SwiGLU"})
 WORKER_CIRCUIT = Stage(
     "worker circuit",
     frozenset(
@@ -93,6 +94,8 @@ TYPE_RULES: dict[str, tuple[int, TypeRule | None]] = {
     "SiLU": (1, None),
     "RotaryEmbedding": (3, None),
     "RepeatKV": (1, None),
+    "Attention": (4, None),
+    "SwiGLU": (2, None),
 }
 """Custom operator → number of inputs and its type rule."""
 

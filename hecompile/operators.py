@@ -12,6 +12,10 @@ defined here:
 * `RotaryEmbedding(x, cos, sin)`: x ⊙ cos + rotate_half(x) ⊙ sin, x [B, heads, S, D], cos and sin [B, S, D]
   (Su et al., arXiv 2104.09864, in the half-split layout of Hugging Face).
 * `RepeatKV(x; repeats)`: [B, kv_heads, S, D] → [B, kv_heads·repeats, S, D] (grouped-query attention).
+* `Attention(q, k, v, bias; scale)`: softmax(q·kᵀ·scale + bias)·v, q, k and v [B, heads, S, D], bias broadcast to
+  [B, heads, S, S]. With `context.sequences` the S positions of one row are several sequences one after the other, each
+  of which attends to its own past alone; the bias is then not looked at.
+* `SwiGLU(gate, up)`: SiLU(gate) ⊙ up.
 """
 
 from __future__ import annotations
@@ -41,10 +45,17 @@ class RemoteProduct(Protocol):
 
 @dataclass
 class Context:
-    """What a run needs besides values: training mode (dropout), and who computes remote linears."""
+    """What a run needs besides values.
+
+    training: whether LoRA's dropout is on; it draws from `generator`, torch's own where that is None.
+    remote: who computes remote linears.
+    sequences: lengths of the sequences that are packed into the only row of the batch; None for one sequence per row.
+    """
 
     training: bool = False
     remote: RemoteProduct | None = None
+    generator: torch.Generator | None = None
+    sequences: tuple[int, ...] | None = None
 
 
 Operator = Callable[..., Any]
@@ -189,8 +200,13 @@ def _remote_linear(context: Context, attributes: Attributes, x: Tensor, scale: T
 
 @operator("Lora", DOMAIN)
 def _lora(context: Context, attributes: Attributes, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
-    dropped = F.dropout(x, attributes["dropout"], training=context.training)
-    return F.linear(F.linear(dropped, lora_a), lora_b) * attributes["scaling"]
+    probability = attributes["dropout"]
+    if context.training and probability:
+        # As torch's own dropout does on the CPU, which takes no generator.
+        keep = torch.empty_like(x).bernoulli_(1 - probability, generator=context.generator)
+        x = x * keep.div_(1 - probability)
+    # The scaling goes where the tensor is r wide.
+    return F.linear(F.linear(x, lora_a) * attributes["scaling"], lora_b)
 
 
 @operator("RMSNorm", DOMAIN)
@@ -212,4 +228,44 @@ def _rotary_embedding(context: Context, attributes: Attributes, x: Tensor, cos: 
 
 @operator("RepeatKV", DOMAIN)
 def _repeat_kv(context: Context, attributes: Attributes, x: Tensor) -> Tensor:
-    return x.repeat_interleave(attributes["repeats"], dim=1)
+    batch, heads, length, size = x.shape
+    expanded = x[:, :, None].expand(batch, heads, attributes["repeats"], length, size)
+    return expanded.reshape(batch, heads * attributes["repeats"], length, size)
+
+
+@operator("Attention", DOMAIN)
+def _attention(context: Context, attributes: Attributes, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    scale = attributes["scale"]
+    if context.sequences is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    parts = [part.split(context.sequences, dim=2) for part in (q, k, v)]  # [1, heads, L, D] per sequence
+    outputs = [
+        F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+        for query, key, value in zip(*parts, strict=True)
+    ]
+    if len(outputs) == 1:
+        return outputs[0]
+    # Joined position by position, as the projection after it reads them: its reshape then copies nothing.
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1).transpose(1, 2)  # [1, heads, S, D]
+
+
+class _SwiGLU(torch.autograd.Function):
+    """SiLU(gate) ⊙ up, keeping gate and up for the gradient and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        (gradient,) = gradients
+        to_gate = torch.ops.aten.silu_backward(gradient * up, gate)
+        return to_gate, F.silu(gate).mul_(gradient)
+
+
+@operator("SwiGLU", DOMAIN)
+def _swiglu(context: Context, attributes: Attributes, gate: Tensor, up: Tensor) -> Tensor:
+    result: Tensor = _SwiGLU.apply(gate, up)
+    return result

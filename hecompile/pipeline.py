@@ -13,6 +13,7 @@ from passes.annotate_secrecy import AnnotateSecrecy
 from passes.attach_lora import AttachLora
 from passes.calibrate import Calibrate
 from passes.canonicalize import Canonicalize
+from passes.fuse import Fuse
 from passes.lower_worker import LowerWorker
 from passes.place import Place
 from passes.quantize import Quantize
@@ -35,8 +36,10 @@ PASSES: dict[str, type] = {
     "split": Split,
     "lower_worker": LowerWorker,
     "validate": Validate,
+    "fuse": Fuse,
 }
-"""Every pass by its registered name, in pipeline order; the last three work on the split plan."""
+"""Every pass by its registered name, in pipeline order; split, lower_worker and validate work on the split plan, and fuse
+runs when a client loads its half."""
 
 
 @dataclass(frozen=True)

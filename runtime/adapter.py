@@ -48,14 +48,29 @@ class AdapterModel(Protocol):
     def peft_config(self) -> peft.LoraConfig:
         """The LoRA settings, fixed when the model was exported."""
 
+    @property
+    def concurrent(self) -> bool:
+        """Whether it may be called, and differentiated, in several threads at once."""
+
     def __call__(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: torch.Tensor | None = None,
+        num_items_in_batch: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> CausalLMOutput:
         """Predict from int64 [B, S] each; padding is on the right, `attention_mask` is 0 there and `labels` -100.
 
-        Returns logits float32 [B, S, V] and, given labels, the loss: the mean cross entropy in nats over the unmasked
-        labels of the batch, logits at i against the label at i + 1. Logits are unspecified at padding and, given
-        labels, at each i whose label at i + 1 is masked.
+        With labels: returns the loss and no logits. The loss is the cross entropy in nats of the logits at i against
+        the label at i + 1, summed over the unmasked labels and divided by `num_items_in_batch`, or by how many they are
+        (as transformers does it). The head works on those positions alone.
+
+        Without: returns logits float32 and no loss, at the real tokens where `logits_to_keep` (bool [B, S]) is true, row
+        by row: [N, V]; without it [B, S, V], unspecified at padding.
+
+        `generator` draws LoRA's dropout; torch's own if None.
         """
 
     def adapter_state(self) -> dict[str, torch.nn.Parameter]:
@@ -67,7 +82,8 @@ class AdapterModel(Protocol):
 
     def stats(self) -> dict[str, float]:
         """Cumulative figures since the model was made: `client_crypto_seconds`, `worker_seconds`, `wire_seconds`,
-        `bytes_up`, `bytes_down` and `tokens`, the attended tokens that went forward."""
+        `bytes_up`, `bytes_down` and `tokens`, the attended tokens that went forward (a token after the last scored one
+        of its row need not)."""
 
 
 def save_adapter(model: AdapterModel, directory: str | Path, base_model_name_or_path: str | Path | None = None) -> Path:

@@ -3,47 +3,45 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
 from typing import Any, cast
 
+import onnx_ir as ir
 import peft
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
 from hecompile.client_bundle import ClientBundle
-from hecompile.errors import InputError
-from hecompile.interpreter import Interpreter, graph_inputs
+from hecompile.errors import InputError, LegalityError
+from hecompile.interpreter import Interpreter, packed_graph_inputs
+from hecompile.ir import DOMAIN
+from hecompile.legality import FUSED_CLIENT_PLAN, check_stage
 from hecompile.operators import Context
+from passes.fuse import Fuse
+from runtime.head import linear_cross_entropy, scored_positions, scored_targets
 from runtime.products import Products
-
-_IGNORED = -100
 
 
 class _RemoteLinear(torch.autograd.Function):
-    """y = (x·Wᵀ) ⊙ scale forward, dx = (dy ⊙ scale)·W backward, both by `products`, on the rows of real tokens alone."""
+    """y = (x·Wᵀ) ⊙ scale forward, dx = (dy ⊙ scale)·W backward, both by `products`. Keeps no activation."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, products: Products, linear: str, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(scale, rows)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, products: Products, linear: str) -> Tensor:
+        ctx.save_for_backward(scale)
         ctx.products, ctx.linear, ctx.shape = products, linear, x.shape
-        flat = x.reshape(-1, x.shape[-1])  # [B·S, in]
-        product = products.product(f"{linear}.forward", flat[rows]) * scale  # [T, out]
-        result = x.new_zeros(flat.shape[0], product.shape[1])  # [B·S, out]
-        result[rows] = product
-        return result.view(*x.shape[:-1], -1)
+        product = products.product(f"{linear}.forward", x.reshape(-1, x.shape[-1]))  # [T, out]
+        return product.mul_(scale).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None
-        scale, rows = ctx.saved_tensors
-        flat = gradients[0].reshape(-1, gradients[0].shape[-1])  # [B·S, out]
-        product = ctx.products.product(f"{ctx.linear}.backward", flat[rows] * scale)  # [T, in]
-        result = flat.new_zeros(flat.shape[0], product.shape[1])  # [B·S, in]
-        result[rows] = product
-        return result.view(ctx.shape), None, None, None, None
+            return None, None, None, None
+        (scale,) = ctx.saved_tensors
+        scaled = gradients[0].reshape(-1, gradients[0].shape[-1]) * scale  # [T, out]
+        product = ctx.products.product(f"{ctx.linear}.backward", scaled)  # [T, in]
+        return product.view(ctx.shape), None, None, None
 
 
 class EncryptedCausalLM(torch.nn.Module):
@@ -58,9 +56,12 @@ class EncryptedCausalLM(torch.nn.Module):
     def __init__(self, bundle: ClientBundle, products: Products, seed: int = 0) -> None:
         super().__init__()
         self.bundle, self.products = bundle, products
-        model = bundle.graph()
+        model = Fuse()(bundle.graph()).model
+        check_stage(model, FUSED_CLIENT_PLAN)
+        head = _detach_head(model)
         self._interpreter = Interpreter(model)
-        self._tokens = 0
+        self._head = self._interpreter.constants[head]  # f32 [V, H]
+        self._tokens, self._lock = 0, threading.Lock()
         self._names: dict[str, str] = {}
         generator = torch.Generator().manual_seed(seed)
         for value in model.graph.inputs:
@@ -97,26 +98,69 @@ class EncryptedCausalLM(torch.nn.Module):
             base_model_name_or_path=self.bundle.plan.base_model,
         )
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> CausalLMOutput:
-        """See `AdapterModel.__call__`. Raises InputError when the batch is larger than the plan was compiled for."""
+    @property
+    def concurrent(self) -> bool:
+        return True
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        logits_to_keep: Tensor | None = None,
+        num_items_in_batch: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> CausalLMOutput:
+        """See `AdapterModel.__call__`. Raises InputError when the batch is larger than the plan was compiled for, or its
+        padding is not on the right.
+
+        The sequences run packed, one after the other without padding, each up to its last position that is asked for: no
+        later one can matter to it. In the last layer, the others are left out once attention has seen them.
+        """
         batch, length = input_ids.shape
         if batch > self.batch_size or length > self.sequence_buckets[-1]:
             raise InputError(
                 f"a batch of {batch} x {length} tokens is larger than the plan's {self.batch_size} x "
                 f"{self.sequence_buckets[-1]}; export with a larger --batch-size or --sequence-buckets"
             )
-        rows = attention_mask.reshape(-1).nonzero().squeeze(1)  # [T] positions of real tokens in [B·S]
-        self._tokens += len(rows)
+        real = attention_mask.bool()  # [B, S]
+        if bool((real[:, 1:] & ~real[:, :-1]).any()):
+            raise InputError("attention_mask has a token after padding; padding must be on the right")
+        wanted = scored_positions(labels) if labels is not None else logits_to_keep
+        if wanted is not None:
+            real = real & wanted.flip(1).cumsum(dim=1).flip(1).bool()  # up to the last wanted position of each row
+        lengths = tuple(count for count in real.sum(dim=1).tolist() if count)
+        if not lengths:
+            raise InputError("the batch has no token to predict from: attention_mask, labels or logits_to_keep is empty")
+        with self._lock:
+            self._tokens += sum(lengths)
+        hidden = self._hidden(input_ids[real], lengths, None if wanted is None else wanted[real], generator)  # [N, H]
+        if labels is not None:
+            targets = scored_targets(labels)
+            count = len(targets) if num_items_in_batch is None else num_items_in_batch
+            return CausalLMOutput(loss=linear_cross_entropy(hidden, self._head, targets) / count)
+        logits = hidden @ self._head.t()  # [N, V]
+        if wanted is None:
+            everywhere = logits.new_zeros(batch, length, logits.shape[1])  # [B, S, V]
+            everywhere[real] = logits
+            logits = everywhere
+        return CausalLMOutput(logits=logits)
+
+    def _hidden(
+        self, tokens: Tensor, lengths: tuple[int, ...], wanted: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """The head's input [N, H] at the `wanted` (bool [T]) of the packed `tokens` int64 [T], or at all of them."""
 
         def remote(linear: str, x: Tensor, scale: Tensor) -> Tensor:
-            return _RemoteLinear.apply(x, scale, self.products, linear, rows)
+            result: Tensor = _RemoteLinear.apply(x, scale, self.products, linear)
+            return result
 
-        inputs = graph_inputs(input_ids, attention_mask) | dict(self.adapter_state())
-        logits = self._interpreter.run(inputs, Context(self.training, remote))["logits"]  # [B, S, V]
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED)
-        return CausalLMOutput(loss=loss, logits=logits)
+        inputs = packed_graph_inputs(tokens[None], lengths) | dict(self.adapter_state())
+        context = Context(self.training, remote, generator, lengths)
+        everything = wanted is None or bool(wanted.all())
+        positions = None if wanted is None or everything else wanted.nonzero().squeeze(1)  # [N]
+        (hidden,) = self._interpreter.run(inputs, context, positions=positions).values()  # [1, N, H]
+        return hidden[0]
 
     def adapter_state(self) -> dict[str, torch.nn.Parameter]:
         return {name: getattr(self, attribute) for name, attribute in self._names.items()}
@@ -131,3 +175,19 @@ class EncryptedCausalLM(torch.nn.Module):
 
     def stats(self) -> dict[str, float]:
         return {**self.products.costs.as_dict(), "tokens": float(self._tokens)}
+
+
+def _detach_head(model: ir.Model) -> str:
+    """Make the head's input the graph's only output; return the name of the head's weight.
+
+    Raises LegalityError when the logits are anything but a Linear of a frozen weight.
+    """
+    (logits,) = model.graph.outputs
+    node = logits.producer()
+    if node is None or (node.domain, node.op_type) != (DOMAIN, "Linear"):
+        raise LegalityError(f"the output {logits.name} of the client plan is not made by a Linear; export it again")
+    hidden, weight = node.inputs
+    assert hidden is not None and weight is not None and weight.is_initializer()
+    model.graph.outputs[0] = hidden
+    model.graph.remove(node, safe=True)
+    return str(weight.name)

@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from runtime.adapter import AdapterModel
 from runtime.data import IGNORED, Example, Examples, PadToBucket, smallest_bucket
+from runtime.head import scored_positions, scored_targets
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,17 @@ def evaluate(model: AdapterModel, examples: Examples, pad_token_id: int, batch_s
     total_loss, tokens, matches, prompts = 0.0, 0, 0, 0
     with _inference(model):
         for batch in _batches(model, examples.examples, batch_size):
-            inputs = collate([example.item() for example in batch])
-            output = model(**inputs)
-            assert output.loss is not None and output.logits is not None
-            targets = inputs["labels"][:, 1:]  # [B, S - 1]
-            unmasked = targets != IGNORED  # [B, S - 1]
-            count = int(unmasked.sum())
-            total_loss += float(output.loss) * count
-            tokens += count
-            predicted = output.logits[:, :-1].argmax(dim=-1)  # [B, S - 1]
-            right = ((predicted == targets) | ~unmasked).all(dim=1)  # [B]
+            inputs: dict[str, Any] = collate([example.item() for example in batch])
+            labels = inputs.pop("labels")
+            scored = scored_positions(labels)  # [B, S]
+            logits = model(**inputs, logits_to_keep=scored).logits  # [N, V]
+            assert logits is not None
+            targets = scored_targets(labels)  # [N]
+            total_loss += float(cross_entropy(logits, targets, reduction="sum"))
+            tokens += len(targets)
+            wrong = torch.zeros_like(scored)  # [B, S]
+            wrong[scored] = logits.argmax(dim=-1) != targets
+            right = ~wrong.any(dim=1)  # [B]
             asked = torch.tensor([example.has_prompt for example in batch])  # [B]
             matches += int((right & asked).sum())
             prompts += int(asked.sum())
@@ -95,10 +98,13 @@ def generate(
 def _next_tokens(model: AdapterModel, prefixes: list[list[int]], pad_token_id: int) -> list[int]:
     items = [{"input_ids": prefix, "labels": [IGNORED] * len(prefix)} for prefix in prefixes]
     inputs = PadToBucket(model.sequence_buckets, pad_token_id)(items)
-    logits = model(inputs["input_ids"], inputs["attention_mask"]).logits  # [B, S, V]
+    last = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)  # [B, S]
+    last[torch.arange(len(prefixes)), torch.tensor([len(prefix) - 1 for prefix in prefixes])] = True
+    logits = model(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=last
+    ).logits  # [B, V]
     assert logits is not None
-    last = torch.tensor([len(prefix) - 1 for prefix in prefixes])  # [B]
-    return cast("list[int]", logits[torch.arange(len(prefixes)), last].argmax(dim=-1).tolist())
+    return cast("list[int]", logits.argmax(dim=-1).tolist())
 
 
 def _batches(model: AdapterModel, examples: Sequence[Example], batch_size: int | None) -> Iterator[list[Example]]:

@@ -16,10 +16,9 @@ from __future__ import annotations
 from hecompile.he.hints import Hint
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.public_rows import hint_from_planes
-from runtime.transports import Transport
+from runtime.transports import Answer
 
 
-def fetch_hint(transport: Transport, ring: RingParameters, circuit: str, parameters: LinearParameters) -> Hint:
-    """The hint of `circuit`, computed by the worker. Raises WorkerError when it cannot, or answers something else."""
-    planes = transport.setup(circuit, ring.lattice_dim)  # [4, rank · d, out]
-    return Hint.from_coefficients(ring, hint_from_planes(planes, ring, parameters.out_features))
+def hint_of(answer: Answer, ring: RingParameters, parameters: LinearParameters) -> Hint:
+    """The hint in a worker's answer to `Transport.setup`. Raises WorkerError when it is something else."""
+    return Hint.from_coefficients(ring, hint_from_planes(answer.planes, ring, parameters.out_features))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,23 @@ class MetricsWriter(TrainerCallback):
 
     A step's record has `step`, `epoch`, `loss` (nats, mean over the unmasked tokens of the step), `learning_rate`,
     `grad_norm` (before clipping), `seconds` (forward, backward and update, without evaluation and checkpoints) and what
-    the step added to each figure of `AdapterModel.stats()`. An evaluation's has `step`, `epoch` and `eval_*`. No figure
-    is rounded.
+    the step added to each figure of `figures()`. An evaluation's has `step`, `epoch` and `eval_*`. No figure is rounded.
+
+    `seconds` is by the clock on the wall. With several micro-batches in flight the parts (`client_crypto_seconds`,
+    `worker_seconds`, `wire_seconds` and the rest, which is the client's model) add up to `seconds` plus
+    `overlapped_seconds`; each part then also holds what it waited for the others' use of the same cores.
     """
 
-    def __init__(self, model: AdapterModel, path: Path) -> None:
+    def __init__(self, model: AdapterModel, figures: Callable[[], Mapping[str, float]], path: Path) -> None:
         self._model = model
+        self._figures = figures
         self._path = path
         self._started = 0.0
-        self._stats: dict[str, float] = {}
+        self._before: Mapping[str, float] = {}
         self._costs: dict[str, float] = {}
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._stats = self._model.stats()
+        self._before = self._figures()
         self._started = time.perf_counter()
 
     def on_pre_optimizer_step(
@@ -51,8 +55,8 @@ class MetricsWriter(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         seconds = time.perf_counter() - self._started
-        after = self._model.stats()
-        self._costs = {"seconds": seconds} | {key: after[key] - self._stats.get(key, 0.0) for key in after}
+        after = self._figures()
+        self._costs = {"seconds": seconds} | {key: after[key] - self._before.get(key, 0.0) for key in after}
 
     def on_log(
         self,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from hecompile.errors import InputError
+from runtime.head import linear_cross_entropy, scored_positions, scored_targets
 
 
 class PlaintextPeftModel(torch.nn.Module):
@@ -47,10 +49,10 @@ class PlaintextPeftModel(torch.nn.Module):
         batch_size: int,
         max_batch_tokens: int | None = None,
     ) -> PlaintextPeftModel:
-        """Load the checkpoint in the directory `model`, with eager attention."""
+        """Load the checkpoint in the directory `model`, with the attention that transformers prefers (SDPA)."""
         if not Path(model).is_dir():
             raise InputError(f"no model directory {model}")
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         return cls(base, peft_config, sequence_buckets, batch_size, max_batch_tokens)
 
     @property
@@ -58,13 +60,38 @@ class PlaintextPeftModel(torch.nn.Module):
         """The LoRA settings, with `target_modules` as PEFT resolved them."""
         return cast("peft.LoraConfig", self._peft.peft_config["default"])
 
+    @property
+    def concurrent(self) -> bool:
+        """No: PEFT's dropout draws from torch's own generator."""
+        return False
+
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: torch.Tensor | None = None,
+        num_items_in_batch: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> CausalLMOutput:
-        """See `AdapterModel.__call__`; the logits are right at every unpadded position here."""
+        """See `AdapterModel.__call__`. Padding that every row has is cut off, and the head works on the positions asked
+        for alone, as on the client."""
         self._tokens += int(attention_mask.sum())
-        output = self._peft(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False)
-        return CausalLMOutput(loss=output.loss, logits=output.logits)
+        base = cast("PreTrainedModel", self._peft.get_base_model())
+        wanted = scored_positions(labels) if labels is not None else logits_to_keep
+        width = input_ids.shape[1] if wanted is None else max(1, int(attention_mask.sum(dim=1).max()))
+        with _drawing_from(generator):
+            hidden = base.get_decoder()(
+                input_ids=input_ids[:, :width], attention_mask=attention_mask[:, :width], use_cache=False
+            ).last_hidden_state  # [B, width, H]
+        head = cast("torch.nn.Linear", base.get_output_embeddings())
+        if wanted is not None:
+            hidden = hidden[wanted[:, :width] & attention_mask[:, :width].bool()]  # [N, H]
+        if labels is None:
+            return CausalLMOutput(logits=head(hidden))
+        targets = scored_targets(labels)
+        count = len(targets) if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutput(loss=linear_cross_entropy(hidden, head.weight, targets) / count)
 
     def adapter_state(self) -> dict[str, torch.nn.Parameter]:
         """The trainable parameters by their names in PEFT's files, which leave out the adapter's own name."""
@@ -85,3 +112,15 @@ class PlaintextPeftModel(torch.nn.Module):
         """Nothing is encrypted or sent, so that all but `tokens` is zero."""
         names = ("client_crypto_seconds", "worker_seconds", "wire_seconds", "bytes_up", "bytes_down")
         return {**dict.fromkeys(names, 0.0), "tokens": float(self._tokens)}
+
+
+@contextlib.contextmanager
+def _drawing_from(generator: torch.Generator | None) -> Iterator[None]:
+    """Torch's own generator goes on where `generator` stands, which is moved on; then it is as it was before."""
+    if generator is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=()):
+        torch.set_rng_state(generator.get_state())
+        yield
+        generator.set_state(torch.get_rng_state())

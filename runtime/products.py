@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import abc
 import logging
+import threading
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -24,8 +26,8 @@ from hecompile.he.hints import HintStore
 from hecompile.he.parameters import LinearParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.worker_bundle import WorkerBundle
-from runtime.hintless import fetch_hint
-from runtime.transports import Transport, open_connection
+from runtime.hintless import hint_of
+from runtime.transports import Answer, Transport, open_connection
 
 DEFAULT_CACHE_BYTES = 512 << 20
 _LOG = logging.getLogger(__name__)
@@ -33,7 +35,11 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass
 class Costs:
-    """Cumulative costs of a session: seconds by who spent them, whole frames on the wire in bytes."""
+    """Cumulative costs of a session: seconds by who spent them, whole frames on the wire in bytes.
+
+    The seconds are added up over the threads that were at it: with several products in flight they exceed the time that
+    passed.
+    """
 
     client_crypto_seconds: float = 0.0
     worker_seconds: float = 0.0
@@ -46,11 +52,12 @@ class Costs:
 
 
 class Products(abc.ABC):
-    """Computes the products of a plan's circuits on real numbers. Not for several threads at once."""
+    """Computes the products of a plan's circuits on real numbers; `product` may be called in several threads at once."""
 
     def __init__(self, circuits: dict[str, LinearParameters]) -> None:
         self.circuits = circuits
         self.costs = Costs()
+        self._lock = threading.Lock()
 
     @abc.abstractmethod
     def product(
@@ -86,6 +93,7 @@ class EncryptedProducts(Products):
     def __init__(self, bundle: ClientBundle, transport: Transport, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
         super().__init__(bundle.circuits)
         self._transport = transport
+        self._turn = threading.Lock()  # for a transport that takes one request at a time
         self._check_circuits(open_connection(transport, bundle.plan_id).circuits.keys())
         self._ring = bundle.ring
         rows = max(parameters.in_features for parameters in bundle.circuits.values())
@@ -103,27 +111,37 @@ class EncryptedProducts(Products):
     ) -> Tensor:
         """See `Products.product`."""
         parameters = self.circuits[circuit]
-        transport, costs = self._transport, self.costs
-        sent, received, computed = transport.bytes_sent, transport.bytes_received, transport.worker_seconds
         start = time.perf_counter()
         ciphertext, key = encrypt_reals(self._public, x, parameters, column_scale)
         if key.tokens == 0:
             return x.new_zeros(len(x), parameters.out_features)
         encrypted = time.perf_counter()
-        reply = torch.from_numpy(transport.evaluate(circuit, ciphertext.planes.numpy()))
-        fetched = fetch_hint(transport, self._ring, circuit, parameters) if self._hintless else None
+        answers = [self._ask(lambda: self._transport.evaluate(circuit, ciphertext.planes.numpy()))]
+        if self._hintless:
+            answers.append(self._ask(lambda: self._transport.setup(circuit, self._ring.lattice_dim)))
         answered = time.perf_counter()
-        hint = fetched or self._hints.hint(circuit, parameters.out_features)
+        reply = torch.from_numpy(answers[0].planes)
+        if self._hintless:
+            hint = hint_of(answers[1], self._ring, parameters)
+        else:
+            hint = self._hints.hint(circuit, parameters.out_features)
         result = decrypt_reals(key, hint, reply, parameters, row_scale)
         self._hints.release(circuit)
         done = time.perf_counter()
-        worker_seconds = transport.worker_seconds - computed
-        costs.client_crypto_seconds += (encrypted - start) + (done - answered)
-        costs.worker_seconds += worker_seconds
-        costs.wire_seconds += max(0.0, answered - encrypted - worker_seconds)
-        costs.bytes_up += transport.bytes_sent - sent
-        costs.bytes_down += transport.bytes_received - received
+        worker_seconds = sum(answer.worker_seconds for answer in answers)
+        with self._lock:
+            self.costs.client_crypto_seconds += (encrypted - start) + (done - answered)
+            self.costs.worker_seconds += worker_seconds
+            self.costs.wire_seconds += max(0.0, answered - encrypted - worker_seconds)
+            self.costs.bytes_up += sum(answer.bytes_sent for answer in answers)
+            self.costs.bytes_down += sum(answer.bytes_received for answer in answers)
         return result
+
+    def _ask(self, request: Callable[[], Answer]) -> Answer:
+        if self._transport.concurrent:
+            return request()
+        with self._turn:
+            return request()
 
     def close(self) -> None:
         self._transport.close()
@@ -155,8 +173,9 @@ class CleartextProducts(Products):
     ) -> Tensor:
         """See `Products.product`."""
         parameters = self.circuits[circuit]
-        if circuit not in self._weights:
-            self._weights[circuit] = torch.from_numpy(self._worker_bundle.weight(circuit).copy()).double()
+        with self._lock:
+            if circuit not in self._weights:
+                self._weights[circuit] = torch.from_numpy(self._worker_bundle.weight(circuit).copy()).double()
         scaled = x.double() if column_scale is None else x.double() * column_scale.double()
         integers, scale = encode(scaled, parameters.input_bound, parameters.norm_bound)
         # Exact: |W·x| < 2^31 by the choice of the input bound, far below 2^53.

@@ -57,7 +57,11 @@ class TrainingSection(_Section):
     * `warmup_ratio` is the older name of a `warmup_steps` below 1;
     * `logging_steps` is only how often the progress bar shows the loss (the metrics file has every step), default 1;
     * `eval_steps` is enough to evaluate every so many steps, and the default evaluation batch is what the model takes;
-    * `overwrite_output_dir` replaces the run that `output_dir` holds; without it such a run is an error.
+    * `overwrite_output_dir` replaces the run that `output_dir` holds; without it such a run is an error;
+    * `micro_batches_in_flight` is how many of a step's `gradient_accumulation_steps` micro-batches are computed at once:
+      while one waits for the worker, another does client work. The result does not depend on it. Each micro-batch in
+      flight holds its activations, so that memory grows with it; tokens are encrypted in blocks of the plan's ring_dim, so
+      a micro-batch should have about that many tokens or a multiple.
     """
 
     output_dir: Path
@@ -68,6 +72,7 @@ class TrainingSection(_Section):
     per_device_train_batch_size: Positive = 8
     per_device_eval_batch_size: Positive | None = None
     gradient_accumulation_steps: Positive = 1
+    micro_batches_in_flight: Positive = 1
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
     ] = "linear"
@@ -112,6 +117,12 @@ class TrainingSection(_Section):
     def _consistent(self) -> TrainingSection:
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError("give warmup_steps or warmup_ratio, not both")
+        if self.micro_batches_in_flight > self.gradient_accumulation_steps:
+            raise ValueError(
+                f"micro_batches_in_flight is {self.micro_batches_in_flight}, but a step has only "
+                f"{self.gradient_accumulation_steps} (gradient_accumulation_steps); lower per_device_train_batch_size and "
+                f"raise gradient_accumulation_steps to cut it into more"
+            )
         if self.eval_steps is not None and self.eval_strategy in ("no", "epoch"):
             raise ValueError(f"eval_steps has no meaning with eval_strategy: {self.eval_strategy}; drop one of them")
         if self.eval_strategy == "steps" and self.eval_steps is None:

@@ -15,7 +15,7 @@ from runtime.client import EncryptedCausalLM
 from runtime.engines import DEFAULT_ENGINE
 from runtime.products import CleartextProducts, EncryptedProducts, Products
 from runtime.recipe import Recipe
-from runtime.transports import InProcessTransport, connect
+from runtime.transports import InProcessTransport, TransportPool, connect
 from runtime.worker import Worker
 
 
@@ -52,7 +52,8 @@ def load_tokenizer(bundle: ClientBundle) -> PreTrainedTokenizerBase:
 def open_products(bundle: ClientBundle, recipe: Recipe) -> Products:
     """Connect to the recipe's worker. The cleartext engine is used only where the recipe asks for it by name."""
     if recipe.worker != "inprocess":
-        return EncryptedProducts(bundle, connect(recipe.worker))
+        in_flight = recipe.training.micro_batches_in_flight
+        return EncryptedProducts(bundle, TransportPool(lambda: connect(recipe.worker), in_flight))
     assert recipe.worker_bundle is not None  # the recipe was validated
     worker_bundle = WorkerBundle.open(recipe.worker_bundle)
     if recipe.engine == "cleartext":

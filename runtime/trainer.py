@@ -15,9 +15,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hecompile.errors import HecompileError
 from runtime.adapter import AdapterModel, load_adapter, save_adapter
-from runtime.data import IGNORED, Examples, PadToBucket
+from runtime.data import Examples, PadToBucket
 from runtime.evaluation import evaluate
+from runtime.head import scored_positions
 from runtime.metrics import METRICS_FILE, MetricsWriter, ProgressBar
+from runtime.micro_batches import MicroBatches, cut
 from runtime.recipe import TrainingSection
 
 SETTINGS_FILE = "training_settings.json"
@@ -27,8 +29,14 @@ _STAGING = ".checkpoint-partial"
 def training_arguments(section: TrainingSection) -> TrainingArguments:
     """Return the recipe's settings as `TrainingArguments`: on the CPU, reporting to nobody, with each step's loss."""
     given = section.model_dump(
-        exclude={"overwrite_output_dir", "warmup_ratio", "data_seed", "logging_steps", "per_device_eval_batch_size"}
-    )
+        exclude={
+            "overwrite_output_dir", "warmup_ratio", "data_seed", "logging_steps", "per_device_eval_batch_size",
+            "gradient_accumulation_steps", "micro_batches_in_flight",
+        }
+    )  # fmt: skip
+    # The trainer sees whole steps; `AdapterTrainer.training_step` cuts them into micro-batches, so that several may be in
+    # flight. The data order, the steps of an epoch and the steps of a checkpoint are those of accumulation.
+    given["per_device_train_batch_size"] = section.per_device_train_batch_size * section.gradient_accumulation_steps
     given["eval_strategy"] = section.eval_strategy or ("steps" if section.eval_steps else "no")
     given["output_dir"] = str(section.output_dir)
     given["warmup_steps"] = section.warmup_steps or section.warmup_ratio
@@ -62,45 +70,62 @@ class AdapterTrainer(Trainer):
         heldout_examples: Examples | None,
         collate: PadToBucket,
     ) -> None:
+        self._micro_batches = MicroBatches(section.micro_batches_in_flight if model.concurrent else 1)
         super().__init__(
             model=cast("torch.nn.Module", model),
             args=training_arguments(section),
             data_collator=collate,
             train_dataset=train_examples,
             eval_dataset=heldout_examples,
-            callbacks=[MetricsWriter(model, section.output_dir / METRICS_FILE)],
+            callbacks=[MetricsWriter(model, self._figures, section.output_dir / METRICS_FILE)],
         )
         self._adapter_model = model
         self._settings = settings
         self._heldout = heldout_examples
         self._collate = collate
         self._eval_batch_size = section.per_device_eval_batch_size
-        # The trainer then counts the unmasked labels of all micro-batches of a step, which compute_loss divides by.
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
+        self._rows = section.per_device_train_batch_size
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
         if not section.disable_tqdm:
             self.add_callback(ProgressBar(section.logging_steps))
 
-    def compute_loss(
+    def training_step(
         self,
         model: torch.nn.Module,
         inputs: dict[str, torch.Tensor | Any],
-        return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """Return this micro-batch's share of the step's loss, so that the shares add up to the mean over all of the
-        step's unmasked labels, however these are spread over its micro-batches."""
-        outputs = model(**inputs)
-        count = (inputs["labels"][:, 1:] != IGNORED).sum()
-        loss = outputs.loss * (count / (count if num_items_in_batch is None else num_items_in_batch))
+    ) -> torch.Tensor:
+        """Add the gradients of the step's loss, the mean over all of its unmasked labels however these are spread over
+        its micro-batches, to the adapter's; return that loss."""
+        model.train()
+        count = int(scored_positions(inputs["labels"]).sum())
+
+        def share(micro_batch: Mapping[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
+            loss = model(**micro_batch, num_items_in_batch=count, generator=generator).loss
+            self._refuse_unless_finite(loss)
+            return cast("torch.Tensor", loss)
+
+        loss = self._micro_batches.run(self._adapter_model, cut(inputs, self._rows), share)
+        self._refuse_unless_finite(loss)
+        return loss
+
+    def _refuse_unless_finite(self, loss: torch.Tensor) -> None:
         if not torch.isfinite(loss):
             raise HecompileError(
                 f"step {self.state.global_step + 1}: the loss is {loss.item()}; the step was not taken. "
                 f"Try a lower learning_rate"
             )
-        return (loss, outputs) if return_outputs else loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.train`; the threads of the micro-batches end with it."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._micro_batches.close()
+
+    def _figures(self) -> dict[str, float]:
+        return self._adapter_model.stats() | {"overlapped_seconds": self._micro_batches.overlapped_seconds}
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """All trainable parameters: each is a matrix of LoRA, whatever the model's own names may look like."""

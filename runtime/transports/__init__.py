@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from runtime.transports.base import Direction, TrafficRecorder, Transport
+from runtime.transports.base import Answer, Direction, TrafficRecorder, Transport
 from runtime.transports.connection import open_connection
 from runtime.transports.inprocess import InProcessTransport
+from runtime.transports.pool import TransportPool
 from runtime.transports.sockets import SocketTransport, connect
 
 __all__ = [
+    "Answer",
     "Direction",
     "InProcessTransport",
     "SocketTransport",
     "TrafficRecorder",
     "Transport",
+    "TransportPool",
     "connect",
     "open_connection",
 ]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import abc
+import itertools
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -28,31 +31,50 @@ TrafficRecorder = Callable[[Direction, bytes], None]
 """Called with every whole frame that passes, as the client sees it; for tests of what an eavesdropper sees."""
 
 
-class Transport(Protocol):
-    """A connection to one worker. Not for use from several threads at once.
+@dataclass(frozen=True)
+class Answer:
+    """What came of one request.
 
-    bytes_sent, bytes_received: whole frames so far. worker_seconds: what the worker says its engine took so far; the
-    rest of the waiting time is the wire.
+    planes: uint8 [reply_bytes, T, out], of the shape that the worker announced.
+    worker_seconds: what the worker says its engine took; the rest of the waiting time is the wire, and the worker's other
+    requests.
+    bytes_sent, bytes_received: whole frames of this request.
     """
 
+    planes: np.ndarray
+    worker_seconds: float
     bytes_sent: int
     bytes_received: int
-    worker_seconds: float
+
+
+class Transport(Protocol):
+    """The way to one worker. `evaluate` may be called from several threads at once where `concurrent` is true; hello and
+    close are the business of one thread, before the first and after the last.
+
+    A request names its circuit and carries its ciphertext, and the worker keeps no state between requests: so a transport
+    may send one again, or to another worker of the same plan. It resends the same ciphertext and never has it encrypted
+    again, which is for the caller to decide.
+    """
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether several threads may call `evaluate` at once."""
+        ...
 
     def hello(self, plan_id: str) -> WorkerInfo:
         """Introduce the client. Raises WorkerError when the worker serves another plan or another protocol."""
         ...
 
-    def evaluate(self, circuit: str, planes: np.ndarray) -> np.ndarray:
-        """uint8 [upload_limbs, T, in] → uint8 [reply_bytes, T, out], of the shape that the worker announced.
+    def evaluate(self, circuit: str, planes: np.ndarray) -> Answer:
+        """planes: uint8 [upload_limbs, T, in].
 
         Raises WorkerError when the worker refuses, breaks the protocol, is gone or takes too long.
         """
         ...
 
-    def setup(self, circuit: str, lattice_dim: int) -> np.ndarray:
-        """The product of the circuit's weight and the public rows, uint8 [4, lattice_dim, out]: its hint, from a worker
-        whose bundle holds them. Raises WorkerError as `evaluate` does."""
+    def setup(self, circuit: str, lattice_dim: int) -> Answer:
+        """The product of the circuit's weight and the public rows, planes uint8 [4, lattice_dim, out]: its hint, from a
+        worker whose bundle holds them. Raises WorkerError as `evaluate` does."""
         ...
 
     def close(self) -> None:
@@ -61,14 +83,19 @@ class Transport(Protocol):
 
 
 class FrameTransport(abc.ABC):
-    """A transport over anything that exchanges one frame for one."""
+    """A transport over anything that exchanges one frame for one. As concurrent as its `_exchange`.
+
+    bytes_sent, bytes_received: whole frames so far, hello and known answers included.
+    """
+
+    concurrent = False
 
     def __init__(self, recorder: TrafficRecorder | None = None) -> None:
         self.bytes_sent = 0
         self.bytes_received = 0
-        self.worker_seconds = 0.0
         self._recorder = recorder
-        self._requests = 0
+        self._ids = itertools.count(1)
+        self._lock = threading.Lock()
         self._info: WorkerInfo | None = None
 
     @abc.abstractmethod
@@ -81,7 +108,7 @@ class FrameTransport(abc.ABC):
 
     def hello(self, plan_id: str) -> WorkerInfo:
         """See `Transport.hello`."""
-        reply = self._request(HelloRequest(plan_id))
+        reply, _, _ = self._request(HelloRequest(plan_id))
         if not isinstance(reply, WorkerInfo):
             raise WorkerError(f"the worker answered hello with {type(reply).__name__}")
         if reply.protocol != protocol.PROTOCOL_VERSION or reply.plan_id != plan_id:
@@ -92,47 +119,49 @@ class FrameTransport(abc.ABC):
         self._info = reply
         return reply
 
-    def evaluate(self, circuit: str, planes: np.ndarray) -> np.ndarray:
+    def evaluate(self, circuit: str, planes: np.ndarray) -> Answer:
         """See `Transport.evaluate`; needs `hello` first."""
         return self._product(circuit, EvaluateRequest(circuit, planes), planes.shape[1])
 
-    def setup(self, circuit: str, lattice_dim: int) -> np.ndarray:
+    def setup(self, circuit: str, lattice_dim: int) -> Answer:
         """See `Transport.setup`; needs `hello` first."""
         return self._product(exact_name(circuit), SetupRequest(circuit), lattice_dim)
 
-    def _product(self, circuit: str, request: Request, tokens: int) -> np.ndarray:
+    def _product(self, circuit: str, request: Request, tokens: int) -> Answer:
         """The reply to a request that `circuit` answers, for `tokens` tokens."""
         if self._info is None:
             raise WorkerError(f"{type(request).__name__} before hello: open connections with open_connection")
         announced = self._info.circuits.get(circuit)
         if announced is None:
             raise WorkerError(f"the worker has no circuit {circuit!r}; start it on the bundle of this plan")
-        reply = self._request(request)
+        reply, sent, received = self._request(request)
         if not isinstance(reply, EvaluateReply):
             raise WorkerError(f"the worker answered circuit {circuit} with {type(reply).__name__}")
         expected = (announced.reply_bytes, tokens, announced.out_features)
         if reply.planes.shape != expected:
             raise WorkerError(f"circuit {circuit}: the reply has shape {reply.planes.shape}; needs {expected}")
-        self.worker_seconds += reply.compute_seconds
-        return reply.planes
+        return Answer(reply.planes, reply.compute_seconds, sent, received)
 
-    def _request(self, request: Request) -> Reply:
-        self._requests += 1
-        frame = protocol.encode(request, self._requests)
+    def _request(self, request: Request) -> tuple[Reply, int, int]:
+        """(reply, bytes sent, bytes received)."""
+        with self._lock:
+            request_id = next(self._ids)
+        frame = protocol.encode(request, request_id)
         self._record("sent", frame)
         answer = self._exchange(frame)
         self._record("received", answer)
         reply_id, reply = protocol.decode_reply(answer)
         if isinstance(reply, ErrorReply):
             raise WorkerError(f"the worker refused the request: {reply.message}")
-        if reply_id != self._requests:
-            raise WorkerError(f"the worker answered request {reply_id} when asked request {self._requests}")
-        return reply
+        if reply_id != request_id:
+            raise WorkerError(f"the worker answered request {reply_id} when asked request {request_id}")
+        return reply, frame.size, answer.size
 
     def _record(self, direction: Direction, frame: Frame) -> None:
-        if direction == "sent":
-            self.bytes_sent += frame.size
-        else:
-            self.bytes_received += frame.size
-        if self._recorder is not None:
-            self._recorder(direction, frame.prefix() + frame.header + bytes(frame.payload))
+        with self._lock:
+            if direction == "sent":
+                self.bytes_sent += frame.size
+            else:
+                self.bytes_received += frame.size
+            if self._recorder is not None:
+                self._recorder(direction, frame.prefix() + frame.header + bytes(frame.payload))

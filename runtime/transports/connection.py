@@ -20,7 +20,7 @@ def open_connection(transport: Transport, plan_id: str) -> WorkerInfo:
         info = transport.hello(plan_id)
         planes, expected = known_answer_vector(plan_id)
         for tokens in (planes.shape[1], 1):
-            reply = transport.evaluate(KNOWN_ANSWER, planes[:, :tokens])
+            reply = transport.evaluate(KNOWN_ANSWER, planes[:, :tokens]).planes
             answer = expected[:, :tokens]
             if reply.shape != answer.shape or not np.array_equal(reply, answer):
                 wrong = np.count_nonzero((reply != answer).any(axis=0)) if reply.shape == answer.shape else "all"

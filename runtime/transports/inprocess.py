@@ -13,16 +13,19 @@ if TYPE_CHECKING:  # runtime.worker imports this package for its addresses
 
 
 class InProcessTransport(FrameTransport):
-    """A worker of this process."""
+    """A worker of this process; its engine runs in the calling thread, and in several at once."""
+
+    concurrent = True
 
     def __init__(self, worker: Worker, recorder: TrafficRecorder | None = None) -> None:
         super().__init__(recorder)
         self._worker: Worker | None = worker
 
     def _exchange(self, frame: Frame) -> Frame:
-        if self._worker is None:
+        worker = self._worker
+        if worker is None:
             raise WorkerError("the connection to the embedded worker is closed")
-        return self._worker.exchange(frame)
+        return worker.exchange(frame)
 
     def close(self) -> None:
         """See `Transport.close`."""

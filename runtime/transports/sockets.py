@@ -12,7 +12,7 @@ from runtime.transports.base import FrameTransport, TrafficRecorder
 
 
 class SocketTransport(FrameTransport):
-    """Connected when made. address: `tcp://host:port` or `unix:///path`.
+    """Connected when made; one request at a time. address: `tcp://host:port` or `unix:///path`.
 
     connect_timeout, reply_timeout: seconds; the second is the longest silence while a request is answered. After a
     failure the connection is closed and stays so: a stream broken in mid-message cannot be read on. Raises InputError

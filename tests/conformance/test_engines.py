@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from passes.lower_worker import LowerWorker, encrypted_linear_model, encrypted_l
 from runtime.engines import ENGINES, Engine, create_engine, vnni_kernel
 from runtime.engines.cuda_engine import CudaEngine
 from runtime.engines.torch_engine import TorchEngine
-from runtime.transports import InProcessTransport, Transport, connect, open_connection
+from runtime.transports import InProcessTransport, Transport, TransportPool, connect, open_connection
 from runtime.worker import Worker, WorkerServer
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
@@ -145,13 +146,14 @@ def open_transport(kind: str, worker: Worker, directory: Path) -> Iterator[Trans
         if kind == "inprocess":
             transport: Transport = InProcessTransport(worker)
         else:
-            address = "tcp://127.0.0.1:0" if kind == "tcp" else f"unix://{directory}/socket"
-            transport = connect(stack.enter_context(WorkerServer(worker, address)).address)
+            listen = f"unix://{directory}/socket" if kind == "unix" else "tcp://127.0.0.1:0"
+            address = stack.enter_context(WorkerServer(worker, listen)).address
+            transport = TransportPool(lambda: connect(address), 3) if kind == "pool" else connect(address)
         stack.callback(transport.close)
         yield transport
 
 
-@pytest.mark.parametrize("kind", ["inprocess", "tcp", "unix"])
+@pytest.mark.parametrize("kind", ["inprocess", "tcp", "unix", "pool"])
 def test_every_transport_gives_the_same_bytes(
     kind: str, bundle: WorkerBundle, engine: Engine, tmp_path: Path
 ) -> None:
@@ -159,10 +161,29 @@ def test_every_transport_gives_the_same_bytes(
     with open_transport(kind, Worker(bundle, engine), tmp_path) as transport:
         info = open_connection(transport, PLAN_ID)
         assert info.engine == engine.name and info.circuits.keys() == bundle.circuits.keys()
-        sent, received = transport.bytes_sent, transport.bytes_received
-        reply = transport.evaluate("linear_43.forward", planes)
-    np.testing.assert_array_equal(reply, encrypted_linear_reference(planes, WEIGHT, 3))
+        answer = transport.evaluate("linear_43.forward", planes)
+    np.testing.assert_array_equal(answer.planes, encrypted_linear_reference(planes, WEIGHT, 3))
     # Frames are counted whole: 16 bytes and a header beside the planes.
-    assert 0 < transport.bytes_sent - sent - planes.size - 16 < 200
-    assert 0 < transport.bytes_received - received - reply.size - 16 < 200
-    assert transport.worker_seconds > 0
+    assert 0 < answer.bytes_sent - planes.size - 16 < 200
+    assert 0 < answer.bytes_received - answer.planes.size - 16 < 200
+    assert answer.worker_seconds > 0
+
+
+@pytest.mark.parametrize("kind", ["inprocess", "pool"])
+def test_requests_of_several_threads_are_not_mixed_up(
+    kind: str, bundle: WorkerBundle, engine: Engine, tmp_path: Path
+) -> None:
+    """More threads than connections, each with ciphertexts of its own in both directions."""
+    requests = [(i, direction) for i in range(6) for direction in ("forward", "backward")]
+
+    def ask(index: int, direction: str) -> tuple[np.ndarray, np.ndarray]:
+        weight = WEIGHT if direction == "forward" else WEIGHT.T
+        planes = extreme_planes(4, 5 + index, weight.shape[0], seed=index)
+        reply = transport.evaluate(f"linear_43.{direction}", planes).planes
+        return reply, encrypted_linear_reference(planes, weight, 3)
+
+    with open_transport(kind, Worker(bundle, engine), tmp_path) as transport, ThreadPoolExecutor(5) as threads:
+        open_connection(transport, PLAN_ID)
+        assert transport.concurrent
+        for reply, expected in threads.map(lambda request: ask(*request), requests):
+            np.testing.assert_array_equal(reply, expected)

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from hecompile.errors import InputError
 from models import TINY_LLAMA
 from runtime.adapter import AdapterModel, save_adapter
 from runtime.client import EncryptedCausalLM
+from runtime.head import scored_positions, scored_targets
 from runtime.products import CleartextProducts
 from tests.e2e.conftest import Build
 
@@ -32,7 +34,7 @@ def gradients(model: AdapterModel, batch: dict[str, Tensor]) -> tuple[float, dic
     for name, parameter in model.adapter_state().items():
         assert parameter.grad is not None, name
         collected[name] = parameter.grad.clone()
-    return float(output.loss), collected
+    return output.loss.item(), collected
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
@@ -73,9 +75,7 @@ def test_the_cleartext_engine_warns_and_differs_by_noise_alone(
 def test_padding_is_not_sent_and_changes_nothing(
     build: Build, batch: dict[str, Tensor], adapter: dict[str, Tensor]
 ) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = EncryptedCausalLM(build.client, CleartextProducts(build.client, build.worker))
+    model = cleartext(build)
     model.load_adapter_state(adapter)
     wider = {  # the same batch in the next bucket
         "input_ids": F.pad(batch["input_ids"], (0, 16)),
@@ -105,14 +105,71 @@ def test_rows_sent_are_the_real_tokens_and_masked_gradients_come_back_as_exact_z
 
     model.products.product = counting  # type: ignore[method-assign]
     gradients(model, batch)
-    tokens = int(batch["attention_mask"].sum())
+    # The last token of a row is scored by the one before it and predicts nothing.
+    tokens = int(batch["attention_mask"].sum()) - len(batch["attention_mask"])
     scored = int((batch["labels"][:, 1:] != -100).sum())
     assert scored < tokens
-    assert {count for circuit, count in sent.items() if circuit.endswith(".forward")} == {tokens}
-    # In the last layer only positions whose next token is scored have a gradient below the output head.
-    assert sent["model.layers.3.mlp.down_proj.backward"] == scored
+    last = "model.layers.3"
+    narrowed = {f"{last}.self_attn.o_proj", f"{last}.mlp.gate_proj-up_proj", f"{last}.mlp.down_proj"}
+    for circuit, count in sent.items():
+        # In the last layer, what follows attention is done for the positions whose next token is scored alone.
+        assert count == (scored if circuit.rpartition(".")[0] in narrowed else tokens), circuit
+    assert f"{last}.mlp.down_proj.forward" in sent and "model.layers.2.mlp.down_proj.backward" in sent
     # Nothing trainable stands before the first layer's projections: their backward product is not needed.
     assert "model.layers.0.self_attn.q_proj-k_proj-v_proj.backward" not in sent
+
+
+def cleartext(build: Build) -> EncryptedCausalLM:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return EncryptedCausalLM(build.client, CleartextProducts(build.client, build.worker))
+
+
+def test_logits_to_keep_are_those_of_the_whole(build: Build, batch: dict[str, Tensor], adapter: dict[str, Tensor]) -> None:
+    model, plain = cleartext(build).eval(), build.plaintext().eval()
+    keep = scored_positions(batch["labels"])
+    for either in (model, plain):
+        either.load_adapter_state(adapter)
+        with torch.no_grad():
+            whole = either(batch["input_ids"], batch["attention_mask"]).logits
+            kept = either(batch["input_ids"], batch["attention_mask"], logits_to_keep=keep).logits
+            loss = either(**batch).loss
+        assert whole.shape == (*batch["input_ids"].shape, 1024) and kept.shape == (int(keep.sum()), 1024)
+        torch.testing.assert_close(kept, whole[keep], rtol=1e-4, atol=1e-4)
+        expected = F.cross_entropy(whole[keep], scored_targets(batch["labels"]))
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_packed_sequences_do_not_see_each_other(
+    build: Build, batch: dict[str, Tensor], adapter: dict[str, Tensor]
+) -> None:
+    """A batch's loss and gradients are the sums of its rows', each by itself without padding."""
+    model = cleartext(build)
+    model.load_adapter_state(adapter)
+    scored = int((batch["labels"][:, 1:] != -100).sum())
+    loss, whole = gradients(model, batch)
+    total, parts = 0.0, {name: torch.zeros_like(value) for name, value in whole.items()}
+    for row in range(len(batch["input_ids"])):
+        length = int(batch["attention_mask"][row].sum())
+        single = {name: value[row : row + 1, :length] for name, value in batch.items()}
+        for parameter in model.adapter_state().values():
+            parameter.grad = None
+        share = model(**single, num_items_in_batch=scored).loss
+        share.backward()
+        total += float(share.detach())
+        for name, parameter in model.adapter_state().items():
+            parts[name] += parameter.grad
+    assert total == pytest.approx(loss, rel=1e-5)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(gradient, parts[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_padding_on_the_left_and_a_batch_without_tokens_are_refused(build: Build, batch: dict[str, Tensor]) -> None:
+    model = cleartext(build)
+    with pytest.raises(InputError, match="padding must be on the right"):
+        model(batch["input_ids"], batch["attention_mask"].flip(1))
+    with pytest.raises(InputError, match="the batch has no token to predict from"):
+        model(batch["input_ids"], torch.zeros_like(batch["attention_mask"]))
 
 
 def test_saved_adapter_gives_the_same_logits_in_peft(

@@ -54,7 +54,7 @@ def test_the_workers_hint_is_that_of_setup(hintless: Build, engine: str) -> None
     assert len(names) == 8 and len({bundle.circuits[name].in_features for name in names}) > 2
     for name in names:
         weight = torch.from_numpy(hintless.worker.weight(name).T.copy())  # [out, in]
-        planes = transport.setup(name, ring.lattice_dim)
+        planes = transport.setup(name, ring.lattice_dim).planes
         assert torch.equal(hint_from_planes(planes, ring, len(weight)), setup(weight, public)), name
 
 

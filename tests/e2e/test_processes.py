@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,19 @@ def test_training_over_a_socket_follows_plaintext_and_resumes(build: Build, tmp_
     assert comparison.follows, comparison
     split = step_split(tmp_path / "encrypted" / METRICS_FILE)
     assert split.worker > 0 and split.client_crypto > 0 and split.bytes_up_per_token > 0
+
+
+def test_a_client_that_never_compiled_loads_its_plan(build: Build) -> None:
+    """In a process of its own: nothing that only the compiler imports may be missing."""
+    program = (
+        "import sys; from hecompile.client_bundle import ClientBundle; from runtime.client import EncryptedCausalLM; "
+        "from runtime.products import CleartextProducts; from hecompile.worker_bundle import WorkerBundle; "
+        "bundle, worker = ClientBundle.open(sys.argv[1]), WorkerBundle.open(sys.argv[2]); "
+        "print(len(EncryptedCausalLM(bundle, CleartextProducts(bundle, worker)).adapter_state()))"
+    )
+    arguments = [sys.executable, "-W", "ignore", "-c", program, *(build.directory / name for name in (CLIENT, WORKER))]
+    run = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert (run.returncode, run.stdout.strip()) == (0, str(2 * 7 * 4)), run.stderr
 
 
 def test_a_worker_of_another_plan_is_refused(build: Build, tmp_path: Path) -> None:

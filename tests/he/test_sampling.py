@@ -14,9 +14,9 @@ import pytest
 
 from hecompile.errors import InputError, SecurityError
 from hecompile.he import sampling
+from hecompile.he.gaussian import _STRADDLES, gaussian_cdf, gaussian_from_uniform, gaussian_table
 from hecompile.he.parameters import RingParameters, test_insecure_parameters
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.he.gaussian import _STRADDLES, gaussian_cdf, gaussian_from_uniform, gaussian_table
 from hecompile.he.sampling import ERROR_BOUND, SIGMA, OneTimeSecret, PublicSeed, SecretRandom
 from hecompile.he.scheme import keygen
 

@@ -21,7 +21,7 @@ from tests.training.support import RECORDS, SECRET, make_model, make_recipe, mak
 TOKENIZER = make_tokenizer()
 STEP_KEYS = {
     "step", "epoch", "loss", "learning_rate", "grad_norm", "seconds", "tokens", "client_crypto_seconds",
-    "worker_seconds", "wire_seconds", "bytes_up", "bytes_down",
+    "worker_seconds", "wire_seconds", "bytes_up", "bytes_down", "overlapped_seconds",
 }  # fmt: skip
 
 

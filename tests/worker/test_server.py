@@ -49,7 +49,7 @@ def server(worker: Worker) -> Iterator[WorkerServer]:
 def assert_answers(transport: InProcessTransport | SocketTransport) -> None:
     planes = extreme_planes(3, 5, 8)
     np.testing.assert_array_equal(
-        transport.evaluate(CIRCUIT, planes), encrypted_linear_reference(planes, WEIGHT, 2)
+        transport.evaluate(CIRCUIT, planes).planes, encrypted_linear_reference(planes, WEIGHT, 2)
     )
 
 
@@ -205,7 +205,7 @@ def test_recorder_sees_every_byte_that_is_counted(server: WorkerServer) -> None:
     transport = connect(server.address, recorder=record)
     open_connection(transport, PLAN_ID)
     planes = extreme_planes(3, 5, 8)
-    reply = transport.evaluate(CIRCUIT, planes)
+    reply = transport.evaluate(CIRCUIT, planes).planes
     transport.close()
     assert len(traffic["sent"]) == transport.bytes_sent and traffic["sent"].endswith(planes.tobytes())
     assert len(traffic["received"]) == transport.bytes_received and traffic["received"].endswith(reply.tobytes())

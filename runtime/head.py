@@ -1,0 +1,71 @@
+"""The output head on the positions that are asked for, and its cross entropy without a logit of the others.
+
+A vocabulary of 128256 makes a position cost as much in the head as in four layers of a 1B model, and 0.5 MB for its logits.
+So positions that no label scores are left out before the head, and the loss goes through it in pieces of rows, whose
+gradient with respect to the hidden states is taken at once (the head is frozen), so that one piece of logits is all that
+ever exists. (The idea is that of Liger Kernel's fused linear cross entropy, Hsu et al., arXiv 2410.10989.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.data import IGNORED
+
+PIECE_BYTES = 64 << 20
+"""Of one piece of logits, float32."""
+
+
+def scored_positions(labels: Tensor) -> Tensor:
+    """bool [B, S] of int64 labels [B, S]: the positions i whose logits the label at i + 1 scores."""
+    scored = torch.zeros_like(labels, dtype=torch.bool)
+    scored[:, :-1] = labels[:, 1:] != IGNORED
+    return scored
+
+
+def scored_targets(labels: Tensor) -> Tensor:
+    """int64 [N]: the next tokens at `scored_positions(labels)`, row by row."""
+    targets = labels[:, 1:].flatten()
+    return targets[targets != IGNORED]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if wanted else None  # [N, H]
+        total = hidden.new_zeros(())
+        rows = max(1, PIECE_BYTES // (weight.shape[0] * weight.element_size()))
+        for start in range(0, len(hidden), rows):
+            piece = slice(start, start + rows)
+            logits = hidden[piece] @ weight.t()  # [n, V]
+            target = targets[piece, None]  # [n, 1]
+            logits -= logits.amax(dim=1, keepdim=True)
+            at_target = logits.gather(1, target)  # [n, 1]
+            exponentials = logits.exp_()  # in place: one piece of logits exists at a time
+            sums = exponentials.sum(dim=1, keepdim=True)  # [n, 1]
+            total += (sums.log() - at_target).sum()
+            if gradient is not None:
+                # d/dlogits of -log softmax at the target is softmax minus its indicator.
+                probabilities = exponentials.div_(sums)
+                probabilities.scatter_add_(1, target, torch.full_like(sums, -1.0))
+                torch.matmul(probabilities, weight, out=gradient[piece])
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None]:
+        gradient, ctx.gradient = ctx.gradient, None
+        return None if gradient is None else gradient * gradients[0], None, None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Σ over rows of -log softmax(hidden·weightᵀ)[target] in nats, a float32 scalar; differentiable once, in `hidden`.
+
+    hidden f32 [N, H], weight f32 [V, H] without gradient, targets int64 [N].
+    """
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)
+    return total

@@ -1,0 +1,110 @@
+"""A step's micro-batches, several of them in flight: while one waits for the worker, another does the client's work.
+
+Each micro-batch is one forward and backward in one thread. Its gradients are returned and not accumulated, and summed in the
+order of the micro-batches whatever the order they came in; and each draws dropout from a generator of its own, seeded
+beforehand in that order. So the result is a function of the batch alone: the same with one in flight as with many.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from runtime.adapter import AdapterModel
+
+LossOf = Callable[[Mapping[str, Tensor], torch.Generator], Tensor]
+"""A micro-batch and the generator of its dropout → its share of the step's loss, a scalar with a graph."""
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one micro-batch adds to a step: its loss, a gradient per parameter, and the seconds its thread took."""
+
+    loss: Tensor
+    gradients: Sequence[Tensor | None]
+    seconds: float
+
+
+class MicroBatches:
+    """Runs the micro-batches of one step after another. `close` ends its threads.
+
+    in_flight: how many at once; each holds its activations, so memory grows with it. One needs no thread.
+    overlapped_seconds: by how much the micro-batches so far took longer, added up, than the steps that they were in: 0
+    in sequence; the client's, the wire's and the worker's seconds then add up to the step's.
+    """
+
+    def __init__(self, in_flight: int = 1) -> None:
+        self.in_flight = in_flight
+        self.overlapped_seconds = 0.0
+        # Threads that stay: each keeps its OpenMP team and its memory for the next step.
+        self._threads = ThreadPoolExecutor(in_flight, "micro-batch") if in_flight > 1 else None
+
+    def run(self, model: AdapterModel, micro_batches: Sequence[Mapping[str, Tensor]], loss_of: LossOf) -> Tensor:
+        """Add the gradients of Σ loss_of(micro-batch) to the parameters' `grad`; return that sum, a detached scalar.
+
+        The generators' seeds are drawn from torch's own generator, one per micro-batch. If a micro-batch fails, those
+        that have not started are dropped, those in flight end, the first failure is raised, and no `grad` is touched.
+        """
+        parameters = list(model.adapter_state().values())
+        seeds = torch.randint(2**62, (len(micro_batches),)).tolist()
+        started = time.perf_counter()
+
+        def work(index: int) -> _Share:
+            begin = time.perf_counter()
+            generator = torch.Generator().manual_seed(seeds[index])
+            with torch.enable_grad():
+                loss = loss_of(micro_batches[index], generator)
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            return _Share(loss.detach(), gradients, time.perf_counter() - begin)
+
+        total = torch.zeros(())
+        sums: list[Tensor | None] = [None] * len(parameters)
+        seconds = 0.0
+        for share in self._in_order(work, len(micro_batches)):
+            total = total + share.loss
+            seconds += share.seconds
+            for position, gradient in enumerate(share.gradients):
+                sums[position] = _sum(sums[position], gradient)
+        if self._threads is not None:
+            self.overlapped_seconds += max(0.0, seconds - (time.perf_counter() - started))
+        for parameter, gradient in zip(parameters, sums, strict=True):
+            parameter.grad = _sum(parameter.grad, gradient)
+        return total
+
+    def _in_order(self, work: Callable[[int], _Share], count: int) -> Iterator[_Share]:
+        if self._threads is None:
+            yield from (work(index) for index in range(count))
+            return
+        futures: list[Future[_Share]] = [self._threads.submit(work, index) for index in range(count)]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+            # A failed step must not go on behind the caller's back: its requests would mix with the next step's.
+            for future in futures:
+                if not future.cancelled():
+                    future.exception()
+
+    def close(self) -> None:
+        """End the threads; those at work finish first."""
+        if self._threads is not None:
+            self._threads.shutdown()
+
+
+def _sum(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    if total is None or gradient is None:
+        return total if gradient is None else gradient
+    return total + gradient
+
+
+def cut(batch: Mapping[str, Tensor], rows: int) -> list[dict[str, Tensor]]:
+    """The batch's rows in order, `rows` at a time; the last piece may have fewer. Views, not copies."""
+    count = len(next(iter(batch.values())))
+    return [{name: value[at : at + rows] for name, value in batch.items()} for at in range(0, count, rows)]

@@ -1,0 +1,65 @@
+"""The head on scored positions, and its cross entropy in pieces, against torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from runtime import head
+from runtime.head import linear_cross_entropy, scored_positions, scored_targets
+
+VOCABULARY, HIDDEN = 37, 16
+
+
+def inputs(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, HIDDEN, generator=generator, requires_grad=True)
+    weight = 3 * torch.randn(VOCABULARY, HIDDEN, generator=generator)
+    return hidden, weight, torch.randint(VOCABULARY, (rows,), generator=generator)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 13])
+def test_loss_and_gradient_are_those_of_torch_whatever_the_pieces(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(head, "PIECE_BYTES", 4 * VOCABULARY * 4)  # pieces of four rows
+    hidden, weight, targets = inputs(rows)
+    (0.25 * linear_cross_entropy(hidden, weight, targets)).backward()
+    reference = hidden.detach().clone().requires_grad_()
+    loss = F.cross_entropy(reference @ weight.t(), targets, reduction="sum")
+    (0.25 * loss).backward()
+    assert hidden.grad is not None and reference.grad is not None
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets), loss)
+    torch.testing.assert_close(hidden.grad, reference.grad)
+
+
+def test_one_row_is_a_piece_however_small_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "PIECE_BYTES", 1)
+    hidden, weight, targets = inputs(3)
+    expected = F.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets), expected)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    hidden, weight, targets = inputs(4)
+    loss = linear_cross_entropy(1000 * hidden, weight, targets)
+    torch.testing.assert_close(loss, F.cross_entropy(1000 * hidden @ weight.t(), targets, reduction="sum"))
+    assert torch.isfinite(loss)
+
+
+def test_no_gradient_is_computed_where_none_is_wanted() -> None:
+    hidden, weight, targets = inputs(4)
+    assert not linear_cross_entropy(hidden.detach(), weight, targets).requires_grad
+    with torch.no_grad():
+        assert not linear_cross_entropy(hidden, weight, targets).requires_grad
+
+
+def test_no_scored_position_gives_zero() -> None:
+    hidden, weight, targets = inputs(4)
+    assert linear_cross_entropy(hidden[:0], weight, targets[:0]).item() == 0.0
+
+
+def test_positions_and_targets_belong_together() -> None:
+    labels = torch.tensor([[-100, 7, -100, 9, -100], [5, 6, -100, -100, 8]])
+    # The first label scores nothing: the first token is predicted from nothing.
+    assert scored_positions(labels).nonzero().tolist() == [[0, 0], [0, 2], [1, 0], [1, 3]]
+    assert scored_targets(labels).tolist() == [7, 9, 6, 8]
