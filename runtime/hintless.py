@@ -19,6 +19,6 @@ from hecompile.public_rows import hint_from_planes
 from runtime.transports import Answer
 
 
-def hint_of_answer(answer: Answer, ring: RingParameters, parameters: LinearParameters) -> Hint:
-    """The hint of a circuit with `parameters`, from the worker's answer to `Transport.setup`."""
+def hint_of(answer: Answer, ring: RingParameters, parameters: LinearParameters) -> Hint:
+    """The hint in a worker's answer to `Transport.setup`. Raises WorkerError when it is something else."""
     return Hint.from_coefficients(ring, hint_from_planes(answer.planes, ring, parameters.out_features))

@@ -26,7 +26,7 @@ from hecompile.he.hints import HintStore
 from hecompile.he.parameters import LinearParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.worker_bundle import WorkerBundle
-from runtime.hintless import hint_of_answer
+from runtime.hintless import hint_of
 from runtime.transports import Answer, Transport, open_connection
 
 DEFAULT_CACHE_BYTES = 512 << 20
@@ -116,27 +116,28 @@ class EncryptedProducts(Products):
         if key.tokens == 0:
             return x.new_zeros(len(x), parameters.out_features)
         encrypted = time.perf_counter()
-        answers = [self._in_turn(lambda: self._transport.evaluate(circuit, ciphertext.planes.numpy()))]
+        answers = [self._ask(lambda: self._transport.evaluate(circuit, ciphertext.planes.numpy()))]
         if self._hintless:
-            answers.append(self._in_turn(lambda: self._transport.setup(circuit, self._ring.lattice_dim)))
-            hint = hint_of_answer(answers[1], self._ring, parameters)
-        else:
-            hint = self._hints.hint(circuit, parameters.out_features)
+            answers.append(self._ask(lambda: self._transport.setup(circuit, self._ring.lattice_dim)))
         answered = time.perf_counter()
         reply = torch.from_numpy(answers[0].planes)
+        if self._hintless:
+            hint = hint_of(answers[1], self._ring, parameters)
+        else:
+            hint = self._hints.hint(circuit, parameters.out_features)
         result = decrypt_reals(key, hint, reply, parameters, row_scale)
         self._hints.release(circuit)
         done = time.perf_counter()
+        worker_seconds = sum(answer.worker_seconds for answer in answers)
         with self._lock:
             self.costs.client_crypto_seconds += (encrypted - start) + (done - answered)
-            worker_seconds = sum(answer.worker_seconds for answer in answers)
             self.costs.worker_seconds += worker_seconds
             self.costs.wire_seconds += max(0.0, answered - encrypted - worker_seconds)
             self.costs.bytes_up += sum(answer.bytes_sent for answer in answers)
             self.costs.bytes_down += sum(answer.bytes_received for answer in answers)
         return result
 
-    def _in_turn(self, request: Callable[[], Answer]) -> Answer:
+    def _ask(self, request: Callable[[], Answer]) -> Answer:
         if self._transport.concurrent:
             return request()
         with self._turn:

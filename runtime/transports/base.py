@@ -73,8 +73,8 @@ class Transport(Protocol):
         ...
 
     def setup(self, circuit: str, lattice_dim: int) -> Answer:
-        """The product of the circuit's weight and the public rows, uint8 [4, lattice_dim, out]: its hint, from a worker
-        whose bundle holds them. Raises WorkerError as `evaluate` does."""
+        """The product of the circuit's weight and the public rows, planes uint8 [4, lattice_dim, out]: its hint, from a
+        worker whose bundle holds them. Raises WorkerError as `evaluate` does."""
         ...
 
     def close(self) -> None:
