@@ -24,5 +24,6 @@ SECTIONS = (
     "compile_1b",
     "hintless",
     "growth",
+    "unit_costs",
 )
 """In the order of the page. A section whose module is not there is left out."""

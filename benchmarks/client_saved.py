@@ -83,8 +83,8 @@ def cpu_seconds_of_product(shape: _Shape, ring: RingParameters, tokens: int, rep
         hint = stack.enter_context(random_hint(ring, shape.out_features))
 
         def encrypted() -> Tensor:
-            _, key, scale = TRAINED.encrypt(public, x, parameters)
-            return TRAINED.decrypt(key, hint, reply, parameters, scale)
+            _, key = TRAINED.encrypt(public, x, parameters)
+            return TRAINED.decrypt(key, hint, reply, parameters)
 
         calls: dict[str, Callable[[], object]] = {"encrypted": encrypted, "plain": lambda: x @ weight.t()}
         samples = paired(calls, repeats)

@@ -6,16 +6,17 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 
+import numpy as np
 import torch
 
 from benchmarks.client_path import PATHS, TRAINED, ClientPath
 from benchmarks.linears import Linear, public_matrix, random_linear, random_rows, relative_error, stored_hint
 from benchmarks.report import section_main, table
 from benchmarks.timing import Samples, paired, thread_counts, threads
-from hecompile.he.encode import encode
+from hecompile.he.kernels import transform_secrets
 from hecompile.he.parameters import CATALOGUE, RingParameters
 from hecompile.he.sampling import SecretRandom
-from hecompile.he.scheme import evaluate
+from hecompile.he.scheme import blocks, evaluate, keygen
 from passes.select_parameters import choose_ring
 
 TARGET_NS = 3.0
@@ -71,15 +72,15 @@ def _rows(
         hint = stack.enter_context(stored_hint(public, linear.weight))
         results = {}
         for name, path in paths.items():
-            ciphertext, key, scale = path.encrypt(public, x, parameters)
+            ciphertext, key = path.encrypt(public, x, parameters)
             reply = evaluate(linear.weight, ciphertext.planes, parameters)
-            error = relative_error(path.decrypt(key, hint, reply, parameters, scale), exact)
-            results[name] = (path, key, reply, scale, error)
+            error = relative_error(path.decrypt(key, hint, reply, parameters), exact)
+            results[name] = (path, key, reply, error)
         for count in thread_counts():
             calls: dict[str, Callable[[], object]] = {}
-            for name, (path, key, reply, scale, _) in results.items():
+            for name, (path, key, reply, _) in results.items():
                 calls[f"{name} encrypt"] = partial(path.encrypt, public, x, parameters)
-                calls[f"{name} decrypt"] = partial(path.decrypt, key, hint, reply, parameters, scale)
+                calls[f"{name} decrypt"] = partial(path.decrypt, key, hint, reply, parameters)
             with threads(count):
                 samples = paired(calls, repeats)
             for name, (*_, error) in results.items():
@@ -98,9 +99,13 @@ def _split(features: int, tokens: int, repeats: int) -> list[list[object]]:
     parameters = random_linear(features, features).parameters
     x = random_rows(tokens, features)
     public = public_matrix(choose_ring(tokens), features)
-    calls = {
-        "scaling and rounding (`encode`)": lambda: encode(x, parameters.input_bound, parameters.norm_bound),
-        "error sampling (`SecretRandom.discrete_gaussian`)": lambda: SecretRandom().discrete_gaussian((tokens, features)),
+    ring = public.params
+    count = len(blocks(tokens, ring.ring_dim))
+    calls: dict[str, Callable[[], object]] = {
+        "error sampling": lambda: SecretRandom().discrete_gaussian((tokens, features)),
+        "drawing and transforming the secrets": lambda: transform_secrets(
+            np.stack([keygen(ring).spend() for _ in range(count)])
+        ),
         "all of encrypting": lambda: TRAINED.encrypt(public, x, parameters),
     }
     with threads(1):

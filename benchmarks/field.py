@@ -52,7 +52,7 @@ class Ours(System):
         self._parameters, self._public, self._hint, self._engine = linear.parameters, public, hint, engine
 
     def encrypt(self) -> None:
-        ciphertext, self._key, self._scale = TRAINED.encrypt(self._public, self.x, self._parameters)
+        ciphertext, self._key = TRAINED.encrypt(self._public, self.x, self._parameters)
         self._sent = ciphertext.planes.numpy()
         self.bytes_up = self._sent.nbytes
 
@@ -61,7 +61,7 @@ class Ours(System):
 
     def decrypt(self) -> Tensor:
         self.bytes_down = self._reply.nbytes
-        return TRAINED.decrypt(self._key, self._hint, torch.from_numpy(self._reply), self._parameters, self._scale)
+        return TRAINED.decrypt(self._key, self._hint, torch.from_numpy(self._reply), self._parameters)
 
 
 def run(quick: bool) -> str:

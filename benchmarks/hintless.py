@@ -1,14 +1,14 @@
 """The price of storing no hints: training steps of the small Llama with stored hints and without, over a worker process.
 
-    python benchmarks/hintless.py [--quick]
+    python -m benchmarks.hintless [--quick]
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
+from benchmarks.report import section_main
 from hecompile.client_bundle import ClientBundle
 from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
 from hecompile.demo import RECIPE, worker_process
@@ -48,8 +48,8 @@ def _rows(batch: int, steps: int) -> tuple[str, str]:
         # The same ring on both sides: what is compared is where the hints come from.
         ring = f"{bundle.ring.ring_dim}x{bundle.ring.rank}"
         fetched, _, without = _train(Path(scratch) / "fetched", batch, steps, stored_hints=False, ring=ring)
+        hints = hint_traffic(without.circuits, without.ring, circuits_without_gradient(without.graph())) / tokens
         megabytes = sum(path.stat().st_size for path in bundle.hints.glob("*.npy")) / 1e6
-    hints = hint_traffic(without.circuits, without.ring, circuits_without_gradient(without.graph())) / tokens
     ratios = (
         f"{fetched.seconds / stored.seconds:.1f}x",
         f"{fetched.bytes_down_per_token / stored.bytes_down_per_token:.2f}x",
@@ -92,6 +92,4 @@ def _train(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the smallest batch and few steps")
-    print(run(parser.parse_args().quick))
+    section_main("hintless")

@@ -10,12 +10,10 @@ from benchmarks.report import section_main, table
 from benchmarks.stepping import Batch, Side, Steps, measure_steps
 from hecompile.client_bundle import ClientBundle
 from hecompile.compiler import CLIENT
+from runtime.session import DEFAULT_ENGINE
 
 LAYERS, BATCH = 16, Batch(sequences=2, length=512, micro_batch=1)
 QUICK_LAYERS, QUICK_BATCH = 2, Batch(sequences=2, length=32)
-ENGINE = "torch"
-"""One copy of the weights for both directions: onnxruntime took over 10 GB for this model."""
-
 RATIO_TARGET, BYTES_TARGET, CLIENT_GB_TARGET = 1.5, 3.6e6, 4.0
 PROSE = """\
 ## One training step at 1B size
@@ -33,7 +31,7 @@ def run(quick: bool) -> str:
     layers, batch = (QUICK_LAYERS, QUICK_BATCH) if quick else (LAYERS, BATCH)
     rounds, steps = (1, 1) if quick else (3, 2)
     with llama_1b(layers, batch.micro_batch or batch.sequences, batch.length) as built:
-        measured = measure_steps(built.build, built.checkpoint, batch, rounds, steps, engine=ENGINE)
+        measured = measure_steps(built.build, built.checkpoint, batch, rounds, steps)
         return describe(built, batch, measured)
 
 
@@ -45,7 +43,7 @@ def describe(built: Built, batch: Batch, measured: Steps) -> str:
     prose = PROSE.format(
         layers=sum(name.endswith("down_proj.forward") for name in plan.circuits),
         weight_bits=plan.weight_bits,
-        engine=ENGINE,
+        engine=DEFAULT_ENGINE,
         precision=plan.effective_bits,
         ring=f"{plan.ring.ring_dim} × {plan.ring.rank}",
         tokens=batch.tokens,

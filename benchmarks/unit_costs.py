@@ -1,6 +1,6 @@
 """The unit costs of `hecompile.costs.CostModel` on this machine: measured, fitted, and how well the model then predicts.
 
-    python benchmarks/unit_costs.py [--quick]
+    python -m benchmarks.unit_costs [--quick]
 
 Seconds of encrypting and decrypting are taken for several rings and numbers of tokens, the shortest of a few repetitions
 each (the model is of an undisturbed machine). transform_flops, encrypt_seconds and decrypt_seconds are fitted to them by
@@ -9,7 +9,6 @@ least squares of the relative error. Products are timed on a 2048 x 2048 matrix.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from benchmarks.report import section_main
 from hecompile.costs import CostModel
 from hecompile.he.fused import decrypt_reals, encrypt_reals
 from hecompile.he.hints import Hint
@@ -117,6 +117,4 @@ def _shortest(work: Callable[[], object], repeats: int) -> float:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer points and repetitions")
-    print(run(parser.parse_args().quick))
+    section_main("unit_costs")

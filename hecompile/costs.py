@@ -28,7 +28,8 @@ WORD_BYTES = 4
 class CostModel:
     """Speeds of a client, a worker and the link between them. Only ratios matter for what is chosen.
 
-    The defaults were measured on two x86 cores with AVX-512 on each side, by `benchmarks/unit_costs.py`; the link: 1 Gbit/s.
+    The defaults are those of two x86 cores with AVX-512 on each side and a link of 1 Gbit/s; `benchmarks/unit_costs.py`
+    measures them.
     """
 
     client_flops: float = 3.0e11
@@ -37,14 +38,14 @@ class CostModel:
     """int8 operations per second of the worker."""
     bandwidth: float = 1.25e8
     """bytes per second, each way."""
-    transform_flops: float = 4.0e9
+    transform_flops: float = 5.0e10
     """float64 operations per second of the client's ring products."""
-    encrypt_seconds: float = 4.0e-9
+    encrypt_seconds: float = 2.5e-9
     """client seconds per encrypted element, beside the ring product."""
-    decrypt_seconds: float = 2.0e-9
+    decrypt_seconds: float = 5.0e-10
     """client seconds per decrypted element, beside the ring product."""
-    hint_bandwidth: float = 2.0e9
-    """bytes of hints per second that the client reads."""
+    hint_bandwidth: float = 1.0e10
+    """bytes of hints per second that the client reads, from the system's file cache."""
 
     def encrypt(self, ring: RingParameters, tokens: int, features: int) -> float:
         """Client seconds to encrypt `tokens` rows of `features`."""

@@ -93,9 +93,9 @@ def test_measured_path_computes_the_product_through_the_engine(name: str) -> Non
     public = public_matrix(CATALOGUE["256x6"], 96)
     with stored_hint(public, linear.weight) as hint, engine_of(linear, DEFAULT_ENGINE) as engine:
         path = PATHS[name]
-        ciphertext, key, scale = path.encrypt(public, x, linear.parameters)
+        ciphertext, key = path.encrypt(public, x, linear.parameters)
         reply = torch.from_numpy(engine.evaluate("linear.forward", ciphertext.planes.numpy()))
-        result = path.decrypt(key, hint, reply, linear.parameters, scale)
+        result = path.decrypt(key, hint, reply, linear.parameters)
     assert relative_error(result, x.double() @ linear.weight.double().t()) < 2e-3
 
 

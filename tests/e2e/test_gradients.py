@@ -96,8 +96,8 @@ def test_rows_sent_are_the_real_tokens_and_masked_gradients_come_back_as_exact_z
     sent: dict[str, int] = {}
     product = model.products.product
 
-    def counting(circuit: str, x: Tensor) -> Tensor:
-        result = product(circuit, x)
+    def counting(circuit: str, x: Tensor, **scales: Tensor) -> Tensor:
+        result = product(circuit, x, **scales)
         zero = x.eq(0).all(dim=1)
         assert bool(result[zero].eq(0).all()), f"{circuit}: a row of zeros came back as noise"
         sent[circuit] = int((~zero).sum())

@@ -57,12 +57,14 @@ class Meeting(CleartextProducts):
         self._waiting = threading.local()
         self.met = 0
 
-    def product(self, circuit: str, x: Tensor) -> Tensor:
+    def product(
+        self, circuit: str, x: Tensor, column_scale: Tensor | None = None, row_scale: Tensor | None = None
+    ) -> Tensor:
         if not getattr(self._waiting, "done", False):
             self._waiting.done = True
             self._together.wait()
             self.met += 1
-        return super().product(circuit, x)
+        return super().product(circuit, x, column_scale, row_scale)
 
 
 def model_for(build: Build, adapter: dict[str, Tensor], in_flight: int) -> EncryptedCausalLM:
