@@ -65,7 +65,7 @@ def test_export_then_inspect(checkpoint: Path, tmp_path: Path) -> None:
     exported = CliRunner().invoke(app, ["export", "llama", "--model", str(checkpoint), "--out", str(out), *arguments])
     assert exported.exit_code == 0, exported.output
     assert f"client bundle: {out / 'client'}" in exported.output
-    assert "\nseconds: load " in exported.output
+    assert "\nseconds: " in exported.output  # of the phases that took long enough to be worth it
     assert "736 rows of hints; predicted" in exported.output
     picture = tmp_path / "plan.svg"
     for target in (out, out / "client"):

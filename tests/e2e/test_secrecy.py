@@ -33,13 +33,18 @@ class Wiretap:
         self.plaintexts: list[tuple[str, Tensor]] = []
         transport = SocketTransport(address, recorder=self._record)
         self.products = EncryptedProducts(bundle, transport)
-        original = self.products._product_of_live_rows
+        original = self.products.product
 
-        def noting(circuit: str, parameters: object, x: Tensor) -> Tensor:
-            self.plaintexts.append((circuit, x.detach().clone()))
-            return original(circuit, parameters, x)  # type: ignore[arg-type]
+        def noting(
+            circuit: str, x: Tensor, column_scale: Tensor | None = None, row_scale: Tensor | None = None
+        ) -> Tensor:
+            scaled = x.detach() if column_scale is None else x.detach() * column_scale
+            live = scaled.ne(0).any(dim=1)
+            if bool(live.any()):
+                self.plaintexts.append((circuit, scaled[live].clone()))
+            return original(circuit, x, column_scale, row_scale)
 
-        self.products._product_of_live_rows = noting  # type: ignore[method-assign]
+        self.products.product = noting  # type: ignore[method-assign]
 
     def _record(self, direction: str, frame: bytes) -> None:
         if direction == "sent":
