@@ -17,11 +17,12 @@ from hecompile.errors import InputError
 from hecompile.he import tiles
 from hecompile.he.encode import token_scales
 from hecompile.he.hints import Hint
-from hecompile.he.kernels import aligned, roots
+from hecompile.he.kernels import roots
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.sampling import SecretRandom
 from hecompile.he.scheme import Ciphertext, DecryptionKey, blocks, keygen
+from hecompile.he.scratch import scratch
 from hecompile.he.threads import for_each, slices
 
 _CHUNK = 2**18
@@ -84,12 +85,15 @@ def encrypt_reals(
         matrix = public.transformed(linear.in_features)
         random = SecretRandom()
         for_each(
-            lambda part: _encrypt_part(
-                matrix, rows, factors, key, planes, part, random.discrete_gaussian((len(rows), part.stop - part.start))
-            ),
+            lambda part: _encrypt_part(matrix, rows, factors, key, planes, part, _errors(random, len(rows), part)),
             _parts(linear.in_features, len(rows)),
         )
     return Ciphertext(planes), key
+
+
+def _errors(random: SecretRandom, tokens: int, part: slice) -> NDArray[np.int8]:
+    width = part.stop - part.start
+    return random.discrete_gaussian((tokens, width), scratch("error", tokens * width, np.int8))
 
 
 def _encrypt_part(
@@ -103,7 +107,7 @@ def _encrypt_part(
         matrix, part.start // 8, part.stop - part.start, params.rank, n, roots(params.ring_dim),
         key.secrets_transformed(), tokens, rows.numpy().reshape(-1), part.start, features, 1 / key.scale, factors[part],
         error.reshape(-1), planes.numpy().reshape(-1), part.start, tokens * features, features, linear.upload_limbs,
-        aligned(tiles.tile_words(tokens), np.int32), aligned(16 * n, np.float64),
+        scratch("tile", tiles.tile_words(tokens), np.int32), scratch("work", 16 * n, np.float64),
     )  # fmt: skip
 
 
@@ -153,7 +157,8 @@ def _decrypt_part(
         hint.words, kept, part.start // 8, part.stop - part.start, params.rank, n, roots(params.ring_dim),
         key.secrets_transformed(), tokens, planes.numpy().reshape(-1), part.start, tokens * features, features,
         linear.reply_bytes, key.scale, factors[part], result.numpy().reshape(-1), part.start, features,
-        aligned(tiles.tile_words(tokens), np.int32), aligned(16 * n * params.rank, np.float64), aligned(16 * n, np.float64),
+        scratch("tile", tiles.tile_words(tokens), np.int32), scratch("values", 16 * n * params.rank, np.float64),
+        scratch("work", 16 * n, np.float64),
     )  # fmt: skip
 
 

@@ -10,6 +10,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from hecompile.he.scratch import scratch
+
 SIGMA = 3.2
 """Standard deviation of the error."""
 
@@ -54,26 +56,26 @@ def gaussian_table(bits: int) -> NDArray[np.int8]:
 
 
 def gaussian_from_uniform(
-    top: NDArray[np.uint16], more_bytes: Callable[[int], bytes | NDArray[np.uint8]]
+    top: NDArray[np.uint16],
+    more_bytes: Callable[[int], bytes | NDArray[np.uint8]],
+    out: NDArray[np.int8] | None = None,
 ) -> NDArray[np.int8]:
     """Inverts the 64-bit CDF at uniform numbers given by their top 16 bits, drawing the other 48 where they matter.
 
     Args:
         top: uniform uint16 `[n]`.
         more_bytes: returns that many uniform bytes; asked once, for 6 bytes per undecided sample.
+        out: int8 `[n]`, to be filled and returned.
 
     Returns:
         int8 `[n]`: the smallest k with u < 2^64 · P(e ≤ k).
     """
-    samples = np.empty(top.shape, dtype=np.int8)
-    undecided = np.empty(top.size, dtype=np.uint32)  # never touched memory costs nothing
+    samples = np.empty(top.shape, dtype=np.int8) if out is None else out
+    undecided = scratch("undecided", top.size, np.uint32)
     count = _look_up(top, gaussian_table(12), gaussian_table(16), samples, undecided)
     if count:
-        rest = undecided[:count]
-        tail = np.zeros((count, 8), dtype=np.uint8)
-        tail[:, :6] = np.frombuffer(more_bytes(6 * count), dtype=np.uint8).reshape(-1, 6)
-        uniform = (top[rest].astype(np.uint64) << np.uint64(48)) | tail.view("<u8")[:, 0]
-        samples[rest] = np.searchsorted(gaussian_cdf(), uniform, side="right") - ERROR_BOUND
+        tail = np.frombuffer(more_bytes(6 * count), dtype=np.uint8)
+        _decide(top, undecided[:count], tail, gaussian_cdf(), samples)
     return samples
 
 
@@ -90,3 +92,17 @@ def _look_up(top, coarse, fine, samples, undecided):  # type: ignore[no-untyped-
                 count += 1
         samples[i] = sample
     return count
+
+
+@numba.njit(nogil=True, cache=True, boundscheck=False)
+def _decide(top, undecided, tail, cdf, samples):  # type: ignore[no-untyped-def]
+    """Fills the open places with the number of steps of the CDF that are at most u, of which `tail` has the low 6 bytes."""
+    for k in range(undecided.size):
+        i = undecided[k]
+        u = np.uint64(top[i]) << np.uint64(48)
+        for byte in range(6):
+            u |= np.uint64(tail[6 * k + byte]) << np.uint64(8 * byte)
+        steps = 0
+        while steps < cdf.size and cdf[steps] <= u:
+            steps += 1
+        samples[i] = steps - ERROR_BOUND

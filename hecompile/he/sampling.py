@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from hecompile.errors import InputError, SecurityError
 from hecompile.he.gaussian import ERROR_BOUND, SIGMA, gaussian_from_uniform
+from hecompile.he.scratch import scratch
 
 __all__ = ["ERROR_BOUND", "SIGMA", "OneTimeSecret", "PublicSeed", "PublicStream", "SecretRandom", "Unsharable"]
 
@@ -128,18 +129,37 @@ class SecretRandom(Unsharable):
             missing -= len(kept[-1])
         return np.concatenate(kept) if kept else np.zeros(0, dtype=np.int8)
 
-    def discrete_gaussian(self, shape: tuple[int, ...]) -> NDArray[np.int8]:
-        """Independent centred discrete Gaussian samples, standard deviation SIGMA, |e| ≤ ERROR_BOUND: int8 `shape`."""
+    def discrete_gaussian(self, shape: tuple[int, ...], out: NDArray[np.int8] | None = None) -> NDArray[np.int8]:
+        """Independent centred discrete Gaussian samples, standard deviation SIGMA, |e| ≤ ERROR_BOUND: int8 `shape`.
+
+        `out`: int8, flat, of as many elements, to be filled and returned in that shape.
+        """
         count = int(np.prod(shape, dtype=np.int64))
-        return gaussian_from_uniform(_secret_bytes(2 * count).view(np.uint16), _secret_bytes).reshape(shape)
+        samples = np.empty(count, dtype=np.int8) if out is None else out
+        top = scratch("keystream", 2 * count + _ROOM, np.uint8)
+        _fill_with_secret_bytes(top)
+        gaussian_from_uniform(top[: 2 * count].view(np.uint16), _secret_bytes, samples)
+        return samples.reshape(shape)
+
+
+_ROOM = 63
+"""Bytes more than wanted that the cipher may write."""
+_ZEROS = bytes(1 << 16)
+
+
+def _fill_with_secret_bytes(target: NDArray[np.uint8]) -> None:
+    """Overwrites all but the last _ROOM bytes of `target` with fresh uniform bytes."""
+    encryptor = Cipher(ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
+    for start in range(0, target.size - _ROOM, len(_ZEROS)):
+        piece = min(len(_ZEROS), target.size - _ROOM - start)
+        encryptor.update_into(_ZEROS[:piece], target[start : start + piece + _ROOM].data)
 
 
 def _secret_bytes(count: int) -> NDArray[np.uint8]:
     """Fresh uniform bytes: uint8 `[count]`."""
-    keystream = np.empty(count + 15, dtype=np.uint8)  # the cipher wants room for a block more
-    encryptor = Cipher(ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
-    encryptor.update_into(bytes(count), keystream.data)
-    return keystream[:count]
+    target = np.empty(count + _ROOM, dtype=np.uint8)
+    _fill_with_secret_bytes(target)
+    return target[:count]
 
 
 class OneTimeSecret(Unsharable):

@@ -20,12 +20,26 @@ def for_each(work: Callable[[Part], None], parts: Sequence[Part]) -> None:
     each other's free places would wait for ever.
     """
     threads = 1 if getattr(_LOCAL, "working", False) else min(torch.get_num_threads(), len(parts))
-    if threads <= 1:
-        for part in parts:
+    remaining, lock = iter(parts), threading.Lock()
+
+    def share() -> None:
+        while True:
+            with lock:
+                part = next(remaining, None)
+            if part is None:
+                return
             work(part)
-        return
-    for _ in _pool(torch.get_num_threads()).map(work, parts):
-        pass
+
+    # The caller works too: waking a thread takes as long as a small part, and one that comes late finds nothing left.
+    helpers = [_pool(torch.get_num_threads()).submit(share) for _ in range(threads - 1)]
+    try:
+        share()
+    finally:
+        with lock:
+            remaining = iter(())  # after an exception the others stop as well
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
 
 
 def slices(total: int, step: int) -> list[slice]:
@@ -35,7 +49,7 @@ def slices(total: int, step: int) -> list[slice]:
 
 @lru_cache(maxsize=4)
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="hecompile-share", initializer=_mark)
+    return ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="hecompile-share", initializer=_mark)
 
 
 _LOCAL = threading.local()

@@ -1,0 +1,25 @@
+"""Memory that a thread uses again and again: a fresh large array costs a page fault per 4 KiB, as much as what fills it.
+
+What it holds between calls (samples, words on their way to wire bytes) stays inside the client's process, as secrets do.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hecompile.he.kernels import aligned
+
+_LOCAL = threading.local()
+
+
+def scratch(name: str, count: int, dtype: type[np.generic]) -> NDArray[Any]:
+    """An uninitialized flat array of this thread, aligned to a cache line; the next call with `name` overwrites it."""
+    arrays: dict[str, NDArray[Any]] = _LOCAL.__dict__.setdefault("arrays", {})
+    found = arrays.get(name)
+    if found is None or found.size < count or found.dtype != dtype:
+        found = arrays[name] = aligned(count, dtype)
+    return found[:count]
