@@ -39,6 +39,9 @@ CHECKED_TOKENS = 2
 LAYER = {"qkv": (2048, 3072), "o": (2048, 2048), "gate_up": (2048, 16384), "down": (8192, 2048)}
 """(in, out) of the circuits of one decoder layer of Llama-3.2-1B: q, k, v share an upload, and so do gate and up."""
 
+ROW_SECONDS = 30.0
+"""No round of a row begins later than this, but three are always taken."""
+
 MEMORY_TOKENS = 1024
 MIB = 1 << 20
 
@@ -86,7 +89,7 @@ def _row(bundle: WorkerBundle, engines: dict[str, Engine], direction: str, token
     for name, engine in engines.items():
         _check(engine, circuit, planes, bundle)
         functions[name] = partial(engine.evaluate, circuit, planes)
-    times = paired(functions, rounds)
+    times = paired(functions, rounds, budget_seconds=ROW_SECONDS)
     cells = [f"{1e3 * samples.seconds:.1f}" for samples in times.values()]
     for name in engines:
         cells += [f"{ratio(times[name].wall, times[what].wall):.2f}" for what in ("float32", "int8")]
