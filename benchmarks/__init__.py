@@ -1,7 +1,7 @@
 """What the performance claims in the README are made with: one module per section, one page of results.
 
     python -m benchmarks [--quick] [SECTION ...]     run sections one after the other, then assemble results/README.md
-    python -m benchmarks.crypto [--quick]            one section alone
+    python -m benchmarks.crypto [--quick]            one section, in this process
 
 A section is a module with `run(quick: bool) -> str`, which returns Markdown and may save plots with `report.save_plot`.
 Each runs in a process of its own and stores its Markdown in results/, so that one can be run again without the others.

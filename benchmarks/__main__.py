@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 
-from benchmarks.report import assemble, available_sections, run_section_process
+from benchmarks.report import assemble, available_sections, run_section_process, use_quick_directory
 
 
 def main() -> int:
@@ -19,6 +19,8 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := sorted(set(options.sections) - set(sections)):
         parser.error(f"no section {', '.join(unknown)}; there are {', '.join(sections)}")
+    if options.quick:
+        use_quick_directory()
     failed = []
     for name in [] if options.assemble else options.sections or sections:
         print(f"--- {name}", flush=True)

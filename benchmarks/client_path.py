@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from hecompile.he.encode import decode, encode
+from hecompile.he.fused import RealKey, decrypt_reals, encrypt_reals
 from hecompile.he.hints import Hint
 from hecompile.he.parameters import LinearParameters
 from hecompile.he.public_matrix import PublicMatrix
@@ -51,7 +53,20 @@ def _reference_decrypt(
 
 REFERENCE = ClientPath(_reference_encrypt, _reference_decrypt)
 
-# What runtime.products calls. A fast path takes this place: TRAINED = ClientPath(encrypt_reals, decrypt_reals)
-TRAINED = REFERENCE
 
-PATHS = {"trained": TRAINED} if TRAINED is REFERENCE else {"trained": TRAINED, "torch reference": REFERENCE}
+def _trained_encrypt(
+    public: PublicMatrix, x: Tensor, linear: LinearParameters
+) -> tuple[Ciphertext, DecryptionKey, Tensor]:
+    ciphertext, key = encrypt_reals(public, x, linear)
+    return ciphertext, key, torch.from_numpy(key.scale)[:, None]
+
+
+def _trained_decrypt(key: DecryptionKey, hint: Hint, reply: Tensor, linear: LinearParameters, scale: Tensor) -> Tensor:
+    assert isinstance(key, RealKey)  # it knows the scale
+    return decrypt_reals(key, hint, reply, linear)
+
+
+TRAINED = ClientPath(_trained_encrypt, _trained_decrypt)
+"""What `runtime.products` calls."""
+
+PATHS = {"trained": TRAINED, "torch reference": REFERENCE}

@@ -75,7 +75,7 @@ def stored_hint(public: PublicMatrix, weight: Tensor) -> Iterator[Hint]:
     """The hint of a weight, made by setup, written and read back as training reads it."""
     with tempfile.TemporaryDirectory() as scratch:
         write_hint(Path(scratch), "linear", setup(weight, public))
-        yield _read(Path(scratch), public.params)
+        yield _read(Path(scratch), public.params, len(weight))
 
 
 @contextmanager
@@ -87,12 +87,12 @@ def random_hint(ring: RingParameters, out_features: int) -> Iterator[Hint]:
         shape = (out_features, ring.lattice_dim)
         values = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
         write_hint(Path(scratch), "linear", values)
-        yield _read(Path(scratch), ring)
+        yield _read(Path(scratch), ring, out_features)
 
 
-def _read(directory: Path, ring: RingParameters) -> Hint:
+def _read(directory: Path, ring: RingParameters, rows: int) -> Hint:
     # Nothing cached: in a model of real size the hints' transforms do not fit in memory.
-    return HintStore(directory, ring, cache_bytes=0).hint("linear")
+    return HintStore(directory, ring, cache_bytes=0).hint("linear", rows)
 
 
 @contextmanager

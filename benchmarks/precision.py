@@ -130,7 +130,7 @@ def _gradient_cells(built: Built, batch_size: int) -> list[object]:
 
 
 def _gradients(model: AdapterModel, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-    output = model(**batch)
+    output = model(batch["input_ids"], batch["attention_mask"], batch["labels"])
     assert output.loss is not None
     output.loss.backward()
     found = {}

@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -36,6 +37,11 @@ _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8
 def results_directory() -> Path:
     """Where results go: benchmarks/results (build/quick-benchmarks for quick runs), or $HECOMPILE_BENCHMARK_RESULTS."""
     return Path(os.environ.get(_RESULTS, ROOT / "benchmarks" / "results"))
+
+
+def use_quick_directory() -> None:
+    """Send this process's results, and those of its children, where they do not take the place of real ones."""
+    os.environ.setdefault(_RESULTS, str(ROOT / "build" / "quick-benchmarks"))
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -123,13 +129,13 @@ def commit() -> str:
 def store_section(name: str, run: ModuleType, quick: bool) -> Path:
     """Run a section, store its Markdown with where it comes from, and assemble the page again."""
     transformers.utils.logging.disable_progress_bar()
-    if quick:  # its figures must not take the place of real ones
-        os.environ.setdefault(_RESULTS, str(ROOT / "build" / "quick-benchmarks"))
+    if quick:
+        use_quick_directory()
     load = os.getloadavg()[0]
     body = run.run(quick)
     where = machine()
     provenance = (
-        f"`python -m benchmarks.{name}{' --quick' if quick else ''}` at commit {commit()}, "
+        f"`python -m benchmarks{' --quick' if quick else ''} {name}` at commit {commit()}, "
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}; {where['CPU']}, {where['cores']} cores, torch "
         f"{_version('torch')}; load average at the start {load:.1f}."
     )
@@ -170,11 +176,12 @@ def available_sections() -> list[str]:
 
 
 def section_main(name: str) -> None:
-    """What `python -m benchmarks.<name>` does: run, store, print the Markdown."""
+    """Run a section in this process, store and print its Markdown; `--quick` is read from the command line."""
     module = importlib.import_module(f"benchmarks.{name}")
     parser = argparse.ArgumentParser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smallest sizes, to check that the code works")
     quick = parser.parse_args().quick
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the processes of a section end with it
     try:
         print(store_section(name, module, quick).read_text(encoding="utf-8"))
     except HecompileError as error:
@@ -184,6 +191,7 @@ def section_main(name: str) -> None:
 
 def run_section_process(name: str, quick: bool) -> bool:
     """Run one section in a process of its own; whether it succeeded. A failure leaves its earlier result as it was."""
-    command = [sys.executable, "-m", f"benchmarks.{name}", *(["--quick"] if quick else [])]
+    program = f"from benchmarks.report import section_main; section_main({name!r})"
+    command = [sys.executable, "-c", program, *(["--quick"] if quick else [])]
     environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0

@@ -31,7 +31,7 @@ CLIENT, WORKER = "client", "worker"
 Progress = Callable[[str, int, int], None]
 """Hears (what is being done, how much of it is done, of how much)."""
 
-RESUMED = "taken up from an interrupted export"
+RESUMED = "resume"
 MAKING = "hints (rows)"
 _BEHIND = 2
 """Hints that may wait to be written."""
@@ -77,8 +77,30 @@ def write_circuits(
                     records.append(future.result())
                     done += written.parameters.out_features
                     progress(MAKING, done, total)
-        writer.commit()
+        writer.commit([circuit.name for circuit in plan.circuits])
     return tuple(records)
+
+
+def write_circuits_without_hints(
+    stage: Staging, plan: SplitPlan, ring: RingParameters, plan_id: str, progress: Progress
+) -> tuple[FileRecord, ...]:
+    """Write a worker bundle that can compute hints (`hecompile.public_rows`), and no hint; returns no records.
+
+    It takes as long as the weights take to write, and always starts anew.
+    """
+    stage.begin(plan_id)
+    stage.drop_unlisted(())
+    (stage.build / CLIENT).mkdir(exist_ok=True)
+    features = max(circuit.parameters.in_features for circuit in plan.circuits)
+    with WorkerBundleWriter(stage.build / WORKER, plan_id) as writer:
+        for done, circuit in enumerate(plan.circuits):
+            progress("circuits", done, len(plan.circuits))
+            writer.add(LowerWorker()(circuit.model()).model)
+            writer.add(LowerWorker()(circuit.exact_model()).model)
+        progress("public rows", len(plan.circuits), len(plan.circuits))
+        writer.add_public_rows(PublicMatrix(ring, stage.public_seed, features), features)
+        writer.commit()
+    return ()
 
 
 def _write(

@@ -49,8 +49,8 @@ def export_llama(
     precision: Annotated[
         float,
         typer.Option(
-            help="Effective bits of every encrypted product: signal over noise, in powers of two. 8 follows float32 "
-            "training within 1 %; fewer bits send fewer bytes. `inspect` shows what was reached."
+            help="Effective bits of every encrypted product: b bits mean noise of 2^-b of the result's own size (8: 0.4 %, "
+            "about what bfloat16 rounding does). Fewer bits send fewer bytes. `inspect` shows what was reached."
         ),
     ] = 8.0,
     weight_bits: Annotated[
@@ -85,6 +85,14 @@ def export_llama(
             "sizes it may keep everything on the client."
         ),
     ] = "offload",
+    hints: Annotated[
+        bool,
+        typer.Option(
+            "--hints/--no-hints",
+            help="--no-hints stores no hints on the client; the worker then computes one with every product, which costs "
+            "its time and your download. `inspect` shows how many bytes, `python benchmarks/hintless.py` the time.",
+        ),
+    ] = True,
 ) -> None:
     """Export a Hugging Face Llama to ONNX and compile it: a client bundle (plan, hints, tokenizer) and a worker bundle
     (integer circuits). Both are public; the secrets are drawn at training time and never stored."""
@@ -93,6 +101,7 @@ def export_llama(
     from hecompile.errors import InputError
     from hecompile.frontend import load_config
     from hecompile.he.sampling import PublicSeed
+    from hecompile.phases import PhaseClock
     from hecompile.prediction import ModelSize, prediction_table
     from hecompile.staging import staging_path
     from passes.attach_lora import AttachLora
@@ -108,6 +117,7 @@ def export_llama(
         sequence_buckets=_lengths(sequence_buckets),
         public_seed=None if public_seed is None else PublicSeed.from_hex(public_seed),
         policy="offload" if placement == "offload" else "cheapest",
+        stored_hints=hints,
     )
     console = _console()
     size = ModelSize.of(load_config(model))
@@ -122,8 +132,10 @@ def export_llama(
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("load", total=1)
+        clock = PhaseClock()
 
         def report(what: str, done: int, total: int) -> None:
+            clock.report(what)
             if what == RESUMED:
                 bar.console.print(f"going on from an interrupted export: {done} of {total} rows of hints are there")
             bar.update(task, description=what, completed=done, total=total)
@@ -134,6 +146,7 @@ def export_llama(
             if staging_path(out).exists():
                 bar.console.print("interrupted; the same command goes on from here", soft_wrap=True)
             raise
+    console.print(clock.summary(), soft_wrap=True)
     console.print(f"plan {plan_id}\nclient bundle: {out / 'client'}\nworker bundle: {out / 'worker'}", soft_wrap=True)
 
 

@@ -2,7 +2,7 @@
 
 manifest.json   format, plan id, public seed, ring, LoRA options, buckets, every circuit's parameters, file hashes
 plan.onnx(.data) the client plan: embedding, norms, row scales, whatever linear stayed with the client
-hints/*.npy     H = W·A mod q, one per circuit
+hints/*.npy     H = W·A mod q, one per circuit; none in a plan whose worker computes them (`hints` in the manifest)
 tokenizer/      what AutoTokenizer.from_pretrained loads
 """
 
@@ -23,7 +23,7 @@ from hecompile.he.parameters import LinearParameters, RingParameters, RingParame
 from hecompile.he.sampling import PublicSeed
 from hecompile.ir import print_model
 
-FORMAT, VERSION = "hecompile-client", 1
+FORMAT, VERSION = "hecompile-client", 2
 MANIFEST, PLAN, PLAN_DATA, HINTS, TOKENIZER = "manifest.json", "plan.onnx", "plan.onnx.data", "hints", "tokenizer"
 _REMEDY = "make the bundle again with `hecompile export llama`"
 _HASH_CHUNK = 1 << 22
@@ -98,6 +98,7 @@ class PlanRecord(_Record):
     sequence_buckets: list[int]
     effective_bits: float
     weight_bits: int
+    hints: Literal["stored", "none"] = "stored"
     graph_sha256: str
     circuits: dict[str, CircuitRecord]
 
@@ -154,7 +155,8 @@ class ClientBundle:
         for record in manifest.files:
             _check_file(directory, record)
         listed = {record.path for record in manifest.files}
-        for needed in (PLAN, *(f"{HINTS}/{circuit}.npy" for circuit in manifest.plan.circuits)):
+        stored = manifest.plan.circuits if manifest.plan.hints == "stored" else ()
+        for needed in (PLAN, *(f"{HINTS}/{circuit}.npy" for circuit in stored)):
             if needed not in listed:
                 raise InputError(f"{directory / MANIFEST} is damaged: {needed} is not listed; {_REMEDY}")
         ring = manifest.plan.ring.ring()

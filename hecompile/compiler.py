@@ -17,7 +17,7 @@ import transformers
 
 from hecompile.circuit_writer import CLIENT as CLIENT
 from hecompile.circuit_writer import WORKER as WORKER
-from hecompile.circuit_writer import Progress, write_circuits
+from hecompile.circuit_writer import Progress, write_circuits, write_circuits_without_hints
 from hecompile.client_bundle import (
     MANIFEST,
     PLAN,
@@ -70,6 +70,8 @@ class CompileOptions:
     policy: Policy = "offload"
     costs: CostModel = field(default_factory=CostModel)
     remote_head: bool = False
+    stored_hints: bool = True
+    """False: the client stores no hints, and the worker computes them with every product (`hecompile.public_rows`)."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -113,11 +115,13 @@ def compile_checkpoint(
         samples = sample_calibration_tokens(checkpoint, seed)
         # The graph holds the weights from here on, and lets go of each as it is quantised.
         del checkpoint
+        gc.collect()  # the exporter's program is part of reference cycles
         plan, ring = lower(model, options, samples, lambda step: progress(step, 0, 1))
         del model
-        gc.collect()  # the exporter's program is part of reference cycles, and keeps every float weight
         record = _plan_record(name, plan, ring, seed, options)
-        hints = write_circuits(stage, plan, ring, record.plan_id(), progress)
+        write = write_circuits if options.stored_hints else write_circuits_without_hints
+        hints = write(stage, plan, ring, record.plan_id(), progress)
+        progress("write", 0, 1)
         _write_client(stage.build / CLIENT, plan, tokenizer, record, hints)
     return record.plan_id()
 
@@ -134,6 +138,7 @@ def lower(
         tokens=options.batch_size * options.sequence_buckets[-1],
         ring=options.ring_parameters(),
         costs=options.costs,
+        stored_hints=options.stored_hints,
     )
     steps = graph_steps(
         options.lora,
@@ -190,6 +195,7 @@ def _plan_record(
         sequence_buckets=list(options.sequence_buckets),
         effective_bits=float(options.effective_bits),
         weight_bits=options.weight_bits,
+        hints="stored" if options.stored_hints else "none",
         graph_sha256=graph_sha256(plan.client),
         circuits={circuit.name: _circuit_record(circuit) for circuit in plan.circuits},
     )

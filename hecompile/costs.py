@@ -8,12 +8,14 @@ F(d) = 2.5·log2(d/2) flops per coefficient of a complex FFT of length d/2 (5·n
     hint, per output feature      4·m·d bytes read
     worker                        2·in·out·T operations per limb product, of which L limbs need L (2L - 1 for int16 weights)
     wire                          L·T·in bytes up, R·T·out bytes down
+    hint from the worker          as a product of d·m tokens with 4 limbs, and 4 bytes down (plans without stored hints)
 
 and a constant per element for what does not depend on the ring (error sampling, encoding, rounding, packing).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -67,6 +69,12 @@ class CostModel:
         """Seconds of one remote product, everything one after the other."""
         client = self.encrypt(ring, tokens, parameters.in_features) + self.decrypt(ring, tokens, parameters.out_features)
         return client + self.wire(parameters, tokens) + self.worker(parameters, tokens, weight_bytes)
+
+    def fetched_hint(self, ring: RingParameters, parameters: LinearParameters, weight_bytes: int = 1) -> float:
+        """Worker and wire seconds of the hint that a client without stored ones asks for with every product."""
+        exact = dataclasses.replace(parameters, upload_limbs=WORD_BYTES, reply_bytes=WORD_BYTES)
+        download = hint_bytes(ring, parameters.out_features) / self.bandwidth
+        return self.worker(exact, ring.lattice_dim, weight_bytes) + download
 
     def crossing(self, features: int) -> float:
         """Seconds per token, before ring and bytes are chosen, for a value of `features` elements to go up and its gradient

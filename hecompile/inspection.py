@@ -10,8 +10,9 @@ import onnx_ir as ir
 from rich.table import Table
 
 from hecompile.client_bundle import CircuitRecord, ClientBundle
+from hecompile.costs import hint_bytes
 from hecompile.errors import InputError
-from hecompile.he.parameters import LinearParameters
+from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.ir import DOMAIN, module_path
 from hecompile.prediction import megabytes, total_hint_bytes
 
@@ -35,6 +36,13 @@ def predicted_traffic(circuits: dict[str, LinearParameters], skipped: frozenset[
     """Sum over the circuits not in `skipped`."""
     used = [parameters for name, parameters in circuits.items() if name not in skipped]
     return Traffic(sum(p.bytes_up(1) for p in used), sum(p.bytes_down(1) for p in used))
+
+
+def hint_traffic(
+    circuits: dict[str, LinearParameters], ring: RingParameters, skipped: frozenset[str] = frozenset()
+) -> int:
+    """Bytes that a client without hints downloads besides, per step and not per token: each circuit's hint, once."""
+    return sum(hint_bytes(ring, p.out_features) for name, p in circuits.items() if name not in skipped)
 
 
 def circuits_without_gradient(model: ir.Model) -> frozenset[str]:
@@ -92,9 +100,10 @@ def _row(record: CircuitRecord, parameters: LinearParameters, ring: str, securit
 
 def totals_table(bundle: ClientBundle) -> Table:
     """Totals of the plan."""
-    training = predicted_traffic(bundle.circuits, circuits_without_gradient(bundle.graph()))
+    skipped = circuits_without_gradient(bundle.graph())
+    training = predicted_traffic(bundle.circuits, skipped)
     forward = predicted_traffic({n: p for n, p in bundle.circuits.items() if n.endswith(".forward")})
-    hint_bytes = total_hint_bytes(bundle.ring, (p.out_features for p in bundle.circuits.values()))
+    stored = total_hint_bytes(bundle.ring, (p.out_features for p in bundle.circuits.values()))
     weights = sum(p.in_features * p.out_features for n, p in bundle.circuits.items() if n.endswith(".forward"))
     table = Table(title="totals", show_header=False)
     table.add_column("what")
@@ -105,13 +114,20 @@ def totals_table(bundle: ClientBundle) -> Table:
         "bytes per token, training step": f"{training.bytes_up} up, {training.bytes_down} down",
         "bytes per token, inference": f"{forward.bytes_up} up, {forward.bytes_down} down",
         "remote weights": f"{weights} of {bundle.plan.weight_bits} bits",
-        "hints on the client": megabytes(hint_bytes),
+        "hints on the client": megabytes(stored) if bundle.plan.hints == "stored" else _fetched(bundle, skipped),
         "LoRA": f"r = {lora.r}, alpha = {lora.lora_alpha:g}, {', '.join(lora.target_modules)}",
         "batch": f"up to {bundle.plan.batch_size} x {bundle.plan.sequence_buckets} tokens",
     }
     for what, value in rows.items():
         table.add_row(what, value)
     return table
+
+
+def _fetched(bundle: ClientBundle, skipped: frozenset[str]) -> str:
+    """What fetching the hints adds to the download of a training step."""
+    step = hint_traffic(bundle.circuits, bundle.ring, skipped)
+    tokens = bundle.plan.batch_size * bundle.plan.sequence_buckets[-1]
+    return f"none: {step} bytes more down per step, {step / tokens:.0f} per token at {tokens} tokens"
 
 
 def draw(bundle: ClientBundle, path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from hecompile.he.parameters import LinearParameters, WeightNorms
+from hecompile.public_rows import WORD_BYTES, exact_name
 from passes.lower_worker import encrypted_linear_model
 
 DIRECTIONS = ("forward", "backward")
@@ -40,6 +41,10 @@ class RemoteCircuit:
     def model(self) -> ir.Model:
         """The worker circuit, not yet lowered."""
         return encrypted_linear_model(self.weight, self.parameters.upload_limbs, self.parameters.reply_bytes, self.name)
+
+    def exact_model(self) -> ir.Model:
+        """The same with all four bytes in and out, for a worker that computes hints; not yet lowered."""
+        return encrypted_linear_model(self.weight, WORD_BYTES, WORD_BYTES, exact_name(self.name))
 
     @property
     def effective_bits(self) -> float:

@@ -3,14 +3,13 @@
     manifest.json            format, version, plan_id, and for each circuit its dimensions and its files' SHA-256
     circuits/<name>.onnx     one lowered circuit (standard integer operators, see passes/lower_worker.py)
     circuits/<name>.bin      its weight in int8 digits, when that is above 64 KiB
+    public_rows.npy          only in a plan without stored hints: the matrix A in byte planes (hecompile/public_rows.py), and
+                             beside each circuit `<name>.exact`, the same weight file with four bytes in and out
 
 One circuit is written and read at a time, so memory holds one weight however large the model is. A bundle is written
 beside its destination and renamed into place whole. Its bytes are a function of its circuits and its plan_id.
 
-Every bundle also holds the circuit `known_answer`: one extreme linear whose exact reply both sides can work out from
-the plan_id alone, with nothing secret in it. A worker is only as exact as its machine: x86 without VNNI saturates pairs
-of uint8 × int8 products at ±32767, some servers accumulate in float. Each changes a byte of this reply, so the client
-asks for it at every connection.
+Every bundle also holds the circuit `known_answer` (hecompile/known_answer.py), asked for at every connection.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,21 +30,35 @@ import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hecompile.errors import InputError, LegalityError
+from hecompile.he.public_matrix import PublicMatrix
 from hecompile.integers import from_balanced_bytes
-from passes.lower_worker import LowerWorker, encrypted_linear_model, encrypted_linear_reference
+from hecompile.known_answer import (
+    KNOWN_ANSWER,
+    KNOWN_ANSWER_LIMBS,
+    KNOWN_ANSWER_REPLY_BYTES,
+    KNOWN_ANSWER_SHAPE,
+    known_answer_vector,
+    known_answer_weight,
+)
+from hecompile.public_rows import PUBLIC_ROWS, base_name, open_public_rows, share_weight, write_public_rows
+from passes.lower_worker import LowerWorker, encrypted_linear_model
+
+__all__ = [
+    "KNOWN_ANSWER",
+    "KNOWN_ANSWER_SHAPE",
+    "BundleFile",
+    "CircuitSpec",
+    "WorkerBundle",
+    "WorkerBundleWriter",
+    "known_answer_vector",
+    "known_answer_weight",
+]
 
 FORMAT = "hecompile-worker-bundle"
 VERSION = 1
 MANIFEST = "manifest.json"
 EXTERNAL_DATA_THRESHOLD = 65536
 """Weights above this many bytes go to a file of their own, which the engines can map into memory."""
-
-KNOWN_ANSWER = "known_answer"
-KNOWN_ANSWER_LIMBS = 4
-KNOWN_ANSWER_REPLY_BYTES = 3  # so that the reply is also rounded
-KNOWN_ANSWER_SHAPE = (5, 1031, 37)
-"""(T, in, out). Sums over 1031 features pass 2^24, where float32 loses the lowest bit, and some of them are odd; 1031
-is prime, so every vector kernel meets its remainder loop."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 _PLAN_ID = re.compile(r"[0-9a-f]{8,128}")
@@ -84,6 +97,7 @@ class _Manifest(_Record):
     version: int
     plan_id: str = Field(pattern=rf"^{_PLAN_ID.pattern}$")
     circuits: list[CircuitSpec]
+    public_rows: BundleFile | None = None
 
 
 class WorkerBundleWriter:
@@ -108,6 +122,7 @@ class WorkerBundleWriter:
             raise InputError(f"worker bundle {self._target} exists already; remove it or choose another directory")
         self._plan_id = plan_id
         self._circuits: dict[str, CircuitSpec] = {}
+        self._public_rows: BundleFile | None = None
         with _writing(self._target):
             (self._temporary / "circuits").mkdir(parents=True, exist_ok=keep)
 
@@ -134,26 +149,39 @@ class WorkerBundleWriter:
     def add(self, model: ir.Model) -> CircuitSpec:
         """Write one lowered circuit, named `<linear>.<direction>` by its graph's name; the model can be freed after.
 
-        Raises LegalityError when it is not a lowered circuit or its name is not of that form or is taken.
+        One that is named `<linear>.<direction>.exact` is written without its weight and shares that of the first, which must
+        be there. Raises LegalityError when it is not a lowered circuit or its name is not of that form or is taken.
         """
         name = model.graph.name or ""
-        linear, _, direction = name.rpartition(".")
+        linear, _, direction = base_name(name).rpartition(".")
         if not _NAME.fullmatch(name) or not linear or direction not in ("forward", "backward"):
             raise LegalityError(f"circuit name {name!r} is not <linear>.forward or <linear>.backward")
         return self._add(model, name, linear, "forward" if direction == "forward" else "backward")
 
-    def commit(self) -> WorkerBundle:
-        """Add the known-answer circuit, write the manifest, rename the bundle into place and return it."""
+    def add_public_rows(self, public: PublicMatrix, features: int) -> None:
+        """Write the first `features` rows of A, for circuits of so many inputs at most."""
+        with _writing(self._target):
+            write_public_rows(self._temporary / PUBLIC_ROWS, public, features)
+            self._public_rows = _describe(self._temporary, PUBLIC_ROWS)
+
+    def commit(self, order: Sequence[str] = ()) -> WorkerBundle:
+        """Add the known-answer circuit, write the manifest, rename the bundle into place and return it.
+
+        The manifest has the circuits named in `order` first, then the others as they were added.
+        """
         weight = known_answer_weight(self._plan_id)
         model = encrypted_linear_model(weight, KNOWN_ANSWER_LIMBS, KNOWN_ANSWER_REPLY_BYTES, KNOWN_ANSWER)
         self._add(LowerWorker()(model).model, KNOWN_ANSWER, KNOWN_ANSWER, "forward")
-        circuits = list(self._circuits.values())
-        manifest = _Manifest(format=FORMAT, version=VERSION, plan_id=self._plan_id, circuits=circuits)
+        names = [*order, *(name for name in self._circuits if name not in set(order))]
+        circuits = [self._circuits[name] for name in names]
+        manifest = _Manifest(
+            format=FORMAT, version=VERSION, plan_id=self._plan_id, circuits=circuits, public_rows=self._public_rows
+        )
         with _writing(self._target):
             text = json.dumps(manifest.model_dump(exclude_none=True), indent=1) + "\n"
             (self._temporary / MANIFEST).write_text(text, encoding="utf-8")
             self._temporary.rename(self._target)
-        return WorkerBundle(self._target, self._plan_id, dict(self._circuits))
+        return WorkerBundle(self._target, self._plan_id, dict(self._circuits), self._public_rows is not None)
 
     def _add(self, model: ir.Model, name: str, linear: str, direction: Literal["forward", "backward"]) -> CircuitSpec:
         if name in self._circuits:
@@ -161,12 +189,18 @@ class WorkerBundleWriter:
         LowerWorker().ensures(model)
         (upload_limbs, in_features), (reply_bytes, out_features) = _dimensions(model)
         path = self._temporary / _circuit_path(name, "onnx")
+        base = base_name(name)
         with _writing(self._target):
             has_data = in_features * out_features > EXTERNAL_DATA_THRESHOLD
             external = f"{name}.bin" if has_data else None
+            if has_data and base != name:
+                if base not in self._circuits:
+                    raise LegalityError(f"circuit {name} needs {base} to be written first")
+                share_weight(model, self._temporary / _circuit_path(base, "onnx"))
+                external = None
             ir.save(model, path, external_data=external, size_threshold_bytes=EXTERNAL_DATA_THRESHOLD)
             file = _describe(self._temporary, _circuit_path(name, "onnx"))
-            data = _describe(self._temporary, _circuit_path(name, "bin")) if has_data else None
+            data = _describe(self._temporary, _circuit_path(base, "bin")) if has_data else None
         self._circuits[name] = CircuitSpec(
             name=name,
             linear=linear,
@@ -188,6 +222,7 @@ class WorkerBundle:
     directory: Path
     plan_id: str
     circuits: dict[str, CircuitSpec]
+    has_public_rows: bool = False
 
     @classmethod
     def open(cls, directory: str | Path) -> WorkerBundle:
@@ -202,12 +237,21 @@ class WorkerBundle:
         for spec in manifest.circuits:
             for file, suffix in ((spec.file, "onnx"), (spec.data, "bin")):
                 if file is not None:
-                    _check_file(directory, file, _circuit_path(spec.name, suffix))
-        return cls(directory, manifest.plan_id, circuits)
+                    owner = base_name(spec.name) if suffix == "bin" else spec.name
+                    _check_file(directory, file, _circuit_path(owner, suffix))
+        if manifest.public_rows is not None:
+            _check_file(directory, manifest.public_rows, PUBLIC_ROWS)
+        return cls(directory, manifest.plan_id, circuits, manifest.public_rows is not None)
 
     def circuit_path(self, name: str) -> Path:
         """The ONNX file of circuit `name`."""
         return self.directory / self.circuits[name].file.path
+
+    def public_rows(self) -> np.ndarray:
+        """The matrix A, uint8 [4, rank · ring_dim, features], memory-mapped. Raises InputError when there is none."""
+        if not self.has_public_rows:
+            raise InputError(f"worker bundle {self.directory} holds no public rows: its plan has hints on the client")
+        return open_public_rows(self.directory / PUBLIC_ROWS)
 
     def weight(self, name: str) -> np.ndarray:
         """The right-hand side of circuit `name`: int8 or int16 [in_features, out_features]; int8 is mapped from its file
@@ -228,37 +272,6 @@ class WorkerBundle:
                     # The graph's references go in circles: without this the file would stay mapped until a collection.
                     constant.const_value = None
         return tuple(digits.values())
-
-
-def known_answer_weight(plan_id: str) -> np.ndarray:
-    """The weight, int8 [1031, 37]: columns 0 to 4 are fixed extremes, the rest is drawn from `plan_id`."""
-    _, in_features, out_features = KNOWN_ANSWER_SHAPE
-    drawn = _expand(plan_id, "weight", in_features * out_features).reshape(in_features, out_features)
-    values = np.array([127, -127, -128], dtype=np.int8)[drawn % 3]
-    values[:, :3] = 127, -128, -127
-    values[0::2, 3], values[1::2, 3] = 127, -128  # neighbours nearly cancel
-    values[0::4, 4], values[1::4, 4], values[2::4, 4], values[3::4, 4] = 127, 127, -128, -128  # pairs do
-    return values
-
-
-def known_answer_vector(plan_id: str) -> tuple[np.ndarray, np.ndarray]:
-    """(planes uint8 [4, 5, 1031], expected reply uint8 [3, 5, 37]) for the plan, computed exactly in int64.
-
-    Token 0 is all 255, token 1 all 0, token 2 alternates, the rest is drawn from {0, 255} by `plan_id`.
-    """
-    tokens, in_features, _ = KNOWN_ANSWER_SHAPE
-    drawn = _expand(plan_id, "planes", KNOWN_ANSWER_LIMBS * tokens * in_features) & 1
-    planes = (drawn * 255).astype(np.uint8).reshape(KNOWN_ANSWER_LIMBS, tokens, in_features)
-    planes[:, 0, :] = 255
-    planes[:, 1, :] = 0
-    planes[:, 2, 0::2], planes[:, 2, 1::2] = 255, 0
-    return planes, encrypted_linear_reference(planes, known_answer_weight(plan_id), KNOWN_ANSWER_REPLY_BYTES)
-
-
-def _expand(plan_id: str, label: str, count: int) -> np.ndarray:
-    """`count` bytes from SHAKE-256 of the plan: the same on every platform and numpy version."""
-    stream = hashlib.shake_256(f"hecompile known answer v1 {label} {plan_id}".encode()).digest(count)
-    return np.frombuffer(stream, dtype=np.uint8)
 
 
 def _dimensions(model: ir.Model) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -78,4 +78,7 @@ def _quantize_node(graph: ir.Graph, node: ir.Node, bits: int) -> None:
     new = ir.node("QuantizedLinear", inputs, domain=DOMAIN, metadata_props={ORIGIN: path})
     replace_node(node, [new], new.outputs)
     if frozen is not None and frozen.name is not None and not frozen.uses():
-        del graph.initializers[frozen.name]  # at once: all float weights beside all integer ones would be too much memory
+        # At once, and the array itself too, as values outlive their graph in reference cycles: all float weights beside all
+        # integer ones would be too much memory.
+        del graph.initializers[frozen.name]
+        frozen.const_value = None

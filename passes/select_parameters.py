@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -47,13 +48,15 @@ _FALLBACK_CREST = 16.0  # a value that calibration did not see (its gradient was
 class SelectParameters(ir.passes.InPlacePass):
     """`effective_bits`: precision wanted of every product. `tokens`: tokens per step the ring is sized for.
 
-    `ring` fixes the ring instead. Raises InputError when no byte counts reach the precision, with the numbers.
+    `ring` fixes the ring instead. Without `stored_hints` the worker's products for the hints count as well.
+    Raises InputError when no byte counts reach the precision, with the numbers.
     """
 
     effective_bits: float = 8.0
     tokens: int = 512
     ring: RingParameters | None = None
     costs: CostModel = field(default_factory=CostModel)
+    stored_hints: bool = True
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
@@ -75,7 +78,7 @@ class SelectParameters(ir.passes.InPlacePass):
                     before = node.attributes.get(attribute.name)
                     modified |= before is None or before.value != attribute.value
                     node.attributes[attribute.name] = attribute
-        ring = self.ring or choose_ring(self.tokens, circuits, self.costs)
+        ring = self.ring or choose_ring(self.tokens, circuits, self.costs, self.stored_hints)
         chosen = {RING_DIM: str(ring.ring_dim), RANK: str(ring.rank)}
         modified |= any(model.metadata_props.get(key) != value for key, value in chosen.items())
         model.metadata_props.update(chosen)
@@ -103,15 +106,24 @@ class SelectParameters(ir.passes.InPlacePass):
         )
 
 
-def choose_ring(tokens: int, circuits: list[LinearParameters], costs: CostModel) -> RingParameters:
-    """The catalogue's set with the least client work for `tokens` tokens through every circuit; among those within a fifth
-    of it the most secure."""
+def choose_ring(
+    tokens: int,
+    circuits: Sequence[LinearParameters] = (),
+    costs: CostModel | None = None,
+    stored_hints: bool = True,
+) -> RingParameters:
+    """The catalogue's set with the least client work for `tokens` tokens through every circuit (one with as many inputs as
+    outputs where none is given) and, where hints are not stored, the least time for fetching them; among those within a
+    fifth of it the most secure."""
     if tokens < 1:
         raise InputError(f"the number of tokens per step must be positive, got {tokens}")
+    prices = costs or CostModel()
+    inputs = sum(p.in_features for p in circuits) or 1
+    outputs = sum(p.out_features for p in circuits) or 1
 
     def work(ring: RingParameters) -> float:
-        encrypt = sum(costs.encrypt(ring, tokens, p.in_features) for p in circuits)
-        return encrypt + sum(costs.decrypt(ring, tokens, p.out_features) for p in circuits)
+        hints = 0.0 if stored_hints else sum(prices.fetched_hint(ring, p) for p in circuits)
+        return prices.encrypt(ring, tokens, inputs) + prices.decrypt(ring, tokens, outputs) + hints
 
     least = min(work(ring) for ring in CATALOGUE.values())
     similar = [ring for ring in CATALOGUE.values() if work(ring) <= _SIMILAR_COST * least]

@@ -31,16 +31,16 @@ class _RemoteLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, products: Products, linear: str) -> Tensor:
         ctx.save_for_backward(scale)
         ctx.products, ctx.linear, ctx.shape = products, linear, x.shape
-        product = products.product(f"{linear}.forward", x.reshape(-1, x.shape[-1]))  # [T, out]
-        return product.mul_(scale).view(*x.shape[:-1], -1)
+        product = products.product(f"{linear}.forward", x.reshape(-1, x.shape[-1]), row_scale=scale)  # [T, out]
+        return product.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         (scale,) = ctx.saved_tensors
-        scaled = gradients[0].reshape(-1, gradients[0].shape[-1]) * scale  # [T, out]
-        product = ctx.products.product(f"{ctx.linear}.backward", scaled)  # [T, in]
+        flat = gradients[0].reshape(-1, gradients[0].shape[-1])  # [T, out]
+        product = ctx.products.product(f"{ctx.linear}.backward", flat, column_scale=scale)  # [T, in]
         return product.view(ctx.shape), None, None, None
 
 

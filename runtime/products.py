@@ -12,9 +12,9 @@ import logging
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from hecompile.he.hints import HintStore
 from hecompile.he.parameters import LinearParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.worker_bundle import WorkerBundle
+from runtime.hintless import hint_of
 from runtime.transports import Answer, Transport, open_connection
 
 DEFAULT_CACHE_BYTES = 512 << 20
@@ -94,9 +95,11 @@ class EncryptedProducts(Products):
         self._transport = transport
         self._turn = threading.Lock()  # for a transport that takes one request at a time
         self._check_circuits(open_connection(transport, bundle.plan_id).circuits.keys())
+        self._ring = bundle.ring
         rows = max(parameters.in_features for parameters in bundle.circuits.values())
         self._public = PublicMatrix(bundle.ring, bundle.public_seed, rows)
         self._hints = HintStore(bundle.hints, bundle.ring, cache_bytes)
+        self._hintless = bundle.plan.hints == "none"
 
     def _check_circuits(self, offered: object) -> None:
         missing = sorted(name for name in self.circuits if name not in offered)  # type: ignore[operator]
@@ -113,25 +116,32 @@ class EncryptedProducts(Products):
         if key.tokens == 0:
             return x.new_zeros(len(x), parameters.out_features)
         encrypted = time.perf_counter()
-        answer = self._evaluate(circuit, ciphertext.planes.numpy())
+        answers = [self._ask(lambda: self._transport.evaluate(circuit, ciphertext.planes.numpy()))]
+        if self._hintless:
+            answers.append(self._ask(lambda: self._transport.setup(circuit, self._ring.lattice_dim)))
         answered = time.perf_counter()
-        reply = torch.from_numpy(answer.planes)
-        result = decrypt_reals(key, self._hints.hint(circuit, parameters.out_features), reply, parameters, row_scale)
+        reply = torch.from_numpy(answers[0].planes)
+        if self._hintless:
+            hint = hint_of(answers[1], self._ring, parameters)
+        else:
+            hint = self._hints.hint(circuit, parameters.out_features)
+        result = decrypt_reals(key, hint, reply, parameters, row_scale)
         self._hints.release(circuit)
         done = time.perf_counter()
+        worker_seconds = sum(answer.worker_seconds for answer in answers)
         with self._lock:
             self.costs.client_crypto_seconds += (encrypted - start) + (done - answered)
-            self.costs.worker_seconds += answer.worker_seconds
-            self.costs.wire_seconds += max(0.0, answered - encrypted - answer.worker_seconds)
-            self.costs.bytes_up += answer.bytes_sent
-            self.costs.bytes_down += answer.bytes_received
+            self.costs.worker_seconds += worker_seconds
+            self.costs.wire_seconds += max(0.0, answered - encrypted - worker_seconds)
+            self.costs.bytes_up += sum(answer.bytes_sent for answer in answers)
+            self.costs.bytes_down += sum(answer.bytes_received for answer in answers)
         return result
 
-    def _evaluate(self, circuit: str, planes: np.ndarray) -> Answer:
+    def _ask(self, request: Callable[[], Answer]) -> Answer:
         if self._transport.concurrent:
-            return self._transport.evaluate(circuit, planes)
+            return request()
         with self._turn:
-            return self._transport.evaluate(circuit, planes)
+            return request()
 
     def close(self) -> None:
         self._transport.close()

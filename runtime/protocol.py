@@ -5,6 +5,7 @@ The header is a JSON object with `kind`, `id` and the fields of that kind; the p
 
     request  hello     protocol, plan_id              reply  hello     protocol, plan_id, engine, circuits
              evaluate  circuit, shape [L, T, in]             evaluate  shape [R, T, out], seconds
+             setup     circuit                               evaluate  shape [4, rank · ring_dim, out], seconds
                                                              error     message
 
 Everything is checked before it is used: whatever bytes arrive, decoding returns a message or raises WorkerError.
@@ -53,6 +54,13 @@ class EvaluateRequest:
 
 
 @dataclass(frozen=True)
+class SetupRequest:
+    """The product of a circuit's weight and the public rows that the worker's bundle holds; see hecompile/public_rows.py."""
+
+    circuit: str
+
+
+@dataclass(frozen=True)
 class CircuitInfo:
     """Shape of one circuit as the worker announces it."""
 
@@ -87,7 +95,7 @@ class ErrorReply:
     message: str
 
 
-Request = HelloRequest | EvaluateRequest
+Request = HelloRequest | EvaluateRequest | SetupRequest
 Reply = WorkerInfo | EvaluateReply | ErrorReply
 Buffer = bytes | bytearray | memoryview
 
@@ -125,6 +133,8 @@ def encode(message: Request | Reply, request_id: int) -> Frame:
         case EvaluateRequest(circuit, planes):
             fields = {"kind": "evaluate", "circuit": circuit, "shape": list(planes.shape)}
             payload = _bytes_of(planes)
+        case SetupRequest(circuit):
+            fields = {"kind": "setup", "circuit": circuit}
         case EvaluateReply(planes, seconds):
             fields = {"kind": "evaluate", "shape": list(planes.shape), "seconds": seconds}
             payload = _bytes_of(planes)
@@ -141,7 +151,9 @@ def decode_request(frame: Frame) -> tuple[int, Request]:
         return request_id, HelloRequest(_name(header, "plan_id"), _field(header, "protocol", int))
     if kind == "evaluate":
         return request_id, EvaluateRequest(_name(header, "circuit"), _planes(header, frame.payload))
-    raise WorkerError(f"unknown request kind {kind[:40]!r}; a worker answers hello and evaluate")
+    if kind == "setup":
+        return request_id, SetupRequest(_name(header, "circuit"))
+    raise WorkerError(f"unknown request kind {kind[:40]!r}; a worker answers hello, evaluate and setup")
 
 
 def decode_reply(frame: Frame) -> tuple[int, Reply]:

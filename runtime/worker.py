@@ -15,12 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hecompile.errors import HecompileError, InputError, WorkerError
+from hecompile.public_rows import exact_name
 from hecompile.worker_bundle import WorkerBundle
 from runtime import protocol
 from runtime.engines import DEFAULT_ENGINE, create_engine
 from runtime.engines.base import Engine
-from runtime.protocol import ErrorReply, EvaluateReply, Frame, HelloRequest, Reply, Request, WorkerInfo
+from runtime.protocol import ErrorReply, EvaluateReply, EvaluateRequest, Frame, HelloRequest, Reply, Request, WorkerInfo
 from runtime.transports.address import TcpAddress, UnixAddress, parse_address
 
 LOGGER = logging.getLogger(__name__)
@@ -39,6 +42,20 @@ class Worker:
     def __init__(self, bundle: WorkerBundle, engine: str | Engine = DEFAULT_ENGINE) -> None:
         self.bundle = bundle
         self.engine: Engine = create_engine(engine, bundle) if isinstance(engine, str) else engine
+        self._public_rows = bundle.public_rows() if bundle.has_public_rows else None
+
+    def setup_product(self, circuit: str) -> tuple[str, np.ndarray]:
+        """What to evaluate for the hint of `circuit`: its exact form, and as many of the public rows as it has inputs.
+
+        Raises WorkerError when the bundle cannot make hints, or has no such circuit.
+        """
+        name = exact_name(circuit)
+        spec = self.bundle.circuits.get(name)
+        if self._public_rows is None or spec is None:
+            raise WorkerError(
+                f"the worker bundle cannot compute the hint of {circuit!r}: only one that was exported with --no-hints can"
+            )
+        return name, np.ascontiguousarray(self._public_rows[:, :, : spec.in_features])
 
     def exchange(self, frame: Frame) -> Frame:
         """Answer one frame with one frame; every failure becomes an error frame."""
@@ -74,10 +91,14 @@ def handle(request: Request, state: Worker) -> Reply:
             for name, spec in bundle.circuits.items()
         }
         return WorkerInfo(bundle.plan_id, state.engine.name, circuits)
+    circuit, planes = (
+        (request.circuit, request.planes) if isinstance(request, EvaluateRequest) else state.setup_product(request.circuit)
+    )
+    tokens = planes.shape[1]
     start = time.perf_counter()
-    planes = state.engine.evaluate(request.circuit, request.planes)
+    planes = state.engine.evaluate(circuit, planes)
     seconds = time.perf_counter() - start
-    LOGGER.debug("evaluated %s for %d tokens in %.4f s", request.circuit, request.planes.shape[1], seconds)
+    LOGGER.debug("evaluated %s for %d tokens in %.4f s", circuit, tokens, seconds)
     return EvaluateReply(planes, seconds)
 
 

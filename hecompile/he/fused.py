@@ -79,11 +79,13 @@ def encrypt_reals(
     key = RealKey(params, linear, stacked, scale, live, len(x))
     planes = torch.empty((linear.upload_limbs, len(rows), linear.in_features), dtype=torch.uint8)
     if secrets:
-        key.secrets_transformed()  # before several threads ask for it
+        # Both before the threads, which share them: a thread that waits for others to make one could wait for ever.
+        key.secrets_transformed()
+        matrix = public.transformed(linear.in_features)
         random = SecretRandom()
         for_each(
             lambda part: _encrypt_part(
-                public, rows, factors, key, planes, part, random.discrete_gaussian((len(rows), part.stop - part.start))
+                matrix, rows, factors, key, planes, part, random.discrete_gaussian((len(rows), part.stop - part.start))
             ),
             _parts(linear.in_features, len(rows)),
         )
@@ -91,14 +93,14 @@ def encrypt_reals(
 
 
 def _encrypt_part(
-    public: PublicMatrix, rows: Tensor, factors: NDArray[np.float64], key: RealKey, planes: Tensor, part: slice,
+    matrix: NDArray[np.float64], rows: Tensor, factors: NDArray[np.float64], key: RealKey, planes: Tensor, part: slice,
     error: NDArray[np.int8],
 ) -> None:  # fmt: skip
     """Features `part` (which starts at a multiple of 8): error int8 `[T', part]`."""
     params, linear, tokens = key.params, key.linear, len(rows)
     n, features = params.ring_dim // 2, linear.in_features
     tiles.encrypt(
-        public.transformed(features), part.start // 8, part.stop - part.start, params.rank, n, roots(params.ring_dim),
+        matrix, part.start // 8, part.stop - part.start, params.rank, n, roots(params.ring_dim),
         key.secrets_transformed(), tokens, rows.numpy().reshape(-1), part.start, features, 1 / key.scale, factors[part],
         error.reshape(-1), planes.numpy().reshape(-1), part.start, tokens * features, features, linear.upload_limbs,
         aligned(tiles.tile_words(tokens), np.int32), aligned(16 * n, np.float64),

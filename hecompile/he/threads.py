@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -15,9 +16,10 @@ Part = TypeVar("Part")
 def for_each(work: Callable[[Part], None], parts: Sequence[Part]) -> None:
     """Calls `work` for every part, in any order, on several threads; returns when all are done.
 
-    An exception in one part is raised here. `work` must not call `for_each` itself.
+    An exception in one part is raised here. Called from within such work it does all parts itself: threads that wait for
+    each other's free places would wait for ever.
     """
-    threads = min(torch.get_num_threads(), len(parts))
+    threads = 1 if getattr(_LOCAL, "working", False) else min(torch.get_num_threads(), len(parts))
     if threads <= 1:
         for part in parts:
             work(part)
@@ -33,4 +35,11 @@ def slices(total: int, step: int) -> list[slice]:
 
 @lru_cache(maxsize=4)
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="hecompile-client")
+    return ThreadPoolExecutor(threads, thread_name_prefix="hecompile-share", initializer=_mark)
+
+
+_LOCAL = threading.local()
+
+
+def _mark() -> None:
+    _LOCAL.working = True

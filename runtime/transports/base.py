@@ -12,8 +12,19 @@ from typing import Literal, Protocol
 import numpy as np
 
 from hecompile.errors import WorkerError
+from hecompile.public_rows import exact_name
 from runtime import protocol
-from runtime.protocol import ErrorReply, EvaluateReply, EvaluateRequest, Frame, HelloRequest, Reply, Request, WorkerInfo
+from runtime.protocol import (
+    ErrorReply,
+    EvaluateReply,
+    EvaluateRequest,
+    Frame,
+    HelloRequest,
+    Reply,
+    Request,
+    SetupRequest,
+    WorkerInfo,
+)
 
 Direction = Literal["sent", "received"]
 TrafficRecorder = Callable[[Direction, bytes], None]
@@ -61,6 +72,11 @@ class Transport(Protocol):
         """
         ...
 
+    def setup(self, circuit: str, lattice_dim: int) -> Answer:
+        """The product of the circuit's weight and the public rows, planes uint8 [4, lattice_dim, out]: its hint, from a
+        worker whose bundle holds them. Raises WorkerError as `evaluate` does."""
+        ...
+
     def close(self) -> None:
         """End the connection; every later call raises WorkerError."""
         ...
@@ -105,15 +121,23 @@ class FrameTransport(abc.ABC):
 
     def evaluate(self, circuit: str, planes: np.ndarray) -> Answer:
         """See `Transport.evaluate`; needs `hello` first."""
+        return self._product(circuit, EvaluateRequest(circuit, planes), planes.shape[1])
+
+    def setup(self, circuit: str, lattice_dim: int) -> Answer:
+        """See `Transport.setup`; needs `hello` first."""
+        return self._product(exact_name(circuit), SetupRequest(circuit), lattice_dim)
+
+    def _product(self, circuit: str, request: Request, tokens: int) -> Answer:
+        """The reply to a request that `circuit` answers, for `tokens` tokens."""
         if self._info is None:
-            raise WorkerError("evaluate was called before hello: open connections with open_connection")
+            raise WorkerError(f"{type(request).__name__} before hello: open connections with open_connection")
         announced = self._info.circuits.get(circuit)
         if announced is None:
             raise WorkerError(f"the worker has no circuit {circuit!r}; start it on the bundle of this plan")
-        reply, sent, received = self._request(EvaluateRequest(circuit, planes))
+        reply, sent, received = self._request(request)
         if not isinstance(reply, EvaluateReply):
             raise WorkerError(f"the worker answered circuit {circuit} with {type(reply).__name__}")
-        expected = (announced.reply_bytes, planes.shape[1], announced.out_features)
+        expected = (announced.reply_bytes, tokens, announced.out_features)
         if reply.planes.shape != expected:
             raise WorkerError(f"circuit {circuit}: the reply has shape {reply.planes.shape}; needs {expected}")
         return Answer(reply.planes, reply.compute_seconds, sent, received)

@@ -49,12 +49,19 @@ class TransportPool:
 
     def evaluate(self, circuit: str, planes: np.ndarray) -> Answer:
         """See `Transport.evaluate`; waits while `size` requests are in flight."""
+        return self._over_a_connection(lambda connection: connection.evaluate(circuit, planes))
+
+    def setup(self, circuit: str, lattice_dim: int) -> Answer:
+        """See `Transport.setup`; waits as well."""
+        return self._over_a_connection(lambda connection: connection.setup(circuit, lattice_dim))
+
+    def _over_a_connection(self, ask: Callable[[Transport], Answer]) -> Answer:
         if self._plan_id is None:
             raise WorkerError("evaluate was called before hello: open connections with open_connection")
         with self._turns:
             connection = self._take(self._plan_id)
             try:
-                answer = connection.evaluate(circuit, planes)
+                answer = ask(connection)
             except BaseException:
                 connection.close()  # whatever went wrong: the next request must not find what this one left unread
                 raise

@@ -43,7 +43,7 @@ def test_sections_are_kept_in_order_when_one_is_run_again(results: Path) -> None
     report.store_section(second, section("## Second\n\nlater"), quick=True)  # type: ignore[arg-type]
     page = (results / report.PAGE).read_text()
     assert page.index("## First") < page.index("## Second") and "later" in page and "earlier" not in page
-    assert f"`python -m benchmarks.{first}` at commit" in page and f"`python -m benchmarks.{second} --quick`" in page
+    assert f"`python -m benchmarks {first}` at commit" in page and f"`python -m benchmarks --quick {second}`" in page
     for word in ("CPU", "cores", "memory", "instructions", "torch ", "numpy ", "numba ", "onnxruntime ", "Python "):
         assert word in page.split("## First")[0]
 

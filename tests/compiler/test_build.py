@@ -36,7 +36,7 @@ def test_the_same_seed_gives_the_same_bytes(build: Path, checkpoint: Path, tmp_p
     before, after = hashes(build), hashes(tmp_path / "out")
     assert len(before) > 35  # 16 circuits and as many hints, plan, manifests, tokenizer
     assert [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)] == []
-    assert heard[0] == ("load", 0, 1) and heard[-1] == ("hints (rows)", ROWS, ROWS)
+    assert heard[0] == ("load", 0, 1) and heard[-2:] == [("hints (rows)", ROWS, ROWS), ("write", 0, 1)]
     assert ClientBundle.open(build / "client").plan_id == WorkerBundle.open(build / "worker").plan_id == plan_id
 
 

@@ -65,6 +65,7 @@ def test_export_then_inspect(checkpoint: Path, tmp_path: Path) -> None:
     exported = CliRunner().invoke(app, ["export", "llama", "--model", str(checkpoint), "--out", str(out), *arguments])
     assert exported.exit_code == 0, exported.output
     assert f"client bundle: {out / 'client'}" in exported.output
+    assert "\nseconds: load " in exported.output
     assert "736 rows of hints; predicted" in exported.output
     picture = tmp_path / "plan.svg"
     for target in (out, out / "client"):

@@ -131,8 +131,8 @@ def test_missing_manifest_and_missing_directory(client: Path, tmp_path: Path) ->
 
 
 def test_another_version(client: Path) -> None:
-    edit_manifest(client, lambda m: m.update(version=2))
-    assert "has format version 2, this program reads 1" in refused(client)
+    edit_manifest(client, lambda m: m.update(version=1))
+    assert "has format version 1, this program reads 2" in refused(client)
 
 
 def test_unknown_and_missing_fields(client: Path) -> None:

@@ -10,7 +10,8 @@ from transformers import LlamaConfig
 from hecompile.client_bundle import ClientBundle
 from hecompile.frontend import load_config
 from hecompile.he.parameters import CATALOGUE
-from hecompile.prediction import ModelSize, hint_bytes, megabytes, prediction_table, total_hint_bytes
+from hecompile.he.simd import LANES
+from hecompile.prediction import HINT_ROW_GROUP, ModelSize, hint_bytes, megabytes, prediction_table, total_hint_bytes
 from tests.compiler.tiny import OPTIONS
 
 _HEADER = 256
@@ -50,6 +51,7 @@ def test_rows_are_padded_to_groups() -> None:
     ring = CATALOGUE["512x3"]
     assert hint_bytes(ring, 1) == hint_bytes(ring, 8) == 8 * 1536 * 4
     assert hint_bytes(ring, 9) == 16 * 1536 * 4
+    assert HINT_ROW_GROUP == LANES
 
 
 def test_one_row_per_ring(checkpoint: Path) -> None:

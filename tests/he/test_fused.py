@@ -15,6 +15,7 @@ from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters,
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.sampling import ERROR_BOUND, PublicSeed, SecretRandom
 from hecompile.he.scheme import DecryptionKey, _encrypt_with, blocks, decrypt, evaluate, setup
+from hecompile.he.threads import for_each
 
 SEED = PublicSeed(bytes(range(32)))
 TOY = test_insecure_parameters(16, 2)
@@ -61,7 +62,7 @@ def check_against_the_simple_path(
     planes = torch.full(wanted.planes.shape, 99, dtype=torch.uint8)
     for part in fused._parts(in_features, tokens):
         own_error = np.ascontiguousarray(error[:, part])
-        fused._encrypt_part(public, x, column.double().numpy(), key, planes, part, own_error)
+        fused._encrypt_part(public.transformed(in_features), x, column.double().numpy(), key, planes, part, own_error)
     assert torch.equal(planes, wanted.planes)
 
     reply = evaluate(weight, planes, linear)
@@ -184,6 +185,27 @@ def test_a_key_shows_nothing_and_cannot_be_copied() -> None:
     assert repr(key) == "<RealKey>"
     with pytest.raises(SecurityError):
         key.__reduce_ex__(2)
+
+
+def test_first_encryption_of_many_parts_on_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_CHUNK", 64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        round_trip(reals(30, 2048), weights(1024, 2048))  # A is expanded by the same threads, which must not wait for it
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_work_shared_out_from_within_shared_work_runs_where_it_is() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    done: list[int] = []
+    try:
+        for_each(lambda outer: for_each(lambda inner: done.append(10 * outer + inner), range(5)), range(6))
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(done) == [10 * outer + inner for outer in range(6) for inner in range(5)]
 
 
 def test_bulk_randomness_is_fresh_and_uniform() -> None:

@@ -1,0 +1,24 @@
+"""Hints from the worker: for a client that stores none, each is computed by the worker, used once and forgotten.
+
+    stored      hint file → decrypt
+    hint-less   setup request → W·A mod q from the worker → decrypt → gone
+
+A stays the bundle's shared public matrix, and every block is still encrypted under a secret of its own: what the worker
+sees and could learn is the same as in a plan with stored hints, and a setup request holds nothing but the name of a circuit.
+The client trusts the worker for W·A as it trusts it for W·b: a wrong one spoils a result, it reveals nothing.
+
+Price of a product of T tokens, with rank · ring_dim = d·m: worker time (L·T + 4·d·m) / (L·T), download
+(R·T + 4·d·m) / (R·T), for L bytes up and R down. It falls as T grows, and there is nothing to store or to compile.
+"""
+
+from __future__ import annotations
+
+from hecompile.he.hints import Hint
+from hecompile.he.parameters import LinearParameters, RingParameters
+from hecompile.public_rows import hint_from_planes
+from runtime.transports import Answer
+
+
+def hint_of(answer: Answer, ring: RingParameters, parameters: LinearParameters) -> Hint:
+    """The hint in a worker's answer to `Transport.setup`. Raises WorkerError when it is something else."""
+    return Hint.from_coefficients(ring, hint_from_planes(answer.planes, ring, parameters.out_features))
