@@ -13,7 +13,7 @@ every linear; each rounds what travels to a modulus of its own, 2^(8·upload_lim
 
 Of the byte counts that reach the bits asked for, those with the least time on wire and worker are taken (`hecompile.costs`);
 the client's work does not depend on them. The ring is that of the least client work for the whole plan: a product's
-precision does not depend on it, and a ring of its own for every linear would save at most 2.2 % of that work (all shapes
+precision does not depend on it, and a ring of its own for every linear would save at most 1 % of that work (all shapes
 of Llama-3.2-1B, 32 to 4096 tokens, default costs) for the price of several matrices A.
 
 A stacked backward product has many inputs, and noise in proportion to its signal grows as their number: gate and up together
