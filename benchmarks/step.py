@@ -12,7 +12,7 @@ from hecompile.client_bundle import ClientBundle
 from hecompile.compiler import CLIENT
 from runtime.session import DEFAULT_ENGINE
 
-LAYERS, BATCH = 16, Batch(sequences=2, length=512, micro_batch=1)
+LAYERS, BATCH = 16, Batch(sequences=1, length=512)
 QUICK_LAYERS, QUICK_BATCH = 2, Batch(sequences=2, length=32)
 RATIO_TARGET, BYTES_TARGET, CLIENT_GB_TARGET = 1.5, 3.6e6, 4.0
 PROSE = """\
@@ -29,7 +29,7 @@ by TCP; plaintext is PEFT on the same checkpoint in float32, a third process. Bo
 def run(quick: bool) -> str:
     """Markdown: seconds and their split, CPU seconds and memory by process, bytes per token and their prediction."""
     layers, batch = (QUICK_LAYERS, QUICK_BATCH) if quick else (LAYERS, BATCH)
-    rounds, steps = (1, 1) if quick else (3, 2)
+    rounds, steps = (1, 1) if quick else (2, 2)
     with llama_1b(layers, batch.micro_batch or batch.sequences, batch.length) as built:
         measured = measure_steps(built.build, built.checkpoint, batch, rounds, steps)
         return describe(built, batch, measured)

@@ -1,9 +1,9 @@
 """Hints H = W·A mod q: one file per circuit, memory-mapped, read ahead of their use and let go of after it.
 
-Training visits every circuit in turn, over and over. Under such a cycle a cache that evicts the least recently used
-entry never hits once it is too small, so of the transformed hints (twice the size of the file, and one transform less per
-use) what came first stays, up to a limit, and all others are streamed: the order of the last visit tells which come next,
-the operating system is asked to read those, and the pages of a hint that was used are given back.
+Training visits every circuit in turn, over and over. Where the transformed hints of all of them fit in memory (twice the
+size of the files, and one transform less per use) they stay there; else all are streamed: the order of the last visit tells
+which come next, the operating system is asked to read those, and the pages of a hint that was used are given back. (Under
+such a cycle a cache that is too small to hold everything saves little: it would hit for its share of the circuits alone.)
 """
 
 from __future__ import annotations
@@ -112,15 +112,15 @@ class HintStore:
     Args:
         directory: where `write_hint` wrote.
         params: the ring they were made for.
-        cache_bytes: how much memory transformed hints may take together. The others are read from the mapped file and
-            transformed at each use.
+        cache_bytes: how much memory the transformed hints of the folder may take together. If they need more, each is read
+            from the mapped file and transformed at each use.
     """
 
     def __init__(self, directory: Path, params: RingParameters, cache_bytes: int) -> None:
         self.directory = directory
         self.params = params
-        self.cache_bytes = cache_bytes
-        self.cached_bytes = 0
+        files = directory.glob("*.npy")
+        self.cached = 2 * sum(path.stat().st_size for path in files) <= cache_bytes
         self._hints: dict[str, Hint] = {}
         self._maps: dict[str, mmap.mmap] = {}
         self._next: dict[str, str] = {}  # circuit → the one that was asked for after it
@@ -136,10 +136,8 @@ class HintStore:
         with self._lock:
             if circuit not in self._hints:
                 words, mapping = self._open(circuit)
-                keep = self.cached_bytes + 2 * words.nbytes <= self.cache_bytes
-                self._hints[circuit] = Hint(self.params, words, rows, keep_transformed=keep)
-                if keep:
-                    self.cached_bytes += 2 * words.nbytes
+                self._hints[circuit] = Hint(self.params, words, rows, keep_transformed=self.cached)
+                if self.cached:
                     mapping.madvise(mmap.MADV_DONTNEED)
                 else:
                     self._maps[circuit] = mapping

@@ -152,15 +152,15 @@ def test_hint_file_round_trip(tmp_path: Path) -> None:
     assert torch.equal(opened.fft(slice(1, 4)), Hint.from_coefficients(TOY, hint).fft(slice(0, 5))[:, 1:4])
 
 
-def test_cache_keeps_what_fits_and_no_more(tmp_path: Path) -> None:
+def test_all_transforms_are_kept_or_none(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         write_hint(tmp_path, name, setup(random_weight(5, 4), PublicMatrix(TOY, SEED, 4)))
-    one = 8 * 32 * 8
-    store = HintStore(tmp_path, TOY, cache_bytes=2 * one + 1)
-    hints = [store.hint(name, 5) for name in ("a", "b", "c")]
-    assert [hint.transformed is not None for hint in hints] == [True, True, False]
-    assert store.cached_bytes == 2 * one
-    assert store.hint("c", 5) is hints[2]
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    for cache_bytes, kept in ((2 * size, True), (2 * size - 1, False)):
+        store = HintStore(tmp_path, TOY, cache_bytes)
+        hints = [store.hint(name, 5) for name in ("a", "b", "c")]
+        assert [hint.transformed is not None for hint in hints] == [kept] * 3
+        assert store.hint("c", 5) is hints[2]
 
 
 def test_hints_are_read_in_the_order_of_the_last_visit_and_let_go_of(
