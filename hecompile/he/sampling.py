@@ -152,7 +152,9 @@ def _fill_with_secret_bytes(target: NDArray[np.uint8]) -> None:
     encryptor = Cipher(ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
     for start in range(0, target.size - _ROOM, len(_ZEROS)):
         piece = min(len(_ZEROS), target.size - _ROOM - start)
-        encryptor.update_into(_ZEROS[:piece], target[start : start + piece + _ROOM].data)
+        written = encryptor.update_into(_ZEROS[:piece], target[start : start + piece + _ROOM].data)
+        if written != piece:  # what was there before would pass for fresh randomness
+            raise SecurityError(f"the cipher wrote {written} of {piece} random bytes: reinstall `cryptography`")
 
 
 def _secret_bytes(count: int) -> NDArray[np.uint8]:

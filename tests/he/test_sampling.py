@@ -178,3 +178,18 @@ def test_forked_process_cannot_use_the_parents_secret() -> None:
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert secret.spend().shape == (2, 16)
+
+
+def test_a_cipher_that_writes_too_little_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Short:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def encryptor(self) -> Short:
+            return self
+
+        def update_into(self, data: bytes, target: memoryview) -> int:
+            return len(data) - 1
+
+    monkeypatch.setattr(sampling, "Cipher", Short)
+    with pytest.raises(SecurityError, match="random bytes"):
+        SecretRandom().discrete_gaussian((8,))
