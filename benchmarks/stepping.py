@@ -27,13 +27,13 @@ from benchmarks.timing import available_bytes, cpu_seconds, resident_bytes
 from benchmarks.training_process import Spec
 from hecompile.client_bundle import MANIFEST
 from hecompile.compiler import CLIENT, WORKER
+from hecompile.demo import stop_process
 from hecompile.errors import HecompileError
 from runtime.session import DEFAULT_ENGINE
 
 _WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he")
 _LISTENING = "listening on "
 _COSTS = ("client_crypto_seconds", "worker_seconds", "wire_seconds")
-_STOP_SECONDS = 30
 _POLL_SECONDS, _LEAST_MEMORY = 0.25, 2 * 10**9
 
 
@@ -245,9 +245,4 @@ def _process(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        process.terminate()
-        try:
-            process.communicate(timeout=_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+        stop_process(process)

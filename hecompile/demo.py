@@ -48,12 +48,17 @@ def worker_process(bundle: Path, engine: str = "auto") -> Iterator[str]:
             raise WorkerError(f"the worker process did not start: {last}")
         yield line.removeprefix(_LISTENING).strip()
     finally:
-        process.terminate()
-        try:
-            process.communicate(timeout=_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+        stop_process(process)
+
+
+def stop_process(process: subprocess.Popen[str]) -> None:
+    """Ask it to end, wait, and end it by force when it does not."""
+    process.terminate()
+    try:
+        process.communicate(timeout=_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
 
 
 def run_demo(out: Path, console: Console, precision: float = 8.0, changes: Sequence[str] = ()) -> None:
