@@ -3,8 +3,8 @@
     python -m benchmarks.unit_costs [--quick]
 
 Seconds of encrypting and decrypting are taken for several rings and numbers of tokens, the shortest of a few repetitions
-each (the model is of an undisturbed machine). transform_flops, encrypt_seconds and decrypt_seconds are fitted to them by
-least squares of the relative error. Products are timed on a 2048 x 2048 matrix.
+each (the model is of an undisturbed machine). transform_flops, encrypt_seconds, decrypt_seconds and hint_bandwidth are
+fitted to them by least squares of the relative error. Products are timed on a 2048 x 2048 matrix.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.report import section_main
-from hecompile.costs import CostModel
+from hecompile.costs import CostModel, hint_bytes
 from hecompile.he.fused import decrypt_reals, encrypt_reals
 from hecompile.he.hints import Hint
 from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
@@ -48,6 +48,7 @@ def run(quick: bool) -> str:
         f"| ring products, flops/s | {costs.transform_flops:.3g} | {default.transform_flops:.3g} |",
         f"| encrypting an element beside, ns | {1e9 * costs.encrypt_seconds:.2f} | {1e9 * default.encrypt_seconds:.2f} |",
         f"| decrypting an element beside, ns | {1e9 * costs.decrypt_seconds:.2f} | {1e9 * default.decrypt_seconds:.2f} |",
+        f"| reading hints and A, bytes/s | {costs.hint_bandwidth:.3g} | {default.hint_bandwidth:.3g} |",
         f"| float32 products, flops/s | {_float_speed(repeats):.3g} | {default.client_flops:.3g} |",
         f"| int8 products, operations/s | {_int8_speed(repeats):.3g} | {default.worker_flops:.3g} |",
         "",
@@ -65,14 +66,18 @@ def fit(points: list[tuple[RingParameters, int, float, float]]) -> tuple[CostMod
     unit = CostModel(transform_flops=1.0, encrypt_seconds=0.0, decrypt_seconds=0.0, hint_bandwidth=float("inf"))
     matrix, seconds = [], []
     for ring, tokens, encrypting, decrypting in points:
-        elements = FEATURES * tokens
-        matrix.append([unit.encrypt(ring, tokens, FEATURES), elements, 0.0])
-        matrix.append([unit.decrypt(ring, tokens, FEATURES), 0.0, elements])
+        elements, read = FEATURES * tokens, float(hint_bytes(ring, FEATURES))
+        matrix.append([unit.encrypt(ring, tokens, FEATURES), elements, 0.0, 2 * read])
+        matrix.append([unit.decrypt(ring, tokens, FEATURES), 0.0, elements, read])
         seconds += [encrypting, decrypting]
     weights = 1 / np.array(seconds)
     solution, *_ = np.linalg.lstsq(np.array(matrix) * weights[:, None], np.ones(len(seconds)), rcond=None)
     costs = replace(
-        unit, transform_flops=1 / solution[0], encrypt_seconds=float(solution[1]), decrypt_seconds=float(solution[2])
+        unit,
+        transform_flops=1 / solution[0],
+        encrypt_seconds=float(solution[1]),
+        decrypt_seconds=float(solution[2]),
+        hint_bandwidth=float(1 / solution[3]) if solution[3] > 0 else float("inf"),
     )
     rows = []
     for ring, tokens, encrypting, decrypting in points:

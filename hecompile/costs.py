@@ -4,6 +4,7 @@ With d = ring_dim, m = rank, T tokens cut into ⌈T/d⌉ blocks (the last one co
 F(d) = 2.5·log2(d/2) flops per coefficient of a complex FFT of length d/2 (5·n·log2 n for length n):
 
     encrypt, per input feature    blocks·d·(F(d) + 4m)               m pointwise products, one inverse transform
+    A, per input feature          8·m·d bytes read                   its transforms
     decrypt, per output feature   blocks·d·(F(d) + 4m) + m·d·F(d)    and m transforms of the hint's row, once per use
     hint, per output feature      4·m·d bytes read
     worker                        2·in·out·T operations per limb product, of which L limbs need L (2L - 1 for int16 weights)
@@ -40,16 +41,17 @@ class CostModel:
     """bytes per second, each way."""
     transform_flops: float = 5.0e10
     """float64 operations per second of the client's ring products."""
-    encrypt_seconds: float = 2.5e-9
+    encrypt_seconds: float = 1.5e-9
     """client seconds per encrypted element, beside the ring product."""
     decrypt_seconds: float = 5.0e-10
     """client seconds per decrypted element, beside the ring product."""
-    hint_bandwidth: float = 1.0e10
-    """bytes of hints per second that the client reads, from the system's file cache."""
+    hint_bandwidth: float = 2.0e10
+    """bytes per second that the client reads of hints, from the system's file cache, and of A."""
 
     def encrypt(self, ring: RingParameters, tokens: int, features: int) -> float:
-        """Client seconds to encrypt `tokens` rows of `features`."""
-        return features * (_product_flops(ring, tokens) / self.transform_flops + tokens * self.encrypt_seconds)
+        """Client seconds to encrypt `tokens` rows of `features`, the reading of A's transforms included."""
+        seconds = _product_flops(ring, tokens) / self.transform_flops + tokens * self.encrypt_seconds
+        return features * (seconds + 2 * hint_bytes(ring, 1) / self.hint_bandwidth)
 
     def decrypt(self, ring: RingParameters, tokens: int, features: int) -> float:
         """Client seconds to decrypt as much, the hint's transforms and reading included."""

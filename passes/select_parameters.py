@@ -39,7 +39,8 @@ from hecompile.ir import GRADIENT_RANGE, PLACEMENT, RANGE, constant_of, module_p
 from hecompile.plan import DIRECTIONS, effective_bits
 
 RING_DIM, RANK = "hecompile.ring_dim", "hecompile.rank"
-_SIMILAR_COST = 1.2  # sets whose costs differ by less count as equal; then the one with more security bits wins
+_SIMILAR_COST = 1.2  # sets whose costs differ by less count as equal
+_AMPLE_BITS = 160  # more security than this does not count as better
 _BYTE_COUNTS = tuple((limbs, reply) for limbs in (1, 2, 3, 4) for reply in range(1, limbs + 1))
 _FALLBACK_CREST = 16.0  # a value that calibration did not see (its gradient was zero)
 
@@ -114,7 +115,7 @@ def choose_ring(
 ) -> RingParameters:
     """The catalogue's set with the least client work for `tokens` tokens through every circuit (one with as many inputs as
     outputs where none is given) and, where hints are not stored, the least time for fetching them; among those within a
-    fifth of it the most secure."""
+    fifth of it the most secure, up to 160 bits, then the one with the smallest hints."""
     if tokens < 1:
         raise InputError(f"the number of tokens per step must be positive, got {tokens}")
     prices = costs or CostModel()
@@ -127,7 +128,7 @@ def choose_ring(
 
     least = min(work(ring) for ring in CATALOGUE.values())
     similar = [ring for ring in CATALOGUE.values() if work(ring) <= _SIMILAR_COST * least]
-    return max(similar, key=lambda ring: (ring.security_bits, -work(ring)))
+    return max(similar, key=lambda ring: (min(ring.security_bits, _AMPLE_BITS), -ring.lattice_dim, -work(ring)))
 
 
 def selected_ring(model: ir.Model) -> RingParameters:

@@ -25,7 +25,7 @@ from hecompile.he.scheme import Ciphertext, DecryptionKey, blocks, keygen
 from hecompile.he.scratch import scratch
 from hecompile.he.threads import for_each, slices
 
-_CHUNK = 2**18
+_CHUNK = 2**20
 """Words encrypted or decrypted by one call of a kernel: large against the cost of the call, small against all of it."""
 
 

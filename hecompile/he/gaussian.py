@@ -10,7 +10,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from hecompile.he import bytewise
 from hecompile.he.scratch import scratch
+from hecompile.he.simd import address
 
 SIGMA = 3.2
 """Standard deviation of the error."""
@@ -20,6 +22,10 @@ ERROR_BOUND = 29
 
 _STRADDLES = 127
 """Marks a table cell in which the sample is not decided by its top bits; beyond ERROR_BOUND, so no sample."""
+
+_LANES = bytewise.LANES
+_BLOCK = 1 << 15
+"""Samples whose open places are listed before they are looked at."""
 
 
 @cache
@@ -45,8 +51,7 @@ def gaussian_cdf() -> NDArray[np.uint64]:
 def gaussian_table(bits: int) -> NDArray[np.int8]:
     """The sample for each value of the top `bits` bits, or _STRADDLES where a step of the CDF lies inside: int8 `[2^bits]`.
 
-    At 16 bits 28 cells straddle, so about one sample in 2300 needs more; at 12 bits one in 150, but the table fits the
-    first-level cache.
+    At 16 bits 28 cells straddle, so about one sample in 2300 needs more.
     """
     width = 64 - bits
     low = np.arange(1 << bits, dtype=np.uint64) << np.uint64(width)
@@ -55,51 +60,96 @@ def gaussian_table(bits: int) -> NDArray[np.int8]:
     return np.where(first == last, first - ERROR_BOUND, _STRADDLES).astype(np.int8)
 
 
+@cache
+def step_tables() -> NDArray[np.uint8]:
+    """For each top byte: the sample before the step of the CDF in its cell, and the step's next byte: uint8 `[2, 256]`.
+
+    The sample (as int8) is the first one if the second byte of u is below the step's, one more if it is above, and
+    undecided if they are equal. A cell with several steps, which are those of the tails, has _STRADDLES. About one sample in
+    90 is left open.
+    """
+    fine = gaussian_table(16).reshape(256, 256)
+    before, step = np.full(256, _STRADDLES, dtype=np.int8), np.full(256, 255, dtype=np.uint8)
+    for cell, row in enumerate(fine):
+        place = int(np.argmax(row == _STRADDLES)) if _STRADDLES in row else 255
+        first = int(row[0]) if place > 0 else int(row[1]) - 1
+        if (row[:place] == first).all() and (row[place + 1 :] == first + 1).all():
+            before[cell], step[cell] = first, place  # at 255 without a step the last of the cell is left open, harmlessly
+    return np.stack([before.view(np.uint8), step])
+
+
 def gaussian_from_uniform(
-    top: NDArray[np.uint16],
+    top: NDArray[np.uint8],
     more_bytes: Callable[[int], bytes | NDArray[np.uint8]],
     out: NDArray[np.int8] | None = None,
 ) -> NDArray[np.int8]:
     """Inverts the 64-bit CDF at uniform numbers given by their top 16 bits, drawing the other 48 where they matter.
 
     Args:
-        top: uniform uint16 `[n]`.
+        top: uniform uint8, flat `[2, n]`: the top byte of each number, then the second byte of each.
         more_bytes: returns that many uniform bytes; asked once, for 6 bytes per undecided sample.
         out: int8 `[n]`, to be filled and returned.
 
     Returns:
         int8 `[n]`: the smallest k with u < 2^64 · P(e ≤ k).
     """
-    samples = np.empty(top.shape, dtype=np.int8) if out is None else out
-    undecided = scratch("undecided", top.size, np.uint32)
-    count = _look_up(top, gaussian_table(12), gaussian_table(16), samples, undecided)
-    if count:
-        tail = np.frombuffer(more_bytes(6 * count), dtype=np.uint8)
-        _decide(top, undecided[:count], tail, gaussian_cdf(), samples)
+    count = top.size // 2
+    samples = np.empty(count, dtype=np.int8) if out is None else out
+    undecided = scratch("undecided", count, np.uint32)
+    done, left_open = 0, 0
+    if bytewise.supported():
+        done = count // _LANES * _LANES
+        places = scratch("places", _BLOCK + _LANES, np.uint16)
+        left_open = _look_up_vectors(top, step_tables().ravel(), gaussian_table(16), samples, places, undecided)
+    left_open = _look_up(top, done, gaussian_table(16), samples, undecided, left_open)
+    if left_open:
+        tail = np.frombuffer(more_bytes(6 * left_open), dtype=np.uint8)
+        _decide(top, undecided[:left_open], tail, gaussian_cdf(), samples)
     return samples
 
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
-def _look_up(top, coarse, fine, samples, undecided):  # type: ignore[no-untyped-def]
-    """Fills `samples` from the tables; the places left open go to `undecided`, and their number is returned."""
-    count = 0
-    for i in range(top.size):
-        sample = coarse[top[i] >> 4]
-        if sample == _STRADDLES:
-            sample = fine[top[i]]
+def _look_up_vectors(top, steps, fine, samples, places, undecided):  # type: ignore[no-untyped-def]
+    """Fills all of `samples` that is whole vectors; the places left open go to `undecided`, their number is returned."""
+    half, left_open = top.size // 2, 0
+    steps_, places_ = address(steps), address(places)
+    top_, samples_ = address(top), address(samples)
+    for start in range(0, half - _LANES + 1, _BLOCK):
+        count = 0
+        for i in range(start, min(start + _BLOCK, half) - _LANES + 1, _LANES):
+            count += bytewise.step_sample(
+                top_ + i, top_ + half + i, steps_, samples_ + i, i - start, places_ + 2 * count
+            )
+        for c in range(count):
+            k = start + np.int64(places[c])
+            sample = fine[(np.int64(top[k]) << 8) | np.int64(top[half + k])]
+            samples[k] = sample
             if sample == _STRADDLES:
-                undecided[count] = i
-                count += 1
+                undecided[left_open] = k
+                left_open += 1
+    return left_open
+
+
+@numba.njit(nogil=True, cache=True, boundscheck=False)
+def _look_up(top, start, fine, samples, undecided, left_open):  # type: ignore[no-untyped-def]
+    """The same from place `start` on, by table alone."""
+    half = top.size // 2
+    for i in range(start, half):
+        sample = fine[(np.int64(top[i]) << 8) | np.int64(top[half + i])]
         samples[i] = sample
-    return count
+        if sample == _STRADDLES:
+            undecided[left_open] = i
+            left_open += 1
+    return left_open
 
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
 def _decide(top, undecided, tail, cdf, samples):  # type: ignore[no-untyped-def]
     """Fills the open places with the number of steps of the CDF that are at most u, of which `tail` has the low 6 bytes."""
+    half = top.size // 2
     for k in range(undecided.size):
         i = undecided[k]
-        u = np.uint64(top[i]) << np.uint64(48)
+        u = (np.uint64(top[i]) << np.uint64(56)) | (np.uint64(top[half + i]) << np.uint64(48))
         for byte in range(6):
             u |= np.uint64(tail[6 * k + byte]) << np.uint64(8 * byte)
         steps = 0

@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from hecompile.he.kernels import compiled, forward_at, inlined, inner_product, load_and_join4
+from hecompile.he.lines import GROUPS, pack_line, prefetch, prefetch_to_write, unpack_line
 from hecompile.he.simd import (
     absolute,
     address,
@@ -37,7 +38,7 @@ from hecompile.he.simd import (
     to_f64,
 )
 
-TILE_GROUPS = 8
+TILE_GROUPS = GROUPS
 """At most this many groups to a tile: 64 features, of which a row of one byte plane is one cache line."""
 
 _TILE_TOKENS = 16384
@@ -45,6 +46,9 @@ _TILE_TOKENS = 16384
 
 _PADDING = 16
 """Words between the groups of a tile: one cache line."""
+
+_AHEAD = 16
+"""Tokens that memory is asked for ahead of its use: rows lie on pages of their own, which no processor foresees."""
 
 
 @inlined
@@ -79,6 +83,30 @@ def _add_inner_product(matrix, base, rank, n, roots, root_count, secrets, tokens
             _add_mask(i3, to, p + n + 3 * h, m, negative)
 
 
+@inlined
+def _pack(limbs, tile, step, half, dropped, out, plane):
+    if limbs == 1:
+        pack_line(1, tile, step, half, dropped, out, plane)
+    elif limbs == 2:
+        pack_line(2, tile, step, half, dropped, out, plane)
+    elif limbs == 3:
+        pack_line(3, tile, step, half, dropped, out, plane)
+    else:
+        pack_line(4, tile, step, half, dropped, out, plane)
+
+
+@inlined
+def _unpack(limbs, source, plane, dropped, tile, step):
+    if limbs == 1:
+        unpack_line(1, source, plane, dropped, tile, step)
+    elif limbs == 2:
+        unpack_line(2, source, plane, dropped, tile, step)
+    elif limbs == 3:
+        unpack_line(3, source, plane, dropped, tile, step)
+    else:
+        unpack_line(4, source, plane, dropped, tile, step)
+
+
 @compiled
 def encrypt(
     matrix, first, features, rank, n, roots, secrets, tokens, x, x_at, x_row, inverse_scale, factors,
@@ -104,6 +132,8 @@ def encrypt(
         whole, groups = width // 8, (width + 7) // 8
         for t in range(tokens):
             scale = broadcast(scale_, t)
+            for k in range(0, 4 * width, 64):
+                prefetch(x_, 4 * (x_at + (t + _AHEAD) * x_row + j) + k)
             for g in range(whole):
                 k = j + 8 * g
                 real = load_f32(x_, x_at + t * x_row + k) * load_f64(factor_, k) * scale
@@ -117,14 +147,19 @@ def encrypt(
                 matrix_, base, rank, n, roots_, root_count, secrets_, tokens, tile_, g * stride, work_, False
             )
         for t in range(tokens):
+            out = p_at + t * p_row + j
             for limb in range(limbs):
-                out = p_at + limb * plane + t * p_row + j
+                prefetch_to_write(planes_, out + limb * plane + _AHEAD * p_row)
+            if whole == TILE_GROUPS:
+                _pack(limbs, tile_ + 32 * t, 4 * stride, half, dropped, planes_ + out, plane)
+                continue
+            for limb in range(limbs):
                 for g in range(whole):
                     word = load_i32(tile_, g * stride + 8 * t) + splat_i32(half)
-                    store_u8(planes_, out + 8 * g, shift_right(word, dropped + 8 * limb))
+                    store_u8(planes_, out + limb * plane + 8 * g, shift_right(word, dropped + 8 * limb))
                 for k in range(8 * whole, width):
                     word_ = np.int64(tile[whole * stride + 8 * t + k - 8 * whole]) + half
-                    planes[out + k] = np.uint8((word_ >> (dropped + 8 * limb)) & 255)
+                    planes[out + limb * plane + k] = np.uint8((word_ >> (dropped + 8 * limb)) & 255)
 
 
 @compiled
@@ -151,6 +186,11 @@ def decrypt(
         whole, groups = width // 8, (width + 7) // 8
         for t in range(tokens):
             at = p_at + t * p_row + j
+            for limb in range(limbs):
+                prefetch(planes_, at + limb * plane + _AHEAD * p_row)
+            if whole == TILE_GROUPS:
+                _unpack(limbs, planes_ + at, plane, 32 - 8 * limbs, tile_ + 32 * t, 4 * stride)
+                continue
             for g in range(whole):
                 word = splat_i32(0)
                 for limb in range(limbs):
@@ -175,6 +215,8 @@ def decrypt(
             )
         for t in range(tokens):
             factor = broadcast(scale_, t)
+            for k in range(0, 4 * width, 64):
+                prefetch_to_write(result_, 4 * (r_at + (t + _AHEAD) * r_row + j) + k)
             for g in range(whole):
                 k = j + 8 * g
                 real = to_f64(load_i32(tile_, g * stride + 8 * t)) * factor * load_f64(factor_, k)

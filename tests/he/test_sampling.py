@@ -13,14 +13,19 @@ import numpy as np
 import pytest
 
 from hecompile.errors import InputError, SecurityError
-from hecompile.he import sampling
-from hecompile.he.gaussian import _STRADDLES, gaussian_cdf, gaussian_from_uniform, gaussian_table
+from hecompile.he import bytewise, sampling
+from hecompile.he.gaussian import _STRADDLES, gaussian_cdf, gaussian_from_uniform, gaussian_table, step_tables
 from hecompile.he.parameters import RingParameters, test_insecure_parameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.sampling import ERROR_BOUND, SIGMA, OneTimeSecret, PublicSeed, SecretRandom
 from hecompile.he.scheme import keygen
 
 SEED = PublicSeed(bytes(range(32)))
+
+
+def two_bytes(top: np.ndarray) -> np.ndarray:
+    """The top and the second byte of numbers below 2^16, as `gaussian_from_uniform` wants them."""
+    return np.concatenate([top >> 8, top & 255]).astype(np.uint8)
 
 
 def chi_square_limit(freedom: int) -> float:
@@ -74,7 +79,7 @@ def test_gaussian_inverts_the_cdf_at_every_step() -> None:
     # each step lies inside its cell, so a step's own cell must be refined
     assert (cells[:-2] == _STRADDLES).sum() >= len(steps)
     low = [(u & (2**48 - 1)).to_bytes(6, "little") for u, cell in zip(uniform, cells, strict=True) if cell == 127]
-    assert gaussian_from_uniform(top, lambda size: b"".join(low)).tolist() == wanted
+    assert gaussian_from_uniform(two_bytes(top), lambda size: b"".join(low)).tolist() == wanted
 
 
 def test_gaussian_symmetric_and_tail_is_negligible() -> None:
@@ -91,7 +96,28 @@ def test_most_samples_need_two_bytes() -> None:
     def refuse(size: int) -> bytes:
         raise AssertionError("no refinement is needed in the middle of a cell")
 
-    assert gaussian_from_uniform(np.array([32768 + 100], dtype=np.uint16), refuse).tolist() == [0]
+    assert gaussian_from_uniform(two_bytes(np.array([32768 + 100])), refuse).tolist() == [0]
+
+
+def test_vectors_and_single_look_ups_agree_on_all_two_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    top = np.random.default_rng(1).permutation(1 << 16)
+    tail = bytes(6 * int((gaussian_table(16) == _STRADDLES).sum()))  # the sample at the start of each open cell
+    starts = top.astype(np.uint64) << np.uint64(48)
+    wanted = np.searchsorted(gaussian_cdf(), starts, side="right") - ERROR_BOUND
+    for vectors in (True, False):
+        if vectors and not bytewise.supported():
+            continue
+        monkeypatch.setattr(bytewise, "supported", lambda answer=vectors: answer)
+        for count in (1 << 16, 1000, 63):  # whole vectors and a remainder
+            samples = gaussian_from_uniform(two_bytes(top[:count]), lambda size: tail[:size])
+            assert np.array_equal(samples, wanted[:count])
+
+
+def test_few_samples_leave_the_vector_path() -> None:
+    before, step = step_tables().astype(int)
+    left_open = sum(256 if before[cell] == _STRADDLES else 1 for cell in range(256))
+    assert left_open / 65536 < 1 / 60
+    assert (step < 255).sum() > 10
 
 
 def test_seed_round_trip_and_separate_streams() -> None:
