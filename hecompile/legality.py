@@ -31,7 +31,9 @@ CANONICAL = Stage("canonical", _MODEL, _RAISED)
 ADAPTED = Stage("adapted", _MODEL, _RAISED | {"Lora"})
 QUANTIZED = Stage("quantized", _MODEL, _RAISED | {"Lora", "QuantizedLinear"})
 CLIENT_PLAN = Stage("client plan", _MODEL, _RAISED | {"Lora", "QuantizedLinear", "RemoteLinear"})
-FUSED_CLIENT_PLAN = Stage("fused client plan", CLIENT_PLAN.standard, CLIENT_PLAN.custom | {"Attention", "SwiGLU"})
+FUSED_CLIENT_PLAN = Stage(
+    "fused client plan", CLIENT_PLAN.standard, CLIENT_PLAN.custom | {"Attention", "SwiGLU", "GatedLora"}
+)
 WORKER_CIRCUIT = Stage(
     "worker circuit",
     frozenset(
@@ -70,7 +72,7 @@ def _weight_rule(*dtypes: ir.DataType) -> TypeRule:
 
 
 def _lora_rule(node: ir.Node) -> str | None:
-    _, a, b = node.inputs
+    a, b = node.inputs[1:3]
     if a is None or b is None or a.shape is None or b.shape is None or a.shape[0] != b.shape[1]:
         return "lora_A [r, in] and lora_B [out, r] must share r"
     return None
@@ -96,6 +98,7 @@ TYPE_RULES: dict[str, tuple[int, TypeRule | None]] = {
     "RepeatKV": (1, None),
     "Attention": (4, None),
     "SwiGLU": (2, None),
+    "GatedLora": (5, _lora_rule),
 }
 """Custom operator → number of inputs and its type rule."""
 

@@ -16,6 +16,7 @@ defined here:
   [B, heads, S, S]. With `context.sequences` the S positions of one row are several sequences one after the other, each
   of which attends to its own past alone; the bias is then not looked at.
 * `SwiGLU(gate, up)`: SiLU(gate) ⊙ up.
+* `GatedLora(x, A, B, gate, up; scaling, dropout)`: Lora(x, A, B) for x = SwiGLU(gate, up), of which it does not keep x.
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ def _remote_linear(context: Context, attributes: Attributes, x: Tensor, scale: T
 @operator("Lora", DOMAIN)
 def _lora(context: Context, attributes: Attributes, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
     probability = attributes["dropout"]
-    if context.training and probability:
+    if _drops(context, attributes):
         # As torch's own dropout does on the CPU, which takes no generator.
         keep = torch.empty_like(x).bernoulli_(1 - probability, generator=context.generator)
         x = x * keep.div_(1 - probability)
@@ -269,3 +270,40 @@ class _SwiGLU(torch.autograd.Function):
 def _swiglu(context: Context, attributes: Attributes, gate: Tensor, up: Tensor) -> Tensor:
     result: Tensor = _SwiGLU.apply(gate, up)
     return result
+
+
+class _GatedLora(torch.autograd.Function):
+    """scaling · x·Aᵀ·Bᵀ for x = SiLU(gate) ⊙ up, which the gradient makes again from what SwiGLU keeps anyway."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, up: Tensor, scaling: float
+    ) -> Tensor:
+        inner = F.linear(x, lora_a) * scaling  # [..., r]
+        ctx.save_for_backward(lora_a, lora_b, gate, up, inner)
+        ctx.scaling = scaling
+        return F.linear(inner, lora_b)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        lora_a, lora_b, gate, up, inner = ctx.saved_tensors
+        (gradient,) = gradients  # [..., out]
+        to_inner = (gradient @ lora_b) * ctx.scaling  # [..., r]
+        rows = to_inner.flatten(0, -2)  # [T, r]
+        to_a = rows.t() @ F.silu(gate).mul_(up).flatten(0, -2)
+        to_b = gradient.flatten(0, -2).t() @ inner.flatten(0, -2)
+        return to_inner @ lora_a, to_a, to_b, None, None, None
+
+
+@operator("GatedLora", DOMAIN)
+def _gated_lora(
+    context: Context, attributes: Attributes, x: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, up: Tensor
+) -> Tensor:
+    if _drops(context, attributes):  # what is kept is then another x for each draw
+        return _lora(context, attributes, x, lora_a, lora_b)
+    result: Tensor = _GatedLora.apply(x, lora_a, lora_b, gate, up, attributes["scaling"])
+    return result
+
+
+def _drops(context: Context, attributes: Attributes) -> bool:
+    return bool(context.training and attributes["dropout"])

@@ -2,11 +2,13 @@
 
     MatMul(Softmax(Add(Mul(MatMul(q, kᵀ), c), bias)), v)  →  Attention(q, k, v, bias; scale = c)
     Mul(SiLU(gate), up)                                   →  SwiGLU(gate, up)
+    Lora(SwiGLU(gate, up), A, B)                          →  GatedLora(SwiGLU(gate, up), A, B, gate, up)
 
 The functions stay what they were, up to the rounding of float32. Attention need not keep the [heads, S, S] weights for its
-gradient (Dao et al., FlashAttention, arXiv 2205.14135) and SwiGLU (Shazeer, arXiv 2002.05202) not the activated gate; and
-an Attention node is the only kind of node left that lets positions of a sequence see each other, which is what the
-interpreter needs to know to run packed sequences and to leave out positions that nobody asks for.
+gradient (Dao et al., FlashAttention, arXiv 2205.14135), SwiGLU (Shazeer, arXiv 2002.05202) not the activated gate, and its
+LoRA not SwiGLU's result, the widest tensor of a layer. And an Attention node is the only kind of node left that lets
+positions of a sequence see each other, which is what the interpreter needs to know to run packed sequences and to leave out
+positions that nobody asks for.
 
 It runs when a client loads its plan, not before: passes that approximate softmax or SiLU want to see them.
 """
@@ -14,6 +16,7 @@ It runs when a client loads its plan, not before: passes that approximate softma
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 
@@ -58,6 +61,14 @@ class Fuse(ir.passes.InPlacePass):
             if (operands := _match_swiglu(node)) is not None:
                 _rewrite(node, "SwiGLU", list(operands), {})
                 modified = True
+        for node in nodes_of_type(model, "Lora"):
+            x = node.inputs[0]
+            gated = None if x is None else x.producer()
+            if gated is not None and (gated.op_type, gated.domain) == ("SwiGLU", DOMAIN):
+                names = ("scaling", "dropout")
+                inputs = [value for value in (*node.inputs, *gated.inputs) if value is not None]
+                _rewrite(node, "GatedLora", inputs, {name: attribute(node, name) for name in names})
+                modified = True
         if modified:
             remove_unused(model)
         return ir.passes.PassResult(model, modified)
@@ -99,7 +110,7 @@ def _match_swiglu(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
     return None
 
 
-def _rewrite(node: ir.Node, op_type: str, inputs: list[ir.Value], attributes: dict[str, float]) -> None:
+def _rewrite(node: ir.Node, op_type: str, inputs: list[ir.Value], attributes: dict[str, Any]) -> None:
     metadata = {ORIGIN: module_path(node)}
     if PLACEMENT in node.metadata_props:
         metadata[PLACEMENT] = node.metadata_props[PLACEMENT]

@@ -16,8 +16,9 @@ from transformers.modeling_outputs import CausalLMOutput
 from hecompile.client_bundle import ClientBundle
 from hecompile.errors import InputError, LegalityError
 from hecompile.interpreter import Interpreter, packed_graph_inputs
-from hecompile.ir import DOMAIN
+from hecompile.ir import DOMAIN, constant_of
 from hecompile.legality import FUSED_CLIENT_PLAN, check_stage
+from hecompile.mapped import release
 from hecompile.operators import Context
 from passes.fuse import Fuse
 from runtime.head import linear_cross_entropy, scored_positions, scored_targets
@@ -61,6 +62,7 @@ class EncryptedCausalLM(torch.nn.Module):
         head = _detach_head(model)
         self._interpreter = Interpreter(model)
         self._head = self._interpreter.constants[head]  # f32 [V, H]
+        self._mapped_head = constant_of(model.graph.initializers[head])
         self._tokens, self._lock = 0, threading.Lock()
         self._names: dict[str, str] = {}
         generator = torch.Generator().manual_seed(seed)
@@ -138,7 +140,7 @@ class EncryptedCausalLM(torch.nn.Module):
         if labels is not None:
             targets = scored_targets(labels)
             count = len(targets) if num_items_in_batch is None else num_items_in_batch
-            return CausalLMOutput(loss=linear_cross_entropy(hidden, self._head, targets) / count)
+            return CausalLMOutput(loss=linear_cross_entropy(hidden, self._head, targets, self._release_head) / count)
         logits = hidden @ self._head.t()  # [N, V]
         if wanted is None:
             everywhere = logits.new_zeros(batch, length, logits.shape[1])  # [B, S, V]
@@ -161,6 +163,10 @@ class EncryptedCausalLM(torch.nn.Module):
         positions = None if wanted is None or everything else wanted.nonzero().squeeze(1)  # [N]
         (hidden,) = self._interpreter.run(inputs, context, positions=positions).values()  # [1, N, H]
         return hidden[0]
+
+    def _release_head(self, rows: slice) -> None:
+        if self._mapped_head is not None:
+            release(self._mapped_head[rows])
 
     def adapter_state(self) -> dict[str, torch.nn.Parameter]:
         return {name: getattr(self, attribute) for name, attribute in self._names.items()}

@@ -9,12 +9,19 @@ ever exists. (The idea is that of Liger Kernel's fused linear cross entropy, Hsu
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from runtime.data import IGNORED
+
+Release = Callable[[slice], None]
+"""Told that these rows of the weight have been used: where they lie in a mapped file they may leave memory."""
+
+WEIGHT_ROWS = 1 << 14
+"""Rows of the weight at work at a time, 134 MB of a hidden size of 2048; of a mapped weight no more need be in memory."""
 
 PIECE_BYTES = 128 << 20
 """Of one piece of logits, float32: 261 rows of 128256. Half of it takes a third longer per row, for each piece reads the
@@ -36,15 +43,19 @@ def scored_targets(labels: Tensor) -> Tensor:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, release: Release) -> Tensor:
         wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if wanted else None  # [N, H]
+        gradient = torch.zeros_like(hidden) if wanted else None  # [N, H]
         total = hidden.new_zeros(())
+        vocabulary = [slice(at, min(at + WEIGHT_ROWS, len(weight))) for at in range(0, len(weight), WEIGHT_ROWS)]
         most = max(1, PIECE_BYTES // (weight.shape[0] * weight.element_size()))
         rows = math.ceil(len(hidden) / max(1, math.ceil(len(hidden) / most))) or 1  # pieces of about one size
         for start in range(0, len(hidden), rows):
             piece = slice(start, start + rows)
-            logits = hidden[piece] @ weight.t()  # [n, V]
+            logits = hidden.new_empty(len(hidden[piece]), len(weight))  # [n, V]
+            for words in vocabulary:
+                torch.mm(hidden[piece], weight[words].t(), out=logits[:, words])
+                release(words)
             target = targets[piece, None]  # [n, 1]
             logits -= logits.amax(dim=1, keepdim=True)
             at_target = logits.gather(1, target)  # [n, 1]
@@ -55,20 +66,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # d/dlogits of -log softmax at the target is softmax minus its indicator.
                 probabilities = exponentials.div_(sums)
                 probabilities.scatter_add_(1, target, torch.full_like(sums, -1.0))
-                torch.matmul(probabilities, weight, out=gradient[piece])
+                for words in reversed(vocabulary):
+                    gradient[piece].addmm_(probabilities[:, words], weight[words])
+                    release(words)
         ctx.gradient = gradient
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None, None]:
         gradient, ctx.gradient = ctx.gradient, None
-        return None if gradient is None else gradient * gradients[0], None, None
+        return None if gradient is None else gradient * gradients[0], None, None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, release: Release = lambda rows: None
+) -> Tensor:
     """Σ over rows of -log softmax(hidden·weightᵀ)[target] in nats, a float32 scalar; differentiable once, in `hidden`.
 
-    hidden f32 [N, H], weight f32 [V, H] without gradient, targets int64 [N].
+    hidden f32 [N, H], weight f32 [V, H] without gradient, targets int64 [N]; `release` is told which rows of the weight
+    have been used.
     """
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, release)
     return total

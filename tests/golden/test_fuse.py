@@ -137,3 +137,35 @@ def test_positions_that_are_not_asked_for_are_left_out_after_the_last_attention(
 def test_positions_need_a_fused_graph() -> None:
     with pytest.raises(InputError, match="fuse it"):
         Interpreter(block()).run(data(), positions=torch.tensor([0]))
+
+
+GATED = """
+mlp (float[1,S,8] gate, float[1,S,8] up, float[2,8] A, float[6,2] B) => (float[1,S,6] z)
+{
+    activated = hecompile.SiLU (gate)
+    y = Mul (activated, up)
+    z = hecompile.Lora <scaling = 0.5, dropout = 0.0> (y, A, B)
+}
+"""
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_lora_of_a_swiglu_keeps_no_result_of_it(dropout: float) -> None:
+    text = GATED.replace("dropout = 0.0", f"dropout = {dropout}")
+    shapes = {"gate": (1, LENGTH, 8), "up": (1, LENGTH, 8), "A": (2, 8), "B": (6, 2)}
+    models = {"plain": parse(text), "fused": run_pass(parse(text), "fuse", FUSED_CLIENT_PLAN).model}
+    assert [node.op_type for node in models["fused"].graph] == ["SwiGLU", "GatedLora"]
+    found = {}
+    for name, model in models.items():
+        inputs = {key: gaussian(*shape, seed=len(key)).requires_grad_() for key, shape in shapes.items()}
+        kept: list[tuple[int, ...]] = []
+        context = Context(training=True, generator=torch.Generator().manual_seed(3))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: (kept.append(t.data_ptr()), t)[1], lambda t: t):
+            (z,) = Interpreter(model).run(inputs, context).values()
+        z.backward(gaussian(1, LENGTH, 6, seed=9))
+        found[name] = {"z": z.detach(), **{f"d{key}": value.grad for key, value in inputs.items()}}
+        wide = {pointer for pointer in kept if pointer not in {inputs[key].data_ptr() for key in ("A", "B")}}
+        if (name, dropout) == ("fused", 0.0):
+            assert len(wide) == 3  # gate, up and what is r wide
+    for name, value in found["plain"].items():
+        torch.testing.assert_close(found["fused"][name], value, msg=name)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from hecompile.interpreter import _as_tensor
+from hecompile.mapped import release
 from runtime import head
 from runtime.head import linear_cross_entropy, scored_positions, scored_targets
 
@@ -22,6 +28,7 @@ def inputs(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("rows", [1, 4, 5, 8, 13])
 def test_loss_and_gradient_are_those_of_torch_whatever_the_pieces(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(head, "PIECE_BYTES", 4 * VOCABULARY * 4)  # pieces of four rows
+    monkeypatch.setattr(head, "WEIGHT_ROWS", 10)
     hidden, weight, targets = inputs(rows)
     (0.25 * linear_cross_entropy(hidden, weight, targets)).backward()
     reference = hidden.detach().clone().requires_grad_()
@@ -63,3 +70,32 @@ def test_positions_and_targets_belong_together() -> None:
     # The first label scores nothing: the first token is predicted from nothing.
     assert scored_positions(labels).nonzero().tolist() == [[0, 0], [0, 2], [1, 0], [1, 3]]
     assert scored_targets(labels).tolist() == [7, 9, 6, 8]
+
+
+def test_a_mapped_weight_is_let_go_of_row_by_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(head, "WEIGHT_ROWS", 10)
+    hidden, weight, targets = inputs(4)
+    (tmp_path / "weight").write_bytes(weight.numpy().tobytes())
+    with (tmp_path / "weight").open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    array = np.frombuffer(mapping, dtype=np.float32).reshape(weight.shape)
+    released: list[slice] = []
+
+    def let_go(rows: slice) -> None:
+        released.append(rows)
+        release(array[rows])
+
+    mapped = _as_tensor(array)
+    loss = linear_cross_entropy(hidden, mapped, targets, let_go)
+    torch.testing.assert_close(loss, linear_cross_entropy(hidden, weight, targets))
+    assert {rows.start for rows in released} == {0, 10, 20, 30}
+    assert torch.equal(mapped, weight)  # it comes back
+
+
+def test_memory_that_no_file_holds_is_not_let_go_of() -> None:
+    private = np.ones(3 * mmap.PAGESIZE, dtype=np.uint8)
+    release(private)
+    anonymous = mmap.mmap(-1, 3 * mmap.PAGESIZE)
+    anonymous[:] = bytes([7]) * len(anonymous)
+    release(np.frombuffer(anonymous, dtype=np.uint8))
+    assert private.all() and set(anonymous[:]) == {7}
