@@ -1,8 +1,12 @@
-"""The client bundle on disk: the client plan, the hints, the tokenizer and a manifest. All public, no secret among them.
+"""The client bundle on disk: the client plan, the hints, the check vectors, the tokenizer and a manifest.
+
+All of it is public but for the check vectors, which the worker must not see: who knows them can return wrong results that
+pass for right ones (and learns nothing about the data). No key is among them: those are drawn for each request.
 
 manifest.json   format, plan id, public seed, ring, LoRA options, buckets, every circuit's parameters, file hashes
 plan.onnx(.data) the client plan: embedding, norms, row scales, whatever linear stayed with the client
 hints/*.npy     H = W·A mod q, one per circuit; none in a plan whose worker computes them (`hints` in the manifest)
+checks/*.npy    secret: what each reply is verified with, one per circuit (`hecompile.he.verification`)
 tokenizer/      what AutoTokenizer.from_pretrained loads
 """
 
@@ -23,8 +27,9 @@ from hecompile.he.parameters import LinearParameters, RingParameters, RingParame
 from hecompile.he.sampling import PublicSeed
 from hecompile.ir import print_model
 
-FORMAT, VERSION = "hecompile-client", 2
-MANIFEST, PLAN, PLAN_DATA, HINTS, TOKENIZER = "manifest.json", "plan.onnx", "plan.onnx.data", "hints", "tokenizer"
+FORMAT, VERSION = "hecompile-client", 3
+MANIFEST, PLAN, PLAN_DATA = "manifest.json", "plan.onnx", "plan.onnx.data"
+HINTS, CHECKS, TOKENIZER = "hints", "checks", "tokenizer"
 _REMEDY = "make the bundle again with `hecompile export llama`"
 _HASH_CHUNK = 1 << 22
 
@@ -134,6 +139,10 @@ class ClientBundle:
         return self.directory / HINTS
 
     @property
+    def checks(self) -> Path:
+        return self.directory / CHECKS
+
+    @property
     def tokenizer(self) -> Path:
         return self.directory / TOKENIZER
 
@@ -156,7 +165,9 @@ class ClientBundle:
             _check_file(directory, record)
         listed = {record.path for record in manifest.files}
         stored = manifest.plan.circuits if manifest.plan.hints == "stored" else ()
-        for needed in (PLAN, *(f"{HINTS}/{circuit}.npy" for circuit in stored)):
+        hints = (f"{HINTS}/{circuit}.npy" for circuit in stored)
+        checks = (f"{CHECKS}/{circuit}.npy" for circuit in manifest.plan.circuits)
+        for needed in (PLAN, *hints, *checks):
             if needed not in listed:
                 raise InputError(f"{directory / MANIFEST} is damaged: {needed} is not listed; {_REMEDY}")
         ring = manifest.plan.ring.ring()

@@ -19,6 +19,7 @@ from hecompile.circuit_writer import CLIENT as CLIENT
 from hecompile.circuit_writer import WORKER as WORKER
 from hecompile.circuit_writer import Progress, write_circuits, write_circuits_without_hints
 from hecompile.client_bundle import (
+    CHECKS,
     MANIFEST,
     PLAN,
     PLAN_DATA,
@@ -35,8 +36,10 @@ from hecompile.client_bundle import VERSION as CLIENT_VERSION
 from hecompile.costs import CostModel
 from hecompile.errors import InputError
 from hecompile.frontend import Checkpoint, export_onnx, load_checkpoint
+from hecompile.he.check_store import write_checks
 from hecompile.he.parameters import CATALOGUE, RingParameters
-from hecompile.he.sampling import PublicSeed
+from hecompile.he.sampling import PublicSeed, SecretRandom
+from hecompile.he.verification import Checks
 from hecompile.pipeline import graph_steps, run_steps
 from hecompile.plan import RemoteCircuit, SplitPlan
 from hecompile.staging import staging
@@ -93,9 +96,10 @@ def compile_checkpoint(
 ) -> str:
     """Compile a checkpoint into `out`/client and `out`/worker; returns the plan id.
 
-    Deterministic for a given `options.public_seed`. `out` may be missing, empty or an earlier build, which is replaced;
-    it is left as it was if anything fails. Interrupted while it makes hints, it keeps those that are complete beside `out`,
-    and the next call with the same arguments goes on from there (`hecompile.staging`). Raises HecompileError.
+    Deterministic for a given `options.public_seed`, but for the client's check vectors, which are secret. `out` may be
+    missing, empty or an earlier build, which is replaced; it is left as it was if anything fails. Interrupted while it makes
+    hints, it keeps those that are complete beside `out`, and the next call with the same arguments goes on from there
+    (`hecompile.staging`). Raises HecompileError.
     """
     _check_target(out)
     progress("load", 0, 1)
@@ -121,6 +125,11 @@ def compile_checkpoint(
         record = _plan_record(name, plan, ring, seed, options)
         write = write_circuits if options.stored_hints else write_circuits_without_hints
         hints = write(stage, plan, ring, record.plan_id(), progress)
+        progress("checks", 0, 1)
+        random = SecretRandom()
+        for circuit in plan.circuits:
+            weight = torch.from_numpy(circuit.weight).t()  # [out, in]
+            write_checks(stage.build / CLIENT / CHECKS, circuit.name, Checks.draw(weight, random))
         progress("write", 0, 1)
         _write_client(stage.build / CLIENT, plan, tokenizer, record, hints)
     return record.plan_id()

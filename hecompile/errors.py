@@ -21,3 +21,7 @@ class SecurityError(HecompileError):
 
 class WorkerError(HecompileError):
     """The worker refused a request, broke the protocol or returned something it must not."""
+
+
+class VerificationError(WorkerError):
+    """A reply is not the product that was asked for: the worker cheats, or its machine or the link is broken."""

@@ -10,8 +10,7 @@ Row j of A does not depend on how many there are, so one file, as wide as the wi
 first `in` columns. The worker needs no seed and no cryptographic code: these are public numbers like the weights.
 
 Security. A is public by definition, and encryption under it uses a fresh secret each time, whoever computes H: nothing more
-can be learned from a plan without hints. But H now comes from the untrusted worker: a wrong hint makes a wrong result, as a
-wrong reply does.
+can be learned from a plan without hints. H then comes from the untrusted worker, and is verified as its replies are.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The client's side of a remote product: which rows travel, how they are encoded and encrypted, what it cost.
 
-    real rows [T, in] → drop rows of zeros, encode per token, encrypt → worker → decrypt, decode → [T, out]
+    real rows [T, in] → drop rows of zeros, encode per token, encrypt → worker → verify, decrypt, decode → [T, out]
 
 Rows that are all zero (masked gradients) are not sent and come back as exact zeros; padding never gets here.
 """
@@ -19,18 +19,24 @@ import torch
 from torch import Tensor
 
 from hecompile.client_bundle import ClientBundle
-from hecompile.errors import InputError, WorkerError
+from hecompile.errors import InputError, VerificationError, WorkerError
+from hecompile.he.check_store import CheckStore
 from hecompile.he.encode import decode, encode
 from hecompile.he.fused import decrypt_reals, encrypt_reals
-from hecompile.he.hints import HintStore
+from hecompile.he.hints import Hint, HintStore
 from hecompile.he.parameters import LinearParameters
 from hecompile.he.public_matrix import PublicMatrix
+from hecompile.he.verification import Checks, hint_is_right
 from hecompile.worker_bundle import WorkerBundle
 from runtime.hintless import hint_of
 from runtime.transports import Answer, Transport, open_connection
 
 DEFAULT_CACHE_BYTES = 512 << 20
 _LOG = logging.getLogger(__name__)
+_ADVICE = (
+    "The step was not taken and nothing was changed. If it happens again, that worker (or its memory, or the link) is not "
+    "to be trusted: go on from the last checkpoint with another"
+)
 
 
 @dataclass
@@ -76,6 +82,7 @@ class Products(abc.ABC):
 
         Raises:
             InputError: a value that is not finite.
+            VerificationError: the worker returned something else than the product.
             WorkerError: from the worker.
         """
 
@@ -86,7 +93,8 @@ class Products(abc.ABC):
 class EncryptedProducts(Products):
     """Products by an untrusted worker on ciphertexts. Every call encrypts under fresh one-time secrets.
 
-    Opening says hello and runs the known-answer test. `cache_bytes` bounds the memory for transformed hints.
+    Every reply is verified (`hecompile.he.verification`). Opening says hello and runs the known-answer test. `cache_bytes`
+    bounds the memory for transformed hints.
     Raises WorkerError when the worker serves another plan or computes wrongly.
     """
 
@@ -99,6 +107,7 @@ class EncryptedProducts(Products):
         rows = max(parameters.in_features for parameters in bundle.circuits.values())
         self._public = PublicMatrix(bundle.ring, bundle.public_seed, rows)
         self._hints = HintStore(bundle.hints, bundle.ring, cache_bytes)
+        self._checks = CheckStore(bundle.checks)
         self._hintless = bundle.plan.hints == "none"
 
     def _check_circuits(self, offered: object) -> None:
@@ -112,7 +121,8 @@ class EncryptedProducts(Products):
         """See `Products.product`."""
         parameters = self.circuits[circuit]
         start = time.perf_counter()
-        ciphertext, key = encrypt_reals(self._public, x, parameters, column_scale)
+        checks = self._checks.checks(circuit, parameters)
+        ciphertext, key = encrypt_reals(self._public, x, parameters, column_scale, checks)
         if key.tokens == 0:
             return x.new_zeros(len(x), parameters.out_features)
         encrypted = time.perf_counter()
@@ -123,9 +133,13 @@ class EncryptedProducts(Products):
         reply = torch.from_numpy(answers[0].planes)
         if self._hintless:
             hint = hint_of(answers[1], self._ring, parameters)
+            self._verify_hint(circuit, hint, checks)
         else:
             hint = self._hints.hint(circuit, parameters.out_features)
-        result = decrypt_reals(key, hint, reply, parameters, row_scale)
+        try:
+            result = decrypt_reals(key, hint, reply, parameters, row_scale)
+        except VerificationError as error:
+            raise VerificationError(f"{circuit}: {error}. {_ADVICE}") from None
         self._hints.release(circuit)
         done = time.perf_counter()
         worker_seconds = sum(answer.worker_seconds for answer in answers)
@@ -136,6 +150,12 @@ class EncryptedProducts(Products):
             self.costs.bytes_up += sum(answer.bytes_sent for answer in answers)
             self.costs.bytes_down += sum(answer.bytes_received for answer in answers)
         return result
+
+    def _verify_hint(self, circuit: str, hint: Hint, checks: Checks) -> None:
+        everything = slice(0, self.circuits[circuit].in_features)
+        matrix = self._public.coefficients(everything).flatten(1)  # int32 [in, rank · ring_dim]
+        if not hint_is_right(checks, hint.coefficients(slice(0, hint.rows)), matrix):
+            raise VerificationError(f"{circuit}: the worker's hint is not the product that was asked for. {_ADVICE}")
 
     def _ask(self, request: Callable[[], Answer]) -> Answer:
         if self._transport.concurrent:

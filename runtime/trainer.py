@@ -13,7 +13,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from hecompile.errors import HecompileError
+from hecompile.errors import HecompileError, VerificationError
 from runtime.adapter import AdapterModel, load_adapter, save_adapter
 from runtime.data import Examples, PadToBucket
 from runtime.evaluation import evaluate
@@ -106,7 +106,10 @@ class AdapterTrainer(Trainer):
             self._refuse_unless_finite(loss)
             return cast("torch.Tensor", loss)
 
-        loss = self._micro_batches.run(self._adapter_model, cut(inputs, self._rows), share)
+        try:
+            loss = self._micro_batches.run(self._adapter_model, cut(inputs, self._rows), share)
+        except VerificationError as error:
+            raise VerificationError(f"step {self.state.global_step + 1}: {error}") from None
         self._refuse_unless_finite(loss)
         return loss
 

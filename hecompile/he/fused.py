@@ -7,6 +7,7 @@ that `encode` makes, given the same scales, secrets and errors, and `decrypt_rea
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -24,6 +25,10 @@ from hecompile.he.sampling import SecretRandom
 from hecompile.he.scheme import Ciphertext, DecryptionKey, blocks, keygen
 from hecompile.he.scratch import scratch
 from hecompile.he.threads import for_each, slices
+from hecompile.he.verification import GROUP, Checks, Expectation, Received
+
+_TOKENS = 2048
+"""Tokens at work at a time, a multiple of every ring_dim: a tile of them fits the second-level cache."""
 
 _CHUNK = 2**20
 """Words encrypted or decrypted by one call of a kernel: large against the cost of the call, small against all of it."""
@@ -32,21 +37,23 @@ _CHUNK = 2**20
 class RealKey(DecryptionKey):
     """A `DecryptionKey` that also knows the scale of each token, and which rows were zero and not sent."""
 
-    __slots__ = ("live", "rows", "scale")
+    __slots__ = ("expectation", "live", "rows", "scale")
 
     def __init__(
         self, params: RingParameters, linear: LinearParameters, secrets: NDArray[np.int8], scale: NDArray[np.float64],
-        live: Tensor | None, rows: int,
+        live: Tensor | None, rows: int, expectation: Expectation | None = None,
     ) -> None:  # fmt: skip
         super().__init__(params, linear, len(scale), secrets)
+        self.expectation = expectation  # of the reply; None where it is not to be checked
         self.scale = scale  # float64 [T'] of the rows sent
         self.live = live  # int64 [T']: which rows those are, or None for all
         self.rows = rows  # T
 
 
 def encrypt_reals(
-    public: PublicMatrix, x: Tensor, linear: LinearParameters, column_scale: Tensor | None = None
-) -> tuple[Ciphertext, RealKey]:
+    public: PublicMatrix, x: Tensor, linear: LinearParameters, column_scale: Tensor | None = None,
+    checks: Checks | None = None,
+) -> tuple[Ciphertext, RealKey]:  # fmt: skip
     """Encrypts the rows of x that are not zero, each block of ring_dim of them under a fresh secret.
 
     Args:
@@ -54,6 +61,7 @@ def encrypt_reals(
         x: float32 `[T, in_features]`.
         linear: the circuit; each token is scaled to use all the room it has.
         column_scale: float `[in_features]`, to encrypt x · column_scale instead.
+        checks: of the circuit, for `decrypt_reals` to verify the reply with.
 
     Returns:
         The ciphertext of the T' rows that are not zero (perhaps none), and its key.
@@ -77,13 +85,14 @@ def encrypt_reals(
     params = public.params
     secrets = [keygen(params).spend() for _ in blocks(len(rows), params.ring_dim)]
     stacked = np.stack(secrets) if secrets else np.empty((0, params.rank, params.ring_dim), dtype=np.int8)
-    key = RealKey(params, linear, stacked, scale, live, len(x))
+    random = SecretRandom()
+    expectation = None if checks is None else Expectation.of(checks, len(rows), random)
+    key = RealKey(params, linear, stacked, scale, live, len(x), expectation)
     planes = torch.empty((linear.upload_limbs, len(rows), linear.in_features), dtype=torch.uint8)
     if secrets:
         # Both before the threads, which share them: a thread that waits for others to make one could wait for ever.
         key.secrets_transformed()
         matrix = public.transformed(linear.in_features)
-        random = SecretRandom()
         for_each(
             lambda part: _encrypt_part(matrix, rows, factors, key, planes, part, _errors(random, len(rows), part)),
             _parts(linear.in_features, len(rows)),
@@ -102,13 +111,21 @@ def _encrypt_part(
 ) -> None:  # fmt: skip
     """Features `part` (which starts at a multiple of 8): error int8 `[T', part]`."""
     params, linear, tokens = key.params, key.linear, len(rows)
-    n, features = params.ring_dim // 2, linear.in_features
-    tiles.encrypt(
-        matrix, part.start // 8, part.stop - part.start, params.rank, n, roots(params.ring_dim),
-        key.secrets_transformed(), tokens, rows.numpy().reshape(-1), part.start, features, 1 / key.scale, factors[part],
-        error.reshape(-1), planes.numpy().reshape(-1), part.start, tokens * features, features, linear.upload_limbs,
-        scratch("tile", tiles.tile_words(tokens), np.int32), scratch("work", 16 * n, np.float64),
-    )  # fmt: skip
+    n, features, width = params.ring_dim // 2, linear.in_features, part.stop - part.start
+    secrets, inverse = key.secrets_transformed(), 1 / key.scale
+    images, checks, variants, sums = _checking(key, tokens, lambda checks: checks.images)
+    for piece in slices(tokens, _TOKENS):
+        count = piece.stop - piece.start
+        tiles.encrypt(
+            matrix, part.start // 8, width, params.rank, n, roots(params.ring_dim),
+            secrets[piece.start * params.rank :], count, rows.numpy().reshape(-1), piece.start * features + part.start,
+            features, inverse[piece], factors[part], error.reshape(-1)[piece.start * width :], planes.numpy().reshape(-1),
+            piece.start * features + part.start, tokens * features, features, linear.upload_limbs,
+            scratch("tile", tiles.tile_words(count), np.int32), scratch("work", 16 * n, np.float64),
+            images, features, part.start, checks, variants[piece], sums[piece].reshape(-1),
+        )  # fmt: skip
+    if key.expectation is not None:
+        key.expectation.add(sums)
 
 
 def decrypt_reals(
@@ -127,6 +144,7 @@ def decrypt_reals(
         float32 `[T, out_features]`.
 
     Raises:
+        VerificationError: the reply is not the product that was asked for; nothing of it is returned.
         WorkerError: the reply does not have the shape asked for.
         InputError: the key, hint and circuit do not belong together.
     """
@@ -135,10 +153,12 @@ def decrypt_reals(
     result = torch.empty((key.tokens, linear.out_features), dtype=torch.float32)
     if key.tokens:
         planes = reply.contiguous()
+        received = Received(key.expectation, key.tokens)
         for_each(
-            lambda part: _decrypt_part(key, hint, planes, linear, factors, result, part),
+            lambda part: _decrypt_part(key, hint, planes, linear, factors, result, part, received),
             _parts(linear.out_features, key.tokens),
         )
+        received.refuse_unless_right(linear)
     if key.live is None:
         return result
     full = torch.zeros((key.rows, linear.out_features), dtype=torch.float32)
@@ -148,18 +168,35 @@ def decrypt_reals(
 
 def _decrypt_part(
     key: RealKey, hint: Hint, planes: Tensor, linear: LinearParameters, factors: NDArray[np.float64], result: Tensor,
-    part: slice,
+    part: slice, received: Received,
 ) -> None:  # fmt: skip
     params, tokens, features = key.params, key.tokens, linear.out_features
     n = params.ring_dim // 2
     kept = np.empty(0) if hint.transformed is None else hint.transformed
-    tiles.decrypt(
-        hint.words, kept, part.start // 8, part.stop - part.start, params.rank, n, roots(params.ring_dim),
-        key.secrets_transformed(), tokens, planes.numpy().reshape(-1), part.start, tokens * features, features,
-        linear.reply_bytes, key.scale, factors[part], result.numpy().reshape(-1), part.start, features,
-        scratch("tile", tiles.tile_words(tokens), np.int32), scratch("values", 16 * n * params.rank, np.float64),
-        scratch("work", 16 * n, np.float64),
-    )  # fmt: skip
+    secrets = key.secrets_transformed()
+    vectors, checks, variants, sums = _checking(key, tokens, lambda checks: checks.vectors)
+    for piece in slices(tokens, _TOKENS):
+        count = piece.stop - piece.start
+        tiles.decrypt(
+            hint.words, kept, part.start // 8, part.stop - part.start, params.rank, n, roots(params.ring_dim),
+            secrets[piece.start * params.rank :], count, planes.numpy().reshape(-1), piece.start * features + part.start,
+            tokens * features, features, linear.reply_bytes, key.scale[piece], factors[part], result.numpy().reshape(-1),
+            piece.start * features + part.start, features, scratch("tile", tiles.tile_words(count), np.int32),
+            scratch("values", 16 * n * params.rank, np.float64), scratch("work", 16 * n, np.float64),
+            vectors, features, part.start, checks, GROUP, variants[piece], sums[piece].reshape(-1),
+        )  # fmt: skip
+    received.add(sums)
+
+
+def _checking(
+    key: RealKey, tokens: int, which: Callable[[Checks], NDArray[np.int32]]
+) -> tuple[NDArray[np.int32], int, NDArray[np.int64], NDArray[np.int32]]:
+    """For the kernels: the vectors that words are multiplied with, checks per token, variants, and zeros for the sums."""
+    if key.expectation is None:
+        return np.empty(0, np.int32), 0, np.zeros(tokens, np.int64), np.zeros((tokens, 0), np.int32)
+    expectation = key.expectation
+    count = expectation.sums.shape[1]
+    return which(expectation.checks).reshape(-1), count, expectation.variants, np.zeros((tokens, count), np.int32)
 
 
 def _norms(rows: Tensor, factors: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -89,6 +89,29 @@ def unpack_line(typing_context, limbs, source, plane, dropped, tile, step):  # t
     return types.void(limbs, *[types.int64] * 5), generate
 
 
+@intrinsic
+def dot_line(typing_context, tile, step, half, dropped, factors):  # type: ignore[no-untyped-def]
+    """Σ of 64 words, each plus `half` and with its lowest `dropped` bits cleared, times int32 factors [64], mod 2^32.
+
+    tile, step: as for `pack_line`. factors: their address.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        tile, step, half, dropped, factors = args
+        addend, shift = _splat(builder, half), _splat(builder, dropped)
+        total: Any = ir.Constant(_WORDS, None)
+        for k, word in enumerate(_load_words(builder, tile, step)):
+            factor = builder.load(_at(builder, factors, _I64(4 * 16), k, _WORDS), align=4)
+            cleared = builder.shl(builder.lshr(builder.add(word, addend), shift), shift)
+            total = builder.add(total, builder.mul(cleared, factor))
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(_I32, [_WORDS]), "llvm.vector.reduce.add.v16i32"
+        )
+        return builder.sext(builder.call(function, [total]), _I64)
+
+    return types.int64(*[types.int64] * 5), generate
+
+
 def _at(builder: Any, start: Any, step: Any, index: int, vector: ir.Type) -> Any:
     return builder.inttoptr(builder.add(start, builder.mul(step, _I64(index))), vector.as_pointer())
 

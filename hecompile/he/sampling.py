@@ -131,6 +131,10 @@ class SecretRandom(Unsharable):
             missing -= len(kept[-1])
         return np.concatenate(kept) if kept else np.zeros(0, dtype=np.int8)
 
+    def below_power_of_two(self, bits: int, count: int) -> NDArray[np.int64]:
+        """Independent uniform integers in [0, 2^bits), bits ≤ 8: int64 `[count]`."""
+        return (np.frombuffer(os.urandom(count), dtype=np.uint8) >> (8 - bits)).astype(np.int64)
+
     def discrete_gaussian(self, shape: tuple[int, ...], out: NDArray[np.int8] | None = None) -> NDArray[np.int8]:
         """Independent centred discrete Gaussian samples, standard deviation SIGMA, |e| ≤ ERROR_BOUND: int8 `shape`.
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from hecompile.he.kernels import compiled, forward_at, inlined, inner_product, load_and_join4
-from hecompile.he.lines import GROUPS, pack_line, prefetch, prefetch_to_write, unpack_line
+from hecompile.he.lines import GROUPS, dot_line, pack_line, prefetch, prefetch_to_write, unpack_line
 from hecompile.he.simd import (
     absolute,
     address,
@@ -110,7 +110,7 @@ def _unpack(limbs, source, plane, dropped, tile, step):
 @compiled
 def encrypt(
     matrix, first, features, rank, n, roots, secrets, tokens, x, x_at, x_row, inverse_scale, factors,
-    error, planes, p_at, plane, p_row, limbs, tile, work
+    error, planes, p_at, plane, p_row, limbs, tile, work, images, image_row, image_at, checks, variants, sums
 ):  # fmt: skip
     """Encrypts `tokens` tokens of `features` features, of which the first is in group `first` of the matrix.
 
@@ -118,6 +118,8 @@ def encrypt(
     divided by n. x: float32, feature j of token t at `x_at + t·x_row + j`; times factors `[features]` and inverse_scale
     `[tokens]`, float64, it is rounded to an integer. error: int8, at `t·features + j`. planes: uint8, byte l of a word at
     `p_at + l·plane + t·p_row + j`. tile: int32, `tile_words(tokens)` of scratch; work: float64, 16·n of scratch.
+    For verification, sums `[tokens, checks]` int32 grows by Σ_j word_j · images[(variants[t]·checks + c)·image_row +
+    image_at + j], of the words as they are sent (with zeros for the bytes that are not).
     """
     stride = 8 * tokens + _PADDING
     span = 8 * tile_groups(tokens)
@@ -126,7 +128,7 @@ def encrypt(
     root_count = roots.size
     x_, scale_, factor_, error_ = address(x), address(inverse_scale), address(factors), address(error)
     matrix_, roots_, secrets_ = address(matrix), address(roots), address(secrets)
-    tile_, work_, planes_ = address(tile), address(work), address(planes)
+    tile_, work_, planes_, images_ = address(tile), address(work), address(planes), address(images)
     for j in range(0, features, span):
         width = min(span, features - j)
         whole, groups = width // 8, (width + 7) // 8
@@ -151,8 +153,17 @@ def encrypt(
             for limb in range(limbs):
                 prefetch_to_write(planes_, out + limb * plane + _AHEAD * p_row)
             if whole == TILE_GROUPS:
-                _pack(limbs, tile_ + 32 * t, 4 * stride, half, dropped, planes_ + out, plane)
+                at = tile_ + 32 * t
+                _pack(limbs, at, 4 * stride, half, dropped, planes_ + out, plane)
+                for c in range(checks):
+                    image = (variants[t] * checks + c) * image_row + image_at + j
+                    sums[t * checks + c] += dot_line(at, 4 * stride, half, dropped, images_ + 4 * image)
                 continue
+            for c in range(checks):
+                image = (variants[t] * checks + c) * image_row + image_at + j
+                for k in range(width):
+                    sent = ((np.int64(tile[k // 8 * stride + 8 * t + k % 8]) + half) >> dropped) << dropped
+                    sums[t * checks + c] += sent * images[image + k]
             for limb in range(limbs):
                 for g in range(whole):
                     word = load_i32(tile_, g * stride + 8 * t) + splat_i32(half)
@@ -165,7 +176,7 @@ def encrypt(
 @compiled
 def decrypt(
     hint, kept, first, features, rank, n, roots, secrets, tokens, planes, p_at, plane, p_row, limbs, scale, factors,
-    result, r_at, r_row, tile, values, work
+    result, r_at, r_row, tile, values, work, vectors, vector_row, vector_at, checks, check_features, variants, sums
 ):  # fmt: skip
     """Decrypts `tokens` tokens of `features` features, of which the first is in group `first` of the hint.
 
@@ -173,13 +184,15 @@ def decrypt(
     which are then used instead. planes: uint8, byte l of the reply at `p_at + l·plane + t·p_row + j`.
     result: float32 at `r_at + t·r_row + j`: the word times scale `[tokens]` times factors `[features]`, float64.
     values: float64, rank · 16 · n of scratch. The rest is as in `encrypt`.
+    For verification, sums `[tokens, checks]` int32 grows by Σ_j word_j · vectors[variants[t]·vector_row + vector_at + j] in
+    the place of the check that feature vector_at + j belongs to: `check_features` (a multiple of 64, as is vector_at) each.
     """
     stride = 8 * tokens + _PADDING
     span = 8 * tile_groups(tokens)
     root_count = roots.size
     hint_, kept_, roots_, secrets_ = address(hint), address(kept), address(roots), address(secrets)
     keep, planes_ = kept.size > 0, address(planes)
-    scale_, factor_, result_ = address(scale), address(factors), address(result)
+    scale_, factor_, result_, vectors_ = address(scale), address(factors), address(result), address(vectors)
     tile_, values_, work_ = address(tile), address(values), address(work)
     for j in range(0, features, span):
         width = min(span, features - j)
@@ -202,6 +215,15 @@ def decrypt(
                 for limb in range(limbs):
                     word_ |= np.int64(planes[at + limb * plane + k]) << (8 * (4 - limbs + limb))
                 tile[whole * stride + 8 * t + k - 8 * whole] = word_
+        if checks > 0:
+            check = (vector_at + j) // check_features
+            for t in range(tokens):
+                vector = variants[t] * vector_row + vector_at + j
+                if whole == TILE_GROUPS:
+                    sums[t * checks + check] += dot_line(tile_ + 32 * t, 4 * stride, 0, 0, vectors_ + 4 * vector)
+                    continue
+                for k in range(width):
+                    sums[t * checks + check] += np.int64(tile[k // 8 * stride + 8 * t + k % 8]) * vectors[vector + k]
         for g in range(groups):
             base = (first + j // 8 + g) * rank * 16 * n
             if keep:

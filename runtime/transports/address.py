@@ -1,4 +1,11 @@
-"""Where a worker listens: `tcp://host:port`, `tcp://[ipv6]:port` or `unix:///path`."""
+"""Where a worker listens, and in which protocol.
+
+    tcp://host:port, unix:///path        frames of `runtime.protocol`, for processes of one machine
+    grpc://host:port, grpcs://...        Open Inference Protocol v2 over gRPC, in the clear or over TLS
+    flight://host:port, flights://...    Arrow Flight, likewise
+
+An IPv6 address stands in brackets.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +15,27 @@ from urllib.parse import urlsplit
 
 from hecompile.errors import InputError
 
+TLS_SCHEMES = ("grpcs", "flights")
+SCHEMES = ("tcp", "grpc", "flight", *TLS_SCHEMES)
+
 
 @dataclass(frozen=True)
 class TcpAddress:
-    """A host name or IP address without brackets, and a port (0 when listening: any free one)."""
+    """A host name or IP address without brackets, a port (0 when listening: any free one), and the scheme."""
 
     host: str
     port: int
+    scheme: str = "tcp"
+
+    @property
+    def tls(self) -> bool:
+        """Whether the connection is encrypted and the worker shows a certificate."""
+        return self.scheme in TLS_SCHEMES
+
+    @property
+    def authority(self) -> str:
+        """host:port as in a URL."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
     def is_loopback(self) -> bool:
@@ -44,7 +65,7 @@ class UnixAddress:
 
 def parse_address(address: str) -> TcpAddress | UnixAddress:
     """Raises InputError when `address` is of neither form."""
-    wanted = "needs tcp://host:port or unix:///path"
+    wanted = "needs tcp://, grpc://, grpcs://, flight:// or flights://host:port, or unix:///path"
     try:
         parts = urlsplit(address)
         port = parts.port  # ValueError when out of range or no number
@@ -52,6 +73,6 @@ def parse_address(address: str) -> TcpAddress | UnixAddress:
         raise InputError(f"worker address {address!r}: {error}; {wanted}") from error
     if parts.scheme == "unix" and not parts.netloc and parts.path.startswith("/"):
         return UnixAddress(parts.path)
-    if parts.scheme == "tcp" and parts.hostname and port is not None and not parts.path:
-        return TcpAddress(parts.hostname, port)
+    if parts.scheme in SCHEMES and parts.hostname and port is not None and not parts.path:
+        return TcpAddress(parts.hostname, port, parts.scheme)
     raise InputError(f"worker address {address!r} is not understood; {wanted}")

@@ -11,7 +11,7 @@ from runtime.transports.address import TcpAddress, UnixAddress, parse_address
 
 @pytest.mark.parametrize("address", ["", "inproces", "http://localhost:1", "tcp://localhost", "tcp://:5", "unix://a/b"])
 def test_malformed_address_is_refused(address: str) -> None:
-    with pytest.raises(InputError, match="needs tcp://host:port or unix:///path"):
+    with pytest.raises(InputError, match="needs tcp://"):
         parse_address(address)
     with pytest.raises(InputError, match=r"not understood|Port"):
         connect(address)

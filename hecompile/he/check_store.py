@@ -1,0 +1,44 @@
+"""Check vectors on disk: one file per circuit, readable by its owner alone. Secret from the worker; see `verification`."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from hecompile.errors import InputError
+from hecompile.he.parameters import LinearParameters
+from hecompile.he.verification import Checks
+
+
+def write_checks(directory: Path, circuit: str, checks: Checks) -> Path:
+    """Writes `<directory>/<circuit>.npy` with mode 0600; returns the path. Raises OSError as files do."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = directory / f"{circuit}.npy"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        np.save(file, checks.pack())
+    return path
+
+
+class CheckStore:
+    """The check vectors of a folder, read when first asked for and kept. Safe to use from several threads."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._found: dict[str, Checks] = {}
+        self._lock = threading.Lock()
+
+    def checks(self, circuit: str, linear: LinearParameters) -> Checks:
+        """Of that circuit. Raises InputError where the file is missing, damaged or of another circuit."""
+        with self._lock:
+            if circuit not in self._found:
+                path = self._directory / f"{circuit}.npy"
+                try:
+                    packed = np.load(path, allow_pickle=False)
+                except (OSError, ValueError, EOFError) as error:
+                    raise InputError(f"the check vectors {path} cannot be read ({error}): export again") from error
+                self._found[circuit] = Checks.unpack(packed, linear)
+            return self._found[circuit]

@@ -1,0 +1,182 @@
+"""Checking the worker's products without computing them: secret vectors made at setup, and what W makes of them.
+
+At setup the client draws r ∈ {±1, ±2}^out and keeps v = rᵀ·W (Freivalds, "Probabilistic machines can use less running
+time", IFIP 1977). A product sends words b' mod q and gets words Y' = W·b' + ρ' mod q, where ρ' is the worker's own rounding
+to R bytes: |ρ'_i| ≤ G/2, and 0 where nothing is rounded. So for an honest worker
+
+    D = Σ_i r_i·Y'_i - Σ_j v_j·b'_j = Σ_i r_i·ρ'_i   (mod q, centred)
+
+is small: with ρ' uniform it exceeds `tolerance`, 8 standard deviations, with probability below 2·exp(-32) < 3e-14 for each
+check (Hoeffding's inequality). A reply is accepted if |D| is within the tolerance for every token.
+
+What is caught. Let a cheating worker change the reply of a token by δ ≠ 0 mod q. It does not know r: nothing that it is
+sent depends on it. Say that |δ_i| > 2·tolerance for some output i, and let the other r be what they are. The four values of
+r_i move D by ±δ_i and ±2·δ_i. Two of them can both be within tolerance only if their difference, one of δ_i, 2·δ_i, 3·δ_i
+and 4·δ_i, is 0 mod q to within 2·tolerance; δ_i is not, and the others never make three of the four values agree (18 times
+the tolerance is less than q). So:
+
+* any change of that size to a token is caught with probability at least 1/2, and at least 3/4 unless δ_i is near a
+  half, third or quarter of q (signs alone would always miss two outputs that are both off by q/2);
+* one output changed, and not by about q/2, is always caught;
+* VARIANTS independent r are kept, and each token is checked by one that is drawn afresh for each request. So a lie to m
+  tokens is missed with probability Σ_k P(k distinct variants are met)·2^-k at most: near 2^-m for few, 2^-8 for many;
+* another reply than the one asked for (an old one, another layer's, another client's) makes D uniform over the multiples of
+  the finer step: a token passes with probability about 2·tolerance/q, less than a percent, and a batch practically never.
+
+What is not caught: changes below the tolerance, whose size `inspect` shows beside the noise that decryption has anyway.
+
+The check looks at ciphertext words, replies and r, and at nothing decrypted: what the client does after it tells nothing
+about data, adapter or encryption secrets, only about r. A check covers GROUP outputs; a wider reply has several, each with
+a v of its own, so that the tolerance does not grow with the width.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hecompile.errors import InputError, SecurityError, VerificationError
+from hecompile.he.parameters import LinearParameters
+from hecompile.he.sampling import SecretRandom, Unsharable
+
+VARIANTS = 8
+GROUP = 2048
+"""Outputs per check: a multiple of 64, the features of a tile."""
+
+_DEVIATIONS = 8
+_MEAN_SQUARE = 2.5
+"""Of r_i, uniform over ±1 and ±2."""
+_LARGEST_INPUTS = 2**15
+
+
+def check_count(out_features: int) -> int:
+    """Checks per token."""
+    return math.ceil(out_features / GROUP)
+
+
+def tolerance(linear: LinearParameters) -> int:
+    """Largest |D| of a check that passes: 8 standard deviations of an honest worker's Σ_i r_i·ρ'_i, at most its bound.
+
+    ρ' is uniform over the multiples of U within ±G/2, so its mean square is (G² - U²)/12, plus (U/2)² for ties that all
+    go up. 0 where the worker rounds nothing.
+    """
+    coarse, fine = linear.reply_step, linear.upload_step
+    if coarse <= fine:
+        return 0
+    outputs = min(GROUP, linear.out_features)
+    spread = _DEVIATIONS * math.sqrt(_MEAN_SQUARE * outputs * ((coarse**2 - fine**2) / 12 + fine**2 / 4))
+    return min(math.ceil(spread), outputs * coarse)
+
+
+class Checks(Unsharable):
+    """The secret of one circuit: `vectors` int32 [VARIANTS, out], the r, and `images` int32 [VARIANTS, checks, in], the v.
+
+    Who knows it can cheat, and learns nothing else. Raises InputError where shapes or values do not fit.
+    """
+
+    __slots__ = ("images", "vectors")
+
+    def __init__(self, vectors: NDArray[np.int32], images: NDArray[np.int32]) -> None:
+        variants, outputs = vectors.shape
+        if vectors.dtype != np.int32 or images.dtype != np.int32 or images.shape[:2] != (variants, check_count(outputs)):
+            raise InputError("the check vectors of a circuit do not fit together: export again")
+        self.vectors, self.images = np.ascontiguousarray(vectors), np.ascontiguousarray(images)
+
+    @classmethod
+    def draw(cls, weight: Tensor, random: SecretRandom) -> Checks:
+        """For int8 or int16 `weight [out, in]`, in ≤ 32768. Raises SecurityError for any other source of randomness."""
+        if type(random) is not SecretRandom:
+            raise SecurityError("check vectors are drawn from SecretRandom, never from a public seed or stream")
+        if weight.dtype not in (torch.int8, torch.int16) or weight.dim() != 2 or weight.shape[1] > _LARGEST_INPUTS:
+            raise InputError(f"a weight is int8 or int16 [out, in], got {weight.dtype} {list(weight.shape)}")
+        outputs = len(weight)
+        drawn = random.below_power_of_two(2, VARIANTS * outputs).reshape(VARIANTS, outputs)
+        vectors = np.array([-2, -1, 1, 2], dtype=np.int32)[drawn]
+        # Sums of GROUP int8 are at most 2^19 and exact in float32; of int16 at most 2^27, in float64.
+        exact = torch.float32 if weight.dtype == torch.int8 else torch.float64
+        groups = [slice(at, at + GROUP) for at in range(0, outputs, GROUP)]
+        images = [torch.from_numpy(vectors[:, group]).to(exact) @ weight[group].to(exact) for group in groups]
+        return cls(vectors, torch.stack(images, dim=1).to(torch.int32).numpy())
+
+    def pack(self) -> NDArray[np.int32]:
+        """As a file has it: int32 [VARIANTS, out + checks · in]."""
+        return np.concatenate([self.vectors, self.images.reshape(len(self.images), -1)], axis=1)
+
+    @classmethod
+    def unpack(cls, packed: NDArray[np.int32], linear: LinearParameters) -> Checks:
+        """What `pack` made for that circuit. Raises InputError where it has another size."""
+        outputs, inputs = linear.out_features, linear.in_features
+        wanted = (VARIANTS, outputs + check_count(outputs) * inputs)
+        if packed.dtype != np.int32 or packed.shape != wanted or not np.isin(np.abs(packed[:, :outputs]), (1, 2)).all():
+            raise InputError(f"check vectors of int32 {list(wanted)} were wanted, got {packed.dtype} {list(packed.shape)}")
+        return cls(packed[:, :outputs], packed[:, outputs:].reshape(VARIANTS, -1, inputs))
+
+
+class _Sums:
+    """int32 [T, checks] mod q, put together from parts by several threads."""
+
+    def __init__(self, tokens: int, checks: int) -> None:
+        self.sums = np.zeros((tokens, checks), dtype=np.int32)
+        self._lock = threading.Lock()
+
+    def add(self, part: NDArray[np.int32]) -> None:
+        """Adds the sums over some of the features."""
+        with self._lock:
+            self.sums += part
+
+
+class Expectation(_Sums):
+    """What the reply to one request must sum to: Σ_j v_j·b'_j. variants int64 [T]: which variant checks each token."""
+
+    def __init__(self, checks: Checks, variants: NDArray[np.int64]) -> None:
+        super().__init__(len(variants), checks.images.shape[1])
+        self.checks, self.variants = checks, variants
+
+    @classmethod
+    def of(cls, checks: Checks, tokens: int, random: SecretRandom) -> Expectation:
+        """With freshly drawn variants."""
+        return cls(checks, random.below_power_of_two(VARIANTS.bit_length() - 1, tokens))
+
+
+class Received(_Sums):
+    """What a reply sums to: Σ_i r_i·Y'_i. Of a reply that is not expected to be checked, nothing."""
+
+    def __init__(self, expectation: Expectation | None, tokens: int) -> None:
+        super().__init__(tokens, 0 if expectation is None else expectation.sums.shape[1])
+        self._expectation = expectation
+
+    def refuse_unless_right(self, linear: LinearParameters) -> None:
+        """Raises VerificationError, with how many tokens deviate and by how much, unless |D| ≤ tolerance for all."""
+        if self._expectation is None:
+            return
+        deviation = np.abs((self.sums - self._expectation.sums).astype(np.int64))  # int32 wraps: centred
+        limit = tolerance(linear)
+        wrong = int((deviation > limit).any(axis=1).sum())
+        if wrong:
+            raise VerificationError(
+                f"{wrong} of {len(deviation)} tokens of the reply are not the product that was asked for: their check sums "
+                f"deviate by up to {int(deviation.max())}, and {limit} is the most that rounding can explain"
+            )
+
+
+def hint_is_right(checks: Checks, coefficients: Tensor, matrix: Tensor) -> bool:
+    """Whether H = W·A mod q, by every variant: H int32 [out, n], A int32 [in, n].
+
+    Nothing is rounded, and every variant looks at all of H: a wrong one passes with probability 2^-VARIANTS at most.
+    """
+    for group in range(checks.images.shape[1]):
+        rows = slice(group * GROUP, (group + 1) * GROUP)
+        left = torch.from_numpy(checks.vectors[:, rows]).double() @ coefficients[rows].double()  # exact: below 2^43
+        image = torch.from_numpy(checks.images[:, group]).double()
+        right = torch.zeros(left.shape, dtype=torch.int64)
+        for place in range(4):  # byte by byte, so that sums are below 2^27 · 2^8 · 2^15 and exact
+            octets = ((matrix >> (8 * place)) & 255).double()
+            right += (image @ octets).to(torch.int64) << (8 * place)
+        if not torch.equal(left.to(torch.int64).to(torch.int32), right.to(torch.int32)):
+            return False
+    return True

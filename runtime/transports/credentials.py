@@ -1,0 +1,219 @@
+"""Who is who on a network transport: certificates for TLS and mutual TLS, and bearer tokens.
+
+Keys and tokens are in no `repr`, and the messages of errors name files only.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import hmac
+import ipaddress
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from hecompile.errors import InputError
+
+LEAST_TOKEN_CHARACTERS = 16
+_VALID = datetime.timedelta(days=30)
+AUTHORITY, SERVER, SERVER_KEY = "authority.pem", "server.pem", "server.key"
+CLIENT, CLIENT_KEY, TOKEN = "client.pem", "client.key", "token"
+
+
+@dataclass(frozen=True)
+class ServerCredentials:
+    """What a worker shows and asks for.
+
+    certificate, key: PEM of the chain and its private key; both None without TLS.
+    client_authority: PEM; with it every client must show a certificate that it signed.
+    token_digests: SHA-256 of the tokens, one of which every request must carry; none are asked for if it is empty.
+    """
+
+    certificate: bytes | None = None
+    key: bytes | None = field(default=None, repr=False)
+    client_authority: bytes | None = None
+    token_digests: tuple[bytes, ...] = field(default=(), repr=False)
+
+    @property
+    def tls(self) -> bool:
+        return self.certificate is not None
+
+    @property
+    def authenticates(self) -> bool:
+        """Whether not everybody is served."""
+        return self.client_authority is not None or bool(self.token_digests)
+
+    def accepts(self, authorization: str | None) -> bool:
+        """Whether the value of an `authorization` header (`Bearer TOKEN`) is good enough. Takes the same time for any."""
+        if not self.token_digests:
+            return True
+        scheme, _, token = (authorization or "").partition(" ")
+        digest = hashlib.sha256(token.encode("utf-8", "replace")).digest()
+        known = [hmac.compare_digest(digest, own) for own in self.token_digests]
+        return scheme.lower() == "bearer" and any(known)
+
+    @classmethod
+    def load(
+        cls,
+        certificate: Path | None = None,
+        key: Path | None = None,
+        client_authority: Path | None = None,
+        tokens: Path | None = None,
+    ) -> ServerCredentials:
+        """From files; `tokens` has one per line. Raises InputError for one that is missing, damaged or too short."""
+        if (certificate is None) != (key is None):
+            raise InputError("TLS needs both a certificate and its key: give both files or neither")
+        if client_authority is not None and certificate is None:
+            raise InputError("clients can be asked for certificates over TLS only: give a server certificate as well")
+        lines = [] if tokens is None else _read(tokens, "token file").decode("utf-8", "replace").split()
+        if tokens is not None and (not lines or min(map(len, lines)) < LEAST_TOKEN_CHARACTERS):
+            raise InputError(
+                f"token file {tokens}: one token per line is wanted, each of {LEAST_TOKEN_CHARACTERS} characters or more"
+            )
+        return cls(
+            None if certificate is None else _certificates(certificate),
+            None if key is None else _key(key),
+            None if client_authority is None else _certificates(client_authority),
+            tuple(hashlib.sha256(line.encode()).digest() for line in lines),
+        )
+
+
+@dataclass(frozen=True)
+class ClientCredentials:
+    """What a client shows, and whom it believes.
+
+    authority: PEM of who signs workers' certificates; None for the system's own list.
+    certificate, key: PEM, for workers that ask clients for one.
+    token: sent with every request; over TLS or to this machine only.
+    """
+
+    authority: bytes | None = None
+    certificate: bytes | None = None
+    key: bytes | None = field(default=None, repr=False)
+    token: str | None = field(default=None, repr=False)
+
+    @classmethod
+    def load(
+        cls,
+        authority: Path | None = None,
+        certificate: Path | None = None,
+        key: Path | None = None,
+        token: Path | None = None,
+    ) -> ClientCredentials:
+        """From files. Raises InputError for one that is missing or damaged."""
+        if (certificate is None) != (key is None):
+            raise InputError("a client certificate needs its key: give both files or neither")
+        text = None if token is None else _read(token, "token file").decode("utf-8", "replace").strip()
+        if text is not None and (len(text) < LEAST_TOKEN_CHARACTERS or not text.isascii() or not text.isprintable()):
+            raise InputError(f"token file {token}: one token of {LEAST_TOKEN_CHARACTERS} printable characters is wanted")
+        return cls(
+            None if authority is None else _certificates(authority),
+            None if certificate is None else _certificates(certificate),
+            None if key is None else _key(key),
+            text,
+        )
+
+
+def make_development_certificates(directory: Path, hosts: Sequence[str] = ("localhost", "127.0.0.1", "::1")) -> None:
+    """Writes an authority, a server and a client certificate with their keys, and a token, all new, valid for 30 days.
+
+    The authority's key is forgotten. For trying things out: whoever can read the folder can pose as either side.
+
+    Raises:
+        InputError: the folder holds such files already, or cannot be written.
+    """
+    names = (AUTHORITY, SERVER, SERVER_KEY, CLIENT, CLIENT_KEY, TOKEN)
+    found = [name for name in names if (directory / name).exists()]
+    if found:
+        raise InputError(f"{directory / found[0]} is there already; remove it or choose another folder")
+    authority_key = ec.generate_private_key(ec.SECP256R1())
+    authority = _sign("hecompile development authority", authority_key, None, authority_key)
+    files = {AUTHORITY: _pem(authority)}
+    for name, key_name, subject, alternatives in (
+        (SERVER, SERVER_KEY, "hecompile worker", hosts),
+        (CLIENT, CLIENT_KEY, "hecompile client", ()),
+    ):
+        key = ec.generate_private_key(ec.SECP256R1())
+        files[name] = _pem(_sign(subject, key, authority, authority_key, alternatives))
+        files[key_name] = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    files[TOKEN] = os.urandom(24).hex().encode() + b"\n"
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name, content in files.items():
+            descriptor = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+    except OSError as error:
+        raise InputError(f"cannot write certificates to {directory}: {error.strerror}") from error
+
+
+def _sign(
+    subject: str,
+    key: ec.EllipticCurvePrivateKey,
+    issuer: x509.Certificate | None,
+    issuer_key: ec.EllipticCurvePrivateKey,
+    hosts: Sequence[str] = (),
+) -> x509.Certificate:
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name if issuer is None else issuer.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))  # clocks differ
+        .not_valid_after(now + _VALID)
+        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
+    )
+    if issuer is not None:
+        use = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
+        builder = builder.add_extension(x509.ExtendedKeyUsage([use]), critical=False)
+    if hosts:
+        builder = builder.add_extension(x509.SubjectAlternativeName([_general(host) for host in hosts]), critical=False)
+    return builder.sign(issuer_key, hashes.SHA256())
+
+
+def _general(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _read(path: Path, what: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"the {what} {path} cannot be read: {error.strerror}") from None
+
+
+def _certificates(path: Path) -> bytes:
+    content = _read(path, "certificate")
+    try:
+        x509.load_pem_x509_certificates(content)
+    except ValueError:
+        raise InputError(f"{path} holds no certificate in PEM format") from None
+    return content
+
+
+def _key(path: Path) -> bytes:
+    content = _read(path, "key")
+    try:
+        serialization.load_pem_private_key(content, None)
+    except (ValueError, TypeError):
+        raise InputError(f"{path} holds no private key in PEM format without a password") from None
+    return content

@@ -1,0 +1,274 @@
+"""Verified replies: honest ones pass, and lies of every kind are caught as often as the derivation says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hecompile.errors import InputError, SecurityError, VerificationError
+from hecompile.he import fused, verification
+from hecompile.he.check_store import CheckStore, write_checks
+from hecompile.he.fused import RealKey, decrypt_reals, encrypt_reals
+from hecompile.he.hints import Hint
+from hecompile.he.parameters import LinearParameters, test_insecure_parameters
+from hecompile.he.public_matrix import PublicMatrix
+from hecompile.he.sampling import PublicSeed, SecretRandom
+from hecompile.he.scheme import evaluate, setup
+from hecompile.he.verification import VARIANTS, Checks, check_count, hint_is_right, tolerance
+
+TOY = test_insecure_parameters(16, 2)
+SEED = PublicSeed(bytes(range(32)))
+TOKENS, INPUTS, OUTPUTS = 24, 96, 130
+Lie = Callable[[torch.Tensor], torch.Tensor]
+
+
+def weights(rows: int, columns: int, seed: int = 5) -> torch.Tensor:
+    return torch.randint(-127, 128, (rows, columns), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+
+
+def words_of(reply: torch.Tensor, linear: LinearParameters) -> np.ndarray:
+    octets = np.zeros((*reply.shape[1:], 4), dtype=np.uint8)
+    octets[..., 4 - linear.reply_bytes :] = reply.permute(1, 2, 0).numpy()
+    return octets.view(np.int32)[..., 0]  # [T, out], multiples of the reply step
+
+
+def reply_of(words: np.ndarray, linear: LinearParameters) -> torch.Tensor:
+    octets = np.ascontiguousarray(words.astype(np.int32)).view(np.uint8).reshape(*words.shape, 4)
+    return torch.from_numpy(octets[..., 4 - linear.reply_bytes :].copy()).permute(2, 0, 1).contiguous()
+
+
+class Product:
+    """One circuit of a toy ring, its checks, and products over it."""
+
+    def __init__(self, limbs: int = 3, reply_bytes: int = 2, inputs: int = INPUTS, outputs: int = OUTPUTS) -> None:
+        self.weight = weights(outputs, inputs)
+        self.linear = LinearParameters.from_weight(self.weight, limbs, reply_bytes)
+        self.public = PublicMatrix(TOY, SEED, inputs)
+        self.hint = Hint.from_coefficients(TOY, setup(self.weight, self.public))
+        self.checks = Checks.draw(self.weight, SecretRandom())
+
+    def request(self, tokens: int = TOKENS, seed: int = 1) -> tuple[RealKey, torch.Tensor]:
+        x = torch.randn(tokens, self.linear.in_features, generator=torch.Generator().manual_seed(seed))
+        ciphertext, key = encrypt_reals(self.public, x, self.linear, checks=self.checks)
+        return key, evaluate(self.weight, ciphertext.planes, self.linear)
+
+    def accepts(self, key: RealKey, reply: torch.Tensor) -> bool:
+        try:
+            decrypt_reals(key, self.hint, reply, self.linear)
+        except VerificationError:
+            return False
+        return True
+
+
+@pytest.mark.parametrize(("limbs", "reply_bytes"), [(4, 4), (4, 2), (3, 3), (3, 2), (2, 2), (3, 1)])
+@pytest.mark.parametrize("tokens", [1, 16, 40])
+def test_an_honest_reply_passes(limbs: int, reply_bytes: int, tokens: int) -> None:
+    product = Product(limbs, reply_bytes)
+    key, reply = product.request(tokens)
+    assert product.accepts(key, reply)
+    assert (tolerance(product.linear) == 0) == (limbs == reply_bytes)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (64, 64), (70, 200), (65, 2100), (10, 4500)])
+@pytest.mark.parametrize("pieces", [16, 2048])
+def test_the_sums_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], pieces: int) -> None:
+    """Over features that fill no tile, several groups of outputs, and several pieces of tokens."""
+    monkeypatch.setattr(fused, "_TOKENS", pieces)
+    product = Product(3, 2, *shape)
+    x = torch.randn(37, shape[0], generator=torch.Generator().manual_seed(3))
+    ciphertext, key = encrypt_reals(product.public, x, product.linear, checks=product.checks)
+    sent = np.zeros((*ciphertext.planes.shape[1:], 4), dtype=np.uint8)
+    sent[..., 1:] = ciphertext.planes.permute(1, 2, 0).numpy()
+    words = sent.view(np.int32)[..., 0].astype(np.int64)  # [T, in]
+    expectation = key.expectation
+    assert expectation is not None
+    images = product.checks.images[expectation.variants].astype(np.int64)  # [T, checks, in]
+    assert np.array_equal(expectation.sums, (images * words[:, None]).sum(axis=2).astype(np.int32))
+    assert expectation.sums.shape[1] == check_count(shape[1]) == -(-shape[1] // 2048)
+    reply = evaluate(product.weight, ciphertext.planes, product.linear)
+    received = words_of(reply, product.linear).astype(np.int64) * product.checks.vectors[expectation.variants]
+    groups = [received[:, at : at + 2048].sum(axis=1) for at in range(0, shape[1], 2048)]
+    deviation = np.abs((np.stack(groups, axis=1) - expectation.sums).astype(np.int32).astype(np.int64))
+    assert deviation.max() <= tolerance(product.linear)
+    assert product.accepts(key, reply)
+
+
+def test_rounding_of_honest_replies_stays_far_within_the_tolerance() -> None:
+    product = Product(outputs=2048, inputs=40)
+    largest = 0
+    for seed in range(20):
+        key, reply = product.request(64, seed)
+        assert product.accepts(key, reply) and key.expectation is not None
+        words = words_of(reply, product.linear).astype(np.int64) * product.checks.vectors[key.expectation.variants]
+        deviation = (words.sum(axis=1, keepdims=True) - key.expectation.sums).astype(np.int32).astype(np.int64)
+        largest = max(largest, int(np.abs(deviation).max()))
+    assert 0.25 < largest / tolerance(product.linear) < 0.75  # of 1280 draws the largest is near 3.4 of 8 deviations
+
+
+def one_element(amount: int, linear: LinearParameters) -> Lie:
+    def lie(reply: torch.Tensor) -> torch.Tensor:
+        words = words_of(reply, linear).copy()
+        words[5, 77] += amount
+        return reply_of(words, linear)
+
+    return lie
+
+
+@pytest.mark.parametrize("times", [2, 5, 100])
+def test_one_result_just_beyond_twice_the_tolerance_is_always_caught(times: int) -> None:
+    product = Product()
+    amount = (times * tolerance(product.linear) // product.linear.reply_step + 1) * product.linear.reply_step
+    for seed in range(50):
+        key, reply = product.request(seed=seed)
+        for sign in (1, -1):
+            assert not product.accepts(key, one_element(sign * amount, product.linear)(reply))
+
+
+def test_a_result_just_beyond_the_noise_bound_is_caught() -> None:
+    """The bound of the noise that decryption has anyway; larger than the tolerance at the widths of real layers."""
+    product = Product(inputs=2048, outputs=1024)
+    step = product.linear.reply_step
+    amount = (product.linear.noise_bound // step + 1) * step
+    assert amount > tolerance(product.linear)
+    caught = 0
+    for seed in range(8):
+        key, reply = product.request(4 * VARIANTS, seed)
+        words = words_of(reply, product.linear).copy()
+        words[:, 7] += amount
+        caught += not product.accepts(key, reply_of(words, product.linear))
+    assert caught == 8
+
+
+@pytest.mark.parametrize("bit", [7, 6, 5])
+def test_one_high_bit_is_caught(bit: int) -> None:
+    product = Product(inputs=40)
+    missed = 0
+    for seed in range(40):
+        key, reply = product.request(seed=seed)
+        reply[-1, 3, 11] ^= 1 << bit
+        missed += product.accepts(key, reply)
+    # The top bit is q/2: factors of ±2 miss it, so every other time; the tolerance is far below the others.
+    assert missed == 0 if bit < 7 else missed < 36
+
+
+def test_two_results_off_by_half_the_modulus_are_caught_half_of_the_time() -> None:
+    """Signs alone would never see this."""
+    product = Product()
+    caught, rounds = 0, 200
+    for seed in range(rounds):
+        key, reply = product.request(1, seed)
+        reply[-1, 0, 3] ^= 128
+        reply[-1, 0, 9] ^= 128
+        caught += not product.accepts(key, reply)
+        product.checks = Checks.draw(product.weight, SecretRandom())
+    assert 65 < caught < 135  # 100 ± 5 standard deviations
+
+
+def test_a_lie_made_to_cancel_is_caught_at_least_half_of_the_time_and_in_a_batch_nearly_always() -> None:
+    product = Product()
+    caught = {1: 0, 24: 0}
+    for tokens in caught:
+        for seed in range(100):
+            product.checks = Checks.draw(product.weight, SecretRandom())
+            key, reply = product.request(tokens, seed)
+            words = words_of(reply, product.linear).copy()
+            words[:, 3] += 1 << 28
+            words[:, 9] -= 1 << 28
+            caught[tokens] += not product.accepts(key, reply_of(words, product.linear))
+    assert caught[1] > 50  # equal factors, a quarter of the draws, are missed
+    assert caught[24] >= 98
+
+
+def test_replies_to_other_requests_are_caught() -> None:
+    product, other = Product(), Product()
+    other.weight = weights(OUTPUTS, INPUTS, seed=6)
+    key, reply = product.request(seed=1)
+    _, old = product.request(seed=1)  # the same plaintext, under another secret
+    x = torch.randn(TOKENS, INPUTS)
+    ciphertext, _ = encrypt_reals(product.public, x, product.linear)
+    swapped = evaluate(other.weight, ciphertext.planes, product.linear)
+    for lie in (old, swapped, torch.zeros_like(reply), reply.roll(1, dims=1), reply.roll(1, dims=2)):
+        assert not product.accepts(key, lie)
+    one_row = reply.clone()
+    one_row[:, 7] = old[:, 7]
+    assert not product.accepts(key, one_row)
+    assert product.accepts(key, reply)
+
+
+def test_the_message_names_numbers_and_no_secret() -> None:
+    product = Product()
+    key, reply = product.request()
+    with pytest.raises(VerificationError, match=r"24 of 24 tokens .* deviate by up to \d+, and \d+ is the most"):
+        decrypt_reals(key, product.hint, torch.zeros_like(reply), product.linear)
+    assert repr(product.checks) == "<Checks>"
+
+
+def test_a_reply_is_not_checked_without_checks() -> None:
+    product = Product()
+    _, key = encrypt_reals(product.public, torch.randn(3, INPUTS), product.linear)
+    assert key.expectation is None
+    decrypt_reals(key, product.hint, torch.zeros(2, 3, OUTPUTS, dtype=torch.uint8), product.linear)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
+def test_images_are_exact(dtype: torch.dtype) -> None:
+    limits = torch.iinfo(dtype)
+    weight = torch.full((4100, 9), limits.min, dtype=dtype)
+    weight[::3] = limits.max
+    checks = Checks.draw(weight, SecretRandom())
+    exact = np.stack(
+        [checks.vectors[:, at : at + 2048].astype(np.int64) @ weight[at : at + 2048].numpy().astype(np.int64)
+         for at in range(0, 4100, 2048)], axis=1,
+    )  # fmt: skip
+    assert np.array_equal(checks.images, exact)
+    assert set(np.unique(checks.vectors)) == {-2, -1, 1, 2}
+    counts = [(checks.vectors == value).sum() for value in (-2, -1, 1, 2)]
+    assert max(abs(count - VARIANTS * 4100 / 4) for count in counts) < 500  # 6 standard deviations
+
+
+def test_a_wrong_hint_is_caught() -> None:
+    product = Product(inputs=40, outputs=2100)
+    matrix = product.public.coefficients(slice(0, 40)).flatten(1)
+    hint = setup(product.weight, product.public)
+    assert hint_is_right(product.checks, hint, matrix)
+    for row, column in ((0, 0), (2099, 31), (1024, 7)):
+        wrong = hint.clone()
+        wrong[row, column] += 1
+        assert not hint_is_right(product.checks, wrong, matrix)
+    wrong = hint.clone()
+    wrong[[3, 5], 4] ^= -(2**31)
+    draws = [Checks.draw(product.weight, SecretRandom()) for _ in range(12)]
+    assert sum(hint_is_right(checks, wrong, matrix) for checks in draws) < 4  # missed once in 2^VARIANTS
+
+
+def test_stored_checks_come_back_and_are_private(tmp_path: Path) -> None:
+    product = Product()
+    path = write_checks(tmp_path / "checks", "a.b.forward", product.checks)
+    assert path.stat().st_mode & 0o077 == 0 and path.parent.stat().st_mode & 0o077 == 0
+    found = CheckStore(tmp_path / "checks").checks("a.b.forward", product.linear)
+    assert np.array_equal(found.vectors, product.checks.vectors)
+    assert np.array_equal(found.images, product.checks.images)
+    with pytest.raises(InputError, match="export again"):
+        CheckStore(tmp_path / "checks").checks("missing", product.linear)
+    with pytest.raises(InputError, match="wanted"):
+        CheckStore(tmp_path / "checks").checks("a.b.forward", LinearParameters.from_weight(weights(9, 9), 3, 2))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match="cannot be read"):
+        CheckStore(tmp_path / "checks").checks("a.b.forward", product.linear)
+
+
+@pytest.mark.parametrize("wrong", [SEED, np.random.default_rng(0), None])
+def test_checks_take_secret_randomness_only(wrong: object) -> None:
+    with pytest.raises(SecurityError, match="SecretRandom"):
+        Checks.draw(weights(4, 4), wrong)  # type: ignore[arg-type]
+
+
+def test_tolerance_of_a_real_layer_is_near_its_noise_bound() -> None:
+    linear = LinearParameters.from_weight(weights(2048, 2048), 3, 2)
+    assert tolerance(linear) < linear.noise_bound
+    assert 18 * tolerance(linear) < 2**32
+    assert verification.check_count(8192) == 4
