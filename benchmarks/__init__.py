@@ -17,6 +17,7 @@ SECTIONS = (
     "worker",
     "gpu",
     "crypto",
+    "verification",
     "step",
     "client_saved",
     "field",

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hecompile.errors import InputError
+from runtime.transports.address import parse_address
 
 UNIX_PREFIX = "unix://"
 _PATH_KEYS = (
@@ -24,6 +25,7 @@ _PATH_KEYS = (
     ("data", "train_file"),
     ("data", "validation_file"),
     ("training", "output_dir"),
+    *(("connection", name) for name in ("authority", "certificate", "key", "token")),
 )
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -140,30 +142,63 @@ class TrainingSection(_Section):
         return self.eval_on_start or self.eval_steps is not None or self.eval_strategy == "epoch"
 
 
+class ConnectionSection(_Section):
+    """How workers are reached.
+
+    * `authority`: PEM file of who signs the workers' certificates (default: the system's list); `certificate` and `key`:
+      what this client shows; `token`: a file with the bearer token that workers ask for.
+    * `reply_timeout`: seconds of silence after which a request counts as lost; `attempts`: how often one is sent at most, to
+      one worker or several, with growing waits between.
+    * `on_bad_worker`: what a reply that is not the product asked for does. `stop` ends the run at its last checkpoint;
+      `retry-elsewhere` never asks that worker again and sends the same ciphertext to another.
+    """
+
+    authority: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    token: Path | None = None
+    reply_timeout: Annotated[float, Field(gt=0)] = 600.0
+    attempts: Positive = 6
+    on_bad_worker: Literal["stop", "retry-elsewhere"] = "stop"
+
+
 class Recipe(_Section):
     """One training run.
 
-    `model` is the client bundle. `worker` is where the worker listens (`tcp://host:port`, `unix://path`) or
+    `model` is the client bundle. `worker` is where the worker listens (`tcp://host:port`, `unix://path`, `grpc://`,
+    `grpcs://`, `flight://` or `flights://host:port`), a list of such addresses for several workers of one plan, or
     `inprocess`, which runs `worker_bundle` with `engine` (by default the fastest on this CPU) in this process.
     """
 
     model: Path
-    worker: str = "inprocess"
+    worker: str | Annotated[list[str], Field(min_length=1)] = "inprocess"
     worker_bundle: Path | None = None
     engine: Literal["auto", "vnni", "torch", "torch-cuda", "onnxruntime", "cleartext"] | None = None
     data: DataSection
     training: TrainingSection
     lora: LoraSection | None = None
+    connection: ConnectionSection = ConnectionSection()
+
+    @property
+    def workers(self) -> list[str]:
+        """The addresses in `worker`."""
+        return [self.worker] if isinstance(self.worker, str) else self.worker
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.worker == "inprocess":
             if self.worker_bundle is None:
                 raise ValueError("worker: inprocess needs worker_bundle, the worker's half of the export")
-        elif not self.worker.startswith(("tcp://", UNIX_PREFIX)) or not self.worker.partition("://")[2]:
-            raise ValueError("worker must be inprocess, tcp://host:port or unix://path")
         elif self.engine is not None:
             raise ValueError("engine is the worker's own choice unless worker: inprocess; drop it here")
+        if self.worker != "inprocess":
+            if len(set(self.workers)) < len(self.workers):
+                raise ValueError("worker names an address twice")
+            for address in self.workers:
+                try:
+                    parse_address(address)
+                except InputError as error:
+                    raise ValueError(f"{error}, or inprocess") from None
         if self.training.evaluates and self.data.validation_file is None:
             raise ValueError("the training section asks for evaluation; give data.validation_file")
         return self
@@ -250,12 +285,25 @@ def _resolve_paths(document: dict[str, Any], directory: Path) -> None:
         if isinstance(target, dict) and isinstance(target.get(leaf), str):
             target[leaf] = str(directory / target[leaf])
     worker = document.get("worker")
-    if isinstance(worker, str) and worker.startswith(UNIX_PREFIX) and worker != UNIX_PREFIX:
-        document["worker"] = f"{UNIX_PREFIX}{directory / worker.removeprefix(UNIX_PREFIX)}"
+    if isinstance(worker, str):
+        document["worker"] = _resolve_address(worker, directory)
+    elif isinstance(worker, list):
+        document["worker"] = [_resolve_address(one, directory) if isinstance(one, str) else one for one in worker]
+
+
+def _resolve_address(worker: str, directory: Path) -> str:
+    if not worker.startswith(UNIX_PREFIX) or worker == UNIX_PREFIX:
+        return worker
+    return f"{UNIX_PREFIX}{directory / worker.removeprefix(UNIX_PREFIX)}"
 
 
 def _known_keys() -> list[str]:
-    sections: dict[str, type[_Section]] = {"data": DataSection, "training": TrainingSection, "lora": LoraSection}
+    sections: dict[str, type[_Section]] = {
+        "data": DataSection,
+        "training": TrainingSection,
+        "lora": LoraSection,
+        "connection": ConnectionSection,
+    }
     inner = [f"{name}.{field}" for name, section in sections.items() for field in section.model_fields]
     return [*Recipe.model_fields, *inner]
 

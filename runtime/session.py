@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -15,7 +16,8 @@ from runtime.client import EncryptedCausalLM
 from runtime.engines import DEFAULT_ENGINE
 from runtime.products import CleartextProducts, EncryptedProducts, Products
 from runtime.recipe import Recipe
-from runtime.transports import InProcessTransport, TransportPool, connect
+from runtime.transports import InProcessTransport, Replicas, RetryPolicy, TransportPool, connect
+from runtime.transports.credentials import ClientCredentials
 from runtime.worker import Worker
 
 
@@ -40,6 +42,20 @@ def open_session(recipe: Recipe) -> Iterator[Session]:
         products.close()
 
 
+def connect_workers(recipe: Recipe) -> Replicas:
+    """A transport to the recipe's workers, not opened yet; each has a connection for every micro-batch in flight."""
+    section = recipe.connection
+    in_flight = recipe.training.micro_batches_in_flight
+
+    credentials = ClientCredentials.load(section.authority, section.certificate, section.key, section.token)
+
+    def pool(address: str) -> TransportPool:
+        timeout = section.reply_timeout
+        return TransportPool(lambda: connect(address, reply_timeout=timeout, credentials=credentials), in_flight)
+
+    return Replicas({address: partial(pool, address) for address in recipe.workers}, RetryPolicy(section.attempts))
+
+
 def load_tokenizer(bundle: ClientBundle) -> PreTrainedTokenizerBase:
     """The tokenizer that travels with the plan: the original checkpoint is not needed."""
     try:
@@ -52,8 +68,8 @@ def load_tokenizer(bundle: ClientBundle) -> PreTrainedTokenizerBase:
 def open_products(bundle: ClientBundle, recipe: Recipe) -> Products:
     """Connect to the recipe's worker. The cleartext engine is used only where the recipe asks for it by name."""
     if recipe.worker != "inprocess":
-        in_flight = recipe.training.micro_batches_in_flight
-        return EncryptedProducts(bundle, TransportPool(lambda: connect(recipe.worker), in_flight))
+        elsewhere = recipe.connection.on_bad_worker == "retry-elsewhere"
+        return EncryptedProducts(bundle, connect_workers(recipe), retry_elsewhere=elsewhere)
     assert recipe.worker_bundle is not None  # the recipe was validated
     worker_bundle = WorkerBundle.open(recipe.worker_bundle)
     if recipe.engine == "cleartext":

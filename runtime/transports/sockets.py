@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import socket
 
-from hecompile.errors import InputError, WorkerError
+from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
 from runtime import protocol
 from runtime.protocol import Frame
 from runtime.transports.address import TcpAddress, parse_address
 from runtime.transports.base import FrameTransport, TrafficRecorder
+from runtime.transports.credentials import ClientCredentials
 
 
 class SocketTransport(FrameTransport):
@@ -37,7 +38,7 @@ class SocketTransport(FrameTransport):
 
     def _exchange(self, frame: Frame) -> Frame:
         if self._socket is None:
-            raise WorkerError(f"the connection to the worker at {self._address} is closed; connect again")
+            raise WorkerUnavailableError(f"the connection to the worker at {self._address} is closed; connect again")
         if frame.size > self._max_message_bytes:
             raise WorkerError(
                 f"request of {frame.size} bytes; at most {self._max_message_bytes} are sent; use a smaller batch"
@@ -47,19 +48,23 @@ class SocketTransport(FrameTransport):
             protocol.send_frame(self._socket, frame)
             answer = protocol.receive_frame(self._socket, self._max_message_bytes)
         except TimeoutError as error:
-            raise WorkerError(
+            raise WorkerUnavailableError(
                 f"the worker at {self._address} was silent for {self._reply_timeout:g} s; "
                 "see its log, or raise the reply timeout for a slow machine"
             ) from error
         except OSError as error:
-            raise WorkerError(f"the connection to the worker at {self._address} broke: {_reason(error)}") from error
+            raise WorkerUnavailableError(
+                f"the connection to the worker at {self._address} broke: {_reason(error)}"
+            ) from error
         except WorkerError as error:
-            raise WorkerError(f"worker at {self._address}: {error}") from error
+            raise type(error)(f"worker at {self._address}: {error}") from error
         finally:
             if answer is None:
                 self.close()
         if answer is None:
-            raise WorkerError(f"the worker at {self._address} closed the connection without an answer; see its log")
+            raise WorkerUnavailableError(
+                f"the worker at {self._address} closed the connection without an answer; see its log"
+            )
         return answer
 
     def close(self) -> None:
@@ -69,7 +74,13 @@ class SocketTransport(FrameTransport):
             self._socket = None
 
 
-def connect(address: str, *, recorder: TrafficRecorder | None = None, reply_timeout: float = 600.0) -> SocketTransport:
+def connect(
+    address: str,
+    *,
+    recorder: TrafficRecorder | None = None,
+    reply_timeout: float = 600.0,
+    credentials: ClientCredentials | None = None,
+) -> SocketTransport:
     """A transport to the worker at `address`; see `SocketTransport`. `inprocess` has no address: the caller makes an
     `InProcessTransport` of its own worker."""
     if address == "inprocess":
@@ -94,7 +105,7 @@ def _open(address: str, timeout: float) -> socket.socket:
             raise
         return connection
     except OSError as error:
-        raise WorkerError(
+        raise WorkerUnavailableError(
             f"no worker answers at {address}: {_reason(error)}; start one with `hecompile worker serve`"
         ) from error
 
