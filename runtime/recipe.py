@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hecompile.errors import InputError
+from runtime.directory import SCHEMES as DIRECTORY_SCHEMES
 from runtime.transports.address import parse_address
 
 UNIX_PREFIX = "unix://"
@@ -166,8 +167,9 @@ class Recipe(_Section):
     """One training run.
 
     `model` is the client bundle. `worker` is where the worker listens (`tcp://host:port`, `unix://path`, `grpc://`,
-    `grpcs://`, `flight://` or `flights://host:port`), a list of such addresses for several workers of one plan, or
-    `inprocess`, which runs `worker_bundle` with `engine` (by default the fastest on this CPU) in this process.
+    `grpcs://`, `flight://` or `flights://host:port`), a list of such addresses for several workers of one plan (which
+    may hold some of its layers each), the `http://` address of a fleet's directory, or `inprocess`, which runs
+    `worker_bundle` with `engine` (by default the fastest on this CPU) in this process.
     """
 
     model: Path
@@ -195,6 +197,8 @@ class Recipe(_Section):
             if len(set(self.workers)) < len(self.workers):
                 raise ValueError("worker names an address twice")
             for address in self.workers:
+                if len(self.workers) == 1 and address.startswith(DIRECTORY_SCHEMES):
+                    continue
                 try:
                     parse_address(address)
                 except InputError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +13,11 @@ from hecompile.client_bundle import ClientBundle
 from hecompile.errors import InputError
 from hecompile.worker_bundle import WorkerBundle
 from runtime.client import EncryptedCausalLM
+from runtime.directory import SCHEMES, fetch_workers
 from runtime.engines import DEFAULT_ENGINE
 from runtime.products import CleartextProducts, EncryptedProducts, Products
 from runtime.recipe import Recipe
-from runtime.transports import InProcessTransport, Replicas, RetryPolicy, TransportPool, connect
+from runtime.transports import InProcessTransport, Replicas, RetryPolicy, Transport, TransportPool, connect
 from runtime.transports.credentials import ClientCredentials
 from runtime.worker import Worker
 
@@ -53,7 +54,13 @@ def connect_workers(recipe: Recipe) -> Replicas:
         timeout = section.reply_timeout
         return TransportPool(lambda: connect(address, reply_timeout=timeout, credentials=credentials), in_flight)
 
-    return Replicas({address: partial(pool, address) for address in recipe.workers}, RetryPolicy(section.attempts))
+    def discover() -> dict[str, Callable[[], Transport]]:
+        return {address: partial(pool, address) for address in fetch_workers(recipe.workers[0], credentials)}
+
+    policy = RetryPolicy(section.attempts)
+    if recipe.workers[0].startswith(SCHEMES):
+        return Replicas(discover(), policy, discover)
+    return Replicas({address: partial(pool, address) for address in recipe.workers}, policy)
 
 
 def load_tokenizer(bundle: ClientBundle) -> PreTrainedTokenizerBase:

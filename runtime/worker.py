@@ -25,6 +25,7 @@ from runtime.engines import DEFAULT_ENGINE, create_engine
 from runtime.engines.base import Engine
 from runtime.protocol import ErrorReply, EvaluateReply, EvaluateRequest, Frame, HelloRequest, Reply, Request, WorkerInfo
 from runtime.transports.address import TcpAddress, UnixAddress, parse_address
+from runtime.transports.credentials import ServerCredentials
 
 LOGGER = logging.getLogger(__name__)
 SEND_TIMEOUT_SECONDS = 60
@@ -163,6 +164,7 @@ def serve(
     stop: threading.Event | None = None,
     allow_plaintext_network: bool = False,
     max_message_bytes: int = protocol.MAX_MESSAGE_BYTES,
+    credentials: ServerCredentials | None = None,
 ) -> None:
     """Serve until SIGINT, SIGTERM (both only when called in the main thread) or `stop`.
 

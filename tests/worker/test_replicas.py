@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hecompile.errors import WorkerError, WorkerUnavailableError
+from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
 from hecompile.worker_bundle import KNOWN_ANSWER
 from passes.lower_worker import encrypted_linear_reference
 from runtime.protocol import WorkerInfo
+from runtime.shards import parse_layers, shard, split_layers
 from runtime.transports import (
     Answer,
     InProcessTransport,
@@ -84,7 +86,7 @@ def replicas(transports: dict[str, Fragile], attempts: int = 6) -> tuple[Replica
         threading.Event().wait(seconds)
 
     policy = RetryPolicy(attempts, first_wait=0.01, longest_wait=0.03)
-    return Replicas({name: lambda t=t: t for name, t in transports.items()}, policy, sleep), waits  # type: ignore[misc]
+    return Replicas({name: lambda t=t: t for name, t in transports.items()}, policy, sleep=sleep), waits  # type: ignore[misc]
 
 
 def test_the_same_ciphertext_is_sent_again_until_there_is_an_answer(worker: Worker) -> None:
@@ -178,3 +180,76 @@ def test_waits_grow_and_are_bounded() -> None:
         waits = [policy.wait(failures) for _ in range(50)]
         assert longest / 2 <= min(waits) and max(waits) <= longest
         assert max(waits) > min(waits)
+
+
+def test_shards_are_asked_for_their_own_circuits_only(tmp_path: Path) -> None:
+    weights = {f"model.layers.{layer}.o": (extreme_weight(8, 6, seed=layer), 3, 2) for layer in range(4)}
+    bundle = write_bundle(tmp_path / "worker", weights)
+    shards = {f"{part.start}-{copy}": Fragile(Worker(shard(bundle, part)), no_failure)
+              for part in split_layers(4, 2) for copy in "ab"}  # fmt: skip
+    transport, _ = replicas(shards)
+    info = open_connection(transport, PLAN_ID)
+    assert set(info.circuits) == set(bundle.circuits)
+    for layer in range(4):
+        answer = transport.evaluate(f"model.layers.{layer}.o.forward", PLANES)
+        weight = extreme_weight(8, 6, seed=layer)
+        assert np.array_equal(answer.planes, encrypted_linear_reference(PLANES, weight, 2))
+        assert answer.worker.startswith("0-" if layer < 2 else "2-")
+    for copy in "ab":
+        transport.distrust(f"0-{copy}")
+    assert transport.evaluate("model.layers.3.o.forward", PLANES).worker.startswith("2-")
+    with pytest.raises(WorkerError, match=r"no worker left to ask for model.layers.0.o.forward"):
+        transport.evaluate("model.layers.0.o.forward", PLANES)
+
+
+def test_a_shard_that_was_away_at_the_start_is_met_when_it_is_back(tmp_path: Path) -> None:
+    weights = {f"model.layers.{layer}.o": (extreme_weight(8, 6, seed=layer), 3, 2) for layer in range(2)}
+    bundle = write_bundle(tmp_path / "worker", weights)
+    one, other = (Worker(shard(bundle, range(layer, layer + 1))) for layer in range(2))
+    away = failing(2)
+
+    def second() -> Fragile:
+        away()
+        return Fragile(other, no_failure)
+
+    policy = RetryPolicy(6, first_wait=0.01, longest_wait=0.02)
+    transport = Replicas({"one": lambda: Fragile(one, no_failure), "other": second}, policy)
+    assert "model.layers.1.o.forward" not in open_connection(transport, PLAN_ID).circuits
+    answer = transport.evaluate("model.layers.1.o.forward", PLANES)
+    assert answer.worker == "other"
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("0-7", range(8)), ("3", range(3, 4))])
+def test_layers_are_parsed(text: str, wanted: range) -> None:
+    assert parse_layers(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "7-3", "-1", "a", "1-2-3"])
+def test_malformed_layers_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="FIRST-LAST"):
+        parse_layers(text)
+
+
+def test_layers_are_split_evenly_and_nothing_is_left_out(tmp_path: Path) -> None:
+    assert [len(part) for part in split_layers(16, 3)] == [5, 6, 5]
+    assert [layer for part in split_layers(7, 4) for layer in part] == list(range(7))
+    with pytest.raises(InputError, match="cannot be split"):
+        split_layers(2, 3)
+    bundle = write_bundle(tmp_path / "worker", {"linear": (WEIGHT, 3, 2)})
+    assert set(shard(bundle, range(1)).circuits) == set(bundle.circuits)  # outside all layers: with the first
+    with pytest.raises(InputError, match="none of 4-4"):
+        shard(bundle, range(4, 5))
+
+
+def test_a_replacement_is_discovered_after_a_failure(worker: Worker) -> None:
+    dead, fresh = Fragile(worker, failing(100)), Fragile(worker, no_failure)
+    listed: dict[str, Callable[[], Fragile]] = {"dead": lambda: dead}
+    policy = RetryPolicy(6, first_wait=0.01, longest_wait=0.02)
+    transport = Replicas(dict(listed), policy, discover=lambda: listed)
+    open_connection(transport, PLAN_ID)
+    listed["fresh"] = lambda: fresh
+    assert transport.evaluate(CIRCUIT, PLANES).worker == "fresh"
+    assert transport.distrust("fresh")
+    with pytest.raises(WorkerUnavailableError):  # it is still listed, and stays out
+        transport.evaluate(CIRCUIT, PLANES)
+    assert len(fresh.sent) == 1
