@@ -18,9 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from hecompile.errors import InputError
 
 UNIX_PREFIX = "unix://"
+WORKER_PREFIXES = ("tcp://", "grpc://", "grpcs://", UNIX_PREFIX)
 _PATH_KEYS = (
     ("model",),
     ("worker_bundle",),
+    *(("worker_credentials", name) for name in ("authority", "certificate", "key", "token")),
     ("data", "train_file"),
     ("data", "validation_file"),
     ("training", "output_dir"),
@@ -49,6 +51,16 @@ class LoraSection(_Section):
     lora_alpha: float | None = None
     lora_dropout: Fraction | None = None
     target_modules: list[str] | None = None
+
+
+class CredentialsSection(_Section):
+    """Files for a worker across a network: whose certificates to believe (PEM; by default the system's list), a certificate
+    and key for a worker that asks for one, and a token."""
+
+    authority: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    token: Path | None = None
 
 
 class TrainingSection(_Section):
@@ -143,13 +155,15 @@ class TrainingSection(_Section):
 class Recipe(_Section):
     """One training run.
 
-    `model` is the client bundle. `worker` is where the worker listens (`tcp://host:port`, `unix://path`) or
-    `inprocess`, which runs `worker_bundle` with `engine` (by default the fastest on this CPU) in this process.
+    `model` is the client bundle. `worker` is where the worker listens (`tcp://host:port`, `unix://path`,
+    `grpc://host:port`, or `grpcs://host:port` with TLS) or `inprocess`, which runs `worker_bundle` with `engine` (by default
+    the fastest on this CPU) in this process.
     """
 
     model: Path
     worker: str = "inprocess"
     worker_bundle: Path | None = None
+    worker_credentials: CredentialsSection = CredentialsSection()
     engine: Literal["auto", "vnni", "torch", "torch-cuda", "onnxruntime", "cleartext"] | None = None
     data: DataSection
     training: TrainingSection
@@ -160,8 +174,8 @@ class Recipe(_Section):
         if self.worker == "inprocess":
             if self.worker_bundle is None:
                 raise ValueError("worker: inprocess needs worker_bundle, the worker's half of the export")
-        elif not self.worker.startswith(("tcp://", UNIX_PREFIX)) or not self.worker.partition("://")[2]:
-            raise ValueError("worker must be inprocess, tcp://host:port or unix://path")
+        elif not self.worker.startswith(WORKER_PREFIXES) or not self.worker.partition("://")[2]:
+            raise ValueError("worker must be inprocess, tcp://host:port, grpc://host:port, grpcs://host:port or unix://path")
         elif self.engine is not None:
             raise ValueError("engine is the worker's own choice unless worker: inprocess; drop it here")
         if self.training.evaluates and self.data.validation_file is None:
@@ -256,6 +270,7 @@ def _resolve_paths(document: dict[str, Any], directory: Path) -> None:
 
 def _known_keys() -> list[str]:
     sections: dict[str, type[_Section]] = {"data": DataSection, "training": TrainingSection, "lora": LoraSection}
+    sections["worker_credentials"] = CredentialsSection
     inner = [f"{name}.{field}" for name, section in sections.items() for field in section.model_fields]
     return [*Recipe.model_fields, *inner]
 

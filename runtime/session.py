@@ -15,7 +15,8 @@ from runtime.client import EncryptedCausalLM
 from runtime.engines import DEFAULT_ENGINE
 from runtime.products import CleartextProducts, EncryptedProducts, Products
 from runtime.recipe import Recipe
-from runtime.transports import InProcessTransport, TransportPool, connect
+from runtime.transports import InProcessTransport, connect_for
+from runtime.transports.credentials import ClientCredentials
 from runtime.worker import Worker
 
 
@@ -53,7 +54,9 @@ def open_products(bundle: ClientBundle, recipe: Recipe) -> Products:
     """Connect to the recipe's worker. The cleartext engine is used only where the recipe asks for it by name."""
     if recipe.worker != "inprocess":
         in_flight = recipe.training.micro_batches_in_flight
-        return EncryptedProducts(bundle, TransportPool(lambda: connect(recipe.worker), in_flight))
+        files = recipe.worker_credentials
+        credentials = ClientCredentials.load(files.authority, files.certificate, files.key, files.token)
+        return EncryptedProducts(bundle, connect_for(recipe.worker, in_flight, credentials))
     assert recipe.worker_bundle is not None  # the recipe was validated
     worker_bundle = WorkerBundle.open(recipe.worker_bundle)
     if recipe.engine == "cleartext":

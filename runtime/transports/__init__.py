@@ -6,7 +6,7 @@ from runtime.transports.base import Answer, Direction, TrafficRecorder, Transpor
 from runtime.transports.connection import open_connection
 from runtime.transports.inprocess import InProcessTransport
 from runtime.transports.pool import TransportPool
-from runtime.transports.sockets import SocketTransport, connect
+from runtime.transports.sockets import SocketTransport, connect, connect_for
 
 __all__ = [
     "Answer",
@@ -17,5 +17,6 @@ __all__ = [
     "Transport",
     "TransportPool",
     "connect",
+    "connect_for",
     "open_connection",
 ]
