@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from hecompile.cli_worker import worker_app
 from hecompile.errors import HecompileError
 
 app = typer.Typer(
@@ -23,7 +23,6 @@ app = typer.Typer(
     "worker's machine), `train` (on yours).",
 )
 export_app = typer.Typer(no_args_is_help=True, help="Compile a checkpoint into a client bundle and a worker bundle.")
-worker_app = typer.Typer(no_args_is_help=True, help="Run the untrusted side.")
 app.add_typer(export_app, name="export")
 app.add_typer(worker_app, name="worker")
 
@@ -186,41 +185,6 @@ def inspect(
         console.print(f"picture: {draw}", soft_wrap=True)
 
 
-@worker_app.command("serve")
-def worker_serve(
-    bundle: Annotated[Path, typer.Argument(help="The worker bundle (build/worker).")],
-    listen: Annotated[
-        str, typer.Option(help="tcp://127.0.0.1:PORT (0 picks a free one) or unix:///path/to/socket.")
-    ] = "tcp://127.0.0.1:7700",
-    engine: Annotated[
-        str,
-        typer.Option(
-            help="auto (vnni where the CPU has AVX512-VNNI, else torch), vnni, torch, torch-cuda, onnxruntime, or "
-            "concrete (TFHE, tiny circuits)."
-        ),
-    ] = "auto",
-    allow_plaintext_network: Annotated[
-        bool, typer.Option(help="Listen on an address other machines can reach, without authentication or TLS.")
-    ] = False,
-    verbose: Annotated[
-        bool, typer.Option(help="Log every request (circuit, tokens, seconds; never the payload).")
-    ] = False,
-) -> None:
-    """Serve a worker bundle until interrupted. The worker sees public weights and ciphertexts, nothing else."""
-    from hecompile.worker_bundle import WorkerBundle
-    from runtime.worker import Worker, serve
-
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    for noisy in ("matplotlib", "numba", "asyncio"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    worker = Worker(WorkerBundle.open(bundle), engine)
-
-    def ready(address: str) -> None:
-        print(f"listening on {address}", flush=True)
-
-    serve(worker, listen, ready=ready, allow_plaintext_network=allow_plaintext_network)
-
-
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe; models/recipes/demo.yaml is a commented example.")],
@@ -263,13 +227,13 @@ def doctor(
     from hecompile.client_bundle import ClientBundle
     from hecompile.prediction import megabytes
     from runtime.doctor import diagnose
-    from runtime.transports import TransportPool, connect
+    from runtime.transports import connect_for
     from runtime.transports.credentials import ClientCredentials
 
     bundle = ClientBundle.open(plan)
     credentials = ClientCredentials.load(authority, certificate, key, token)
     console = _console()
-    pool = TransportPool(lambda: connect(worker, credentials=credentials), 1)
+    pool = connect_for(worker, 1, credentials)
     try:
         with console.status("asking the worker"):
             found = diagnose(bundle, pool, tokens)

@@ -1,10 +1,9 @@
 """The worker bundle: the directory that is given to the worker, with nothing secret in it.
 
-    manifest.json            format, version, plan_id, and for each circuit its dimensions and its files' SHA-256
-    circuits/<name>.onnx     one lowered circuit (standard integer operators, see passes/lower_worker.py)
-    circuits/<name>.bin      its weight in int8 digits, when that is above 64 KiB
-    public_rows.npy          only in a plan without stored hints: the matrix A in byte planes (hecompile/public_rows.py), and
-                             beside each circuit `<name>.exact`, the same weight file with four bytes in and out
+    manifest.json       format, version, plan_id, and for each circuit its dimensions and its files' SHA-256
+    circuits/           one lowered circuit per folder, together a Triton model repository (hecompile/model_repository.py)
+    public_rows.npy     only in a plan without stored hints: the matrix A in byte planes (hecompile/public_rows.py), and
+                        beside each circuit `<name>.exact`, the same weight file with four bytes in and out
 
 One circuit is written and read at a time, so memory holds one weight however large the model is. A bundle is written
 beside its destination and renamed into place whole. Its bytes are a function of its circuits and its plan_id.
@@ -15,10 +14,8 @@ Every bundle also holds the circuit `known_answer` (hecompile/known_answer.py), 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,8 +24,21 @@ from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hecompile.bundle_manifest import (
+    FORMAT,
+    MANIFEST,
+    NAME,
+    PLAN_ID,
+    VERSION,
+    BundleFile,
+    CircuitSpec,
+    Manifest,
+    check_bundle_file,
+    damaged,
+    describe_bundle_file,
+    read_manifest,
+)
 from hecompile.errors import InputError, LegalityError
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.integers import from_balanced_bytes
@@ -40,12 +50,14 @@ from hecompile.known_answer import (
     known_answer_vector,
     known_answer_weight,
 )
+from hecompile.model_repository import WEIGHT_FILE, config_path, model_path, triton_config, weight_path
 from hecompile.public_rows import PUBLIC_ROWS, base_name, open_public_rows, share_weight, write_public_rows
 from passes.lower_worker import LowerWorker, encrypted_linear_model
 
 __all__ = [
     "KNOWN_ANSWER",
     "KNOWN_ANSWER_SHAPE",
+    "MANIFEST",
     "BundleFile",
     "CircuitSpec",
     "WorkerBundle",
@@ -54,50 +66,8 @@ __all__ = [
     "known_answer_weight",
 ]
 
-FORMAT = "hecompile-worker-bundle"
-VERSION = 1
-MANIFEST = "manifest.json"
 EXTERNAL_DATA_THRESHOLD = 65536
 """Weights above this many bytes go to a file of their own, which the engines can map into memory."""
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
-_PLAN_ID = re.compile(r"[0-9a-f]{8,128}")
-_HASH_CHUNK = 1 << 22
-_REMEDY = "give the directory that `hecompile compile` wrote"
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class BundleFile(_Record):
-    """One file of the bundle; `path` is relative to the bundle."""
-
-    path: str
-    bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-
-class CircuitSpec(_Record):
-    """One linear in one direction: uint8 [upload_limbs, T, in_features] → uint8 [reply_bytes, T, out_features]."""
-
-    name: str = Field(pattern=rf"^{_NAME.pattern}$")
-    linear: str
-    direction: Literal["forward", "backward"]
-    in_features: int = Field(ge=1)
-    out_features: int = Field(ge=1)
-    upload_limbs: int = Field(ge=1, le=4)
-    reply_bytes: int = Field(ge=1, le=4)
-    file: BundleFile
-    data: BundleFile | None = None
-
-
-class _Manifest(_Record):
-    format: str
-    version: int
-    plan_id: str = Field(pattern=rf"^{_PLAN_ID.pattern}$")
-    circuits: list[CircuitSpec]
-    public_rows: BundleFile | None = None
 
 
 class WorkerBundleWriter:
@@ -111,7 +81,7 @@ class WorkerBundleWriter:
     """
 
     def __init__(self, directory: str | Path, plan_id: str, keep: bool = False) -> None:
-        if not _PLAN_ID.fullmatch(plan_id):
+        if not PLAN_ID.fullmatch(plan_id):
             raise InputError(f"plan_id {plan_id!r} is not 8 to 128 lowercase hex digits")
         self._target = Path(directory)
         self._keep = keep
@@ -124,7 +94,7 @@ class WorkerBundleWriter:
         self._circuits: dict[str, CircuitSpec] = {}
         self._public_rows: BundleFile | None = None
         with _writing(self._target):
-            (self._temporary / "circuits").mkdir(parents=True, exist_ok=keep)
+            self._temporary.mkdir(parents=True, exist_ok=keep)
 
     def __enter__(self) -> WorkerBundleWriter:
         return self
@@ -136,13 +106,12 @@ class WorkerBundleWriter:
     def take_up(self, spec: CircuitSpec) -> list[Path] | None:
         """Count a circuit that an earlier writer with `keep` completed as added: its files, or None if one is not intact."""
         files = []
-        for file, suffix in ((spec.file, "onnx"), (spec.data, "bin")):
-            if file is not None:
-                try:
-                    _check_file(self._temporary, file, _circuit_path(spec.name, suffix))
-                except InputError:
-                    return None
-                files.append(self._temporary / file.path)
+        for file, path in spec.files():
+            try:
+                check_bundle_file(self._temporary, file, path)
+            except InputError:
+                return None
+            files.append(self._temporary / path)
         self._circuits[spec.name] = spec
         return files
 
@@ -154,7 +123,7 @@ class WorkerBundleWriter:
         """
         name = model.graph.name or ""
         linear, _, direction = base_name(name).rpartition(".")
-        if not _NAME.fullmatch(name) or not linear or direction not in ("forward", "backward"):
+        if not NAME.fullmatch(name) or not linear or direction not in ("forward", "backward"):
             raise LegalityError(f"circuit name {name!r} is not <linear>.forward or <linear>.backward")
         return self._add(model, name, linear, "forward" if direction == "forward" else "backward")
 
@@ -162,7 +131,7 @@ class WorkerBundleWriter:
         """Write the first `features` rows of A, for circuits of so many inputs at most."""
         with _writing(self._target):
             write_public_rows(self._temporary / PUBLIC_ROWS, public, features)
-            self._public_rows = _describe(self._temporary, PUBLIC_ROWS)
+            self._public_rows = describe_bundle_file(self._temporary, PUBLIC_ROWS)
 
     def commit(self, order: Sequence[str] = ()) -> WorkerBundle:
         """Add the known-answer circuit, write the manifest, rename the bundle into place and return it.
@@ -174,7 +143,7 @@ class WorkerBundleWriter:
         self._add(LowerWorker()(model).model, KNOWN_ANSWER, KNOWN_ANSWER, "forward")
         names = [*order, *(name for name in self._circuits if name not in set(order))]
         circuits = [self._circuits[name] for name in names]
-        manifest = _Manifest(
+        manifest = Manifest(
             format=FORMAT, version=VERSION, plan_id=self._plan_id, circuits=circuits, public_rows=self._public_rows
         )
         with _writing(self._target):
@@ -188,19 +157,24 @@ class WorkerBundleWriter:
             raise LegalityError(f"circuit {name} is in the bundle already")
         LowerWorker().ensures(model)
         (upload_limbs, in_features), (reply_bytes, out_features) = _dimensions(model)
-        path = self._temporary / _circuit_path(name, "onnx")
-        base = base_name(name)
+        path, base = self._temporary / model_path(name), base_name(name)
         with _writing(self._target):
+            path.parent.mkdir(parents=True, exist_ok=True)
             has_data = in_features * out_features > EXTERNAL_DATA_THRESHOLD
-            external = f"{name}.bin" if has_data else None
+            external = WEIGHT_FILE if has_data else None
             if has_data and base != name:
                 if base not in self._circuits:
                     raise LegalityError(f"circuit {name} needs {base} to be written first")
-                share_weight(model, self._temporary / _circuit_path(base, "onnx"))
+                share_weight(model, self._temporary / model_path(base))
                 external = None
             ir.save(model, path, external_data=external, size_threshold_bytes=EXTERNAL_DATA_THRESHOLD)
-            file = _describe(self._temporary, _circuit_path(name, "onnx"))
-            data = _describe(self._temporary, _circuit_path(base, "bin")) if has_data else None
+            file = describe_bundle_file(self._temporary, model_path(name))
+            data = describe_bundle_file(self._temporary, weight_path(name)) if has_data else None
+            config = None
+            if (config_file := config_path(name)) is not None:
+                text = triton_config(name, upload_limbs, in_features, reply_bytes, out_features, self._plan_id)
+                (self._temporary / config_file).write_text(text, encoding="utf-8")
+                config = describe_bundle_file(self._temporary, config_file)
         self._circuits[name] = CircuitSpec(
             name=name,
             linear=linear,
@@ -211,6 +185,7 @@ class WorkerBundleWriter:
             reply_bytes=reply_bytes,
             file=file,
             data=data,
+            config=config,
         )
         return self._circuits[name]
 
@@ -228,19 +203,17 @@ class WorkerBundle:
     def open(cls, directory: str | Path) -> WorkerBundle:
         """Open a bundle after hashing every file of it. Raises InputError naming the file that is not right."""
         directory = Path(directory)
-        manifest = _read_manifest(directory)
+        manifest = read_manifest(directory)
         circuits = {spec.name: spec for spec in manifest.circuits}
         if len(circuits) != len(manifest.circuits):
-            raise _damaged(directory / MANIFEST, "two circuits have one name")
+            raise damaged(directory / MANIFEST, "two circuits have one name")
         if KNOWN_ANSWER not in circuits:
-            raise _damaged(directory / MANIFEST, f"the circuit {KNOWN_ANSWER} is missing")
+            raise damaged(directory / MANIFEST, f"the circuit {KNOWN_ANSWER} is missing")
         for spec in manifest.circuits:
-            for file, suffix in ((spec.file, "onnx"), (spec.data, "bin")):
-                if file is not None:
-                    owner = base_name(spec.name) if suffix == "bin" else spec.name
-                    _check_file(directory, file, _circuit_path(owner, suffix))
+            for file, path in spec.files():
+                check_bundle_file(directory, file, path)
         if manifest.public_rows is not None:
-            _check_file(directory, manifest.public_rows, PUBLIC_ROWS)
+            check_bundle_file(directory, manifest.public_rows, PUBLIC_ROWS)
         return cls(directory, manifest.plan_id, circuits, manifest.public_rows is not None)
 
     def circuit_path(self, name: str) -> Path:
@@ -283,58 +256,6 @@ def _dimensions(model: ir.Model) -> tuple[tuple[int, int], tuple[int, int]]:
             raise LegalityError(f"circuit {model.graph.name} has no single input and output of rank 3 with known sizes")
         sides.append((shape[0], shape[2]))
     return sides[0], sides[1]
-
-
-def _circuit_path(name: str, suffix: str) -> str:
-    return f"circuits/{name}.{suffix}"
-
-
-def _describe(directory: Path, path: str) -> BundleFile:
-    return BundleFile(path=path, bytes=(directory / path).stat().st_size, sha256=_sha256(directory / path))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _read_manifest(directory: Path) -> _Manifest:
-    path = directory / MANIFEST
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{directory} is not a worker bundle: {MANIFEST} is missing; {_REMEDY}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise _damaged(path, f"it cannot be read ({type(error).__name__})") from error
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise InputError(f"{path} is not the manifest of a worker bundle; {_REMEDY}")
-    if raw.get("version") != VERSION:
-        found = raw.get("version")
-        raise InputError(f"{path} has version {found!r}, this program reads {VERSION}; compile the model again")
-    try:
-        return _Manifest.model_validate_json(json.dumps(raw))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise _damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-
-
-def _check_file(directory: Path, file: BundleFile, expected_path: str) -> None:
-    path = directory / expected_path
-    if file.path != expected_path:
-        raise _damaged(directory / MANIFEST, f"it names {file.path!r} where {expected_path} belongs")
-    if not path.is_file():
-        raise _damaged(path, "it is missing")
-    if (size := path.stat().st_size) != file.bytes:
-        raise _damaged(path, f"it has {size} bytes instead of {file.bytes}")
-    if _sha256(path) != file.sha256:
-        raise _damaged(path, "its SHA-256 is not the manifest's")
-
-
-def _damaged(path: Path, reason: str) -> InputError:
-    return InputError(f"worker bundle file {path} is damaged: {reason}; copy the bundle or compile the model again")
 
 
 @contextlib.contextmanager

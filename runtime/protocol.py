@@ -17,6 +17,7 @@ import json
 import math
 import socket
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,7 @@ class WorkerInfo:
 
     plan_id: str
     engine: str
-    circuits: dict[str, CircuitInfo]
+    circuits: Mapping[str, CircuitInfo]
     protocol: int = PROTOCOL_VERSION
 
 

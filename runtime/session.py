@@ -17,7 +17,7 @@ from runtime.directory import SCHEMES, fetch_workers
 from runtime.engines import DEFAULT_ENGINE
 from runtime.products import CleartextProducts, EncryptedProducts, Products
 from runtime.recipe import Recipe
-from runtime.transports import InProcessTransport, Replicas, RetryPolicy, Transport, TransportPool, connect
+from runtime.transports import InProcessTransport, Replicas, RetryPolicy, Transport, connect_for
 from runtime.transports.credentials import ClientCredentials
 from runtime.worker import Worker
 
@@ -50,9 +50,8 @@ def connect_workers(recipe: Recipe) -> Replicas:
 
     credentials = ClientCredentials.load(section.authority, section.certificate, section.key, section.token)
 
-    def pool(address: str) -> TransportPool:
-        timeout = section.reply_timeout
-        return TransportPool(lambda: connect(address, reply_timeout=timeout, credentials=credentials), in_flight)
+    def pool(address: str) -> Transport:
+        return connect_for(address, in_flight, credentials, section.reply_timeout)
 
     def discover() -> dict[str, Callable[[], Transport]]:
         return {address: partial(pool, address) for address in fetch_workers(recipe.workers[0], credentials)}

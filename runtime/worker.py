@@ -120,6 +120,8 @@ class WorkerServer:
         max_message_bytes: int = protocol.MAX_MESSAGE_BYTES,
     ) -> None:
         parsed = parse_address(address)
+        if isinstance(parsed, TcpAddress) and parsed.scheme != "tcp":
+            raise InputError(f"{address} is not an address of this server; use runtime.servers.open_server")
         if isinstance(parsed, TcpAddress) and not parsed.is_loopback and not allow_plaintext_network:
             raise InputError(
                 f"{address} can be reached from other machines without authentication; listen on 127.0.0.1 and forward "
@@ -162,22 +164,28 @@ def serve(
     *,
     ready: Callable[[str], None] = lambda address: None,
     stop: threading.Event | None = None,
+    credentials: ServerCredentials | None = None,
     allow_plaintext_network: bool = False,
     max_message_bytes: int = protocol.MAX_MESSAGE_BYTES,
-    credentials: ServerCredentials | None = None,
 ) -> None:
     """Serve until SIGINT, SIGTERM (both only when called in the main thread) or `stop`.
 
-    ready: called once with the address that is listened on. Raises InputError as `WorkerServer`.
+    ready: called once with the address that is listened on. Raises InputError as `open_server`.
     """
+    from runtime.servers import open_server  # it knows the servers, which all need this module
+
     stopped = stop or threading.Event()
     previous = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             previous[number] = signal.signal(number, lambda *_: stopped.set())
     try:
-        with WorkerServer(
-            worker, address, allow_plaintext_network=allow_plaintext_network, max_message_bytes=max_message_bytes
+        with open_server(
+            worker,
+            address,
+            credentials=credentials,
+            allow_plaintext_network=allow_plaintext_network,
+            max_message_bytes=max_message_bytes,
         ) as server:
             LOGGER.info("worker with engine %s listens on %s", worker.engine.name, server.address)
             ready(server.address)

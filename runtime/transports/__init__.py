@@ -7,7 +7,7 @@ from runtime.transports.connection import open_connection
 from runtime.transports.inprocess import InProcessTransport
 from runtime.transports.pool import TransportPool
 from runtime.transports.replicas import Replicas, RetryPolicy
-from runtime.transports.sockets import SocketTransport, connect
+from runtime.transports.sockets import SocketTransport, connect, connect_for
 
 __all__ = [
     "Answer",
@@ -20,5 +20,6 @@ __all__ = [
     "Transport",
     "TransportPool",
     "connect",
+    "connect_for",
     "open_connection",
 ]

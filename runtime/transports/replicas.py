@@ -13,9 +13,10 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -51,7 +52,7 @@ class _Replica:
     name: str
     connect: Callable[[], Transport]
     transport: Transport | None = None  # once it has passed the known-answer test
-    circuits: dict[str, CircuitInfo] | None = None  # what it holds, once that is known
+    circuits: Mapping[str, CircuitInfo] | None = None  # what it holds, once that is known
     in_flight: int = 0
     failures: int = 0  # since it last answered
     retry_at: float = 0.0
@@ -91,12 +92,12 @@ class Replicas:
         """
         self._plan_id = plan_id
         info = self._attempt(lambda replica: self._opened(replica).hello(plan_id))[0]
-        circuits = dict(info.circuits)
         for replica in self._known():
             with contextlib.suppress(WorkerUnavailableError):
                 self._opened(replica)
-            circuits |= replica.circuits or {}
-        return replace(info, circuits=circuits)
+        # Not copied: a worker that cannot list its circuits can still be asked for each.
+        maps = [replica.circuits for replica in self._known() if replica.circuits is not None]
+        return replace(info, circuits=ChainMap(*cast("list[MutableMapping[str, CircuitInfo]]", maps)))
 
     def evaluate(self, circuit: str, planes: np.ndarray) -> Answer:
         """See `Transport.evaluate`. The same planes may be sent several times, to several workers."""

@@ -8,8 +8,10 @@ from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
 from runtime import protocol
 from runtime.protocol import Frame
 from runtime.transports.address import TcpAddress, parse_address
-from runtime.transports.base import FrameTransport, TrafficRecorder
+from runtime.transports.base import FrameTransport, TrafficRecorder, Transport
 from runtime.transports.credentials import ClientCredentials
+from runtime.transports.network import OIP_SCHEMES, load_network_module
+from runtime.transports.pool import TransportPool
 
 
 class SocketTransport(FrameTransport):
@@ -77,15 +79,34 @@ class SocketTransport(FrameTransport):
 def connect(
     address: str,
     *,
+    credentials: ClientCredentials | None = None,
     recorder: TrafficRecorder | None = None,
     reply_timeout: float = 600.0,
-    credentials: ClientCredentials | None = None,
-) -> SocketTransport:
-    """A transport to the worker at `address`; see `SocketTransport`. `inprocess` has no address: the caller makes an
-    `InProcessTransport` of its own worker."""
+) -> Transport:
+    """A transport to the worker at `address`, by its scheme; see `SocketTransport` and `runtime.transports.oip`.
+    `inprocess` has no address: the caller makes an `InProcessTransport` of its own worker."""
     if address == "inprocess":
         raise InputError("an embedded worker is not connected to by address: make an InProcessTransport of it")
+    parsed = parse_address(address)
+    if isinstance(parsed, TcpAddress) and parsed.scheme in OIP_SCHEMES:
+        transport: Transport = load_network_module("runtime.transports.oip").OipTransport(
+            address, credentials=credentials, recorder=recorder, reply_timeout=reply_timeout
+        )
+        return transport
+    if credentials is not None and credentials != ClientCredentials():
+        raise InputError(f"worker address {address!r}: sockets have neither TLS nor tokens; connect to grpcs://")
     return SocketTransport(address, recorder=recorder, reply_timeout=reply_timeout)
+
+
+def connect_for(
+    address: str, in_flight: int, credentials: ClientCredentials | None = None, reply_timeout: float = 600.0
+) -> Transport:
+    """A transport to the worker at `address` that takes `in_flight` requests at once: one connection where that carries
+    them, else a pool. See `connect`."""
+    parsed = parse_address(address)
+    if isinstance(parsed, TcpAddress) and parsed.scheme in OIP_SCHEMES:
+        return connect(address, credentials=credentials, reply_timeout=reply_timeout)
+    return TransportPool(lambda: connect(address, credentials=credentials, reply_timeout=reply_timeout), in_flight)
 
 
 def _open(address: str, timeout: float) -> socket.socket:

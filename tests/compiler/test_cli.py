@@ -24,7 +24,10 @@ HELP = {
     ),
     "inspect": ("--draw", "build"),
     "worker": ("serve",),
-    "worker serve": ("--listen", "--engine", "--allow-plaintext-network", "bundle"),
+    "worker serve": (
+        "--listen", "--engine", "--allow-plaintext-network", "bundle", "--tls-certificate",
+        "--tls-key", "--client-authority", "--token-file", "--development-certificates", "grpcs://",
+    ),
     "train": ("--resume", "recipe", "training.max_steps=20"),
     "demo": ("--out", "--precision"),
 }  # fmt: skip

@@ -128,7 +128,7 @@ def _hint(left: Path) -> Path:
 
 def _circuit(left: Path) -> Path:
     name = json.loads((left / "circuits.jsonl").read_text().splitlines()[1])["name"]
-    return left / "build" / ".worker.kept.partial" / "circuits" / f"{name}.onnx"
+    return left / "build" / ".worker.kept.partial" / "circuits" / name / "1" / "model.onnx"
 
 
 def _tear(left: Path) -> None:

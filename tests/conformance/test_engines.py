@@ -18,8 +18,20 @@ from passes.lower_worker import LowerWorker, encrypted_linear_model, encrypted_l
 from runtime.engines import ENGINES, Engine, create_engine, vnni_kernel
 from runtime.engines.cuda_engine import CudaEngine
 from runtime.engines.torch_engine import TorchEngine
+from runtime.servers import open_server
 from runtime.transports import InProcessTransport, Transport, TransportPool, connect, open_connection
-from runtime.worker import Worker, WorkerServer
+from runtime.transports.credentials import (
+    AUTHORITY,
+    CLIENT,
+    CLIENT_KEY,
+    SERVER,
+    SERVER_KEY,
+    TOKEN,
+    ClientCredentials,
+    ServerCredentials,
+    make_development_certificates,
+)
+from runtime.worker import Worker
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 IN, OUT = 67, 29  # odd, so that vector kernels meet their remainders
@@ -146,30 +158,37 @@ def open_transport(kind: str, worker: Worker, directory: Path) -> Iterator[Trans
         if kind == "inprocess":
             transport: Transport = InProcessTransport(worker)
         else:
-            listen = f"unix://{directory}/socket" if kind == "unix" else "tcp://127.0.0.1:0"
-            address = stack.enter_context(WorkerServer(worker, listen)).address
-            transport = TransportPool(lambda: connect(address), 3) if kind == "pool" else connect(address)
+            listen = {"unix": f"unix://{directory}/socket", "pool": "tcp://127.0.0.1:0"}.get(kind, f"{kind}://127.0.0.1:0")
+            served = shown = None
+            if kind == "grpcs":
+                make_development_certificates(directory / "keys")
+                names = (SERVER, SERVER_KEY, AUTHORITY, TOKEN), (AUTHORITY, CLIENT, CLIENT_KEY, TOKEN)
+                served = ServerCredentials.load(*(directory / "keys" / name for name in names[0]))
+                shown = ClientCredentials.load(*(directory / "keys" / name for name in names[1]))
+            address = stack.enter_context(open_server(worker, listen, credentials=served)).address
+            transport = TransportPool(lambda: connect(address), 3) if kind == "pool" else connect(address, credentials=shown)
         stack.callback(transport.close)
         yield transport
 
 
-@pytest.mark.parametrize("kind", ["inprocess", "tcp", "unix", "pool"])
+@pytest.mark.parametrize("kind", ["inprocess", "tcp", "unix", "pool", "grpc", "grpcs"])
 def test_every_transport_gives_the_same_bytes(
     kind: str, bundle: WorkerBundle, engine: Engine, tmp_path: Path
 ) -> None:
     planes = extreme_planes(4, 33, IN)
     with open_transport(kind, Worker(bundle, engine), tmp_path) as transport:
         info = open_connection(transport, PLAN_ID)
-        assert info.engine == engine.name and info.circuits.keys() == bundle.circuits.keys()
+        assert info.engine == (f"hecompile_{engine.name}" if kind in ("grpc", "grpcs") else engine.name)
+        assert info.circuits.keys() == bundle.circuits.keys()
         answer = transport.evaluate("linear_43.forward", planes)
     np.testing.assert_array_equal(answer.planes, encrypted_linear_reference(planes, WEIGHT, 3))
-    # Frames are counted whole: 16 bytes and a header beside the planes.
-    assert 0 < answer.bytes_sent - planes.size - 16 < 200
-    assert 0 < answer.bytes_received - answer.planes.size - 16 < 200
+    # Messages are counted whole: names and shapes beside the planes, and 16 bytes before a frame.
+    assert 16 < answer.bytes_sent - planes.size < 200
+    assert 16 < answer.bytes_received - answer.planes.size < 200
     assert answer.worker_seconds > 0
 
 
-@pytest.mark.parametrize("kind", ["inprocess", "pool"])
+@pytest.mark.parametrize("kind", ["inprocess", "pool", "grpc", "grpcs"])
 def test_requests_of_several_threads_are_not_mixed_up(
     kind: str, bundle: WorkerBundle, engine: Engine, tmp_path: Path
 ) -> None:

@@ -143,9 +143,12 @@ def test_requests_carry_nothing_but_circuit_shape_and_ciphertext(
 def test_the_worker_bundle_is_public_weights_and_nothing_else(build: Build) -> None:
     base = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32)
     frozen = dict(base.named_parameters())
-    files = {path.name for path in build.worker.directory.rglob("*") if path.is_file()}
-    expected = {"manifest.json"} | {f"{name}.onnx" for name in build.worker.circuits}
-    assert files <= expected | {f"{name}.bin" for name in build.worker.circuits}
+    directory = build.worker.directory
+    files = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+    expected = {"manifest.json"}
+    for name in build.worker.circuits:
+        expected |= {f"circuits/{name}/{path}" for path in ("config.pbtxt", "1/model.onnx", "1/weight.bin")}
+    assert files <= expected
     manifest = (build.worker.directory / "manifest.json").read_text()
     assert build.client.public_seed.hex() not in manifest, "the worker does not need the seed"
     for name in build.client.circuits:

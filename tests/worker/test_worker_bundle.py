@@ -32,7 +32,7 @@ def counting_weight(in_features: int, out_features: int) -> np.ndarray:
 SMALL, LARGE = counting_weight(6, 4), counting_weight(300, 256)
 LINEARS = {"layers.0.small": (SMALL, 3, 2), "layers.0.large": (LARGE, 4, 3)}
 # SHA-256 over the names and contents of every file of the bundle above; changes with the format, and only then.
-PINNED = "630673ad6f5bc09a0023b5aab3d4fdf9ecd4dc11003e0cf60f74f8b78917dadf"
+PINNED = "d0f90e32aa4e2810acf4cb45438b364ddbf4fa4d7a5210d8af3fb4e7e5670c37"
 
 
 def digest(directory: Path) -> str:
@@ -104,7 +104,8 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-ONNX, DATA = "circuits/layers.0.small.forward.onnx", "circuits/layers.0.large.backward.bin"
+ONNX, DATA = "circuits/layers.0.small.forward/1/model.onnx", "circuits/layers.0.large.backward/1/weight.bin"
+CONFIG = "circuits/known_answer/config.pbtxt"
 TAMPERINGS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda d: (d / MANIFEST).unlink(), "not a worker bundle: manifest.json is missing"),
     "cut manifest": (
@@ -113,7 +114,7 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "manifest of something else": (lambda d: (d / MANIFEST).write_text("[]"), "not the manifest of a worker bundle"),
     "deep manifest": (lambda d: (d / MANIFEST).write_text("[" * 100_000), "manifest.json is damaged"),
-    "later version": (edit_manifest(lambda m: m.update(version=2)), "has version 2, this program reads 1"),
+    "earlier version": (edit_manifest(lambda m: m.update(version=1)), "has version 1, this program reads 2"),
     "unknown field": (edit_manifest(lambda m: m.update(note="x")), "note: Extra inputs are not permitted"),
     "bad plan_id": (edit_manifest(lambda m: m.update(plan_id="xyz")), "plan_id: "),
     "text for a number": (edit_manifest(lambda m: m["circuits"][0].update(in_features="6")), "circuits.0.in_features"),
@@ -121,11 +122,14 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], object], str]] = {
     "twice the same": (edit_manifest(lambda m: m["circuits"].append(m["circuits"][0])), "two circuits have one name"),
     "foreign path": (
         edit_manifest(lambda m: m["circuits"][0]["file"].update(path="../../etc/passwd")),
-        "'../../etc/passwd' where circuits/layers.0.small.forward.onnx belongs",
+        "'../../etc/passwd' where circuits/layers.0.small.forward/1/model.onnx belongs",
     ),
     "missing circuit": (lambda d: (d / ONNX).unlink(), f"{ONNX} is damaged: it is missing"),
     "cut circuit": (lambda d: (d / ONNX).write_bytes((d / ONNX).read_bytes()[:-1]), f"{ONNX} is damaged: it has "),
     "flipped circuit": (lambda d: flip_a_bit(d / ONNX), f"{ONNX} is damaged: its SHA-256 is not the manifest's"),
+    "missing config": (lambda d: (d / CONFIG).unlink(), f"{CONFIG} is damaged: it is missing"),
+    "flipped config": (lambda d: flip_a_bit(d / CONFIG), f"{CONFIG} is damaged: its SHA-256 is not the manifest's"),
+    "config left out": (edit_manifest(lambda m: m["circuits"][0].pop("config")), "layers.0.small.forward lacks its config"),
     "missing weight": (lambda d: (d / DATA).unlink(), f"{DATA} is damaged: it is missing"),
     "flipped weight": (lambda d: flip_a_bit(d / DATA), f"{DATA} is damaged: its SHA-256 is not the manifest's"),
 }

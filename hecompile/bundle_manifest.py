@@ -1,0 +1,130 @@
+"""The manifest of a worker bundle: what it says of the circuits and of each file, and whether that is so."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hecompile.errors import InputError
+from hecompile.model_repository import config_path, model_path, weight_path
+
+MANIFEST = "manifest.json"
+FORMAT = "hecompile-worker-bundle"
+VERSION = 2
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
+PLAN_ID = re.compile(r"[0-9a-f]{8,128}")
+_HASH_CHUNK = 1 << 22
+_REMEDY = "give the directory that `hecompile compile` wrote"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class BundleFile(_Record):
+    """One file of the bundle; `path` is relative to the bundle."""
+
+    path: str
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class CircuitSpec(_Record):
+    """One linear in one direction: uint8 [upload_limbs, T, in_features] → uint8 [reply_bytes, T, out_features].
+
+    file, data, config: the ONNX file, its weight file (None for a small weight, which is in `file`), and what Triton reads
+    (None for the exact form of a circuit).
+    """
+
+    name: str = Field(pattern=rf"^{NAME.pattern}$")
+    linear: str
+    direction: Literal["forward", "backward"]
+    in_features: int = Field(ge=1)
+    out_features: int = Field(ge=1)
+    upload_limbs: int = Field(ge=1, le=4)
+    reply_bytes: int = Field(ge=1, le=4)
+    file: BundleFile
+    data: BundleFile | None = None
+    config: BundleFile | None = None
+
+    @model_validator(mode="after")
+    def _has_its_config(self) -> CircuitSpec:
+        if (self.config is None) != (config_path(self.name) is None):
+            raise ValueError(f"circuit {self.name} {'lacks its' if self.config is None else 'has a'} config")
+        return self
+
+    def files(self) -> Iterator[tuple[BundleFile, str]]:
+        """Each file that the circuit needs, and the path where it belongs, relative to the bundle."""
+        yield self.file, model_path(self.name)
+        if self.data is not None:
+            yield self.data, weight_path(self.name)
+        if self.config is not None:
+            yield self.config, config_path(self.name) or ""
+
+
+class Manifest(_Record):
+    """All of `manifest.json`."""
+
+    format: str
+    version: int
+    plan_id: str = Field(pattern=rf"^{PLAN_ID.pattern}$")
+    circuits: list[CircuitSpec]
+    public_rows: BundleFile | None = None
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of the bundle in `directory`. Raises InputError when it is none, of another version, or damaged."""
+    path = directory / MANIFEST
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{directory} is not a worker bundle: {MANIFEST} is missing; {_REMEDY}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise damaged(path, f"it cannot be read ({type(error).__name__})") from error
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise InputError(f"{path} is not the manifest of a worker bundle; {_REMEDY}")
+    if raw.get("version") != VERSION:
+        found = raw.get("version")
+        raise InputError(f"{path} has version {found!r}, this program reads {VERSION}; compile the model again")
+    try:
+        return Manifest.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def describe_bundle_file(directory: Path, path: str) -> BundleFile:
+    """The record of a file that is there. Raises OSError as files do."""
+    return BundleFile(path=path, bytes=(directory / path).stat().st_size, sha256=_sha256(directory / path))
+
+
+def check_bundle_file(directory: Path, file: BundleFile, expected_path: str) -> None:
+    """Raises InputError unless `file` is recorded at `expected_path` and lies there with that size and SHA-256."""
+    path = directory / expected_path
+    if file.path != expected_path:
+        raise damaged(directory / MANIFEST, f"it names {file.path!r} where {expected_path} belongs")
+    if not path.is_file():
+        raise damaged(path, "it is missing")
+    if (size := path.stat().st_size) != file.bytes:
+        raise damaged(path, f"it has {size} bytes instead of {file.bytes}")
+    if _sha256(path) != file.sha256:
+        raise damaged(path, "its SHA-256 is not the manifest's")
+
+
+def damaged(path: Path, reason: str) -> InputError:
+    """The error for a file that is not as it was written."""
+    return InputError(f"worker bundle file {path} is damaged: {reason}; copy the bundle or compile the model again")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,103 @@
+"""`hecompile worker`: the command line of the untrusted side."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+if TYPE_CHECKING:  # imported when a command runs: help is to be quick
+    from runtime.transports.credentials import ServerCredentials
+
+worker_app = typer.Typer(no_args_is_help=True, help="Run the untrusted side.")
+
+
+@worker_app.command("serve")
+def worker_serve(
+    bundle: Annotated[Path, typer.Argument(help="The worker bundle (build/worker).")],
+    listen: Annotated[
+        str,
+        typer.Option(
+            help="tcp://127.0.0.1:PORT (0 picks a free one) or unix:///path/to/socket; grpc:// or grpcs://HOST:PORT, the "
+            "second over TLS, for Open Inference Protocol v2."
+        ),
+    ] = "tcp://127.0.0.1:7700",
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="auto (vnni where the CPU has AVX512-VNNI, else torch), vnni, torch, torch-cuda, onnxruntime, or "
+            "concrete (TFHE, tiny circuits)."
+        ),
+    ] = "auto",
+    tls_certificate: Annotated[
+        Optional[Path],  # noqa: UP045  typer evaluates it
+        typer.Option(help="PEM of the certificate chain that the worker shows to clients."),
+    ] = None,
+    tls_key: Annotated[Optional[Path], typer.Option(help="PEM of its private key.")] = None,  # noqa: UP045
+    client_authority: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="PEM of an authority: only clients with a certificate that it signed can connect."),
+    ] = None,
+    token_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Tokens, one per line: a client must send one with every request."),
+    ] = None,
+    development_certificates: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="In place of those four, for trying things out: a folder of certificates and a token, which are made if "
+            "it has none. A client needs authority.pem, client.pem, client.key and token from it."
+        ),
+    ] = None,
+    allow_plaintext_network: Annotated[
+        bool, typer.Option(help="Listen on an address other machines can reach, without authentication or TLS.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option(help="Log every request (circuit, tokens, seconds; never the payload).")
+    ] = False,
+) -> None:
+    """Serve a worker bundle until interrupted. The worker sees public weights and ciphertexts, nothing else."""
+    from hecompile.errors import InputError
+    from hecompile.worker_bundle import WorkerBundle
+    from runtime.transports.credentials import ServerCredentials
+    from runtime.worker import Worker, serve
+
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    for noisy in ("matplotlib", "numba", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    named = (tls_certificate, tls_key, client_authority, token_file)
+    if development_certificates is None:
+        credentials = ServerCredentials.load(*named)
+    elif any(path is not None for path in named):
+        raise InputError("--development-certificates stands in place of the four other options; drop it or them")
+    else:
+        credentials = _development_credentials(development_certificates, listen)
+    worker = Worker(WorkerBundle.open(bundle), engine)
+
+    def ready(address: str) -> None:
+        print(f"listening on {address}", flush=True)
+
+    serve(
+        worker,
+        listen,
+        ready=ready,
+        credentials=credentials,
+        allow_plaintext_network=allow_plaintext_network,
+    )
+
+
+def _development_credentials(folder: Path, listen: str) -> ServerCredentials:
+    """Those in `folder`, made for this machine and the host of `listen` where it has none. Raises InputError."""
+    from runtime.transports import credentials as kept
+    from runtime.transports.address import TcpAddress, parse_address
+
+    address = parse_address(listen)
+    if not any((folder / name).exists() for name in (kept.AUTHORITY, kept.SERVER, kept.SERVER_KEY, kept.TOKEN)):
+        hosts = ["localhost", "127.0.0.1", "::1"]
+        if isinstance(address, TcpAddress) and address.host not in hosts:
+            hosts.append(address.host)
+        kept.make_development_certificates(folder, hosts)
+    paths = (folder / name for name in (kept.SERVER, kept.SERVER_KEY, kept.AUTHORITY, kept.TOKEN))
+    return kept.ServerCredentials.load(*paths)

@@ -1,0 +1,34 @@
+"""Open Inference Protocol v2 over gRPC, as both sides use it: one circuit is one model with one tensor in and one out.
+
+    ModelInfer <circuit>          ciphertext UINT8 [limbs, T, in] → reply UINT8 [bytes, T, out], raw contents
+    ModelInfer <circuit>.exact    without an input but with the parameter `public_rows`: the hint of the circuit (a worker of
+                                  this program only, see hecompile/public_rows.py)
+    ModelMetadata, ModelConfig    the shapes; the parameter `plan_id` of every model's configuration
+    ServerReady, ModelReady, RepositoryIndex
+
+Names and shapes are those of the model repository in a worker bundle (hecompile/model_repository.py), so that any server of
+this protocol that reads it can be the worker. This module needs the packages of the extra `network`.
+"""
+
+from __future__ import annotations
+
+import math
+
+from tritonclient.grpc import service_pb2 as messages
+from tritonclient.grpc import service_pb2_grpc as services
+
+__all__ = ["COMPUTE_SECONDS", "DATATYPE", "PUBLIC_ROWS_PARAMETER", "SERVICE", "compute_seconds", "messages", "services"]
+
+SERVICE = messages.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+DATATYPE = "UINT8"
+COMPUTE_SECONDS = "compute_seconds"
+"""Parameter of an answer: what the engine took, as a double."""
+
+PUBLIC_ROWS_PARAMETER = "public_rows"
+"""Parameter of a request: multiply by the public rows of the bundle, of which the client sends none."""
+
+
+def compute_seconds(response: messages.ModelInferResponse) -> float:
+    """What the worker says its engine took; 0 where it says nothing of use, as servers of others do."""
+    seconds: float = response.parameters[COMPUTE_SECONDS].double_param if COMPUTE_SECONDS in response.parameters else 0.0
+    return seconds if math.isfinite(seconds) and seconds >= 0 else 0.0

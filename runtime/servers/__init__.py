@@ -1,0 +1,53 @@
+"""Servers: how requests reach `runtime.worker.handle`. Which of them serves an address is decided by its scheme."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from hecompile.errors import InputError
+from runtime import protocol
+from runtime.transports.address import TcpAddress, parse_address
+from runtime.transports.credentials import ServerCredentials
+from runtime.transports.network import OIP_SCHEMES, load_network_module
+from runtime.worker import Worker, WorkerServer
+
+
+class Server(Protocol):
+    """A context manager that serves while it is entered; on leaving it, requests under way are still answered."""
+
+    @property
+    def address(self) -> str:
+        """The address that clients connect to, with the real port."""
+        ...
+
+    def __enter__(self) -> Server: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def open_server(
+    worker: Worker,
+    address: str,
+    *,
+    credentials: ServerCredentials | None = None,
+    allow_plaintext_network: bool = False,
+    max_message_bytes: int = protocol.MAX_MESSAGE_BYTES,
+) -> Server:
+    """A server of `worker` on `address`, listening already. Raises InputError for an address that cannot be served."""
+    parsed = parse_address(address)
+    scheme = parsed.scheme if isinstance(parsed, TcpAddress) else "unix"
+    credentials = credentials or ServerCredentials()
+    if scheme in OIP_SCHEMES:
+        server: Server = load_network_module("runtime.servers.oip").OipServer(
+            worker,
+            parsed,
+            credentials=credentials,
+            allow_plaintext_network=allow_plaintext_network,
+            max_message_bytes=max_message_bytes,
+        )
+        return server
+    if credentials.tls or credentials.authenticates:
+        raise InputError(f"{scheme}:// has neither TLS nor tokens; listen on grpcs://, or drop the credentials")
+    return WorkerServer(
+        worker, address, allow_plaintext_network=allow_plaintext_network, max_message_bytes=max_message_bytes
+    )

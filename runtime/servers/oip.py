@@ -1,0 +1,111 @@
+"""A worker behind Open Inference Protocol v2 over gRPC: the socket, TLS, tokens, and how much may be under way at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+
+from hecompile.errors import InputError
+from runtime import protocol
+from runtime.inference_protocol import services
+from runtime.servers.oip_service import OipService
+from runtime.transports.address import TcpAddress
+from runtime.transports.credentials import ServerCredentials
+from runtime.transports.network import check_server_access
+from runtime.worker import SEND_TIMEOUT_SECONDS, Worker
+
+LOGGER = logging.getLogger(__name__)
+THREADS = 8
+"""Requests that are computed at once; a worker has few cores, so that more would only take more memory."""
+
+MAX_REQUESTS = 32
+"""Requests under way at once, those that wait for a thread included; the next is refused with RESOURCE_EXHAUSTED."""
+
+
+class OipServer:
+    """Listens when made, serves while entered. address: `grpc://` or `grpcs://host:port` (port 0: any free one).
+
+    credentials: with `grpcs`, a certificate and key; with a client authority only clients that it signed for can connect,
+    with tokens every call must carry one. Raises InputError for an address that cannot be served, or must not be.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        address: TcpAddress,
+        *,
+        credentials: ServerCredentials | None = None,
+        allow_plaintext_network: bool = False,
+        max_message_bytes: int = protocol.MAX_MESSAGE_BYTES,
+        max_requests: int = MAX_REQUESTS,
+    ) -> None:
+        credentials = credentials or ServerCredentials()
+        check_server_access(address, credentials, allow_plaintext_network)
+        self._server = grpc.server(
+            ThreadPoolExecutor(THREADS, thread_name_prefix="oip"),
+            interceptors=(_TokenCheck(credentials),) if credentials.token_digests else (),
+            options=(
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_send_message_length", max_message_bytes),
+                ("grpc.so_reuseport", 0),  # or a second worker on the same port would take half of the requests
+            ),
+            maximum_concurrent_rpcs=max_requests,
+        )
+        services.add_GRPCInferenceServiceServicer_to_server(OipService(worker), self._server)
+        try:
+            port = self._listen(address, credentials)
+        except RuntimeError as error:  # all that gRPC says of a socket that it cannot bind
+            raise InputError(
+                f"cannot listen on {address.scheme}://{address.authority}: the address is in use or not of this machine; "
+                "free it or choose another"
+            ) from error
+        self._address = TcpAddress(address.host, port, address.scheme)
+        if not credentials.authenticates and not address.is_loopback:
+            LOGGER.warning("%s serves every machine: it asks for no token or client certificate", self.address)
+
+    def _listen(self, address: TcpAddress, credentials: ServerCredentials) -> int:
+        if not credentials.tls:
+            return int(self._server.add_insecure_port(address.authority))
+        authority = credentials.client_authority
+        tls = grpc.ssl_server_credentials([(credentials.key, credentials.certificate)], authority, authority is not None)
+        return int(self._server.add_secure_port(address.authority, tls))
+
+    @property
+    def address(self) -> str:
+        """The address that clients connect to, with the real port."""
+        return f"{self._address.scheme}://{self._address.authority}"
+
+    def __enter__(self) -> OipServer:
+        self._server.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop accepting, let requests under way be answered, end the connections."""
+        self._server.stop(SEND_TIMEOUT_SECONDS).wait()
+
+
+class _TokenCheck(grpc.ServerInterceptor):
+    """Refuses every call that carries no token which is known, before any of its message is read."""
+
+    def __init__(self, credentials: ServerCredentials) -> None:
+        self._credentials = credentials
+
+        def refuse(_: object, context: grpc.ServicerContext) -> None:
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token that the worker knows is wanted (authorization: Bearer)")
+
+        # Of the kinds of handlers the one that is called before a message is there: an unknown client fills no memory.
+        self._refusal = grpc.stream_unary_rpc_method_handler(refuse)
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        sent = [value for key, value in details.invocation_metadata if key == "authorization"]
+        if len(sent) == 1 and self._credentials.accepts(sent[0]):
+            return continuation(details)
+        LOGGER.warning("refused a call without a token that is known")
+        return self._refusal

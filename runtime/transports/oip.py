@@ -1,0 +1,270 @@
+"""A worker behind Open Inference Protocol v2 over gRPC: `hecompile worker serve`, or any other server of the worker bundle's
+model repository. Requests of several threads travel on one HTTP/2 connection at once.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import grpc
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+
+from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
+from hecompile.model_repository import INPUT_NAME, OUTPUT_NAME, PLAN_ID_PARAMETER
+from hecompile.public_rows import exact_name
+from hecompile.worker_bundle import KNOWN_ANSWER
+from runtime import protocol
+from runtime.inference_protocol import DATATYPE, PUBLIC_ROWS_PARAMETER, SERVICE, compute_seconds, messages
+from runtime.protocol import CircuitInfo, WorkerInfo
+from runtime.transports.address import TcpAddress, parse_address
+from runtime.transports.base import Answer, Direction, TrafficRecorder
+from runtime.transports.credentials import ClientCredentials
+from runtime.transports.network import OIP_SCHEMES, check_client_access
+
+_ENDED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+"""The worker was not reached, or its answer was not; every other status is the worker's own answer."""
+
+
+class _Refused(WorkerError):
+    """The worker answered with `code`."""
+
+    def __init__(self, code: grpc.StatusCode, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class OipTransport:
+    """Connects at `hello`. address: `grpc://` or `grpcs://host:port`.
+
+    connect_timeout, reply_timeout: seconds that the first answer and every later one may take. A failed request leaves the
+    others alone. Raises InputError for an address that is malformed or to which `credentials` must not be shown.
+
+    bytes_sent, bytes_received: messages so far, hello and known answers included; without the framing of HTTP/2 and TLS.
+    """
+
+    concurrent = True
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        credentials: ClientCredentials | None = None,
+        connect_timeout: float = 10.0,
+        reply_timeout: float = 600.0,
+        max_message_bytes: int = protocol.MAX_MESSAGE_BYTES,
+        recorder: TrafficRecorder | None = None,
+    ) -> None:
+        parsed = parse_address(address)
+        if not isinstance(parsed, TcpAddress) or parsed.scheme not in OIP_SCHEMES:
+            raise InputError(f"worker address {address!r}: Open Inference Protocol is spoken over grpc:// or grpcs://")
+        credentials = credentials or ClientCredentials()
+        check_client_access(parsed, credentials)
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self._address, self._tls = address, parsed.tls
+        self._connect_timeout, self._reply_timeout = connect_timeout, reply_timeout
+        self._max_message_bytes = max_message_bytes
+        self._recorder = recorder
+        self._lock = threading.Lock()
+        self._metadata = () if credentials.token is None else (("authorization", f"Bearer {credentials.token}"),)
+        self._channel: grpc.Channel | None = _channel(parsed, credentials, max_message_bytes)
+        self._circuits: _Circuits | None = None
+
+    def hello(self, plan_id: str) -> WorkerInfo:
+        """See `Transport.hello`. The protocol knows no plans: that the worker serves this one, the known-answer test shows,
+        as its weight depends on the plan. A worker that tells its plan and has another is refused at once."""
+        ready = messages.ServerReadyResponse()
+        self._call("ServerReady", messages.ServerReadyRequest(), ready, self._connect_timeout)
+        known = messages.ModelReadyResponse()
+        self._call("ModelReady", messages.ModelReadyRequest(name=KNOWN_ANSWER), known)
+        if not ready.ready or not known.ready:
+            lacking = f"the model {KNOWN_ANSWER}, which every worker bundle holds, is not" if ready.ready else "it is not"
+            raise WorkerError(f"the server at {self._address} does not serve a worker bundle yet: {lacking} ready")
+        told = self._told_plan()
+        if told not in (None, plan_id):
+            raise WorkerError(
+                f"worker bundle is of another plan: expected {plan_id}, got {told}; "
+                "start the worker on the bundle that was compiled together with the client's"
+            )
+        circuits = _Circuits(self)
+        _ = circuits[KNOWN_ANSWER]
+        self._circuits = circuits
+        return WorkerInfo(plan_id, circuits.platform, circuits)
+
+    def evaluate(self, circuit: str, planes: np.ndarray) -> Answer:
+        """See `Transport.evaluate`; needs `hello` first."""
+        if planes.dtype != np.uint8 or planes.ndim != 3:
+            raise WorkerError(f"planes are {planes.dtype} of rank {planes.ndim}; needs uint8 [bytes, T, features]")
+        request = messages.ModelInferRequest(model_name=circuit)
+        request.inputs.add(name=INPUT_NAME, datatype=DATATYPE, shape=planes.shape)
+        request.outputs.add(name=OUTPUT_NAME)
+        request.raw_input_contents.append(planes.tobytes())
+        return self._product(circuit, request, planes.shape[1])
+
+    def setup(self, circuit: str, lattice_dim: int) -> Answer:
+        """See `Transport.setup`; needs `hello` first, and a worker of this program."""
+        name = exact_name(circuit)
+        request = messages.ModelInferRequest(model_name=name)
+        request.parameters[PUBLIC_ROWS_PARAMETER].bool_param = True
+        request.outputs.add(name=OUTPUT_NAME)
+        return self._product(name, request, lattice_dim)
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+    def shape_of(self, circuit: str) -> tuple[CircuitInfo, str]:
+        """What the worker says of a circuit, and of what evaluates it. Raises KeyError when it has none of that name."""
+        request, response = messages.ModelMetadataRequest(name=circuit), messages.ModelMetadataResponse()
+        try:
+            self._call("ModelMetadata", request, response)
+        except _Refused as error:
+            if error.code is grpc.StatusCode.NOT_FOUND:
+                raise KeyError(circuit) from None
+            raise
+        sides = []
+        for tensors, name in ((response.inputs, INPUT_NAME), (response.outputs, OUTPUT_NAME)):
+            shape = list(tensors[0].shape) if len(tensors) == 1 else []
+            if len(shape) != 3 or tensors[0].name != name or tensors[0].datatype != DATATYPE or min(shape[::2]) < 1:
+                raise WorkerError(
+                    f"the worker at {self._address} has a model {circuit} that is no circuit: it lacks the one tensor "
+                    f"{name!r} of {DATATYPE} [bytes, T, features]"
+                )
+            sides.append((shape[0], shape[2]))
+        return CircuitInfo(*sides[0], *sides[1]), _printable(response.platform) or "unknown"
+
+    def names(self) -> list[str]:
+        """The models that are ready, where the server can list them. Raises WorkerError where not."""
+        response = messages.RepositoryIndexResponse()
+        self._call("RepositoryIndex", messages.RepositoryIndexRequest(ready=True), response)
+        return sorted({model.name for model in response.models})
+
+    def _told_plan(self) -> str | None:
+        """The plan in the configuration of the known answer; None where the server does not give it."""
+        response = messages.ModelConfigResponse()
+        try:
+            self._call("ModelConfig", messages.ModelConfigRequest(name=KNOWN_ANSWER), response)
+        except _Refused:
+            return None  # an extension of the protocol, which not every server has
+        parameters = response.config.parameters
+        return _printable(parameters[PLAN_ID_PARAMETER].string_value) if PLAN_ID_PARAMETER in parameters else None
+
+    def _product(self, circuit: str, request: messages.ModelInferRequest, tokens: int) -> Answer:
+        if self._circuits is None:
+            raise WorkerError("evaluate before hello: open connections with open_connection")
+        announced = self._circuits.get(circuit)
+        if announced is None:
+            raise WorkerError(f"the worker has no circuit {circuit!r}; start it on the bundle of this plan")
+        response = messages.ModelInferResponse()
+        sent, received = self._call("ModelInfer", request, response)
+        expected = (announced.reply_bytes, tokens, announced.out_features)
+        outputs, contents = response.outputs, response.raw_output_contents
+        if len(outputs) != 1 or outputs[0].name != OUTPUT_NAME or outputs[0].datatype != DATATYPE or len(contents) != 1:
+            raise WorkerError(f"circuit {circuit}: the worker's answer is not the one raw {DATATYPE} tensor {OUTPUT_NAME!r}")
+        if tuple(outputs[0].shape) != expected:
+            shape = tuple(outputs[0].shape[:4])
+            raise WorkerError(f"circuit {circuit}: the reply has shape {shape}; needs {expected}")
+        if len(contents[0]) != math.prod(expected):
+            raise WorkerError(f"circuit {circuit}: the reply is {len(contents[0])} bytes; needs {math.prod(expected)}")
+        planes = np.frombuffer(contents[0], dtype=np.uint8).reshape(expected)
+        return Answer(planes, compute_seconds(response), sent, received)
+
+    def _call(self, method: str, request: Message, response: Message, timeout: float | None = None) -> tuple[int, int]:
+        """Fill `response` with the worker's answer; (bytes sent, bytes received). Raises WorkerError."""
+        channel = self._channel
+        if channel is None:
+            raise WorkerUnavailableError(f"the connection to the worker at {self._address} is closed; connect again")
+        data = request.SerializeToString()
+        if len(data) > self._max_message_bytes:
+            raise WorkerError(
+                f"request of {len(data)} bytes; at most {self._max_message_bytes} are sent; use a smaller batch"
+            )
+        self._record("sent", data)
+        timeout = self._reply_timeout if timeout is None else timeout
+        # Bytes in and out, and not messages: what is counted and recorded is then what travelled.
+        send = channel.unary_unary(f"/{SERVICE}/{method}")
+        try:
+            answer: bytes = send(data, timeout=timeout, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise self._failure(error.code(), _printable(error.details() or ""), timeout) from None
+        except ValueError:  # closed by another thread meanwhile
+            message = f"the connection to the worker at {self._address} is closed; connect again"
+            raise WorkerUnavailableError(message) from None
+        self._record("received", answer)
+        try:
+            response.ParseFromString(answer)
+        except DecodeError:
+            raise WorkerError(f"the worker at {self._address} answered {method} with something else") from None
+        return len(data), len(answer)
+
+    def _failure(self, code: grpc.StatusCode, details: str, timeout: float) -> WorkerError:
+        status = f"gRPC status {code.name}"
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return WorkerUnavailableError(
+                f"the worker at {self._address} was silent for {timeout:g} s ({status}); "
+                "see its log, or raise the reply timeout for a slow machine"
+            )
+        if code in _ENDED:
+            advice = ", and do the certificates of both sides fit" if self._tls else ""
+            return WorkerUnavailableError(
+                f"the worker at {self._address} cannot be reached ({status}: {details}); "
+                f"is it running (`hecompile worker serve`){advice}?"
+            )
+        return _Refused(code, f"the worker at {self._address} refused the request ({status}): {details}")
+
+    def _record(self, direction: Direction, data: bytes) -> None:
+        with self._lock:
+            if direction == "sent":
+                self.bytes_sent += len(data)
+            else:
+                self.bytes_received += len(data)
+            if self._recorder is not None:
+                self._recorder(direction, data)
+
+
+class _Circuits(Mapping[str, CircuitInfo]):
+    """The circuits of a worker, each asked for when it is first needed. Only a list of all needs a server that gives one.
+
+    platform: what evaluates the circuit that was asked for last.
+    """
+
+    def __init__(self, transport: OipTransport) -> None:
+        self._transport = transport
+        self._known: dict[str, CircuitInfo] = {}
+        self.platform = "unknown"
+
+    def __getitem__(self, name: str) -> CircuitInfo:
+        if name not in self._known:
+            self._known[name], self.platform = self._transport.shape_of(name)
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._transport.names())
+
+    def __len__(self) -> int:
+        return len(self._transport.names())
+
+
+def _channel(address: TcpAddress, credentials: ClientCredentials, max_message_bytes: int) -> grpc.Channel:
+    options = [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.use_local_subchannel_pool", 1),  # a connection of its own, which ends with it
+    ]
+    if address.is_loopback:
+        options.append(("grpc.enable_http_proxy", 0))  # nothing meant for this machine goes to another
+    if not address.tls:
+        return grpc.insecure_channel(address.authority, options)
+    open_channel = partial(grpc.secure_channel, address.authority, options=options)
+    return open_channel(grpc.ssl_channel_credentials(credentials.authority, credentials.key, credentials.certificate))
+
+
+def _printable(text: str) -> str:
+    """From a machine that is not trusted, for a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text[: protocol.MAX_ERROR_CHARACTERS])
