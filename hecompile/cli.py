@@ -190,7 +190,7 @@ def inspect(
 def worker_serve(
     bundle: Annotated[Path, typer.Argument(help="The worker bundle (build/worker).")],
     listen: Annotated[
-        str, typer.Option(help="tcp://127.0.0.1:PORT (0 picks a free one) or unix:///path/to/socket.")
+        str, typer.Option(help="tcp:// or flight://127.0.0.1:PORT (0 picks a free one) or unix:///path/to/socket.")
     ] = "tcp://127.0.0.1:7700",
     engine: Annotated[
         str,

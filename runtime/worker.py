@@ -25,6 +25,7 @@ from runtime.engines import DEFAULT_ENGINE, create_engine
 from runtime.engines.base import Engine
 from runtime.protocol import ErrorReply, EvaluateReply, EvaluateRequest, Frame, HelloRequest, Reply, Request, WorkerInfo
 from runtime.transports.address import TcpAddress, UnixAddress, parse_address
+from runtime.transports.credentials import ServerCredentials
 
 LOGGER = logging.getLogger(__name__)
 SEND_TIMEOUT_SECONDS = 60
@@ -163,19 +164,26 @@ def serve(
     stop: threading.Event | None = None,
     allow_plaintext_network: bool = False,
     max_message_bytes: int = protocol.MAX_MESSAGE_BYTES,
+    credentials: ServerCredentials | None = None,
 ) -> None:
     """Serve until SIGINT, SIGTERM (both only when called in the main thread) or `stop`.
 
-    ready: called once with the address that is listened on. Raises InputError as `WorkerServer`.
+    ready: called once with the address that is listened on. Raises InputError as the server of the address's scheme.
     """
+    from runtime.servers import open_server  # which imports this module
+
     stopped = stop or threading.Event()
     previous = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             previous[number] = signal.signal(number, lambda *_: stopped.set())
     try:
-        with WorkerServer(
-            worker, address, allow_plaintext_network=allow_plaintext_network, max_message_bytes=max_message_bytes
+        with open_server(
+            worker,
+            address,
+            allow_plaintext_network=allow_plaintext_network,
+            max_message_bytes=max_message_bytes,
+            credentials=credentials,
         ) as server:
             LOGGER.info("worker with engine %s listens on %s", worker.engine.name, server.address)
             ready(server.address)

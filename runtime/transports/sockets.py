@@ -9,6 +9,7 @@ from runtime import protocol
 from runtime.protocol import Frame
 from runtime.transports.address import TcpAddress, parse_address
 from runtime.transports.base import FrameTransport, TrafficRecorder
+from runtime.transports.credentials import ClientCredentials
 
 
 class SocketTransport(FrameTransport):
@@ -69,11 +70,29 @@ class SocketTransport(FrameTransport):
             self._socket = None
 
 
-def connect(address: str, *, recorder: TrafficRecorder | None = None, reply_timeout: float = 600.0) -> SocketTransport:
-    """A transport to the worker at `address`; see `SocketTransport`. `inprocess` has no address: the caller makes an
-    `InProcessTransport` of its own worker."""
+def connect(
+    address: str,
+    *,
+    recorder: TrafficRecorder | None = None,
+    reply_timeout: float = 600.0,
+    credentials: ClientCredentials | None = None,
+) -> FrameTransport:
+    """A transport to the worker at `address`; see `SocketTransport` and, for flight:// and flights://, `FlightTransport`.
+
+    `inprocess` has no address: the caller makes an `InProcessTransport` of its own worker. Raises InputError for
+    credentials that would not be used.
+    """
     if address == "inprocess":
         raise InputError("an embedded worker is not connected to by address: make an InProcessTransport of it")
+    parsed = parse_address(address)
+    if isinstance(parsed, TcpAddress) and parsed.scheme in ("flight", "flights"):
+        from runtime.transports.flight import FlightTransport
+
+        return FlightTransport(address, recorder=recorder, reply_timeout=reply_timeout, credentials=credentials)
+    if isinstance(parsed, TcpAddress) and parsed.scheme != "tcp":
+        raise InputError(f"{address}: there is no transport for {parsed.scheme}://")
+    if credentials not in (None, ClientCredentials()):
+        raise InputError(f"{address} carries neither TLS nor tokens; use flights://")
     return SocketTransport(address, recorder=recorder, reply_timeout=reply_timeout)
 
 
