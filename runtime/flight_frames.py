@@ -71,7 +71,9 @@ def read_frame(reader: Any, max_bytes: int) -> Frame | None:
     payload = memoryview(b"") if message.data is None else _payload(message.data)
     frame = Frame(message.app_metadata.to_pybytes(), payload)
     if frame.size > max_bytes:
-        raise WorkerError(f"message of {frame.size} bytes; at most {max_bytes} are accepted; send fewer tokens at a time")
+        raise WorkerError(
+            f"message of {frame.size} bytes; at most {max_bytes} are accepted; send fewer tokens at a time"
+        )
     return frame
 
 

@@ -12,7 +12,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hecompile.errors import HecompileError, InputError, WorkerError
 from runtime import protocol
@@ -50,7 +50,7 @@ class FlightWorkerServer:
         credentials = credentials or ServerCredentials()
         self._parsed = _listening_address(address, credentials, allow_plaintext_network)
         location = f"{'grpc+tls' if self._parsed.tls else 'grpc'}://{self._parsed.authority}"
-        options: dict[str, Any] = {"middleware": {"bearer": _BearerTokens(credentials)}}
+        options: dict[str, Any] = {"middleware": {"gate": _Gate(credentials)}}
         if self._parsed.tls:
             options["tls_certificates"] = [(credentials.certificate, credentials.key)]
         if credentials.client_authority is not None:
@@ -94,9 +94,9 @@ class _Calls:
 
     @contextlib.contextmanager
     def one(self) -> Iterator[None]:
-        """A call. Raises FlightUnavailableError when there are too many."""
+        """A call. Raises FlightServerError when there are too many."""
         if not self._free.acquire(blocking=False):
-            raise flight.FlightUnavailableError(f"the worker has {MAX_REQUESTS} requests under way; send fewer at a time")
+            raise _refusal(f"the worker has {MAX_REQUESTS} requests under way; send fewer at a time")
         try:
             yield
         finally:
@@ -123,7 +123,7 @@ def _service(worker: Worker, max_message_bytes: int, calls: _Calls) -> type[Any]
                 answer = self._answer(descriptor, reader)
                 if isinstance(answer, str):
                     # Raised out here: Flight errors have no traceback on the wire, other exceptions do.
-                    raise flight.FlightServerError(answer, extra_info=answer.encode())
+                    raise _refusal(answer)
                 write_frame(writer, answer)
 
         def _answer(self, descriptor: Any, reader: Any) -> Frame | str:
@@ -148,18 +148,12 @@ def _service(worker: Worker, max_message_bytes: int, calls: _Calls) -> type[Any]
                 LOGGER.error("a request failed with %s", type(error).__name__)
                 return f"the worker failed with {type(error).__name__}"
 
-        def _refuse(self, *_: Any) -> NoReturn:
-            message = "a hecompile worker answers DoExchange and no other call"
-            raise flight.FlightServerError(message, extra_info=message.encode())
-
-        # Without these the client would be sent a traceback.
-        list_flights = get_flight_info = get_schema = do_get = do_put = do_action = list_actions = _refuse
-
     return Service
 
 
-class _BearerTokens(flight.ServerMiddlewareFactory):
-    """Lets a call begin, before anything of it is read, if its `authorization` header holds a token that is known."""
+class _Gate(flight.ServerMiddlewareFactory):
+    """Lets a call begin, before anything of it is read, if it is a DoExchange whose `authorization` header holds a token
+    that is known. (Methods left to pyarrow, which refuses them as well, would send the client a traceback.)"""
 
     def __init__(self, credentials: ServerCredentials) -> None:
         super().__init__()
@@ -170,6 +164,14 @@ class _BearerTokens(flight.ServerMiddlewareFactory):
         if not self._credentials.accepts(values[0] if len(values) == 1 else None):
             LOGGER.warning("refused a call without a known token")
             raise flight.FlightUnauthenticatedError("this worker wants a bearer token that it knows")
+        if info.method != flight.FlightMethod.DO_EXCHANGE:
+            raise _refusal("a hecompile worker answers DoExchange and no other call")
+
+
+def _refusal(text: str) -> Exception:
+    """The text goes twice: as it is for hecompile clients, and amid what pyarrow adds to it for others."""
+    error: Exception = flight.FlightServerError(text, extra_info=text.encode())
+    return error
 
 
 def _listening_address(address: str, credentials: ServerCredentials, allow_plaintext_network: bool) -> TcpAddress:
