@@ -187,6 +187,8 @@ def _listening_address(address: str, credentials: ServerCredentials, allow_plain
             f"{address} can be reached from other machines without TLS; use flights:// with a certificate, listen on "
             "127.0.0.1 and forward the port over SSH, or pass allow_plaintext_network"
         )
+    if not parsed.tls and not parsed.is_loopback and credentials.token_digests:
+        raise InputError(f"tokens would be sent to {address} in the clear; use flights:// with a certificate")
     if parsed.tls and not parsed.is_loopback and not credentials.authenticates:
         LOGGER.warning("whoever reaches %s is served: neither tokens nor client certificates are asked for", address)
     return parsed

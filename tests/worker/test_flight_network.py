@@ -119,6 +119,9 @@ def test_credentials_that_would_be_shown_or_unused_are_refused(worker: Worker, p
         open_server(worker, PLAIN, credentials=pair[0])
     with pytest.raises(InputError, match="carries neither TLS nor tokens"):
         open_server(worker, "tcp://127.0.0.1:0", credentials=pair[0])
+    tokens = ServerCredentials(token_digests=pair[0].token_digests)
+    with pytest.raises(InputError, match=r"tokens would be sent to flight://0\.0\.0\.0:0 in the clear"):
+        open_server(worker, "flight://0.0.0.0:0", credentials=tokens, allow_plaintext_network=True)
     with pytest.raises(InputError, match="needs a certificate and its key; without TLS it is flight://"):
         open_server(worker, TLS)
 
