@@ -26,5 +26,6 @@ SECTIONS = (
     "hintless",
     "growth",
     "unit_costs",
+    "transports",
 )
 """In the order of the page. A section whose module is not there is left out."""

@@ -201,9 +201,12 @@ def deploy(fleet: FleetFile) -> str:
 
 
 def stop() -> None:
-    """End the fleet and, where this process started it, Ray."""
-    import ray
-    from ray import serve
+    """End the fleet and, where this process started it, Ray. Does nothing where none was started."""
+    try:
+        import ray
+        from ray import serve
+    except ImportError:
+        return
 
     serve.shutdown()
     ray.shutdown()

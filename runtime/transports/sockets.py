@@ -10,7 +10,7 @@ from runtime.protocol import Frame
 from runtime.transports.address import TcpAddress, parse_address
 from runtime.transports.base import FrameTransport, TrafficRecorder, Transport
 from runtime.transports.credentials import ClientCredentials
-from runtime.transports.network import OIP_SCHEMES, load_network_module
+from runtime.transports.network import FLIGHT_SCHEMES, OIP_SCHEMES, load_network_module
 from runtime.transports.pool import TransportPool
 
 
@@ -83,7 +83,8 @@ def connect(
     recorder: TrafficRecorder | None = None,
     reply_timeout: float = 600.0,
 ) -> Transport:
-    """A transport to the worker at `address`, by its scheme; see `SocketTransport` and `runtime.transports.oip`.
+    """A transport to the worker at `address`, by its scheme; see `SocketTransport`, `runtime.transports.oip` and
+    `runtime.transports.flight`.
     `inprocess` has no address: the caller makes an `InProcessTransport` of its own worker."""
     if address == "inprocess":
         raise InputError("an embedded worker is not connected to by address: make an InProcessTransport of it")
@@ -93,8 +94,13 @@ def connect(
             address, credentials=credentials, recorder=recorder, reply_timeout=reply_timeout
         )
         return transport
+    if isinstance(parsed, TcpAddress) and parsed.scheme in FLIGHT_SCHEMES:
+        flight: Transport = load_network_module("runtime.transports.flight").FlightTransport(
+            address, recorder=recorder, reply_timeout=reply_timeout, credentials=credentials
+        )
+        return flight
     if credentials is not None and credentials != ClientCredentials():
-        raise InputError(f"worker address {address!r}: sockets have neither TLS nor tokens; connect to grpcs://")
+        raise InputError(f"worker address {address!r}: sockets have neither TLS nor tokens; connect to grpcs:// or flights://")
     return SocketTransport(address, recorder=recorder, reply_timeout=reply_timeout)
 
 
@@ -104,7 +110,7 @@ def connect_for(
     """A transport to the worker at `address` that takes `in_flight` requests at once: one connection where that carries
     them, else a pool. See `connect`."""
     parsed = parse_address(address)
-    if isinstance(parsed, TcpAddress) and parsed.scheme in OIP_SCHEMES:
+    if isinstance(parsed, TcpAddress) and parsed.scheme in OIP_SCHEMES:  # Flight is faster over several connections
         return connect(address, credentials=credentials, reply_timeout=reply_timeout)
     return TransportPool(lambda: connect(address, credentials=credentials, reply_timeout=reply_timeout), in_flight)
 
