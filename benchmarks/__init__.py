@@ -27,5 +27,6 @@ SECTIONS = (
     "growth",
     "unit_costs",
     "transports",
+    "soak",
 )
 """In the order of the page. A section whose module is not there is left out."""
