@@ -23,8 +23,7 @@ _PATH_KEYS = (
     ("model",),
     ("worker_bundle",),
     *(("worker_credentials", name) for name in ("authority", "certificate", "key", "token")),
-    ("data", "train_file"),
-    ("data", "validation_file"),
+    *(("data", name) for name in ("train_file", "validation_file")),
     ("training", "output_dir"),
 )
 Positive = Annotated[int, Field(ge=1)]
@@ -175,7 +174,7 @@ class Recipe(_Section):
             if self.worker_bundle is None:
                 raise ValueError("worker: inprocess needs worker_bundle, the worker's half of the export")
         elif not self.worker.startswith(WORKER_PREFIXES) or not self.worker.partition("://")[2]:
-            raise ValueError("worker must be inprocess, tcp://host:port, grpc://host:port, grpcs://host:port or unix://path")
+            raise ValueError("worker must be inprocess, tcp://, grpc:// or grpcs://host:port, or unix://path")
         elif self.engine is not None:
             raise ValueError("engine is the worker's own choice unless worker: inprocess; drop it here")
         if self.training.evaluates and self.data.validation_file is None:

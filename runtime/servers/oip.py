@@ -70,7 +70,9 @@ class OipServer:
         if not credentials.tls:
             return int(self._server.add_insecure_port(address.authority))
         authority = credentials.client_authority
-        tls = grpc.ssl_server_credentials([(credentials.key, credentials.certificate)], authority, authority is not None)
+        tls = grpc.ssl_server_credentials(
+            [(credentials.key, credentials.certificate)], authority, authority is not None
+        )
         return int(self._server.add_secure_port(address.authority, tls))
 
     @property
@@ -94,7 +96,9 @@ class _TokenCheck(grpc.ServerInterceptor):
         self._credentials = credentials
 
         def refuse(_: object, context: grpc.ServicerContext) -> None:
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token that the worker knows is wanted (authorization: Bearer)")
+            context.abort(
+                grpc.StatusCode.UNAUTHENTICATED, "a token that the worker knows is wanted (authorization: Bearer)"
+            )
 
         # Of the kinds of handlers the one that is called before a message is there: an unknown client fills no memory.
         self._refusal = grpc.stream_unary_rpc_method_handler(refuse)
