@@ -44,8 +44,9 @@ class OipServer:
     ) -> None:
         credentials = credentials or ServerCredentials()
         check_server_access(address, credentials, allow_plaintext_network)
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="oip")
         self._server = grpc.server(
-            ThreadPoolExecutor(THREADS, thread_name_prefix="oip"),
+            self._threads,
             interceptors=(_TokenCheck(credentials),) if credentials.token_digests else (),
             options=(
                 ("grpc.max_receive_message_length", max_message_bytes),
@@ -87,6 +88,7 @@ class OipServer:
     def __exit__(self, *_: object) -> None:
         """Stop accepting, let requests under way be answered, end the connections."""
         self._server.stop(SEND_TIMEOUT_SECONDS).wait()
+        self._threads.shutdown()
 
 
 class _TokenCheck(grpc.ServerInterceptor):
