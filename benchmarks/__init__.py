@@ -17,6 +17,7 @@ SECTIONS = (
     "worker",
     "gpu",
     "crypto",
+    "verification",
     "step",
     "client_saved",
     "field",
@@ -25,5 +26,7 @@ SECTIONS = (
     "hintless",
     "growth",
     "unit_costs",
+    "transports",
+    "soak",
 )
 """In the order of the page. A section whose module is not there is left out."""

@@ -119,7 +119,7 @@ def measure_steps(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         plan = json.loads((build / CLIENT / MANIFEST).read_text(encoding="utf-8"))["plan"]
         recipe = _write_recipe(scratch, build, checkpoint, batch, steps + 1)
-        worker, address = stack.enter_context(_worker(build / WORKER, engine))
+        worker, address = stack.enter_context(serving(build / WORKER, engine))
         shape = {key: plan[key] for key in ("sequence_buckets", "batch_size")}
         sides = {"encrypted": address} | ({"plaintext": None} if plaintext else {})
         processes = {}
@@ -198,8 +198,11 @@ def text_of_length(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -
 
 
 @contextmanager
-def _worker(bundle: Path, engine: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    arguments = ["-m", "hecompile.cli", "worker", "serve", str(bundle), "--listen", "tcp://127.0.0.1:0"]
+def serving(
+    bundle: Path, engine: str, listen: str = "tcp://127.0.0.1:0"
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A worker process and its address. Raises HecompileError when it does not start."""
+    arguments = ["-m", "hecompile.cli", "worker", "serve", str(bundle), "--listen", listen]
     with _process([*arguments, "--engine", engine]) as process:
         line = _line(process)
         if not line.startswith(_LISTENING):

@@ -193,17 +193,70 @@ def train(
         typer.Argument(help="Changes to the recipe, e.g. training.max_steps=20 worker=tcp://127.0.0.1:7700"),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in training.output_dir.")] = False,
+    on_bad_worker: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="After a wrong reply: stop, or retry-elsewhere (the recipe then names several workers)."),
+    ] = None,
 ) -> None:
     """LoRA fine-tuning with encrypted products. Writes checkpoints, metrics.jsonl and the adapter in PEFT's format."""
     from runtime.recipe import load_recipe
     from runtime.session import open_session
     from runtime.train import run_training
 
-    loaded = load_recipe(recipe, overrides or ())
+    policy = [] if on_bad_worker is None else [f"connection.on_bad_worker={on_bad_worker}"]
+    loaded = load_recipe(recipe, [*(overrides or ()), *policy])
     with open_session(loaded) as session:
         result = run_training(session.model, session.tokenizer, loaded, resume=resume)
     figures = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     _console().print(f"{result.steps} steps, {figures}\nadapter: {result.adapter_dir}", soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    worker: Annotated[str, typer.Argument(help="Where the worker listens, as in a recipe.")],
+    plan: Annotated[Path, typer.Option(help="The client bundle (build/client) whose plan the worker serves.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per step to predict for.")] = 512,
+    authority: Annotated[Optional[Path], typer.Option(help="PEM of who signed the worker's certificate.")] = None,  # noqa: UP045
+    certificate: Annotated[Optional[Path], typer.Option(help="PEM that this client shows.")] = None,  # noqa: UP045
+    key: Annotated[Optional[Path], typer.Option(help="PEM of its key.")] = None,  # noqa: UP045
+    token: Annotated[Optional[Path], typer.Option(help="A file with the bearer token.")] = None,  # noqa: UP045
+) -> None:
+    """What to expect of a worker before training with it: protocol, exactness, link speed, predicted seconds per step."""
+    from rich.table import Table
+
+    from hecompile.client_bundle import ClientBundle
+    from hecompile.prediction import megabytes
+    from runtime.doctor import diagnose
+    from runtime.transports import connect_for
+    from runtime.transports.credentials import ClientCredentials
+
+    bundle = ClientBundle.open(plan)
+    credentials = ClientCredentials.load(authority, certificate, key, token)
+    console = _console()
+    pool = connect_for(worker, 1, credentials)
+    try:
+        with console.status("asking the worker"):
+            found = diagnose(bundle, pool, tokens)
+    finally:
+        pool.close()
+    table = Table(title=f"{worker}, plan {bundle.plan_id[:16]}", show_header=False)
+
+    def speed(value: float | None) -> str:
+        return "too fast to tell" if value is None else f"{megabytes(round(value))}/s"
+
+    for name, value in (
+        ("protocol", f"version {found.protocol}, engine {found.engine}"),
+        ("known answers", "exact"),
+        ("round trip", f"{1e3 * found.round_trip:.2f} ms"),
+        ("link up, down", f"{speed(found.up)}, {speed(found.down)}"),
+        (f"a step of {tokens} tokens", f"{megabytes(found.bytes_step)} up and down"),
+        ("– worker", f"{found.worker_step:.2f} s"),
+        ("– wire", f"{found.wire_step:.2f} s"),
+        ("– client cryptography (predicted)", f"{found.client_step:.2f} s"),
+        ("together, one after the other", f"{found.step:.2f} s, and the client's own model"),
+    ):
+        table.add_row(name, value)
+    console.print(table)
 
 
 @app.command()

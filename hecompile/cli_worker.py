@@ -20,8 +20,8 @@ def worker_serve(
     listen: Annotated[
         str,
         typer.Option(
-            help="tcp://127.0.0.1:PORT (0 picks a free one) or unix:///path/to/socket; grpc:// or grpcs://HOST:PORT, the "
-            "second over TLS, for Open Inference Protocol v2."
+            help="tcp://127.0.0.1:PORT (0 picks a free one) or unix:///path/to/socket; flight:// or flights://HOST:PORT for "
+            "Arrow Flight, grpc:// or grpcs://HOST:PORT for Open Inference Protocol v2, the second of each over TLS."
         ),
     ] = "tcp://127.0.0.1:7700",
     engine: Annotated[
@@ -54,6 +54,15 @@ def worker_serve(
     allow_plaintext_network: Annotated[
         bool, typer.Option(help="Listen on an address other machines can reach, without authentication or TLS.")
     ] = False,
+    layers: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Serve some decoder layers only, FIRST-LAST counted from 0; other workers serve the rest."),
+    ] = None,
+    metrics: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Serve Prometheus metrics at HOST:PORT/metrics."),
+    ] = None,
+    log_format: Annotated[str, typer.Option(help="text, or json: one object per line.")] = "text",
     verbose: Annotated[
         bool, typer.Option(help="Log every request (circuit, tokens, seconds; never the payload).")
     ] = False,
@@ -61,12 +70,14 @@ def worker_serve(
     """Serve a worker bundle until interrupted. The worker sees public weights and ciphertexts, nothing else."""
     from hecompile.errors import InputError
     from hecompile.worker_bundle import WorkerBundle
+    from runtime.engines import create_engine
+    from runtime.engines.base import Engine
+    from runtime.metering import MeteredEngine
+    from runtime.shards import parse_layers, shard
     from runtime.transports.credentials import ServerCredentials
     from runtime.worker import Worker, serve
 
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    for noisy in ("matplotlib", "numba", "asyncio"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    _set_up_logging(log_format, verbose)
     named = (tls_certificate, tls_key, client_authority, token_file)
     if development_certificates is None:
         credentials = ServerCredentials.load(*named)
@@ -74,7 +85,15 @@ def worker_serve(
         raise InputError("--development-certificates stands in place of the four other options; drop it or them")
     else:
         credentials = _development_credentials(development_certificates, listen)
-    worker = Worker(WorkerBundle.open(bundle), engine)
+    opened = WorkerBundle.open(bundle)
+    if layers is not None:
+        opened = shard(opened, parse_layers(layers))
+    chosen: Engine = create_engine(engine, opened)
+    if metrics is not None:
+        chosen = metered = MeteredEngine(chosen)
+        host, port = metered.serve(metrics)
+        logging.getLogger(__name__).info("metrics at http://%s:%d/metrics", host, port)
+    worker = Worker(opened, chosen)
 
     def ready(address: str) -> None:
         print(f"listening on {address}", flush=True)
@@ -86,6 +105,41 @@ def worker_serve(
         credentials=credentials,
         allow_plaintext_network=allow_plaintext_network,
     )
+
+
+@worker_app.command("deploy")
+def worker_deploy(
+    fleet: Annotated[Path, typer.Argument(help="YAML file: bundle, shards, replicas, listen; see docs/fleet.md.")],
+) -> None:
+    """Run a fleet of workers on Ray Serve until interrupted; prints the address of their directory."""
+    import signal
+    import threading
+
+    from runtime.fleet import deploy, load_fleet, stop
+
+    loaded = load_fleet(fleet)
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    try:
+        print(f"workers: {deploy(loaded)}", flush=True)
+        stopped.wait()
+    finally:
+        stop()
+
+
+def _set_up_logging(log_format: str, verbose: bool) -> None:
+    from hecompile.errors import InputError
+    from runtime.metering import JsonFormatter
+
+    if log_format not in ("text", "json"):
+        raise InputError(f"--log-format is text or json, got {log_format!r}")
+    handler = logging.StreamHandler()
+    text = logging.Formatter("%(asctime)s %(name)s %(message)s")
+    handler.setFormatter(JsonFormatter() if log_format == "json" else text)
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
+    for noisy in ("matplotlib", "numba", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def _development_credentials(folder: Path, listen: str) -> ServerCredentials:

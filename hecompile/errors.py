@@ -23,5 +23,10 @@ class WorkerError(HecompileError):
     """The worker refused a request, broke the protocol or returned something it must not."""
 
 
+class WorkerUnavailableError(WorkerError):
+    """No answer: the worker cannot be reached, the connection broke, or it was silent too long. Asking again, or another
+    worker of the plan, may help; the request had no effect."""
+
+
 class VerificationError(WorkerError):
     """A reply is not the product that was asked for: the worker cheats, or its machine or the link is broken."""

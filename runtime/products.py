@@ -22,14 +22,14 @@ from hecompile.client_bundle import ClientBundle
 from hecompile.errors import InputError, VerificationError, WorkerError
 from hecompile.he.check_store import CheckStore
 from hecompile.he.encode import decode, encode
-from hecompile.he.fused import decrypt_reals, encrypt_reals
+from hecompile.he.fused import RealKey, decrypt_reals, encrypt_reals
 from hecompile.he.hints import Hint, HintStore
 from hecompile.he.parameters import LinearParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.verification import Checks, hint_is_right
 from hecompile.worker_bundle import WorkerBundle
 from runtime.hintless import hint_of
-from runtime.transports import Answer, Transport, open_connection
+from runtime.transports import Answer, Replicas, Transport, open_connection
 
 DEFAULT_CACHE_BYTES = 512 << 20
 _LOG = logging.getLogger(__name__)
@@ -94,13 +94,21 @@ class EncryptedProducts(Products):
     """Products by an untrusted worker on ciphertexts. Every call encrypts under fresh one-time secrets.
 
     Every reply is verified (`hecompile.he.verification`). Opening says hello and runs the known-answer test. `cache_bytes`
-    bounds the memory for transformed hints.
+    bounds the memory for transformed hints. With `retry_elsewhere`, over `Replicas`, a worker whose reply is wrong is not
+    asked again and another one is; else the product raises VerificationError.
     Raises WorkerError when the worker serves another plan or computes wrongly.
     """
 
-    def __init__(self, bundle: ClientBundle, transport: Transport, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        bundle: ClientBundle,
+        transport: Transport,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        retry_elsewhere: bool = False,
+    ) -> None:
         super().__init__(bundle.circuits)
         self._transport = transport
+        self._retry_elsewhere = retry_elsewhere
         self._turn = threading.Lock()  # for a transport that takes one request at a time
         self._check_circuits(open_connection(transport, bundle.plan_id).circuits.keys())
         self._ring = bundle.ring
@@ -126,21 +134,17 @@ class EncryptedProducts(Products):
         if key.tokens == 0:
             return x.new_zeros(len(x), parameters.out_features)
         encrypted = time.perf_counter()
-        answers = [self._ask(lambda: self._transport.evaluate(circuit, ciphertext.planes.numpy()))]
-        if self._hintless:
-            answers.append(self._ask(lambda: self._transport.setup(circuit, self._ring.lattice_dim)))
-        answered = time.perf_counter()
-        reply = torch.from_numpy(answers[0].planes)
-        if self._hintless:
-            hint = hint_of(answers[1], self._ring, parameters)
-            self._verify_hint(circuit, hint, checks)
-        else:
-            hint = self._hints.hint(circuit, parameters.out_features)
-        try:
-            result = decrypt_reals(key, hint, reply, parameters, row_scale)
-        except VerificationError as error:
-            raise VerificationError(f"{circuit}: {error}. {_ADVICE}") from None
-        self._hints.release(circuit)
+        while True:
+            answers = [self._ask(lambda: self._transport.evaluate(circuit, ciphertext.planes.numpy()))]
+            if self._hintless:
+                answers.append(self._ask(lambda: self._transport.setup(circuit, self._ring.lattice_dim)))
+            answered = time.perf_counter()
+            try:
+                result = self._open(circuit, answers, key, row_scale, checks)
+            except VerificationError as error:
+                self._go_elsewhere(circuit, error, {answer.worker for answer in answers})
+                continue
+            break
         done = time.perf_counter()
         worker_seconds = sum(answer.worker_seconds for answer in answers)
         with self._lock:
@@ -151,11 +155,38 @@ class EncryptedProducts(Products):
             self.costs.bytes_down += sum(answer.bytes_received for answer in answers)
         return result
 
+    def _open(
+        self, circuit: str, answers: list[Answer], key: RealKey, row_scale: Tensor | None, checks: Checks
+    ) -> Tensor:
+        """Verify and decrypt. Raises VerificationError."""
+        parameters = self.circuits[circuit]
+        if self._hintless:
+            hint = hint_of(answers[1], self._ring, parameters)
+            self._verify_hint(circuit, hint, checks)
+        else:
+            hint = self._hints.hint(circuit, parameters.out_features)
+        result = decrypt_reals(key, hint, torch.from_numpy(answers[0].planes), parameters, row_scale)
+        self._hints.release(circuit)
+        return result
+
+    def _go_elsewhere(self, circuit: str, error: VerificationError, workers: set[str]) -> None:
+        """Drop the workers that answered wrongly, if another may be asked; the same ciphertext then goes there. What is done
+        depends on the reply's check sums alone, which hold nothing that was decrypted."""
+        named = ", ".join(sorted(name for name in workers if name)) or "the worker"
+        message = f"{circuit}: {named}: {error}"
+        if not self._retry_elsewhere or not isinstance(self._transport, Replicas):
+            raise VerificationError(f"{message}. {_ADVICE}") from None
+        # Of two workers that answered, one with the hint, there is no telling which was wrong.
+        left = [self._transport.distrust(name) for name in workers]
+        if not all(left):
+            raise VerificationError(f"{message}. No other worker is left. {_ADVICE}") from None
+        _LOG.warning("%s. That worker is not asked again", message)
+
     def _verify_hint(self, circuit: str, hint: Hint, checks: Checks) -> None:
         everything = slice(0, self.circuits[circuit].in_features)
         matrix = self._public.coefficients(everything).flatten(1)  # int32 [in, rank · ring_dim]
         if not hint_is_right(checks, hint.coefficients(slice(0, hint.rows)), matrix):
-            raise VerificationError(f"{circuit}: the worker's hint is not the product that was asked for. {_ADVICE}")
+            raise VerificationError("the worker's hint is not the product that was asked for")
 
     def _ask(self, request: Callable[[], Answer]) -> Answer:
         if self._transport.concurrent:

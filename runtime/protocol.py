@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from hecompile.errors import WorkerError
+from hecompile.errors import WorkerError, WorkerUnavailableError
 
 # Python ignores SIGPIPE, but a library loaded later may not: LLVM, inside concrete-python, takes the process down with it.
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
@@ -211,7 +211,7 @@ def _receive(connection: socket.socket, count: int) -> bytearray:
     while received < count:
         chunk = connection.recv_into(view[received:])
         if chunk == 0:
-            raise WorkerError(f"connection closed in mid-message: {received} of {count} bytes had arrived")
+            raise WorkerUnavailableError(f"connection closed in mid-message: {received} of {count} bytes had arrived")
         received += chunk
     return buffer
 

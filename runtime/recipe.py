@@ -16,15 +16,17 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hecompile.errors import InputError
+from runtime.directory import SCHEMES as DIRECTORY_SCHEMES
+from runtime.transports.address import parse_address
 
 UNIX_PREFIX = "unix://"
-WORKER_PREFIXES = ("tcp://", "grpc://", "grpcs://", UNIX_PREFIX)
 _PATH_KEYS = (
     ("model",),
     ("worker_bundle",),
-    *(("worker_credentials", name) for name in ("authority", "certificate", "key", "token")),
-    *(("data", name) for name in ("train_file", "validation_file")),
+    ("data", "train_file"),
+    ("data", "validation_file"),
     ("training", "output_dir"),
+    *(("connection", name) for name in ("authority", "certificate", "key", "token")),
 )
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -50,16 +52,6 @@ class LoraSection(_Section):
     lora_alpha: float | None = None
     lora_dropout: Fraction | None = None
     target_modules: list[str] | None = None
-
-
-class CredentialsSection(_Section):
-    """Files for a worker across a network: whose certificates to believe (PEM; by default the system's list), a certificate
-    and key for a worker that asks for one, and a token."""
-
-    authority: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
-    token: Path | None = None
 
 
 class TrainingSection(_Section):
@@ -151,32 +143,66 @@ class TrainingSection(_Section):
         return self.eval_on_start or self.eval_steps is not None or self.eval_strategy == "epoch"
 
 
+class ConnectionSection(_Section):
+    """How workers are reached.
+
+    * `authority`: PEM file of who signs the workers' certificates (default: the system's list); `certificate` and `key`:
+      what this client shows; `token`: a file with the bearer token that workers ask for.
+    * `reply_timeout`: seconds of silence after which a request counts as lost; `attempts`: how often one is sent at most, to
+      one worker or several, with growing waits between.
+    * `on_bad_worker`: what a reply that is not the product asked for does. `stop` ends the run at its last checkpoint;
+      `retry-elsewhere` never asks that worker again and sends the same ciphertext to another.
+    """
+
+    authority: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    token: Path | None = None
+    reply_timeout: Annotated[float, Field(gt=0)] = 600.0
+    attempts: Positive = 6
+    on_bad_worker: Literal["stop", "retry-elsewhere"] = "stop"
+
+
 class Recipe(_Section):
     """One training run.
 
-    `model` is the client bundle. `worker` is where the worker listens (`tcp://host:port`, `unix://path`,
-    `grpc://host:port`, or `grpcs://host:port` with TLS) or `inprocess`, which runs `worker_bundle` with `engine` (by default
-    the fastest on this CPU) in this process.
+    `model` is the client bundle. `worker` is where the worker listens (`tcp://host:port`, `unix://path`, `grpc://`,
+    `grpcs://`, `flight://` or `flights://host:port`), a list of such addresses for several workers of one plan (which
+    may hold some of its layers each), the `http://` address of a fleet's directory, or `inprocess`, which runs
+    `worker_bundle` with `engine` (by default the fastest on this CPU) in this process.
     """
 
     model: Path
-    worker: str = "inprocess"
+    worker: str | Annotated[list[str], Field(min_length=1)] = "inprocess"
     worker_bundle: Path | None = None
-    worker_credentials: CredentialsSection = CredentialsSection()
     engine: Literal["auto", "vnni", "torch", "torch-cuda", "onnxruntime", "cleartext"] | None = None
     data: DataSection
     training: TrainingSection
     lora: LoraSection | None = None
+    connection: ConnectionSection = ConnectionSection()
+
+    @property
+    def workers(self) -> list[str]:
+        """The addresses in `worker`."""
+        return [self.worker] if isinstance(self.worker, str) else self.worker
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.worker == "inprocess":
             if self.worker_bundle is None:
                 raise ValueError("worker: inprocess needs worker_bundle, the worker's half of the export")
-        elif not self.worker.startswith(WORKER_PREFIXES) or not self.worker.partition("://")[2]:
-            raise ValueError("worker must be inprocess, tcp://, grpc:// or grpcs://host:port, or unix://path")
         elif self.engine is not None:
             raise ValueError("engine is the worker's own choice unless worker: inprocess; drop it here")
+        if self.worker != "inprocess":
+            if len(set(self.workers)) < len(self.workers):
+                raise ValueError("worker names an address twice")
+            for address in self.workers:
+                if len(self.workers) == 1 and address.startswith(DIRECTORY_SCHEMES):
+                    continue
+                try:
+                    parse_address(address)
+                except InputError as error:
+                    raise ValueError(f"{error}, or inprocess") from None
         if self.training.evaluates and self.data.validation_file is None:
             raise ValueError("the training section asks for evaluation; give data.validation_file")
         return self
@@ -263,13 +289,25 @@ def _resolve_paths(document: dict[str, Any], directory: Path) -> None:
         if isinstance(target, dict) and isinstance(target.get(leaf), str):
             target[leaf] = str(directory / target[leaf])
     worker = document.get("worker")
-    if isinstance(worker, str) and worker.startswith(UNIX_PREFIX) and worker != UNIX_PREFIX:
-        document["worker"] = f"{UNIX_PREFIX}{directory / worker.removeprefix(UNIX_PREFIX)}"
+    if isinstance(worker, str):
+        document["worker"] = _resolve_address(worker, directory)
+    elif isinstance(worker, list):
+        document["worker"] = [_resolve_address(one, directory) if isinstance(one, str) else one for one in worker]
+
+
+def _resolve_address(worker: str, directory: Path) -> str:
+    if not worker.startswith(UNIX_PREFIX) or worker == UNIX_PREFIX:
+        return worker
+    return f"{UNIX_PREFIX}{directory / worker.removeprefix(UNIX_PREFIX)}"
 
 
 def _known_keys() -> list[str]:
-    sections: dict[str, type[_Section]] = {"data": DataSection, "training": TrainingSection, "lora": LoraSection}
-    sections["worker_credentials"] = CredentialsSection
+    sections: dict[str, type[_Section]] = {
+        "data": DataSection,
+        "training": TrainingSection,
+        "lora": LoraSection,
+        "connection": ConnectionSection,
+    }
     inner = [f"{name}.{field}" for name, section in sections.items() for field in section.model_fields]
     return [*Recipe.model_fields, *inner]
 

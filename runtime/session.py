@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -12,10 +13,11 @@ from hecompile.client_bundle import ClientBundle
 from hecompile.errors import InputError
 from hecompile.worker_bundle import WorkerBundle
 from runtime.client import EncryptedCausalLM
+from runtime.directory import SCHEMES, fetch_workers
 from runtime.engines import DEFAULT_ENGINE
 from runtime.products import CleartextProducts, EncryptedProducts, Products
 from runtime.recipe import Recipe
-from runtime.transports import InProcessTransport, connect_for
+from runtime.transports import InProcessTransport, Replicas, RetryPolicy, Transport, connect_for
 from runtime.transports.credentials import ClientCredentials
 from runtime.worker import Worker
 
@@ -41,6 +43,25 @@ def open_session(recipe: Recipe) -> Iterator[Session]:
         products.close()
 
 
+def connect_workers(recipe: Recipe) -> Replicas:
+    """A transport to the recipe's workers, not opened yet; each has a connection for every micro-batch in flight."""
+    section = recipe.connection
+    in_flight = recipe.training.micro_batches_in_flight
+
+    credentials = ClientCredentials.load(section.authority, section.certificate, section.key, section.token)
+
+    def pool(address: str) -> Transport:
+        return connect_for(address, in_flight, credentials, section.reply_timeout)
+
+    def discover() -> dict[str, Callable[[], Transport]]:
+        return {address: partial(pool, address) for address in fetch_workers(recipe.workers[0], credentials)}
+
+    policy = RetryPolicy(section.attempts)
+    if recipe.workers[0].startswith(SCHEMES):
+        return Replicas(discover(), policy, discover)
+    return Replicas({address: partial(pool, address) for address in recipe.workers}, policy)
+
+
 def load_tokenizer(bundle: ClientBundle) -> PreTrainedTokenizerBase:
     """The tokenizer that travels with the plan: the original checkpoint is not needed."""
     try:
@@ -53,10 +74,8 @@ def load_tokenizer(bundle: ClientBundle) -> PreTrainedTokenizerBase:
 def open_products(bundle: ClientBundle, recipe: Recipe) -> Products:
     """Connect to the recipe's worker. The cleartext engine is used only where the recipe asks for it by name."""
     if recipe.worker != "inprocess":
-        in_flight = recipe.training.micro_batches_in_flight
-        files = recipe.worker_credentials
-        credentials = ClientCredentials.load(files.authority, files.certificate, files.key, files.token)
-        return EncryptedProducts(bundle, connect_for(recipe.worker, in_flight, credentials))
+        elsewhere = recipe.connection.on_bad_worker == "retry-elsewhere"
+        return EncryptedProducts(bundle, connect_workers(recipe), retry_elsewhere=elsewhere)
     assert recipe.worker_bundle is not None  # the recipe was validated
     worker_bundle = WorkerBundle.open(recipe.worker_bundle)
     if recipe.engine == "cleartext":

@@ -8,7 +8,7 @@ from hecompile.errors import InputError
 from runtime import protocol
 from runtime.transports.address import TcpAddress, parse_address
 from runtime.transports.credentials import ServerCredentials
-from runtime.transports.network import OIP_SCHEMES, load_network_module
+from runtime.transports.network import FLIGHT_SCHEMES, OIP_SCHEMES, load_network_module
 from runtime.worker import Worker, WorkerServer
 
 
@@ -46,8 +46,19 @@ def open_server(
             max_message_bytes=max_message_bytes,
         )
         return server
+    if scheme in FLIGHT_SCHEMES:
+        flight: Server = load_network_module("runtime.servers.flight").FlightWorkerServer(
+            worker,
+            address,
+            allow_plaintext_network=allow_plaintext_network,
+            max_message_bytes=max_message_bytes,
+            credentials=credentials,
+        )
+        return flight
     if credentials.tls or credentials.authenticates:
-        raise InputError(f"{scheme}:// has neither TLS nor tokens; listen on grpcs://, or drop the credentials")
+        raise InputError(
+            f"{scheme}:// has neither TLS nor tokens; listen on grpcs:// or flights://, or drop the credentials"
+        )
     return WorkerServer(
         worker, address, allow_plaintext_network=allow_plaintext_network, max_message_bytes=max_message_bytes
     )

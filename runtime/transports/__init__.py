@@ -6,12 +6,15 @@ from runtime.transports.base import Answer, Direction, TrafficRecorder, Transpor
 from runtime.transports.connection import open_connection
 from runtime.transports.inprocess import InProcessTransport
 from runtime.transports.pool import TransportPool
+from runtime.transports.replicas import Replicas, RetryPolicy
 from runtime.transports.sockets import SocketTransport, connect, connect_for
 
 __all__ = [
     "Answer",
     "Direction",
     "InProcessTransport",
+    "Replicas",
+    "RetryPolicy",
     "SocketTransport",
     "TrafficRecorder",
     "Transport",

@@ -39,12 +39,14 @@ class Answer:
     worker_seconds: what the worker says its engine took; the rest of the waiting time is the wire, and the worker's other
     requests.
     bytes_sent, bytes_received: whole frames of this request.
+    worker: which of several workers answered; "" where there is but one.
     """
 
     planes: np.ndarray
     worker_seconds: float
     bytes_sent: int
     bytes_received: int
+    worker: str = ""
 
 
 class Transport(Protocol):
@@ -68,7 +70,8 @@ class Transport(Protocol):
     def evaluate(self, circuit: str, planes: np.ndarray) -> Answer:
         """planes: uint8 [upload_limbs, T, in].
 
-        Raises WorkerError when the worker refuses, breaks the protocol, is gone or takes too long.
+        Raises WorkerError when the worker refuses or breaks the protocol, WorkerUnavailableError when it is gone or takes
+        too long.
         """
         ...
 

@@ -11,6 +11,8 @@ from runtime.transports.credentials import ClientCredentials, ServerCredentials
 
 OIP_SCHEMES = ("grpc", "grpcs")
 """Open Inference Protocol v2; the second over TLS."""
+FLIGHT_SCHEMES = ("flight", "flights")
+"""Arrow Flight, likewise."""
 
 
 def load_network_module(name: str) -> ModuleType:
@@ -20,7 +22,8 @@ def load_network_module(name: str) -> ModuleType:
     except (ImportError, RuntimeError) as error:  # RuntimeError: tritonclient without its own extra
         missing = getattr(error, "name", None) or str(error).split(";")[0]
         raise InputError(
-            f"grpc:// and grpcs:// need packages that are not installed ({missing}): pip install hecompile[network]"
+            f"grpc://, grpcs://, flight:// and flights:// need packages that are not installed ({missing}): "
+            "pip install hecompile[network]"
         ) from error
 
 

@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 from google.protobuf.message import DecodeError, Message
 
-from hecompile.errors import InputError, WorkerError
+from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
 from hecompile.model_repository import INPUT_NAME, OUTPUT_NAME, PLAN_ID_PARAMETER
 from hecompile.public_rows import exact_name
 from hecompile.worker_bundle import KNOWN_ANSWER
@@ -187,7 +187,7 @@ class OipTransport:
         """Fill `response` with the worker's answer; (bytes sent, bytes received). Raises WorkerError."""
         channel = self._channel
         if channel is None:
-            raise WorkerError(f"the connection to the worker at {self._address} is closed; connect again")
+            raise WorkerUnavailableError(f"the connection to the worker at {self._address} is closed; connect again")
         data = request.SerializeToString()
         if len(data) > self._max_message_bytes:
             raise WorkerError(
@@ -202,7 +202,8 @@ class OipTransport:
         except grpc.RpcError as error:
             raise self._failure(error.code(), _printable(error.details() or ""), timeout) from None
         except ValueError:  # closed by another thread meanwhile
-            raise WorkerError(f"the connection to the worker at {self._address} is closed; connect again") from None
+            message = f"the connection to the worker at {self._address} is closed; connect again"
+            raise WorkerUnavailableError(message) from None
         self._record("received", answer)
         try:
             response.ParseFromString(answer)
@@ -213,13 +214,13 @@ class OipTransport:
     def _failure(self, code: grpc.StatusCode, details: str, timeout: float) -> WorkerError:
         status = f"gRPC status {code.name}"
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return WorkerError(
+            return WorkerUnavailableError(
                 f"the worker at {self._address} was silent for {timeout:g} s ({status}); "
                 "see its log, or raise the reply timeout for a slow machine"
             )
         if code in _ENDED:
             advice = ", and do the certificates of both sides fit" if self._tls else ""
-            return WorkerError(
+            return WorkerUnavailableError(
                 f"the worker at {self._address} cannot be reached ({status}: {details}); "
                 f"is it running (`hecompile worker serve`){advice}?"
             )

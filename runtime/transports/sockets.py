@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import socket
 
-from hecompile.errors import InputError, WorkerError
+from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
 from runtime import protocol
 from runtime.protocol import Frame
 from runtime.transports.address import TcpAddress, parse_address
 from runtime.transports.base import FrameTransport, TrafficRecorder, Transport
 from runtime.transports.credentials import ClientCredentials
-from runtime.transports.network import OIP_SCHEMES, load_network_module
+from runtime.transports.network import FLIGHT_SCHEMES, OIP_SCHEMES, load_network_module
 from runtime.transports.pool import TransportPool
 
 
@@ -40,7 +40,7 @@ class SocketTransport(FrameTransport):
 
     def _exchange(self, frame: Frame) -> Frame:
         if self._socket is None:
-            raise WorkerError(f"the connection to the worker at {self._address} is closed; connect again")
+            raise WorkerUnavailableError(f"the connection to the worker at {self._address} is closed; connect again")
         if frame.size > self._max_message_bytes:
             raise WorkerError(
                 f"request of {frame.size} bytes; at most {self._max_message_bytes} are sent; use a smaller batch"
@@ -50,19 +50,23 @@ class SocketTransport(FrameTransport):
             protocol.send_frame(self._socket, frame)
             answer = protocol.receive_frame(self._socket, self._max_message_bytes)
         except TimeoutError as error:
-            raise WorkerError(
+            raise WorkerUnavailableError(
                 f"the worker at {self._address} was silent for {self._reply_timeout:g} s; "
                 "see its log, or raise the reply timeout for a slow machine"
             ) from error
         except OSError as error:
-            raise WorkerError(f"the connection to the worker at {self._address} broke: {_reason(error)}") from error
+            raise WorkerUnavailableError(
+                f"the connection to the worker at {self._address} broke: {_reason(error)}"
+            ) from error
         except WorkerError as error:
-            raise WorkerError(f"worker at {self._address}: {error}") from error
+            raise type(error)(f"worker at {self._address}: {error}") from error
         finally:
             if answer is None:
                 self.close()
         if answer is None:
-            raise WorkerError(f"the worker at {self._address} closed the connection without an answer; see its log")
+            raise WorkerUnavailableError(
+                f"the worker at {self._address} closed the connection without an answer; see its log"
+            )
         return answer
 
     def close(self) -> None:
@@ -79,7 +83,8 @@ def connect(
     recorder: TrafficRecorder | None = None,
     reply_timeout: float = 600.0,
 ) -> Transport:
-    """A transport to the worker at `address`, by its scheme; see `SocketTransport` and `runtime.transports.oip`.
+    """A transport to the worker at `address`, by its scheme; see `SocketTransport`, `runtime.transports.oip` and
+    `runtime.transports.flight`.
     `inprocess` has no address: the caller makes an `InProcessTransport` of its own worker."""
     if address == "inprocess":
         raise InputError("an embedded worker is not connected to by address: make an InProcessTransport of it")
@@ -89,18 +94,25 @@ def connect(
             address, credentials=credentials, recorder=recorder, reply_timeout=reply_timeout
         )
         return transport
+    if isinstance(parsed, TcpAddress) and parsed.scheme in FLIGHT_SCHEMES:
+        flight: Transport = load_network_module("runtime.transports.flight").FlightTransport(
+            address, recorder=recorder, reply_timeout=reply_timeout, credentials=credentials
+        )
+        return flight
     if credentials is not None and credentials != ClientCredentials():
-        raise InputError(f"worker address {address!r}: sockets have neither TLS nor tokens; connect to grpcs://")
+        raise InputError(f"worker address {address!r}: sockets have neither TLS nor tokens; connect to grpcs:// or flights://")
     return SocketTransport(address, recorder=recorder, reply_timeout=reply_timeout)
 
 
-def connect_for(address: str, in_flight: int, credentials: ClientCredentials | None = None) -> Transport:
+def connect_for(
+    address: str, in_flight: int, credentials: ClientCredentials | None = None, reply_timeout: float = 600.0
+) -> Transport:
     """A transport to the worker at `address` that takes `in_flight` requests at once: one connection where that carries
     them, else a pool. See `connect`."""
     parsed = parse_address(address)
-    if isinstance(parsed, TcpAddress) and parsed.scheme in OIP_SCHEMES:
-        return connect(address, credentials=credentials)
-    return TransportPool(lambda: connect(address, credentials=credentials), in_flight)
+    if isinstance(parsed, TcpAddress) and parsed.scheme in OIP_SCHEMES:  # Flight is faster over several connections
+        return connect(address, credentials=credentials, reply_timeout=reply_timeout)
+    return TransportPool(lambda: connect(address, credentials=credentials, reply_timeout=reply_timeout), in_flight)
 
 
 def _open(address: str, timeout: float) -> socket.socket:
@@ -120,7 +132,7 @@ def _open(address: str, timeout: float) -> socket.socket:
             raise
         return connection
     except OSError as error:
-        raise WorkerError(
+        raise WorkerUnavailableError(
             f"no worker answers at {address}: {_reason(error)}; start one with `hecompile worker serve`"
         ) from error
 

@@ -20,19 +20,8 @@ from runtime.engines.cuda_engine import CudaEngine
 from runtime.engines.torch_engine import TorchEngine
 from runtime.servers import open_server
 from runtime.transports import InProcessTransport, Transport, TransportPool, connect, open_connection
-from runtime.transports.credentials import (
-    AUTHORITY,
-    CLIENT,
-    CLIENT_KEY,
-    SERVER,
-    SERVER_KEY,
-    TOKEN,
-    ClientCredentials,
-    ServerCredentials,
-    make_development_certificates,
-)
 from runtime.worker import Worker
-from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
+from tests.worker.bundles import PLAN_ID, development_credentials, extreme_planes, extreme_weight, write_bundle
 
 IN, OUT = 67, 29  # odd, so that vector kernels meet their remainders
 TINY_IN, TINY_OUT = 4, 3
@@ -152,26 +141,38 @@ def test_unknown_engine_is_named_with_the_choices(bundle: WorkerBundle) -> None:
     assert "concrete" in ENGINES
 
 
+LISTEN = {
+    "tcp": "tcp://127.0.0.1:0",
+    "pool": "tcp://127.0.0.1:0",
+    "unix": "unix://{directory}/socket",
+    "flight": "flight://127.0.0.1:0",
+    "flight-pool": "flight://127.0.0.1:0",
+    "flight-tls": "flights://127.0.0.1:0",
+    "grpc": "grpc://127.0.0.1:0",
+    "grpcs": "grpcs://127.0.0.1:0",
+}
+
+
 @contextmanager
 def open_transport(kind: str, worker: Worker, directory: Path) -> Iterator[Transport]:
     with ExitStack() as stack:
         if kind == "inprocess":
             transport: Transport = InProcessTransport(worker)
         else:
-            listen = {"unix": f"unix://{directory}/socket", "pool": "tcp://127.0.0.1:0"}.get(kind, f"{kind}://127.0.0.1:0")
-            served = shown = None
-            if kind == "grpcs":
-                make_development_certificates(directory / "keys")
-                names = (SERVER, SERVER_KEY, AUTHORITY, TOKEN), (AUTHORITY, CLIENT, CLIENT_KEY, TOKEN)
-                served = ServerCredentials.load(*(directory / "keys" / name for name in names[0]))
-                shown = ClientCredentials.load(*(directory / "keys" / name for name in names[1]))
-            address = stack.enter_context(open_server(worker, listen, credentials=served)).address
-            transport = TransportPool(lambda: connect(address), 3) if kind == "pool" else connect(address, credentials=shown)
+            listen = LISTEN[kind].format(directory=directory)
+            own, other = None, None
+            if listen.startswith("flight"):
+                pytest.importorskip("pyarrow.flight", exc_type=ImportError)
+            if listen.startswith(("flights:", "grpcs:")):
+                own, other = development_credentials(directory)
+            address = stack.enter_context(open_server(worker, listen, credentials=own)).address
+            pool = kind in ("pool", "flight-pool")
+            transport = TransportPool(lambda: connect(address), 3) if pool else connect(address, credentials=other)
         stack.callback(transport.close)
         yield transport
 
 
-@pytest.mark.parametrize("kind", ["inprocess", "tcp", "unix", "pool", "grpc", "grpcs"])
+@pytest.mark.parametrize("kind", ["inprocess", *LISTEN])
 def test_every_transport_gives_the_same_bytes(
     kind: str, bundle: WorkerBundle, engine: Engine, tmp_path: Path
 ) -> None:
@@ -188,7 +189,7 @@ def test_every_transport_gives_the_same_bytes(
     assert answer.worker_seconds > 0
 
 
-@pytest.mark.parametrize("kind", ["inprocess", "pool", "grpc", "grpcs"])
+@pytest.mark.parametrize("kind", ["inprocess", "pool", "flight", "flight-pool", "flight-tls", "grpc", "grpcs"])
 def test_requests_of_several_threads_are_not_mixed_up(
     kind: str, bundle: WorkerBundle, engine: Engine, tmp_path: Path
 ) -> None:

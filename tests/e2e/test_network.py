@@ -38,7 +38,7 @@ def worker_over_tls(build: Build, folder: Path) -> Iterator[list[str]]:
     served = ServerCredentials.load(*(folder / name for name in (SERVER, SERVER_KEY, AUTHORITY, TOKEN)))
     files = {"authority": AUTHORITY, "certificate": CLIENT_CERTIFICATE, "key": CLIENT_KEY, "token": TOKEN}
     with open_server(Worker(build.worker), "grpcs://127.0.0.1:0", credentials=served) as server:
-        shown = [f"worker_credentials.{name}={folder / file}" for name, file in files.items()]
+        shown = [f"connection.{name}={folder / file}" for name, file in files.items()]
         yield [f"worker={server.address}", *shown]
 
 

@@ -86,10 +86,10 @@ def test_training_arguments_have_the_recipes_values(recipe_file: Path) -> None:
         ("training.eval_strategy=steps", "training: eval_strategy: steps needs eval_steps"),
         ("training.eval_steps=2", "give data.validation_file"),
         ("training.lr_scheduler_type=cosin", "training.lr_scheduler_type: Input should be 'linear'"),
-        ("worker=http://x", "worker must be inprocess, tcp://, grpc:// or grpcs://host:port, or unix://path"),
-        ("worker=unix://", "worker must be inprocess, tcp://, grpc:// or grpcs://host:port, or unix://path"),
+        ("worker=ftp://x:1", "needs tcp://, grpc://, grpcs://, flight:// or flights://host:port"),
+        ("worker=[tcp://a:1,tcp://a:1]", "worker names an address twice"),
+        ("worker=unix://", "or unix:///path, or inprocess"),
         ("worker=inprocess", "worker: inprocess needs worker_bundle"),
-        ("worker_credentials.tokn=x", "unknown key worker_credentials.tokn; did you mean worker_credentials.token?"),
         ("engine=torch", "engine is the worker's own choice"),
         ("engine=cuda", "engine: Input should be 'auto', 'vnni', 'torch', 'torch-cuda', 'onnxruntime' or 'cleartext'"),
     ],
@@ -99,14 +99,6 @@ def test_a_wrong_override_gives_one_line_that_names_the_key(recipe_file: Path, o
         load_recipe(recipe_file, [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_the_files_of_the_credentials_are_found_from_the_recipe(recipe_file: Path) -> None:
-    assert load_recipe(recipe_file).worker_credentials.token is None
-    recipe_file.write_text(recipe_file.read_text() + "worker_credentials: {authority: keys/authority.pem, token: /t}\n")
-    credentials = load_recipe(recipe_file, ["worker=grpcs://worker.example:8001"]).worker_credentials
-    assert credentials.authority == recipe_file.parent / "keys/authority.pem"
-    assert (credentials.token, credentials.key) == (Path("/t"), None)
 
 
 def test_conflicting_warmups_are_refused(recipe_file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Small worker bundles for the tests."""
+"""Small worker bundles, and credentials, for the tests."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy as np
 
 from hecompile.worker_bundle import WorkerBundle, WorkerBundleWriter
 from passes.lower_worker import LowerWorker, encrypted_linear_model
+from runtime.transports import credentials
+from runtime.transports.credentials import ClientCredentials, ServerCredentials, make_development_certificates
 
 PLAN_ID = "00112233445566778899aabbccddeeff"
 
@@ -39,3 +41,14 @@ def write_bundle(
                 model = encrypted_linear_model(matrix, limbs, reply_bytes, f"{name}.{direction}")
                 writer.add(LowerWorker()(model).model)
         return writer.commit()
+
+
+def development_credentials(directory: Path) -> tuple[ServerCredentials, ClientCredentials]:
+    """New ones that fit each other: certificates on both sides and a token."""
+    made = directory / "credentials"
+    make_development_certificates(made)
+    authority, token = made / credentials.AUTHORITY, made / credentials.TOKEN
+    return (
+        ServerCredentials.load(made / credentials.SERVER, made / credentials.SERVER_KEY, authority, token),
+        ClientCredentials.load(authority, made / credentials.CLIENT, made / credentials.CLIENT_KEY, token),
+    )

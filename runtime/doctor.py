@@ -1,0 +1,125 @@
+"""What to expect of a worker before training with it: protocol, exactness, link, and predicted seconds of a step.
+
+Every request is one that training makes, on random bytes in place of ciphertexts, which look no different.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from hecompile.client_bundle import ClientBundle
+from hecompile.costs import CostModel
+from hecompile.inspection import circuits_without_gradient
+from hecompile.known_answer import KNOWN_ANSWER, known_answer_vector
+from runtime.transports import Answer, Transport, open_connection
+
+ROUND_TRIPS, PRODUCTS = 15, 3
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found. Times in seconds, speeds in bytes per second, per step of `tokens` tokens where it says so.
+
+    Attributes:
+        engine: what the worker calls itself.
+        protocol: version.
+        round_trip: median of a request of one token.
+        up, down: speed of the link; None where it was too fast beside the worker's own time to tell.
+        worker_step: the worker's own time.
+        wire_step: the rest of the time between request and reply.
+        client_step: the client's cryptography, by the cost model.
+        bytes_step: up and down.
+    """
+
+    engine: str
+    protocol: int
+    round_trip: float
+    up: float | None
+    down: float | None
+    tokens: int
+    worker_step: float
+    wire_step: float
+    client_step: float
+    bytes_step: int
+
+    @property
+    def step(self) -> float:
+        """Predicted seconds, without the client's own model, one request after the other."""
+        return self.worker_step + self.wire_step + self.client_step
+
+
+@dataclass(frozen=True)
+class _Sample:
+    bytes_up: int
+    bytes_down: int
+    worker: float
+    rest: float
+
+
+def diagnose(
+    bundle: ClientBundle, transport: Transport, tokens: int, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Diagnosis:
+    """Ask the worker behind `transport` (not opened yet) one product of each shape that a step of the plan has.
+
+    Raises WorkerError as opening the connection does: when it serves another plan, computes wrongly or does not answer.
+    """
+    info = open_connection(transport, bundle.plan_id)
+    planes, _ = known_answer_vector(bundle.plan_id)
+    trips = [_timed(lambda: transport.evaluate(KNOWN_ANSWER, planes[:, :1])) for _ in range(ROUND_TRIPS)]
+    skipped = circuits_without_gradient(bundle.graph())
+    used = {name: parameters for name, parameters in bundle.circuits.items() if name not in skipped}
+    shapes = {(p.upload_limbs, p.in_features, p.reply_bytes, p.out_features): name for name, p in used.items()}
+    samples: dict[tuple[int, int, int, int], _Sample] = {}
+    random = np.random.default_rng(0)
+    for done, (shape, name) in enumerate(shapes.items()):
+        progress(done, len(shapes))
+        words = random.integers(0, 256, (shape[0], tokens, shape[1]), dtype=np.uint8)
+        taken = [_timed(lambda: transport.evaluate(name, words)) for _ in range(PRODUCTS)]  # noqa: B023
+        answer = min(taken, key=lambda pair: pair[0])[1]
+        worker = statistics.median(one.worker_seconds for _, one in taken)
+        rest = statistics.median(max(0.0, seconds - one.worker_seconds) for seconds, one in taken)
+        samples[shape] = _Sample(answer.bytes_sent, answer.bytes_received, worker, rest)
+    progress(len(shapes), len(shapes))
+    of = [samples[p.upload_limbs, p.in_features, p.reply_bytes, p.out_features] for p in used.values()]
+    round_trip = statistics.median(seconds for seconds, _ in trips)
+    up, down = _speeds(list(samples.values()), round_trip)
+    costs = CostModel()
+    client = sum(
+        costs.encrypt(bundle.ring, tokens, p.in_features) + costs.decrypt(bundle.ring, tokens, p.out_features)
+        for p in used.values()
+    )
+    return Diagnosis(
+        engine=info.engine,
+        protocol=info.protocol,
+        round_trip=round_trip,
+        up=up,
+        down=down,
+        tokens=tokens,
+        worker_step=sum(sample.worker for sample in of),
+        wire_step=sum(sample.rest for sample in of),
+        client_step=client,
+        bytes_step=sum(sample.bytes_up + sample.bytes_down for sample in of),
+    )
+
+
+def _timed(work: Callable[[], Answer]) -> tuple[float, Answer]:
+    start = time.perf_counter()
+    answer = work()
+    return time.perf_counter() - start, answer
+
+
+def _speeds(samples: list[_Sample], round_trip: float) -> tuple[float | None, float | None]:
+    """(up, down): seconds = bytes_up / up + bytes_down / down beyond a round trip, by least squares over the shapes."""
+    matrix = np.array([[sample.bytes_up, sample.bytes_down] for sample in samples], dtype=np.float64)
+    seconds = np.array([max(0.0, sample.rest - round_trip) for sample in samples])
+    if len(samples) < 2 or np.linalg.matrix_rank(matrix) < 2:
+        total = matrix.sum()
+        speed = total / seconds.sum() if seconds.sum() > 0 else None
+        return speed, speed
+    (per_up, per_down), *_ = np.linalg.lstsq(matrix, seconds, rcond=None)
+    return (1 / per_up if per_up > 0 else None), (1 / per_down if per_down > 0 else None)

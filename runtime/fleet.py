@@ -1,0 +1,212 @@
+"""A fleet of workers on Ray Serve: shards by layer range, replicas of each, placed, watched and replaced by Ray.
+
+Ray carries no ciphertext. Each replica listens on a port of its own, clients talk to it directly, and what Ray Serve answers
+over HTTP is the directory of those addresses (`runtime.directory`). So Ray's own limits on the size of messages do not
+matter, and Ray sees no request.
+
+Ray's own ports (dashboard, GCS, object manager) have no authentication: whoever reaches them runs code on the machines.
+They must not be reachable from outside; see docs/fleet.md.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hecompile.errors import InputError
+from hecompile.worker_bundle import WorkerBundle
+from runtime.shards import layer_count, shard, split_layers
+from runtime.transports.address import UnixAddress, parse_address
+
+APPLICATION, REGISTRY = "hecompile", "hecompile-registry"
+STALE_SECONDS = 15.0
+"""A replica that has not reported for so long is not listed; it reports with every health check."""
+HEALTH_SECONDS = 3.0
+_START_SECONDS = 120.0
+
+
+class FleetFile(BaseModel):
+    """The one YAML file of `hecompile worker deploy`. Relative paths are relative to it.
+
+    * `bundle`: the worker bundle, on every machine under the same path (or on shared storage).
+    * `shards`: into how many layer ranges it is cut; `replicas`: how many workers of each.
+    * `listen`: what each replica listens on; port 0 is any free one.
+    * `cpus_per_replica`, `gpus_per_replica`: what Ray reserves for each.
+    * `http_port`: of the directory, on this machine.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bundle: Path
+    shards: Annotated[int, Field(ge=1)] = 1
+    replicas: Annotated[int, Field(ge=1)] = 1
+    engine: str = "auto"
+    listen: str = "tcp://127.0.0.1:0"
+    allow_plaintext_network: bool = False
+    cpus_per_replica: Annotated[float, Field(ge=0)] = 1.0
+    gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
+    http_port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    client_authority: Path | None = None
+    token_file: Path | None = None
+
+
+def load_fleet(path: Path) -> FleetFile:
+    """Raises InputError with one message that names the key, or the file that cannot be read."""
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise InputError(f"{path} must be a YAML mapping with the keys {', '.join(FleetFile.model_fields)}")
+        for key in ("bundle", "tls_certificate", "tls_key", "client_authority", "token_file"):
+            if isinstance(document.get(key), str):
+                document[key] = str(path.resolve().parent / document[key])
+        fleet = FleetFile.model_validate(document)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    address = parse_address(fleet.listen)
+    if isinstance(address, UnixAddress) or (fleet.shards * fleet.replicas > 1 and address.port != 0):
+        raise InputError(f"{path}: listen: {fleet.listen} cannot be the address of several workers; give HOST:0")
+    return fleet
+
+
+class Registry:
+    """The actor that knows where the replicas are: address → when it last reported."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, float] = {}
+
+    def report(self, address: str) -> None:
+        """The worker at that address is well."""
+        self._seen[address] = time.monotonic()
+
+    def workers(self) -> list[str]:
+        """Those that reported lately."""
+        now = time.monotonic()
+        self._seen = {address: seen for address, seen in self._seen.items() if now - seen < STALE_SECONDS}
+        return sorted(self._seen)
+
+
+class ShardReplica:
+    """One worker: its server in a thread, its health in Ray's hands."""
+
+    def __init__(self, fleet: FleetFile, layers: tuple[int, int]) -> None:
+        import ray
+
+        from runtime.transports.credentials import ServerCredentials
+        from runtime.worker import Worker, serve
+
+        bundle = shard(WorkerBundle.open(fleet.bundle), range(*layers))
+        files = (fleet.tls_certificate, fleet.tls_key, fleet.client_authority, fleet.token_file)
+        credentials = ServerCredentials.load(*files)
+        self._registry: Any = ray.get_actor(REGISTRY, namespace=APPLICATION)
+        self._address = ""
+        started = threading.Event()
+        failure: list[BaseException] = []
+
+        def ready(address: str) -> None:
+            self._address = address
+            started.set()
+
+        def run() -> None:
+            try:
+                serve(
+                    Worker(bundle, fleet.engine),
+                    fleet.listen,
+                    ready=ready,
+                    stop=threading.Event(),
+                    allow_plaintext_network=fleet.allow_plaintext_network,
+                    credentials=credentials,
+                )
+            except BaseException as error:
+                failure.append(error)
+                started.set()
+                raise
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+        if not started.wait(_START_SECONDS) or failure:
+            raise InputError(f"the worker of layers {layers[0]}-{layers[1] - 1} did not start: {failure or 'too slow'}")
+        self.check_health()
+
+    def check_health(self) -> None:
+        """Called by Ray: raises when the server has ended, else tells the registry that it is there."""
+        if not self._thread.is_alive():
+            raise RuntimeError("the worker's server has ended")
+        self._registry.report.remote(self._address)
+
+
+class Directory:
+    """Answers HTTP requests with where the workers are."""
+
+    def __init__(self, plan_id: str) -> None:
+        import ray
+
+        self._plan_id = plan_id
+        self._registry: Any = ray.get_actor(REGISTRY, namespace=APPLICATION)
+
+    async def __call__(self, request: Any) -> dict[str, Any]:
+        return {"plan_id": self._plan_id, "workers": await self._registry.workers.remote()}
+
+
+def deploy(fleet: FleetFile) -> str:
+    """Start the fleet on the Ray cluster that this process is connected to, or on a new one of this machine; returns the
+    directory's address once every replica is up.
+
+    Raises:
+        InputError: Ray is not installed, the bundle cannot be opened or cut so, or the replicas did not start.
+    """
+    try:
+        import ray
+        from ray import serve
+    except ImportError:
+        raise InputError("a fleet needs Ray Serve: pip install 'hecompile[fleet]'") from None
+    bundle = WorkerBundle.open(fleet.bundle)
+    ranges = split_layers(layer_count(bundle), fleet.shards)
+    if not ray.is_initialized():
+        ray.init(namespace=APPLICATION, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    # num_cpus=0: it only keeps a list.
+    registry = ray.remote(Registry).options(
+        name=REGISTRY, namespace=APPLICATION, lifetime="detached", get_if_exists=True, num_cpus=0
+    ).remote()  # fmt: skip
+    serve.start(http_options={"host": "127.0.0.1", "port": fleet.http_port})
+    resources = {"num_cpus": fleet.cpus_per_replica, "num_gpus": fleet.gpus_per_replica}
+    for index, layers in enumerate(ranges):
+        worker = serve.deployment(
+            ShardReplica,
+            name=f"shard-{index}",
+            num_replicas=fleet.replicas,
+            ray_actor_options=resources,
+            health_check_period_s=HEALTH_SECONDS,
+        )
+        serve.run(worker.bind(fleet, (layers.start, layers.stop)), name=f"{APPLICATION}-{index}", route_prefix=None)
+    directory = serve.deployment(Directory, name="directory", ray_actor_options={"num_cpus": 0})
+    serve.run(directory.bind(bundle.plan_id), name=APPLICATION, route_prefix="/workers")
+    deadline = time.monotonic() + _START_SECONDS
+    while len(ray.get(registry.workers.remote())) < fleet.shards * fleet.replicas:
+        if time.monotonic() > deadline:
+            raise InputError("the workers did not all start: see Ray's logs, and whether it has the CPUs and GPUs asked for")
+        time.sleep(0.2)
+    return f"http://127.0.0.1:{fleet.http_port}/workers"
+
+
+def stop() -> None:
+    """End the fleet and, where this process started it, Ray. Does nothing where none was started."""
+    try:
+        import ray
+        from ray import serve
+    except ImportError:
+        return
+
+    serve.shutdown()
+    ray.shutdown()

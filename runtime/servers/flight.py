@@ -1,0 +1,217 @@
+"""The worker behind Arrow Flight, the fast path of the network transports; see `runtime.flight_frames` for the messages.
+
+gRPC serves any number of connections, with any number of requests under way on each, in threads of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hecompile.errors import HecompileError, InputError, WorkerError
+from runtime import protocol
+from runtime.flight_frames import COMMAND, flight, pyarrow, read_frame, write_frame
+from runtime.protocol import Frame
+from runtime.transports.address import TcpAddress, parse_address
+from runtime.transports.credentials import ServerCredentials
+from runtime.worker import Worker, handle
+
+LOGGER = logging.getLogger(__name__)
+MAX_REQUESTS = 64
+"""Under way at once, of all clients together; each takes a thread, and the memory of a request and its reply."""
+
+STOP_SECONDS = 5.0
+"""How long clients may go on sending requests, or taking replies, after the server was told to stop."""
+
+
+class FlightWorkerServer:
+    """Serves one worker at `flight://host:port` or, over TLS, `flights://host:port` (port 0: any free one).
+
+    Listens once made; use it as a context manager to stop it. credentials: the certificate for `flights`, and whom to
+    serve. Raises InputError for an address that cannot be served, for credentials that do not fit it, and for one in
+    the clear that other machines can reach unless `allow_plaintext_network`.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        address: str,
+        *,
+        credentials: ServerCredentials | None = None,
+        allow_plaintext_network: bool = False,
+        max_message_bytes: int = protocol.MAX_MESSAGE_BYTES,
+    ) -> None:
+        credentials = credentials or ServerCredentials()
+        self._parsed = _listening_address(address, credentials, allow_plaintext_network)
+        location = f"{'grpc+tls' if self._parsed.tls else 'grpc'}://{self._parsed.authority}"
+        options: dict[str, Any] = {"middleware": {"gate": _Gate(credentials)}}
+        if self._parsed.tls:
+            options["tls_certificates"] = [(credentials.certificate, credentials.key)]
+        if credentials.client_authority is not None:
+            options |= {"verify_client": True, "root_certificates": credentials.client_authority}
+        self._calls = _Calls()
+        try:
+            self._server = _service(worker, max_message_bytes, self._calls)(location, **options)
+        except (OSError, ValueError, pyarrow.ArrowException, flight.FlightError) as error:
+            reason = _why_not(self._parsed) or str(error).partition(". Detail")[0]
+            raise InputError(f"cannot listen on {address}: {reason}; free the address or choose another") from None
+
+    @property
+    def address(self) -> str:
+        """The address that clients connect to, with the real port."""
+        return f"{self._parsed.scheme}://{TcpAddress(self._parsed.host, self._server.port).authority}"
+
+    def __enter__(self) -> FlightWorkerServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop accepting, let requests under way be answered, end the connections.
+
+        A client that is still sending its request, or taking its reply, `STOP_SECONDS` after that is cut off.
+        """
+        stopping = threading.Thread(target=self._server.shutdown)  # waits for every call to end
+        stopping.start()
+        stopping.join(STOP_SECONDS)
+        while stopping.is_alive():
+            if self._calls.computing == 0:
+                _end_connections(self._server.port)
+            stopping.join(0.2)
+
+
+class _Calls:
+    """Counts the calls that are under way, and of them those that compute."""
+
+    def __init__(self) -> None:
+        self.computing = 0
+        self._free = threading.BoundedSemaphore(MAX_REQUESTS)
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """A call. Raises FlightServerError when there are too many."""
+        if not self._free.acquire(blocking=False):
+            raise _refusal(f"the worker has {MAX_REQUESTS} requests under way; send fewer at a time")
+        try:
+            yield
+        finally:
+            self._free.release()
+
+    @contextlib.contextmanager
+    def compute(self) -> Iterator[None]:
+        """The part of a call that no client can draw out."""
+        with self._lock:
+            self.computing += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.computing -= 1
+
+
+def _service(worker: Worker, max_message_bytes: int, calls: _Calls) -> type[Any]:
+    class Service(flight.FlightServerBase):
+        """What Flight clients can call."""
+
+        def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
+            with calls.one():
+                answer = self._answer(descriptor, reader)
+                if isinstance(answer, str):
+                    # Raised out here: Flight errors have no traceback on the wire, other exceptions do.
+                    raise _refusal(answer)
+                write_frame(writer, answer)
+
+        def _answer(self, descriptor: Any, reader: Any) -> Frame | str:
+            """The reply, or why there is none."""
+            try:
+                if descriptor.command != COMMAND:
+                    raise WorkerError(f"unknown command; this worker answers {COMMAND.decode()}")
+                frame = read_frame(reader, max_message_bytes)
+                if frame is None:
+                    raise WorkerError("malformed message: the call ended without a request")
+                with calls.compute():
+                    request_id, request = protocol.decode_request(frame)
+                    return protocol.encode(handle(request, worker), request_id)
+            except HecompileError as error:
+                LOGGER.warning("refused a request: %s", error)
+                return str(error)[: protocol.MAX_ERROR_CHARACTERS]
+            except (pyarrow.ArrowException, flight.FlightError, OSError) as error:
+                LOGGER.info("a request did not arrive whole: %s", type(error).__name__)
+                return "malformed message: it is no Arrow record batch, or did not arrive whole"
+            except Exception as error:
+                # Neither the text nor the traceback is sent: they may quote values of the payload.
+                LOGGER.error("a request failed with %s", type(error).__name__)
+                return f"the worker failed with {type(error).__name__}"
+
+    return Service
+
+
+class _Gate(flight.ServerMiddlewareFactory):
+    """Lets a call begin, before anything of it is read, if it is a DoExchange whose `authorization` header holds a token
+    that is known. (Methods left to pyarrow, which refuses them as well, would send the client a traceback.)"""
+
+    def __init__(self, credentials: ServerCredentials) -> None:
+        super().__init__()
+        self._credentials = credentials
+
+    def start_call(self, info: Any, headers: dict[str, list[str]]) -> None:
+        values = headers.get("authorization", [])
+        if not self._credentials.accepts(values[0] if len(values) == 1 else None):
+            LOGGER.warning("refused a call without a known token")
+            raise flight.FlightUnauthenticatedError("this worker wants a bearer token that it knows")
+        if info.method != flight.FlightMethod.DO_EXCHANGE:
+            raise _refusal("a hecompile worker answers DoExchange and no other call")
+
+
+def _refusal(text: str) -> Exception:
+    """The text goes twice: as it is for hecompile clients, and amid what pyarrow adds to it for others."""
+    error: Exception = flight.FlightServerError(text, extra_info=text.encode())
+    return error
+
+
+def _listening_address(address: str, credentials: ServerCredentials, allow_plaintext_network: bool) -> TcpAddress:
+    parsed = parse_address(address)
+    if not isinstance(parsed, TcpAddress) or parsed.scheme not in ("flight", "flights"):
+        raise InputError(f"{address} is no address of Arrow Flight; needs flight://host:port or flights://host:port")
+    if parsed.tls and not credentials.tls:
+        raise InputError(f"{address} needs a certificate and its key; without TLS it is flight://{parsed.authority}")
+    if credentials.tls and not parsed.tls:
+        raise InputError(f"{address} is without TLS, but a certificate was given; use flights://{parsed.authority}")
+    if not parsed.tls and not parsed.is_loopback and not allow_plaintext_network:
+        raise InputError(
+            f"{address} can be reached from other machines without TLS; use flights:// with a certificate, listen on "
+            "127.0.0.1 and forward the port over SSH, or pass allow_plaintext_network"
+        )
+    if not parsed.tls and not parsed.is_loopback and credentials.token_digests:
+        raise InputError(f"tokens would be sent to {address} in the clear; use flights:// with a certificate")
+    if parsed.tls and not parsed.is_loopback and not credentials.authenticates:
+        LOGGER.warning("whoever reaches %s is served: neither tokens nor client certificates are asked for", address)
+    return parsed
+
+
+def _why_not(address: TcpAddress) -> str | None:
+    """The system's reason why `address` cannot be listened on, of which gRPC says nothing."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address.socket_address)
+            probe.listen()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _end_connections(port: int) -> None:
+    """Shut down this process's sockets on local port `port`: gRPC has no call that ends a client's stream from here."""
+    for file in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if file.is_socket():
+                with socket.socket(fileno=os.dup(int(file.name))) as connection:
+                    internet = connection.family in (socket.AF_INET, socket.AF_INET6)
+                    if internet and connection.getsockname()[1] == port:
+                        connection.shutdown(socket.SHUT_RDWR)

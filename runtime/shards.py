@@ -1,0 +1,57 @@
+"""A worker of some decoder layers only: it keeps the weights of those, and says so when a client connects."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+
+from hecompile.errors import InputError
+from hecompile.worker_bundle import KNOWN_ANSWER, WorkerBundle
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+def layer_of(circuit: str) -> int | None:
+    """The decoder layer that a circuit belongs to; None for one outside all of them."""
+    found = _LAYER.search(circuit)
+    return int(found.group(1)) if found else None
+
+
+def layer_count(bundle: WorkerBundle) -> int:
+    """How many decoder layers have circuits."""
+    return 1 + max((layer for layer in map(layer_of, bundle.circuits) if layer is not None), default=0)
+
+
+def parse_layers(text: str) -> range:
+    """`4-7` or `4`. Raises InputError for anything else."""
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
+    first, last = (int(found.group(1)), int(found.group(2) or found.group(1))) if found else (1, 0)
+    if first > last:
+        raise InputError(f"layers {text!r} are not understood: give FIRST-LAST, counted from 0, such as 0-7")
+    return range(first, last + 1)
+
+
+def split_layers(layers: int, shards: int) -> list[range]:
+    """As even as may be. Raises InputError when there are more shards than layers."""
+    if not 1 <= shards <= layers:
+        raise InputError(f"{layers} layers cannot be split into {shards} shards: use 1 to {layers}")
+    bounds = [round(layers * index / shards) for index in range(shards + 1)]
+    return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def shard(bundle: WorkerBundle, layers: range) -> WorkerBundle:
+    """The circuits of those layers and the known answer; those outside all layers go with layer 0.
+
+    Raises InputError when there are none.
+    """
+    kept = {
+        name: spec
+        for name, spec in bundle.circuits.items()
+        if name == KNOWN_ANSWER or (layer_of(name) or 0) in layers
+    }
+    if len(kept) == 1:
+        raise InputError(
+            f"the bundle has {layer_count(bundle)} layers, none of {layers.start}-{layers.stop - 1}: count from 0"
+        )
+    return dataclasses.replace(bundle, circuits=kept)

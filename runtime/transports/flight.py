@@ -1,0 +1,172 @@
+"""A worker behind Arrow Flight; see `runtime.flight_frames` for the messages."""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+from pathlib import Path
+from typing import Any
+
+from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
+from runtime import protocol
+from runtime.flight_frames import COMMAND, flight, pyarrow, read_frame, write_frame
+from runtime.protocol import Frame
+from runtime.transports.address import TcpAddress, parse_address
+from runtime.transports.base import FrameTransport, TrafficRecorder
+from runtime.transports.credentials import ClientCredentials
+
+_MIB = 1 << 20
+_TUNING = [
+    # Each transport has a connection of its own; gRPC would share one among those to the same address.
+    ("grpc.use_local_subchannel_pool", 1),
+    # As a rule 16 KiB, 64 KiB and 64 KiB: many small reads and writes for messages of several MiB.
+    ("grpc.http2.max_frame_size", 4 * _MIB),
+    ("grpc.http2.lookahead_bytes", 16 * _MIB),
+    ("grpc.http2.write_buffer_size", 16 * _MIB),
+]
+
+
+class FlightTransport(FrameTransport):
+    """One connection that carries any number of requests at once. address: `flight://host:port` or `flights://...`.
+
+    Nothing is sent before the first request. connect_timeout, reply_timeout: seconds to connect, and for a request from
+    its first byte to the last of its reply. A request that fails leaves the others on the connection alone; when the
+    connection itself is lost the transport is closed and stays so.
+    Bytes are counted as whole frames of `runtime.protocol`; gRPC's own, some hundred a request, are not.
+
+    Raises InputError for a malformed address, or credentials that would go over it in the clear.
+    """
+
+    concurrent = True
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        credentials: ClientCredentials | None = None,
+        connect_timeout: float = 10.0,
+        reply_timeout: float = 600.0,
+        max_message_bytes: int = protocol.MAX_MESSAGE_BYTES,
+        recorder: TrafficRecorder | None = None,
+    ) -> None:
+        super().__init__(recorder)
+        credentials = credentials or ClientCredentials()
+        parsed = _checked_address(address, credentials)
+        self._address = address
+        self._reply_timeout = reply_timeout
+        self._max_message_bytes = max_message_bytes
+        headers = [] if credentials.token is None else [(b"authorization", b"Bearer " + credentials.token.encode())]
+        self._options = flight.FlightCallOptions(timeout=reply_timeout, headers=headers)
+        options: dict[str, Any] = {
+            "generic_options": [
+                *_TUNING,
+                ("grpc.min_reconnect_backoff_ms", int(1000 * connect_timeout)),  # the longest attempt to connect
+                ("grpc.max_receive_message_length", max_message_bytes + protocol.MAX_HEADER_BYTES),
+            ]
+        }
+        if parsed.tls:
+            options |= {
+                "tls_root_certs": credentials.authority or _system_authorities(),
+                "cert_chain": credentials.certificate,
+                "private_key": credentials.key,
+            }
+        location = f"{'grpc+tls' if parsed.tls else 'grpc'}://{parsed.authority}"
+        self._client: Any = flight.FlightClient(location, **options)
+
+    def _exchange(self, frame: Frame) -> Frame:
+        client = self._client
+        if client is None:
+            raise WorkerUnavailableError(f"the connection to the worker at {self._address} is closed; connect again")
+        if frame.size > self._max_message_bytes:
+            raise WorkerError(
+                f"request of {frame.size} bytes; at most {self._max_message_bytes} are sent; use a smaller batch"
+            )
+        kind = WorkerError
+        try:
+            return self._call(client, frame)
+        except flight.FlightTimedOutError:
+            kind = WorkerUnavailableError
+            failure = (
+                f"the worker at {self._address} was silent for {self._reply_timeout:g} s; "
+                "see its log, or raise the reply timeout for a slow machine"
+            )
+        except flight.FlightUnavailableError as error:
+            kind = WorkerUnavailableError
+            failure = self._unavailable(_text(error))
+            self.close()
+        except (flight.FlightUnauthenticatedError, flight.FlightUnauthorizedError) as error:
+            failure = f"the worker at {self._address} does not accept this client: {_text(error)}"
+        except WorkerError as error:
+            kind = type(error)
+            failure = f"worker at {self._address}: {error}"
+        except flight.FlightServerError as error:
+            failure = f"the worker refused the request: {_text(error)}"
+        except (flight.FlightError, pyarrow.ArrowException, OSError) as error:
+            kind = WorkerUnavailableError
+            failure = f"the exchange with the worker at {self._address} failed: {_text(error)}"
+        # Out here: pyarrow's own exception quotes what the worker sent at any length.
+        raise kind(failure)
+
+    def _call(self, client: Any, frame: Frame) -> Frame:
+        """Raises WorkerError for a malformed reply, and what pyarrow raises."""
+        writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(COMMAND), self._options)
+        try:
+            try:
+                write_frame(writer, frame)
+                writer.done_writing()
+            except (flight.FlightError, pyarrow.ArrowException, OSError):
+                reader.read_chunk()  # raises the reason why the worker takes no more, if it gave one
+                raise
+            answer = read_frame(reader, self._max_message_bytes)
+            if answer is None:
+                raise WorkerUnavailableError("it ended the call without an answer; see its log")
+            if read_frame(reader, self._max_message_bytes) is not None:
+                raise WorkerError("it sent more than one answer")
+            return answer
+        except BaseException:
+            reader.cancel()  # or closing would wait for what the worker may still send
+            raise
+        finally:
+            with contextlib.suppress(flight.FlightError, pyarrow.ArrowException, OSError):
+                writer.close()
+
+    def _unavailable(self, reason: str) -> str:
+        if self._info is None:
+            return f"no worker answers at {self._address}: {reason}; start one with `hecompile worker serve`"
+        return f"the connection to the worker at {self._address} broke: {reason}"
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+        with self._lock:
+            client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+
+def _checked_address(address: str, credentials: ClientCredentials) -> TcpAddress:
+    parsed = parse_address(address)
+    if not isinstance(parsed, TcpAddress) or parsed.scheme not in ("flight", "flights"):
+        raise InputError(f"{address} is no address of Arrow Flight; needs flight://host:port or flights://host:port")
+    if not parsed.tls and (credentials.authority or credentials.certificate):
+        raise InputError(f"{address} is without TLS, but certificates were given; use flights://{parsed.authority}")
+    if not parsed.tls and not parsed.is_loopback and credentials.token is not None:
+        raise InputError(f"the token would go to {address} in the clear; use flights://{parsed.authority}")
+    return parsed
+
+
+def _system_authorities() -> bytes | None:
+    """PEM of the authorities that this system trusts; None leaves it to gRPC, which has a list of its own."""
+    file = ssl.get_default_verify_paths().cafile
+    return None if file is None else Path(file).read_bytes()
+
+
+def _text(error: BaseException) -> str:
+    """What the worker or gRPC says, without what pyarrow adds; from a machine that is not trusted, for a terminal."""
+    own = getattr(error, "extra_info", None)
+    text = own.decode("utf-8", "replace") if own else _status_text(str(error))
+    return "".join(c if c.isprintable() else "?" for c in text[: protocol.MAX_ERROR_CHARACTERS])
+
+
+def _status_text(text: str) -> str:
+    text = text.partition(". gRPC client debug context")[0].partition(". Detail: ")[0]
+    return text.rpartition(" error, with message: ")[2]

@@ -1,0 +1,212 @@
+"""Several workers of one plan: a request goes to the one with least to do, and to another when that one fails.
+
+Workers may hold some of the plan's circuits only (shards): each says which when it is met, and is asked for no other.
+
+The workers keep no state, so a request may be sent any number of times: it is always the same ciphertext, and whoever
+answers gives the same bytes. Time is measured on the monotonic clock, so that a clock that is set does no harm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import threading
+import time
+from collections import ChainMap
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
+from typing import TypeVar, cast
+
+import numpy as np
+
+from hecompile.errors import WorkerError, WorkerUnavailableError
+from runtime.protocol import CircuitInfo, WorkerInfo
+from runtime.transports.base import Answer, Transport
+from runtime.transports.connection import open_connection
+
+Result = TypeVar("Result")
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How often a request is sent, and how long is waited before it is sent again.
+
+    attempts: at most, over all workers. first_wait, longest_wait: seconds; each wait is twice the one before it, less up to
+    a half at random, so that clients of a restarted worker do not all come back at once.
+    """
+
+    attempts: int = 6
+    first_wait: float = 0.5
+    longest_wait: float = 30.0
+
+    def wait(self, failures: int) -> float:
+        """Seconds to wait after so many failures."""
+        longest = min(self.longest_wait, self.first_wait * 2.0 ** min(failures - 1, 30))
+        return longest * random.uniform(0.5, 1.0)  # noqa: S311  no secret
+
+
+@dataclass
+class _Replica:
+    name: str
+    connect: Callable[[], Transport]
+    transport: Transport | None = None  # once it has passed the known-answer test
+    circuits: Mapping[str, CircuitInfo] | None = None  # what it holds, once that is known
+    in_flight: int = 0
+    failures: int = 0  # since it last answered
+    retry_at: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Replicas:
+    """A transport over several others, each of which takes several requests at once.
+
+    workers: name → what makes a transport to it; each says hello and passes the known-answer test before its first request.
+    discover: returns workers as `workers` has them; asked after a failure for those that are new, such as the replacement of
+    one that died. May raise WorkerUnavailableError.
+    sleep: for tests.
+    """
+
+    concurrent = True
+
+    def __init__(
+        self,
+        workers: Mapping[str, Callable[[], Transport]],
+        policy: RetryPolicy | None = None,
+        discover: Callable[[], Mapping[str, Callable[[], Transport]]] | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._policy = policy or RetryPolicy()
+        self._replicas = [_Replica(name, connect) for name, connect in workers.items()]
+        self._lock = threading.Lock()
+        self._sleep = sleep
+        self._discover = discover
+        self._distrusted: set[str] = set()
+        self._plan_id = ""
+
+    def hello(self, plan_id: str) -> WorkerInfo:
+        """Meet every worker that answers, and at least one; the answer has the circuits of all. See `Transport.hello`.
+
+        A worker that does not answer now is met when it is needed.
+        """
+        self._plan_id = plan_id
+        info = self._attempt(lambda replica: self._opened(replica).hello(plan_id))[0]
+        for replica in self._known():
+            with contextlib.suppress(WorkerUnavailableError):
+                self._opened(replica)
+        # Not copied: a worker that cannot list its circuits can still be asked for each.
+        maps = [replica.circuits for replica in self._known() if replica.circuits is not None]
+        return replace(info, circuits=ChainMap(*cast("list[MutableMapping[str, CircuitInfo]]", maps)))
+
+    def evaluate(self, circuit: str, planes: np.ndarray) -> Answer:
+        """See `Transport.evaluate`. The same planes may be sent several times, to several workers."""
+        return self._ask(circuit, lambda transport: transport.evaluate(circuit, planes))
+
+    def setup(self, circuit: str, lattice_dim: int) -> Answer:
+        """See `Transport.setup`."""
+        return self._ask(circuit, lambda transport: transport.setup(circuit, lattice_dim))
+
+    def distrust(self, worker: str) -> bool:
+        """Never ask that worker again; returns whether another one is left."""
+        with self._lock:
+            bad = [replica for replica in self._replicas if replica.name == worker]
+            self._replicas = [replica for replica in self._replicas if replica.name != worker]
+            self._distrusted.add(worker)
+            left = bool(self._replicas)
+        self._close(bad)
+        return left
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+        with self._lock:
+            replicas, self._replicas = self._replicas, []
+        self._close(replicas)
+
+    def _close(self, replicas: list[_Replica]) -> None:
+        for replica in replicas:
+            if replica.transport is not None:
+                replica.transport.close()
+
+    def _ask(self, circuit: str, request: Callable[[Transport], Answer]) -> Answer:
+        answer, name = self._attempt(lambda replica: request(self._opened(replica)), circuit)
+        return replace(answer, worker=name)
+
+    def _opened(self, replica: _Replica) -> Transport:
+        with replica.lock:  # one thread makes its acquaintance
+            if replica.transport is None:
+                transport = replica.connect()
+                replica.circuits = open_connection(transport, self._plan_id).circuits  # closes it when it refuses
+                replica.transport = transport
+            return replica.transport
+
+    def _attempt(self, ask: Callable[[_Replica], Result], circuit: str | None = None) -> tuple[Result, str]:
+        """What `ask` returns of the first worker with that circuit that has an answer, and that worker's name."""
+        for attempt in range(1, self._policy.attempts + 1):
+            replica = self._choose(circuit)
+            try:
+                result = ask(replica)
+            except WorkerUnavailableError as error:
+                self._failed(replica)
+                if attempt == self._policy.attempts:
+                    asked = f"asked {attempt} times, of {len(self._known())} workers"
+                    raise WorkerUnavailableError(f"{error} ({asked})") from error
+                LOGGER.warning("%s; asking again", error)
+                continue
+            finally:
+                with self._lock:
+                    replica.in_flight -= 1
+            replica.failures = 0
+            return result, replica.name
+        raise AssertionError("unreachable")
+
+    def _choose(self, circuit: str | None) -> _Replica:
+        """The worker with fewest requests in flight among those that may be asked now; waits until one may."""
+        while True:
+            self._meet_unknown(circuit)
+            with self._lock:
+                holders = [
+                    replica
+                    for replica in self._replicas
+                    if circuit is None or replica.circuits is None or circuit in replica.circuits
+                ]
+                if not holders:
+                    what = "" if circuit is None or not self._replicas else f" for {circuit}"
+                    raise WorkerError(f"there is no worker left to ask{what}: all were closed or returned wrong results")
+                now = time.monotonic()
+                ready = [replica for replica in holders if replica.retry_at <= now]
+                if ready:
+                    chosen = min(ready, key=lambda replica: (replica.in_flight, replica.failures))
+                    chosen.in_flight += 1
+                    return chosen
+                wait = min(replica.retry_at for replica in holders) - now
+            self._sleep(wait)
+
+    def _meet_unknown(self, circuit: str | None) -> None:
+        """Ask a worker that was away at the start which circuits it holds, before it is sent one that it may not."""
+        now = time.monotonic()
+        for replica in self._known() if circuit is not None else ():
+            if replica.circuits is None and replica.retry_at <= now:
+                try:
+                    self._opened(replica)
+                except WorkerUnavailableError:
+                    self._failed(replica)
+
+    def _known(self) -> list[_Replica]:
+        with self._lock:
+            return list(self._replicas)
+
+    def _failed(self, replica: _Replica) -> None:
+        with self._lock:
+            replica.failures += 1
+            replica.retry_at = time.monotonic() + self._policy.wait(replica.failures)
+        if self._discover is None:
+            return
+        try:
+            found = self._discover()
+        except WorkerUnavailableError as error:
+            LOGGER.warning("%s", error)
+            return
+        with self._lock:
+            known = self._distrusted | {replica.name for replica in self._replicas}
+            self._replicas += [_Replica(name, connect) for name, connect in found.items() if name not in known]

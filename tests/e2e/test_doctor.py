@@ -1,0 +1,62 @@
+"""`hecompile doctor`: on a worker process, in figures that agree with what training then counts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from hecompile.compiler import CLIENT, WORKER
+from hecompile.demo import worker_process
+from hecompile.errors import WorkerError
+from hecompile.inspection import circuits_without_gradient, predicted_traffic
+from runtime.doctor import diagnose
+from runtime.transports import InProcessTransport, TransportPool, connect
+from runtime.worker import Worker
+from tests.e2e.conftest import Build
+from tests.e2e.test_cheating import Cheat, one_row
+
+
+def test_a_worker_process_is_diagnosed(build: Build) -> None:
+    with worker_process(build.directory / WORKER) as address:
+        transport = TransportPool(lambda: connect(address), 1)
+        found = diagnose(build.client, transport, 64)
+        transport.close()
+    traffic = predicted_traffic(build.client.circuits, circuits_without_gradient(build.client.graph()))
+    assert found.bytes_step == pytest.approx(64 * traffic.total, rel=0.01)
+    assert 0 < found.round_trip < 1 and found.worker_step > 0 and found.client_step > 0
+    assert found.step >= found.worker_step + found.wire_step
+    assert found.engine in ("vnni", "torch", "onnxruntime")
+
+
+def test_the_command_prints_a_table_and_a_verdict(build: Build) -> None:
+    with worker_process(build.directory / WORKER) as address:
+        arguments = [
+            sys.executable, "-W", "ignore", "-m", "hecompile.cli", "doctor", address, "--plan",
+            str(build.directory / CLIENT), "--tokens", "32",
+        ]  # fmt: skip
+        run = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    for wanted in ("known answers", "exact", "round trip", "a step of 32 tokens", "worker", "wire"):
+        assert wanted in run.stdout
+
+
+def test_nobody_there_is_one_clear_error(build: Build) -> None:
+    arguments = [
+        sys.executable, "-W", "ignore", "-m", "hecompile.cli", "doctor", "tcp://127.0.0.1:9", "--plan",
+        str(build.directory / CLIENT),
+    ]  # fmt: skip
+    run = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 2
+    assert run.stderr.strip().splitlines()[-1].startswith("error: no worker answers at tcp://127.0.0.1:9")
+
+
+def test_a_worker_that_computes_wrongly_is_named(build: Build) -> None:
+    class Saturating(Cheat):
+        def evaluate(self, circuit, planes):  # type: ignore[no-untyped-def]
+            return one_row(self, self.honest.evaluate(circuit, planes).copy())
+
+    transport = InProcessTransport(Worker(build.worker, Saturating(build, 0, one_row)))
+    with pytest.raises(WorkerError, match="computes wrongly"):
+        diagnose(build.client, transport, 8)
