@@ -30,5 +30,7 @@ PUBLIC_ROWS_PARAMETER = "public_rows"
 
 def compute_seconds(response: messages.ModelInferResponse) -> float:
     """What the worker says its engine took; 0 where it says nothing of use, as servers of others do."""
-    seconds: float = response.parameters[COMPUTE_SECONDS].double_param if COMPUTE_SECONDS in response.parameters else 0.0
+    seconds: float = (
+        response.parameters[COMPUTE_SECONDS].double_param if COMPUTE_SECONDS in response.parameters else 0.0
+    )
     return seconds if math.isfinite(seconds) and seconds >= 0 else 0.0

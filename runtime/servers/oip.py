@@ -44,8 +44,9 @@ class OipServer:
     ) -> None:
         credentials = credentials or ServerCredentials()
         check_server_access(address, credentials, allow_plaintext_network)
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="oip")
         self._server = grpc.server(
-            ThreadPoolExecutor(THREADS, thread_name_prefix="oip"),
+            self._threads,
             interceptors=(_TokenCheck(credentials),) if credentials.token_digests else (),
             options=(
                 ("grpc.max_receive_message_length", max_message_bytes),
@@ -70,7 +71,9 @@ class OipServer:
         if not credentials.tls:
             return int(self._server.add_insecure_port(address.authority))
         authority = credentials.client_authority
-        tls = grpc.ssl_server_credentials([(credentials.key, credentials.certificate)], authority, authority is not None)
+        tls = grpc.ssl_server_credentials(
+            [(credentials.key, credentials.certificate)], authority, authority is not None
+        )
         return int(self._server.add_secure_port(address.authority, tls))
 
     @property
@@ -85,6 +88,7 @@ class OipServer:
     def __exit__(self, *_: object) -> None:
         """Stop accepting, let requests under way be answered, end the connections."""
         self._server.stop(SEND_TIMEOUT_SECONDS).wait()
+        self._threads.shutdown()
 
 
 class _TokenCheck(grpc.ServerInterceptor):
@@ -94,7 +98,9 @@ class _TokenCheck(grpc.ServerInterceptor):
         self._credentials = credentials
 
         def refuse(_: object, context: grpc.ServicerContext) -> None:
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token that the worker knows is wanted (authorization: Bearer)")
+            context.abort(
+                grpc.StatusCode.UNAUTHENTICATED, "a token that the worker knows is wanted (authorization: Bearer)"
+            )
 
         # Of the kinds of handlers the one that is called before a message is there: an unknown client fills no memory.
         self._refusal = grpc.stream_unary_rpc_method_handler(refuse)

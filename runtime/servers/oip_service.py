@@ -108,7 +108,9 @@ class OipService(services.GRPCInferenceServiceServicer):
             raise _Refusal(grpc.StatusCode.CANCELLED, "the client left before its turn came")
         reply = handle(asked, self._worker)
         assert isinstance(reply, EvaluateReply)
-        response = messages.ModelInferResponse(model_name=request.model_name, model_version=MODEL_VERSION, id=request.id)
+        response = messages.ModelInferResponse(
+            model_name=request.model_name, model_version=MODEL_VERSION, id=request.id
+        )
         response.parameters[COMPUTE_SECONDS].double_param = reply.compute_seconds
         response.outputs.add(name=OUTPUT_NAME, datatype=DATATYPE, shape=reply.planes.shape)
         response.raw_output_contents.append(reply.planes.tobytes())

@@ -35,7 +35,9 @@ def check_server_access(address: TcpAddress, credentials: ServerCredentials, all
     """
     where = f"{address.scheme}://{address.authority}"
     if address.tls and not credentials.tls:
-        raise InputError(f"{where} needs a certificate and its key; see --tls-certificate or --development-certificates")
+        raise InputError(
+            f"{where} needs a certificate and its key; see --tls-certificate or --development-certificates"
+        )
     if not address.tls and credentials.tls:
         raise InputError(f"{where} is not encrypted and shows no certificate; listen on {address.scheme}s://")
     if address.tls or address.is_loopback:

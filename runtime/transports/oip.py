@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Mapping
-from functools import partial
 
 import grpc
 import numpy as np
@@ -82,7 +81,9 @@ class OipTransport:
         known = messages.ModelReadyResponse()
         self._call("ModelReady", messages.ModelReadyRequest(name=KNOWN_ANSWER), known)
         if not ready.ready or not known.ready:
-            lacking = f"the model {KNOWN_ANSWER}, which every worker bundle holds, is not" if ready.ready else "it is not"
+            lacking = (
+                f"the model {KNOWN_ANSWER}, which every worker bundle holds, is not" if ready.ready else "it is not"
+            )
             raise WorkerError(f"the server at {self._address} does not serve a worker bundle yet: {lacking} ready")
         told = self._told_plan()
         if told not in (None, plan_id):
@@ -108,6 +109,11 @@ class OipTransport:
     def setup(self, circuit: str, lattice_dim: int) -> Answer:
         """See `Transport.setup`; needs `hello` first, and a worker of this program."""
         name = exact_name(circuit)
+        if self._circuits is not None and name not in self._circuits:
+            raise WorkerError(
+                f"the worker at {self._address} computes no hints (no circuit {name!r}): have a bundle that was exported "
+                "with --no-hints served by `hecompile worker serve`, or export with stored hints"
+            )
         request = messages.ModelInferRequest(model_name=name)
         request.parameters[PUBLIC_ROWS_PARAMETER].bool_param = True
         request.outputs.add(name=OUTPUT_NAME)
@@ -166,7 +172,9 @@ class OipTransport:
         expected = (announced.reply_bytes, tokens, announced.out_features)
         outputs, contents = response.outputs, response.raw_output_contents
         if len(outputs) != 1 or outputs[0].name != OUTPUT_NAME or outputs[0].datatype != DATATYPE or len(contents) != 1:
-            raise WorkerError(f"circuit {circuit}: the worker's answer is not the one raw {DATATYPE} tensor {OUTPUT_NAME!r}")
+            raise WorkerError(
+                f"circuit {circuit}: the worker's answer is not the one raw {DATATYPE} tensor {OUTPUT_NAME!r}"
+            )
         if tuple(outputs[0].shape) != expected:
             shape = tuple(outputs[0].shape[:4])
             raise WorkerError(f"circuit {circuit}: the reply has shape {shape}; needs {expected}")
@@ -261,8 +269,8 @@ def _channel(address: TcpAddress, credentials: ClientCredentials, max_message_by
         options.append(("grpc.enable_http_proxy", 0))  # nothing meant for this machine goes to another
     if not address.tls:
         return grpc.insecure_channel(address.authority, options)
-    open_channel = partial(grpc.secure_channel, address.authority, options=options)
-    return open_channel(grpc.ssl_channel_credentials(credentials.authority, credentials.key, credentials.certificate))
+    tls = grpc.ssl_channel_credentials(credentials.authority, credentials.key, credentials.certificate)
+    return grpc.secure_channel(address.authority, tls, options)
 
 
 def _printable(text: str) -> str:

@@ -94,7 +94,9 @@ def test_the_exact_circuits_take_no_room_of_their_own(build: Build, hintless: Bu
     """Their weights are the files of the circuits they belong to."""
 
     sizes = [
-        sorted((str(path.relative_to(some.directory)), path.stat().st_size) for path in some.directory.rglob("weight.bin"))
+        sorted(
+            (str(path.relative_to(some.directory)), path.stat().st_size) for path in some.directory.rglob("weight.bin")
+        )
         for some in (build, hintless)
     ]
     assert sizes[0] == sizes[1] and len(sizes[0]) > 10

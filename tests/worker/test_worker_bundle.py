@@ -129,7 +129,10 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped circuit": (lambda d: flip_a_bit(d / ONNX), f"{ONNX} is damaged: its SHA-256 is not the manifest's"),
     "missing config": (lambda d: (d / CONFIG).unlink(), f"{CONFIG} is damaged: it is missing"),
     "flipped config": (lambda d: flip_a_bit(d / CONFIG), f"{CONFIG} is damaged: its SHA-256 is not the manifest's"),
-    "config left out": (edit_manifest(lambda m: m["circuits"][0].pop("config")), "layers.0.small.forward lacks its config"),
+    "config left out": (
+        edit_manifest(lambda m: m["circuits"][0].pop("config")),
+        "layers.0.small.forward lacks its config",
+    ),
     "missing weight": (lambda d: (d / DATA).unlink(), f"{DATA} is damaged: it is missing"),
     "flipped weight": (lambda d: flip_a_bit(d / DATA), f"{DATA} is damaged: its SHA-256 is not the manifest's"),
 }
