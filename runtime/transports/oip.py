@@ -224,6 +224,8 @@ class OipTransport:
                 f"the worker at {self._address} cannot be reached ({status}: {details}); "
                 f"is it running (`hecompile worker serve`){advice}?"
             )
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" not in details:
+            return WorkerUnavailableError(f"the worker at {self._address} is busy ({status}): {details}")
         return _Refused(code, f"the worker at {self._address} refused the request ({status}): {details}")
 
     def _record(self, direction: Direction, data: bytes) -> None:
