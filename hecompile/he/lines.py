@@ -21,6 +21,7 @@ _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _GROUP = ir.VectorType(_I32, 8)
 _WORDS = ir.VectorType(_I32, 16)
 _LINE = ir.VectorType(_I8, 64)
+_WORD_BYTES = 4 * 16
 
 
 def _prefetch(write: int) -> Any:
@@ -90,26 +91,53 @@ def unpack_line(typing_context, limbs, source, plane, dropped, tile, step):  # t
 
 
 @intrinsic
-def dot_line(typing_context, tile, step, half, dropped, factors):  # type: ignore[no-untyped-def]
-    """Σ of 64 words, each plus `half` and with its lowest `dropped` bits cleared, times int32 factors [64], mod 2^32.
+def sent_line(typing_context, tile, step, half, dropped, line):  # type: ignore[no-untyped-def]
+    """64 words, each plus `half` and with its lowest `dropped` bits cleared, side by side at the address `line`.
 
-    tile, step: as for `pack_line`. factors: their address.
+    tile, step: as for `pack_line`.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        tile, step, half, dropped, factors = args
+        tile, step, half, dropped, line = args
         addend, shift = _splat(builder, half), _splat(builder, dropped)
-        total: Any = ir.Constant(_WORDS, None)
         for k, word in enumerate(_load_words(builder, tile, step)):
-            factor = builder.load(_at(builder, factors, _I64(4 * 16), k, _WORDS), align=4)
             cleared = builder.shl(builder.lshr(builder.add(word, addend), shift), shift)
-            total = builder.add(total, builder.mul(cleared, factor))
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_I32, [_WORDS]), "llvm.vector.reduce.add.v16i32"
-        )
-        return builder.sext(builder.call(function, [total]), _I64)
+            builder.store(cleared, _at(builder, line, _I64(_WORD_BYTES), k, _WORDS), align=4)
+        return context.get_dummy_value()
 
-    return types.int64(*[types.int64] * 5), generate
+    return types.void(*[types.int64] * 5), generate
+
+
+@intrinsic
+def dot_sent(typing_context, line, factors):  # type: ignore[no-untyped-def]
+    """Σ of 64 words that `sent_line` wrote times int32 factors [64], mod 2^32; both are addresses."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        words = [builder.load(_at(builder, args[0], _I64(_WORD_BYTES), k, _WORDS), align=4) for k in range(4)]
+        return _dot(builder, words, args[1])
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def dot_line(typing_context, tile, step, factors):  # type: ignore[no-untyped-def]
+    """Σ of 64 words times int32 factors [64], mod 2^32. tile, step: as for `pack_line`; factors: an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _dot(builder, _load_words(builder, args[0], args[1]), args[2])
+
+    return types.int64(*[types.int64] * 3), generate
+
+
+def _dot(builder: Any, words: list[Any], factors: Any) -> Any:
+    total: Any = ir.Constant(_WORDS, None)
+    for k, word in enumerate(words):
+        factor = builder.load(_at(builder, factors, _I64(_WORD_BYTES), k, _WORDS), align=4)
+        total = builder.add(total, builder.mul(word, factor))
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_I32, [_WORDS]), "llvm.vector.reduce.add.v16i32"
+    )
+    return builder.sext(builder.call(function, [total]), _I64)
 
 
 def _at(builder: Any, start: Any, step: Any, index: int, vector: ir.Type) -> Any:

@@ -14,7 +14,16 @@ from __future__ import annotations
 import numpy as np
 
 from hecompile.he.kernels import compiled, forward_at, inlined, inner_product, load_and_join4
-from hecompile.he.lines import GROUPS, dot_line, pack_line, prefetch, prefetch_to_write, unpack_line
+from hecompile.he.lines import (
+    GROUPS,
+    dot_line,
+    dot_sent,
+    pack_line,
+    prefetch,
+    prefetch_to_write,
+    sent_line,
+    unpack_line,
+)
 from hecompile.he.simd import (
     absolute,
     address,
@@ -155,9 +164,11 @@ def encrypt(
             if whole == TILE_GROUPS:
                 at = tile_ + 32 * t
                 _pack(limbs, at, 4 * stride, half, dropped, planes_ + out, plane)
+                if checks > 0:
+                    sent_line(at, 4 * stride, half, dropped, work_)  # which has done its work for this tile
                 for c in range(checks):
                     image = (variants[t] * checks + c) * image_row + image_at + j
-                    sums[t * checks + c] += dot_line(at, 4 * stride, half, dropped, images_ + 4 * image)
+                    sums[t * checks + c] += dot_sent(work_, images_ + 4 * image)
                 continue
             for c in range(checks):
                 image = (variants[t] * checks + c) * image_row + image_at + j
@@ -220,7 +231,7 @@ def decrypt(
             for t in range(tokens):
                 vector = variants[t] * vector_row + vector_at + j
                 if whole == TILE_GROUPS:
-                    sums[t * checks + check] += dot_line(tile_ + 32 * t, 4 * stride, 0, 0, vectors_ + 4 * vector)
+                    sums[t * checks + check] += dot_line(tile_ + 32 * t, 4 * stride, vectors_ + 4 * vector)
                     continue
                 for k in range(width):
                     sums[t * checks + check] += np.int64(tile[k // 8 * stride + 8 * t + k % 8]) * vectors[vector + k]

@@ -133,6 +133,26 @@ def test_a_worker_that_is_killed_and_replaced_and_then_the_client(build: Build, 
     assert all(bool(torch.isfinite(value).all()) for value in adapter(output).values())
 
 
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Of two adapters, relative to the first."""
+    difference = sum(float((one[name] - other[name]).square().sum()) for name in one)
+    return float((difference / sum(float(value.square().sum()) for value in one.values())) ** 0.5)
+
+
+def test_a_resumed_encrypted_run_agrees_as_closely_as_two_uninterrupted_ones(build: Build, tmp_path: Path) -> None:
+    inprocess = ["worker=inprocess", f"worker_bundle={build.directory / WORKER}"]
+    for name in ("one", "other"):
+        finish(command(build, tmp_path / name, *inprocess))
+    arguments = command(build, tmp_path / "killed", *inprocess)
+    kill_within(arguments, tmp_path / "killed", 3)
+    finish([*arguments, "--resume"])
+    one, other, killed = (adapter(tmp_path / name) for name in ("one", "other", "killed"))
+    between = distance(one, other)
+    assert 0 < between < 0.05
+    print(f"two runs: {between:.5f}; the killed one: {distance(one, killed):.5f}, {distance(other, killed):.5f}")
+    assert max(distance(one, killed), distance(other, killed)) < 2 * between
+
+
 def payload(frame: bytes) -> bytes:
     size: int = PREFIX.unpack(frame[: PREFIX.size])[2]
     return frame[len(frame) - size :]
