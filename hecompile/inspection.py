@@ -13,6 +13,7 @@ from hecompile.client_bundle import CircuitRecord, ClientBundle
 from hecompile.costs import hint_bytes
 from hecompile.errors import InputError
 from hecompile.he.parameters import LinearParameters, RingParameters
+from hecompile.he.verification import tolerance
 from hecompile.ir import DOMAIN, module_path
 from hecompile.prediction import megabytes, total_hint_bytes
 
@@ -74,7 +75,7 @@ def circuit_table(bundle: ClientBundle) -> Table:
         "effective",
     ):
         table.add_column(heading, justify="left" if heading in ("linear", "direction") else "right")
-    for heading in ("noise std", "input bound", "bytes/token up", "down"):
+    for heading in ("noise std", "unseen error / noise std", "input bound", "bytes/token up", "down"):
         table.add_column(heading, justify="right")
     for name, record in bundle.plan.circuits.items():
         table.add_row(*_row(record, bundle.circuits[name], f"{ring.ring_dim} x {ring.rank}", ring.security_bits))
@@ -92,6 +93,7 @@ def _row(record: CircuitRecord, parameters: LinearParameters, ring: str, securit
         f"{security:.0f} bits",
         f"{record.effective_bits:.1f} bits",
         f"{record.noise_std:.4g}",
+        f"{tolerance(parameters) / record.noise_std:.0f}",
         str(parameters.input_bound),
         str(parameters.bytes_up(1)),
         str(parameters.bytes_down(1)),

@@ -35,6 +35,7 @@ import torch
 from hecompile.costs import CostModel
 from hecompile.errors import HecompileError, InputError, LegalityError
 from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters, WeightNorms, measure_norms
+from hecompile.he.verification import can_be_verified
 from hecompile.ir import GRADIENT_RANGE, PLACEMENT, RANGE, constant_of, module_path, nodes_of_type
 from hecompile.plan import DIRECTIONS, effective_bits
 
@@ -94,6 +95,8 @@ class SelectParameters(ir.passes.InPlacePass):
             except HecompileError:
                 continue  # so few bytes that no input fits
             bits = effective_bits(candidate, norms, crest)
+            if not can_be_verified(candidate):
+                continue
             if bits >= self.effective_bits:
                 reaching.append(candidate)
             elif bits > best_bits:

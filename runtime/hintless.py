@@ -5,8 +5,8 @@
 
 A stays the bundle's shared public matrix, and every block is still encrypted under a secret of its own: what the worker
 sees and could learn is the same as in a plan with stored hints, and a setup request holds nothing but the name of a circuit.
-Who chooses W·A could choose which combination of a one-time secret the result shows, so the hint is verified like a reply,
-and exactly, for nothing in it is rounded (`hecompile.he.verification.hint_is_right`).
+Who chooses W·A could choose which combination of a one-time secret the result shows, so the hint is verified like a reply:
+nothing in it is rounded, and a wrong one passes with probability 2^-8 at most (`hecompile.he.verification.hint_is_right`).
 
 Price of a product of T tokens, with rank · ring_dim = d·m: worker time (L·T + 4·d·m) / (L·T), download
 (R·T + 4·d·m) / (R·T), for L bytes up and R down. It falls as T grows, and there is nothing to store or to compile.

@@ -22,7 +22,7 @@ from hecompile.client_bundle import ClientBundle
 from hecompile.errors import InputError, VerificationError, WorkerError
 from hecompile.he.check_store import CheckStore
 from hecompile.he.encode import decode, encode
-from hecompile.he.fused import RealKey, decrypt_reals, encrypt_reals
+from hecompile.he.fused import decrypt_reals, encrypt_reals
 from hecompile.he.hints import Hint, HintStore
 from hecompile.he.parameters import LinearParameters
 from hecompile.he.public_matrix import PublicMatrix
@@ -35,7 +35,7 @@ DEFAULT_CACHE_BYTES = 512 << 20
 _LOG = logging.getLogger(__name__)
 _ADVICE = (
     "The step was not taken and nothing was changed. If it happens again, that worker (or its memory, or the link) is not "
-    "to be trusted: go on from the last checkpoint with another"
+    "to be trusted: export again, which draws new check vectors, and go on from the last checkpoint with another"
 )
 
 
@@ -139,11 +139,15 @@ class EncryptedProducts(Products):
             if self._hintless:
                 answers.append(self._ask(lambda: self._transport.setup(circuit, self._ring.lattice_dim)))
             answered = time.perf_counter()
-            try:
-                result = self._open(circuit, answers, key, row_scale, checks)
-            except VerificationError as error:
-                self._go_elsewhere(circuit, error, {answer.worker for answer in answers})
+            hint = self._hint(circuit, answers, checks)
+            if hint is None:
                 continue
+            try:
+                result = decrypt_reals(key, hint, torch.from_numpy(answers[0].planes), parameters, row_scale)
+            except VerificationError as error:
+                self._go_elsewhere(circuit, str(error), answers[0].worker)
+                continue
+            self._hints.release(circuit)
             break
         done = time.perf_counter()
         worker_seconds = sum(answer.worker_seconds for answer in answers)
@@ -155,38 +159,28 @@ class EncryptedProducts(Products):
             self.costs.bytes_down += sum(answer.bytes_received for answer in answers)
         return result
 
-    def _open(
-        self, circuit: str, answers: list[Answer], key: RealKey, row_scale: Tensor | None, checks: Checks
-    ) -> Tensor:
-        """Verify and decrypt. Raises VerificationError."""
+    def _hint(self, circuit: str, answers: list[Answer], checks: Checks) -> Hint | None:
+        """The stored hint, or the verified one of the worker; None when that was wrong and another worker is to be asked."""
         parameters = self.circuits[circuit]
-        if self._hintless:
-            hint = hint_of(answers[1], self._ring, parameters)
-            self._verify_hint(circuit, hint, checks)
-        else:
-            hint = self._hints.hint(circuit, parameters.out_features)
-        result = decrypt_reals(key, hint, torch.from_numpy(answers[0].planes), parameters, row_scale)
-        self._hints.release(circuit)
-        return result
+        if not self._hintless:
+            return self._hints.hint(circuit, parameters.out_features)
+        hint = hint_of(answers[1], self._ring, parameters)
+        everything = slice(0, parameters.in_features)
+        matrix = self._public.coefficients(everything).flatten(1)  # int32 [in, rank · ring_dim]
+        if hint_is_right(checks, hint.coefficients(slice(0, hint.rows)), matrix):
+            return hint
+        self._go_elsewhere(circuit, "the worker's hint is not the product that was asked for", answers[1].worker)
+        return None
 
-    def _go_elsewhere(self, circuit: str, error: VerificationError, workers: set[str]) -> None:
-        """Drop the workers that answered wrongly, if another may be asked; the same ciphertext then goes there. What is done
+    def _go_elsewhere(self, circuit: str, error: str, worker: str) -> None:
+        """Drop the worker that answered wrongly, if another may be asked; the same ciphertext then goes there. What is done
         depends on the reply's check sums alone, which hold nothing that was decrypted."""
-        named = ", ".join(sorted(name for name in workers if name)) or "the worker"
-        message = f"{circuit}: {named}: {error}"
+        message = f"{circuit}: {worker or 'the worker'}: {error}"
         if not self._retry_elsewhere or not isinstance(self._transport, Replicas):
             raise VerificationError(f"{message}. {_ADVICE}") from None
-        # Of two workers that answered, one with the hint, there is no telling which was wrong.
-        left = [self._transport.distrust(name) for name in workers]
-        if not all(left):
-            raise VerificationError(f"{message}. No other worker is left. {_ADVICE}") from None
+        if not self._transport.distrust(worker):
+            raise VerificationError(f"{message}. No other worker is left to trust. {_ADVICE}") from None
         _LOG.warning("%s. That worker is not asked again", message)
-
-    def _verify_hint(self, circuit: str, hint: Hint, checks: Checks) -> None:
-        everything = slice(0, self.circuits[circuit].in_features)
-        matrix = self._public.coefficients(everything).flatten(1)  # int32 [in, rank · ring_dim]
-        if not hint_is_right(checks, hint.coefficients(slice(0, hint.rows)), matrix):
-            raise VerificationError("the worker's hint is not the product that was asked for")
 
     def _ask(self, request: Callable[[], Answer]) -> Answer:
         if self._transport.concurrent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -12,14 +13,29 @@ from hecompile.errors import InputError
 from hecompile.he.parameters import LinearParameters
 from hecompile.he.verification import Checks
 
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+
+
+def _path(directory: Path, circuit: str) -> Path:
+    if not _NAME.fullmatch(circuit):
+        raise InputError(f"{circuit!r} cannot name a circuit: use letters, digits, dots, dashes and underscores")
+    return directory / f"{circuit}.npy"
+
 
 def write_checks(directory: Path, circuit: str, checks: Checks) -> Path:
-    """Writes `<directory>/<circuit>.npy` with mode 0600; returns the path. Raises OSError as files do."""
+    """Writes `<directory>/<circuit>.npy` with mode 0600, whole or not at all; returns the path.
+
+    Raises InputError for a name that is none, OSError as files do.
+    """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = directory / f"{circuit}.npy"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        np.save(file, checks.pack())
+    path = _path(directory, circuit)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            np.save(file, checks.pack())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 
@@ -35,7 +51,7 @@ class CheckStore:
         """Of that circuit. Raises InputError where the file is missing, damaged or of another circuit."""
         with self._lock:
             if circuit not in self._found:
-                path = self._directory / f"{circuit}.npy"
+                path = _path(self._directory, circuit)
                 try:
                     packed = np.load(path, allow_pickle=False)
                 except (OSError, ValueError, EOFError) as error:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hecompile.errors import InputError
+from hecompile.errors import InputError, SecurityError
 from hecompile.he import tiles
 from hecompile.he.encode import token_scales
 from hecompile.he.hints import Hint
@@ -67,7 +67,8 @@ def encrypt_reals(
         The ciphertext of the T' rows that are not zero (perhaps none), and its key.
 
     Raises:
-        InputError: x has the wrong shape or type, or a value that is infinite or NaN.
+        InputError: x has the wrong shape or type, or a value that is infinite or NaN; checks of another circuit.
+        SecurityError: the ring is larger than these kernels are for.
     """
     if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != linear.in_features:
         raise InputError(
@@ -75,6 +76,10 @@ def encrypt_reals(
         )
     if public.rows < linear.in_features:
         raise InputError(f"the public matrix has {public.rows} rows, the circuit {linear.in_features} inputs")
+    if checks is not None:
+        checks.check_fits(linear)
+    if _TOKENS % public.params.ring_dim:  # a piece would begin in the middle of a block's secret
+        raise SecurityError(f"ring_dim {public.params.ring_dim} does not divide {_TOKENS}: choose a ring of the catalogue")
     factors = _factors(column_scale, linear.in_features)
     rows = x.detach().contiguous()
     scale = token_scales(*_norms(rows, factors), linear)  # float64 [T]
@@ -88,8 +93,9 @@ def encrypt_reals(
     random = SecretRandom()
     expectation = None if checks is None else Expectation.of(checks, len(rows), random)
     key = RealKey(params, linear, stacked, scale, live, len(x), expectation)
+    del secrets, stacked  # the key has them: no other frame does
     planes = torch.empty((linear.upload_limbs, len(rows), linear.in_features), dtype=torch.uint8)
-    if secrets:
+    if len(rows):
         # Both before the threads, which share them: a thread that waits for others to make one could wait for ever.
         key.secrets_transformed()
         matrix = public.transformed(linear.in_features)

@@ -6,24 +6,28 @@ to R bytes: |ρ'_i| ≤ G/2, and 0 where nothing is rounded. So for an honest wo
 
     D = Σ_i r_i·Y'_i - Σ_j v_j·b'_j = Σ_i r_i·ρ'_i   (mod q, centred)
 
-is small: with ρ' uniform it exceeds `tolerance`, 8 standard deviations, with probability below 2·exp(-32) < 3e-14 for each
-check (Hoeffding's inequality). A reply is accepted if |D| is within the tolerance for every token.
+is small. With ρ'_i independent and uniform, which is sub-Gaussian with its own variance, |D| exceeds the tolerance, 8
+standard deviations for the r that were drawn, with probability below 2·exp(-32) < 3e-14 for each check. A reply is accepted
+if |D| is within the tolerance for every check of every token.
 
-What is caught. Let a cheating worker change the reply of a token by δ ≠ 0 mod q. It does not know r: nothing that it is
-sent depends on it. Say that |δ_i| > 2·tolerance for some output i, and let the other r be what they are. The four values of
-r_i move D by ±δ_i and ±2·δ_i. Two of them can both be within tolerance only if their difference, one of δ_i, 2·δ_i, 3·δ_i
-and 4·δ_i, is 0 mod q to within 2·tolerance; δ_i is not, and the others never make three of the four values agree (18 times
-the tolerance is less than q). So:
+What is caught. Let the reply of a token be W·b' + δ mod q, from a worker that does not know r: nothing that it is sent
+depends on it. Say that |δ_i| > 2·tolerance for some output i, and let the other r be what they are. The four values of r_i
+move D by ±δ_i and ±2·δ_i. Two of them can both be within tolerance only if their difference, one of δ_i, 2·δ_i, 3·δ_i and 4·δ_i, is 0
+mod q to within 2·tolerance; any three of the four have a pair that differs by δ_i itself. So:
 
-* any change of that size to a token is caught with probability at least 1/2, and at least 3/4 unless δ_i is near a
+* any reply with such an error in a token is caught with probability at least 1/2, and at least 3/4 unless δ_i is near a
   half, third or quarter of q (signs alone would always miss two outputs that are both off by q/2);
-* one output changed, and not by about q/2, is always caught;
+* an error in one output alone, and not by about q/2, is always caught;
 * VARIANTS independent r are kept, and each token is checked by one that is drawn afresh for each request. So a lie to m
-  tokens is missed with probability Σ_k P(k distinct variants are met)·2^-k at most: near 2^-m for few, 2^-8 for many;
+  tokens is missed with probability Σ_k P(k distinct variants are met)·2^-k at most: near 2^-m for few, 2^-8 for many. The r
+  are kept as long as the bundle: a lie that passed once may pass again, so export again after a worker was caught;
 * another reply than the one asked for (an old one, another layer's, another client's) makes D uniform over the multiples of
   the finer step: a token passes with probability about 2·tolerance/q, less than a percent, and a batch practically never.
 
-What is not caught: changes below the tolerance, whose size `inspect` shows beside the noise that decryption has anyway.
+What is not caught: errors below the tolerance. `inspect` shows it in standard deviations of the noise of decryption; at 2048
+outputs it is some hundreds of them, a tenth to a half of a typical result. So a worker can, without risk, add a bias of some
+percent to single results of its choice; only the Euclidean norm of all that it adds to a token is held near that of the
+noise. `LinearParameters` whose tolerance comes near q cannot be checked and are refused.
 
 The check looks at ciphertext words, replies and r, and at nothing decrypted: what the client does after it tells nothing
 about data, adapter or encryption secrets, only about r. A check covers GROUP outputs; a wider reply has several, each with
@@ -41,7 +45,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.errors import InputError, SecurityError, VerificationError
-from hecompile.he.parameters import LinearParameters
+from hecompile.he.parameters import LOG_Q, LinearParameters
 from hecompile.he.sampling import SecretRandom, Unsharable
 
 VARIANTS = 8
@@ -59,18 +63,38 @@ def check_count(out_features: int) -> int:
     return math.ceil(out_features / GROUP)
 
 
-def tolerance(linear: LinearParameters) -> int:
+def tolerance(linear: LinearParameters, square_sum: float | None = None) -> int:
     """Largest |D| of a check that passes: 8 standard deviations of an honest worker's Σ_i r_i·ρ'_i, at most its bound.
 
     ρ' is uniform over the multiples of U within ±G/2, so its mean square is (G² - U²)/12, plus (U/2)² for ties that all
     go up. 0 where the worker rounds nothing.
+
+    Args:
+        linear: the circuit.
+        square_sum: Σ r_i² of the check; by default the expected one of a full group.
+
+    Raises:
+        SecurityError: replies are rounded so coarsely that a wrong one could pass.
     """
     coarse, fine = linear.reply_step, linear.upload_step
     if coarse <= fine:
         return 0
-    outputs = min(GROUP, linear.out_features)
-    spread = _DEVIATIONS * math.sqrt(_MEAN_SQUARE * outputs * ((coarse**2 - fine**2) / 12 + fine**2 / 4))
-    return min(math.ceil(spread), outputs * coarse)
+    squares = _MEAN_SQUARE * min(GROUP, linear.out_features) if square_sum is None else square_sum
+    spread = math.ceil(_DEVIATIONS * math.sqrt(squares * ((coarse**2 - fine**2) / 12 + fine**2 / 4)))
+    if 18 * spread >= 2**LOG_Q:
+        raise SecurityError(
+            f"replies of {linear.reply_bytes} byte(s) for {linear.out_features} outputs cannot be verified: ask for a "
+            "higher precision, which takes more bytes"
+        )
+    return spread
+
+
+def can_be_verified(linear: LinearParameters) -> bool:
+    """Whether replies of that circuit are fine enough for their check."""
+    try:
+        return tolerance(linear, 4.0 * min(GROUP, linear.out_features)) >= 0
+    except SecurityError:
+        return False
 
 
 class Checks(Unsharable):
@@ -79,12 +103,15 @@ class Checks(Unsharable):
     Who knows it can cheat, and learns nothing else. Raises InputError where shapes or values do not fit.
     """
 
-    __slots__ = ("images", "vectors")
+    __slots__ = ("_squares", "images", "vectors")
 
     def __init__(self, vectors: NDArray[np.int32], images: NDArray[np.int32]) -> None:
         variants, outputs = vectors.shape
         if vectors.dtype != np.int32 or images.dtype != np.int32 or images.shape[:2] != (variants, check_count(outputs)):
             raise InputError("the check vectors of a circuit do not fit together: export again")
+        self._squares = np.stack(  # float64 [VARIANTS, checks]: Σ r_i²
+            [np.square(vectors[:, at : at + GROUP], dtype=np.float64).sum(axis=1) for at in range(0, outputs, GROUP)], axis=1
+        )
         self.vectors, self.images = np.ascontiguousarray(vectors), np.ascontiguousarray(images)
 
     @classmethod
@@ -102,6 +129,16 @@ class Checks(Unsharable):
         groups = [slice(at, at + GROUP) for at in range(0, outputs, GROUP)]
         images = [torch.from_numpy(vectors[:, group]).to(exact) @ weight[group].to(exact) for group in groups]
         return cls(vectors, torch.stack(images, dim=1).to(torch.int32).numpy())
+
+    def tolerances(self, linear: LinearParameters) -> NDArray[np.int64]:
+        """int64 [VARIANTS, checks]: see `tolerance`."""
+        found = [[tolerance(linear, float(square)) for square in row] for row in self._squares]
+        return np.array(found, dtype=np.int64)
+
+    def check_fits(self, linear: LinearParameters) -> None:
+        """Raises InputError where these are not of a circuit of that shape: the kernels do not look."""
+        if self.vectors.shape[1] != linear.out_features or self.images.shape[2] != linear.in_features:
+            raise InputError("the check vectors are of another circuit: export again")
 
     def pack(self) -> NDArray[np.int32]:
         """As a file has it: int32 [VARIANTS, out + checks · in]."""
@@ -151,16 +188,19 @@ class Received(_Sums):
         self._expectation = expectation
 
     def refuse_unless_right(self, linear: LinearParameters) -> None:
-        """Raises VerificationError, with how many tokens deviate and by how much, unless |D| ≤ tolerance for all."""
+        """Raises VerificationError, with how many tokens deviate and roughly how far, unless |D| ≤ tolerance for all."""
         if self._expectation is None:
             return
-        deviation = np.abs((self.sums - self._expectation.sums).astype(np.int64))  # int32 wraps: centred
-        limit = tolerance(linear)
-        wrong = int((deviation > limit).any(axis=1).sum())
+        expectation = self._expectation
+        deviation = np.abs((self.sums - expectation.sums).astype(np.int64))  # int32 wraps: centred
+        allowed = expectation.checks.tolerances(linear)[expectation.variants]  # [T, checks]
+        wrong = int((deviation > allowed).any(axis=1).sum())
         if wrong:
+            # Not the deviation itself: a worker could have arranged it to spell out some of r for who sees the log.
+            times = int((deviation.max(axis=1) / np.maximum(1, allowed.max(axis=1))).max()).bit_length()
             raise VerificationError(
                 f"{wrong} of {len(deviation)} tokens of the reply are not the product that was asked for: their check sums "
-                f"deviate by up to {int(deviation.max())}, and {limit} is the most that rounding can explain"
+                f"deviate by up to 2^{times} times what rounding can explain"
             )
 
 

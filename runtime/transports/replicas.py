@@ -26,6 +26,9 @@ from runtime.transports.base import Answer, Transport
 from runtime.transports.connection import open_connection
 
 Result = TypeVar("Result")
+MOST_DISTRUSTED = 2
+"""Workers caught with a wrong reply before a session ends, however many others there are."""
+
 LOGGER = logging.getLogger(__name__)
 
 
@@ -108,12 +111,15 @@ class Replicas:
         return self._ask(circuit, lambda transport: transport.setup(circuit, lattice_dim))
 
     def distrust(self, worker: str) -> bool:
-        """Never ask that worker again; returns whether another one is left."""
+        """Never ask that worker again; returns whether another one is left, and few enough were caught so far.
+
+        Each name gets one try at a lie that the checks miss, and who runs the workers chooses how many names there are.
+        """
         with self._lock:
             bad = [replica for replica in self._replicas if replica.name == worker]
             self._replicas = [replica for replica in self._replicas if replica.name != worker]
             self._distrusted.add(worker)
-            left = bool(self._replicas)
+            left = bool(self._replicas) and len(self._distrusted) <= MOST_DISTRUSTED
         self._close(bad)
         return left
 

@@ -186,7 +186,7 @@ def test_the_only_worker_cheats_and_nobody_else_is_left(build: Build) -> None:
     workers = {"bad": lambda: InProcessTransport(Worker(build.worker, Cheat(build, 0, one_row)))}
     products = EncryptedProducts(build.client, Replicas(workers), retry_elsewhere=True)
     circuit, parameters = next(iter(build.client.circuits.items()))
-    with pytest.raises(VerificationError, match=rf"{circuit}: bad: .*No other worker is left"):
+    with pytest.raises(VerificationError, match=rf"{circuit}: bad: .*No other worker is left to trust"):
         products.product(circuit, torch.randn(40, parameters.in_features))
 
 

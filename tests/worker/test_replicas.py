@@ -253,3 +253,9 @@ def test_a_replacement_is_discovered_after_a_failure(worker: Worker) -> None:
     with pytest.raises(WorkerUnavailableError):  # it is still listed, and stays out
         transport.evaluate(CIRCUIT, PLANES)
     assert len(fresh.sent) == 1
+
+
+def test_a_session_ends_after_so_many_caught_lies_however_many_workers_there_are(worker: Worker) -> None:
+    transport, _ = replicas({name: Fragile(worker, no_failure) for name in "abcdefgh"})
+    open_connection(transport, PLAN_ID)
+    assert [transport.distrust(name) for name in "abc"] == [True, True, False]
