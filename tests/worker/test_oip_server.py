@@ -15,12 +15,13 @@ import pytest
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput, service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-from hecompile.errors import InputError
+from hecompile.errors import InputError, WorkerUnavailableError
 from hecompile.worker_bundle import KNOWN_ANSWER, WorkerBundle, known_answer_vector
 from passes.lower_worker import encrypted_linear_reference
 from runtime.servers import open_server
 from runtime.servers.oip import OipServer
 from runtime.transports.address import TcpAddress
+from runtime.transports.oip import OipTransport
 from runtime.worker import Worker
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
@@ -227,6 +228,8 @@ def test_more_requests_than_it_takes_are_refused_and_those_under_way_answered(wo
         with pytest.raises(grpc.RpcError) as caught:
             stub.ModelInfer(request(), timeout=60)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        with pytest.raises(WorkerUnavailableError, match="is busy"):  # which may be asked again
+            OipTransport(server.address).hello(PLAN_ID)
         engine.go.set()
         planes = np.full((3, 2, 8), SECRET_BYTE, np.uint8)
         expected = encrypted_linear_reference(planes, WEIGHT, 2).tobytes()
