@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from hecompile.errors import HecompileError, VerificationError
+from hecompile.errors import HecompileError, InputError, VerificationError
 from runtime.adapter import AdapterModel, load_adapter, save_adapter
 from runtime.data import Examples, PadToBucket
 from runtime.evaluation import evaluate
@@ -170,6 +171,13 @@ class AdapterTrainer(Trainer):
         self.args.output_dir = str(staging)
         try:
             super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # the last two: how torch and safetensors report it
+            shutil.rmtree(staging, ignore_errors=True)
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise InputError(
+                f"the checkpoint of step {self.state.global_step} cannot be written to {output_dir}: {reason}. The earlier "
+                "ones are whole: make room and go on with --resume"
+            ) from error
         finally:
             self.args.output_dir = str(output_dir)
         (staging / final.name).rename(final)

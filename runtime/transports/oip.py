@@ -35,10 +35,6 @@ _ENDED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.S
 """The worker was not reached, or its answer was not; every other status is the worker's own answer."""
 
 
-_BUSY = "Concurrent RPC limit exceeded"
-"""What gRPC's server in Python says when it has enough to do. The status alone may mean that the message is too large."""
-
-
 class _Refused(WorkerError):
     """The worker answered with `code`."""
 
@@ -231,14 +227,15 @@ class OipTransport:
                 f"the worker at {self._address} was silent for {timeout:g} s ({status}); "
                 "see its log, or raise the reply timeout for a slow machine"
             )
-        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _BUSY in details:
-            return WorkerUnavailableError(f"the worker at {self._address} is busy ({status}: {details})")
         if code in _ENDED:
             advice = ", and do the certificates of both sides fit" if self._tls else ""
             return WorkerUnavailableError(
                 f"the worker at {self._address} cannot be reached ({status}: {details}); "
                 f"is it running (`hecompile worker serve`){advice}?"
             )
+        # It may also be that the message is too large, which it is elsewhere and later as well.
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" not in details:
+            return WorkerUnavailableError(f"the worker at {self._address} is busy ({status}): {details}")
         return _Refused(code, f"the worker at {self._address} refused the request ({status}): {details}")
 
     def _record(self, direction: Direction, data: bytes) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import shutil
 import socket
 from pathlib import Path
@@ -276,3 +277,30 @@ def test_a_torn_last_line_of_the_metrics_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1, "loss": 2.5}) + '\n{"step": 2, "lo')
     assert read_metrics(path) == [{"step": 1, "loss": 2.5}]
+
+
+def test_a_disk_that_is_full_leaves_the_earlier_checkpoint_to_resume_from(tmp_path: Path) -> None:
+    """The kernel refuses to write on, as it does on a full disk: a limit on the size of files, set after step 3."""
+    recipe = make_recipe(tmp_path, save_steps=1)
+    straight = make_model()
+    run_training(straight, TOKENIZER, recipe)
+    shutil.rmtree(tmp_path / "run")
+    model = make_model()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        if len(list((tmp_path / "run").glob("checkpoint-*"))) == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+
+    hook = model.register_forward_pre_hook(fill, with_kwargs=True)
+    try:
+        with pytest.raises(InputError, match=r"checkpoint of step 4 cannot be written to .*--resume"):
+            run_training(model, TOKENIZER, recipe)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        hook.remove()
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"checkpoint-1", "checkpoint-2", "checkpoint-3"} <= names and "checkpoint-4" not in names
+    resumed = make_model()
+    assert run_training(resumed, TOKENIZER, recipe, resume=True).steps == 6
+    assert_same_adapter(straight, resumed)

@@ -228,7 +228,7 @@ def test_more_requests_than_it_takes_are_refused_and_those_under_way_answered(wo
         with pytest.raises(grpc.RpcError) as caught:
             stub.ModelInfer(request(), timeout=60)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        with pytest.raises(WorkerUnavailableError, match="is busy"):  # which may be asked again
+        with pytest.raises(WorkerUnavailableError, match="is busy"):  # which a client asks again, later or elsewhere
             OipTransport(server.address).hello(PLAN_ID)
         engine.go.set()
         planes = np.full((3, 2, 8), SECRET_BYTE, np.uint8)
