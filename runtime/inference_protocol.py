@@ -14,11 +14,20 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from tritonclient.grpc import service_pb2 as messages
-from tritonclient.grpc import service_pb2_grpc as services
 
-__all__ = ["COMPUTE_SECONDS", "DATATYPE", "PUBLIC_ROWS_PARAMETER", "SERVICE", "compute_seconds", "messages", "services"]
+__all__ = [
+    "COMPUTE_SECONDS",
+    "DATATYPE",
+    "PUBLIC_ROWS_PARAMETER",
+    "SERVICE",
+    "compute_seconds",
+    "messages",
+    "with_raw_contents",
+]
 
+_WIRE_TYPE_BYTES = 2
 SERVICE = messages.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 DATATYPE = "UINT8"
 COMPUTE_SECONDS = "compute_seconds"
@@ -34,3 +43,24 @@ def compute_seconds(response: messages.ModelInferResponse) -> float:
         response.parameters[COMPUTE_SECONDS].double_param if COMPUTE_SECONDS in response.parameters else 0.0
     )
     return seconds if math.isfinite(seconds) and seconds >= 0 else 0.0
+
+
+def with_raw_contents(message: messages.ModelInferRequest | messages.ModelInferResponse, planes: np.ndarray) -> bytes:
+    """The bytes of `message` with uint8 `planes` as its one raw content.
+
+    Protobuf defines a message followed by more of its fields as the message with those fields. Setting the field and then
+    serialising would copy the planes three times where this copies them once.
+    """
+    name = "raw_input_contents" if isinstance(message, messages.ModelInferRequest) else "raw_output_contents"
+    tag = message.DESCRIPTOR.fields_by_name[name].number << 3 | _WIRE_TYPE_BYTES
+    contents = np.ascontiguousarray(planes).reshape(-1).data
+    return b"".join((message.SerializeToString(), _varint(tag), _varint(len(contents)), contents))
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits per byte, lowest first, the eighth set on all but the last."""
+    digits = bytearray()
+    while value > 0x7F:
+        digits.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*digits, value])

@@ -10,7 +10,6 @@ import grpc
 
 from hecompile.errors import InputError
 from runtime import protocol
-from runtime.inference_protocol import services
 from runtime.servers.oip_service import OipService
 from runtime.transports.address import TcpAddress
 from runtime.transports.credentials import ServerCredentials
@@ -55,7 +54,7 @@ class OipServer:
             ),
             maximum_concurrent_rpcs=max_requests,
         )
-        services.add_GRPCInferenceServiceServicer_to_server(OipService(worker), self._server)
+        self._server.add_generic_rpc_handlers((OipService(worker).handlers(),))
         try:
             port = self._listen(address, credentials)
         except RuntimeError as error:  # all that gRPC says of a socket that it cannot bind

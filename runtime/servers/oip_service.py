@@ -14,12 +14,20 @@ from typing import TypeVar
 import grpc
 import numpy as np
 from google.protobuf import text_format
+from google.protobuf.message import Message
 
 from hecompile.errors import HecompileError, WorkerError
 from hecompile.model_repository import INPUT_NAME, MODEL_VERSION, OUTPUT_NAME
 from hecompile.public_rows import base_name
 from hecompile.worker_bundle import CircuitSpec
-from runtime.inference_protocol import COMPUTE_SECONDS, DATATYPE, PUBLIC_ROWS_PARAMETER, messages, services
+from runtime.inference_protocol import (
+    COMPUTE_SECONDS,
+    DATATYPE,
+    PUBLIC_ROWS_PARAMETER,
+    SERVICE,
+    messages,
+    with_raw_contents,
+)
 from runtime.protocol import EvaluateReply, EvaluateRequest, Request, SetupRequest
 from runtime.worker import Worker, handle
 
@@ -38,12 +46,36 @@ class _Refusal(WorkerError):
         self.code = code
 
 
-class OipService(services.GRPCInferenceServiceServicer):
+class OipService:
     """What there is to ask of `worker`; keeps no state. Methods that are not here answer UNIMPLEMENTED."""
+
+    METHODS = (
+        "ServerLive",
+        "ServerReady",
+        "ServerMetadata",
+        "RepositoryIndex",
+        "ModelReady",
+        "ModelMetadata",
+        "ModelConfig",
+        "ModelInfer",
+    )
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._circuits = worker.bundle.circuits
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """To be added to a gRPC server. Not those that are generated with the messages: they serialise a message,
+        where `ModelInfer` answers bytes already."""
+        methods = {
+            name: grpc.unary_unary_rpc_method_handler(
+                getattr(self, name),
+                request_deserializer=getattr(messages, f"{name}Request").FromString,
+                response_serializer=None if name == "ModelInfer" else _serialised,
+            )
+            for name in self.METHODS
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
 
     def ServerLive(self, request: messages.ServerLiveRequest, context: grpc.ServicerContext) -> object:
         return messages.ServerLiveResponse(live=True)
@@ -72,6 +104,7 @@ class OipService(services.GRPCInferenceServiceServicer):
         return _answered(context, lambda: self._config(self._spec(request.name, request.version)))
 
     def ModelInfer(self, request: messages.ModelInferRequest, context: grpc.ServicerContext) -> object:
+        """Returns the bytes of a ModelInferResponse."""
         return _answered(context, lambda: self._infer(request, context))
 
     def _spec(self, name: str, version: str) -> CircuitSpec:
@@ -102,7 +135,7 @@ class OipService(services.GRPCInferenceServiceServicer):
         text_format.Parse(text, response.config)
         return response
 
-    def _infer(self, request: messages.ModelInferRequest, context: grpc.ServicerContext) -> object:
+    def _infer(self, request: messages.ModelInferRequest, context: grpc.ServicerContext) -> bytes:
         asked = self._request(request)
         if not context.is_active():
             raise _Refusal(grpc.StatusCode.CANCELLED, "the client left before its turn came")
@@ -113,8 +146,7 @@ class OipService(services.GRPCInferenceServiceServicer):
         )
         response.parameters[COMPUTE_SECONDS].double_param = reply.compute_seconds
         response.outputs.add(name=OUTPUT_NAME, datatype=DATATYPE, shape=reply.planes.shape)
-        response.raw_output_contents.append(reply.planes.tobytes())
-        return response
+        return with_raw_contents(response, reply.planes)
 
     def _request(self, request: messages.ModelInferRequest) -> Request:
         """What is asked for. Raises _Refusal unless it is well-formed; that it fits the circuit is `handle`'s to say."""
@@ -165,6 +197,10 @@ def _answered(context: grpc.ServicerContext, method: Callable[[], Response]) -> 
     LOGGER.warning("refused a request: %s", text)
     context.abort(code, text)
     raise AssertionError("abort returns never")
+
+
+def _serialised(message: Message) -> bytes:
+    return message.SerializeToString()
 
 
 def _invalid(text: str) -> _Refusal:

@@ -17,7 +17,14 @@ from hecompile.model_repository import INPUT_NAME, OUTPUT_NAME, PLAN_ID_PARAMETE
 from hecompile.public_rows import exact_name
 from hecompile.worker_bundle import KNOWN_ANSWER
 from runtime import protocol
-from runtime.inference_protocol import DATATYPE, PUBLIC_ROWS_PARAMETER, SERVICE, compute_seconds, messages
+from runtime.inference_protocol import (
+    DATATYPE,
+    PUBLIC_ROWS_PARAMETER,
+    SERVICE,
+    compute_seconds,
+    messages,
+    with_raw_contents,
+)
 from runtime.protocol import CircuitInfo, WorkerInfo
 from runtime.transports.address import TcpAddress, parse_address
 from runtime.transports.base import Answer, Direction, TrafficRecorder
@@ -103,8 +110,7 @@ class OipTransport:
         request = messages.ModelInferRequest(model_name=circuit)
         request.inputs.add(name=INPUT_NAME, datatype=DATATYPE, shape=planes.shape)
         request.outputs.add(name=OUTPUT_NAME)
-        request.raw_input_contents.append(planes.tobytes())
-        return self._product(circuit, request, planes.shape[1])
+        return self._product(circuit, with_raw_contents(request, planes), planes.shape[1])
 
     def setup(self, circuit: str, lattice_dim: int) -> Answer:
         """See `Transport.setup`; needs `hello` first, and a worker of this program."""
@@ -117,7 +123,7 @@ class OipTransport:
         request = messages.ModelInferRequest(model_name=name)
         request.parameters[PUBLIC_ROWS_PARAMETER].bool_param = True
         request.outputs.add(name=OUTPUT_NAME)
-        return self._product(name, request, lattice_dim)
+        return self._product(name, request.SerializeToString(), lattice_dim)
 
     def close(self) -> None:
         """See `Transport.close`."""
@@ -161,14 +167,14 @@ class OipTransport:
         parameters = response.config.parameters
         return _printable(parameters[PLAN_ID_PARAMETER].string_value) if PLAN_ID_PARAMETER in parameters else None
 
-    def _product(self, circuit: str, request: messages.ModelInferRequest, tokens: int) -> Answer:
+    def _product(self, circuit: str, request: bytes, tokens: int) -> Answer:
         if self._circuits is None:
             raise WorkerError("evaluate before hello: open connections with open_connection")
         announced = self._circuits.get(circuit)
         if announced is None:
             raise WorkerError(f"the worker has no circuit {circuit!r}; start it on the bundle of this plan")
         response = messages.ModelInferResponse()
-        sent, received = self._call("ModelInfer", request, response)
+        sent, received = self._exchange("ModelInfer", request, response, self._reply_timeout)
         expected = (announced.reply_bytes, tokens, announced.out_features)
         outputs, contents = response.outputs, response.raw_output_contents
         if len(outputs) != 1 or outputs[0].name != OUTPUT_NAME or outputs[0].datatype != DATATYPE or len(contents) != 1:
@@ -178,23 +184,26 @@ class OipTransport:
         if tuple(outputs[0].shape) != expected:
             shape = tuple(outputs[0].shape[:4])
             raise WorkerError(f"circuit {circuit}: the reply has shape {shape}; needs {expected}")
-        if len(contents[0]) != math.prod(expected):
-            raise WorkerError(f"circuit {circuit}: the reply is {len(contents[0])} bytes; needs {math.prod(expected)}")
-        planes = np.frombuffer(contents[0], dtype=np.uint8).reshape(expected)
+        raw = contents[0]  # every access copies it
+        if len(raw) != math.prod(expected):
+            raise WorkerError(f"circuit {circuit}: the reply is {len(raw)} bytes; needs {math.prod(expected)}")
+        planes = np.frombuffer(raw, dtype=np.uint8).reshape(expected)
         return Answer(planes, compute_seconds(response), sent, received)
 
-    def _call(self, method: str, request: Message, response: Message, timeout: float | None = None) -> tuple[int, int]:
+    def _call(self, method: str, request: Message, response: Message, timeout: float | None = None) -> None:
+        """One of the small requests."""
+        self._exchange(method, request.SerializeToString(), response, timeout or self._reply_timeout)
+
+    def _exchange(self, method: str, data: bytes, response: Message, timeout: float) -> tuple[int, int]:
         """Fill `response` with the worker's answer; (bytes sent, bytes received). Raises WorkerError."""
         channel = self._channel
         if channel is None:
             raise WorkerUnavailableError(f"the connection to the worker at {self._address} is closed; connect again")
-        data = request.SerializeToString()
         if len(data) > self._max_message_bytes:
             raise WorkerError(
                 f"request of {len(data)} bytes; at most {self._max_message_bytes} are sent; use a smaller batch"
             )
         self._record("sent", data)
-        timeout = self._reply_timeout if timeout is None else timeout
         # Bytes in and out, and not messages: what is counted and recorded is then what travelled.
         send = channel.unary_unary(f"/{SERVICE}/{method}")
         try:
@@ -224,6 +233,7 @@ class OipTransport:
                 f"the worker at {self._address} cannot be reached ({status}: {details}); "
                 f"is it running (`hecompile worker serve`){advice}?"
             )
+        # It may also be that the message is too large, which it is elsewhere and later as well.
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" not in details:
             return WorkerUnavailableError(f"the worker at {self._address} is busy ({status}): {details}")
         return _Refused(code, f"the worker at {self._address} refused the request ({status}): {details}")
