@@ -12,8 +12,8 @@ if |D| is within the tolerance for every check of every token.
 
 What is caught. Let the reply of a token be W·b' + δ mod q, from a worker that does not know r: nothing that it is sent
 depends on it. Say that |δ_i| > 2·tolerance for some output i, and let the other r be what they are. The four values of r_i
-move D by ±δ_i and ±2·δ_i. Two of them can both be within tolerance only if their difference, one of δ_i, 2·δ_i, 3·δ_i and 4·δ_i, is 0
-mod q to within 2·tolerance; any three of the four have a pair that differs by δ_i itself. So:
+move D by ±δ_i and ±2·δ_i. Two of them can both be within tolerance only if their difference, one of δ_i, 2·δ_i, 3·δ_i and
+4·δ_i, is 0 mod q to within 2·tolerance; any three of the four have a pair that differs by δ_i itself. So:
 
 * any reply with such an error in a token is caught with probability at least 1/2, and at least 3/4 unless δ_i is near a
   half, third or quarter of q (signs alone would always miss two outputs that are both off by q/2);
