@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import math
-import resource
+import re
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -279,26 +281,39 @@ def test_a_torn_last_line_of_the_metrics_is_dropped(tmp_path: Path) -> None:
     assert read_metrics(path) == [{"step": 1, "loss": 2.5}]
 
 
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from hecompile.errors import InputError
+from runtime.train import run_training
+from tests.training.support import make_model, make_recipe, make_tokenizer
+
+directory = Path(sys.argv[1])
+model = make_model()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+def fill(module, args, kwargs):
+    if len(list((directory / "run").glob("checkpoint-*"))) == 3:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+model.register_forward_pre_hook(fill, with_kwargs=True)
+try:
+    run_training(model, make_tokenizer(), make_recipe(directory, save_steps=1))
+except InputError as error:
+    print(error)
+"""
+
+
 def test_a_disk_that_is_full_leaves_the_earlier_checkpoint_to_resume_from(tmp_path: Path) -> None:
-    """The kernel refuses to write on, as it does on a full disk: a limit on the size of files, set after step 3."""
+    """The kernel refuses to write on, as on a full disk: a limit on the size of files, set after step 3, in a process
+    of its own."""
     recipe = make_recipe(tmp_path, save_steps=1)
     straight = make_model()
     run_training(straight, TOKENIZER, recipe)
     shutil.rmtree(tmp_path / "run")
-    model = make_model()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fill(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        if len(list((tmp_path / "run").glob("checkpoint-*"))) == 3:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-
-    hook = model.register_forward_pre_hook(fill, with_kwargs=True)
-    try:
-        with pytest.raises(InputError, match=r"checkpoint of step 4 cannot be written to .*--resume"):
-            run_training(model, TOKENIZER, recipe)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        hook.remove()
+    arguments = [sys.executable, "-W", "ignore", "-c", FULL, str(tmp_path)]
+    run = subprocess.run(arguments, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2])
+    assert re.search(r"checkpoint of step 4 cannot be written to .*--resume", run.stdout), run.stdout + run.stderr
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"checkpoint-1", "checkpoint-2", "checkpoint-3"} <= names and "checkpoint-4" not in names
     resumed = make_model()
