@@ -56,10 +56,10 @@ def connect_workers(recipe: Recipe) -> Replicas:
     def discover() -> dict[str, Callable[[], Transport]]:
         return {address: partial(pool, address) for address in fetch_workers(recipe.workers[0], credentials)}
 
-    policy = RetryPolicy(section.attempts)
+    policy, leave_bad = RetryPolicy(section.attempts), section.on_bad_worker == "retry-elsewhere"
     if recipe.workers[0].startswith(SCHEMES):
-        return Replicas(discover(), policy, discover)
-    return Replicas({address: partial(pool, address) for address in recipe.workers}, policy)
+        return Replicas(discover(), policy, discover, leave_bad)
+    return Replicas({address: partial(pool, address) for address in recipe.workers}, policy, leave_bad=leave_bad)
 
 
 def load_tokenizer(bundle: ClientBundle) -> PreTrainedTokenizerBase:

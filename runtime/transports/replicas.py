@@ -8,7 +8,6 @@ answers gives the same bytes. Time is measured on the monotonic clock, so that a
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
 import threading
@@ -68,6 +67,8 @@ class Replicas:
     workers: name → what makes a transport to it; each says hello and passes the known-answer test before its first request.
     discover: returns workers as `workers` has them; asked after a failure for those that are new, such as the replacement of
     one that died. May raise WorkerUnavailableError.
+    leave_bad: a worker that breaks the protocol, computes known answers wrongly or refuses a request is not asked again, and
+    another one is; else that ends the request.
     sleep: for tests.
     """
 
@@ -78,8 +79,10 @@ class Replicas:
         workers: Mapping[str, Callable[[], Transport]],
         policy: RetryPolicy | None = None,
         discover: Callable[[], Mapping[str, Callable[[], Transport]]] | None = None,
+        leave_bad: bool = False,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        self._leave_bad = leave_bad
         self._policy = policy or RetryPolicy()
         self._replicas = [_Replica(name, connect) for name, connect in workers.items()]
         self._lock = threading.Lock()
@@ -96,8 +99,14 @@ class Replicas:
         self._plan_id = plan_id
         info = self._attempt(lambda replica: self._opened(replica).hello(plan_id))[0]
         for replica in self._known():
-            with contextlib.suppress(WorkerUnavailableError):
+            try:
                 self._opened(replica)
+            except WorkerUnavailableError as error:
+                LOGGER.warning("%s", error)
+            except WorkerError as error:
+                if not self._leave_bad or not self.distrust(replica.name):
+                    raise
+                LOGGER.warning("%s; %s is not asked again", error, replica.name)
         # Not copied: a worker that cannot list its circuits can still be asked for each.
         maps = [replica.circuits for replica in self._known() if replica.circuits is not None]
         return replace(info, circuits=ChainMap(*cast("list[MutableMapping[str, CircuitInfo]]", maps)))
@@ -148,23 +157,29 @@ class Replicas:
 
     def _attempt(self, ask: Callable[[_Replica], Result], circuit: str | None = None) -> tuple[Result, str]:
         """What `ask` returns of the first worker with that circuit that has an answer, and that worker's name."""
+        failure: WorkerError | None = None
         for attempt in range(1, self._policy.attempts + 1):
             replica = self._choose(circuit)
             try:
                 result = ask(replica)
             except WorkerUnavailableError as error:
                 self._failed(replica)
-                if attempt == self._policy.attempts:
-                    asked = f"asked {attempt} times, of {len(self._known())} workers"
-                    raise WorkerUnavailableError(f"{error} ({asked})") from error
+                asked = f"asked {attempt} times, of {len(self._known())} workers"
+                failure = WorkerUnavailableError(f"{error} ({asked})")
                 LOGGER.warning("%s; asking again", error)
-                continue
+            except WorkerError as error:
+                if not self._leave_bad or not self.distrust(replica.name):
+                    raise
+                failure = error
+                LOGGER.warning("%s; %s is not asked again", error, replica.name)
+            else:
+                replica.failures = 0
+                return result, replica.name
             finally:
                 with self._lock:
                     replica.in_flight -= 1
-            replica.failures = 0
-            return result, replica.name
-        raise AssertionError("unreachable")
+        assert failure is not None
+        raise failure
 
     def _choose(self, circuit: str | None) -> _Replica:
         """The worker with fewest requests in flight among those that may be asked now; waits until one may."""

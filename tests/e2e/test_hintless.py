@@ -140,7 +140,7 @@ def test_a_wrong_hint_is_refused(hintless: Build) -> None:
     products = EncryptedProducts(hintless.client, InProcessTransport(Worker(hintless.worker, WrongWorker(worker))))
     circuit, parameters = next(iter(hintless.client.circuits.items()))
     x = torch.randn(5, parameters.in_features, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(VerificationError, match=rf"{circuit}: the worker's hint is not the product"):
+    with pytest.raises(VerificationError, match=rf"{circuit}: the worker: the worker's hint is not"):
         products.product(circuit, x)
 
 

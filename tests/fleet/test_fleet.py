@@ -58,7 +58,10 @@ def directory(build: Path) -> Iterator[str]:
     pytest.importorskip("ray")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    yield deploy(FleetFile(bundle=build / WORKER, shards=2, replicas=2, cpus_per_replica=0.2, http_port=port))
+    listen = "grpc://127.0.0.1:0"  # Open Inference Protocol
+    yield deploy(
+        FleetFile(bundle=build / WORKER, shards=2, replicas=2, cpus_per_replica=0.2, http_port=port, listen=listen)
+    )
     stop()
 
 

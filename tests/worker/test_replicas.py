@@ -259,3 +259,26 @@ def test_a_session_ends_after_so_many_caught_lies_however_many_workers_there_are
     transport, _ = replicas({name: Fragile(worker, no_failure) for name in "abcdefgh"})
     open_connection(transport, PLAN_ID)
     assert [transport.distrust(name) for name in "abc"] == [True, True, False]
+
+
+@pytest.mark.parametrize("leave_bad", [False, True])
+def test_a_worker_that_refuses_is_left_for_another_where_that_is_asked_for(worker: Worker, leave_bad: bool) -> None:
+    bad, good = Fragile(worker, failing(100, WorkerError)), Fragile(worker, no_failure)
+    transport = Replicas({"bad": lambda: bad, "good": lambda: good}, leave_bad=leave_bad)
+    open_connection(transport, PLAN_ID)
+    if not leave_bad:
+        with pytest.raises(WorkerError, match="it broke"):
+            transport.evaluate(CIRCUIT, PLANES)
+        return
+    assert [transport.evaluate(CIRCUIT, PLANES).worker for _ in range(3)] == ["good"] * 3
+    assert len(bad.sent) == 1 and bad.closed
+
+
+def test_a_worker_of_another_plan_among_others_is_left_or_ends_it(worker: Worker, tmp_path: Path) -> None:
+    other = Worker(write_bundle(tmp_path / "other", {"linear": (WEIGHT, 3, 2)}, "ab" * 16))
+    workers = {"good": lambda: InProcessTransport(worker), "other": lambda: InProcessTransport(other)}
+    with pytest.raises(WorkerError, match="another plan"):
+        open_connection(Replicas(workers), PLAN_ID)
+    transport = Replicas(workers, leave_bad=True)
+    open_connection(transport, PLAN_ID)
+    assert transport.evaluate(CIRCUIT, PLANES).worker == "good"
