@@ -54,7 +54,8 @@ class _Replica:
     name: str
     connect: Callable[[], Transport]
     transport: Transport | None = None  # once it has passed the known-answer test
-    circuits: Mapping[str, CircuitInfo] | None = None  # what it holds, once that is known
+    circuits: Mapping[str, CircuitInfo] | None = None  # what it holds, once it was met; may ask it for each
+    holds: dict[str, bool] = field(default_factory=dict)  # what is known of that
     in_flight: int = 0
     failures: int = 0  # since it last answered
     retry_at: float = 0.0
@@ -189,7 +190,7 @@ class Replicas:
                 holders = [
                     replica
                     for replica in self._replicas
-                    if circuit is None or replica.circuits is None or circuit in replica.circuits
+                    if circuit is None or replica.holds.get(circuit, True)
                 ]
                 if not holders:
                     what = "" if circuit is None or not self._replicas else f" for {circuit}"
@@ -204,13 +205,16 @@ class Replicas:
             self._sleep(wait)
 
     def _meet_unknown(self, circuit: str | None) -> None:
-        """Ask a worker that was away at the start which circuits it holds, before it is sent one that it may not."""
+        """Ask workers of which that is not known whether they hold the circuit, before one is sent what it may not have."""
         now = time.monotonic()
         for replica in self._known() if circuit is not None else ():
-            if replica.circuits is None and replica.retry_at <= now:
+            if circuit not in replica.holds and replica.retry_at <= now:
                 try:
                     self._opened(replica)
-                except WorkerUnavailableError:
+                    assert circuit is not None and replica.circuits is not None
+                    replica.holds[circuit] = circuit in replica.circuits
+                except WorkerUnavailableError as error:
+                    LOGGER.warning("%s", error)
                     self._failed(replica)
 
     def _known(self) -> list[_Replica]:

@@ -74,7 +74,7 @@ def listed(url: str) -> list[str]:
 def pid_listening_on(address: str) -> int:
     """From /proc: who has the listening socket of that port."""
     port = f"{int(address.rsplit(':', 1)[1]):04X}"
-    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    lines = [line for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
     (inode,) = {line.split()[9] for line in lines if line.split()[1].endswith(f":{port}") and line.split()[3] == "0A"}
     for process in Path("/proc").iterdir():
         if process.name.isdigit():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import pytest
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
 from hecompile.worker_bundle import KNOWN_ANSWER
 from passes.lower_worker import encrypted_linear_reference
-from runtime.protocol import WorkerInfo
+from runtime.protocol import CircuitInfo, WorkerInfo
 from runtime.shards import parse_layers, shard, split_layers
 from runtime.transports import (
     Answer,
@@ -282,3 +283,23 @@ def test_a_worker_of_another_plan_among_others_is_left_or_ends_it(worker: Worker
     transport = Replicas(workers, leave_bad=True)
     open_connection(transport, PLAN_ID)
     assert transport.evaluate(CIRCUIT, PLANES).worker == "good"
+
+
+def test_a_worker_that_dies_before_it_was_asked_for_a_circuit_is_passed_over(worker: Worker) -> None:
+    """A generic server is asked for each circuit when that is first needed: by then it may be gone."""
+
+    class Asked(dict[str, CircuitInfo]):
+        def __contains__(self, circuit: object) -> bool:
+            if circuit != KNOWN_ANSWER:
+                raise WorkerUnavailableError("it is gone")
+            return True
+
+    class Generic(Fragile):
+        def hello(self, plan_id: str) -> WorkerInfo:
+            info = super().hello(plan_id)
+            return dataclasses.replace(info, circuits=Asked(info.circuits))
+
+    gone, alive = Generic(worker, failing(100)), Fragile(worker, no_failure)
+    transport, _ = replicas({"gone": gone, "alive": alive})
+    open_connection(transport, PLAN_ID)
+    assert transport.evaluate(CIRCUIT, PLANES).worker == "alive"
