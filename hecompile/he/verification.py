@@ -55,6 +55,7 @@ GROUP = 2048
 _DEVIATIONS = 8
 _MEAN_SQUARE = 2.5
 """Of r_i, uniform over ±1 and ±2."""
+_LARGEST_SQUARE = 4.0
 _LARGEST_INPUTS = 2**15
 
 
@@ -80,7 +81,7 @@ def tolerance(linear: LinearParameters, square_sum: float | None = None) -> int:
     if coarse <= fine:
         return 0
     squares = _MEAN_SQUARE * min(GROUP, linear.out_features) if square_sum is None else square_sum
-    spread = math.ceil(_DEVIATIONS * math.sqrt(squares * ((coarse**2 - fine**2) / 12 + fine**2 / 4)))
+    spread = _spread(linear, squares)
     if 18 * spread >= 2**LOG_Q:
         raise SecurityError(
             f"replies of {linear.reply_bytes} byte(s) for {linear.out_features} outputs cannot be verified: ask for a "
@@ -90,11 +91,15 @@ def tolerance(linear: LinearParameters, square_sum: float | None = None) -> int:
 
 
 def can_be_verified(linear: LinearParameters) -> bool:
-    """Whether replies of that circuit are fine enough for their check."""
-    try:
-        return tolerance(linear, 4.0 * min(GROUP, linear.out_features)) >= 0
-    except SecurityError:
-        return False
+    """Whether replies of that circuit are fine enough for their check, whatever r is drawn."""
+    if linear.reply_step <= linear.upload_step:
+        return True
+    return 18 * _spread(linear, _LARGEST_SQUARE * min(GROUP, linear.out_features)) < 2**LOG_Q
+
+
+def _spread(linear: LinearParameters, square_sum: float) -> int:
+    coarse, fine = linear.reply_step, linear.upload_step
+    return math.ceil(_DEVIATIONS * math.sqrt(square_sum * ((coarse**2 - fine**2) / 12 + fine**2 / 4)))
 
 
 class Checks(Unsharable):
