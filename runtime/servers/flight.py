@@ -20,6 +20,7 @@ from runtime.flight_frames import COMMAND, flight, pyarrow, read_frame, write_fr
 from runtime.protocol import Frame
 from runtime.transports.address import TcpAddress, parse_address
 from runtime.transports.credentials import ServerCredentials
+from runtime.transports.network import FLIGHT_SCHEMES, check_server_access
 from runtime.worker import Worker, handle
 
 LOGGER = logging.getLogger(__name__)
@@ -176,19 +177,9 @@ def _refusal(text: str) -> Exception:
 
 def _listening_address(address: str, credentials: ServerCredentials, allow_plaintext_network: bool) -> TcpAddress:
     parsed = parse_address(address)
-    if not isinstance(parsed, TcpAddress) or parsed.scheme not in ("flight", "flights"):
+    if not isinstance(parsed, TcpAddress) or parsed.scheme not in FLIGHT_SCHEMES:
         raise InputError(f"{address} is no address of Arrow Flight; needs flight://host:port or flights://host:port")
-    if parsed.tls and not credentials.tls:
-        raise InputError(f"{address} needs a certificate and its key; without TLS it is flight://{parsed.authority}")
-    if credentials.tls and not parsed.tls:
-        raise InputError(f"{address} is without TLS, but a certificate was given; use flights://{parsed.authority}")
-    if not parsed.tls and not parsed.is_loopback and not allow_plaintext_network:
-        raise InputError(
-            f"{address} can be reached from other machines without TLS; use flights:// with a certificate, listen on "
-            "127.0.0.1 and forward the port over SSH, or pass allow_plaintext_network"
-        )
-    if not parsed.tls and not parsed.is_loopback and credentials.token_digests:
-        raise InputError(f"tokens would be sent to {address} in the clear; use flights:// with a certificate")
+    check_server_access(parsed, credentials, allow_plaintext_network)
     if parsed.tls and not parsed.is_loopback and not credentials.authenticates:
         LOGGER.warning("whoever reaches %s is served: neither tokens nor client certificates are asked for", address)
     return parsed

@@ -14,6 +14,7 @@ from runtime.protocol import Frame
 from runtime.transports.address import TcpAddress, parse_address
 from runtime.transports.base import FrameTransport, TrafficRecorder
 from runtime.transports.credentials import ClientCredentials
+from runtime.transports.network import FLIGHT_SCHEMES, check_client_access
 
 _MIB = 1 << 20
 _TUNING = [
@@ -145,12 +146,9 @@ class FlightTransport(FrameTransport):
 
 def _checked_address(address: str, credentials: ClientCredentials) -> TcpAddress:
     parsed = parse_address(address)
-    if not isinstance(parsed, TcpAddress) or parsed.scheme not in ("flight", "flights"):
+    if not isinstance(parsed, TcpAddress) or parsed.scheme not in FLIGHT_SCHEMES:
         raise InputError(f"{address} is no address of Arrow Flight; needs flight://host:port or flights://host:port")
-    if not parsed.tls and (credentials.authority or credentials.certificate):
-        raise InputError(f"{address} is without TLS, but certificates were given; use flights://{parsed.authority}")
-    if not parsed.tls and not parsed.is_loopback and credentials.token is not None:
-        raise InputError(f"the token would go to {address} in the clear; use flights://{parsed.authority}")
+    check_client_access(parsed, credentials)
     return parsed
 
 
