@@ -18,6 +18,9 @@ from onnx_ir.passes import common
 DOMAIN = "hecompile"
 """Domain of the operators that this compiler adds to ONNX."""
 
+ATTENTION_OPERATORS = frozenset({"Attention", "PowerAttention", "GaussianAttention", "ChebyshevAttention"})
+"""The operators, all of inputs (q, k, v, bias), that let positions of a sequence see each other."""
+
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata key of a node as exported: the module path of the checkpoint it came from, written by torch's exporter."""
 
@@ -35,6 +38,10 @@ RANGE = "hecompile.range"
 
 GRADIENT_RANGE = "hecompile.gradient_range"
 """Metadata key of a value: the same of the gradient that flows back into it."""
+
+APPROXIMATION_RANGE = "hecompile.approximation_range"
+"""Metadata key of the result of an attention, RMSNorm or SiLU: JSON of what calibration saw where a polynomial would stand
+(`hecompile.approximation_ranges`)."""
 
 _SHORT_DTYPES = {"FLOAT": "f32", "DOUBLE": "f64", "FLOAT16": "f16", "BFLOAT16": "bf16", "INT64": "i64", "INT32": "i32"}
 _SHORT_DTYPES |= {"INT8": "i8", "INT16": "i16", "UINT8": "u8", "UINT32": "u32", "BOOL": "bool"}

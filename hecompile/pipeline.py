@@ -10,6 +10,9 @@ import onnx_ir as ir
 from hecompile.errors import HecompileError, LegalityError
 from hecompile.legality import ADAPTED, CANONICAL, EXPORTED, QUANTIZED, Stage, check_stage
 from passes.annotate_secrecy import AnnotateSecrecy
+from passes.approximate_rmsnorm import ApproximateRMSNorm
+from passes.approximate_silu import ApproximateSiLU
+from passes.approximate_softmax import ApproximateSoftmax
 from passes.attach_lora import AttachLora
 from passes.calibrate import Calibrate
 from passes.canonicalize import Canonicalize
@@ -26,6 +29,9 @@ from passes.validate import Validate
 PASSES: dict[str, type] = {
     "simplify": Simplify,
     "canonicalize": Canonicalize,
+    "approximate_softmax": ApproximateSoftmax,
+    "approximate_rmsnorm": ApproximateRMSNorm,
+    "approximate_silu": ApproximateSiLU,
     "attach_lora": AttachLora,
     "calibrate": Calibrate,
     "quantize": Quantize,
