@@ -16,6 +16,7 @@ from passes.approximate_softmax import ApproximateSoftmax
 from passes.attach_lora import AttachLora
 from passes.calibrate import Calibrate
 from passes.canonicalize import Canonicalize
+from passes.expand_polynomials import ExpandPolynomials
 from passes.fuse import Fuse
 from passes.lower_worker import LowerWorker
 from passes.place import Place
@@ -43,9 +44,10 @@ PASSES: dict[str, type] = {
     "lower_worker": LowerWorker,
     "validate": Validate,
     "fuse": Fuse,
+    "expand_polynomials": ExpandPolynomials,
 }
 """Every pass by its registered name, in pipeline order; split, lower_worker and validate work on the split plan, and fuse
-runs when a client loads its half."""
+runs when a client loads its half; expand_polynomials and what follows it make the graph that a worker evaluates alone."""
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,18 @@ def iterations_for(lower: float, upper: float, error: float) -> int:
 
 
 def inverse(d: T, lower: float, upper: float, iterations: int) -> T:
-    """1/d up to `relative_error`, for d within [lower, upper]; `iterations` levels below a constant product."""
+    """1/d up to `relative_error`, for d within [lower, upper]."""
     factor = start_factor(lower, upper)
-    rest = d * (-factor) + 1.0  # r
+    scaled: T = inverse_of_scaled(d * factor, iterations) * factor
+    return scaled
+
+
+def inverse_of_scaled(d: T, iterations: int) -> T:
+    """1/d for d within (0, 2): (1 + r)·(1 + r²)·(1 + r⁴)…, `iterations` factors in as many levels less one, at least one
+    where there are two."""
+    rest = d * -1.0 + 1.0  # r
     result = rest + 1.0
     for _ in range(iterations - 1):
         rest = rest * rest
         result = result * (rest + 1.0)
-    scaled: T = result * factor
-    return scaled
+    return result

@@ -83,9 +83,13 @@ def inverse_sqrt_for(lower: float, upper: float, error: float, largest_degree: i
 
 
 def inverse_sqrt(z: T, coefficients: Sequence[float], newton_steps: int, lower: float, upper: float) -> T:
-    """1/√z for z within [lower, upper]; two levels per step: y' = 1.5·y - (z/2·y)·y²."""
-    y = evaluate(coefficients, to_unit(z, lower, upper))
+    """1/√z for z within [lower, upper]."""
+    return newton(evaluate(coefficients, to_unit(z, lower, upper)), z, newton_steps)
+
+
+def newton(y: T, z: T, steps: int) -> T:
+    """Steps towards 1/√z from y, two levels each: y' = 1.5·y - (z/2·y)·y²."""
     half = z * 0.5
-    for _ in range(newton_steps):
+    for _ in range(steps):
         y = y * 1.5 - (half * y) * (y * y)
     return y

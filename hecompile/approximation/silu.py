@@ -59,9 +59,9 @@ def by_series(x: T, coefficients: Sequence[float], bound: float) -> T:
 
 
 def by_composition(x: T, coefficients: Sequence[float], bound: float) -> T:
-    """x/2 + x/2·s(x/bound), s composed of `len(coefficients) / 4` odd polynomials, for |x| ≤ bound."""
+    """x/2·(1 + s(x/bound)), s composed of `len(coefficients) / 4` odd polynomials, for |x| ≤ bound."""
     half = x * 0.5
-    result: T = half + half * composed(x * (1 / bound), coefficients)
+    result: T = half * (composed(x * (1 / bound), coefficients) + 1.0)
     return result
 
 
