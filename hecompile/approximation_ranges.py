@@ -4,7 +4,6 @@ calibrated range must lie within the domain of what stands in the graph."""
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
 
 import onnx_ir as ir
@@ -134,11 +133,10 @@ def _demands(node: ir.Node, given: dict[str, object]) -> list[tuple[str, Interva
     if node.op_type == "ChebyshevAttention":
         shift = numbers["shift"]
         shifted = Interval(found.scores.lower - shift, found.scores.upper - shift)
-        sums = Interval(math.exp(found.log_sums.lower - shift), math.exp(found.log_sums.upper - shift))
-        return [
-            ("the score less its shift", shifted, numbers["domain_lower"], numbers["domain_upper"]),
-            ("the divisor", sums, numbers["ratio_lower"], numbers["ratio_upper"]),
-        ]
+        demands = [("the score less its shift", shifted, numbers["domain_lower"], numbers["domain_upper"])]
+        if numbers["halvings"]:
+            demands.append(("the number of keys", Interval(1, found.length), 1, 1 / numbers["square_lower"]))
+        return demands
     demands = [("the score", found.scores, -numbers["domain_upper"], numbers["domain_upper"])]
     if given["division"] == "goldschmidt":
         divisor = divisor_range(found, str(given["form"]), int(numbers["power"]), numbers["epsilon"])

@@ -92,6 +92,15 @@ def export_llama(
             "its time and your download. `inspect` shows how many bytes, `python -m benchmarks.hintless` the time.",
         ),
     ] = True,
+    attention: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="softmax, or what stands for it: power, gaussian_kernel (both for models trained with them), chebyshev. By "
+            "default what the checkpoint was converted for. See docs/polynomial.md."
+        ),
+    ] = None,
+    norm: Annotated[Optional[str], typer.Option(help="exact or polynomial; default as above.")] = None,  # noqa: UP045
+    activation: Annotated[Optional[str], typer.Option(help="silu, polynomial or composed; default as above.")] = None,  # noqa: UP045
 ) -> None:
     """Export a Hugging Face Llama to ONNX and compile it: a client bundle (plan, hints, tokenizer) and a worker bundle
     (integer circuits). Both are public; the secrets are drawn at training time and never stored."""
@@ -117,6 +126,9 @@ def export_llama(
         public_seed=None if public_seed is None else PublicSeed.from_hex(public_seed),
         policy="offload" if placement == "offload" else "cheapest",
         stored_hints=hints,
+        attention=attention,
+        norm=norm,
+        activation=activation,
     )
     console = _console()
     size = ModelSize.of(load_config(model))

@@ -6,7 +6,7 @@ tables of q (and of k, for the Gaussian kernel), the mask drops entries.
 * power: f·t^p/n = (t·(f/n)^(1/p))^p, with f = 2/(L + U) of Goldschmidt's start and n the keys that a query sees (length
   agnostic), so that the sum over the keys lies in (0, 2) and the quotient needs no factor.
 * gaussian: 1 + x/2^k = 1 - ‖q' - k'‖² with q' = q·√(scale/2^(k+1)) and k' likewise.
-* chebyshev: q·scale/h, h half the width of the domain; f^(1/2^s) goes into the coefficients.
+* chebyshev: q·scale/h, h half the width of the domain; f^(1/2^s) goes into the coefficients; Σw² is multiplied by its f.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def query_factor(op_type: str, attributes: Attributes, mask: np.ndarray) -> np.n
         return np.full(length, gaussian_factor(attributes))
     if op_type == "ChebyshevAttention":
         half = (attributes["domain_upper"] - attributes["domain_lower"]) / 2
-        return np.full(length, scale / half)
+        return np.full(length, scale / half)  # of a score, whether halved or not: the unit interval is the same
     factor = goldschmidt.start_factor(attributes["ratio_lower"], attributes["ratio_upper"])
     visible = mask.sum(-1) if attributes["form"] == "length_agnostic" else np.ones(length)
     result: np.ndarray = scale * (factor / visible) ** (1 / attributes["power"])
@@ -56,14 +56,29 @@ def attention(
     if op_type == "GaussianAttention":
         return _gaussian(attributes, q, k, mask) @ v
     scores = q @ k.transposed((0, 1, 3, 2))
-    if op_type == "PowerAttention":
-        weights = power(scores, attributes["power"]).masked(mask)
-        factor = goldschmidt.start_factor(attributes["ratio_lower"], attributes["ratio_upper"])
-        divisor = weights.summed() + attributes["epsilon"] * factor
-    else:
-        weights = _exponentials(attributes, scores).masked(mask)
-        divisor = weights.summed()
-    return (weights @ v) * goldschmidt.inverse_of_scaled(divisor.settled(), attributes["iterations"])
+    if op_type == "ChebyshevAttention":
+        return _chebyshev(attributes, scores, v, mask)
+    weights = power(scores, attributes["power"]).masked(mask)
+    factor = goldschmidt.start_factor(attributes["ratio_lower"], attributes["ratio_upper"])
+    divisor = weights.summed() + attributes["epsilon"] * factor
+    return (weights @ v) * goldschmidt.inverse_of_scaled(divisor, attributes["iterations"])
+
+
+def _chebyshev(attributes: Attributes, scores: GraphValue, v: GraphValue, mask: np.ndarray) -> GraphValue:
+    weights = _exponentials(attributes, scores).masked(mask)
+    inverse = goldschmidt.inverse_of_scaled(weights.summed(), attributes["iterations"])
+    if attributes["halvings"] == 0:
+        return (weights @ v) * inverse
+    weights = weights * inverse
+    factor = goldschmidt.start_factor(attributes["square_lower"], 1.0)
+    for index in range(attributes["halvings"]):
+        weights = weights * weights
+        sums = (weights.summed() * factor).settled()
+        inverse = goldschmidt.inverse_of_scaled(sums, attributes["square_iterations"]) * factor
+        if index == attributes["halvings"] - 1:
+            return (weights @ v) * inverse
+        weights = weights * inverse
+    raise AssertionError("halvings is at least one")
 
 
 def _gaussian(attributes: Attributes, q: GraphValue, k: GraphValue, mask: np.ndarray) -> GraphValue:

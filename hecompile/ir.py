@@ -8,7 +8,7 @@ what each of them computes.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,17 @@ def attribute(node: ir.Node, name: str) -> object:
 def attributes_of(node: ir.Node) -> dict[str, Any]:
     """All attributes of `node` as Python values."""
     return {name: attr.value for name, attr in node.attributes.items()}
+
+
+def single(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes as a saved model holds them: floats, also in lists, rounded to float32."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [rounded(item) for item in value]
+        return float(np.float32(value)) if isinstance(value, float) else value
+
+    return {name: rounded(value) for name, value in attributes.items()}
 
 
 def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:

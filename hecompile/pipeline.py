@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from hecompile.errors import HecompileError, LegalityError
 from hecompile.legality import ADAPTED, CANONICAL, EXPORTED, QUANTIZED, Stage, check_stage
+from hecompile.polynomial_options import PolynomialOptions
 from passes.annotate_secrecy import AnnotateSecrecy
 from passes.approximate_rmsnorm import ApproximateRMSNorm
 from passes.approximate_silu import ApproximateSiLU
@@ -50,6 +51,9 @@ PASSES: dict[str, type] = {
 runs when a client loads its half; expand_polynomials and what follows it make the graph that a worker evaluates alone."""
 
 
+_EXACT = PolynomialOptions()
+
+
 @dataclass(frozen=True)
 class Step:
     """A pass with its options, and the stage that its result must be legal at."""
@@ -59,17 +63,36 @@ class Step:
     stage: Stage
 
 
+def raise_steps(polynomials: PolynomialOptions = _EXACT) -> tuple[Step, ...]:
+    """Up to the graph of the model's own operators; attention already computes the function that the model was trained for."""
+    steps = [Step("simplify", Simplify(), EXPORTED), Step("canonicalize", Canonicalize(), CANONICAL)]
+    if polynomials.attention is not None and polynomials.retrained:
+        steps.append(Step("approximate_softmax", replace(polynomials.attention, fit=False), CANONICAL))
+    return tuple(steps)
+
+
+def approximate_steps(calibrate: Calibrate, polynomials: PolynomialOptions) -> tuple[Step, ...]:
+    """Calibration on exact functions, then polynomials with domains that cover what it saw; none where nothing is replaced."""
+    chosen = {
+        "approximate_softmax": polynomials.attention,
+        "approximate_rmsnorm": polynomials.norm,
+        "approximate_silu": polynomials.activation,
+    }
+    steps = [Step(name, transform, CANONICAL) for name, transform in chosen.items() if transform is not None]
+    return (Step("calibrate", calibrate, CANONICAL), *steps) if steps else ()
+
+
 def graph_steps(
     attach_lora: AttachLora,
     calibrate: Calibrate,
     quantize: Quantize,
     place: Place,
     select_parameters: SelectParameters,
+    polynomials: PolynomialOptions = _EXACT,
 ) -> tuple[Step, ...]:
-    """The graph-to-graph part of the pipeline."""
+    """The graph-to-graph part of the pipeline after `raise_steps`."""
     return (
-        Step("simplify", Simplify(), EXPORTED),
-        Step("canonicalize", Canonicalize(), CANONICAL),
+        *approximate_steps(calibrate, polynomials),
         Step("attach_lora", attach_lora, ADAPTED),
         Step("calibrate", calibrate, ADAPTED),
         Step("quantize", quantize, QUANTIZED),

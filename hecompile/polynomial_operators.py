@@ -8,9 +8,10 @@
 * `GaussianAttention(q, k, v, bias; scale, squarings, domain_lower, domain_upper, error_bound)`: exp(x)·v of the exponents
   x = -‖q - k‖²·scale/2 with exp(x) ≈ (1 + x/2^k)^(2^k), not divided by anything (Rho et al., arXiv 2410.02486). With
   squarings = 0 exp itself. The mask stands in the exponent: -2^k where a key is not seen, for which the polynomial is zero.
-* `ChebyshevAttention(q, k, v, bias; scale, shift, coefficients, squarings, iterations, ratio_lower, ratio_upper, domain_lower,
-  domain_upper, error_bound)`: softmax with exp(t - shift) by a Chebyshev series on the domain of t - shift, squared
-  `squarings` times, and division by Goldschmidt.
+* `ChebyshevAttention(q, k, v, bias; scale, shift, coefficients, squarings, iterations, ratio_lower, ratio_upper, halvings,
+  square_iterations, square_lower, domain_lower, domain_upper, error_bound)`: the softmax of (t - shift)/2^halvings, with exp by
+  a Chebyshev series squared `squarings` times and division by Goldschmidt; then `halvings` times w ← w²/Σw², which makes it
+  the softmax of t (Cho et al., arXiv 2410.11184). The domain is that of t - shift.
 * `PolynomialRMSNorm(x, weight; epsilon, variance_scale, coefficients, newton_steps, domain_lower, domain_upper, error_bound)`:
   x·y(v)·weight with v = mean(x²) + ε in the domain and y(v) ≈ 1/√v; the series and the steps see v·variance_scale.
 * `PolynomialSiLU(x; coefficients, domain_lower, domain_upper, error_bound)`: a Chebyshev series on [-domain_upper, domain_upper].
@@ -116,9 +117,18 @@ def _chebyshev_attention(
         lower, upper = attributes["domain_lower"], attributes["domain_upper"]
         # What is masked may lie outside the domain; it must not become infinite before it is made zero.
         shifted = torch.where(mask > 0, shifted, upper)
-        weights = exponential.by_series(shifted, attributes["coefficients"], attributes["squarings"], lower, upper)
-        weights = weights * mask
-        return (weights @ v) * _goldschmidt(weights.sum(-1, keepdim=True), attributes)
+        shrink = 2.0 ** -attributes["halvings"]
+        series = (attributes["coefficients"], attributes["squarings"], lower * shrink, upper * shrink)
+        weights = exponential.by_series(shifted * shrink, *series) * mask
+        if attributes["halvings"] == 0:
+            return (weights @ v) * _goldschmidt(weights.sum(-1, keepdim=True), attributes)
+        weights = weights * _goldschmidt(weights.sum(-1, keepdim=True), attributes)
+        for _ in range(attributes["halvings"]):
+            weights = weights * weights
+            sums = weights.sum(-1, keepdim=True)
+            inverse = goldschmidt.inverse(sums, attributes["square_lower"], 1.0, attributes["square_iterations"])
+            weights = weights * inverse
+        return weights @ v
 
     return _attend(context, q, k, v, bias, attend)
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from hecompile.approximation.inverse_sqrt import inverse_sqrt_for
 from hecompile.approximation_ranges import Interval, interval_of, require_within
 from hecompile.errors import InputError, LegalityError
-from hecompile.ir import DOMAIN, ORIGIN, attribute, module_path, nodes_of_type, replace_node
+from hecompile.ir import DOMAIN, ORIGIN, attribute, module_path, nodes_of_type, replace_node, single
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,17 @@ class ApproximateRMSNorm(ir.passes.InPlacePass):
                     f"{domain.upper / domain.lower:.3g}, to {self.error:.3g} needs a start of a degree above {self.max_degree}; "
                     "allow more, ask for a larger error, or train with a heavier range loss on the variance"
                 )
-            attributes = {
-                "epsilon": epsilon,
-                "variance_scale": 1 / domain.upper,
-                "coefficients": list(found.coefficients),
-                "newton_steps": found.newton_steps,
-                "domain_lower": domain.lower,
-                "domain_upper": domain.upper,
-                "error_bound": found.error,
-            }
+            attributes = single(
+                {
+                    "epsilon": epsilon,
+                    "variance_scale": 1 / domain.upper,
+                    "coefficients": list(found.coefficients),
+                    "newton_steps": found.newton_steps,
+                    "domain_lower": domain.lower,
+                    "domain_upper": domain.upper,
+                    "error_bound": found.error,
+                }
+            )
             new = ir.node(
                 "PolynomialRMSNorm", node.inputs, attributes, domain=DOMAIN, metadata_props={ORIGIN: module_path(node)}
             )

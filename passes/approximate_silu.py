@@ -19,7 +19,7 @@ import onnx_ir as ir
 from hecompile.approximation import silu
 from hecompile.approximation_ranges import Interval, interval_of, require_within
 from hecompile.errors import InputError, LegalityError
-from hecompile.ir import DOMAIN, ORIGIN, module_path, nodes_of_type, replace_node
+from hecompile.ir import DOMAIN, ORIGIN, module_path, nodes_of_type, replace_node, single
 
 Form = Literal["series", "composed"]
 
@@ -63,12 +63,14 @@ class ApproximateSiLU(ir.passes.InPlacePass):
                     "or train with a heavier range loss"
                 )
             coefficients, error = found
-            attributes = {
-                "coefficients": list(coefficients),
-                "domain_lower": -bound,
-                "domain_upper": bound,
-                "error_bound": error,
-            }
+            attributes = single(
+                {
+                    "coefficients": list(coefficients),
+                    "domain_lower": -bound,
+                    "domain_upper": bound,
+                    "error_bound": error,
+                }
+            )
             new = ir.node(op_type, node.inputs, attributes, domain=DOMAIN, metadata_props={ORIGIN: where})
             replace_node(node, [new], new.outputs)
             modified = True

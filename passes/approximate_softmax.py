@@ -6,13 +6,15 @@
 
 `power`: t^p / (ε + Σ t^p), another function than softmax, which a model must be trained for (Zimerman et al., Power-Softmax,
 arXiv 2410.09457, the stable, Lipschitz and length-agnostic forms). `gaussian_kernel`: exp(-‖q - k‖²/(2√d)), not divided, also
-to be trained for (Rho et al., arXiv 2410.02486). `chebyshev`: softmax itself. The mask is a factor 0 or 1; for the Gaussian
+to be trained for (Rho et al., arXiv 2410.02486). `chebyshev`: softmax itself: the softmax of scores halved k times, for which
+exp has a narrow domain, then k times squared and divided by its sum (Cho et al., CCS 2024, arXiv 2410.11184). The mask is a factor 0 or 1; for the Gaussian
 kernel it stands in the exponent, which for constants 0 and 1 is the same.
 
 Error bounds, over the domain: `power` with Goldschmidt's division, the relative error of the quotient ρ^(2^n)
 (`hecompile.approximation.goldschmidt`), with exact division none; `gaussian_kernel`, of a weight, max(4/(e²·2^k), …)
-(`hecompile.approximation.exponential`); `chebyshev`, of the sum over the keys of a weight's error: 2·S·η/D + ρ^(2^n) for a
-series with error η, S keys and divisors of at least D. Iterations, squarings and degree are the fewest that reach `error`.
+(`hecompile.approximation.exponential`); `chebyshev`, of the sum over the keys of a weight's error: R - 1 + ρ^(2^n), with
+R = ((1 + η)/(1 - η))^(2^k) for a series of relative error η, since a division's error is common to a query's weights and the
+next division takes it away again. Iterations, squarings and degree are the fewest that reach `error`.
 A node that the pass made without calibration (`fit=False`) is fitted when the pass runs again after calibration.
 """
 
@@ -34,12 +36,14 @@ from hecompile.approximation_ranges import (
     require_within,
 )
 from hecompile.errors import InputError, LegalityError
-from hecompile.ir import DOMAIN, ORIGIN, attribute, module_path, nodes_of_type, remove_unused, replace_node
+from hecompile.ir import DOMAIN, ORIGIN, attribute, module_path, nodes_of_type, remove_unused, replace_node, single
 from hecompile.matching import AttentionParts, attentions
 
 Variant = Literal["power", "gaussian_kernel", "chebyshev"]
 Form = Literal["stable", "lipschitz", "length_agnostic"]
 Division = Literal["exact", "goldschmidt"]
+_WIDEST_EXPONENTS = 6.0
+"""Scores are halved until exp has a domain no wider: its relative error is then that of a series of low degree."""
 _OPERATORS = {"power": "PowerAttention", "gaussian_kernel": "GaussianAttention", "chebyshev": "ChebyshevAttention"}
 
 
@@ -101,7 +105,8 @@ class ApproximateSoftmax(ir.passes.InPlacePass):
         for node, parts in attentions(model):
             if not self._takes(node):
                 continue
-            attributes = self._attributes(module_path(node), parts.scale, attention_range_of(node.outputs[0]))
+            found = attention_range_of(node.outputs[0])
+            attributes = single(self._attributes(module_path(node), parts.scale, found))
             if node.op_type == _OPERATORS[self.variant] and _same(node, attributes):
                 continue
             _rewrite(node, _OPERATORS[self.variant], parts, attributes)
@@ -174,38 +179,49 @@ class ApproximateSoftmax(ir.passes.InPlacePass):
 
     def _chebyshev(self, where: str, found: AttentionRange | None) -> dict[str, Any]:
         seen = self._calibrated(where, found)
-        width = seen.scores.upper - seen.scores.lower
-        slack = width * (self.margin - 1) / 2
+        slack = (seen.scores.upper - seen.scores.lower) * (self.margin - 1) / 2
         shift = seen.scores.upper + slack  # no exponent is then above zero
         lower = seen.scores.lower - slack - shift if self.domain_lower is None else self.domain_lower
         require_within(where, "the score less its shift", Interval(seen.scores.lower - shift, -slack), lower, 0.0)
         length = seen.length if self.length is None else self.length
-        sums = Interval(math.exp(seen.log_sums.lower - shift), math.exp(seen.log_sums.upper - shift))
-        if self.length is not None and self.length > seen.length:
-            sums = Interval(sums.lower, sums.upper * self.length / seen.length)
-        ratio = self._ratio(where, sums)
-        wanted = self.error * ratio.lower / (4 * length)
-        series = exponential.series_for(lower, 0.0, wanted, self.max_degree)
+        require_within(where, "the number of keys", Interval(1, seen.length), 1, length)
+        halvings = max(0, math.ceil(math.log2(-lower / _WIDEST_EXPONENTS)))
+        shrunk = lower / 2**halvings
+        # R - 1 ≤ error/2 for R = ((1 + η)/(1 - η))^(2^k).
+        wanted = math.tanh(math.log1p(self.error / 2) / 2 ** (halvings + 1))
+        series = exponential.series_for(shrunk, 0.0, wanted * math.exp(shrunk), self.max_degree)
         if series is None:
             raise LegalityError(
-                f"{where}: exp on [{lower:.6g}, 0] to {wanted:.3g} (an error of {self.error:.3g} at {length} keys and divisors "
-                f"down to {ratio.lower:.3g}) needs a degree above {self.max_degree}; ask for a larger error or max_degree, "
-                "or train with the power or gaussian_kernel variant"
+                f"{where}: exp on [{shrunk:.6g}, 0] to {wanted * math.exp(shrunk):.3g} (an error of {self.error:.3g}, scores "
+                f"{-lower:.6g} apart) needs a degree above {self.max_degree}; ask for a larger error or max_degree, or train "
+                "with the power or gaussian_kernel variant"
             )
         coefficients, squarings, error = series
+        relative = error / math.exp(shrunk)
+        spread = ((1 + relative) / (1 - relative)) ** (2**halvings)
+        ratio = self._ratio(where, Interval(math.exp(shrunk) * (1 - relative), length * (1 + relative)))
         iterations = self._iterations(where, ratio, self.error / 2)
         division = goldschmidt.relative_error(ratio.lower, ratio.upper, iterations)
-        return {
+        attributes = {
             "shift": shift,
             "coefficients": list(coefficients),
             "squarings": squarings,
             "iterations": iterations,
             "ratio_lower": ratio.lower,
             "ratio_upper": ratio.upper,
+            "halvings": halvings,
+            "square_iterations": 0,
+            "square_lower": 1.0,
             "domain_lower": lower,
             "domain_upper": 0.0,
-            "error_bound": 2 * length * error / ratio.lower + division,
         }
+        if halvings:
+            # Weights that sum to at least 1 - error/2 have squares that sum to at least that squared over their number.
+            squares = Interval((1 - self.error / 2) ** 2 / length, 1.0)
+            square_iterations = self._iterations(where, squares, self.error / 2)
+            division = goldschmidt.relative_error(squares.lower, squares.upper, square_iterations)
+            attributes |= {"square_iterations": square_iterations, "square_lower": squares.lower}
+        return attributes | {"error_bound": spread - 1 + division}
 
     def _calibrated(self, where: str, found: AttentionRange | None) -> AttentionRange:
         if found is None:
@@ -223,10 +239,10 @@ class ApproximateSoftmax(ir.passes.InPlacePass):
                 f"{where}: nothing was recorded of this attention; run calibrate before approximate_softmax, or give "
                 "ratio_lower and ratio_upper"
             )
+        if self.variant == "chebyshev":
+            return seen  # bounds, not observations
         widened = seen.widened(self.margin)
-        if self.variant == "power":
-            return Interval(max(widened.lower, self.epsilon), widened.upper)  # a sum of even powers is at least zero
-        return widened
+        return Interval(max(widened.lower, self.epsilon), widened.upper)  # a sum of even powers is at least zero
 
     def _iterations(self, where: str, ratio: Interval, error: float) -> int:
         iterations = goldschmidt.iterations_for(ratio.lower, ratio.upper, error)
