@@ -170,6 +170,7 @@ class Recipe(_Section):
     `grpcs://`, `flight://` or `flights://host:port`), a list of such addresses for several workers of one plan (which
     may hold some of its layers each), the `http://` address of a fleet's directory, or `inprocess`, which runs
     `worker_bundle` with `engine` (by default the fastest on this CPU) in this process.
+    `attention`, `norm` and `activation` are fixed when the model is exported; a recipe may repeat them and is then checked.
     """
 
     model: Path
@@ -180,6 +181,9 @@ class Recipe(_Section):
     training: TrainingSection
     lora: LoraSection | None = None
     connection: ConnectionSection = ConnectionSection()
+    attention: Literal["softmax", "power", "gaussian_kernel", "chebyshev"] | None = None
+    norm: Literal["rmsnorm", "polynomial"] | None = None
+    activation: Literal["silu", "polynomial", "composed"] | None = None
 
     @property
     def workers(self) -> list[str]:
