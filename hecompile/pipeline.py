@@ -17,10 +17,12 @@ from passes.approximate_softmax import ApproximateSoftmax
 from passes.attach_lora import AttachLora
 from passes.calibrate import Calibrate
 from passes.canonicalize import Canonicalize
+from passes.depth import Depth
 from passes.expand_polynomials import ExpandPolynomials
 from passes.fuse import Fuse
 from passes.lower_worker import LowerWorker
 from passes.place import Place
+from passes.place_refreshes import PlaceRefreshes
 from passes.quantize import Quantize
 from passes.select_parameters import SelectParameters
 from passes.simplify import Simplify
@@ -46,6 +48,8 @@ PASSES: dict[str, type] = {
     "validate": Validate,
     "fuse": Fuse,
     "expand_polynomials": ExpandPolynomials,
+    "depth": Depth,
+    "place_refreshes": PlaceRefreshes,
 }
 """Every pass by its registered name, in pipeline order; split, lower_worker and validate work on the split plan, and fuse
 runs when a client loads its half; expand_polynomials and what follows it make the graph that a worker evaluates alone."""
