@@ -220,7 +220,9 @@ def sample_calibration_tokens(
     return tuple(tuple(int(token) for token in row) for row in tokens)
 
 
-def _self_sampler(checkpoint: Checkpoint, seed: PublicSeed, length: int) -> Callable[[ir.Model], tuple[tuple[int, ...], ...]]:
+def _self_sampler(
+    checkpoint: Checkpoint, seed: PublicSeed, length: int
+) -> Callable[[ir.Model], tuple[tuple[int, ...], ...]]:
     """The same by the canonical graph, for a model that the Hugging Face class no longer computes."""
     start, number = _start_token(checkpoint), _calibration_seed(seed)
 

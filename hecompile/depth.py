@@ -45,7 +45,7 @@ def is_constant(value: ir.Value | None) -> bool:
 
 def levels(model: ir.Model, masks_are_free: bool = True) -> dict[ir.Value, int]:
     """Multiplicative depth of every value that depends on an input. Inputs have none."""
-    found: dict[ir.Value, int] = {value: 0 for value in model.graph.inputs}
+    found: dict[ir.Value, int] = dict.fromkeys(model.graph.inputs, 0)
     for node in model.graph:
         operands = [found[value] for value in node.inputs if value is not None and value in found]
         if not operands:
@@ -65,14 +65,13 @@ def elements(value: ir.Value) -> int:
     """Numbers in a tensor per entry of the batch. LegalityError where the shape is not static but for the batch."""
     if value.shape is None or any(not isinstance(dim, int) for dim in value.shape[1:]):
         raise LegalityError(f"the shape of {value.name} is not known; run expand_polynomials first")
-    first = value.shape[0] if len(value.shape) else 1
-    return math.prod([first if isinstance(first, int) else 1, *(int(dim) for dim in value.shape[1:])])  # type: ignore[arg-type]
+    return math.prod(dim for dim in value.shape if isinstance(dim, int))
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What a graph asks of the scheme. `depth`: the most levels between two refreshes, or of the graph; products per entry of
-    the batch, of one number each; refreshes: numbers refreshed per entry of the batch."""
+    """What a graph asks of the scheme. `depth`: the most levels between two refreshes, or of the graph; products of two
+    numbers and refreshed numbers, both per entry of the batch."""
 
     depth: int
     ciphertext_products: int

@@ -68,7 +68,7 @@ class Step:
 
 
 def raise_steps(polynomials: PolynomialOptions = _EXACT) -> tuple[Step, ...]:
-    """Up to the graph of the model's own operators; attention already computes the function that the model was trained for."""
+    """Up to the graph of the model's own operators; attention computes the function that the model was trained for."""
     steps = [Step("simplify", Simplify(), EXPORTED), Step("canonicalize", Canonicalize(), CANONICAL)]
     if polynomials.attention is not None and polynomials.retrained:
         steps.append(Step("approximate_softmax", replace(polynomials.attention, fit=False), CANONICAL))
@@ -76,7 +76,7 @@ def raise_steps(polynomials: PolynomialOptions = _EXACT) -> tuple[Step, ...]:
 
 
 def approximate_steps(calibrate: Calibrate, polynomials: PolynomialOptions) -> tuple[Step, ...]:
-    """Calibration on exact functions, then polynomials with domains that cover what it saw; none where nothing is replaced."""
+    """Calibration on exact functions, then polynomials whose domains cover what it saw; none where nothing is replaced."""
     chosen = {
         "approximate_softmax": polynomials.attention,
         "approximate_rmsnorm": polynomials.norm,

@@ -1,4 +1,4 @@
-"""Which parts of a model are replaced by polynomials, and with what options: from names, from options, or from the checkpoint.
+"""Which parts of a model are replaced by polynomials, with what options: from names, from options, or from the checkpoint.
 
 A checkpoint that was converted for them says so in its config.json:
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 
@@ -50,10 +50,10 @@ class PolynomialOptions:
         found = getattr(config, CONFIG_KEY, None)
         if found is None:
             return cls()
-        parts = {"attention": ApproximateSoftmax, "norm": ApproximateRMSNorm, "activation": ApproximateSiLU}
+        parts: dict[str, Any] = {"attention": ApproximateSoftmax, "norm": ApproximateRMSNorm, "activation": ApproximateSiLU}
         if not isinstance(found, Mapping) or found.keys() - parts.keys():
             raise InputError(f"config.json: {CONFIG_KEY} must be an object with the keys {', '.join(parts)}")
-        read = {name: _read(f"{CONFIG_KEY}.{name}", parts[name], value) for name, value in found.items()}  # type: ignore[type-var]
+        read = {name: _read(f"{CONFIG_KEY}.{name}", parts[name], value) for name, value in found.items()}
         return cls(**cast("dict[str, Any]", read))
 
     def choosing(
@@ -62,8 +62,8 @@ class PolynomialOptions:
         norm: str | ApproximateRMSNorm | None = None,
         activation: str | ApproximateSiLU | None = None,
     ) -> PolynomialOptions:
-        """These, but for the parts given: options, or a name of ATTENTIONS, NORMS, ACTIVATIONS. A name that agrees with what is
-        here keeps its options. Raises InputError for another name."""
+        """These, but for the parts given: options, or a name of ATTENTIONS, NORMS, ACTIVATIONS. A name that agrees with what
+        is here keeps its options. Raises InputError for another name."""
         chosen = self
         if attention is not None:
             chosen = replace(chosen, attention=_attention(self.attention, attention))
@@ -110,7 +110,7 @@ def _activation(here: ApproximateSiLU | None, wanted: str | ApproximateSiLU) -> 
     _check("activation", wanted, ACTIVATIONS)
     if wanted == "silu":
         return None
-    form = "series" if wanted == "polynomial" else "composed"
+    form: Literal["series", "composed"] = "series" if wanted == "polynomial" else "composed"
     return here if here is not None and here.form == form else ApproximateSiLU(form=form)
 
 

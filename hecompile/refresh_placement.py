@@ -1,11 +1,11 @@
 """Where to refresh ciphertexts so that no value uses up more levels than there are, with the fewest numbers refreshed.
 
-A set R of values is feasible when every path whose nodes use L + 1 levels has a value of R strictly inside: after a refresh a
-value has no level used. The smallest weight of R is a covering problem over all such paths, here in the extended form of its
-cuts: with r_v = 1 for v in R, and f[v, k] at most the number of refreshed values strictly inside any path that ends in v and
-has used k levels,
+A set R of values is feasible when every path whose nodes use L + 1 levels has a value of R strictly inside: after a refresh
+a value has no level used. The smallest weight of R is a covering problem over all such paths, here in the extended form of
+its cuts: with r_v = 1 for v in R, and f[v, k] at most the number of refreshed values strictly inside any path that ends in
+v and has used k levels,
 
-    f[w, k] ≤ f[u, k - c_w] + r_u,   f[w, c_w] ≤ 0 + (nothing inside),   f[w, L + 1] ≥ 1.
+    f[w, k] ≤ f[u, k - c_w] + r_u,   f[w, c_w] ≤ 0 (a path that starts at u),   f[w, L + 1] ≥ 1.
 
 Its linear relaxation has the same bound as one inequality for each of the exponentially many paths (shortest paths are the
 separation of path covers; Vazirani, Approximation Algorithms, chapter 18 for the coupled cuts), and HiGHS, through scipy,
@@ -28,7 +28,7 @@ _NODE_LIMIT = 2000
 
 @dataclass(frozen=True)
 class Vertex:
-    """A value: the indices of the values it is computed from (smaller than its own), levels used by that, price of a refresh."""
+    """A value: the indices (smaller than its own) of what it is computed from, levels used by that, price of a refresh."""
 
     operands: tuple[int, ...]
     cost: int
