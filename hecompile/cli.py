@@ -167,7 +167,7 @@ def inspect(
         Path,
         typer.Argument(
             help="The directory given to `export llama --out`; or a checkpoint, to see what its export would take on disk "
-            "and in memory."
+            "and in memory; or the .onnx file of a polynomial graph, to see its depth and refreshes."
         ),
     ],
     draw: Annotated[
@@ -181,9 +181,13 @@ def inspect(
     from hecompile.frontend import load_config
     from hecompile.inspection import circuit_table, totals_table
     from hecompile.inspection import draw as draw_plan
+    from hecompile.inspection_polynomial import approximation_table, polynomial_file_table
     from hecompile.prediction import ModelSize, prediction_table
 
     console = _console()
+    if build.is_file():
+        console.print(polynomial_file_table(build))
+        return
     if (build / "config.json").is_file():
         defaults = CompileOptions()
         tokens = defaults.batch_size * defaults.sequence_buckets[-1]
@@ -192,6 +196,8 @@ def inspect(
     bundle = ClientBundle.open(build / "client" if (build / "client").is_dir() else build)
     console.print(circuit_table(bundle))
     console.print(totals_table(bundle))
+    if (approximations := approximation_table(bundle.graph())) is not None:
+        console.print(approximations)
     if draw is not None:
         draw_plan(bundle, draw)
         console.print(f"picture: {draw}", soft_wrap=True)
