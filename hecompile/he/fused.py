@@ -19,6 +19,7 @@ from hecompile.he import tiles
 from hecompile.he.encode import token_scales
 from hecompile.he.hints import Hint
 from hecompile.he.kernels import roots
+from hecompile.he.lines import SUM_LANES
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.sampling import SecretRandom
@@ -131,7 +132,7 @@ def _encrypt_part(
             images, features, part.start, checks, variants[piece], sums[piece].reshape(-1),
         )  # fmt: skip
     if key.expectation is not None:
-        key.expectation.add(sums)
+        key.expectation.add(_totals(sums, linear.upload_limbs))
 
 
 def decrypt_reals(
@@ -191,7 +192,12 @@ def _decrypt_part(
             scratch("values", 16 * n * params.rank, np.float64), scratch("work", 16 * n, np.float64),
             vectors, features, part.start, checks, GROUP, variants[piece], sums[piece].reshape(-1),
         )  # fmt: skip
-    received.add(sums)
+    received.add(_totals(sums, linear.reply_bytes))
+
+
+def _totals(sums: NDArray[np.int32], limbs: int) -> NDArray[np.int32]:
+    """What the kernels summed, int32 [T, checks, lanes] of words without the bytes that are not sent → [T, checks] mod q."""
+    return sums.sum(axis=2, dtype=np.int32) << np.int32(8 * (4 - limbs))
 
 
 def _checking(
@@ -199,10 +205,10 @@ def _checking(
 ) -> tuple[NDArray[np.int32], int, NDArray[np.int64], NDArray[np.int32]]:
     """For the kernels: the vectors that words are multiplied with, checks per token, variants, and zeros for the sums."""
     if key.expectation is None:
-        return np.empty(0, np.int32), 0, np.zeros(tokens, np.int64), np.zeros((tokens, 0), np.int32)
+        return np.empty(0, np.int32), 0, np.zeros(tokens, np.int64), np.zeros((tokens, 0, SUM_LANES), np.int32)
     expectation = key.expectation
     count = expectation.sums.shape[1]
-    return which(expectation.checks).reshape(-1), count, expectation.variants, np.zeros((tokens, count), np.int32)
+    return which(expectation.checks).reshape(-1), count, expectation.variants, np.zeros((tokens, count, SUM_LANES), np.int32)
 
 
 def _norms(rows: Tensor, factors: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
