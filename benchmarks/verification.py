@@ -26,10 +26,10 @@ PROSE = f"""\
 ## Verification
 
 Encrypting and decrypting with and without the check of the reply, one thread, in turn; *cost* is the median over pairs of
-the time with it over the time without, minus one (target: at most {TARGET:.0%} of both together). *Layer* is all circuits of a
-layer of Llama-3.2-1B, forward and backward: the sum of their medians with the check over the sum without. *Tolerance*: the largest
-deviation of a check sum that rounding is allowed, in units of what the worker rounds to; a single result that is wrong by
-twice that is always caught. *Noise bound*: of decryption, in the same units.
+the time with it over the time without, minus one (target: at most {TARGET:.0%} of both together). *Layer* is all circuits
+of a layer of Llama-3.2-1B, forward and backward: the sum of their medians with the check over the sum without. *Tolerance*:
+the largest deviation of a check sum that rounding is allowed, in units of what the worker rounds to; a single result that
+is wrong by twice that is always caught. *Noise bound*: of decryption, in the same units.
 """
 
 
