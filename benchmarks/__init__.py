@@ -28,5 +28,6 @@ SECTIONS = (
     "unit_costs",
     "transports",
     "soak",
+    "softmax_cost",
 )
 """In the order of the page. A section whose module is not there is left out."""

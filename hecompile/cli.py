@@ -94,6 +94,15 @@ def export_llama(
             "its time and your download. `inspect` shows how many bytes, `python -m benchmarks.hintless` the time.",
         ),
     ] = True,
+    attention: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="softmax, or what stands for it: power, gaussian_kernel (both for models trained with them), chebyshev. By "
+            "default what the checkpoint was converted for. See docs/polynomial.md."
+        ),
+    ] = None,
+    norm: Annotated[Optional[str], typer.Option(help="exact or polynomial; default as above.")] = None,  # noqa: UP045
+    activation: Annotated[Optional[str], typer.Option(help="silu, polynomial or composed; default as above.")] = None,  # noqa: UP045
 ) -> None:
     """Export a Hugging Face Llama to ONNX and compile it: a client bundle (plan, hints, tokenizer) and a worker bundle
     (integer circuits). Both are public; the secrets are drawn at training time and never stored."""
@@ -119,6 +128,9 @@ def export_llama(
         public_seed=None if public_seed is None else PublicSeed.from_hex(public_seed),
         policy="offload" if placement == "offload" else "cheapest",
         stored_hints=hints,
+        attention=attention,
+        norm=norm,
+        activation=activation,
     )
     console = _console()
     size = ModelSize.of(load_config(model))
@@ -157,7 +169,7 @@ def inspect(
         Path,
         typer.Argument(
             help="The directory given to `export llama --out`; or a checkpoint, to see what its export would take on disk "
-            "and in memory."
+            "and in memory; or the .onnx file of a polynomial graph, to see its depth and refreshes."
         ),
     ],
     draw: Annotated[
@@ -171,9 +183,13 @@ def inspect(
     from hecompile.frontend import load_config
     from hecompile.inspection import circuit_table, totals_table
     from hecompile.inspection import draw as draw_plan
+    from hecompile.inspection_polynomial import approximation_table, polynomial_file_table
     from hecompile.prediction import ModelSize, prediction_table
 
     console = _console()
+    if build.is_file():
+        console.print(polynomial_file_table(build))
+        return
     if (build / "config.json").is_file():
         defaults = CompileOptions()
         tokens = defaults.batch_size * defaults.sequence_buckets[-1]
@@ -182,6 +198,8 @@ def inspect(
     bundle = ClientBundle.open(build / "client" if (build / "client").is_dir() else build)
     console.print(circuit_table(bundle))
     console.print(totals_table(bundle))
+    if (approximations := approximation_table(bundle.graph())) is not None:
+        console.print(approximations)
     if draw is not None:
         draw_plan(bundle, draw)
         console.print(f"picture: {draw}", soft_wrap=True)

@@ -12,8 +12,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from hecompile import polynomial_operators  # noqa: F401  registers its operators
 from hecompile.errors import InputError, LegalityError
-from hecompile.ir import attributes_of, constant_of
+from hecompile.ir import ATTENTION_OPERATORS, attributes_of, constant_of
 from hecompile.operators import OPERATORS, Context, Operator
 
 Observer = Callable[[ir.Value, Tensor], None]
@@ -72,7 +73,7 @@ class Interpreter:
 
     def _find_narrowing(self, last_use: Mapping[str, int]) -> tuple[int, tuple[tuple[str, int], ...]] | None:
         """The last Attention's index, and what lives on after it with positions: (name, axis of the positions)."""
-        attentions = [index for index, step in enumerate(self._steps) if step.node.op_type == "Attention"]
+        attentions = [i for i, step in enumerate(self._steps) if step.node.op_type in ATTENTION_OPERATORS]
         names = {str(value.name): value for value in self.graph.inputs}
         shape = names["input_ids"].shape if "input_ids" in names else None
         if not attentions or shape is None:

@@ -17,6 +17,9 @@ defined here:
   of which attends to its own past alone; the bias is then not looked at.
 * `SwiGLU(gate, up)`: SiLU(gate) ⊙ up.
 * `GatedLora(x, A, B, gate, up; scaling, dropout)`: Lora(x, A, B) for x = SwiGLU(gate, up), of which it does not keep x.
+* `Refresh(x)`: x; on ciphertexts, where the noise budget is renewed.
+
+Those that stand for attention, normalisation and activation by polynomials are in `hecompile.polynomial_operators`.
 """
 
 from __future__ import annotations
@@ -177,6 +180,11 @@ def _reduce_mean(context: Context, attributes: Attributes, x: Tensor, axes: Tens
     return x.mean(dim=axes.tolist(), keepdim=bool(attributes.get("keepdims", 1)))
 
 
+@operator("ReduceSum")
+def _reduce_sum(context: Context, attributes: Attributes, x: Tensor, axes: Tensor) -> Tensor:
+    return x.sum(dim=axes.tolist(), keepdim=bool(attributes.get("keepdims", 1)))
+
+
 @operator("Softmax")
 def _softmax(context: Context, attributes: Attributes, x: Tensor) -> Tensor:
     return torch.softmax(x, dim=int(attributes.get("axis", -1)))
@@ -326,3 +334,8 @@ def _gated_lora(
 
 def _drops(context: Context, attributes: Attributes) -> bool:
     return bool(context.training and attributes["dropout"])
+
+
+@operator("Refresh", DOMAIN)
+def _refresh(context: Context, attributes: Attributes, x: Tensor) -> Tensor:
+    return x
