@@ -1,5 +1,5 @@
 """The cost of the weighting in an attention, for each polynomial that stands for softmax: the Power-Softmax
-comparison.""" 
+comparison."""
 from __future__ import annotations
 
 from benchmarks.report import section_main, table
