@@ -1,5 +1,5 @@
-"""The cost of the weighting in an attention, for each polynomial that stands for softmax: the Power-Softmax comparison."""
-
+"""The cost of the weighting in an attention, for each polynomial that stands for softmax: the Power-Softmax
+comparison."""
 from __future__ import annotations
 
 from benchmarks.report import section_main, table
@@ -11,10 +11,11 @@ PROSE = """\
 ## Softmax by polynomials: what the weighting costs
 
 Counted on the expanded graph, per head and sequence, without q·kᵀ and the product with v; masked entries count. Causal
-attention, head size 64, normal scores of standard deviation 1, domains 1.5 times those of a sample of that length, error bound
-asked for {error:g}: of the quotient (power), of a weight (Gaussian kernel), of the sum over the keys of a weight's error
-(Chebyshev, which is softmax itself; the others are functions that a model is trained for). Nothing here is timed; the same
-numbers come out on any machine. The comparison is that of Zimerman et al. (arXiv 2410.09457).
+attention, head size 64, normal scores of standard deviation 1, domains 1.5 times those of a sample of that length,
+error bound asked for {error:g}: of the quotient (power), of a weight (Gaussian kernel), of the sum over the keys of
+a weight's error
+(Chebyshev, which is softmax itself; the others are functions that a model is trained for). Nothing here is timed;
+the same numbers come out on any machine. The comparison is that of Zimerman et al. (arXiv 2410.09457).
 """
 _HEADINGS = ("variant", "tokens", "Goldschmidt iterations", "levels", "ct × ct", "ct × constant", "error bound")
 

@@ -19,8 +19,8 @@ from hecompile.operators import OPERATORS, Context
 
 @dataclass(frozen=True)
 class ApproximationError:
-    """What an error is of: attention, of a weight (Gaussian kernel), of the sum over keys of a weight's error (others); RMSNorm,
-    relative, of the root; SiLU, absolute. `edge`: the larger one of the domain's two ends. `bound`: the node's."""
+    """What an error is of: attention, of a weight (Gaussian kernel), of the sum over keys of a weight's error (others);
+    RMSNorm, relative, of the root; SiLU, absolute. `edge`: the larger one of the domain's two ends. `bound`: the node's."""
 
     where: str
     operator: str
@@ -33,8 +33,8 @@ class ApproximationError:
 def approximation_report(
     model: ir.Model, samples: tuple[tuple[int, ...], ...], adapter: Mapping[str, Tensor] | None = None
 ) -> tuple[ApproximationError, ...]:
-    """One row per approximated node, in graph order, of a graph before it is quantised. `samples`: token ids, sequences of one
-    length; `adapter`: the LoRA matrices where the graph has such inputs."""
+    """One row per approximated node, in graph order, of a graph before it is quantised. `samples`: token ids, sequences of
+    one length; `adapter`: the LoRA matrices where the graph has such inputs."""
     nodes = [node for node in model.graph if node.domain == DOMAIN and "error_bound" in node.attributes]
     needed = {value for node in nodes for value in node.inputs}
     seen: dict[ir.Value, Tensor] = {}

@@ -32,8 +32,9 @@ from torch import Tensor
 from hecompile.approximation import exponential, goldschmidt, silu
 from hecompile.approximation.arithmetic import power, squared
 from hecompile.approximation.inverse_sqrt import inverse_sqrt
+from hecompile.attention_cache import causal_mask
 from hecompile.ir import DOMAIN
-from hecompile.operators import Attributes, Context, operator
+from hecompile.operators import Attributes, Context, attend_packed, operator
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(q, k, v, mask) → result [B, heads, S, D]; the mask [.., S, S] holds factors between 0 and 1."""
@@ -43,14 +44,11 @@ def _attend(context: Context, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, att
     """Apply `attend` to each row's sequence, or to each of the packed sequences."""
     if context.sequences is None:
         return attend(q, k, v, torch.exp(bias))
-    parts = [part.split(context.sequences, dim=2) for part in (q, k, v)]  # [1, heads, L, D] per sequence
-    outputs = [
-        attend(query, key, value, torch.ones(query.shape[2], query.shape[2], dtype=q.dtype, device=q.device).tril())
-        for query, key, value in zip(*parts, strict=True)
-    ]
-    if len(outputs) == 1:
-        return outputs[0]
-    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1).transpose(1, 2)  # [1, heads, S, D]
+
+    def attend_one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(query, key, value, causal_mask(query.shape[2], key.shape[2]).to(q))
+
+    return attend_packed(context, q, k, v, attend_one)
 
 
 def attention_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:

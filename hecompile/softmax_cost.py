@@ -43,8 +43,8 @@ class SoftmaxCost:
 
 
 def softmax_cost(options: ApproximateSoftmax, length: int, head_size: int = 64, spread: float = 1.0) -> SoftmaxCost:
-    """Of causal attention over `length` tokens whose scores have standard deviation `spread` (q and k are normal): domains are
-    those of one such sample, times the options' margin. Masked entries count.
+    """Of causal attention over `length` tokens whose scores have standard deviation `spread` (q and k are normal): domains
+    are those of one such sample, times the options' margin. Masked entries count.
 
     Raises LegalityError as the pass does.
     """

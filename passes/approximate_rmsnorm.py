@@ -55,7 +55,8 @@ class ApproximateRMSNorm(ir.passes.InPlacePass):
                 raise LegalityError(
                     f"{where}: 1/sqrt on variances from {domain.lower:.3g} to {domain.upper:.3g}, a factor of "
                     f"{domain.upper / domain.lower:.3g}, to {self.error:.3g} needs a start of degree above "
-                    f"{self.max_degree}; allow more, ask for a larger error, or train with a heavier range loss on the variance"
+                    f"{self.max_degree}; allow more, ask for a larger error, or train with a heavier range loss on the "
+                    "variance"
                 )
             attributes = single(
                 {

@@ -19,13 +19,14 @@ from hecompile.he import tiles
 from hecompile.he.encode import token_scales
 from hecompile.he.hints import Hint
 from hecompile.he.kernels import roots
+from hecompile.he.lines import SUM_LANES
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.sampling import SecretRandom
 from hecompile.he.scheme import Ciphertext, DecryptionKey, blocks, keygen
 from hecompile.he.scratch import scratch
 from hecompile.he.threads import for_each, slices
-from hecompile.he.verification import GROUP, Checks, Expectation, Received
+from hecompile.he.verification import GROUP, Checks, Expectation, Received, check_count
 
 _TOKENS = 2048
 """Tokens at work at a time, a multiple of every ring_dim: a tile of them fits the second-level cache."""
@@ -119,7 +120,7 @@ def _encrypt_part(
     params, linear, tokens = key.params, key.linear, len(rows)
     n, features, width = params.ring_dim // 2, linear.in_features, part.stop - part.start
     secrets, inverse = key.secrets_transformed(), 1 / key.scale
-    images, checks, variants, sums = _checking(key, tokens, lambda checks: checks.images)
+    checking = _Checking(key, tokens, lambda checks: checks.images, slice(check_count(linear.out_features)))
     for piece in slices(tokens, _TOKENS):
         count = piece.stop - piece.start
         tiles.encrypt(
@@ -128,10 +129,11 @@ def _encrypt_part(
             features, inverse[piece], factors[part], error.reshape(-1)[piece.start * width :], planes.numpy().reshape(-1),
             piece.start * features + part.start, tokens * features, features, linear.upload_limbs,
             scratch("tile", tiles.tile_words(count), np.int32), scratch("work", 16 * n, np.float64),
-            images, features, part.start, checks, variants[piece], sums[piece].reshape(-1),
+            checking.vectors, features, part.start, checking.near(features), checking.count, checking.variants[piece],
+            checking.sums_from(piece.start),
         )  # fmt: skip
     if key.expectation is not None:
-        key.expectation.add(sums)
+        key.expectation.add(checking.totals(linear.upload_limbs), checking.of)
 
 
 def decrypt_reals(
@@ -180,7 +182,9 @@ def _decrypt_part(
     n = params.ring_dim // 2
     kept = np.empty(0) if hint.transformed is None else hint.transformed
     secrets = key.secrets_transformed()
-    vectors, checks, variants, sums = _checking(key, tokens, lambda checks: checks.vectors)
+    checking = _Checking(
+        key, tokens, lambda checks: checks.vectors, slice(part.start // GROUP, (part.stop - 1) // GROUP + 1)
+    )
     for piece in slices(tokens, _TOKENS):
         count = piece.stop - piece.start
         tiles.decrypt(
@@ -189,20 +193,38 @@ def _decrypt_part(
             tokens * features, features, linear.reply_bytes, key.scale[piece], factors[part], result.numpy().reshape(-1),
             piece.start * features + part.start, features, scratch("tile", tiles.tile_words(count), np.int32),
             scratch("values", 16 * n * params.rank, np.float64), scratch("work", 16 * n, np.float64),
-            vectors, features, part.start, checks, GROUP, variants[piece], sums[piece].reshape(-1),
+            checking.vectors, features, part.start, checking.near(features), checking.count, GROUP,
+            checking.variants[piece], checking.sums_from(piece.start),
         )  # fmt: skip
-    received.add(sums)
+    received.add(checking.totals(linear.reply_bytes), checking.of)
 
 
-def _checking(
-    key: RealKey, tokens: int, which: Callable[[Checks], NDArray[np.int32]]
-) -> tuple[NDArray[np.int32], int, NDArray[np.int64], NDArray[np.int32]]:
-    """For the kernels: the vectors that words are multiplied with, checks per token, variants, and zeros for the sums."""
-    if key.expectation is None:
-        return np.empty(0, np.int32), 0, np.zeros(tokens, np.int64), np.zeros((tokens, 0), np.int32)
-    expectation = key.expectation
-    count = expectation.sums.shape[1]
-    return which(expectation.checks).reshape(-1), count, expectation.variants, np.zeros((tokens, count), np.int32)
+class _Checking:
+    """What the kernels need of a key's checks for one part of the features; nothing where the reply is not checked.
+
+    vectors: int32, flat, the rows that words are multiplied with. sums: int32, flat [T, checks, SUM_LANES], which they grow.
+    """
+
+    def __init__(self, key: RealKey, tokens: int, which: Callable[[Checks], NDArray[np.int32]], checks: slice) -> None:
+        expectation = key.expectation
+        self.of = checks if expectation is not None else slice(0)
+        self.count = self.of.stop - (self.of.start or 0)
+        self.vectors = np.empty(0, np.int32) if expectation is None else which(expectation.checks).reshape(-1)
+        self.variants = np.zeros(tokens, np.int64) if expectation is None else expectation.variants
+        self.sums = np.zeros(tokens * self.count * SUM_LANES, np.int32)
+
+    def near(self, row: int) -> NDArray[np.int32]:
+        """Scratch for the vectors of a tile, which are `row` numbers long."""
+        return scratch("near", 64 * (len(self.vectors) // row), np.int32)
+
+    def sums_from(self, token: int) -> NDArray[np.int32]:
+        return self.sums[token * self.count * SUM_LANES :]
+
+    def totals(self, limbs: int) -> NDArray[np.int32]:
+        """[T, checks] mod q, of words with zeros for the bytes that are not sent."""
+        totals = np.zeros(len(self.variants) * self.count, np.int32)
+        tiles.add_lanes(self.sums, 8 * (4 - limbs), totals)
+        return totals.reshape(len(self.variants), self.count)
 
 
 def _norms(rows: Tensor, factors: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

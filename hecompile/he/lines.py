@@ -17,6 +17,9 @@ GROUPS = 8
 
 intrinsic: Any = typed_intrinsic  # what it makes is called with an argument less than it is written with
 
+SUM_LANES = 4
+"""Numbers that make up the sum of a check while it grows."""
+
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _GROUP = ir.VectorType(_I32, 8)
 _WORDS = ir.VectorType(_I32, 16)
@@ -45,16 +48,18 @@ prefetch_to_write = _prefetch(1)
 
 
 @intrinsic(prefer_literal=True)
-def pack_line(typing_context, limbs, tile, step, half, dropped, out, plane):  # type: ignore[no-untyped-def]
+def pack_line(typing_context, limbs, tile, step, half, dropped, out, plane, factors, next_factors, checks, sums):  # type: ignore[no-untyped-def]
     """Byte planes of 64 words plus `half`, from byte dropped/8 up: 64 bytes in each of `limbs` planes.
 
     limbs: compile-time constant. tile: address of the first eight words, the next ones `step` bytes further each time;
     out: address of the first plane's bytes, the next plane's `plane` bytes further.
+    For each of `checks`, the sums grow by those words without the bytes that are not sent, (word + half) >> dropped, times
+    int32 factors: see `_add_to_sums`.
     """
     count = limbs.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, tile, step, half, dropped, out, plane = args
+        _, tile, step, half, dropped, out, plane, factors, next_factors, checks, sums = args
         addend, shift = _splat(builder, half), _splat(builder, dropped)
         words = [builder.lshr(builder.add(word, addend), shift) for word in _load_words(builder, tile, step)]
         for limb in range(count):
@@ -62,18 +67,22 @@ def pack_line(typing_context, limbs, tile, step, half, dropped, out, plane):  # 
             parts = [builder.trunc(builder.lshr(word, bits), ir.VectorType(_I8, 16)) for word in words]
             line = _join(builder, _join(builder, parts[0], parts[1]), _join(builder, parts[2], parts[3]))
             builder.store(line, _at(builder, out, plane, limb, _LINE), align=1)
+        _add_to_sums(builder, words, factors, next_factors, checks, sums)
         return context.get_dummy_value()
 
-    return types.void(limbs, *[types.int64] * 6), generate
+    return types.void(limbs, *[types.int64] * 10), generate
 
 
 @intrinsic(prefer_literal=True)
-def unpack_line(typing_context, limbs, source, plane, dropped, tile, step):  # type: ignore[no-untyped-def]
-    """The reverse: 64 words, byte l of which, counted from byte dropped/8 up, is that of plane l."""
+def unpack_line(typing_context, limbs, source, plane, dropped, tile, step, factors, checks, sums):  # type: ignore[no-untyped-def]
+    """The reverse: 64 words, byte l of which, counted from byte dropped/8 up, is that of plane l.
+
+    checks: 0 or 1. The sums grow by the words before they are shifted up by `dropped`.
+    """
     count = limbs.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, source, plane, dropped, tile, step = args
+        _, source, plane, dropped, tile, step, factors, checks, sums = args
         shift = _splat(builder, dropped)
         words: list[Any] = [ir.Constant(_WORDS, None)] * 4
         for limb in range(count):
@@ -85,59 +94,26 @@ def unpack_line(typing_context, limbs, source, plane, dropped, tile, step):  # t
         for g in range(GROUPS):
             group = _slice(builder, builder.shl(words[g // 2], shift), 8 * (g % 2), 8)
             builder.store(group, _at(builder, tile, step, g, _GROUP), align=4)
+        _add_to_sums(builder, words, factors, _I64(0), checks, sums)
         return context.get_dummy_value()
 
-    return types.void(limbs, *[types.int64] * 5), generate
+    return types.void(limbs, *[types.int64] * 8), generate
 
 
-@intrinsic
-def sent_line(typing_context, tile, step, half, dropped, line):  # type: ignore[no-untyped-def]
-    """64 words, each plus `half` and with its lowest `dropped` bits cleared, side by side at the address `line`.
-
-    tile, step: as for `pack_line`.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        tile, step, half, dropped, line = args
-        addend, shift = _splat(builder, half), _splat(builder, dropped)
-        for k, word in enumerate(_load_words(builder, tile, step)):
-            cleared = builder.shl(builder.lshr(builder.add(word, addend), shift), shift)
-            builder.store(cleared, _at(builder, line, _I64(_WORD_BYTES), k, _WORDS), align=4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 5), generate
-
-
-@intrinsic
-def dot_sent(typing_context, line, factors):  # type: ignore[no-untyped-def]
-    """Σ of 64 words that `sent_line` wrote times int32 factors [64], mod 2^32; both are addresses."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        words = [builder.load(_at(builder, args[0], _I64(_WORD_BYTES), k, _WORDS), align=4) for k in range(4)]
-        return _dot(builder, words, args[1])
-
-    return types.int64(types.int64, types.int64), generate
-
-
-@intrinsic
-def dot_line(typing_context, tile, step, factors):  # type: ignore[no-untyped-def]
-    """Σ of 64 words times int32 factors [64], mod 2^32. tile, step: as for `pack_line`; factors: an address."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _dot(builder, _load_words(builder, args[0], args[1]), args[2])
-
-    return types.int64(*[types.int64] * 3), generate
-
-
-def _dot(builder: Any, words: list[Any], factors: Any) -> Any:
-    total: Any = ir.Constant(_WORDS, None)
-    for k, word in enumerate(words):
-        factor = builder.load(_at(builder, factors, _I64(_WORD_BYTES), k, _WORDS), align=4)
-        total = builder.add(total, builder.mul(word, factor))
-    function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(_I32, [_WORDS]), "llvm.vector.reduce.add.v16i32"
-    )
-    return builder.sext(builder.call(function, [total]), _I64)
+def _add_to_sums(builder: Any, words: list[Any], factors: Any, next_factors: Any, checks: Any, sums: Any) -> None:
+    """For c < checks: SUM_LANES numbers at sums + 16·c, int32, grow by the 64 words times the 64 factors at factors +
+    next_factors·c, all mod 2^32; it is their total that counts. A whole reduction would take longer than all the rest."""
+    with cgutils.for_range(builder, checks) as loop:
+        factors_ = builder.add(factors, builder.mul(next_factors, loop.index))
+        total: Any = None
+        for k, word in enumerate(words):
+            factor = builder.load(_at(builder, factors_, _I64(_WORD_BYTES), k, _WORDS), align=4)
+            product = builder.mul(word, factor)
+            total = product if total is None else builder.add(total, product)
+        for lanes in (8, SUM_LANES):
+            total = builder.add(_slice(builder, total, 0, lanes), _slice(builder, total, lanes, lanes))
+        at = _at(builder, builder.add(sums, builder.mul(loop.index, _I64(4 * SUM_LANES))), _I64(0), 0, total.type)
+        builder.store(builder.add(builder.load(at, align=4), total), at, align=4)
 
 
 def _at(builder: Any, start: Any, step: Any, index: int, vector: ir.Type) -> Any:

@@ -16,12 +16,10 @@ import numpy as np
 from hecompile.he.kernels import compiled, forward_at, inlined, inner_product, load_and_join4
 from hecompile.he.lines import (
     GROUPS,
-    dot_line,
-    dot_sent,
+    SUM_LANES,
     pack_line,
     prefetch,
     prefetch_to_write,
-    sent_line,
     unpack_line,
 )
 from hecompile.he.simd import (
@@ -93,33 +91,42 @@ def _add_inner_product(matrix, base, rank, n, roots, root_count, secrets, tokens
 
 
 @inlined
-def _pack(limbs, tile, step, half, dropped, out, plane):
+def _pack(limbs, tile, step, half, dropped, out, plane, images, next_image, checks, sums):
     if limbs == 1:
-        pack_line(1, tile, step, half, dropped, out, plane)
+        pack_line(1, tile, step, half, dropped, out, plane, images, next_image, checks, sums)
     elif limbs == 2:
-        pack_line(2, tile, step, half, dropped, out, plane)
+        pack_line(2, tile, step, half, dropped, out, plane, images, next_image, checks, sums)
     elif limbs == 3:
-        pack_line(3, tile, step, half, dropped, out, plane)
+        pack_line(3, tile, step, half, dropped, out, plane, images, next_image, checks, sums)
     else:
-        pack_line(4, tile, step, half, dropped, out, plane)
+        pack_line(4, tile, step, half, dropped, out, plane, images, next_image, checks, sums)
 
 
 @inlined
-def _unpack(limbs, source, plane, dropped, tile, step):
+def _unpack(limbs, source, plane, dropped, tile, step, vectors, checks, sums):
     if limbs == 1:
-        unpack_line(1, source, plane, dropped, tile, step)
+        unpack_line(1, source, plane, dropped, tile, step, vectors, checks, sums)
     elif limbs == 2:
-        unpack_line(2, source, plane, dropped, tile, step)
+        unpack_line(2, source, plane, dropped, tile, step, vectors, checks, sums)
     elif limbs == 3:
-        unpack_line(3, source, plane, dropped, tile, step)
+        unpack_line(3, source, plane, dropped, tile, step, vectors, checks, sums)
     else:
-        unpack_line(4, source, plane, dropped, tile, step)
+        unpack_line(4, source, plane, dropped, tile, step, vectors, checks, sums)
+
+
+@inlined
+def _bring_near(vectors, rows, row, at, width, near):
+    """Copies `width` (at most 64) numbers of each row into lines of 64. The rows themselves lie a multiple of 4096 bytes
+    apart, so that those of a tile would all compete for the same few places of the first-level cache."""
+    for r in range(rows):
+        for k in range(width):
+            near[64 * r + k] = vectors[r * row + at + k]
 
 
 @compiled
 def encrypt(
     matrix, first, features, rank, n, roots, secrets, tokens, x, x_at, x_row, inverse_scale, factors,
-    error, planes, p_at, plane, p_row, limbs, tile, work, images, image_row, image_at, checks, variants, sums
+    error, planes, p_at, plane, p_row, limbs, tile, work, images, image_row, image_at, near, checks, variants, sums
 ):  # fmt: skip
     """Encrypts `tokens` tokens of `features` features, of which the first is in group `first` of the matrix.
 
@@ -127,8 +134,9 @@ def encrypt(
     divided by n. x: float32, feature j of token t at `x_at + t·x_row + j`; times factors `[features]` and inverse_scale
     `[tokens]`, float64, it is rounded to an integer. error: int8, at `t·features + j`. planes: uint8, byte l of a word at
     `p_at + l·plane + t·p_row + j`. tile: int32, `tile_words(tokens)` of scratch; work: float64, 16·n of scratch.
-    For verification, sums `[tokens, checks]` int32 grows by Σ_j word_j · images[(variants[t]·checks + c)·image_row +
-    image_at + j], of the words as they are sent (with zeros for the bytes that are not).
+    For verification, sums `[tokens, checks, SUM_LANES]` int32 grows, in total over the last axis, by Σ_j sent_j ·
+    images[(variants[t]·checks + c)·image_row + image_at + j], of the words shifted down by the bytes that are not sent.
+    near: int32, 64 of scratch for each row of images.
     """
     stride = 8 * tokens + _PADDING
     span = 8 * tile_groups(tokens)
@@ -137,7 +145,9 @@ def encrypt(
     root_count = roots.size
     x_, scale_, factor_, error_ = address(x), address(inverse_scale), address(factors), address(error)
     matrix_, roots_, secrets_ = address(matrix), address(roots), address(secrets)
-    tile_, work_, planes_, images_ = address(tile), address(work), address(planes), address(images)
+    tile_, work_, planes_, near_ = address(tile), address(work), address(planes), address(near)
+    rows = images.size // image_row
+    sums_ = address(sums)
     for j in range(0, features, span):
         width = min(span, features - j)
         whole, groups = width // 8, (width + 7) // 8
@@ -157,24 +167,22 @@ def encrypt(
             _add_inner_product(
                 matrix_, base, rank, n, roots_, root_count, secrets_, tokens, tile_, g * stride, work_, False
             )
+        _bring_near(images, rows, image_row, image_at + j, width, near)
         for t in range(tokens):
             out = p_at + t * p_row + j
             for limb in range(limbs):
                 prefetch_to_write(planes_, out + limb * plane + _AHEAD * p_row)
+            image = variants[t] * checks * 64
             if whole == TILE_GROUPS:
-                at = tile_ + 32 * t
-                _pack(limbs, at, 4 * stride, half, dropped, planes_ + out, plane)
-                if checks > 0:
-                    sent_line(at, 4 * stride, half, dropped, work_)  # which has done its work for this tile
-                for c in range(checks):
-                    image = (variants[t] * checks + c) * image_row + image_at + j
-                    sums[t * checks + c] += dot_sent(work_, images_ + 4 * image)
+                _pack(
+                    limbs, tile_ + 32 * t, 4 * stride, half, dropped, planes_ + out, plane,
+                    near_ + 4 * image, 256, checks, sums_ + 4 * SUM_LANES * checks * t,
+                )  # fmt: skip
                 continue
             for c in range(checks):
-                image = (variants[t] * checks + c) * image_row + image_at + j
                 for k in range(width):
-                    sent = ((np.int64(tile[k // 8 * stride + 8 * t + k % 8]) + half) >> dropped) << dropped
-                    sums[t * checks + c] += sent * images[image + k]
+                    sent = (np.int64(tile[k // 8 * stride + 8 * t + k % 8]) + half) >> dropped
+                    sums[(t * checks + c) * SUM_LANES] += sent * near[image + 64 * c + k]
             for limb in range(limbs):
                 for g in range(whole):
                     word = load_i32(tile_, g * stride + 8 * t) + splat_i32(half)
@@ -187,7 +195,7 @@ def encrypt(
 @compiled
 def decrypt(
     hint, kept, first, features, rank, n, roots, secrets, tokens, planes, p_at, plane, p_row, limbs, scale, factors,
-    result, r_at, r_row, tile, values, work, vectors, vector_row, vector_at, checks, check_features, variants, sums
+    result, r_at, r_row, tile, values, work, vectors, vector_row, vector_at, near, checks, check_features, variants, sums
 ):  # fmt: skip
     """Decrypts `tokens` tokens of `features` features, of which the first is in group `first` of the hint.
 
@@ -195,25 +203,35 @@ def decrypt(
     which are then used instead. planes: uint8, byte l of the reply at `p_at + l·plane + t·p_row + j`.
     result: float32 at `r_at + t·r_row + j`: the word times scale `[tokens]` times factors `[features]`, float64.
     values: float64, rank · 16 · n of scratch. The rest is as in `encrypt`.
-    For verification, sums `[tokens, checks]` int32 grows by Σ_j word_j · vectors[variants[t]·vector_row + vector_at + j] in
-    the place of the check that feature vector_at + j belongs to: `check_features` (a multiple of 64, as is vector_at) each.
+    For verification, sums `[tokens, checks, SUM_LANES]` int32 grows, in total over the last axis, by Σ_j word_j ·
+    vectors[variants[t]·vector_row + vector_at + j], of the words shifted down by the bytes that were not sent, in the place
+    of the check that feature vector_at + j belongs to: `check_features` (a multiple of 64, as is vector_at) each, counted
+    from that of vector_at.
+    near: int32, 64 of scratch for each row of vectors.
     """
     stride = 8 * tokens + _PADDING
     span = 8 * tile_groups(tokens)
     root_count = roots.size
     hint_, kept_, roots_, secrets_ = address(hint), address(kept), address(roots), address(secrets)
     keep, planes_ = kept.size > 0, address(planes)
-    scale_, factor_, result_, vectors_ = address(scale), address(factors), address(result), address(vectors)
-    tile_, values_, work_ = address(tile), address(values), address(work)
+    scale_, factor_, result_, near_ = address(scale), address(factors), address(result), address(near)
+    tile_, values_, work_, sums_ = address(tile), address(values), address(work), address(sums)
+    dropped, rows = 32 - 8 * limbs, vectors.size // vector_row
     for j in range(0, features, span):
         width = min(span, features - j)
         whole, groups = width // 8, (width + 7) // 8
+        check = (vector_at + j) // check_features - vector_at // check_features if checks > 0 else 0
+        _bring_near(vectors, rows, vector_row, vector_at + j, width, near)
         for t in range(tokens):
             at = p_at + t * p_row + j
+            vector, sum_at = 64 * variants[t], (t * checks + check) * SUM_LANES
             for limb in range(limbs):
                 prefetch(planes_, at + limb * plane + _AHEAD * p_row)
             if whole == TILE_GROUPS:
-                _unpack(limbs, planes_ + at, plane, 32 - 8 * limbs, tile_ + 32 * t, 4 * stride)
+                _unpack(
+                    limbs, planes_ + at, plane, dropped, tile_ + 32 * t, 4 * stride,
+                    near_ + 4 * vector, min(checks, 1), sums_ + 4 * sum_at,
+                )  # fmt: skip
                 continue
             for g in range(whole):
                 word = splat_i32(0)
@@ -226,15 +244,9 @@ def decrypt(
                 for limb in range(limbs):
                     word_ |= np.int64(planes[at + limb * plane + k]) << (8 * (4 - limbs + limb))
                 tile[whole * stride + 8 * t + k - 8 * whole] = word_
-        if checks > 0:
-            check = (vector_at + j) // check_features
-            for t in range(tokens):
-                vector = variants[t] * vector_row + vector_at + j
-                if whole == TILE_GROUPS:
-                    sums[t * checks + check] += dot_line(tile_ + 32 * t, 4 * stride, vectors_ + 4 * vector)
-                    continue
+            if checks > 0:
                 for k in range(width):
-                    sums[t * checks + check] += np.int64(tile[k // 8 * stride + 8 * t + k % 8]) * vectors[vector + k]
+                    sums[sum_at] += (np.int64(tile[k // 8 * stride + 8 * t + k % 8]) >> dropped) * near[vector + k]
         for g in range(groups):
             base = (first + j // 8 + g) * rank * 16 * n
             if keep:
@@ -257,6 +269,16 @@ def decrypt(
             for k in range(8 * whole, width):
                 word_ = tile[whole * stride + 8 * t + k - 8 * whole]
                 result[r_at + t * r_row + j + k] = np.float64(word_) * scale[t] * factors[j + k] + 0.0
+
+
+@compiled
+def add_lanes(sums, dropped, totals):
+    """totals int32, flat, grows by the sums [..., SUM_LANES] int32, flat, over their lanes, times 2^dropped, mod 2^32."""
+    for i in range(totals.size):
+        total = np.int64(0)
+        for lane in range(SUM_LANES):
+            total += sums[i * SUM_LANES + lane]
+        totals[i] += total << dropped
 
 
 @compiled

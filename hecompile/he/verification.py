@@ -108,7 +108,7 @@ class Checks(Unsharable):
     Who knows it can cheat, and learns nothing else. Raises InputError where shapes or values do not fit.
     """
 
-    __slots__ = ("_squares", "images", "vectors")
+    __slots__ = ("_allowed", "_squares", "images", "vectors")
 
     def __init__(self, vectors: NDArray[np.int32], images: NDArray[np.int32]) -> None:
         variants, outputs = vectors.shape
@@ -118,6 +118,7 @@ class Checks(Unsharable):
             [np.square(vectors[:, at : at + GROUP], dtype=np.float64).sum(axis=1) for at in range(0, outputs, GROUP)], axis=1
         )
         self.vectors, self.images = np.ascontiguousarray(vectors), np.ascontiguousarray(images)
+        self._allowed: tuple[LinearParameters, NDArray[np.int64]] | None = None
 
     @classmethod
     def draw(cls, weight: Tensor, random: SecretRandom) -> Checks:
@@ -137,8 +138,10 @@ class Checks(Unsharable):
 
     def tolerances(self, linear: LinearParameters) -> NDArray[np.int64]:
         """int64 [VARIANTS, checks]: see `tolerance`."""
-        found = [[tolerance(linear, float(square)) for square in row] for row in self._squares]
-        return np.array(found, dtype=np.int64)
+        if self._allowed is None or self._allowed[0] != linear:
+            found = [[tolerance(linear, float(square)) for square in row] for row in self._squares]
+            self._allowed = linear, np.array(found, dtype=np.int64)
+        return self._allowed[1]
 
     def check_fits(self, linear: LinearParameters) -> None:
         """Raises InputError where these are not of a circuit of that shape: the kernels do not look."""
@@ -166,10 +169,10 @@ class _Sums:
         self.sums = np.zeros((tokens, checks), dtype=np.int32)
         self._lock = threading.Lock()
 
-    def add(self, part: NDArray[np.int32]) -> None:
-        """Adds the sums over some of the features."""
+    def add(self, part: NDArray[np.int32], checks: slice = slice(None)) -> None:
+        """Adds the sums over some of the features: int32 [T, those checks]."""
         with self._lock:
-            self.sums += part
+            self.sums[:, checks] += part
 
 
 class Expectation(_Sums):
