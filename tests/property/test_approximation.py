@@ -1,4 +1,4 @@
-"""Every fit keeps its error bound over its domain, edges included; evaluation agrees with numpy; the cost is that promised."""
+"""Every fit keeps its bound over its domain, edges included; evaluation agrees with numpy; the depth is that promised."""
 
 from __future__ import annotations
 
