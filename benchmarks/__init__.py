@@ -29,5 +29,6 @@ SECTIONS = (
     "transports",
     "soak",
     "softmax_cost",
+    "tfhe",
 )
 """In the order of the page. A section whose module is not there is left out."""
