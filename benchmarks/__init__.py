@@ -28,6 +28,7 @@ SECTIONS = (
     "unit_costs",
     "transports",
     "soak",
+    "generation",
     "softmax_cost",
     "tfhe",
 )
