@@ -16,7 +16,7 @@ from hecompile.ir import APPROXIMATION_RANGE, attributes_of, module_path
 from hecompile.polynomial_operators import attention_scores, gaussian_exponents
 
 POWERS = (2, 4, 6, 8)
-NORMS, ACTIVATIONS = ("RMSNorm", "PolynomialRMSNorm"), ("SiLU", "PolynomialSiLU", "ComposedSiLU")
+NORMS, ACTIVATIONS = ("RMSNorm", "PolynomialRMSNorm"), ("SiLU", "PolynomialSiLU", "ComposedSiLU", "QuantizedSiLU")
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,10 @@ def export_llama(
         ),
     ] = None,
     norm: Annotated[Optional[str], typer.Option(help="exact or polynomial; default as above.")] = None,  # noqa: UP045
-    activation: Annotated[Optional[str], typer.Option(help="silu, polynomial or composed; default as above.")] = None,  # noqa: UP045
+    activation: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="silu, polynomial, composed, or quantized (a table of 8 bits); default as above."),
+    ] = None,
 ) -> None:
     """Export a Hugging Face Llama to ONNX and compile it: a client bundle (plan, hints, tokenizer) and a worker bundle
     (integer circuits). Both are public; the secrets are drawn at training time and never stored."""

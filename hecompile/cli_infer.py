@@ -44,6 +44,8 @@ def infer(
     certificate: Annotated[Optional[Path], typer.Option(help="PEM that this client shows.")] = None,  # noqa: UP045
     key: Annotated[Optional[Path], typer.Option(help="PEM of its key.")] = None,  # noqa: UP045
     token: Annotated[Optional[Path], typer.Option(help="A file with the bearer token.")] = None,  # noqa: UP045
+    reply_timeout: Annotated[float, typer.Option(help="Seconds of silence after which a request counts as lost.")] = 600.0,
+    attempts: Annotated[int, typer.Option(help="How often a request is sent at most.")] = 6,
     on_bad_worker: Annotated[str, typer.Option(help="After a wrong reply: stop, or retry-elsewhere.")] = "stop",
 ) -> None:
     """Answer prompts through the encrypted worker: it sees ciphertexts, as in training; the text stays here."""
@@ -72,7 +74,8 @@ def infer(
     settings: dict[str, Any] = {"model": plan, "worker_bundle": worker_bundle, "engine": engine}
     settings["worker"] = (worker[0] if len(worker) == 1 else worker) if worker else "inprocess"
     settings["connection"] = {
-        "authority": authority, "certificate": certificate, "key": key, "token": token, "on_bad_worker": on_bad_worker
+        "authority": authority, "certificate": certificate, "key": key, "token": token, "on_bad_worker": on_bad_worker,
+        "reply_timeout": reply_timeout, "attempts": attempts,
     }  # fmt: skip
     place, sampling = make_workplace(settings), Sampling(temperature, top_p, seed)
     console = Console(stderr=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 from rich.table import Table
 
-from hecompile.approximation_ranges import ACTIVATIONS, NORMS
+from hecompile.approximation_ranges import NORMS
 from hecompile.depth import demand, levels
 from hecompile.errors import InputError
 from hecompile.ir import ATTENTION_OPERATORS, DOMAIN, attributes_of, module_path
@@ -53,9 +53,10 @@ def _effort(op_type: str, given: dict[str, object]) -> str:
     parts = []
     coefficients = given.get("coefficients")
     if isinstance(coefficients, (list, tuple)):
-        composed = op_type == ACTIVATIONS[-1]
+        composed = op_type == "ComposedSiLU"
         parts.append(f"{len(coefficients) // 4} of degree 7" if composed else f"degree {len(coefficients) - 1}")
     for name, text in (
+        ("bits", "bits"),
         ("newton_steps", "Newton"),
         ("squarings", "squarings"),
         ("iterations", "Goldschmidt"),

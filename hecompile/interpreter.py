@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from hecompile import polynomial_operators  # noqa: F401  registers its operators
+from hecompile import polynomial_operators, quantized_operators  # noqa: F401  they register their operators
 from hecompile.errors import InputError, LegalityError
 from hecompile.ir import ATTENTION_OPERATORS, attributes_of, constant_of
 from hecompile.operators import OPERATORS, Context, Operator

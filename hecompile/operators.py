@@ -19,7 +19,8 @@ defined here:
 * `GatedLora(x, A, B, gate, up; scaling, dropout)`: Lora(x, A, B) for x = SwiGLU(gate, up), of which it does not keep x.
 * `Refresh(x)`: x; on ciphertexts, where the noise budget is renewed.
 
-Those that stand for attention, normalisation and activation by polynomials are in `hecompile.polynomial_operators`.
+Those that stand for attention, normalisation and activation by polynomials are in `hecompile.polynomial_operators`, those on
+integers of few bits in `hecompile.quantized_operators`.
 """
 
 from __future__ import annotations

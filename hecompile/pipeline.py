@@ -24,6 +24,7 @@ from passes.lower_worker import LowerWorker
 from passes.place import Place
 from passes.place_refreshes import PlaceRefreshes
 from passes.quantize import Quantize
+from passes.quantize_activation import QuantizeActivation
 from passes.select_parameters import SelectParameters
 from passes.simplify import Simplify
 from passes.split import Split
@@ -36,6 +37,7 @@ PASSES: dict[str, type] = {
     "approximate_softmax": ApproximateSoftmax,
     "approximate_rmsnorm": ApproximateRMSNorm,
     "approximate_silu": ApproximateSiLU,
+    "quantize_activation": QuantizeActivation,
     "attach_lora": AttachLora,
     "calibrate": Calibrate,
     "quantize": Quantize,
@@ -80,10 +82,14 @@ def approximate_steps(calibrate: Calibrate, polynomials: PolynomialOptions) -> t
     chosen = {
         "approximate_softmax": polynomials.attention,
         "approximate_rmsnorm": polynomials.norm,
-        "approximate_silu": polynomials.activation,
+        _activation_pass(polynomials): polynomials.activation,
     }
     steps = [Step(name, transform, CANONICAL) for name, transform in chosen.items() if transform is not None]
     return (Step("calibrate", calibrate, CANONICAL), *steps) if steps else ()
+
+
+def _activation_pass(polynomials: PolynomialOptions) -> str:
+    return "quantize_activation" if isinstance(polynomials.activation, QuantizeActivation) else "approximate_silu"
 
 
 def graph_steps(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from runtime.generation import Answer, CachedSteps, Sampling, generate
 from runtime.session import Session
 
 JSON_SUFFIXES = (".jsonl", ".json")
+_KEYS = ("prompt", "completion")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,13 @@ def _parse(line: str, where: str) -> Prompt:
         record: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not valid JSON at column {error.colno}") from None
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: not a JSON object with a string prompt")
+    for key in record:
+        # Other keys are left alone, as in training data; one that is misspelt would silently not be compared with.
+        if key not in _KEYS and (near := difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.8)):
+            raise InputError(f"{where}: unknown key {key!r}; did you mean {near[0]}?")
+    if not isinstance(record.get("prompt"), str):
         raise InputError(f"{where}: not a JSON object with a string prompt")
     completion = record.get("completion")
     if completion is not None and not isinstance(completion, str):
@@ -91,6 +99,9 @@ def infer(
     sampling = sampling or Sampling()
     tokenizer = session.tokenizer
     eos, _ = eos_and_pad(tokenizer)
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt.text.strip():
+            raise InputError(f"prompt {number} is empty; give some text")
     encoded = [encode_prompt(tokenizer, prompt.text) for prompt in prompts]
     partial = None if out is None else _Partial(out, _fingerprint(session, prompts, max_new_tokens, sampling))
     replies = {} if partial is None else partial.read()
