@@ -69,9 +69,9 @@ def step_tables() -> NDArray[np.uint8]:
     """For each top byte: the sample before the step of the CDF in its cell, and the step's next byte: uint8 `[2, 256]`.
 
     The sample (as int8) is the first one if the second byte of u is below the step's, one more if it is above, and
-    undecided if they are equal. The step's byte is 255 where there is none: then the second byte does not matter. A cell with
-    several steps, which are those of the tails, has _STRADDLES. So a second byte is wanted in 18 of 256 cells, and about one
-    sample in 120 is left open.
+    undecided if they are equal. The step's byte is 255 where there is none: then the second byte does not matter. A cell
+    with several steps, which are those of the tails, has _STRADDLES. So a second byte is wanted in 18 of 256 cells, and
+    about one sample in 120 is left open.
     """
     fine = gaussian_table(16).reshape(256, 256)
     before, step = np.full(256, _STRADDLES, dtype=np.int8), np.full(256, _NO_STEP, dtype=np.uint8)

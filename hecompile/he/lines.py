@@ -85,7 +85,8 @@ def load_line(typing_context, tile, step):  # type: ignore[no-untyped-def]
     """tile: address of the first eight words, the next ones `step` bytes further each time."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _join_all(builder, [builder.load(_at(builder, *args, g, _GROUP), align=4) for g in range(GROUPS)])
+        tile, step = args
+        return _join_all(builder, [builder.load(_at(builder, tile, step, g, _GROUP), align=4) for g in range(GROUPS)])
 
     return LINE(types.int64, types.int64), generate
 

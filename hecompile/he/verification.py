@@ -114,7 +114,7 @@ class Checks(Unsharable):
     Who knows it can cheat, and learns nothing else. Raises InputError where shapes or values do not fit.
     """
 
-    __slots__ = ("_squares", "images", "images_by_tiles", "vectors", "vectors_by_tiles")
+    __slots__ = ("_allowed", "_squares", "images", "images_by_tiles", "vectors", "vectors_by_tiles")
 
     def __init__(self, vectors: NDArray[np.int32], images: NDArray[np.int32]) -> None:
         variants, outputs = vectors.shape
@@ -124,6 +124,7 @@ class Checks(Unsharable):
             [np.square(vectors[:, at : at + GROUP], dtype=np.float64).sum(axis=1) for at in range(0, outputs, GROUP)], axis=1
         )
         self.vectors, self.images = np.ascontiguousarray(vectors), np.ascontiguousarray(images)
+        self._allowed: tuple[LinearParameters, NDArray[np.int64]] | None = None
         self.vectors_by_tiles = _by_tiles(self.vectors)
         self.images_by_tiles = _by_tiles(self.images.reshape(-1, self.images.shape[2]))
 
@@ -145,8 +146,10 @@ class Checks(Unsharable):
 
     def tolerances(self, linear: LinearParameters) -> NDArray[np.int64]:
         """int64 [VARIANTS, checks]: see `tolerance`."""
-        found = [[tolerance(linear, float(square)) for square in row] for row in self._squares]
-        return np.array(found, dtype=np.int64)
+        if self._allowed is None or self._allowed[0] != linear:
+            found = [[tolerance(linear, float(square)) for square in row] for row in self._squares]
+            self._allowed = linear, np.array(found, dtype=np.int64)
+        return self._allowed[1]
 
     def check_fits(self, linear: LinearParameters) -> None:
         """Raises InputError where these are not of a circuit of that shape: the kernels do not look."""

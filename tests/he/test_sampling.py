@@ -14,7 +14,15 @@ import pytest
 
 from hecompile.errors import InputError, SecurityError
 from hecompile.he import bytewise, sampling
-from hecompile.he.gaussian import _STRADDLES, gaussian_cdf, gaussian_from_uniform, gaussian_table, second_bytes, step_tables, wants_second
+from hecompile.he.gaussian import (
+    _STRADDLES,
+    gaussian_cdf,
+    gaussian_from_uniform,
+    gaussian_table,
+    second_bytes,
+    step_tables,
+    wants_second,
+)
 from hecompile.he.parameters import RingParameters, test_insecure_parameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.sampling import ERROR_BOUND, SIGMA, OneTimeSecret, PublicSeed, SecretRandom
