@@ -24,7 +24,7 @@ from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.sampling import SecretRandom
 from hecompile.he.scheme import Ciphertext, DecryptionKey, blocks, keygen
-from hecompile.he.scratch import scratch
+from hecompile.he.scratch import result_of, scratch
 from hecompile.he.threads import for_each, slices
 from hecompile.he.verification import GROUP, Checks, Expectation, Received
 
@@ -95,7 +95,7 @@ def encrypt_reals(
     expectation = None if checks is None else Expectation.of(checks, len(rows), random)
     key = RealKey(params, linear, stacked, scale, live, len(x), expectation)
     del secrets, stacked  # the key has them: no other frame does
-    planes = torch.empty((linear.upload_limbs, len(rows), linear.in_features), dtype=torch.uint8)
+    planes = result_of((linear.upload_limbs, len(rows), linear.in_features), np.uint8)
     if len(rows):
         # Both before the threads, which share them: a thread that waits for others to make one could wait for ever.
         key.secrets_transformed()
@@ -158,7 +158,7 @@ def decrypt_reals(
     """
     key.check(hint, reply, linear)
     factors = _factors(row_scale, linear.out_features)
-    result = torch.empty((key.tokens, linear.out_features), dtype=torch.float32)
+    result = result_of((key.tokens, linear.out_features), np.float32)
     if key.tokens:
         planes = reply.contiguous()
         received = Received(key.expectation, key.tokens)

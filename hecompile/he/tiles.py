@@ -139,8 +139,8 @@ def encrypt(
     `[tokens]`, float64, it is rounded to an integer. error: int8, at `t·features + j`. planes: uint8, byte l of a word at
     `p_at + l·plane + t·p_row + j`. tile: int32, `tile_words(tokens)` of scratch; work: float64, 16·n of scratch.
     For verification, images: int32 `[tiles, variants · checks, 64]`, from the first feature on, as `Checks` has them by
-    tiles; sums `[checks, tokens, SUM_LANES]` int32 grows, all lanes together, by Σ_j top_j times image j of variant variants[t], where
-    top_j is what is sent: the word without the bytes that are not.
+    tiles; sums `[checks, tokens, SUM_LANES]` int32 grows, all lanes together, by Σ_j top_j times image j of variant
+    variants[t], where top_j is what is sent: the word without the bytes that are not.
     """
     stride = 8 * tokens + _PADDING
     dropped = 8 * (4 - limbs)
@@ -198,8 +198,8 @@ def decrypt(
     which are then used instead. planes: uint8, byte l of the reply at `p_at + l·plane + t·p_row + j`.
     result: float32 at `r_at + t·r_row + j`: the word times scale `[tokens]` times factors `[features]`, float64.
     values: float64, rank · 16 · n of scratch. The rest is as in `encrypt`.
-    For verification, vectors: int32 `[tiles, variants, 64]`, as `Checks` has them by tiles; sums `[checks, tokens,
-    SUM_LANES]` int32 grows, all lanes together, by Σ_j top_j times vector j of variant variants[t], in the place of the check
+    For verification, vectors: int32 `[tiles, variants, 64]`, as `Checks` has them by tiles; sums
+    `[checks, tokens, SUM_LANES]` int32 grows, all lanes together, by Σ_j top_j times vector j of variant variants[t], in the place of the check
     that the feature belongs to: `check_features` (a multiple of 64) each. top_j is the word without what was not sent.
     """
     stride = 8 * tokens + _PADDING
