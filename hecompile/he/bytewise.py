@@ -33,8 +33,9 @@ def step_sample(typing_context, high, second, tables, samples, low, base, places
 
     low is read only in lanes whose step is not 255 or whose `before` is 127, from the bytes at `second` in order, and is 0
     in the others. high: address of uint8 [64]; second: of as many readable bytes; tables: of `before` (int8 [256]) and
-    `step` (uint8 [256]) one after the other; samples, low: of int8 and uint8 [64], to be written; places: of uint16, to be written:
-    `base` + lane for each lane where low equals the step or `before` is 127 (and up to 32 entries of anything after those).
+    `step` (uint8 [256]) one after the other; samples, low: of int8 and uint8 [64], to be written; places: of uint16, to be
+    written: `base` + lane for each lane where low equals the step or `before` is 127 (and up to 32 entries of anything
+    after those).
     Returns how many those are, plus 2^32 times the bytes used of `second`. There is no branch, because no processor could
     foresee it.
     """

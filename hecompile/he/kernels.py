@@ -196,36 +196,34 @@ def forward_at(coefficients, start, n, roots, work, at):
             to_f64(load_i32(coefficients, c + 16 * h)), to_f64(load_i32(coefficients, c + 8 * (2 * h + n))),
             to_f64(load_i32(coefficients, c + 24 * h)), to_f64(load_i32(coefficients, c + 8 * (3 * h + n))),
         )  # fmt: skip
-    parts = _parts(n)
-    size = n // parts
-    for start in range(0, n, size):
-        r, h = 6, n // 4
-        while h >= 4:
-            quarter = h
-            h //= 4
-            step = 16 * h
-            for node in range(start // quarter, (start + size) // quarter):
-                for p in range(h):
-                    a = at + 16 * (quarter * node + p)
-                    _split4(
-                        work, a, step, roots, r + 6 * node,
-                        load_f64(work, a), load_f64(work, a + 8),
-                        load_f64(work, a + step), load_f64(work, a + step + 8),
-                        load_f64(work, a + 2 * step), load_f64(work, a + 2 * step + 8),
-                        load_f64(work, a + 3 * step), load_f64(work, a + 3 * step + 8),
-                    )  # fmt: skip
-            r += 6 * (n // quarter)
-        if h == 2:
-            for node in range(start // 2, (start + size) // 2):
-                a, w = at + 32 * node, r + 2 * node
-                ur, ui = load_f64(work, a), load_f64(work, a + 8)
-                vr, vi = _times(
-                    load_f64(work, a + 16), load_f64(work, a + 24), broadcast(roots, w), broadcast(roots, w + 1)
-                )
-                store_f64(work, a, ur + vr)
-                store_f64(work, a + 8, ui + vi)
-                store_f64(work, a + 16, ur - vr)
-                store_f64(work, a + 24, ui - vi)
+    r, nodes = 6, 4
+    while h >= 4:
+        h //= 4
+        step = 16 * h
+        for node in range(nodes):
+            for p in range(h):
+                a = at + 16 * (4 * h * node + p)
+                _split4(
+                    work, a, step, roots, r,
+                    load_f64(work, a), load_f64(work, a + 8),
+                    load_f64(work, a + step), load_f64(work, a + step + 8),
+                    load_f64(work, a + 2 * step), load_f64(work, a + 2 * step + 8),
+                    load_f64(work, a + 3 * step), load_f64(work, a + 3 * step + 8),
+                )  # fmt: skip
+            r += 6
+        nodes *= 4
+    if h == 2:
+        for node in range(nodes):
+            a = at + 32 * node
+            ur, ui = load_f64(work, a), load_f64(work, a + 8)
+            vr, vi = _times(
+                load_f64(work, a + 16), load_f64(work, a + 24), broadcast(roots, r), broadcast(roots, r + 1)
+            )
+            store_f64(work, a, ur + vr)
+            store_f64(work, a + 8, ui + vi)
+            store_f64(work, a + 16, ur - vr)
+            store_f64(work, a + 24, ui - vi)
+            r += 2
 
 
 @inlined
@@ -248,48 +246,41 @@ def inner_product(matrix, at, secret, s, rank, n, roots, root_count, work):
     Returns the size of the quarters that the last pass joins: n/4.
     """
     rank_step, secret_step = 16 * n, 2 * n
-    parts = _parts(n)
-    size = n // parts
-    for start in range(0, n, size):
-        r = root_count
-        if n & 0x55555555 == 0:  # log2 n is odd: the lowest level is radix 2
-            r -= n
-            for node in range(start // 2, (start + size) // 2):
-                ur, ui = inner(matrix, at + 32 * node, rank_step, secret, s + 4 * node, secret_step, rank)
-                vr, vi = inner(matrix, at + 32 * node + 16, rank_step, secret, s + 4 * node + 2, secret_step, rank)
-                w = r + 2 * node
-                hr, hi = _times_conjugate(ur - vr, ui - vi, broadcast(roots, w), broadcast(roots, w + 1))
-                store_f64(work, 32 * node, ur + vr)
-                store_f64(work, 32 * node + 8, ui + vi)
-                store_f64(work, 32 * node + 16, hr)
-                store_f64(work, 32 * node + 24, hi)
-            h = 2
-        else:
-            r -= 6 * (n // 4)
-            for node in range(start // 4, (start + size) // 4):
-                a, b = at + 64 * node, s + 8 * node
-                u0r, u0i = inner(matrix, a, rank_step, secret, b, secret_step, rank)
-                u1r, u1i = inner(matrix, a + 16, rank_step, secret, b + 2, secret_step, rank)
-                u2r, u2i = inner(matrix, a + 32, rank_step, secret, b + 4, secret_step, rank)
-                u3r, u3i = inner(matrix, a + 48, rank_step, secret, b + 6, secret_step, rank)
-                _store4(work, 64 * node, 16, *_join4(roots, r + 6 * node, u0r, u0i, u1r, u1i, u2r, u2i, u3r, u3i))
-            h = 4
-        while 4 * h < n:
-            r -= 6 * (n // (4 * h))
-            step = 16 * h
-            for node in range(start // (4 * h), (start + size) // (4 * h)):
-                for p in range(h):
-                    a = 64 * h * node + 16 * p
-                    _store4(work, a, step, *load_and_join4(work, a, step, roots, r + 6 * node))
-            h *= 4
-    return n // 4
-
-
-@inlined
-def _parts(n):
-    """The quarters below the top of the tree are worked on one after the other, so that one stays in the first-level cache
-    through all its levels."""
-    return 4 if n >= 16 else 1
+    r = root_count
+    h, nodes = 1, n
+    if n & 0x55555555 == 0:  # log2 n is odd: the lowest level is radix 2
+        r -= n
+        for node in range(n // 2):
+            ur, ui = inner(matrix, at + 32 * node, rank_step, secret, s + 4 * node, secret_step, rank)
+            vr, vi = inner(matrix, at + 32 * node + 16, rank_step, secret, s + 4 * node + 2, secret_step, rank)
+            w = r + 2 * node
+            hr, hi = _times_conjugate(ur - vr, ui - vi, broadcast(roots, w), broadcast(roots, w + 1))
+            store_f64(work, 32 * node, ur + vr)
+            store_f64(work, 32 * node + 8, ui + vi)
+            store_f64(work, 32 * node + 16, hr)
+            store_f64(work, 32 * node + 24, hi)
+        h, nodes = 2, n // 2
+    else:
+        nodes = n // 4
+        r -= 6 * nodes
+        for node in range(nodes):
+            a, b = at + 64 * node, s + 8 * node
+            u0r, u0i = inner(matrix, a, rank_step, secret, b, secret_step, rank)
+            u1r, u1i = inner(matrix, a + 16, rank_step, secret, b + 2, secret_step, rank)
+            u2r, u2i = inner(matrix, a + 32, rank_step, secret, b + 4, secret_step, rank)
+            u3r, u3i = inner(matrix, a + 48, rank_step, secret, b + 6, secret_step, rank)
+            _store4(work, 64 * node, 16, *_join4(roots, r + 6 * node, u0r, u0i, u1r, u1i, u2r, u2i, u3r, u3i))
+        h = 4
+    while 4 * h < n:
+        nodes //= 4
+        r -= 6 * nodes
+        step = 16 * h
+        for node in range(nodes):
+            for p in range(h):
+                a = 64 * h * node + 16 * p
+                _store4(work, a, step, *load_and_join4(work, a, step, roots, r + 6 * node))
+        h *= 4
+    return h
 
 
 @inlined

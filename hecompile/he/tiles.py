@@ -199,8 +199,9 @@ def decrypt(
     result: float32 at `r_at + t·r_row + j`: the word times scale `[tokens]` times factors `[features]`, float64.
     values: float64, rank · 16 · n of scratch. The rest is as in `encrypt`.
     For verification, vectors: int32 `[tiles, variants, 64]`, as `Checks` has them by tiles; sums
-    `[checks, tokens, SUM_LANES]` int32 grows, all lanes together, by Σ_j top_j times vector j of variant variants[t], in the place of the check
-    that the feature belongs to: `check_features` (a multiple of 64) each. top_j is the word without what was not sent.
+    `[checks, tokens, SUM_LANES]` int32 grows, all lanes together, by Σ_j top_j times vector j of variant variants[t], in
+    the place of the check that the feature belongs to: `check_features` (a multiple of 64) each. top_j is the word without
+    what was not sent.
     """
     stride = 8 * tokens + _PADDING
     dropped = 8 * (4 - limbs)
