@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -15,7 +16,7 @@ from hecompile.ir import APPROXIMATION_RANGE, attributes_of, module_path
 from hecompile.polynomial_operators import attention_scores, gaussian_exponents
 
 POWERS = (2, 4, 6, 8)
-NORMS, ACTIVATIONS = ("RMSNorm", "PolynomialRMSNorm"), ("SiLU", "PolynomialSiLU", "ComposedSiLU")
+NORMS, ACTIVATIONS = ("RMSNorm", "PolynomialRMSNorm"), ("SiLU", "PolynomialSiLU", "ComposedSiLU", "QuantizedSiLU")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class AttentionRange:
-    """Over every query, head and layer position of the sample: the scores t = q·kᵀ·scale of keys that are seen, the exponents
+    """Over every query, head and position of the sample: the scores t = q·kᵀ·scale of keys that are seen, the exponents
     -‖q - k‖²·scale/2, log Σ exp(t) of a query, the sums and means over its keys of t^p (p = 2, 4, 6, 8), and the same sums
     and means after t was divided by the query's largest |t|."""
 
@@ -93,12 +94,10 @@ def attention_range_of(value: ir.Value) -> AttentionRange | None:
     if raw is None:
         return None
     found = json.loads(raw)
-    simple = {name: Interval(**found[name]) for name in ("scores", "exponents", "log_sums")}
-    tables = {
-        name: {power: Interval(**interval) for power, interval in found[name].items()}
-        for name in ("power_sums", "power_means", "stable_sums")
-    }
-    return AttentionRange(length=found["length"], **simple, **tables)
+    fields: dict[str, Any] = {name: Interval(**found[name]) for name in ("scores", "exponents", "log_sums")}
+    for name in ("power_sums", "power_means", "stable_sums"):
+        fields[name] = {power: Interval(**interval) for power, interval in found[name].items()}
+    return AttentionRange(length=found["length"], **fields)
 
 
 def _rounded(found: object) -> object:

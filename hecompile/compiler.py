@@ -53,6 +53,7 @@ from passes.attach_lora import AttachLora
 from passes.calibrate import Calibrate
 from passes.place import Place, Policy
 from passes.quantize import Quantize
+from passes.quantize_activation import QuantizeActivation
 from passes.select_parameters import SelectParameters, selected_ring
 from passes.split import Split
 from passes.validate import Validate
@@ -85,7 +86,7 @@ class CompileOptions:
     """False: the client stores no hints, and the worker computes them with every product (`hecompile.public_rows`)."""
     attention: str | ApproximateSoftmax | None = None
     norm: str | ApproximateRMSNorm | None = None
-    activation: str | ApproximateSiLU | None = None
+    activation: str | ApproximateSiLU | QuantizeActivation | None = None
     """What stands for attention, RMSNorm and SiLU, by name (`hecompile.polynomial_options`) or with options; None: what the
     checkpoint was converted for, else the exact ones."""
 
@@ -220,7 +221,9 @@ def sample_calibration_tokens(
     return tuple(tuple(int(token) for token in row) for row in tokens)
 
 
-def _self_sampler(checkpoint: Checkpoint, seed: PublicSeed, length: int) -> Callable[[ir.Model], tuple[tuple[int, ...], ...]]:
+def _self_sampler(
+    checkpoint: Checkpoint, seed: PublicSeed, length: int
+) -> Callable[[ir.Model], tuple[tuple[int, ...], ...]]:
     """The same by the canonical graph, for a model that the Hugging Face class no longer computes."""
     start, number = _start_token(checkpoint), _calibration_seed(seed)
 

@@ -11,8 +11,6 @@ tables of q (and of k, for the Gaussian kernel), the mask drops entries.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from hecompile.approximation import goldschmidt, silu
@@ -51,7 +49,7 @@ def gaussian_factor(attributes: Attributes) -> float:
 def attention(
     op_type: str, attributes: Attributes, q: GraphValue, k: GraphValue, v: GraphValue, mask: np.ndarray
 ) -> GraphValue:
-    """q and k already multiplied by their factors; mask of zeros and ones, [queries, S]. Raises LegalityError for exact forms."""
+    """q and k already multiplied by their factors; mask of zeros and ones, [queries, S]. Exact forms: LegalityError."""
     check_polynomial(op_type, attributes)
     if op_type == "GaussianAttention":
         return _gaussian(attributes, q, k, mask) @ v

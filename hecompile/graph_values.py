@@ -1,8 +1,8 @@
 """Building a graph of sums and products: values that add and multiply, and put constants off until they cost no level.
 
-A `GraphValue` stands for factor · value. A constant factor travels through sums, products and moves of entries without a node
-and ends in the weight of the next Linear, or on the shallower operand of a product, where it does not deepen the graph. Its
-level is its multiplicative depth: one for a product, by a constant or not, none for sums.
+A `GraphValue` stands for factor · value. A constant factor travels through sums, products and moves of entries without a
+node and ends in the weight of the next Linear, or on the shallower operand of a product, where it does not deepen the
+graph. Its level is its multiplicative depth: one for a product, by a constant or not, none for sums.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class GraphValue:
 def concatenated(parts: Sequence[GraphValue], axis: int) -> GraphValue:
     """Along an axis; parts with different factors are settled first."""
     values = [part.plain() for part in parts]
-    if len({value.factor for value in values}) > 1:  # type: ignore[arg-type]
+    if len({value.factor for value in values}) > 1:
         values = [value.settled() for value in values]
     first = values[0]
     place = axis % len(first.shape)
@@ -233,7 +233,7 @@ def _factored(a: GraphValue, b: GraphValue) -> tuple[GraphValue, GraphValue, flo
         if a.shape[-1] == b.shape[-1]:
             return a, b, a.factor * b.factor
         a, b = a.plain(), b.plain()
-    factor = float(a.factor * b.factor)  # type: ignore[arg-type]
+    factor = float(a.factor * b.factor)
     if _mild(factor) or a.level == b.level:
         return a, b, factor
     if a.level < b.level:

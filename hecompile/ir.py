@@ -43,6 +43,9 @@ APPROXIMATION_RANGE = "hecompile.approximation_range"
 """Metadata key of the result of an attention, RMSNorm or SiLU: JSON of what calibration saw where a polynomial would stand
 (`hecompile.approximation_ranges`)."""
 
+LEVEL = "hecompile.level"
+"""Metadata key of a value: its multiplicative depth."""
+
 _SHORT_DTYPES = {"FLOAT": "f32", "DOUBLE": "f64", "FLOAT16": "f16", "BFLOAT16": "bf16", "INT64": "i64", "INT32": "i32"}
 _SHORT_DTYPES |= {"INT8": "i8", "INT16": "i16", "UINT8": "u8", "UINT32": "u32", "BOOL": "bool"}
 _PRINTED_CONSTANT_ELEMENTS = 8

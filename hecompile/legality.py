@@ -17,7 +17,7 @@ _MODEL = frozenset({"Gather", "MatMul", "Softmax"}) | _SHAPE_OPERATORS | _ELEMEN
 _APPROXIMATED = frozenset(
     {"PowerAttention", "GaussianAttention", "ChebyshevAttention", "PolynomialRMSNorm", "PolynomialSiLU", "ComposedSiLU"}
 )
-_RAISED = frozenset({"Linear", "RMSNorm", "SiLU", "RotaryEmbedding", "RepeatKV"}) | _APPROXIMATED
+_RAISED = frozenset({"Linear", "RMSNorm", "SiLU", "RotaryEmbedding", "RepeatKV", "QuantizedSiLU"}) | _APPROXIMATED
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ TYPE_RULES: dict[str, tuple[int, TypeRule | None]] = {
     "PolynomialRMSNorm": (2, _gain_rule),
     "PolynomialSiLU": (1, None),
     "ComposedSiLU": (1, None),
+    "QuantizedSiLU": (1, None),
     "Refresh": (1, None),
     "SwiGLU": (2, None),
     "GatedLora": (5, _lora_rule),

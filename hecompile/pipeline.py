@@ -17,11 +17,14 @@ from passes.approximate_softmax import ApproximateSoftmax
 from passes.attach_lora import AttachLora
 from passes.calibrate import Calibrate
 from passes.canonicalize import Canonicalize
+from passes.depth import Depth
 from passes.expand_polynomials import ExpandPolynomials
 from passes.fuse import Fuse
 from passes.lower_worker import LowerWorker
 from passes.place import Place
+from passes.place_refreshes import PlaceRefreshes
 from passes.quantize import Quantize
+from passes.quantize_activation import QuantizeActivation
 from passes.select_parameters import SelectParameters
 from passes.simplify import Simplify
 from passes.split import Split
@@ -34,6 +37,7 @@ PASSES: dict[str, type] = {
     "approximate_softmax": ApproximateSoftmax,
     "approximate_rmsnorm": ApproximateRMSNorm,
     "approximate_silu": ApproximateSiLU,
+    "quantize_activation": QuantizeActivation,
     "attach_lora": AttachLora,
     "calibrate": Calibrate,
     "quantize": Quantize,
@@ -46,6 +50,8 @@ PASSES: dict[str, type] = {
     "validate": Validate,
     "fuse": Fuse,
     "expand_polynomials": ExpandPolynomials,
+    "depth": Depth,
+    "place_refreshes": PlaceRefreshes,
 }
 """Every pass by its registered name, in pipeline order; split, lower_worker and validate work on the split plan, and fuse
 runs when a client loads its half; expand_polynomials and what follows it make the graph that a worker evaluates alone."""
@@ -64,7 +70,7 @@ class Step:
 
 
 def raise_steps(polynomials: PolynomialOptions = _EXACT) -> tuple[Step, ...]:
-    """Up to the graph of the model's own operators; attention already computes the function that the model was trained for."""
+    """Up to the graph of the model's own operators; attention computes the function that the model was trained for."""
     steps = [Step("simplify", Simplify(), EXPORTED), Step("canonicalize", Canonicalize(), CANONICAL)]
     if polynomials.attention is not None and polynomials.retrained:
         steps.append(Step("approximate_softmax", replace(polynomials.attention, fit=False), CANONICAL))
@@ -72,14 +78,18 @@ def raise_steps(polynomials: PolynomialOptions = _EXACT) -> tuple[Step, ...]:
 
 
 def approximate_steps(calibrate: Calibrate, polynomials: PolynomialOptions) -> tuple[Step, ...]:
-    """Calibration on exact functions, then polynomials with domains that cover what it saw; none where nothing is replaced."""
+    """Calibration on exact functions, then polynomials whose domains cover what it saw; none where nothing is replaced."""
     chosen = {
         "approximate_softmax": polynomials.attention,
         "approximate_rmsnorm": polynomials.norm,
-        "approximate_silu": polynomials.activation,
+        _activation_pass(polynomials): polynomials.activation,
     }
     steps = [Step(name, transform, CANONICAL) for name, transform in chosen.items() if transform is not None]
     return (Step("calibrate", calibrate, CANONICAL), *steps) if steps else ()
+
+
+def _activation_pass(polynomials: PolynomialOptions) -> str:
+    return "quantize_activation" if isinstance(polynomials.activation, QuantizeActivation) else "approximate_silu"
 
 
 def graph_steps(

@@ -9,14 +9,14 @@
   x = -‖q - k‖²·scale/2 with exp(x) ≈ (1 + x/2^k)^(2^k), not divided by anything (Rho et al., arXiv 2410.02486). With
   squarings = 0 exp itself. The mask stands in the exponent: -2^k where a key is not seen, for which the polynomial is zero.
 * `ChebyshevAttention(q, k, v, bias; scale, shift, coefficients, squarings, iterations, ratio_lower, ratio_upper, halvings,
-  square_iterations, square_lower, domain_lower, domain_upper, error_bound)`: the softmax of (t - shift)/2^halvings, with exp by
-  a Chebyshev series squared `squarings` times and division by Goldschmidt; then `halvings` times w ← w²/Σw², which makes it
-  the softmax of t (Cho et al., arXiv 2410.11184). The domain is that of t - shift.
-* `PolynomialRMSNorm(x, weight; epsilon, variance_scale, coefficients, newton_steps, domain_lower, domain_upper, error_bound)`:
-  x·y(v)·weight with v = mean(x²) + ε in the domain and y(v) ≈ 1/√v; the series and the steps see v·variance_scale.
-* `PolynomialSiLU(x; coefficients, domain_lower, domain_upper, error_bound)`: a Chebyshev series on [-domain_upper, domain_upper].
-* `ComposedSiLU(x; coefficients, domain_lower, domain_upper, error_bound)`: x·(1 + s(x))/2 with s composed of odd polynomials
-  of degree 7, four coefficients each.
+  square_iterations, square_lower, domain_lower, domain_upper, error_bound)`: the softmax of (t - shift)/2^halvings, with exp
+  by a Chebyshev series squared `squarings` times and division by Goldschmidt; then `halvings` times w ← w²/Σw², which
+  makes it the softmax of t (Cho et al., arXiv 2410.11184). The domain is that of t - shift.
+* `PolynomialRMSNorm(x, weight; epsilon, variance_scale, coefficients, newton_steps, domain_lower, domain_upper,
+  error_bound)`: x·y(v)·weight with v = mean(x²) + ε in the domain and y(v) ≈ 1/√v; the series and the steps see
+v·variance_scale. * `PolynomialSiLU(x; coefficients, domain_lower, domain_upper, error_bound)`: a Chebyshev series on
+±domain_upper. * `ComposedSiLU(x; coefficients, domain_lower, domain_upper, error_bound)`: x·(1 + s(x))/2 with s composed
+  of odd polynomials of degree 7, four coefficients each.
 
 The mask m is exp(bias): 1 where the bias is zero, 0 where it is very negative. With `context.sequences` positions are packed
 as for `Attention`, and the bias is not looked at. Outside its domain a polynomial means nothing and may grow without limit.
@@ -32,8 +32,9 @@ from torch import Tensor
 from hecompile.approximation import exponential, goldschmidt, silu
 from hecompile.approximation.arithmetic import power, squared
 from hecompile.approximation.inverse_sqrt import inverse_sqrt
+from hecompile.attention_cache import causal_mask
 from hecompile.ir import DOMAIN
-from hecompile.operators import Attributes, Context, operator
+from hecompile.operators import Attributes, Context, attend_packed, operator
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(q, k, v, mask) → result [B, heads, S, D]; the mask [.., S, S] holds factors between 0 and 1."""
@@ -43,14 +44,11 @@ def _attend(context: Context, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, att
     """Apply `attend` to each row's sequence, or to each of the packed sequences."""
     if context.sequences is None:
         return attend(q, k, v, torch.exp(bias))
-    parts = [part.split(context.sequences, dim=2) for part in (q, k, v)]  # [1, heads, L, D] per sequence
-    outputs = [
-        attend(query, key, value, torch.ones(query.shape[2], query.shape[2], dtype=q.dtype, device=q.device).tril())
-        for query, key, value in zip(*parts, strict=True)
-    ]
-    if len(outputs) == 1:
-        return outputs[0]
-    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1).transpose(1, 2)  # [1, heads, S, D]
+
+    def attend_one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(query, key, value, causal_mask(query.shape[2], key.shape[2]).to(q))
+
+    return attend_packed(context, q, k, v, attend_one)
 
 
 def attention_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -1,17 +1,18 @@
-"""Which parts of a model are replaced by polynomials, and with what options: from names, from options, or from the checkpoint.
+"""Which parts of a model are replaced by polynomials, with what options: from names, from options, or from the checkpoint.
 
 A checkpoint that was converted for them says so in its config.json:
 
     "hecompile_polynomial": {"attention": {"variant": "power", …}, "norm": {…}, "activation": {…}}
 
-with the fields of `ApproximateSoftmax`, `ApproximateRMSNorm` and `ApproximateSiLU`; a missing part stays as it is.
+with the fields of `ApproximateSoftmax`, `ApproximateRMSNorm` and `ApproximateSiLU`; a missing part stays as it is. An
+activation may be a table of few bits (`QuantizeActivation`) instead of a polynomial, chosen by name at export.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 
@@ -19,11 +20,12 @@ from hecompile.errors import InputError
 from passes.approximate_rmsnorm import ApproximateRMSNorm
 from passes.approximate_silu import ApproximateSiLU
 from passes.approximate_softmax import ApproximateSoftmax
+from passes.quantize_activation import QuantizeActivation
 
 CONFIG_KEY = "hecompile_polynomial"
 ATTENTIONS = ("softmax", "power", "gaussian_kernel", "chebyshev")
 NORMS = ("exact", "polynomial")
-ACTIVATIONS = ("silu", "polynomial", "composed")
+ACTIVATIONS = ("silu", "polynomial", "composed", "quantized")
 
 _Part = TypeVar("_Part", ApproximateSoftmax, ApproximateRMSNorm, ApproximateSiLU)
 
@@ -34,7 +36,7 @@ class PolynomialOptions:
 
     attention: ApproximateSoftmax | None = None
     norm: ApproximateRMSNorm | None = None
-    activation: ApproximateSiLU | None = None
+    activation: ApproximateSiLU | QuantizeActivation | None = None
 
     def __bool__(self) -> bool:
         return any((self.attention, self.norm, self.activation))
@@ -50,20 +52,20 @@ class PolynomialOptions:
         found = getattr(config, CONFIG_KEY, None)
         if found is None:
             return cls()
-        parts = {"attention": ApproximateSoftmax, "norm": ApproximateRMSNorm, "activation": ApproximateSiLU}
+        parts: dict[str, Any] = {"attention": ApproximateSoftmax, "norm": ApproximateRMSNorm, "activation": ApproximateSiLU}
         if not isinstance(found, Mapping) or found.keys() - parts.keys():
             raise InputError(f"config.json: {CONFIG_KEY} must be an object with the keys {', '.join(parts)}")
-        read = {name: _read(f"{CONFIG_KEY}.{name}", parts[name], value) for name, value in found.items()}  # type: ignore[type-var]
+        read = {name: _read(f"{CONFIG_KEY}.{name}", parts[name], value) for name, value in found.items()}
         return cls(**cast("dict[str, Any]", read))
 
     def choosing(
         self,
         attention: str | ApproximateSoftmax | None = None,
         norm: str | ApproximateRMSNorm | None = None,
-        activation: str | ApproximateSiLU | None = None,
+        activation: str | ApproximateSiLU | QuantizeActivation | None = None,
     ) -> PolynomialOptions:
-        """These, but for the parts given: options, or a name of ATTENTIONS, NORMS, ACTIVATIONS. A name that agrees with what is
-        here keeps its options. Raises InputError for another name."""
+        """These, but for the parts given: options, or a name of ATTENTIONS, NORMS, ACTIVATIONS. A name that agrees with what
+        is here keeps its options. Raises InputError for another name."""
         chosen = self
         if attention is not None:
             chosen = replace(chosen, attention=_attention(self.attention, attention))
@@ -104,14 +106,18 @@ def _norm(here: ApproximateRMSNorm | None, wanted: str | ApproximateRMSNorm) -> 
     return None if wanted == "exact" else here or ApproximateRMSNorm()
 
 
-def _activation(here: ApproximateSiLU | None, wanted: str | ApproximateSiLU) -> ApproximateSiLU | None:
-    if isinstance(wanted, ApproximateSiLU):
+def _activation(
+    here: ApproximateSiLU | QuantizeActivation | None, wanted: str | ApproximateSiLU | QuantizeActivation
+) -> ApproximateSiLU | QuantizeActivation | None:
+    if isinstance(wanted, (ApproximateSiLU, QuantizeActivation)):
         return wanted
     _check("activation", wanted, ACTIVATIONS)
     if wanted == "silu":
         return None
-    form = "series" if wanted == "polynomial" else "composed"
-    return here if here is not None and here.form == form else ApproximateSiLU(form=form)
+    if wanted == "quantized":
+        return here if isinstance(here, QuantizeActivation) else QuantizeActivation()
+    form: Literal["series", "composed"] = "series" if wanted == "polynomial" else "composed"
+    return here if isinstance(here, ApproximateSiLU) and here.form == form else ApproximateSiLU(form=form)
 
 
 def _check(what: str, wanted: str, choices: tuple[str, ...]) -> None:

@@ -3,9 +3,9 @@
     RMSNorm(x, w; ε)  →  PolynomialRMSNorm(x, w; ε, variance_scale, coefficients, newton_steps, domain, error_bound)
 
 y ≈ 1/√(mean(x²) + ε): the variance is scaled so that its domain ends at 1, a Chebyshev series starts, Newton steps
-y ← ½·y·(3 - z·y²) square the relative error (Rho et al., arXiv 2410.02486; `hecompile.approximation.inverse_sqrt`). Degree and
-steps are those of the fewest levels that reach the error asked for over the domain; `error_bound` is the largest relative
-error there, of the root and therefore of the result.
+y ← ½·y·(3 - z·y²) square the relative error (Rho et al., arXiv 2410.02486; `hecompile.approximation.inverse_sqrt`). Degree
+and steps are those of the fewest levels that reach the error asked for over the domain; `error_bound` is the largest
+relative error there, of the root and therefore of the result.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ class ApproximateRMSNorm(ir.passes.InPlacePass):
             if found is None:
                 raise LegalityError(
                     f"{where}: 1/sqrt on variances from {domain.lower:.3g} to {domain.upper:.3g}, a factor of "
-                    f"{domain.upper / domain.lower:.3g}, to {self.error:.3g} needs a start of a degree above {self.max_degree}; "
-                    "allow more, ask for a larger error, or train with a heavier range loss on the variance"
+                    f"{domain.upper / domain.lower:.3g}, to {self.error:.3g} needs a start of degree above "
+                    f"{self.max_degree}; allow more, ask for a larger error, or train with a heavier range loss on the "
+                    "variance"
                 )
             attributes = single(
                 {

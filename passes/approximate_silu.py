@@ -4,9 +4,9 @@
              →  ComposedSiLU(x; coefficients, domain, error_bound)     form "composed"
 
 "series": the Chebyshev interpolant of the lowest degree that reaches the error asked for, near-minimax. "composed":
-x·(1 + s(x))/2 with s a composition of odd polynomials of degree 7, fewer products where the domain is wide (Lee et al., arXiv
-2104.08449; Rho et al., arXiv 2410.02486; `hecompile.approximation.silu`). `error_bound` is the largest absolute error over the
-domain.
+x·(1 + s(x))/2 with s a composition of odd polynomials of degree 7, fewer products where the domain is wide (Lee et al.,
+arXiv 2104.08449; Rho et al., arXiv 2410.02486; `hecompile.approximation.silu`). `error_bound` is the largest absolute error
+over the domain.
 """
 
 from __future__ import annotations
@@ -57,10 +57,11 @@ class ApproximateSiLU(ir.passes.InPlacePass):
             else:
                 op_type, found = "ComposedSiLU", silu.composition_for(bound, self.error)
             if found is None:
-                limit = f"a degree above {self.max_degree}" if self.form == "series" else "more than 4 composed polynomials"
+                series = f"a degree above {self.max_degree}"
+                limit = series if self.form == "series" else "more than 4 composed polynomials"
                 raise LegalityError(
-                    f"{where}: SiLU on [{-bound:.6g}, {bound:.6g}] to {self.error:.3g} needs {limit}; ask for a larger error "
-                    "or train with a heavier range loss"
+                    f"{where}: SiLU on [{-bound:.6g}, {bound:.6g}] to {self.error:.3g} needs {limit}; ask for a larger "
+                    "error or train with a heavier range loss"
                 )
             coefficients, error = found
             attributes = single(

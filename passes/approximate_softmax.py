@@ -1,14 +1,15 @@
 """Replace every softmax attention by one that needs only sums and products.
 
-    MatMul(Softmax(Add(Mul(MatMul(q, kᵀ), c), bias)), v)  →  PowerAttention(q, k, v, bias; scale = c, …)       power
-                                                          →  GaussianAttention(q, k, v, bias; scale = c, …)    gaussian_kernel
-                                                          →  ChebyshevAttention(q, k, v, bias; scale = c, …)   chebyshev
+    MatMul(Softmax(Add(Mul(MatMul(q, kᵀ), c), bias)), v)
+        power            →  PowerAttention(q, k, v, bias; scale = c, …)
+        gaussian_kernel  →  GaussianAttention(q, k, v, bias; scale = c, …)
+        chebyshev        →  ChebyshevAttention(q, k, v, bias; scale = c, …)
 
 `power`: t^p / (ε + Σ t^p), another function than softmax, which a model must be trained for (Zimerman et al., Power-Softmax,
-arXiv 2410.09457, the stable, Lipschitz and length-agnostic forms). `gaussian_kernel`: exp(-‖q - k‖²/(2√d)), not divided, also
-to be trained for (Rho et al., arXiv 2410.02486). `chebyshev`: softmax itself: the softmax of scores halved k times, for which
-exp has a narrow domain, then k times squared and divided by its sum (Cho et al., CCS 2024, arXiv 2410.11184). The mask is a factor 0 or 1; for the Gaussian
-kernel it stands in the exponent, which for constants 0 and 1 is the same.
+arXiv 2410.09457, the stable, Lipschitz and length-agnostic forms). `gaussian_kernel`: exp(-‖q - k‖²/(2√d)), not divided,
+also to be trained for (Rho et al., arXiv 2410.02486). `chebyshev`: softmax itself: the softmax of scores halved k times,
+for which exp has a narrow domain, then k times squared and divided by its sum (Cho et al., CCS 2024, arXiv 2410.11184).
+The mask is a factor 0 or 1; for the Gaussian kernel it stands in the exponent, which for constants 0 and 1 is the same.
 
 Error bounds, over the domain: `power` with Goldschmidt's division, the relative error of the quotient ρ^(2^n)
 (`hecompile.approximation.goldschmidt`), with exact division none; `gaussian_kernel`, of a weight, max(4/(e²·2^k), …)
@@ -82,7 +83,8 @@ class ApproximateSoftmax(ir.passes.InPlacePass):
     def __post_init__(self) -> None:
         for name, choices in (("variant", Variant), ("form", Form), ("division", Division)):
             if getattr(self, name) not in get_args(choices):
-                raise InputError(f"attention: {name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
+                known = ", ".join(get_args(choices))
+                raise InputError(f"attention: {name} must be one of {known}, got {getattr(self, name)!r}")
         if self.power not in POWERS:
             raise InputError(f"attention: the power must be one of {', '.join(map(str, POWERS))}, got {self.power}")
         if self.division == "goldschmidt" and self.form == "stable":
@@ -192,9 +194,9 @@ class ApproximateSoftmax(ir.passes.InPlacePass):
         series = exponential.series_for(shrunk, 0.0, wanted * math.exp(shrunk), self.max_degree)
         if series is None:
             raise LegalityError(
-                f"{where}: exp on [{shrunk:.6g}, 0] to {wanted * math.exp(shrunk):.3g} (an error of {self.error:.3g}, scores "
-                f"{-lower:.6g} apart) needs a degree above {self.max_degree}; ask for a larger error or max_degree, or train "
-                "with the power or gaussian_kernel variant"
+                f"{where}: exp on [{shrunk:.6g}, 0] to {wanted * math.exp(shrunk):.3g} (an error of {self.error:.3g}, "
+                f"scores {-lower:.6g} apart) needs a degree above {self.max_degree}; ask for a larger error or max_degree, "
+                "or train with the power or gaussian_kernel variant"
             )
         coefficients, squarings, error = series
         relative = error / math.exp(shrunk)
@@ -225,7 +227,9 @@ class ApproximateSoftmax(ir.passes.InPlacePass):
 
     def _calibrated(self, where: str, found: AttentionRange | None) -> AttentionRange:
         if found is None:
-            raise LegalityError(f"{where}: nothing was recorded of this attention; run calibrate before approximate_softmax")
+            raise LegalityError(
+                f"{where}: nothing was recorded of this attention; run calibrate before approximate_softmax"
+            )
         return found
 
     def _ratio(self, where: str, seen: Interval | None) -> Interval:
@@ -248,9 +252,9 @@ class ApproximateSoftmax(ir.passes.InPlacePass):
         iterations = goldschmidt.iterations_for(ratio.lower, ratio.upper, error)
         if iterations > self.max_iterations:
             raise LegalityError(
-                f"{where}: divisors between {ratio.lower:.3g} and {ratio.upper:.3g} need {iterations} Goldschmidt iterations for "
-                f"an error of {error:.3g}, more than {self.max_iterations}; raise epsilon or max_iterations, use form "
-                "length_agnostic, or train with a heavier range loss"
+                f"{where}: divisors between {ratio.lower:.3g} and {ratio.upper:.3g} need {iterations} Goldschmidt "
+                f"iterations for an error of {error:.3g}, more than {self.max_iterations}; raise epsilon or max_iterations, "
+                "use form length_agnostic, or train with a heavier range loss"
             )
         return iterations
 

@@ -4,8 +4,8 @@
     PowerAttention(q, k, v, bias)              →  MatMul, Mul, ReduceSum, …   (`hecompile.expansions`)
     PolynomialRMSNorm, PolynomialSiLU, ComposedSiLU, RotaryEmbedding, RepeatKV, Lora  →  the same
 
-The sequence length is fixed, positions are 0 … S - 1: cos and sin are constants, the causal mask a constant of zeros and ones
-[S, S]. The embedding is cut off: the client looks tokens up. Constants are folded so that they cost no level: gains and
+The sequence length is fixed, positions are 0 … S - 1: cos and sin are constants, the causal mask a constant of zeros and
+ones [S, S]. The embedding is cut off: the client looks tokens up. Constants are folded so that they cost no level: gains and
 scales into the next Linear, the factors of the scores into the rotary tables, others onto the shallower operand of a product
 (`hecompile.graph_values`). The function is that of the approximated graph on sequences of S tokens, up to the rounding of
 float32. LoRA matrices that are graph inputs stay inputs; `hecompile.merging.merge_lora` merges an adapter before.
@@ -13,6 +13,7 @@ float32. LoRA matrices that are graph inputs stay inputs; `hecompile.merging.mer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -198,7 +199,7 @@ class _Expansion:
         x = self._of(node, 0 if constants[1] is not None else 1)
         array = constants[1] if constants[1] is not None else constants[0]
         assert array is not None
-        if array.size != 1 or node.op_type == "Sub" and constants[0] is not None:
+        if array.size != 1 or (node.op_type == "Sub" and constants[0] is not None):
             raise LegalityError(f"{node.op_type} of {module_path(node)} by a constant tensor is not supported")
         number = float(array.reshape(()))
         return {"Add": x.__add__, "Sub": x.__sub__, "Mul": x.__mul__}[node.op_type](number)
@@ -253,8 +254,8 @@ class _Expansion:
         shape: list[int | str] = [x.shape[axis] if dim == 0 else dim for axis, dim in enumerate(target)]
         shape[0] = x.shape[0]
         if -1 in shape:
-            known = int(np.prod([dim for dim in shape[1:] if dim != -1], dtype=np.int64))
-            shape[shape.index(-1)] = int(np.prod(x.shape[1:], dtype=np.int64)) // known
+            known = math.prod(int(dim) for dim in shape[1:] if dim != -1)
+            shape[shape.index(-1)] = math.prod(int(dim) for dim in x.shape[1:]) // known
         return x.reshaped(tuple(shape))
 
     def _transpose(self, node: ir.Node) -> GraphValue:

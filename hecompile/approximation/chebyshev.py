@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Generic
 
 import numpy as np
 from numpy.polynomial import chebyshev
@@ -42,7 +43,7 @@ def interpolate(function: Function, degree: int, lower: float, upper: float) -> 
 
 def value(coefficients: Sequence[float] | np.ndarray, x: np.ndarray, lower: float, upper: float) -> np.ndarray:
     """The series at x in float64 (Clenshaw), for measuring errors."""
-    result: np.ndarray = chebyshev.chebval(to_unit(x, lower, upper), np.asarray(coefficients))  # type: ignore[type-var]
+    result: np.ndarray = chebyshev.chebval(to_unit(x, lower, upper), np.asarray(coefficients))
     return result
 
 
@@ -68,17 +69,18 @@ def smallest_degree(error_of: Callable[[int], float], wanted: float, largest: in
     return high
 
 
-class _Basis:
+class _Basis(Generic[T]):
     """T_k of one operand, each made once: T_{a+b} = 2·T_a·T_b - T_{a-b}."""
 
-    def __init__(self, u: T) -> None:  # type: ignore[misc]
-        self._made: dict[int, T] = {1: u}  # type: ignore[valid-type]
+    def __init__(self, u: T) -> None:
+        self._made: dict[int, T] = {1: u}
 
-    def __getitem__(self, k: int) -> T:  # type: ignore[type-var]
+    def __getitem__(self, k: int) -> T:
         if k not in self._made:
             a, b = (k + 1) // 2, k // 2
-            left, right = self[a], self[b]
-            product = (left + left) * right
+            left: T = self[a]
+            right: T = self[b]
+            product: T = (left + left) * right
             self._made[k] = product - 1.0 if a == b else product - self[1]
         return self._made[k]
 
@@ -93,17 +95,18 @@ def evaluate(coefficients: Sequence[float], u: T) -> T:
     if len(series) < 2:
         raise ValueError("a constant is not a polynomial of its operand")
     if len(series) > 3 and not series[3::2].any():
-        even = _evaluate(series[::2], _Basis(u * u * 2.0 - 1.0))
-        return even if series[1] == 0 else even + u * float(series[1])  # type: ignore[return-value]
-    return _evaluate(series, _Basis(u))  # type: ignore[return-value]
+        second: T = u * u * 2.0 - 1.0  # T_2
+        even: T = _evaluate(series[::2], _Basis(second))
+        return even if series[1] == 0 else _added(even, u * float(series[1]))
+    return _evaluate(series, _Basis(u))
 
 
-def _evaluate(series: np.ndarray, basis: _Basis) -> T:  # type: ignore[type-var]
+def _evaluate(series: np.ndarray, basis: _Basis[T]) -> T:
     baby = 2 ** max(1, round(math.log2(len(series)) / 2))
     return _recurse(series, basis, baby)
 
 
-def _recurse(series: np.ndarray, basis: _Basis, baby: int) -> T:  # type: ignore[type-var]
+def _recurse(series: np.ndarray, basis: _Basis[T], baby: int) -> T:
     degree = len(series) - 1
     if degree < baby:
         return _leaf(series, basis)
@@ -113,19 +116,24 @@ def _recurse(series: np.ndarray, basis: _Basis, baby: int) -> T:  # type: ignore
     remainder = series[:giant].copy()
     for j in range(1, len(quotient)):
         remainder[giant - j] -= series[giant + j]
-    high = basis[giant]
-    product = high * float(quotient[0]) if not quotient[1:].any() else _recurse(quotient, basis, baby) * high
+    high: T = basis[giant]
+    product: T = high * float(quotient[0]) if not quotient[1:].any() else _recurse(quotient, basis, baby) * high
     remainder = np.trim_zeros(remainder, "b")
     if len(remainder) == 0:
         return product
-    return product + (float(remainder[0]) if len(remainder) == 1 else _recurse(remainder, basis, baby))
+    return _added(product, float(remainder[0]) if len(remainder) == 1 else _recurse(remainder, basis, baby))
 
 
-def _leaf(series: np.ndarray, basis: _Basis) -> T:  # type: ignore[type-var]
-    total = None
+def _leaf(series: np.ndarray, basis: _Basis[T]) -> T:
+    total: T | None = None
     for k in range(1, len(series)):
         if series[k] != 0.0:
-            term = basis[k] * float(series[k])
-            total = term if total is None else total + term
+            term: T = basis[k] * float(series[k])
+            total = term if total is None else _added(total, term)
     assert total is not None
-    return total if series[0] == 0.0 else total + float(series[0])
+    return total if series[0] == 0.0 else _added(total, float(series[0]))
+
+
+def _added(a: T, b: T | float) -> T:
+    result: T = a + b
+    return result

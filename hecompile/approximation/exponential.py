@@ -31,7 +31,8 @@ def squaring_error(lower: float, squarings: int) -> float:
 
 
 def squarings_for(lower: float, error: float) -> int | None:
-    """The fewest squarings with the error bound over [lower, 0] and lower ≥ -1.5·2^k; None where more than 24 are needed."""
+    """The fewest squarings with the error over [lower, 0] in bounds and lower ≥ -1.5·2^k; None where more than 24 are
+    needed."""
     for squarings in range(1, _LARGEST_SQUARINGS + 1):
         if lower >= -1.5 * 2.0**squarings and squaring_error(lower, squarings) <= error:
             return squarings
@@ -47,7 +48,7 @@ def by_squaring(x: T, squarings: int) -> T:
 def series_for(
     lower: float, upper: float, error: float, largest_degree: int = 63
 ) -> tuple[tuple[float, ...], int, float] | None:
-    """(Chebyshev coefficients of exp(x / 2^s), s, largest error of its 2^s-th power over [lower, upper]) with the error at most
+    """(Chebyshev coefficients of exp(x / 2^s), s, largest error of its 2^s-th power over [lower, upper]), the error at most
     `error` relative to exp(upper), in the fewest levels, then of the lowest degree; None where no degree up to
     `largest_degree` does."""
     best: tuple[tuple[int, int], tuple[float, ...], int, float] | None = None
@@ -73,7 +74,7 @@ def series_for(
 def _series_error(coefficients: np.ndarray, squarings: int, lower: float, upper: float) -> float:
     """Largest |series^(2^s) - exp(x - upper)| on a dense grid, both edges included."""
     x = grid(lower, upper)
-    return float(np.abs(squared(value(coefficients, x, lower, upper), squarings) - np.exp(x - upper)).max())  # type: ignore[type-var]
+    return float(np.abs(squared(value(coefficients, x, lower, upper), squarings) - np.exp(x - upper)).max())
 
 
 def by_series(x: T, coefficients: Sequence[float], squarings: int, lower: float, upper: float) -> T:

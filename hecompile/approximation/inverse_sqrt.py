@@ -1,7 +1,7 @@
 """1/√z: a Chebyshev start and Newton steps y ← ½·y·(3 - z·y²) (Rho et al., arXiv 2410.02486, appendix on LayerNorm).
 
-With y = (1 + δ)/√z one step leaves δ' = -δ²·(3 + δ)/2, so that it converges from -1 < δ < √3 - 1. The start is fitted for its
-relative error: least squares at Chebyshev nodes, weighted by √z.
+With y = (1 + δ)/√z one step leaves δ' = -δ²·(3 + δ)/2, so that it converges from -1 < δ < √3 - 1. The start is fitted for
+its relative error: least squares at Chebyshev nodes, weighted by √z.
 """
 
 from __future__ import annotations

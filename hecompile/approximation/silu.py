@@ -3,7 +3,7 @@
 The series interpolates at Chebyshev nodes of [-M, M], near-minimax (`hecompile.approximation.chebyshev`); its odd
 coefficients beyond the first are zero by symmetry. The composed form replaces s(x) = tanh(x/2) by p_n ∘ … ∘ p_1, odd
 polynomials of degree 7 as in the composed sign functions of Cheon et al. (Asiacrypt 2020, eprint 2019/1234) and Lee et al.
-(arXiv 2104.08449 — the form of Rho et al., arXiv 2410.02486), here fitted together, by nonlinear least squares of the error
+(arXiv 2104.08449; the form of Rho et al., arXiv 2410.02486), here fitted together, by nonlinear least squares of the error
 of SiLU (scipy), from their f_3 = (35x - 35x³ + 21x⁵ - 5x⁷)/16 as the start.
 """
 
@@ -45,7 +45,7 @@ def series_error(coefficients: Sequence[float] | np.ndarray, bound: float) -> fl
 
 @lru_cache(maxsize=64)
 def series_for(bound: float, error: float, largest_degree: int = 254) -> tuple[tuple[float, ...], float] | None:
-    """(coefficients, largest error over [-bound, bound]) of the lowest even degree whose error is at most `error`, or None."""
+    """(coefficients, largest error over [-bound, bound]) of the lowest even degree that reaches `error`, or None."""
     degree = smallest_degree(lambda n: series_error(series(n, bound), bound), error, largest_degree, step=2)
     if degree is None:
         return None
@@ -86,7 +86,7 @@ def composition_for(bound: float, error: float) -> tuple[tuple[float, ...], floa
         begin = np.array(_F3 * stages)
 
         def residual(flat: np.ndarray) -> np.ndarray:
-            return np.nan_to_num(by_composition(x, flat, bound) - target, nan=1e6, posinf=1e6, neginf=-1e6)  # type: ignore[type-var,arg-type]
+            return np.nan_to_num(by_composition(x, flat.tolist(), bound) - target, nan=1e6, posinf=1e6, neginf=-1e6)
 
         found = least_squares(residual, begin, method="trf", max_nfev=300)
         # A few rounds of reweighting by the error turn the least mean square into nearly the least maximum (Lawson).
@@ -95,12 +95,12 @@ def composition_for(bound: float, error: float) -> tuple[tuple[float, ...], floa
         for _ in range(6):
             weights = np.sqrt(weights**2 * np.maximum(np.abs(residual(flat)) / np.abs(residual(flat)).max(), 1e-3))
             weights = weights / weights.max()
-            flat = least_squares(lambda p, w=weights: w * residual(p), flat, max_nfev=60).x  # type: ignore[misc]
+            flat = least_squares(lambda p, w=weights: w * residual(p), flat, max_nfev=60).x
             if (now := float(np.abs(residual(flat)).max())) < best_error:
                 best, best_error = flat, now
         coefficients = tuple(map(float, best))
         whole = grid(-bound, bound)
-        reached = float(np.abs(by_composition(whole, coefficients, bound) - silu(whole)).max())  # type: ignore[type-var]
+        reached = float(np.abs(by_composition(whole, coefficients, bound) - silu(whole)).max())
         if reached <= error:
             return coefficients, reached
     return None
