@@ -181,6 +181,7 @@ def encrypt(
             if width == WIDTH:
                 for k in range(0, 256, 64):
                     prefetch(x_, 4 * (row + _AHEAD * x_row) + k)
+                prefetch(error_, e + _AHEAD * features)
                 for limb in range(limbs):
                     prefetch_to_write(planes_, out + limb * plane + _AHEAD * p_row)
                 scale, to = broadcast(scale_, t), factor_ + 8 * j
