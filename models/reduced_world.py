@@ -4,8 +4,8 @@
 
 Every line has the same number of tokens, so that rows of that many are whole lines. Prices are facts to remember: those of
 `private` pairs of good and town never occur in the public text. Held-out lines combine a price and a sum that training lines
-do not combine; each of the two alone is trained on. So accuracy there says whether the facts are known, not whether the model
-can add numbers that it has never seen.
+do not combine; each of the two alone is trained on. So accuracy there says whether the facts are known, not whether the
+model can add numbers that it has never seen.
 """
 
 from __future__ import annotations

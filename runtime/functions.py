@@ -11,7 +11,7 @@ from runtime.recipe import Recipe
 
 _ATTENTIONS = {"PowerAttention": "power", "GaussianAttention": "gaussian_kernel", "ChebyshevAttention": "chebyshev"}
 _NORMS = {"PolynomialRMSNorm": "polynomial"}
-_ACTIVATIONS = {"PolynomialSiLU": "polynomial", "ComposedSiLU": "composed"}
+_ACTIVATIONS = {"PolynomialSiLU": "polynomial", "ComposedSiLU": "composed", "QuantizedSiLU": "quantized"}
 
 
 def functions_of(graph: ir.Model) -> dict[str, str]:
@@ -35,6 +35,6 @@ def check_functions(recipe: Recipe, model: AdapterModel) -> None:
     for part, name in wanted.items():
         if name != actual[part]:
             raise InputError(
-                f"recipe: {part} is {name} but the model was compiled with {actual[part]}; drop it from the recipe, or convert "
-                f"the checkpoint (`hecompile convert`) and export it again"
+                f"recipe: {part} is {name} but the model was compiled with {actual[part]}; drop it from the recipe, or "
+                "convert the checkpoint (`hecompile convert`) and export it again"
             )

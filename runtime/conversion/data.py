@@ -15,7 +15,8 @@ _UNLIMITED = 1 << 20
 
 
 def load_rows(data: ConversionData, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    """(training rows, held-out rows), int64 [N, length] each: texts with bos and eos one after the other, cut; the rest is dropped.
+    """(training rows, held-out rows), int64 [N, length] each: texts with bos and eos one after the other, cut into rows;
+    what is left over is dropped.
 
     Raises InputError for a file that cannot be read, or for less text than one row.
     """
@@ -34,7 +35,9 @@ def load_rows(data: ConversionData, tokenizer: PreTrainedTokenizerBase) -> tuple
     train, rest = (_rows(part, data.length) for part in parts)
     for name, rows in (("training", train), ("held-out", rest)):
         if len(rows) == 0:
-            raise InputError(f"the {name} text is shorter than one row of {data.length} tokens; give more, or lower data.length")
+            raise InputError(
+                f"the {name} text is shorter than one row of {data.length} tokens; give more, or lower data.length"
+            )
     return train, rest
 
 

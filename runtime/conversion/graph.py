@@ -89,8 +89,8 @@ def _weight_names(model: ir.Model) -> dict[str, str]:
 
 
 def write_back(checkpoint: Checkpoint, weights: dict[str, torch.nn.Parameter]) -> None:
-    """Copy trained weights into the checkpoint's own. Raises LegalityError for a name or shape that it does not have, and when
-    one of its parameters is left out."""
+    """Copy trained weights into the checkpoint's own. Raises LegalityError for a name or shape that it does not have, and
+    when one of its parameters is left out."""
     own = dict(checkpoint.model.named_parameters())  # a tied parameter once, under the embedding's name
     if own.keys() != weights.keys():
         raise LegalityError(f"trained and loaded weights differ in {', '.join(sorted(own.keys() ^ weights.keys())[:3])}")

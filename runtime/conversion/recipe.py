@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from hecompile.errors import InputError
-from runtime.recipe import Positive, _apply_override, _explain, _Section, _UniqueKeyLoader
+from runtime.recipe import explain, read_document
+from runtime.workplace import Positive, Section
 
 _PATHS = ((None, "out"), ("data", "train_file"), ("data", "validation_file"))
 PositiveFloat = Annotated[float, Field(gt=0)]
 
 
-class AttentionSection(_Section):
+class AttentionSection(Section):
     """Fields of `passes.approximate_softmax.ApproximateSoftmax`, and `bound`: the range loss keeps |scores| (power) or
-    exponents (gaussian_kernel) under it; `divisor_lower` and `divisor_upper`: and a power attention's divisors between them."""
+    exponents (gaussian_kernel) under it; `divisor_lower`, `divisor_upper`: and a power attention's divisors between them."""
 
     variant: Literal["power", "gaussian_kernel", "softmax"] = "softmax"
     power: Literal[2, 4, 6, 8] = 4
@@ -31,7 +32,7 @@ class AttentionSection(_Section):
     divisor_upper: PositiveFloat = 100.0
 
 
-class NormSection(_Section):
+class NormSection(Section):
     """`form` and the fields of `ApproximateRMSNorm`; the range loss keeps variances between `lower` and `upper`."""
 
     form: Literal["rmsnorm", "polynomial"] = "rmsnorm"
@@ -41,7 +42,7 @@ class NormSection(_Section):
     upper: PositiveFloat = 5.0
 
 
-class ActivationSection(_Section):
+class ActivationSection(Section):
     """`form` and the fields of `ApproximateSiLU`; the range loss keeps |inputs| under `bound`."""
 
     form: Literal["silu", "polynomial"] = "silu"
@@ -50,7 +51,7 @@ class ActivationSection(_Section):
     bound: PositiveFloat = 6.0
 
 
-class RangeLossSection(_Section):
+class RangeLossSection(Section):
     """Loss = α·L_range + β·L_var + L (Power-Softmax): weights of the term of scores, divisors and activation inputs, and of
     the term of variances. Zero turns a term off."""
 
@@ -58,9 +59,9 @@ class RangeLossSection(_Section):
     beta: Annotated[float, Field(ge=0)] = 1.0
 
 
-class ConversionData(_Section):
-    """JSONL files (`prompt` and `completion`, or `text`), or `generated_documents` of the project's own public corpus. Examples
-    follow each other with bos and eos and are cut into rows of `length` tokens; the loss is on every token."""
+class ConversionData(Section):
+    """JSONL files (`prompt` and `completion`, or `text`), or `generated_documents` of the project's own public corpus.
+    Examples follow each other with bos and eos and are cut into rows of `length` tokens; the loss is on every token."""
 
     train_file: Path | None = None
     validation_file: Path | None = None
@@ -77,7 +78,7 @@ class ConversionData(_Section):
         return self
 
 
-class ConversionTraining(_Section):
+class ConversionTraining(Section):
     """AdamW with warm-up and cosine decay in each of two stages: `steps` with the new attention beside exact norms and
     activations, then `polynomial_steps` with every polynomial in the graph, on domains fixed after the first stage."""
 
@@ -100,7 +101,7 @@ class ConversionTraining(_Section):
         return self
 
 
-class ConversionRecipe(_Section):
+class ConversionRecipe(Section):
     """One conversion: the checkpoint `model` becomes the checkpoint `out`. A section may be given as its name alone, as in
     `attention: power`."""
 
@@ -131,28 +132,17 @@ class ConversionRecipe(_Section):
         return self
 
 
-def load_conversion(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> ConversionRecipe:
-    """Read a conversion recipe; relative paths and overrides as in `runtime.recipe.load_recipe`. A `model` that is no directory
-    beside the recipe is a hub id. Raises InputError with one message that names the key."""
-    path = Path(path)
-    try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506  a SafeLoader
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict):
-        raise InputError(f"the recipe {path} must be a YAML mapping with the keys {', '.join(ConversionRecipe.model_fields)}")
-    _make_absolute(document, path.resolve().parent)
-    for override in overrides:
-        _apply_override(document, override)
+def load_conversion(path: str | Path, overrides: Sequence[str] = ()) -> ConversionRecipe:
+    """Read a conversion recipe; relative paths and overrides as in `runtime.recipe.load_recipe`. A `model` that is no
+    directory beside the recipe is a hub id. Raises InputError with one message that names the key."""
+    document = read_document(path, overrides, tuple(ConversionRecipe.model_fields), _resolve_paths)
     try:
         return ConversionRecipe.model_validate(document)
     except ValidationError as error:
-        raise InputError(f"recipe {path}: {_explain(error)}") from None
+        raise InputError(f"recipe {path}: {explain(error)}") from None
 
 
-def _make_absolute(document: dict[str, Any], base: Path) -> None:
+def _resolve_paths(document: dict[str, Any], base: Path) -> None:
     for section, key in _PATHS:
         target = document if section is None else document.get(section)
         if isinstance(target, dict) and isinstance(target.get(key), str):
