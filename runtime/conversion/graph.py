@@ -28,8 +28,16 @@ class TrainableGraph:
     weights are copies, float32; tied ones appear once, under the name of the embedding.
     """
 
-    def __init__(self, checkpoint: Checkpoint, options: PolynomialOptions, recipe: ConversionRecipe) -> None:
-        model = run_steps(export_onnx(checkpoint.model), raise_steps(options))
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: PolynomialOptions,
+        recipe: ConversionRecipe,
+        exported: ir.Model | None = None,
+    ) -> None:
+        """`exported`: of this checkpoint, which is then not exported again; it is left as it is. Weights are always those that
+        the checkpoint has now."""
+        model = run_steps(export_onnx(checkpoint.model) if exported is None else exported.clone(), raise_steps(options))
         if options.attention is None or options.attention.fit:
             without = Calibrate(((0, 0),))
             steps: tuple[Step, ...] = approximate_steps(without, options)[1:]
@@ -37,9 +45,10 @@ class TrainableGraph:
         self.model = model
         self._interpreter = Interpreter(model)
         self._names = _weight_names(model)  # initializer → checkpoint
+        own = dict(checkpoint.model.named_parameters())
         self.weights = {
-            checkpoint_name: torch.nn.Parameter(self._interpreter.constants[name].clone())
-            for name, checkpoint_name in self._names.items()
+            checkpoint_name: torch.nn.Parameter(own[checkpoint_name].detach().clone())
+            for checkpoint_name in self._names.values()
         }
         self.observer = RangeObserver(model, recipe)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hecompile.approximation_ranges import Interval
 from hecompile.errors import HecompileError, InputError
-from hecompile.frontend import Checkpoint, load_checkpoint
+from hecompile.frontend import Checkpoint, export_onnx, load_checkpoint
 from hecompile.polynomial_options import CONFIG_KEY, PolynomialOptions
 from runtime.conversion.data import batch_of, load_rows
 from runtime.conversion.domains import Ranges, attention_alone, check_heldout, domains, fitted, to_config
@@ -83,9 +83,10 @@ def convert(recipe: ConversionRecipe, progress: Progress = lambda *_: None) -> C
     state = _State.resume(partial, recipe)
     size = recipe.training.batch_size
 
-    graph = TrainableGraph(checkpoint, attention_alone(recipe), recipe)
+    exported = export_onnx(checkpoint.model)
+    graph = TrainableGraph(checkpoint, attention_alone(recipe), recipe, exported)
     if state.first is None:
-        original = TrainableGraph(checkpoint, PolynomialOptions(), recipe)
+        original = TrainableGraph(checkpoint, PolynomialOptions(), recipe, exported)
         before, ranges = original.heldout_loss(heldout, size), measure(graph.logits, graph.observer, rows, size)
         state.first = {"loss": before, "ranges": ranges}
     if state.seen is None:
@@ -97,7 +98,7 @@ def convert(recipe: ConversionRecipe, progress: Progress = lambda *_: None) -> C
     else:
         state.load_weights(checkpoint)
     options = fitted(recipe, state.seen)
-    graph = TrainableGraph(checkpoint, options, recipe)
+    graph = TrainableGraph(checkpoint, options, recipe, exported)
     _train(graph, rows, recipe, state, partial, progress, "polynomial")
     seen = measure(graph.logits, graph.observer, heldout, size)
     check_heldout(options, seen)
