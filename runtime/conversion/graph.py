@@ -35,8 +35,8 @@ class TrainableGraph:
         recipe: ConversionRecipe,
         exported: ir.Model | None = None,
     ) -> None:
-        """`exported`: of this checkpoint, which is then not exported again; it is left as it is. Weights are always those that
-        the checkpoint has now."""
+        """`exported`: of this checkpoint, which is then not exported again; it is left as it is. Weights are always those
+        that the checkpoint has now."""
         model = run_steps(export_onnx(checkpoint.model) if exported is None else exported.clone(), raise_steps(options))
         if options.attention is None or options.attention.fit:
             without = Calibrate(((0, 0),))
