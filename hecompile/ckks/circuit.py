@@ -37,8 +37,8 @@ class PolynomialCircuit:
         check_stage(model, REFRESHED)
         self.graph = model.graph
         self.constants: dict[str, Constant] = {}
-        for name, value in model.graph.initializers.items():
-            array = constant_of(value)
+        for name, initializer in model.graph.initializers.items():
+            array = constant_of(initializer)
             if array is None:
                 raise LegalityError(f"initializer {name} has no data")
             self.constants[name] = np.asarray(array)
@@ -59,9 +59,8 @@ class PolynomialCircuit:
             # What a fused product reads must live until its sum.
             reads = [*node.inputs]
             for value in node.inputs:
-                if value is not None and value.producer() in self._fused:
-                    producer = value.producer()
-                    assert producer is not None
+                producer = None if value is None else value.producer()
+                if producer is not None and producer in self._fused:
                     reads += producer.inputs
             self._last.update({str(value.name): position for value in reads if value is not None})
 
@@ -99,7 +98,7 @@ class PolynomialCircuit:
             if node in self._fused:
                 values[outputs[0]] = node
             else:
-                arguments = [None if value is None else values[str(value.name)] for value in node.inputs]
+                arguments: list[Any] = [None if value is None else values[str(value.name)] for value in node.inputs]
                 if node.op_type == "Refresh":
                     result: Any = refresh(outputs[0], arguments[0])
                 elif isinstance(arguments[0], ir.Node):

@@ -8,6 +8,7 @@ Sums of products are relinearised and rescaled once per result.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,8 @@ from hecompile.errors import InputError, LegalityError
 
 _SPLIT_BITS = 15
 _MAX_INNER = 256
-"""Inner products of 30-bit words and 15-bit digits of weights are exact in float64 up to this length: 2^(30 + 14 + 8) < 2^53."""
+"""Inner products of 30-bit words and 15-bit digits of weights are exact in float64 up to this length: 2^(30 + 14 + 8) <
+2^53."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +163,8 @@ class Evaluator:
         return CkksTensor(out, _numbered(alive).reshape(left.shape), a.level)
 
     def add_constant(self, a: CkksTensor, constant: NDArray[np.float64]) -> CkksTensor:
-        """Plus a constant, with broadcasting. Raises LegalityError where an entry is known to be zero: it has no ciphertext."""
+        """Plus a constant, with broadcasting. Raises LegalityError where an entry is known to be zero: it has no
+        ciphertext."""
         index, values = np.broadcast_arrays(a.index, constant)
         flat = np.ascontiguousarray(index.reshape(-1))
         if (flat[values.reshape(-1) != 0] < 0).any():
@@ -217,8 +220,9 @@ class Evaluator:
             )
 
     def _scaled(
-        self, a: CkksTensor, level: int, index: NDArray[Any], factors: NDArray[Any], alive: NDArray[Any], shape: tuple[int, ...]
-    ) -> CkksTensor:
+        self, a: CkksTensor, level: int, index: NDArray[Any], factors: NDArray[Any], alive: NDArray[Any],
+        shape: tuple[int, ...],
+    ) -> CkksTensor:  # fmt: skip
         """a's elements times factors, then rescaled from level + 1 to level."""
         values, inverse = np.unique(factors, return_inverse=True)
         residues = self._residues(self._integers(values, a.level, level), level + 1)[inverse]
@@ -254,7 +258,7 @@ class Evaluator:
         """The kernel over [0, count), shared among the threads."""
         bounds = np.linspace(0, count, min(self._threads, count) + 1).astype(int) if count else np.zeros(1, dtype=int)
         futures = [
-            self._pool.submit(kernel, *arguments, start, stop) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+            self._pool.submit(kernel, *arguments, start, stop) for start, stop in itertools.pairwise(bounds)
         ]
         for future in futures:
             future.result()

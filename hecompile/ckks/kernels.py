@@ -1,9 +1,9 @@
 """What a worker does with the words of ciphertexts: sums of products, relinearisation, rescaling, products by constants.
 
 A ciphertext is uint32 [2, k, N], in transformed (NTT) form modulo q_0 … q_{k-1}. Relinearisation is SEAL's hybrid key
-switching with one special prime P, digits modulo each q_j (Chen, Han, 2018; native/src/seal/evaluator.cpp, switch_key_inplace),
-rescaling its division with rounding by the last prime: results equal SEAL's bit for bit. Every kernel releases the GIL and
-writes its own elements alone, so that threads share the work.
+switching with one special prime P, digits modulo each q_j (Chen, Han, 2018; native/src/seal/evaluator.cpp,
+switch_key_inplace), rescaling its division with rounding by the last prime: results equal SEAL's bit for bit. Every kernel
+releases the GIL and writes its own elements alone, so that threads share the work.
 """
 
 # mypy: disallow-untyped-defs = False
@@ -142,7 +142,8 @@ def rescale(words, moduli, roots, inverses, ring_inverse, out, start, stop):
 
 @compiled
 def scale(words, index, factors, moduli, out, start, stop):
-    """out[e] = words[index[e]] · factors[e] mod q; factors: uint64 [.., k] residues; the first k primes of words are read."""
+    """out[e] = words[index[e]] · factors[e] mod q; factors: uint64 [.., k] residues; the first k primes of words are
+    read."""
     for e in range(start, stop):
         for c in range(2):
             for i in range(out.shape[2]):

@@ -1,6 +1,7 @@
 """Who holds what: the client a `SecretKey`, a worker `EvaluationKeys`, and between them the words of ciphertexts.
 
-Keys are drawn by SEAL from the operating system's generator, per session; encryption is symmetric, with fresh randomness each.
+Keys are drawn by SEAL from the operating system's generator, per session; encryption is symmetric, with fresh randomness
+each.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """SEAL as TenSEAL binds it, and the words inside its objects.
 
-The bindings show no words, so they are read from SEAL's serialized form (SEAL 4.1, native/src/seal/serialization.h): a header
-of 16 bytes (its byte 5 the compression, its bytes 8 to 15 the size), then, compressed with zstd, fields and at the end the
-coefficients, uint64 [size, moduli, ring_dim]. Saving goes to an anonymous file in memory, never to a disk.
+The bindings show no words, so they are read from SEAL's serialized form (SEAL 4.1, native/src/seal/serialization.h): a
+header of 16 bytes (its byte 5 the compression, its bytes 8 to 15 the size), then, compressed with zstd, fields and at the
+end the coefficients, uint64 [size, moduli, ring_dim]. Saving goes to an anonymous file in memory, never to a disk.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """CKKS parameters: an unchecked literal in, an immutable validated object out; and the choice of the cheapest that will do.
 
-A ciphertext of level l has the moduli q_0 … q_{l+1}: two primes stay at the end, room for values up to 2^(bits - 1), and one is
-divided off per multiplication. Level l has one exact scale, Δ_{l-1} = Δ_l² / q_{l+1} (Kim, Papadimitriou, Polyakov,
+A ciphertext of level l has the moduli q_0 … q_{l+1}: two primes stay at the end, room for values up to 2^(bits - 1), and
+one is divided off per multiplication. Level l has one exact scale, Δ_{l-1} = Δ_l² / q_{l+1} (Kim, Papadimitriou, Polyakov,
 "Approximate homomorphic encryption with reduced approximation error", CT-RSA 2022): ciphertexts of one level can be added as
 they are. Every prime is below 2^31, so that words are 32 bits.
 
 Security: log2 of the whole modulus, the special prime of the evaluation keys included, is at most what the Homomorphic
-Encryption Standard (Albrecht et al., 2018, table 1: classical, uniform ternary secret, σ = 3.2) allows at 128 bits. SEAL checks
-the same.
+Encryption Standard (Albrecht et al., 2018, table 1: classical, uniform ternary secret, σ = 3.2) allows at 128 bits. SEAL
+checks the same.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ MAX_SCALE_BITS, MIN_SCALE_BITS = 30, 22
 
 @dataclass(frozen=True)
 class CkksLiteral:
-    """Unchecked: ring_dim N (slots N/2), levels (multiplications between refreshes), scale_bits (of a prime and of the scale)."""
+    """Unchecked: ring_dim N (slots N/2), levels (multiplications between refreshes), scale_bits (of a prime and of the
+    scale)."""
 
     ring_dim: int
     levels: int
@@ -44,7 +45,8 @@ class CkksLiteral:
     def error_bits(self) -> float:
         """-log2 of the standard deviation that rounding in one rescaling adds to every slot, for values of size 1.
 
-        The rounding c0 + c1·s has variance (1 + 2N/3)/12 per coefficient for ternary s, and a slot is a sum of N of them: N/√18.
+        The rounding c0 + c1·s has variance (1 + 2N/3)/12 per coefficient for ternary s, and a slot is a sum of N of them:
+        N/√18.
         """
         return self.scale_bits - float(np.log2(self.ring_dim / np.sqrt(18)))
 
@@ -72,9 +74,9 @@ class CkksParameters:
             raise InputError(f"scale_bits must be {MIN_SCALE_BITS} to {MAX_SCALE_BITS}, got {literal.scale_bits}")
         if literal.modulus_bits > MAX_MODULUS_BITS[literal.ring_dim]:
             raise SecurityError(
-                f"{literal.levels} levels of {literal.scale_bits} bits take a modulus of {literal.modulus_bits} bits; 128 bits "
-                f"of security at ring dimension {literal.ring_dim} allow {MAX_MODULUS_BITS[literal.ring_dim]}: take a larger "
-                "ring dimension, or fewer levels and more refreshes"
+                f"{literal.levels} levels of {literal.scale_bits} bits take a modulus of {literal.modulus_bits} bits; 128 "
+                f"bits of security at ring dimension {literal.ring_dim} allow {MAX_MODULUS_BITS[literal.ring_dim]}: take a "
+                "larger ring dimension, or fewer levels and more refreshes"
             )
         count = literal.levels + BASE_PRIMES
         bits = [literal.scale_bits] * count + [SPECIAL_BITS]
@@ -164,7 +166,7 @@ def select(levels: int, precision: float = 16.0) -> CkksParameters:
     needed, most = CkksLiteral(ring_dim, levels, bits), MAX_MODULUS_BITS[ring_dim]
     deepest = (most - SPECIAL_BITS) // bits - BASE_PRIMES
     raise InputError(
-        f"no parameter set at 128 bits has {levels} levels and {precision:g} bits of precision: ring dimension {ring_dim}, the "
-        f"largest, allows a modulus of {most} bits, and they take {needed.modulus_bits} with {needed.error_bits:.1f} bits of "
-        f"precision. At {bits} bits a level {deepest} levels fit: refresh more often"
+        f"no parameter set at 128 bits has {levels} levels and {precision:g} bits of precision: ring dimension {ring_dim}, "
+        f"the largest, allows a modulus of {most} bits, and they take {needed.modulus_bits} with {needed.error_bits:.1f} "
+        f"bits of precision. At {bits} bits a level {deepest} levels fit: refresh more often"
     )

@@ -1,8 +1,8 @@
 """The number-theoretic transform modulo X^N + 1 in SEAL's order, and its tables.
 
-Values at the odd powers of ψ, the least primitive 2N-th root of unity mod p, in bit-reversed order (Longa, Naehrig, "Speeding
-up the number theoretic transform", CANS 2016); a product by a root takes Shoup's precomputed quotient (Harvey, "Faster
-arithmetic for number-theoretic transforms", 2014). p < 2^31, so a word is 32 bits and a product 64.
+Values at the odd powers of ψ, the least primitive 2N-th root of unity mod p, in bit-reversed order (Longa, Naehrig,
+"Speeding up the number theoretic transform", CANS 2016); a product by a root takes Shoup's precomputed quotient (Harvey,
+"Faster arithmetic for number-theoretic transforms", 2014). p < 2^31, so a word is 32 bits and a product 64.
 """
 
 # mypy: disallow-untyped-defs = False
