@@ -109,7 +109,10 @@ class Evaluator:
         return self._scaled(a, a.level - 1, index.reshape(-1)[alive], factors.reshape(-1)[alive], alive, index.shape)
 
     def linear(self, a: CkksTensor, weight: NDArray[np.float64]) -> CkksTensor:
-        """[.., in] by weight float64 [out, in] → [.., out]: exact integer products in float64, see `_MAX_INNER`."""
+        """[.., in] by weight float64 [out, in] → [.., out]: exact integer products in float64, see `_MAX_INNER`.
+
+        An output whose weights are all zero is known to be zero.
+        """
         self._need_level(a)
         (out_features, in_features), t = weight.shape, self._tables
         rows = a.index.reshape(-1, in_features)
@@ -131,7 +134,8 @@ class Evaluator:
             self._rescale(sums, part)
         index = np.repeat(_numbered(alive), out_features).reshape(*a.index.shape[:-1], out_features)
         offsets = np.where(index < 0, 0, index * (out_features - 1)) + np.arange(out_features)
-        return CkksTensor(result, np.where(index < 0, -1, index + offsets), a.level - 1)
+        nothing = ~np.array(integers, dtype=bool).reshape(weight.shape).any(axis=1)
+        return CkksTensor(result, np.where((index < 0) | nothing, -1, index + offsets), a.level - 1)
 
     def _exact_product(self, digits: NDArray[np.float64], x: NDArray[np.float64], prime: int) -> NDArray[np.float64]:
         total: NDArray[np.float64] | None = None

@@ -130,7 +130,9 @@ class CkksSession:
                 f"a value left ±{parameters.value_bound:.3g}, the range of a ciphertext: the text is of another kind than "
                 "the polynomials were made for, or the worker did not compute what it was asked to"
             )
-        return values[index].T.reshape(batch, rows, plan.vocabulary).astype(np.float32)
+        # -1: known to be zero, as the logit of a token without an embedding is.
+        numbers = np.where((index >= 0)[:, None], values[index], 0.0)  # [rows · V, B]
+        return numbers.T.reshape(batch, rows, plan.vocabulary).astype(np.float32)
 
     def _check(self, tokens: NDArray[np.int64]) -> int:
         plan = self.plan
@@ -184,7 +186,7 @@ class CkksSession:
 def _index(found: Any, count: int, ciphertexts: int) -> NDArray[np.int64]:
     if not isinstance(found, list) or len(found) != count:
         raise WorkerError(f"the worker did not say where the {count} logits are")
-    if not all(type(place) is int and 0 <= place < ciphertexts for place in found):
+    if not all(type(place) is int and -1 <= place < ciphertexts for place in found):
         raise WorkerError("the worker names ciphertexts that it did not send")
     return np.array(found)
 
