@@ -30,6 +30,7 @@ SECTIONS = (
     "soak",
     "generation",
     "softmax_cost",
+    "conversion",
     "tfhe",
     "ckks",
 )

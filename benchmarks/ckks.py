@@ -35,10 +35,10 @@ PROSE = """\
 
 The reduced Llama (2 layers, hidden 32, 2 heads, FFN 64), converted by `hecompile convert
 models/recipes/convert-reduced.yaml` (Gaussian-kernel attention, polynomial norm and activation), evaluated **wholly by a
-worker process** on lines of {length} tokens, one in each slot; the client encrypts embeddings, refreshes where the plan says,
-and decrypts the logits of all positions. Depth of the graph: {depth}. 30 bits a level, 128 bits of security (Homomorphic
-Encryption Standard). One run of {batch} held-out lines ({rows} predictions), {threads} threads for the worker, client on the
-same cores. Errors are to the cleartext polynomial graph.
+worker process** on lines of {length} tokens, one in each slot; the client encrypts embeddings, refreshes where the plan
+says, and decrypts the logits of all positions. Depth of the graph: {depth}. 30 bits a level, 128 bits of security
+(Homomorphic Encryption Standard). One run of {batch} held-out lines ({rows} predictions), {threads} threads for the worker,
+client on the same cores. Errors are to the cleartext polynomial graph.
 """
 PRODUCTS = """\
 One product of two ciphertexts, relinearised and rescaled, one thread: the project's kernels beside SEAL's evaluator (through
