@@ -28,5 +28,8 @@ SECTIONS = (
     "unit_costs",
     "transports",
     "soak",
+    "generation",
+    "softmax_cost",
+    "tfhe",
 )
 """In the order of the page. A section whose module is not there is left out."""

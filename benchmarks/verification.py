@@ -10,35 +10,49 @@ import torch
 from benchmarks.linears import public_matrix, random_linear, random_rows, stored_hint
 from benchmarks.report import section_main, table
 from benchmarks.timing import Samples, paired, ratio, threads
+from benchmarks.worker import LAYER
 from hecompile.he.fused import decrypt_reals, encrypt_reals
 from hecompile.he.sampling import SecretRandom
 from hecompile.he.scheme import evaluate
 from hecompile.he.verification import Checks, check_count, tolerance
 from passes.select_parameters import choose_ring
 
-SHAPES = ((2048, 2048), (2048, 8192), (8192, 2048), (2048, 16384))
+SHAPES = [shape for there in LAYER.values() for shape in (there, there[::-1])]
+"""Of the circuits of a layer of Llama-3.2-1B, forward and backward."""
+
 TOKENS = (512, 2048)
 TARGET = 0.05
 PROSE = f"""\
 ## Verification
 
 Encrypting and decrypting with and without the check of the reply, one thread, in turn; *cost* is the median over pairs of
-the time with it over the time without, minus one (target: at most {TARGET:.0%} of both together). *Tolerance*: the largest
-deviation of a check sum that rounding is allowed, in units of what the worker rounds to; a single result that is wrong by
-twice that is always caught. *Noise bound*: of decryption, in the same units.
+the time with it over the time without, minus one (target: at most {TARGET:.0%} of both together). *Layer* is all circuits
+of a layer of Llama-3.2-1B, forward and backward: the sum of their medians with the check over the sum without. *Tolerance*:
+the largest deviation of a check sum that rounding is allowed, in units of what the worker rounds to; a single result that
+is wrong by twice that is always caught. *Noise bound*: of decryption, in the same units.
 """
 
 
 def run(quick: bool) -> str:
     """Markdown: one row per shape and number of tokens."""
     shapes, tokens = (((64, 96),), (40,)) if quick else (SHAPES, TOKENS)
-    repeats = 2 if quick else 15
-    rows = [_row(*shape, count, repeats) for shape in shapes for count in tokens]
+    repeats = 2 if quick else 9
+    rows = []
+    for count in tokens:
+        measured = [_row(*shape, count, repeats) for shape in shapes]
+        rows += [row for row, _ in measured]
+        sums = {key: sum(seconds[key] for _, seconds in measured) for key in measured[0][1]}
+        costs = [sums["verified", what] / sums["plain", what] - 1 for what in ("encrypt", "decrypt")]
+        costs.append(_both(sums, "verified") / _both(sums, "plain") - 1)
+        rows.append(["layer", count, "", *map(_percent, costs), "", ""])
     headings = ["in × out", "tokens", "checks", "encrypt", "decrypt", "cost of both", "tolerance", "noise bound"]
     return f"{PROSE}\n\n{table(headings, rows)}"
 
 
-def _row(in_features: int, out_features: int, tokens: int, repeats: int) -> list[object]:
+def _row(
+    in_features: int, out_features: int, tokens: int, repeats: int
+) -> tuple[list[object], dict[tuple[str, str], float]]:
+    """The cells, and the median seconds of each half with and without the check."""
     linear = random_linear(in_features, out_features)
     parameters = linear.parameters
     public = public_matrix(choose_ring(tokens), in_features)
@@ -58,10 +72,18 @@ def _row(in_features: int, out_features: int, tokens: int, repeats: int) -> list
     ]
     costs.append(ratio(both["verified"], both["plain"]) - 1)
     step = parameters.reply_step
-    return [
-        f"{in_features} × {out_features}", tokens, check_count(out_features), *(f"{100 * cost:+.1f} %" for cost in costs),
-        tolerance(parameters) / step, parameters.noise_bound / step,
-    ]  # fmt: skip
+    cells: list[object] = [f"{in_features} × {out_features}", tokens, check_count(out_features), *map(_percent, costs)]
+    cells += [tolerance(parameters) / step, parameters.noise_bound / step]
+    names = [(name, what) for name in ("plain", "verified") for what in ("encrypt", "decrypt")]
+    return cells, {(name, what): samples[f"{name} {what}"].seconds for name, what in names}
+
+
+def _percent(cost: float) -> str:
+    return f"{100 * cost:+.1f} %"
+
+
+def _both(seconds: dict[tuple[str, str], float], name: str) -> float:
+    return seconds[name, "encrypt"] + seconds[name, "decrypt"]
 
 
 def _sum(one: Samples, other: Samples) -> list[float]:

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from hecompile.cli_infer import infer
 from hecompile.cli_worker import worker_app
 from hecompile.errors import HecompileError
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 export_app = typer.Typer(no_args_is_help=True, help="Compile a checkpoint into a client bundle and a worker bundle.")
 app.add_typer(export_app, name="export")
 app.add_typer(worker_app, name="worker")
+app.command()(infer)
 
 ALL_LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
@@ -92,6 +94,18 @@ def export_llama(
             "its time and your download. `inspect` shows how many bytes, `python -m benchmarks.hintless` the time.",
         ),
     ] = True,
+    attention: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="softmax, or what stands for it: power, gaussian_kernel (both for models trained with them), chebyshev. By "
+            "default what the checkpoint was converted for. See docs/polynomial.md."
+        ),
+    ] = None,
+    norm: Annotated[Optional[str], typer.Option(help="exact or polynomial; default as above.")] = None,  # noqa: UP045
+    activation: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="silu, polynomial, composed, or quantized (a table of 8 bits); default as above."),
+    ] = None,
 ) -> None:
     """Export a Hugging Face Llama to ONNX and compile it: a client bundle (plan, hints, tokenizer) and a worker bundle
     (integer circuits). Both are public; the secrets are drawn at training time and never stored."""
@@ -117,6 +131,9 @@ def export_llama(
         public_seed=None if public_seed is None else PublicSeed.from_hex(public_seed),
         policy="offload" if placement == "offload" else "cheapest",
         stored_hints=hints,
+        attention=attention,
+        norm=norm,
+        activation=activation,
     )
     console = _console()
     size = ModelSize.of(load_config(model))
@@ -155,7 +172,7 @@ def inspect(
         Path,
         typer.Argument(
             help="The directory given to `export llama --out`; or a checkpoint, to see what its export would take on disk "
-            "and in memory."
+            "and in memory; or the .onnx file of a polynomial graph, to see its depth and refreshes."
         ),
     ],
     draw: Annotated[
@@ -169,9 +186,13 @@ def inspect(
     from hecompile.frontend import load_config
     from hecompile.inspection import circuit_table, totals_table
     from hecompile.inspection import draw as draw_plan
+    from hecompile.inspection_polynomial import approximation_table, polynomial_file_table
     from hecompile.prediction import ModelSize, prediction_table
 
     console = _console()
+    if build.is_file():
+        console.print(polynomial_file_table(build))
+        return
     if (build / "config.json").is_file():
         defaults = CompileOptions()
         tokens = defaults.batch_size * defaults.sequence_buckets[-1]
@@ -180,6 +201,8 @@ def inspect(
     bundle = ClientBundle.open(build / "client" if (build / "client").is_dir() else build)
     console.print(circuit_table(bundle))
     console.print(totals_table(bundle))
+    if (approximations := approximation_table(bundle.graph())) is not None:
+        console.print(approximations)
     if draw is not None:
         draw_plan(bundle, draw)
         console.print(f"picture: {draw}", soft_wrap=True)

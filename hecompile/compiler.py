@@ -40,19 +40,28 @@ from hecompile.he.check_store import write_checks
 from hecompile.he.parameters import CATALOGUE, RingParameters
 from hecompile.he.sampling import PublicSeed, SecretRandom
 from hecompile.he.verification import Checks
-from hecompile.pipeline import graph_steps, run_steps
+from hecompile.interpreter import Interpreter, graph_inputs
+from hecompile.pipeline import graph_steps, raise_steps, run_steps
 from hecompile.plan import RemoteCircuit, SplitPlan
+from hecompile.polynomial_options import PolynomialOptions, sample_tokens
 from hecompile.staging import staging
 from hecompile.worker_bundle import VERSION as WORKER_VERSION
+from passes.approximate_rmsnorm import ApproximateRMSNorm
+from passes.approximate_silu import ApproximateSiLU
+from passes.approximate_softmax import ApproximateSoftmax
 from passes.attach_lora import AttachLora
 from passes.calibrate import Calibrate
 from passes.place import Place, Policy
 from passes.quantize import Quantize
+from passes.quantize_activation import QuantizeActivation
 from passes.select_parameters import SelectParameters, selected_ring
 from passes.split import Split
 from passes.validate import Validate
 
 _CALIBRATION_SEQUENCES, _CALIBRATION_LENGTH = 8, 32
+
+
+Samples = tuple[tuple[int, ...], ...] | Callable[[ir.Model], tuple[tuple[int, ...], ...]]
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -75,6 +84,11 @@ class CompileOptions:
     remote_head: bool = False
     stored_hints: bool = True
     """False: the client stores no hints, and the worker computes them with every product (`hecompile.public_rows`)."""
+    attention: str | ApproximateSoftmax | None = None
+    norm: str | ApproximateRMSNorm | None = None
+    activation: str | ApproximateSiLU | QuantizeActivation | None = None
+    """What stands for attention, RMSNorm and SiLU, by name (`hecompile.polynomial_options`) or with options; None: what the
+    checkpoint was converted for, else the exact ones."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -86,6 +100,12 @@ class CompileOptions:
             raise InputError(f"effective bits must be a positive number, got {self.effective_bits}")
         if self.ring is not None and self.ring not in CATALOGUE:
             raise InputError(f"ring {self.ring!r} cannot be selected; choose from {', '.join(CATALOGUE)}")
+        self.polynomials()
+
+    def polynomials(self, config: Any = None) -> PolynomialOptions:
+        """What the plan of a checkpoint with this configuration replaces."""
+        converted = PolynomialOptions.from_config(config)
+        return converted.choosing(self.attention, self.norm, self.activation)
 
     def ring_parameters(self) -> RingParameters | None:
         return None if self.ring is None else CATALOGUE[self.ring]
@@ -110,17 +130,23 @@ def compile_checkpoint(
         raise InputError(
             f"sequence bucket {options.sequence_buckets[-1]} is longer than the model's {longest} positions"
         )
-    request = f"{CLIENT_VERSION} {WORKER_VERSION} {name} {options!r}"
+    polynomials = options.polynomials(checkpoint.model.config)
+    request = f"{CLIENT_VERSION} {WORKER_VERSION} {name} {options!r} {polynomials!r}"
     with staging(out, request, options.public_seed or PublicSeed.draw()) as stage:
         seed = stage.public_seed
         progress("export", 0, 1)
         model = export_onnx(checkpoint.model)
         progress("sample", 0, 1)
-        samples = sample_calibration_tokens(checkpoint, seed)
+        length = options.sequence_buckets[-1] if polynomials else _CALIBRATION_LENGTH
+        samples: Samples = (
+            _self_sampler(checkpoint, seed, length)
+            if polynomials.retrained
+            else sample_calibration_tokens(checkpoint, seed, length)
+        )
         # The graph holds the weights from here on, and lets go of each as it is quantised.
         del checkpoint
         gc.collect()  # the exporter's program is part of reference cycles
-        plan, ring = lower(model, options, samples, lambda step: progress(step, 0, 1))
+        plan, ring = lower(model, options, samples, lambda step: progress(step, 0, 1), polynomials)
         del model
         record = _plan_record(name, plan, ring, seed, options)
         write = write_circuits if options.stored_hints else write_circuits_without_hints
@@ -138,10 +164,17 @@ def compile_checkpoint(
 def lower(
     model: ir.Model,
     options: CompileOptions,
-    samples: tuple[tuple[int, ...], ...],
+    samples: Samples,
     on_step: Callable[[str], None] = lambda name: None,
+    polynomials: PolynomialOptions | None = None,
 ) -> tuple[SplitPlan, RingParameters]:
-    """Run the whole pipeline on an exported graph (consumed): the validated split plan and the ring chosen."""
+    """Run the whole pipeline on an exported graph (consumed): the validated split plan and the ring chosen.
+
+    `samples` for calibration, or what makes them from the canonical graph; `polynomials` default to what `options` name.
+    """
+    polynomials = options.polynomials() if polynomials is None else polynomials
+    model = run_steps(model, raise_steps(polynomials), on_step)
+    tokens = samples(model) if callable(samples) else samples
     select = SelectParameters(
         effective_bits=options.effective_bits,
         tokens=options.batch_size * options.sequence_buckets[-1],
@@ -151,10 +184,11 @@ def lower(
     )
     steps = graph_steps(
         options.lora,
-        Calibrate(samples),
+        Calibrate(tokens),
         Quantize(options.weight_bits, options.remote_head),
         Place(options.policy, options.costs),
         select,
+        polynomials,
     )
     model = run_steps(model, steps, on_step)
     on_step("split")
@@ -165,14 +199,16 @@ def lower(
     return plan, ring
 
 
-def sample_calibration_tokens(checkpoint: Checkpoint, seed: PublicSeed) -> tuple[tuple[int, ...], ...]:
+def sample_calibration_tokens(
+    checkpoint: Checkpoint, seed: PublicSeed, length: int = _CALIBRATION_LENGTH
+) -> tuple[tuple[int, ...], ...]:
     """Text that the model itself writes: in its own language, without any private data, the same for the same seed."""
     config = checkpoint.model.config
-    length = min(_CALIBRATION_LENGTH, config.max_position_embeddings)
-    start = config.bos_token_id if config.bos_token_id is not None else 0
+    length = min(length, config.max_position_embeddings)
+    start = _start_token(checkpoint)
     prompts = torch.full((_CALIBRATION_SEQUENCES, 1), int(start))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(int(seed.derive("calibration").stream("tokens").uint32(0, 1)[0]))
+        torch.manual_seed(_calibration_seed(seed))
         tokens = cast("Any", checkpoint.model).generate(
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
@@ -183,6 +219,32 @@ def sample_calibration_tokens(checkpoint: Checkpoint, seed: PublicSeed) -> tuple
             pad_token_id=int(start),
         )
     return tuple(tuple(int(token) for token in row) for row in tokens)
+
+
+def _self_sampler(
+    checkpoint: Checkpoint, seed: PublicSeed, length: int
+) -> Callable[[ir.Model], tuple[tuple[int, ...], ...]]:
+    """The same by the canonical graph, for a model that the Hugging Face class no longer computes."""
+    start, number = _start_token(checkpoint), _calibration_seed(seed)
+
+    def sample(model: ir.Model) -> tuple[tuple[int, ...], ...]:
+        interpreter = Interpreter(model)
+
+        def logits_of(tokens: torch.Tensor) -> torch.Tensor:
+            return interpreter.run(graph_inputs(tokens, torch.ones_like(tokens)))["logits"]
+
+        return sample_tokens(logits_of, start, _CALIBRATION_SEQUENCES, length, number)
+
+    return sample
+
+
+def _start_token(checkpoint: Checkpoint) -> int:
+    start = checkpoint.model.config.bos_token_id
+    return int(start) if start is not None else 0
+
+
+def _calibration_seed(seed: PublicSeed) -> int:
+    return int(seed.derive("calibration").stream("tokens").uint32(0, 1)[0])
 
 
 def _plan_record(

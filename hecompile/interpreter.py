@@ -12,8 +12,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from hecompile import polynomial_operators, quantized_operators  # noqa: F401  they register their operators
 from hecompile.errors import InputError, LegalityError
-from hecompile.ir import attributes_of, constant_of
+from hecompile.ir import ATTENTION_OPERATORS, attributes_of, constant_of
 from hecompile.operators import OPERATORS, Context, Operator
 
 Observer = Callable[[ir.Value, Tensor], None]
@@ -72,7 +73,7 @@ class Interpreter:
 
     def _find_narrowing(self, last_use: Mapping[str, int]) -> tuple[int, tuple[tuple[str, int], ...]] | None:
         """The last Attention's index, and what lives on after it with positions: (name, axis of the positions)."""
-        attentions = [index for index, step in enumerate(self._steps) if step.node.op_type == "Attention"]
+        attentions = [i for i, step in enumerate(self._steps) if step.node.op_type in ATTENTION_OPERATORS]
         names = {str(value.name): value for value in self.graph.inputs}
         shape = names["input_ids"].shape if "input_ids" in names else None
         if not attentions or shape is None:
@@ -144,12 +145,17 @@ class Interpreter:
         return {str(value.name): values[str(value.name)] for value in self.graph.outputs}
 
 
-def packed_graph_inputs(input_ids: Tensor, lengths: Sequence[int]) -> dict[str, Tensor]:
+def packed_graph_inputs(
+    input_ids: Tensor, lengths: Sequence[int], starts: Sequence[int] | None = None
+) -> dict[str, Tensor]:
     """The data inputs of a fused graph for sequences packed one after the other: input_ids [1, T], T the sum of lengths.
 
-    Run it with `Context(sequences=lengths)`: the bias is a placeholder, Attention goes by the lengths.
+    starts: the position of each one's first token; 0 by default. Run it with `Context(sequences=lengths)`: the bias is a
+    placeholder, Attention goes by the lengths.
     """
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]  # [1, T]
+    begin = [0] * len(lengths) if starts is None else starts
+    ranges = [torch.arange(start, start + length) for start, length in zip(begin, lengths, strict=True)]
+    positions = torch.cat(ranges)[None]  # [1, T]
     return {"input_ids": input_ids, "attention_bias": torch.zeros(1, 1, 1, 1), "position_ids": positions}
 
 

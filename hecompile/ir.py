@@ -8,7 +8,7 @@ what each of them computes.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,9 @@ from onnx_ir.passes import common
 
 DOMAIN = "hecompile"
 """Domain of the operators that this compiler adds to ONNX."""
+
+ATTENTION_OPERATORS = frozenset({"Attention", "PowerAttention", "GaussianAttention", "ChebyshevAttention"})
+"""The operators, all of inputs (q, k, v, bias), that let positions of a sequence see each other."""
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata key of a node as exported: the module path of the checkpoint it came from, written by torch's exporter."""
@@ -35,6 +38,13 @@ RANGE = "hecompile.range"
 
 GRADIENT_RANGE = "hecompile.gradient_range"
 """Metadata key of a value: the same of the gradient that flows back into it."""
+
+APPROXIMATION_RANGE = "hecompile.approximation_range"
+"""Metadata key of the result of an attention, RMSNorm or SiLU: JSON of what calibration saw where a polynomial would stand
+(`hecompile.approximation_ranges`)."""
+
+LEVEL = "hecompile.level"
+"""Metadata key of a value: its multiplicative depth."""
 
 _SHORT_DTYPES = {"FLOAT": "f32", "DOUBLE": "f64", "FLOAT16": "f16", "BFLOAT16": "bf16", "INT64": "i64", "INT32": "i32"}
 _SHORT_DTYPES |= {"INT8": "i8", "INT16": "i16", "UINT8": "u8", "UINT32": "u32", "BOOL": "bool"}
@@ -81,6 +91,17 @@ def attribute(node: ir.Node, name: str) -> object:
 def attributes_of(node: ir.Node) -> dict[str, Any]:
     """All attributes of `node` as Python values."""
     return {name: attr.value for name, attr in node.attributes.items()}
+
+
+def single(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes as a saved model holds them: floats, also in lists, rounded to float32."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [rounded(item) for item in value]
+        return float(np.float32(value)) if isinstance(value, float) else value
+
+    return {name: rounded(value) for name, value in attributes.items()}
 
 
 def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:

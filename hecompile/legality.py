@@ -14,7 +14,10 @@ _SHAPE_OPERATORS = frozenset({"Reshape", "Transpose", "Unsqueeze", "Squeeze", "C
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Neg", "Cos", "Sin", "Cast"})
 _EXPORTER_ONLY = frozenset({"Shape", "Expand", "Identity", "Pow", "Sqrt", "Reciprocal", "ReduceMean", "Sigmoid"})
 _MODEL = frozenset({"Gather", "MatMul", "Softmax"}) | _SHAPE_OPERATORS | _ELEMENTWISE
-_RAISED = frozenset({"Linear", "RMSNorm", "SiLU", "RotaryEmbedding", "RepeatKV"})
+_APPROXIMATED = frozenset(
+    {"PowerAttention", "GaussianAttention", "ChebyshevAttention", "PolynomialRMSNorm", "PolynomialSiLU", "ComposedSiLU"}
+)
+_RAISED = frozenset({"Linear", "RMSNorm", "SiLU", "RotaryEmbedding", "RepeatKV", "QuantizedSiLU"}) | _APPROXIMATED
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,13 @@ CLIENT_PLAN = Stage("client plan", _MODEL, _RAISED | {"Lora", "QuantizedLinear",
 FUSED_CLIENT_PLAN = Stage(
     "fused client plan", CLIENT_PLAN.standard, CLIENT_PLAN.custom | {"Attention", "SwiGLU", "GatedLora"}
 )
+POLYNOMIAL = Stage(
+    "polynomial",
+    _SHAPE_OPERATORS | {"Add", "Sub", "Mul", "Neg", "MatMul", "ReduceSum", "Gather"},
+    frozenset({"Linear"}),
+)
+"""Sums, products, constants and moves of entries: what can be evaluated on ciphertexts."""
+REFRESHED = Stage("refreshed", POLYNOMIAL.standard, POLYNOMIAL.custom | {"Refresh"})
 WORKER_CIRCUIT = Stage(
     "worker circuit",
     frozenset(
@@ -97,6 +107,14 @@ TYPE_RULES: dict[str, tuple[int, TypeRule | None]] = {
     "RotaryEmbedding": (3, None),
     "RepeatKV": (1, None),
     "Attention": (4, None),
+    "PowerAttention": (4, None),
+    "GaussianAttention": (4, None),
+    "ChebyshevAttention": (4, None),
+    "PolynomialRMSNorm": (2, _gain_rule),
+    "PolynomialSiLU": (1, None),
+    "ComposedSiLU": (1, None),
+    "QuantizedSiLU": (1, None),
+    "Refresh": (1, None),
     "SwiGLU": (2, None),
     "GatedLora": (5, _lora_rule),
 }

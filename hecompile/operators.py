@@ -17,6 +17,10 @@ defined here:
   of which attends to its own past alone; the bias is then not looked at.
 * `SwiGLU(gate, up)`: SiLU(gate) ⊙ up.
 * `GatedLora(x, A, B, gate, up; scaling, dropout)`: Lora(x, A, B) for x = SwiGLU(gate, up), of which it does not keep x.
+* `Refresh(x)`: x; on ciphertexts, where the noise budget is renewed.
+
+Those that stand for attention, normalisation and activation by polynomials are in `hecompile.polynomial_operators`, those on
+integers of few bits in `hecompile.quantized_operators`.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hecompile.attention_cache import AttentionCache, causal_mask
 from hecompile.ir import DOMAIN
 
 Attributes = Mapping[str, Any]
@@ -51,12 +56,14 @@ class Context:
     training: whether LoRA's dropout is on; it draws from `generator`, torch's own where that is None.
     remote: who computes remote linears.
     sequences: lengths of the sequences that are packed into the only row of the batch; None for one sequence per row.
+    cache: what attention has kept of the packed sequences' earlier tokens, and keeps of these; None to keep nothing.
     """
 
     training: bool = False
     remote: RemoteProduct | None = None
     generator: torch.Generator | None = None
     sequences: tuple[int, ...] | None = None
+    cache: AttentionCache | None = None
 
 
 Operator = Callable[..., Any]
@@ -174,6 +181,11 @@ def _reduce_mean(context: Context, attributes: Attributes, x: Tensor, axes: Tens
     return x.mean(dim=axes.tolist(), keepdim=bool(attributes.get("keepdims", 1)))
 
 
+@operator("ReduceSum")
+def _reduce_sum(context: Context, attributes: Attributes, x: Tensor, axes: Tensor) -> Tensor:
+    return x.sum(dim=axes.tolist(), keepdim=bool(attributes.get("keepdims", 1)))
+
+
 @operator("Softmax")
 def _softmax(context: Context, attributes: Attributes, x: Tensor) -> Tensor:
     return torch.softmax(x, dim=int(attributes.get("axis", -1)))
@@ -239,11 +251,27 @@ def _attention(context: Context, attributes: Attributes, q: Tensor, k: Tensor, v
     scale = attributes["scale"]
     if context.sequences is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    parts = [part.split(context.sequences, dim=2) for part in (q, k, v)]  # [1, heads, L, D] per sequence
-    outputs = [
-        F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-        for query, key, value in zip(*parts, strict=True)
-    ]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        queries, keys = query.shape[2], key.shape[2]
+        mask = causal_mask(queries, keys) if 1 < queries < keys else None
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=queries == keys, scale=scale)
+
+    return attend_packed(context, q, k, v, attend)
+
+
+def attend_packed(
+    context: Context, q: Tensor, k: Tensor, v: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Attention of `context.sequences`, each by itself: q, k and v [1, heads, S, D] → [1, heads, S, D].
+
+    attend: (q [1, heads, n, D], k and v [1, heads, m, D]) → [1, heads, n, D] of one sequence; its queries are the last n of
+    the m positions, all of them where nothing is cached.
+    """
+    assert context.sequences is not None
+    queries, keys, values = (part.split(context.sequences, dim=2) for part in (q, k, v))  # [1, heads, L, D] per sequence
+    pasts = list(zip(keys, values, strict=True)) if context.cache is None else context.cache.extend(keys, values)
+    outputs = [attend(query, *past) for query, past in zip(queries, pasts, strict=True)]
     if len(outputs) == 1:
         return outputs[0]
     # Joined position by position, as the projection after it reads them: its reshape then copies nothing.
@@ -307,3 +335,8 @@ def _gated_lora(
 
 def _drops(context: Context, attributes: Attributes) -> bool:
     return bool(context.training and attributes["dropout"])
+
+
+@operator("Refresh", DOMAIN)
+def _refresh(context: Context, attributes: Attributes, x: Tensor) -> Tensor:
+    return x

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from hecompile.errors import HecompileError, LegalityError
 from hecompile.legality import ADAPTED, CANONICAL, EXPORTED, QUANTIZED, Stage, check_stage
+from hecompile.polynomial_options import PolynomialOptions
 from passes.annotate_secrecy import AnnotateSecrecy
+from passes.approximate_rmsnorm import ApproximateRMSNorm
+from passes.approximate_silu import ApproximateSiLU
+from passes.approximate_softmax import ApproximateSoftmax
 from passes.attach_lora import AttachLora
 from passes.calibrate import Calibrate
 from passes.canonicalize import Canonicalize
+from passes.depth import Depth
+from passes.expand_polynomials import ExpandPolynomials
 from passes.fuse import Fuse
 from passes.lower_worker import LowerWorker
 from passes.place import Place
+from passes.place_refreshes import PlaceRefreshes
 from passes.quantize import Quantize
+from passes.quantize_activation import QuantizeActivation
 from passes.select_parameters import SelectParameters
 from passes.simplify import Simplify
 from passes.split import Split
@@ -26,6 +34,10 @@ from passes.validate import Validate
 PASSES: dict[str, type] = {
     "simplify": Simplify,
     "canonicalize": Canonicalize,
+    "approximate_softmax": ApproximateSoftmax,
+    "approximate_rmsnorm": ApproximateRMSNorm,
+    "approximate_silu": ApproximateSiLU,
+    "quantize_activation": QuantizeActivation,
     "attach_lora": AttachLora,
     "calibrate": Calibrate,
     "quantize": Quantize,
@@ -37,9 +49,15 @@ PASSES: dict[str, type] = {
     "lower_worker": LowerWorker,
     "validate": Validate,
     "fuse": Fuse,
+    "expand_polynomials": ExpandPolynomials,
+    "depth": Depth,
+    "place_refreshes": PlaceRefreshes,
 }
 """Every pass by its registered name, in pipeline order; split, lower_worker and validate work on the split plan, and fuse
-runs when a client loads its half."""
+runs when a client loads its half; expand_polynomials and what follows it make the graph that a worker evaluates alone."""
+
+
+_EXACT = PolynomialOptions()
 
 
 @dataclass(frozen=True)
@@ -51,17 +69,40 @@ class Step:
     stage: Stage
 
 
+def raise_steps(polynomials: PolynomialOptions = _EXACT) -> tuple[Step, ...]:
+    """Up to the graph of the model's own operators; attention computes the function that the model was trained for."""
+    steps = [Step("simplify", Simplify(), EXPORTED), Step("canonicalize", Canonicalize(), CANONICAL)]
+    if polynomials.attention is not None and polynomials.retrained:
+        steps.append(Step("approximate_softmax", replace(polynomials.attention, fit=False), CANONICAL))
+    return tuple(steps)
+
+
+def approximate_steps(calibrate: Calibrate, polynomials: PolynomialOptions) -> tuple[Step, ...]:
+    """Calibration on exact functions, then polynomials whose domains cover what it saw; none where nothing is replaced."""
+    chosen = {
+        "approximate_softmax": polynomials.attention,
+        "approximate_rmsnorm": polynomials.norm,
+        _activation_pass(polynomials): polynomials.activation,
+    }
+    steps = [Step(name, transform, CANONICAL) for name, transform in chosen.items() if transform is not None]
+    return (Step("calibrate", calibrate, CANONICAL), *steps) if steps else ()
+
+
+def _activation_pass(polynomials: PolynomialOptions) -> str:
+    return "quantize_activation" if isinstance(polynomials.activation, QuantizeActivation) else "approximate_silu"
+
+
 def graph_steps(
     attach_lora: AttachLora,
     calibrate: Calibrate,
     quantize: Quantize,
     place: Place,
     select_parameters: SelectParameters,
+    polynomials: PolynomialOptions = _EXACT,
 ) -> tuple[Step, ...]:
-    """The graph-to-graph part of the pipeline."""
+    """The graph-to-graph part of the pipeline after `raise_steps`."""
     return (
-        Step("simplify", Simplify(), EXPORTED),
-        Step("canonicalize", Canonicalize(), CANONICAL),
+        *approximate_steps(calibrate, polynomials),
         Step("attach_lora", attach_lora, ADAPTED),
         Step("calibrate", calibrate, ADAPTED),
         Step("quantize", quantize, QUANTIZED),

@@ -6,6 +6,10 @@
 the rms of an encoded token lies below the largest integer, hence what precision a given noise leaves. `max` is the largest
 magnitude and feeds the domains of polynomial approximations. The tokens need not be private: any text of the model's
 language will do. Records only; the function of the graph is unchanged.
+
+Attentions, RMSNorms and SiLUs, exact or approximated, get what a polynomial in their place must cover: scores, exponents and
+divisors, variances, inputs (`hecompile.approximation_ranges`). Where a polynomial stands already and its domain does not
+cover what was seen, the pass refuses the graph.
 """
 
 from __future__ import annotations
@@ -17,9 +21,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from hecompile.approximation_ranges import ACTIVATIONS, NORMS, AttentionRange, Interval, check_domain, write_range
 from hecompile.errors import InputError
 from hecompile.interpreter import Interpreter, graph_inputs
-from hecompile.ir import DOMAIN, GRADIENT_RANGE, RANGE, nodes_of_type
+from hecompile.ir import DOMAIN, GRADIENT_RANGE, RANGE, attribute, nodes_of_type
+from hecompile.matching import AttentionParts, attentions
 
 
 @dataclass(frozen=True)
@@ -36,9 +42,11 @@ class Calibrate(ir.passes.InPlacePass):
         if not _linears(model):
             return ir.passes.PassResult(model, False)
         watched = {value for node in _linears(model) for value in (node.inputs[0], node.outputs[0])}
+        ranges = _ApproximationRanges(model)
         seen: dict[ir.Value, Tensor] = {}
 
         def observe(value: ir.Value, result: Tensor) -> None:
+            ranges.observe(value, result)
             if value in watched:
                 if not result.requires_grad:
                     result.requires_grad_()  # a leaf here: everything before it is frozen
@@ -48,6 +56,8 @@ class Calibrate(ir.passes.InPlacePass):
         with torch.enable_grad():
             input_ids = torch.tensor(self.samples, dtype=torch.int64)
             inputs = graph_inputs(input_ids, torch.ones_like(input_ids)) | _adapter_at_zero(model)
+            for value in model.graph.inputs:
+                ranges.observe(value, inputs[str(value.name)])
             logits = Interpreter(model).run(inputs, observer=observe)[str(model.graph.outputs[0].name)]
             torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()).backward()
         for value, tensor in seen.items():
@@ -56,12 +66,42 @@ class Calibrate(ir.passes.InPlacePass):
             gradient = seen[node.outputs[0]].grad
             if gradient is not None:
                 node.outputs[0].metadata_props[GRADIENT_RANGE] = _summary(gradient)
+        for node in model.graph:
+            check_domain(node)
         return ir.passes.PassResult(model, True)
 
     def ensures(self, model: ir.Model) -> None:
         for node in _linears(model):
             if RANGE not in node.outputs[0].metadata_props:
                 raise ir.passes.PostconditionError(f"{node.name} was not reached by calibration")
+
+
+class _ApproximationRanges:
+    """Hears every value of a run and records, on the results of attentions, norms and activations, what went in."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._attentions: dict[ir.Value, AttentionParts] = {node.outputs[0]: parts for node, parts in attentions(model)}
+        self._others = {
+            node.outputs[0]: node
+            for op_type in (*NORMS, *ACTIVATIONS)
+            for node in nodes_of_type(model, op_type)
+            if node.inputs[0] is not None
+        }
+        needed = [value for parts in self._attentions.values() for value in (parts.q, parts.k, parts.bias)]
+        self._needed = {*needed, *(node.inputs[0] for node in self._others.values())}
+        self._seen: dict[ir.Value, Tensor] = {}
+
+    def observe(self, value: ir.Value, result: Tensor) -> None:
+        if value in self._needed:
+            self._seen[value] = result.detach()
+        if (parts := self._attentions.get(value)) is not None:
+            q, k, bias = (self._seen[needed] for needed in (parts.q, parts.k, parts.bias))
+            write_range(value, AttentionRange.measure(q, k, bias, parts.scale))
+        elif (node := self._others.get(value)) is not None:
+            x = self._seen[node.inputs[0]]  # type: ignore[index]
+            if node.op_type in NORMS:
+                x = x.pow(2).mean(-1) + attribute(node, "epsilon")  # type: ignore[operator]
+            write_range(value, Interval.of(x))
 
 
 def _linears(model: ir.Model) -> list[ir.Node]:

@@ -20,31 +20,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from hecompile.ir import (
-    DOMAIN,
-    ORIGIN,
-    PLACEMENT,
-    attribute,
-    constant_of,
-    module_path,
-    nodes_of_type,
-    remove_unused,
-    replace_node,
-)
-
-_TRANSPOSED = (0, 1, 3, 2)
-"""The permutation that turns k [B, heads, S, D] into kᵀ."""
-
-
-@dataclass(frozen=True)
-class _AttentionParts:
-    """What the nodes of one attention compute: softmax(q·kᵀ·scale + bias)·v."""
-
-    q: ir.Value
-    k: ir.Value
-    v: ir.Value
-    bias: ir.Value
-    scale: float
+from hecompile.ir import DOMAIN, ORIGIN, PLACEMENT, attribute, module_path, nodes_of_type, remove_unused, replace_node
+from hecompile.matching import either_order, producer_of, softmax_attentions
 
 
 @dataclass(frozen=True)
@@ -53,10 +30,9 @@ class Fuse(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
-        for node in nodes_of_type(model, "MatMul", domain=""):
-            if (parts := _match_attention(node)) is not None:
-                _rewrite(node, "Attention", [parts.q, parts.k, parts.v, parts.bias], {"scale": parts.scale})
-                modified = True
+        for node, parts in softmax_attentions(model):
+            _rewrite(node, "Attention", [parts.q, parts.k, parts.v, parts.bias], {"scale": parts.scale})
+            modified = True
         for node in nodes_of_type(model, "Mul", domain=""):
             if (operands := _match_swiglu(node)) is not None:
                 _rewrite(node, "SwiGLU", list(operands), {})
@@ -74,37 +50,10 @@ class Fuse(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
 
-def _match_attention(node: ir.Node) -> _AttentionParts | None:
-    """The parts of the attention that ends in the MatMul `node`, or None."""
-    weights, v = node.inputs
-    softmax = _producer(weights, "Softmax")
-    if softmax is None or v is None or _axis(softmax) != -1:
-        return None
-    biased = _producer(softmax.inputs[0], "Add")
-    if biased is None:
-        return None
-    for scaled_value, bias in _either_order(biased):
-        scaled = _producer(scaled_value, "Mul")
-        if scaled is None:
-            continue
-        for scores_value, factor in _either_order(scaled):
-            scores, scale = _producer(scores_value, "MatMul"), constant_of(factor)
-            if scores is None or scale is None or scale.size != 1:
-                continue
-            q, transposed = scores.inputs
-            transpose = _producer(transposed, "Transpose")
-            if q is None or transpose is None or tuple(attribute(transpose, "perm")) != _TRANSPOSED:  # type: ignore[arg-type]
-                continue
-            k = transpose.inputs[0]
-            assert k is not None
-            return _AttentionParts(q, k, v, bias, float(scale))
-    return None
-
-
 def _match_swiglu(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
     """(gate, up) of the Mul `node`, or None."""
-    for activated, up in _either_order(node):
-        silu = _producer(activated, "SiLU", DOMAIN)
+    for activated, up in either_order(node):
+        silu = producer_of(activated, "SiLU", DOMAIN)
         if silu is not None and silu.inputs[0] is not None:
             return silu.inputs[0], up
     return None
@@ -116,23 +65,3 @@ def _rewrite(node: ir.Node, op_type: str, inputs: list[ir.Value], attributes: di
         metadata[PLACEMENT] = node.metadata_props[PLACEMENT]
     fused = ir.node(op_type, inputs, attributes, domain=DOMAIN, metadata_props=metadata)
     replace_node(node, [fused], fused.outputs)
-
-
-def _producer(value: ir.Value | None, op_type: str, domain: str = "") -> ir.Node | None:
-    """The node that makes `value`, if it is of that operator and makes it for one use only."""
-    producer = None if value is None else value.producer()
-    if value is None or producer is None or (producer.op_type, producer.domain) != (op_type, domain):
-        return None
-    # A transpose is free: it may be shared. Anything else that is used elsewhere would be computed twice.
-    single = len(value.uses()) == 1 and not value.is_graph_output()
-    return producer if single or op_type == "Transpose" else None
-
-
-def _either_order(node: ir.Node) -> list[tuple[ir.Value, ir.Value]]:
-    first, second = node.inputs
-    assert first is not None and second is not None
-    return [(first, second), (second, first)]
-
-
-def _axis(softmax: ir.Node) -> object:
-    return attribute(softmax, "axis") if "axis" in softmax.attributes else -1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import onnx_ir as ir
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
+from hecompile.attention_cache import AttentionCache
 from hecompile.client_bundle import ClientBundle
 from hecompile.errors import InputError, LegalityError
 from hecompile.interpreter import Interpreter, packed_graph_inputs
@@ -148,8 +149,38 @@ class EncryptedCausalLM(torch.nn.Module):
             logits = everywhere
         return CausalLMOutput(logits=logits)
 
+    def next_logits(self, cache: AttentionCache, tokens: Mapping[int, Sequence[int]]) -> Tensor:
+        """Logits f32 [n, V] of the token after each of n sequences, in the order given.
+
+        tokens: the next tokens of each sequence, of which `cache` holds what went before and then these too. Raises
+        InputError for more sequences or longer ones than the plan was compiled for. After an error, forget the sequences.
+        """
+        lengths = tuple(len(part) for part in tokens.values())
+        starts = tuple(cache.length(sequence) for sequence in tokens)
+        longest = max((start + length for start, length in zip(starts, lengths, strict=True)), default=0)
+        if not lengths or min(lengths) == 0:
+            raise InputError("nothing to continue: give at least one token of each sequence")
+        if len(lengths) > self.batch_size or longest > self.sequence_buckets[-1]:
+            raise InputError(
+                f"{len(lengths)} sequences of up to {longest} tokens are more than the plan's {self.batch_size} of "
+                f"{self.sequence_buckets[-1]}; export with a larger --batch-size or --sequence-buckets"
+            )
+        flat = torch.tensor([token for part in tokens.values() for token in part])  # [T]
+        last = torch.zeros(len(flat), dtype=torch.bool)
+        last[torch.tensor(lengths).cumsum(0) - 1] = True
+        cache.begin(tuple(tokens))
+        with self._lock:
+            self._tokens += len(flat)
+        return self._hidden(flat, lengths, last, None, cache, starts) @ self._head.t()
+
     def _hidden(
-        self, tokens: Tensor, lengths: tuple[int, ...], wanted: Tensor | None, generator: torch.Generator | None
+        self,
+        tokens: Tensor,
+        lengths: tuple[int, ...],
+        wanted: Tensor | None,
+        generator: torch.Generator | None,
+        cache: AttentionCache | None = None,
+        starts: tuple[int, ...] | None = None,
     ) -> Tensor:
         """The head's input [N, H] at the `wanted` (bool [T]) of the packed `tokens` int64 [T], or at all of them."""
 
@@ -157,8 +188,8 @@ class EncryptedCausalLM(torch.nn.Module):
             result: Tensor = _RemoteLinear.apply(x, scale, self.products, linear)
             return result
 
-        inputs = packed_graph_inputs(tokens[None], lengths) | dict(self.adapter_state())
-        context = Context(self.training, remote, generator, lengths)
+        inputs = packed_graph_inputs(tokens[None], lengths, starts) | dict(self.adapter_state())
+        context = Context(self.training, remote, generator, lengths, cache)
         everything = wanted is None or bool(wanted.all())
         positions = None if wanted is None or everything else wanted.nonzero().squeeze(1)  # [N]
         (hidden,) = self._interpreter.run(inputs, context, positions=positions).values()  # [1, N, H]

@@ -1,4 +1,4 @@
-"""Held-out loss, exact match, and greedy generation.
+"""Held-out loss and exact match.
 
 Exact match takes one forward per batch, not one per generated token: greedy decoding reproduces a completion with its
 eos if and only if, with the completion itself as input (teacher forcing), the argmax at each of its positions is the
@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from runtime.adapter import AdapterModel
-from runtime.data import IGNORED, Example, Examples, PadToBucket, smallest_bucket
+from runtime.data import Example, Examples, PadToBucket, smallest_bucket
 from runtime.head import scored_positions, scored_targets
 
 
@@ -41,7 +41,7 @@ def evaluate(model: AdapterModel, examples: Examples, pad_token_id: int, batch_s
     """
     collate = PadToBucket(model.sequence_buckets, pad_token_id)
     total_loss, tokens, matches, prompts = 0.0, 0, 0, 0
-    with _inference(model):
+    with inference(model):
         for batch in _batches(model, examples.examples, batch_size):
             inputs: dict[str, Any] = collate([example.item() for example in batch])
             labels = inputs.pop("labels")
@@ -60,53 +60,6 @@ def evaluate(model: AdapterModel, examples: Examples, pad_token_id: int, batch_s
     return Evaluation(total_loss / tokens, matches / prompts if prompts else None, tokens, prompts)
 
 
-def generate(
-    model: AdapterModel,
-    prompts: Sequence[Sequence[int]],
-    eos_token_id: int,
-    pad_token_id: int,
-    max_new_tokens: int,
-) -> list[list[int]]:
-    """Greedy continuations of non-empty `prompts`, without the prompt, ending with eos where it was reached.
-
-    A continuation ends at eos, at `max_new_tokens`, or where prompt and continuation fill the largest sequence bucket.
-    There is no key-value cache: each new token is one forward of the whole prefix, for all prompts of a batch at once,
-    so a batch takes as many forwards as its longest continuation has tokens. Ties go to the lowest token id.
-    """
-    longest = max(model.sequence_buckets)
-    for prompt in prompts:
-        smallest_bucket(len(prompt), model.sequence_buckets)
-    continuations: list[list[int]] = []
-    with _inference(model):
-        # Each row may grow to the largest bucket, so that bucket decides how many rows go together.
-        rows = max(1, min(model.batch_size, model.max_batch_tokens // longest))
-        for start in range(0, len(prompts), rows):
-            prefixes = [list(prompt) for prompt in prompts[start : start + rows]]
-            ends = [min(len(prefix) + max_new_tokens, longest) for prefix in prefixes]
-            going = [row for row, prefix in enumerate(prefixes) if len(prefix) < ends[row]]
-            while going:
-                tokens = _next_tokens(model, [prefixes[row] for row in going], pad_token_id)
-                for row, token in zip(going, tokens, strict=True):
-                    prefixes[row].append(token)
-                going = [row for row in going if prefixes[row][-1] != eos_token_id and len(prefixes[row]) < ends[row]]
-            continuations += [
-                prefix[len(prompt) :] for prefix, prompt in zip(prefixes, prompts[start : start + rows], strict=True)
-            ]
-    return continuations
-
-
-def _next_tokens(model: AdapterModel, prefixes: list[list[int]], pad_token_id: int) -> list[int]:
-    items = [{"input_ids": prefix, "labels": [IGNORED] * len(prefix)} for prefix in prefixes]
-    inputs = PadToBucket(model.sequence_buckets, pad_token_id)(items)
-    last = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)  # [B, S]
-    last[torch.arange(len(prefixes)), torch.tensor([len(prefix) - 1 for prefix in prefixes])] = True
-    logits = model(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=last
-    ).logits  # [B, V]
-    assert logits is not None
-    return cast("list[int]", logits.argmax(dim=-1).tolist())
-
-
 def _batches(model: AdapterModel, examples: Sequence[Example], batch_size: int | None) -> Iterator[list[Example]]:
     """Consecutive runs of examples that keep to the model's limits on rows and on tokens with padding."""
     limit = min(batch_size or model.batch_size, model.batch_size)
@@ -123,7 +76,8 @@ def _batches(model: AdapterModel, examples: Sequence[Example], batch_size: int |
 
 
 @contextmanager
-def _inference(model: AdapterModel) -> Iterator[None]:
+def inference(model: AdapterModel) -> Iterator[None]:
+    """The model in eval mode, without gradients; then it is as it was."""
     module = cast("torch.nn.Module", model)
     was_training = module.training
     module.eval()

@@ -185,15 +185,32 @@ def send_frame(connection: socket.socket, frame: Frame) -> None:
         connection.sendall(frame.payload, _NO_SIGNAL)
 
 
-def receive_frame(connection: socket.socket, max_bytes: int = MAX_MESSAGE_BYTES) -> Frame | None:
+def receive_frame(
+    connection: socket.socket, max_bytes: int = MAX_MESSAGE_BYTES, patience: float | None = None
+) -> Frame | None:
     """The next frame, or None when the other side closed between two frames.
 
-    Raises WorkerError when the bytes are no frame, the frame is larger than `max_bytes`, or the stream ends within it:
-    the stream cannot be read on after that. OSError (and TimeoutError) as the socket does.
+    patience: seconds without a byte after which a frame that has begun is given up; the socket has no time-out before and
+    after. By default its own time-out holds.
+
+    Raises WorkerError when the bytes are no frame, the frame is larger than `max_bytes`, stands still, or the stream ends
+    within it: the stream cannot be read on after that. OSError (and TimeoutError without `patience`) as the socket does.
     """
     first = connection.recv(1)
     if not first:
         return None
+    if patience is None:
+        return _rest_of_frame(connection, first, max_bytes)
+    connection.settimeout(patience)
+    try:
+        return _rest_of_frame(connection, first, max_bytes)
+    except TimeoutError:
+        raise WorkerError(f"nothing of a message that had begun came for {patience:g} s") from None
+    finally:
+        connection.settimeout(None)
+
+
+def _rest_of_frame(connection: socket.socket, first: bytes, max_bytes: int) -> Frame:
     magic, header_bytes, payload_bytes = PREFIX.unpack(first + _receive(connection, PREFIX.size - 1))
     if magic != MAGIC:
         raise WorkerError("the other side does not speak the hecompile worker protocol (wrong magic number)")
@@ -205,15 +222,15 @@ def receive_frame(connection: socket.socket, max_bytes: int = MAX_MESSAGE_BYTES)
     return Frame(header, _receive(connection, payload_bytes))
 
 
-def _receive(connection: socket.socket, count: int) -> bytearray:
-    buffer = bytearray(count)
-    view, received = memoryview(buffer), 0
+def _receive(connection: socket.socket, count: int) -> memoryview:
+    # Not zeroed: memory that was promised and never comes is never touched, and so costs nothing.
+    view, received = np.empty(count, dtype=np.uint8).data, 0
     while received < count:
         chunk = connection.recv_into(view[received:])
         if chunk == 0:
             raise WorkerUnavailableError(f"connection closed in mid-message: {received} of {count} bytes had arrived")
         received += chunk
-    return buffer
+    return view
 
 
 def _bytes_of(planes: np.ndarray) -> memoryview:

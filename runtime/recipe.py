@@ -13,13 +13,11 @@ from typing import Annotated, Any, Literal
 
 import peft
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hecompile.errors import InputError
-from runtime.directory import SCHEMES as DIRECTORY_SCHEMES
-from runtime.transports.address import parse_address
+from runtime.workplace import ConnectionSection, Positive, Section, Workplace, resolve_address
 
-UNIX_PREFIX = "unix://"
 _PATH_KEYS = (
     ("model",),
     ("worker_bundle",),
@@ -28,15 +26,10 @@ _PATH_KEYS = (
     ("training", "output_dir"),
     *(("connection", name) for name in ("authority", "certificate", "key", "token")),
 )
-Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class DataSection(_Section):
+class DataSection(Section):
     """JSONL files (see `runtime.data`); `max_length` counts tokens with bos and eos, and can only be under the largest
     sequence bucket of the model."""
 
@@ -45,7 +38,7 @@ class DataSection(_Section):
     max_length: Annotated[int, Field(ge=2)] | None = None
 
 
-class LoraSection(_Section):
+class LoraSection(Section):
     """LoRA is fixed when the model is exported; a recipe may repeat it here and is then checked against the model."""
 
     r: Positive | None = None
@@ -54,7 +47,7 @@ class LoraSection(_Section):
     target_modules: list[str] | None = None
 
 
-class TrainingSection(_Section):
+class TrainingSection(Section):
     """Names, meanings and defaults are those of `transformers.TrainingArguments`, except that
 
     * `warmup_ratio` is the older name of a `warmup_steps` below 1;
@@ -143,66 +136,19 @@ class TrainingSection(_Section):
         return self.eval_on_start or self.eval_steps is not None or self.eval_strategy == "epoch"
 
 
-class ConnectionSection(_Section):
-    """How workers are reached.
+class Recipe(Workplace):
+    """One training run, where its `Workplace` says."""
 
-    * `authority`: PEM file of who signs the workers' certificates (default: the system's list); `certificate` and `key`:
-      what this client shows; `token`: a file with the bearer token that workers ask for.
-    * `reply_timeout`: seconds of silence after which a request counts as lost; `attempts`: how often one is sent at most, to
-      one worker or several, with growing waits between.
-    * `on_bad_worker`: what a reply that is not the product asked for does. `stop` ends the run at its last checkpoint;
-      `retry-elsewhere` never asks that worker again and sends the same ciphertext to another.
-    """
-
-    authority: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
-    token: Path | None = None
-    reply_timeout: Annotated[float, Field(gt=0)] = 600.0
-    attempts: Positive = 6
-    on_bad_worker: Literal["stop", "retry-elsewhere"] = "stop"
-
-
-class Recipe(_Section):
-    """One training run.
-
-    `model` is the client bundle. `worker` is where the worker listens (`tcp://host:port`, `unix://path`, `grpc://`,
-    `grpcs://`, `flight://` or `flights://host:port`), a list of such addresses for several workers of one plan (which
-    may hold some of its layers each), the `http://` address of a fleet's directory, or `inprocess`, which runs
-    `worker_bundle` with `engine` (by default the fastest on this CPU) in this process.
-    """
-
-    model: Path
-    worker: str | Annotated[list[str], Field(min_length=1)] = "inprocess"
-    worker_bundle: Path | None = None
-    engine: Literal["auto", "vnni", "torch", "torch-cuda", "onnxruntime", "cleartext"] | None = None
     data: DataSection
     training: TrainingSection
     lora: LoraSection | None = None
-    connection: ConnectionSection = ConnectionSection()
 
     @property
-    def workers(self) -> list[str]:
-        """The addresses in `worker`."""
-        return [self.worker] if isinstance(self.worker, str) else self.worker
+    def requests_in_flight(self) -> int:
+        return self.training.micro_batches_in_flight
 
     @model_validator(mode="after")
-    def _consistent(self) -> Recipe:
-        if self.worker == "inprocess":
-            if self.worker_bundle is None:
-                raise ValueError("worker: inprocess needs worker_bundle, the worker's half of the export")
-        elif self.engine is not None:
-            raise ValueError("engine is the worker's own choice unless worker: inprocess; drop it here")
-        if self.worker != "inprocess":
-            if len(set(self.workers)) < len(self.workers):
-                raise ValueError("worker names an address twice")
-            for address in self.workers:
-                if len(self.workers) == 1 and address.startswith(DIRECTORY_SCHEMES):
-                    continue
-                try:
-                    parse_address(address)
-                except InputError as error:
-                    raise ValueError(f"{error}, or inprocess") from None
+    def _evaluable(self) -> Recipe:
         if self.training.evaluates and self.data.validation_file is None:
             raise ValueError("the training section asks for evaluation; give data.validation_file")
         return self
@@ -290,19 +236,13 @@ def _resolve_paths(document: dict[str, Any], directory: Path) -> None:
             target[leaf] = str(directory / target[leaf])
     worker = document.get("worker")
     if isinstance(worker, str):
-        document["worker"] = _resolve_address(worker, directory)
+        document["worker"] = resolve_address(worker, directory)
     elif isinstance(worker, list):
-        document["worker"] = [_resolve_address(one, directory) if isinstance(one, str) else one for one in worker]
-
-
-def _resolve_address(worker: str, directory: Path) -> str:
-    if not worker.startswith(UNIX_PREFIX) or worker == UNIX_PREFIX:
-        return worker
-    return f"{UNIX_PREFIX}{directory / worker.removeprefix(UNIX_PREFIX)}"
+        document["worker"] = [resolve_address(one, directory) if isinstance(one, str) else one for one in worker]
 
 
 def _known_keys() -> list[str]:
-    sections: dict[str, type[_Section]] = {
+    sections: dict[str, type[Section]] = {
         "data": DataSection,
         "training": TrainingSection,
         "lora": LoraSection,

@@ -20,6 +20,7 @@ from runtime.recipe import Recipe
 from runtime.transports import InProcessTransport, Replicas, RetryPolicy, Transport, connect_for
 from runtime.transports.credentials import ClientCredentials
 from runtime.worker import Worker
+from runtime.workplace import Workplace
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,24 @@ class Session:
 
 
 @contextmanager
-def open_session(recipe: Recipe) -> Iterator[Session]:
-    """Open everything that `recipe` names; the connection is closed at the end. Raises HecompileError."""
-    bundle = ClientBundle.open(recipe.model)
+def open_session(place: Workplace) -> Iterator[Session]:
+    """Open everything that `place` names; the connection is closed at the end. Raises HecompileError.
+
+    The initial adapter of a recipe comes from its seed.
+    """
+    bundle = ClientBundle.open(place.model)
     tokenizer = load_tokenizer(bundle)
-    products = open_products(bundle, recipe)
+    products = open_products(bundle, place)
+    seed = place.training.seed if isinstance(place, Recipe) else 0
     try:
-        yield Session(EncryptedCausalLM(bundle, products, recipe.training.seed), tokenizer, bundle)
+        yield Session(EncryptedCausalLM(bundle, products, seed), tokenizer, bundle)
     finally:
         products.close()
 
 
-def connect_workers(recipe: Recipe) -> Replicas:
-    """A transport to the recipe's workers, not opened yet; each has a connection for every micro-batch in flight."""
-    section = recipe.connection
-    in_flight = recipe.training.micro_batches_in_flight
+def connect_workers(place: Workplace) -> Replicas:
+    """A transport to the workers, not opened yet; each has a connection for every request in flight."""
+    section, in_flight = place.connection, place.requests_in_flight
 
     credentials = ClientCredentials.load(section.authority, section.certificate, section.key, section.token)
 
@@ -54,12 +58,12 @@ def connect_workers(recipe: Recipe) -> Replicas:
         return connect_for(address, in_flight, credentials, section.reply_timeout)
 
     def discover() -> dict[str, Callable[[], Transport]]:
-        return {address: partial(pool, address) for address in fetch_workers(recipe.workers[0], credentials)}
+        return {address: partial(pool, address) for address in fetch_workers(place.workers[0], credentials)}
 
     policy, leave_bad = RetryPolicy(section.attempts), section.on_bad_worker == "retry-elsewhere"
-    if recipe.workers[0].startswith(SCHEMES):
+    if place.workers[0].startswith(SCHEMES):
         return Replicas(discover(), policy, discover, leave_bad)
-    return Replicas({address: partial(pool, address) for address in recipe.workers}, policy, leave_bad=leave_bad)
+    return Replicas({address: partial(pool, address) for address in place.workers}, policy, leave_bad=leave_bad)
 
 
 def load_tokenizer(bundle: ClientBundle) -> PreTrainedTokenizerBase:
@@ -71,13 +75,13 @@ def load_tokenizer(bundle: ClientBundle) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def open_products(bundle: ClientBundle, recipe: Recipe) -> Products:
-    """Connect to the recipe's worker. The cleartext engine is used only where the recipe asks for it by name."""
-    if recipe.worker != "inprocess":
-        elsewhere = recipe.connection.on_bad_worker == "retry-elsewhere"
-        return EncryptedProducts(bundle, connect_workers(recipe), retry_elsewhere=elsewhere)
-    assert recipe.worker_bundle is not None  # the recipe was validated
-    worker_bundle = WorkerBundle.open(recipe.worker_bundle)
-    if recipe.engine == "cleartext":
+def open_products(bundle: ClientBundle, place: Workplace) -> Products:
+    """Connect to the worker. The cleartext engine is used only where it is asked for it by name."""
+    if place.worker != "inprocess":
+        elsewhere = place.connection.on_bad_worker == "retry-elsewhere"
+        return EncryptedProducts(bundle, connect_workers(place), retry_elsewhere=elsewhere)
+    assert place.worker_bundle is not None  # it was validated
+    worker_bundle = WorkerBundle.open(place.worker_bundle)
+    if place.engine == "cleartext":
         return CleartextProducts(bundle, worker_bundle)
-    return EncryptedProducts(bundle, InProcessTransport(Worker(worker_bundle, recipe.engine or DEFAULT_ENGINE)))
+    return EncryptedProducts(bundle, InProcessTransport(Worker(worker_bundle, place.engine or DEFAULT_ENGINE)))

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import signal
-import socket
-import socketserver
-import struct
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +15,7 @@ from hecompile.errors import HecompileError, InputError, WorkerError
 from hecompile.public_rows import exact_name
 from hecompile.worker_bundle import WorkerBundle
 from runtime import protocol
+from runtime.connections import handler_class, server_class
 from runtime.engines import DEFAULT_ENGINE, create_engine
 from runtime.engines.base import Engine
 from runtime.protocol import ErrorReply, EvaluateReply, EvaluateRequest, Frame, HelloRequest, Reply, Request, WorkerInfo
@@ -28,11 +23,6 @@ from runtime.transports.address import TcpAddress, UnixAddress, parse_address
 from runtime.transports.credentials import ServerCredentials
 
 LOGGER = logging.getLogger(__name__)
-SEND_TIMEOUT_SECONDS = 60
-"""A client that takes nothing of its reply for so long is given up, and does not hold up a shutdown."""
-
-DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1 << 20
-
 
 class Worker:
     """A bundle and the engine that evaluates it: immutable once made, no state between requests.
@@ -128,9 +118,9 @@ class WorkerServer:
                 "the port over SSH, or pass allow_plaintext_network"
             )
         self._unix_path = Path(parsed.path) if isinstance(parsed, UnixAddress) else None
-        server_class = _server_class(parsed)
+        kind = server_class(parsed)
         try:
-            self._server = server_class(parsed.socket_address, _handler_class(worker, max_message_bytes))
+            self._server = kind(parsed.socket_address, handler_class(worker.exchange, max_message_bytes))
         except OSError as error:
             reason = error.strerror or str(error)
             raise InputError(f"cannot listen on {address}: {reason}; free the address or choose another") from error
@@ -194,90 +184,3 @@ def serve(
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _handler_class(worker: Worker, max_message_bytes: int) -> type[socketserver.BaseRequestHandler]:
-    class Handler(socketserver.BaseRequestHandler):
-        """One client's connection."""
-
-        request: socket.socket
-
-        def setup(self) -> None:
-            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT_SECONDS, 0))
-            if self.request.family != socket.AF_UNIX:
-                # A reply is two writes; without this the second may wait for the acknowledgement of the first.
-                self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-        def handle(self) -> None:
-            try:
-                while (frame := protocol.receive_frame(self.request, max_message_bytes)) is not None:
-                    protocol.send_frame(self.request, worker.exchange(frame))
-            except WorkerError as error:
-                # The stream cannot be read on: say why, and end this connection alone.
-                LOGGER.warning("ended a connection: %s", error)
-                protocol.send_frame(self.request, protocol.encode(ErrorReply(str(error)), 0))
-                _drain(self.request)
-
-    return Handler
-
-
-def _drain(connection: socket.socket) -> None:
-    """Read away what the client has sent already: closing on unread bytes would discard the error frame."""
-    connection.shutdown(socket.SHUT_WR)
-    connection.settimeout(DRAIN_SECONDS)
-    remaining = DRAIN_BYTES
-    while remaining > 0 and (chunk := connection.recv(min(remaining, 65536))):
-        remaining -= len(chunk)
-
-
-class _ConnectionsMixin(socketserver.ThreadingMixIn):
-    """Threads that `server_close` waits for, and connections that can be ended from outside."""
-
-    daemon_threads = False
-    block_on_close = True
-
-    def __init__(self, *arguments: Any) -> None:
-        self._connections: set[socket.socket] = set()
-        self._lock = threading.Lock()
-        super().__init__(*arguments)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        # Here and not in the thread: this runs in the accepting loop, so that no connection is missed at the end.
-        with self._lock:
-            self._connections.add(request)
-        super().process_request(request, client_address)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)  # closes the connection
-        finally:
-            with self._lock:
-                self._connections.discard(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        LOGGER.info("a connection ended with %s", type(sys.exception()).__name__)
-
-    def end_connections(self) -> None:
-        """No more requests are read; a reply under way is still sent."""
-        with self._lock:
-            for connection in self._connections:
-                with contextlib.suppress(OSError):  # closed by its client or its thread meanwhile
-                    connection.shutdown(socket.SHUT_RD)
-
-
-class _TcpServer(_ConnectionsMixin, socketserver.TCPServer):
-    allow_reuse_address = True
-
-
-class _Tcp6Server(_TcpServer):
-    address_family = socket.AF_INET6
-
-
-class _UnixServer(_ConnectionsMixin, socketserver.UnixStreamServer):
-    pass
-
-
-def _server_class(address: TcpAddress | UnixAddress) -> type[_TcpServer] | type[_UnixServer]:
-    if isinstance(address, UnixAddress):
-        return _UnixServer
-    return _Tcp6Server if ":" in address.host else _TcpServer

@@ -28,35 +28,48 @@ def supported() -> bool:
 
 
 @intrinsic
-def step_sample(typing_context, high, low, tables, samples, base, places):  # type: ignore[no-untyped-def]
+def step_sample(typing_context, high, second, tables, samples, low, base, places):  # type: ignore[no-untyped-def]
     """sample = before[high] + (low > step[high]) in 64 lanes, and a list of the lanes in which that is not to be trusted.
 
-    high, low: addresses of uint8 [64]; tables: of `before` (int8 [256]) and `step` (uint8 [256]) one after the other;
-    samples: of int8 [64], to be written; places: of uint16, to be written: `base` + lane for each lane where low equals
-    the step or `before` is 127 (and up to 32 entries of anything after those). Returns how many those are. There is no
-    branch, because no processor could foresee it.
+    low is read only in lanes whose step is not 255 or whose `before` is 127, from the bytes at `second` in order, and is 0
+    in the others. high: address of uint8 [64]; second: of as many readable bytes; tables: of `before` (int8 [256]) and
+    `step` (uint8 [256]) one after the other; samples, low: of int8 and uint8 [64], to be written; places: of uint16, to be
+    written: `base` + lane for each lane where low equals the step or `before` is 127 (and up to 32 entries of anything
+    after those).
+    Returns how many those are, plus 2^32 times the bytes used of `second`. There is no branch, because no processor could
+    foresee it.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        high, low, tables, samples, base, places = args
-        index, second = _load(builder, high), _load(builder, low)
+        high, second, tables, samples, low, base, places = args
+        index = _load(builder, high)
         upper = builder.icmp_signed("<", index, ir.Constant(_BYTES, None))  # index ≥ 128
         before = _look_up(builder, tables, 0, index, upper)
         step = _look_up(builder, tables, 256, index, upper)
-        above = builder.sext(builder.icmp_unsigned(">", second, step), _BYTES)  # -1 where it is
-        builder.store(builder.sub(before, above), _pointer(builder, samples, 0), align=1)
-        equal = builder.icmp_unsigned("==", second, step)
         marked = builder.icmp_unsigned("==", before, ir.Constant(_BYTES, [127] * LANES))
+        stepped = builder.icmp_unsigned("!=", step, ir.Constant(_BYTES, [255] * LANES))
+        wanted = builder.or_(stepped, marked)
+        expand = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(_BYTES, [_BYTES, _BYTES, ir.VectorType(ir.IntType(1), LANES)]),
+            "llvm.x86.avx512.mask.expand.v64i8",
+        )
+        lows = builder.call(expand, [_load(builder, second), ir.Constant(_BYTES, None), wanted])
+        builder.store(lows, _pointer(builder, low, 0), align=1)
+        above = builder.sext(builder.icmp_unsigned(">", lows, step), _BYTES)  # -1 where it is
+        builder.store(builder.sub(before, above), _pointer(builder, samples, 0), align=1)
+        equal = builder.and_(builder.icmp_unsigned("==", lows, step), stepped)
         mask = builder.bitcast(builder.or_(equal, marked), _I64)
+        used = builder.shl(builder.ctpop(builder.bitcast(wanted, _I64)), _I64(32))
         count: Any = ir.Constant(_I64, 0)
         for half in (0, 32):
             lanes = builder.trunc(builder.lshr(mask, _I64(half)), ir.IntType(32))
             to = builder.add(places, builder.mul(count, _I64(2)))
             _store_places(builder, lanes, builder.add(base, _I64(half)), to)
             count = builder.add(count, builder.zext(builder.ctpop(lanes), _I64))
-        return count
+        return builder.or_(count, used)
 
-    return types.int64(*[types.int64] * 6), generate
+    return types.int64(*[types.int64] * 7), generate
 
 
 def _store_places(builder: Any, lanes: Any, base: Any, to: Any) -> None:

@@ -19,11 +19,12 @@ from hecompile.he import tiles
 from hecompile.he.encode import token_scales
 from hecompile.he.hints import Hint
 from hecompile.he.kernels import roots
+from hecompile.he.lines import SUM_LANES
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.sampling import SecretRandom
 from hecompile.he.scheme import Ciphertext, DecryptionKey, blocks, keygen
-from hecompile.he.scratch import scratch
+from hecompile.he.scratch import result_of, scratch
 from hecompile.he.threads import for_each, slices
 from hecompile.he.verification import GROUP, Checks, Expectation, Received
 
@@ -94,7 +95,7 @@ def encrypt_reals(
     expectation = None if checks is None else Expectation.of(checks, len(rows), random)
     key = RealKey(params, linear, stacked, scale, live, len(x), expectation)
     del secrets, stacked  # the key has them: no other frame does
-    planes = torch.empty((linear.upload_limbs, len(rows), linear.in_features), dtype=torch.uint8)
+    planes = result_of((linear.upload_limbs, len(rows), linear.in_features), np.uint8)
     if len(rows):
         # Both before the threads, which share them: a thread that waits for others to make one could wait for ever.
         key.secrets_transformed()
@@ -119,19 +120,20 @@ def _encrypt_part(
     params, linear, tokens = key.params, key.linear, len(rows)
     n, features, width = params.ring_dim // 2, linear.in_features, part.stop - part.start
     secrets, inverse = key.secrets_transformed(), 1 / key.scale
-    images, checks, variants, sums = _checking(key, tokens, lambda checks: checks.images)
+    images, checks, variants = _checking(key, tokens, part, lambda checks: checks.images_by_tiles)
     for piece in slices(tokens, _TOKENS):
         count = piece.stop - piece.start
+        sums = np.zeros((checks, count, SUM_LANES), np.int32)
         tiles.encrypt(
             matrix, part.start // 8, width, params.rank, n, roots(params.ring_dim),
             secrets[piece.start * params.rank :], count, rows.numpy().reshape(-1), piece.start * features + part.start,
             features, inverse[piece], factors[part], error.reshape(-1)[piece.start * width :], planes.numpy().reshape(-1),
             piece.start * features + part.start, tokens * features, features, linear.upload_limbs,
             scratch("tile", tiles.tile_words(count), np.int32), scratch("work", 16 * n, np.float64),
-            images, features, part.start, checks, variants[piece], sums[piece].reshape(-1),
+            images, checks, variants[piece], sums.reshape(-1),
         )  # fmt: skip
-    if key.expectation is not None:
-        key.expectation.add(sums)
+        if key.expectation is not None:
+            key.expectation.add(sums, linear.upload_limbs, piece)
 
 
 def decrypt_reals(
@@ -156,7 +158,7 @@ def decrypt_reals(
     """
     key.check(hint, reply, linear)
     factors = _factors(row_scale, linear.out_features)
-    result = torch.empty((key.tokens, linear.out_features), dtype=torch.float32)
+    result = result_of((key.tokens, linear.out_features), np.float32)
     if key.tokens:
         planes = reply.contiguous()
         received = Received(key.expectation, key.tokens)
@@ -180,29 +182,29 @@ def _decrypt_part(
     n = params.ring_dim // 2
     kept = np.empty(0) if hint.transformed is None else hint.transformed
     secrets = key.secrets_transformed()
-    vectors, checks, variants, sums = _checking(key, tokens, lambda checks: checks.vectors)
+    vectors, checks, variants = _checking(key, tokens, part, lambda checks: checks.vectors_by_tiles)
     for piece in slices(tokens, _TOKENS):
         count = piece.stop - piece.start
+        sums = np.zeros((checks, count, SUM_LANES), np.int32)
         tiles.decrypt(
             hint.words, kept, part.start // 8, part.stop - part.start, params.rank, n, roots(params.ring_dim),
             secrets[piece.start * params.rank :], count, planes.numpy().reshape(-1), piece.start * features + part.start,
             tokens * features, features, linear.reply_bytes, key.scale[piece], factors[part], result.numpy().reshape(-1),
             piece.start * features + part.start, features, scratch("tile", tiles.tile_words(count), np.int32),
             scratch("values", 16 * n * params.rank, np.float64), scratch("work", 16 * n, np.float64),
-            vectors, features, part.start, checks, GROUP, variants[piece], sums[piece].reshape(-1),
+            vectors, GROUP, variants[piece], sums.reshape(-1),
         )  # fmt: skip
-    received.add(sums)
+        received.add(sums, linear.reply_bytes, piece)
 
 
 def _checking(
-    key: RealKey, tokens: int, which: Callable[[Checks], NDArray[np.int32]]
-) -> tuple[NDArray[np.int32], int, NDArray[np.int64], NDArray[np.int32]]:
-    """For the kernels: the vectors that words are multiplied with, checks per token, variants, and zeros for the sums."""
+    key: RealKey, tokens: int, part: slice, which: Callable[[Checks], NDArray[np.int32]]
+) -> tuple[NDArray[np.int32], int, NDArray[np.int64]]:
+    """For the kernels: the vectors that the words of `part` are multiplied with, checks per token, and variants."""
     if key.expectation is None:
-        return np.empty(0, np.int32), 0, np.zeros(tokens, np.int64), np.zeros((tokens, 0), np.int32)
-    expectation = key.expectation
-    count = expectation.sums.shape[1]
-    return which(expectation.checks).reshape(-1), count, expectation.variants, np.zeros((tokens, count), np.int32)
+        return np.empty((0, 0, tiles.WIDTH), np.int32), 0, np.zeros(tokens, np.int64)
+    factors = which(key.expectation.checks)[part.start // tiles.WIDTH :]
+    return factors, key.expectation.sums.shape[1], key.expectation.variants
 
 
 def _norms(rows: Tensor, factors: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -235,6 +237,5 @@ def _factors(scale: Tensor | None, features: int) -> NDArray[np.float64]:
 
 def _parts(features: int, tokens: int) -> list[slice]:
     """Pieces of whole tiles, at least two so that two threads have work."""
-    tile = 8 * tiles.TILE_GROUPS
-    step = max(1, min(_CHUNK // max(1, tokens), math.ceil(features / 2)) // tile) * tile
+    step = max(1, min(_CHUNK // max(1, tokens), math.ceil(features / 2)) // tiles.WIDTH) * tiles.WIDTH
     return slices(features, step)

@@ -10,6 +10,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from hecompile.errors import SecurityError
 from hecompile.he import bytewise
 from hecompile.he.scratch import scratch
 from hecompile.he.simd import address
@@ -22,6 +23,9 @@ ERROR_BOUND = 29
 
 _STRADDLES = 127
 """Marks a table cell in which the sample is not decided by its top bits; beyond ERROR_BOUND, so no sample."""
+
+_NO_STEP = 255
+"""In the place of a step's second byte, where a cell has no step."""
 
 _LANES = bytewise.LANES
 _BLOCK = 1 << 15
@@ -65,91 +69,128 @@ def step_tables() -> NDArray[np.uint8]:
     """For each top byte: the sample before the step of the CDF in its cell, and the step's next byte: uint8 `[2, 256]`.
 
     The sample (as int8) is the first one if the second byte of u is below the step's, one more if it is above, and
-    undecided if they are equal. A cell with several steps, which are those of the tails, has _STRADDLES. About one sample in
-    90 is left open.
+    undecided if they are equal. The step's byte is 255 where there is none: then the second byte does not matter. A cell
+    with several steps, which are those of the tails, has _STRADDLES. So a second byte is wanted in 18 of 256 cells, and
+    about one sample in 120 is left open.
     """
     fine = gaussian_table(16).reshape(256, 256)
-    before, step = np.full(256, _STRADDLES, dtype=np.int8), np.full(256, 255, dtype=np.uint8)
+    before, step = np.full(256, _STRADDLES, dtype=np.int8), np.full(256, _NO_STEP, dtype=np.uint8)
     for cell, row in enumerate(fine):
-        place = int(np.argmax(row == _STRADDLES)) if _STRADDLES in row else 255
+        if _STRADDLES not in row:
+            before[cell] = row[0]
+            continue
+        place = int(np.argmax(row == _STRADDLES))
         first = int(row[0]) if place > 0 else int(row[1]) - 1
-        if (row[:place] == first).all() and (row[place + 1 :] == first + 1).all():
-            before[cell], step[cell] = first, place  # at 255 without a step the last of the cell is left open, harmlessly
+        if place < _NO_STEP and (row[:place] == first).all() and (row[place + 1 :] == first + 1).all():
+            before[cell], step[cell] = first, place
     return np.stack([before.view(np.uint8), step])
+
+
+@cache
+def wants_second() -> NDArray[np.bool_]:
+    """For each top byte whether the second byte of u matters: bool `[256]`."""
+    before, step = step_tables()
+    return (before == _STRADDLES) | (step != _NO_STEP)
+
+
+def second_bytes(count: int) -> int:
+    """How many second bytes to hold ready for `count` samples: 7 % are wanted; more than this with probability below 2^-200
+    (Chernoff: a sum of mean 0.0703·n exceeds 0.125·n + 1024 with probability below exp(-0.017·n - 590))."""
+    return min(count, count // 8 + 1024) + _LANES
 
 
 def gaussian_from_uniform(
     top: NDArray[np.uint8],
+    second: NDArray[np.uint8],
     more_bytes: Callable[[int], bytes | NDArray[np.uint8]],
     out: NDArray[np.int8] | None = None,
 ) -> NDArray[np.int8]:
-    """Inverts the 64-bit CDF at uniform numbers given by their top 16 bits, drawing the other 48 where they matter.
+    """Inverts the 64-bit CDF at uniform numbers given by their top byte, drawing the other 56 bits where they matter.
 
     Args:
-        top: uniform uint8, flat `[2, n]`: the top byte of each number, then the second byte of each.
+        top: uniform uint8 `[n]`: the top byte of each number.
+        second: uniform uint8, `second_bytes(n)` of them: the second byte of those numbers whose top byte `wants_second`, in
+            order; the others have none.
         more_bytes: returns that many uniform bytes; asked once, for 6 bytes per undecided sample.
         out: int8 `[n]`, to be filled and returned.
 
     Returns:
         int8 `[n]`: the smallest k with u < 2^64 · P(e ≤ k).
+
+    Raises:
+        SecurityError: there are too few second bytes. (A byte that served two samples would tie them together.)
     """
-    count = top.size // 2
+    count = top.size
     samples = np.empty(count, dtype=np.int8) if out is None else out
-    undecided = scratch("undecided", count, np.uint32)
-    done, left_open = 0, 0
-    if bytewise.supported():
+    low, undecided = scratch("low", count, np.uint8), scratch("undecided", count, np.uint32)
+    done, used, left_open = 0, 0, 0
+    tables, fine, wanted = step_tables().ravel(), gaussian_table(16), wants_second()
+    if bytewise.supported() and count >= _LANES:
         done = count // _LANES * _LANES
         places = scratch("places", _BLOCK + _LANES, np.uint16)
-        left_open = _look_up_vectors(top, step_tables().ravel(), gaussian_table(16), samples, places, undecided)
-    left_open = _look_up(top, done, gaussian_table(16), samples, undecided, left_open)
+        used, left_open = _look_up_vectors(top, second, tables, fine, samples, low, places, undecided)
+    used, left_open = _look_up(top, second, done, used, wanted, tables, fine, samples, low, undecided, left_open)
+    if used > second.size:
+        raise SecurityError("too few random bytes were drawn for the errors: this is a defect, please report it")
     if left_open:
         tail = np.frombuffer(more_bytes(6 * left_open), dtype=np.uint8)
-        _decide(top, undecided[:left_open], tail, gaussian_cdf(), samples)
+        _decide(top, low, undecided[:left_open], tail, gaussian_cdf(), samples)
     return samples
 
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
-def _look_up_vectors(top, steps, fine, samples, places, undecided):  # type: ignore[no-untyped-def]
-    """Fills all of `samples` that is whole vectors; the places left open go to `undecided`, their number is returned."""
-    half, left_open = top.size // 2, 0
-    steps_, places_ = address(steps), address(places)
-    top_, samples_ = address(top), address(samples)
-    for start in range(0, half - _LANES + 1, _BLOCK):
+def _look_up_vectors(top, second, steps, fine, samples, low, places, undecided):  # type: ignore[no-untyped-def]
+    """Fills all of `samples` and `low` that is whole vectors; the places left open go to `undecided`. Returns how many bytes
+    of `second` were used (more than there are if it has too few) and the number of places."""
+    used, left_open = 0, 0
+    steps_, places_, second_ = address(steps), address(places), address(second)
+    top_, samples_, low_ = address(top), address(samples), address(low)
+    for start in range(0, top.size - _LANES + 1, _BLOCK):
         count = 0
-        for i in range(start, min(start + _BLOCK, half) - _LANES + 1, _LANES):
-            count += bytewise.step_sample(
-                top_ + i, top_ + half + i, steps_, samples_ + i, i - start, places_ + 2 * count
+        for i in range(start, min(start + _BLOCK, top.size) - _LANES + 1, _LANES):
+            if used + _LANES > second.size:
+                return second.size + 1, 0
+            found = bytewise.step_sample(
+                top_ + i, second_ + used, steps_, samples_ + i, low_ + i, i - start, places_ + 2 * count
             )
+            count += found & 0xFFFFFFFF
+            used += found >> 32
         for c in range(count):
             k = start + np.int64(places[c])
-            sample = fine[(np.int64(top[k]) << 8) | np.int64(top[half + k])]
+            sample = fine[(np.int64(top[k]) << 8) | np.int64(low[k])]
             samples[k] = sample
             if sample == _STRADDLES:
                 undecided[left_open] = k
                 left_open += 1
-    return left_open
+    return used, left_open
 
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
-def _look_up(top, start, fine, samples, undecided, left_open):  # type: ignore[no-untyped-def]
-    """The same from place `start` on, by table alone."""
-    half = top.size // 2
-    for i in range(start, half):
-        sample = fine[(np.int64(top[i]) << 8) | np.int64(top[half + i])]
+def _look_up(top, second, start, used, wanted, steps, fine, samples, low, undecided, left_open):  # type: ignore[no-untyped-def]
+    """The same from place `start` on, one by one."""
+    for i in range(start, top.size):
+        high = np.int64(top[i])
+        if not wanted[high]:
+            samples[i] = np.int8(steps[high])
+            continue
+        if used >= second.size:
+            return second.size + 1, 0
+        low[i] = second[used]
+        used += 1
+        sample = fine[(high << 8) | np.int64(low[i])]
         samples[i] = sample
         if sample == _STRADDLES:
             undecided[left_open] = i
             left_open += 1
-    return left_open
+    return used, left_open
 
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
-def _decide(top, undecided, tail, cdf, samples):  # type: ignore[no-untyped-def]
+def _decide(top, low, undecided, tail, cdf, samples):  # type: ignore[no-untyped-def]
     """Fills the open places with the number of steps of the CDF that are at most u, of which `tail` has the low 6 bytes."""
-    half = top.size // 2
     for k in range(undecided.size):
         i = undecided[k]
-        u = (np.uint64(top[i]) << np.uint64(56)) | (np.uint64(top[half + i]) << np.uint64(48))
+        u = (np.uint64(top[i]) << np.uint64(56)) | (np.uint64(low[i]) << np.uint64(48))
         for byte in range(6):
             u |= np.uint64(tail[6 * k + byte]) << np.uint64(8 * byte)
         steps = 0

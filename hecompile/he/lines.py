@@ -1,27 +1,51 @@
 """A token's words of a whole tile at once: 64 features, whose bytes of one plane are one cache line.
 
 Eight stores of eight bytes each would do the same; but a core keeps only so many unfinished stores, and rows of wire bytes
-are far apart in memory. One store per line halved the time of packing.
+are far apart in memory. One store per line halved the time of packing. The words stay in registers from the tile to the wire
+or back, with the sums of verification taken on the way.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.core.datamodel import models
 from numba.core.extending import intrinsic as typed_intrinsic
+from numba.core.extending import overload, register_model
+
+from hecompile.he.simd import I8, LANES
 
 GROUPS = 8
 """Groups of eight features in a line."""
 
+SUM_LANES = 4
+"""int32 that the sum of one check is kept in: adding up a whole vector takes as long as the products in it."""
+
 intrinsic: Any = typed_intrinsic  # what it makes is called with an argument less than it is written with
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-_GROUP = ir.VectorType(_I32, 8)
-_WORDS = ir.VectorType(_I32, 16)
-_LINE = ir.VectorType(_I8, 64)
-_WORD_BYTES = 4 * 16
+_GROUP = ir.VectorType(_I32, LANES)
+_WORDS = ir.VectorType(_I32, LANES * GROUPS)
+_BYTES = ir.VectorType(_I8, LANES * GROUPS)
+
+
+class LineType(types.Type):
+    """64 int32; arithmetic wraps mod 2^32."""
+
+    def __init__(self) -> None:
+        super().__init__(name="hecompile.Line")
+
+
+LINE = LineType()
+
+
+@register_model(LineType)
+class _LineModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, type_: types.Type) -> None:
+        super().__init__(manager, type_, _WORDS)
 
 
 def _prefetch(write: int) -> Any:
@@ -44,109 +68,140 @@ prefetch = _prefetch(0)
 prefetch_to_write = _prefetch(1)
 
 
-@intrinsic(prefer_literal=True)
-def pack_line(typing_context, limbs, tile, step, half, dropped, out, plane):  # type: ignore[no-untyped-def]
-    """Byte planes of 64 words plus `half`, from byte dropped/8 up: 64 bytes in each of `limbs` planes.
+@intrinsic
+def line_of(typing_context, a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-def]
+    """Eight groups of eight words side by side."""
+    if not all(group == I8 for group in (a, b, c, d, e, f, g, h)):
+        return None
 
-    limbs: compile-time constant. tile: address of the first eight words, the next ones `step` bytes further each time;
-    out: address of the first plane's bytes, the next plane's `plane` bytes further.
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _join_all(builder, list(args))
+
+    return LINE(*[I8] * GROUPS), generate
+
+
+@intrinsic
+def load_line(typing_context, tile, step):  # type: ignore[no-untyped-def]
+    """tile: address of the first eight words, the next ones `step` bytes further each time."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        tile, step = args
+        return _join_all(builder, [builder.load(_at(builder, tile, step, g, _GROUP), align=4) for g in range(GROUPS)])
+
+    return LINE(types.int64, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def group_of(typing_context, line, index):  # type: ignore[no-untyped-def]
+    """Eight of the words, from 8 · `index` on. index: compile-time constant."""
+    first = LANES * index.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _slice(builder, args[0], first, LANES)
+
+    return I8(LINE, index), generate
+
+
+@intrinsic
+def top_of_line(typing_context, line, half, dropped):  # type: ignore[no-untyped-def]
+    """The words plus `half`, without their lowest `dropped` bits: shifted down, unsigned."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        line, half, dropped = args
+        return builder.lshr(builder.add(line, _splat(builder, half)), _splat(builder, dropped))
+
+    return LINE(LINE, types.int64, types.int64), generate
+
+
+@intrinsic
+def line_shifted_up(typing_context, line, bits):  # type: ignore[no-untyped-def]
+    """The words times 2^bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.shl(args[0], _splat(builder, args[1]))
+
+    return LINE(LINE, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def pack_line(typing_context, limbs, line, out, plane):  # type: ignore[no-untyped-def]
+    """The lowest `limbs` bytes of the words: 64 bytes in each of as many planes.
+
+    limbs: compile-time constant. out: address of the first plane's bytes, the next plane's `plane` bytes further.
     """
     count = limbs.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, tile, step, half, dropped, out, plane = args
-        addend, shift = _splat(builder, half), _splat(builder, dropped)
-        words = [builder.lshr(builder.add(word, addend), shift) for word in _load_words(builder, tile, step)]
+        _, line, out, plane = args
         for limb in range(count):
-            bits = ir.Constant(_WORDS, [8 * limb] * 16)
-            parts = [builder.trunc(builder.lshr(word, bits), ir.VectorType(_I8, 16)) for word in words]
-            line = _join(builder, _join(builder, parts[0], parts[1]), _join(builder, parts[2], parts[3]))
-            builder.store(line, _at(builder, out, plane, limb, _LINE), align=1)
+            octets = builder.trunc(builder.lshr(line, _constant(8 * limb)), _BYTES)
+            builder.store(octets, _at(builder, out, plane, limb, _BYTES), align=1)
         return context.get_dummy_value()
 
-    return types.void(limbs, *[types.int64] * 6), generate
+    return types.void(limbs, LINE, types.int64, types.int64), generate
 
 
 @intrinsic(prefer_literal=True)
-def unpack_line(typing_context, limbs, source, plane, dropped, tile, step):  # type: ignore[no-untyped-def]
-    """The reverse: 64 words, byte l of which, counted from byte dropped/8 up, is that of plane l."""
+def unpack_line(typing_context, limbs, source, plane):  # type: ignore[no-untyped-def]
+    """The reverse."""
     count = limbs.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, source, plane, dropped, tile, step = args
-        shift = _splat(builder, dropped)
-        words: list[Any] = [ir.Constant(_WORDS, None)] * 4
+        _, source, plane = args
+        line: Any = ir.Constant(_WORDS, None)
         for limb in range(count):
-            line = builder.load(_at(builder, source, plane, limb, _LINE), align=1)
-            bits = ir.Constant(_WORDS, [8 * limb] * 16)
-            for k in range(4):
-                part = builder.zext(_slice(builder, line, 16 * k, 16), _WORDS)
-                words[k] = builder.or_(words[k], builder.shl(part, bits))
-        for g in range(GROUPS):
-            group = _slice(builder, builder.shl(words[g // 2], shift), 8 * (g % 2), 8)
-            builder.store(group, _at(builder, tile, step, g, _GROUP), align=4)
+            octets = builder.load(_at(builder, source, plane, limb, _BYTES), align=1)
+            line = builder.or_(line, builder.shl(builder.zext(octets, _WORDS), _constant(8 * limb)))
+        return line
+
+    return LINE(limbs, types.int64, types.int64), generate
+
+
+@intrinsic
+def add_dot(typing_context, line, factors, sums):  # type: ignore[no-untyped-def]
+    """Adds Σ of the words times int32 factors [64], mod 2^32, to the sum of int32 [SUM_LANES]; both are addresses."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        line, factors, sums = args
+        factor = builder.load(builder.inttoptr(factors, _WORDS.as_pointer()), align=4)
+        total = builder.mul(line, factor)
+        while total.type.count > SUM_LANES:
+            half = total.type.count // 2
+            total = builder.add(_slice(builder, total, 0, half), _slice(builder, total, half, half))
+        pointer = builder.inttoptr(sums, total.type.as_pointer())
+        builder.store(builder.add(builder.load(pointer, align=4), total), pointer, align=4)
         return context.get_dummy_value()
 
-    return types.void(limbs, *[types.int64] * 5), generate
+    return types.void(LINE, types.int64, types.int64), generate
 
 
-@intrinsic
-def sent_line(typing_context, tile, step, half, dropped, line):  # type: ignore[no-untyped-def]
-    """64 words, each plus `half` and with its lowest `dropped` bits cleared, side by side at the address `line`.
+def _binary(operator_: Any, name: str) -> None:
+    @intrinsic
+    def operation(typing_context, a, b):  # type: ignore[no-untyped-def]
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return getattr(builder, name)(*args)
 
-    tile, step: as for `pack_line`.
-    """
+        return LINE(LINE, LINE), generate
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        tile, step, half, dropped, line = args
-        addend, shift = _splat(builder, half), _splat(builder, dropped)
-        for k, word in enumerate(_load_words(builder, tile, step)):
-            cleared = builder.shl(builder.lshr(builder.add(word, addend), shift), shift)
-            builder.store(cleared, _at(builder, line, _I64(_WORD_BYTES), k, _WORDS), align=4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 5), generate
+    @overload(operator_, inline="always")
+    def overloaded(a, b):  # type: ignore[no-untyped-def]
+        if a == LINE and b == LINE:
+            return lambda a, b: operation(a, b)
+        return None
 
 
-@intrinsic
-def dot_sent(typing_context, line, factors):  # type: ignore[no-untyped-def]
-    """Σ of 64 words that `sent_line` wrote times int32 factors [64], mod 2^32; both are addresses."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        words = [builder.load(_at(builder, args[0], _I64(_WORD_BYTES), k, _WORDS), align=4) for k in range(4)]
-        return _dot(builder, words, args[1])
-
-    return types.int64(types.int64, types.int64), generate
-
-
-@intrinsic
-def dot_line(typing_context, tile, step, factors):  # type: ignore[no-untyped-def]
-    """Σ of 64 words times int32 factors [64], mod 2^32. tile, step: as for `pack_line`; factors: an address."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _dot(builder, _load_words(builder, args[0], args[1]), args[2])
-
-    return types.int64(*[types.int64] * 3), generate
-
-
-def _dot(builder: Any, words: list[Any], factors: Any) -> Any:
-    total: Any = ir.Constant(_WORDS, None)
-    for k, word in enumerate(words):
-        factor = builder.load(_at(builder, factors, _I64(_WORD_BYTES), k, _WORDS), align=4)
-        total = builder.add(total, builder.mul(word, factor))
-    function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(_I32, [_WORDS]), "llvm.vector.reduce.add.v16i32"
-    )
-    return builder.sext(builder.call(function, [total]), _I64)
+_binary(operator.add, "add")
+_binary(operator.sub, "sub")
 
 
 def _at(builder: Any, start: Any, step: Any, index: int, vector: ir.Type) -> Any:
     return builder.inttoptr(builder.add(start, builder.mul(step, _I64(index))), vector.as_pointer())
 
 
-def _load_words(builder: Any, tile: Any, step: Any) -> list[Any]:
-    groups = [builder.load(_at(builder, tile, step, g, _GROUP), align=4) for g in range(GROUPS)]
-    return [_join(builder, groups[g], groups[g + 1]) for g in range(0, GROUPS, 2)]
+def _join_all(builder: Any, parts: list[Any]) -> Any:
+    while len(parts) > 1:
+        parts = [_join(builder, parts[k], parts[k + 1]) for k in range(0, len(parts), 2)]
+    return parts[0]
 
 
 def _join(builder: Any, low: Any, high: Any) -> Any:
@@ -159,6 +214,11 @@ def _slice(builder: Any, vector: Any, start: int, count: int) -> Any:
     return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), lanes)
 
 
+def _constant(value: int) -> Any:
+    return ir.Constant(_WORDS, [value] * _WORDS.count)
+
+
 def _splat(builder: Any, scalar: Any) -> Any:
     one = builder.insert_element(ir.Constant(_WORDS, ir.Undefined), builder.trunc(scalar, _I32), _I32(0))
-    return builder.shuffle_vector(one, ir.Constant(_WORDS, ir.Undefined), ir.Constant(_WORDS, None))
+    zeros = ir.Constant(_WORDS, None)
+    return builder.shuffle_vector(one, ir.Constant(_WORDS, ir.Undefined), zeros)

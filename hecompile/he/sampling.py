@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from numpy.typing import NDArray
 
 from hecompile.errors import InputError, SecurityError
-from hecompile.he.gaussian import ERROR_BOUND, SIGMA, gaussian_from_uniform
+from hecompile.he.gaussian import ERROR_BOUND, SIGMA, gaussian_from_uniform, second_bytes
 from hecompile.he.scratch import scratch
 
 __all__ = ["ERROR_BOUND", "SIGMA", "OneTimeSecret", "PublicSeed", "PublicStream", "SecretRandom", "Unsharable"]
@@ -154,17 +154,18 @@ class SecretRandom(Unsharable):
         keystream = _Keystream()
         for start in range(0, count, _PIECE):
             piece = samples[start : min(start + _PIECE, count)]
-            top = scratch("keystream", 2 * piece.size + _ROOM, np.uint8)
-            keystream.fill(top)
-            gaussian_from_uniform(top[: 2 * piece.size], keystream.take, piece)
+            size = piece.size + second_bytes(piece.size)
+            uniform = scratch("keystream", size + _ROOM, np.uint8)
+            keystream.fill(uniform)
+            gaussian_from_uniform(uniform[: piece.size], uniform[piece.size : size], keystream.take, piece)
         return samples.reshape(shape)
 
 
-_PIECE = 1 << 16
+_PIECE = 1 << 18
 """Samples drawn at a time: what they are made from then stays in the second-level cache."""
 _ROOM = 15
 """Bytes more than wanted that the cipher asks room for."""
-_ZEROS = bytes(2 * _PIECE)
+_ZEROS = bytes(1 << 15)
 
 
 class _Keystream(Unsharable):
@@ -177,15 +178,16 @@ class _Keystream(Unsharable):
 
     def fill(self, target: NDArray[np.uint8]) -> None:
         """Overwrites all but the last _ROOM bytes of `target` with fresh uniform bytes."""
-        size = target.size - _ROOM
-        if size > len(_ZEROS):
-            raise SecurityError(f"{size} random bytes were asked for at once, {len(_ZEROS)} are the most")
-        written = self._encryptor.update_into(memoryview(_ZEROS)[:size], target.data)
-        if written != size:  # what was there before would pass for fresh randomness
-            raise SecurityError(f"the cipher wrote {written} of {size} random bytes: reinstall `cryptography`")
+        zeros, into = memoryview(_ZEROS), target.data
+        end = target.size - _ROOM
+        for start in range(0, end, len(_ZEROS)):
+            size = min(len(_ZEROS), end - start)
+            written = self._encryptor.update_into(zeros[:size], into[start:])
+            if written != size:  # what was there before would pass for fresh randomness
+                raise SecurityError(f"the cipher wrote {written} of {size} random bytes: reinstall `cryptography`")
 
     def take(self, count: int) -> NDArray[np.uint8]:
-        """Fresh uniform bytes: uint8 `[count]`, count ≤ 2 · _PIECE."""
+        """Fresh uniform bytes: uint8 `[count]`."""
         target = np.empty(count + _ROOM, dtype=np.uint8)
         self.fill(target)
         return target[:count]

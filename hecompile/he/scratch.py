@@ -9,7 +9,9 @@ import threading
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hecompile.he.kernels import aligned
 
@@ -23,3 +25,8 @@ def scratch(name: str, count: int, dtype: type[np.generic]) -> NDArray[Any]:
     if found is None or found.size < count or found.dtype != dtype:
         found = arrays[name] = aligned(count, dtype)
     return found[:count]
+
+
+def result_of(shape: tuple[int, ...], dtype: type[np.generic]) -> Tensor:
+    """An uninitialized tensor for what is handed out. numpy asks for huge pages where it is large: fewer faults."""
+    return torch.from_numpy(np.empty(shape, dtype))

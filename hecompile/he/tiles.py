@@ -1,7 +1,8 @@
-"""The client's hot loops over a tile: a few groups of eight features, all tokens, as int32 words `[groups, tokens, 8]`.
+"""The client's hot loops over a tile: eight groups of eight features, all tokens, as int32 words `[groups, tokens, 8]`.
 
-Real matrices and wire bytes lie token by token, polynomials feature by feature. A tile is where the two meet: small enough
-for the second-level cache, wide enough that the rows of a token are read and written in whole cache lines. (Going from one
+A tile holds masks ⟨A_j, s⟩ or ⟨H_i, s⟩; real values, wire bytes and the sums of verification meet them in registers. Real
+matrices and wire bytes lie token by token, polynomials feature by feature. A tile is where the two meet: small enough for
+the second-level cache, wide enough that the rows of a token are read and written in whole cache lines. (Going from one
 group to the rows directly touches one short piece per token at a stride of a power of two, and was four times slower.)
 
 `stride` is the distance between groups of a tile, in words; a little more than 8·tokens, so that the groups do not compete
@@ -16,15 +17,20 @@ import numpy as np
 from hecompile.he.kernels import compiled, forward_at, inlined, inner_product, load_and_join4
 from hecompile.he.lines import (
     GROUPS,
-    dot_line,
-    dot_sent,
+    SUM_LANES,
+    add_dot,
+    group_of,
+    line_of,
+    line_shifted_up,
+    load_line,
     pack_line,
     prefetch,
     prefetch_to_write,
-    sent_line,
+    top_of_line,
     unpack_line,
 )
 from hecompile.he.simd import (
+    LANES,
     absolute,
     address,
     broadcast,
@@ -32,26 +38,17 @@ from hecompile.he.simd import (
     load_f32,
     load_f64,
     load_i8,
-    load_i32,
-    load_u8,
     maximum,
     round_mod_2_32,
-    shift_left,
-    shift_right,
     splat,
-    splat_i32,
     store_f32,
     store_f64,
     store_i32,
-    store_u8,
     to_f64,
 )
 
-TILE_GROUPS = GROUPS
-"""At most this many groups to a tile: 64 features, of which a row of one byte plane is one cache line."""
-
-_TILE_TOKENS = 16384
-"""Groups times tokens of a tile, at most (where that leaves two groups): 512 KiB."""
+WIDTH = LANES * GROUPS
+"""Features of a tile: 64, of which a row of one byte plane is one cache line."""
 
 _PADDING = 16
 """Words between the groups of a tile: one cache line."""
@@ -61,65 +58,79 @@ _AHEAD = 16
 
 
 @inlined
-def tile_groups(tokens):
-    return max(2, min(TILE_GROUPS, _TILE_TOKENS // max(1, tokens)))
-
-
-@inlined
-def _add_mask(mask, at, c, count, negative):
+def _store_mask(mask, at, c, count):
     if c < count:
-        word = round_mod_2_32(mask)
-        old = load_i32(at, 8 * c)
-        store_i32(at, 8 * c, old - word if negative else old + word)
+        store_i32(at, 8 * c, round_mod_2_32(mask))
 
 
 @inlined
-def _add_inner_product(matrix, base, rank, n, roots, root_count, secrets, tokens, tile, at, work, negative):
-    """tile ± ⟨matrix row, secret⟩ mod 2^32 for one group and all blocks of tokens."""
+def _inner_product(matrix, base, rank, n, roots, root_count, secrets, tokens, tile, at, work):
+    """tile = ⟨matrix row, secret⟩ mod 2^32 for one group and all blocks of tokens."""
     for token in range(0, tokens, 2 * n):
         h = inner_product(matrix, base, secrets, token * rank, rank, n, roots, root_count, work)
         m = min(2 * n, tokens - token)
         to = tile + 4 * (at + 8 * token)
         for p in range(h):
             r0, i0, r1, i1, r2, i2, r3, i3 = load_and_join4(work, 16 * p, 16 * h, roots, 0)
-            _add_mask(r0, to, p, m, negative)
-            _add_mask(r1, to, p + h, m, negative)
-            _add_mask(r2, to, p + 2 * h, m, negative)
-            _add_mask(r3, to, p + 3 * h, m, negative)
-            _add_mask(i0, to, p + n, m, negative)
-            _add_mask(i1, to, p + n + h, m, negative)
-            _add_mask(i2, to, p + n + 2 * h, m, negative)
-            _add_mask(i3, to, p + n + 3 * h, m, negative)
+            _store_mask(r0, to, p, m)
+            _store_mask(r1, to, p + h, m)
+            _store_mask(r2, to, p + 2 * h, m)
+            _store_mask(r3, to, p + 3 * h, m)
+            _store_mask(i0, to, p + n, m)
+            _store_mask(i1, to, p + n + h, m)
+            _store_mask(i2, to, p + n + 2 * h, m)
+            _store_mask(i3, to, p + n + 3 * h, m)
 
 
 @inlined
-def _pack(limbs, tile, step, half, dropped, out, plane):
+def _pack(limbs, line, out, plane):
     if limbs == 1:
-        pack_line(1, tile, step, half, dropped, out, plane)
+        pack_line(1, line, out, plane)
     elif limbs == 2:
-        pack_line(2, tile, step, half, dropped, out, plane)
+        pack_line(2, line, out, plane)
     elif limbs == 3:
-        pack_line(3, tile, step, half, dropped, out, plane)
+        pack_line(3, line, out, plane)
     else:
-        pack_line(4, tile, step, half, dropped, out, plane)
+        pack_line(4, line, out, plane)
 
 
 @inlined
-def _unpack(limbs, source, plane, dropped, tile, step):
+def _unpack(limbs, source, plane):
     if limbs == 1:
-        unpack_line(1, source, plane, dropped, tile, step)
+        line = unpack_line(1, source, plane)
     elif limbs == 2:
-        unpack_line(2, source, plane, dropped, tile, step)
+        line = unpack_line(2, source, plane)
     elif limbs == 3:
-        unpack_line(3, source, plane, dropped, tile, step)
+        line = unpack_line(3, source, plane)
     else:
-        unpack_line(4, source, plane, dropped, tile, step)
+        line = unpack_line(4, source, plane)
+    return line
+
+
+@inlined
+def _plain(x, at, factor, k, scale, error, e):
+    """Eight features of a token: x times factor times scale, rounded, plus the error."""
+    real = load_f32(x, at + k) * load_f64(factor, k) * scale
+    return round_mod_2_32(real) + load_i8(error, e + k)
+
+
+@inlined
+def _real(line, index, scale, factor, result, r):
+    real = to_f64(group_of(line, index)) * scale * load_f64(factor, 8 * index)
+    store_f32(result, r + 8 * index, real + splat(0.0))
+
+
+@inlined
+def _prefetch_factors(start, rows):
+    """What the words of a tile are multiplied with: which row of it the next token wants is drawn at random."""
+    for k in range(0, 4 * WIDTH * rows, 64):
+        prefetch(start, k)
 
 
 @compiled
 def encrypt(
     matrix, first, features, rank, n, roots, secrets, tokens, x, x_at, x_row, inverse_scale, factors,
-    error, planes, p_at, plane, p_row, limbs, tile, work, images, image_row, image_at, checks, variants, sums
+    error, planes, p_at, plane, p_row, limbs, tile, work, images, checks, variants, sums
 ):  # fmt: skip
     """Encrypts `tokens` tokens of `features` features, of which the first is in group `first` of the matrix.
 
@@ -127,67 +138,59 @@ def encrypt(
     divided by n. x: float32, feature j of token t at `x_at + t·x_row + j`; times factors `[features]` and inverse_scale
     `[tokens]`, float64, it is rounded to an integer. error: int8, at `t·features + j`. planes: uint8, byte l of a word at
     `p_at + l·plane + t·p_row + j`. tile: int32, `tile_words(tokens)` of scratch; work: float64, 16·n of scratch.
-    For verification, sums `[tokens, checks]` int32 grows by Σ_j word_j · images[(variants[t]·checks + c)·image_row +
-    image_at + j], of the words as they are sent (with zeros for the bytes that are not).
+    For verification, images: int32 `[tiles, variants · checks, 64]`, from the first feature on, as `Checks` has them by
+    tiles; sums `[checks, tokens, SUM_LANES]` int32 grows, all lanes together, by Σ_j top_j times image j of variant
+    variants[t], where top_j is what is sent: the word without the bytes that are not.
     """
     stride = 8 * tokens + _PADDING
-    span = 8 * tile_groups(tokens)
     dropped = 8 * (4 - limbs)
     half = (1 << dropped) >> 1
     root_count = roots.size
     x_, scale_, factor_, error_ = address(x), address(inverse_scale), address(factors), address(error)
     matrix_, roots_, secrets_ = address(matrix), address(roots), address(secrets)
-    tile_, work_, planes_, images_ = address(tile), address(work), address(planes), address(images)
-    for j in range(0, features, span):
-        width = min(span, features - j)
-        whole, groups = width // 8, (width + 7) // 8
-        for t in range(tokens):
-            scale = broadcast(scale_, t)
-            for k in range(0, 4 * width, 64):
-                prefetch(x_, 4 * (x_at + (t + _AHEAD) * x_row + j) + k)
-            for g in range(whole):
-                k = j + 8 * g
-                real = load_f32(x_, x_at + t * x_row + k) * load_f64(factor_, k) * scale
-                store_i32(tile_, g * stride + 8 * t, round_mod_2_32(real) + load_i8(error_, t * features + k))
-            for k in range(8 * whole, width):
-                value = np.float64(x[x_at + t * x_row + j + k]) * factors[j + k] * inverse_scale[t]
-                tile[whole * stride + 8 * t + k - 8 * whole] = np.int64(np.rint(value)) + error[t * features + j + k]
-        for g in range(groups):
+    tile_, work_, planes_ = address(tile), address(work), address(planes)
+    images_, sums_, image_rows, images_flat = address(images), address(sums), images.shape[1], images.reshape(-1)
+    for j in range(0, features, WIDTH):
+        width = min(WIDTH, features - j)
+        for g in range((width + 7) // 8):
             base = (first + j // 8 + g) * rank * 16 * n
-            _add_inner_product(
-                matrix_, base, rank, n, roots_, root_count, secrets_, tokens, tile_, g * stride, work_, False
-            )
+            _inner_product(matrix_, base, rank, n, roots_, root_count, secrets_, tokens, tile_, g * stride, work_)
+        factors_at = j * image_rows
+        _prefetch_factors(images_ + 4 * factors_at, image_rows)
         for t in range(tokens):
-            out = p_at + t * p_row + j
-            for limb in range(limbs):
-                prefetch_to_write(planes_, out + limb * plane + _AHEAD * p_row)
-            if whole == TILE_GROUPS:
-                at = tile_ + 32 * t
-                _pack(limbs, at, 4 * stride, half, dropped, planes_ + out, plane)
-                if checks > 0:
-                    sent_line(at, 4 * stride, half, dropped, work_)  # which has done its work for this tile
+            row, e, out = x_at + t * x_row + j, t * features + j, p_at + t * p_row + j
+            image = factors_at + WIDTH * variants[t] * checks
+            if width == WIDTH:
+                for k in range(0, 256, 64):
+                    prefetch(x_, 4 * (row + _AHEAD * x_row) + k)
+                for limb in range(limbs):
+                    prefetch_to_write(planes_, out + limb * plane + _AHEAD * p_row)
+                scale, to = broadcast(scale_, t), factor_ + 8 * j
+                plain = line_of(
+                    _plain(x_, row, to, 0, scale, error_, e), _plain(x_, row, to, 8, scale, error_, e),
+                    _plain(x_, row, to, 16, scale, error_, e), _plain(x_, row, to, 24, scale, error_, e),
+                    _plain(x_, row, to, 32, scale, error_, e), _plain(x_, row, to, 40, scale, error_, e),
+                    _plain(x_, row, to, 48, scale, error_, e), _plain(x_, row, to, 56, scale, error_, e),
+                )  # fmt: skip
+                top = top_of_line(plain + load_line(tile_ + 32 * t, 4 * stride), half, dropped)
+                _pack(limbs, top, planes_ + out, plane)
                 for c in range(checks):
-                    image = (variants[t] * checks + c) * image_row + image_at + j
-                    sums[t * checks + c] += dot_sent(work_, images_ + 4 * image)
+                    add_dot(top, images_ + 4 * (image + WIDTH * c), sums_ + 4 * SUM_LANES * (c * tokens + t))
                 continue
-            for c in range(checks):
-                image = (variants[t] * checks + c) * image_row + image_at + j
-                for k in range(width):
-                    sent = ((np.int64(tile[k // 8 * stride + 8 * t + k % 8]) + half) >> dropped) << dropped
-                    sums[t * checks + c] += sent * images[image + k]
-            for limb in range(limbs):
-                for g in range(whole):
-                    word = load_i32(tile_, g * stride + 8 * t) + splat_i32(half)
-                    store_u8(planes_, out + limb * plane + 8 * g, shift_right(word, dropped + 8 * limb))
-                for k in range(8 * whole, width):
-                    word_ = np.int64(tile[whole * stride + 8 * t + k - 8 * whole]) + half
-                    planes[out + limb * plane + k] = np.uint8((word_ >> (dropped + 8 * limb)) & 255)
+            for k in range(width):
+                value = np.int64(np.rint(np.float64(x[row + k]) * factors[j + k] * inverse_scale[t]))
+                word = value + error[e + k] + tile[k // 8 * stride + 8 * t + k % 8] + half
+                word = (word & 0xFFFFFFFF) >> dropped
+                for limb in range(limbs):
+                    planes[out + limb * plane + k] = np.uint8((word >> (8 * limb)) & 255)
+                for c in range(checks):
+                    sums[SUM_LANES * (c * tokens + t)] += word * images_flat[image + WIDTH * c + k]
 
 
 @compiled
 def decrypt(
     hint, kept, first, features, rank, n, roots, secrets, tokens, planes, p_at, plane, p_row, limbs, scale, factors,
-    result, r_at, r_row, tile, values, work, vectors, vector_row, vector_at, checks, check_features, variants, sums
+    result, r_at, r_row, tile, values, work, vectors, check_features, variants, sums
 ):  # fmt: skip
     """Decrypts `tokens` tokens of `features` features, of which the first is in group `first` of the hint.
 
@@ -195,47 +198,22 @@ def decrypt(
     which are then used instead. planes: uint8, byte l of the reply at `p_at + l·plane + t·p_row + j`.
     result: float32 at `r_at + t·r_row + j`: the word times scale `[tokens]` times factors `[features]`, float64.
     values: float64, rank · 16 · n of scratch. The rest is as in `encrypt`.
-    For verification, sums `[tokens, checks]` int32 grows by Σ_j word_j · vectors[variants[t]·vector_row + vector_at + j] in
-    the place of the check that feature vector_at + j belongs to: `check_features` (a multiple of 64, as is vector_at) each.
+    For verification, vectors: int32 `[tiles, variants, 64]`, as `Checks` has them by tiles; sums
+    `[checks, tokens, SUM_LANES]` int32 grows, all lanes together, by Σ_j top_j times vector j of variant variants[t], in
+    the place of the check that the feature belongs to: `check_features` (a multiple of 64) each. top_j is the word without
+    what was not sent.
     """
     stride = 8 * tokens + _PADDING
-    span = 8 * tile_groups(tokens)
+    dropped = 8 * (4 - limbs)
     root_count = roots.size
     hint_, kept_, roots_, secrets_ = address(hint), address(kept), address(roots), address(secrets)
-    keep, planes_ = kept.size > 0, address(planes)
+    keep, planes_, sums_ = kept.size > 0, address(planes), address(sums)
     scale_, factor_, result_, vectors_ = address(scale), address(factors), address(result), address(vectors)
     tile_, values_, work_ = address(tile), address(values), address(work)
-    for j in range(0, features, span):
-        width = min(span, features - j)
-        whole, groups = width // 8, (width + 7) // 8
-        for t in range(tokens):
-            at = p_at + t * p_row + j
-            for limb in range(limbs):
-                prefetch(planes_, at + limb * plane + _AHEAD * p_row)
-            if whole == TILE_GROUPS:
-                _unpack(limbs, planes_ + at, plane, 32 - 8 * limbs, tile_ + 32 * t, 4 * stride)
-                continue
-            for g in range(whole):
-                word = splat_i32(0)
-                for limb in range(limbs):
-                    byte = load_u8(planes_, at + limb * plane + 8 * g)
-                    word = word | shift_left(byte, 8 * (4 - limbs + limb))
-                store_i32(tile_, g * stride + 8 * t, word)
-            for k in range(8 * whole, width):
-                word_ = np.int64(0)
-                for limb in range(limbs):
-                    word_ |= np.int64(planes[at + limb * plane + k]) << (8 * (4 - limbs + limb))
-                tile[whole * stride + 8 * t + k - 8 * whole] = word_
-        if checks > 0:
-            check = (vector_at + j) // check_features
-            for t in range(tokens):
-                vector = variants[t] * vector_row + vector_at + j
-                if whole == TILE_GROUPS:
-                    sums[t * checks + check] += dot_line(tile_ + 32 * t, 4 * stride, vectors_ + 4 * vector)
-                    continue
-                for k in range(width):
-                    sums[t * checks + check] += np.int64(tile[k // 8 * stride + 8 * t + k % 8]) * vectors[vector + k]
-        for g in range(groups):
+    vector_rows, vectors_flat = vectors.shape[1], vectors.reshape(-1)
+    for j in range(0, features, WIDTH):
+        width = min(WIDTH, features - j)
+        for g in range((width + 7) // 8):
             base = (first + j // 8 + g) * rank * 16 * n
             if keep:
                 matrix, start = kept_, base
@@ -243,20 +221,39 @@ def decrypt(
                 matrix, start = values_, 0
                 for i in range(rank):
                     forward_at(hint_, base + i * 16 * n, n, roots_, values_, i * 16 * n)
-            _add_inner_product(
-                matrix, start, rank, n, roots_, root_count, secrets_, tokens, tile_, g * stride, work_, True
-            )
+            _inner_product(matrix, start, rank, n, roots_, root_count, secrets_, tokens, tile_, g * stride, work_)
+        factors_at, check = j * vector_rows, (8 * first + j) // check_features
+        _prefetch_factors(vectors_ + 4 * factors_at, vector_rows)
         for t in range(tokens):
-            factor = broadcast(scale_, t)
-            for k in range(0, 4 * width, 64):
-                prefetch_to_write(result_, 4 * (r_at + (t + _AHEAD) * r_row + j) + k)
-            for g in range(whole):
-                k = j + 8 * g
-                real = to_f64(load_i32(tile_, g * stride + 8 * t)) * factor * load_f64(factor_, k)
-                store_f32(result_, r_at + t * r_row + k, real + splat(0.0))
-            for k in range(8 * whole, width):
-                word_ = tile[whole * stride + 8 * t + k - 8 * whole]
-                result[r_at + t * r_row + j + k] = np.float64(word_) * scale[t] * factors[j + k] + 0.0
+            at, r = p_at + t * p_row + j, r_at + t * r_row + j
+            vector = factors_at + WIDTH * variants[t]
+            if width == WIDTH:
+                for limb in range(limbs):
+                    prefetch(planes_, at + limb * plane + _AHEAD * p_row)
+                for k in range(0, 256, 64):
+                    prefetch_to_write(result_, 4 * (r + _AHEAD * r_row) + k)
+                top = _unpack(limbs, planes_ + at, plane)
+                if vector_rows > 0:
+                    add_dot(top, vectors_ + 4 * vector, sums_ + 4 * SUM_LANES * (check * tokens + t))
+                line = line_shifted_up(top, dropped) - load_line(tile_ + 32 * t, 4 * stride)
+                factor, to = broadcast(scale_, t), factor_ + 8 * j
+                _real(line, 0, factor, to, result_, r)
+                _real(line, 1, factor, to, result_, r)
+                _real(line, 2, factor, to, result_, r)
+                _real(line, 3, factor, to, result_, r)
+                _real(line, 4, factor, to, result_, r)
+                _real(line, 5, factor, to, result_, r)
+                _real(line, 6, factor, to, result_, r)
+                _real(line, 7, factor, to, result_, r)
+                continue
+            for k in range(width):
+                word = np.int64(0)
+                for limb in range(limbs):
+                    word |= np.int64(planes[at + limb * plane + k]) << (8 * limb)
+                if vector_rows > 0:
+                    sums[SUM_LANES * (check * tokens + t)] += word * vectors_flat[vector + k]
+                centred = np.int32((word << dropped) - tile[k // 8 * stride + 8 * t + k % 8])
+                result[r + k] = np.float64(centred) * scale[t] * factors[j + k] + 0.0
 
 
 @compiled
@@ -266,22 +263,33 @@ def row_norms(x, x_row, features, tokens, factors, largest, squares):
     The sum is not finite where an x is not; the maximum may then be anything.
     """
     x_, factor_ = address(x), address(factors)
-    whole = features // 8 * 8
+    whole, vectors = features // 32 * 32, features // 8 * 8
     lanes = np.empty(16)
     for t in range(tokens):
-        top, total = splat(0.0), splat(0.0)
-        for k in range(0, whole, 8):
-            value = load_f32(x_, t * x_row + k) * load_f64(factor_, k)
-            top = maximum(top, absolute(value))
-            total = fma(value, value, total)
-        store_f64(address(lanes), 0, top)
-        store_f64(address(lanes), 8, total)
+        row = t * x_row
+        # Four at a time, side by side: each sum waits for its last addition.
+        top0, top1, top2, top3 = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
+        sum0, sum1, sum2, sum3 = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
+        for k in range(0, whole, 32):
+            v0 = load_f32(x_, row + k) * load_f64(factor_, k)
+            v1 = load_f32(x_, row + k + 8) * load_f64(factor_, k + 8)
+            v2 = load_f32(x_, row + k + 16) * load_f64(factor_, k + 16)
+            v3 = load_f32(x_, row + k + 24) * load_f64(factor_, k + 24)
+            top0, sum0 = maximum(top0, absolute(v0)), fma(v0, v0, sum0)
+            top1, sum1 = maximum(top1, absolute(v1)), fma(v1, v1, sum1)
+            top2, sum2 = maximum(top2, absolute(v2)), fma(v2, v2, sum2)
+            top3, sum3 = maximum(top3, absolute(v3)), fma(v3, v3, sum3)
+        for k in range(whole, vectors, 8):
+            v0 = load_f32(x_, row + k) * load_f64(factor_, k)
+            top0, sum0 = maximum(top0, absolute(v0)), fma(v0, v0, sum0)
+        store_f64(address(lanes), 0, maximum(maximum(top0, top1), maximum(top2, top3)))
+        store_f64(address(lanes), 8, (sum0 + sum1) + (sum2 + sum3))
         peak, length = lanes[0], lanes[8]
         for k in range(1, 8):
             peak = max(peak, lanes[k])
             length += lanes[8 + k]
-        for k in range(whole, features):
-            last = np.float64(x[t * x_row + k]) * factors[k]
+        for k in range(vectors, features):
+            last = np.float64(x[row + k]) * factors[k]
             peak = max(peak, abs(last))
             length += last * last
         largest[t], squares[t] = peak, length
@@ -289,4 +297,4 @@ def row_norms(x, x_row, features, tokens, factors, largest, squares):
 
 def tile_words(tokens: int) -> int:
     """int32 of scratch that `encrypt` and `decrypt` want for a tile."""
-    return max(2, min(TILE_GROUPS, _TILE_TOKENS // max(1, tokens))) * (8 * tokens + _PADDING)
+    return GROUPS * (LANES * tokens + _PADDING)

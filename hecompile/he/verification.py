@@ -45,12 +45,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.errors import InputError, SecurityError, VerificationError
+from hecompile.he.kernels import aligned
 from hecompile.he.parameters import LOG_Q, LinearParameters
 from hecompile.he.sampling import SecretRandom, Unsharable
 
 VARIANTS = 8
 GROUP = 2048
-"""Outputs per check: a multiple of 64, the features of a tile."""
+"""Outputs per check: a multiple of _TILE."""
+
+_TILE = 64
+"""Features that the kernels take at a time."""
 
 _DEVIATIONS = 8
 _MEAN_SQUARE = 2.5
@@ -105,10 +109,12 @@ def _spread(linear: LinearParameters, square_sum: float) -> int:
 class Checks(Unsharable):
     """The secret of one circuit: `vectors` int32 [VARIANTS, out], the r, and `images` int32 [VARIANTS, checks, in], the v.
 
+    `vectors_by_tiles` and `images_by_tiles` are the same for the kernels: int32 [tiles, VARIANTS or VARIANTS · checks, 64].
+
     Who knows it can cheat, and learns nothing else. Raises InputError where shapes or values do not fit.
     """
 
-    __slots__ = ("_squares", "images", "vectors")
+    __slots__ = ("_allowed", "_squares", "images", "images_by_tiles", "vectors", "vectors_by_tiles")
 
     def __init__(self, vectors: NDArray[np.int32], images: NDArray[np.int32]) -> None:
         variants, outputs = vectors.shape
@@ -118,6 +124,9 @@ class Checks(Unsharable):
             [np.square(vectors[:, at : at + GROUP], dtype=np.float64).sum(axis=1) for at in range(0, outputs, GROUP)], axis=1
         )
         self.vectors, self.images = np.ascontiguousarray(vectors), np.ascontiguousarray(images)
+        self._allowed: tuple[LinearParameters, NDArray[np.int64]] | None = None
+        self.vectors_by_tiles = _by_tiles(self.vectors)
+        self.images_by_tiles = _by_tiles(self.images.reshape(-1, self.images.shape[2]))
 
     @classmethod
     def draw(cls, weight: Tensor, random: SecretRandom) -> Checks:
@@ -137,8 +146,10 @@ class Checks(Unsharable):
 
     def tolerances(self, linear: LinearParameters) -> NDArray[np.int64]:
         """int64 [VARIANTS, checks]: see `tolerance`."""
-        found = [[tolerance(linear, float(square)) for square in row] for row in self._squares]
-        return np.array(found, dtype=np.int64)
+        if self._allowed is None or self._allowed[0] != linear:
+            found = [[tolerance(linear, float(square)) for square in row] for row in self._squares]
+            self._allowed = linear, np.array(found, dtype=np.int64)
+        return self._allowed[1]
 
     def check_fits(self, linear: LinearParameters) -> None:
         """Raises InputError where these are not of a circuit of that shape: the kernels do not look."""
@@ -159,6 +170,21 @@ class Checks(Unsharable):
         return cls(packed[:, :outputs], packed[:, outputs:].reshape(VARIANTS, -1, inputs))
 
 
+def _by_tiles(rows: NDArray[np.int32]) -> NDArray[np.int32]:
+    """int32 [rows, features] → [tiles, rows, 64], padded with zeros, from a cache line on: what the kernels want for a
+    tile of 64 features lies together, where the rows themselves would compete for the same few cache sets."""
+    count, features = rows.shape
+    tiles = -(-features // _TILE)
+    flat: NDArray[np.int32] = aligned(tiles * count * _TILE, np.int32)
+    flat[:] = 0
+    result = flat.reshape(tiles, count, _TILE)
+    whole = features // _TILE
+    result[:whole] = rows[:, : whole * _TILE].reshape(count, whole, _TILE).transpose(1, 0, 2)
+    if whole < tiles:
+        result[whole, :, : features - whole * _TILE] = rows[:, whole * _TILE :]
+    return result
+
+
 class _Sums:
     """int32 [T, checks] mod q, put together from parts by several threads."""
 
@@ -166,10 +192,12 @@ class _Sums:
         self.sums = np.zeros((tokens, checks), dtype=np.int32)
         self._lock = threading.Lock()
 
-    def add(self, part: NDArray[np.int32]) -> None:
-        """Adds the sums over some of the features."""
+    def add(self, part: NDArray[np.int32], limbs: int, piece: slice) -> None:
+        """Adds the sums over some of the features for a piece of the tokens: int32 [checks, tokens, lanes that belong
+        together], of words that were cut to their top `limbs` bytes."""
+        whole = (part[..., 0] + part[..., 1] + part[..., 2] + part[..., 3]) << (LOG_Q - 8 * limbs)
         with self._lock:
-            self.sums += part
+            self.sums[piece] += whole.T
 
 
 class Expectation(_Sums):

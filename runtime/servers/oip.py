@@ -10,11 +10,12 @@ import grpc
 
 from hecompile.errors import InputError
 from runtime import protocol
+from runtime.connections import SEND_TIMEOUT_SECONDS
 from runtime.servers.oip_service import OipService
 from runtime.transports.address import TcpAddress
 from runtime.transports.credentials import ServerCredentials
 from runtime.transports.network import check_server_access
-from runtime.worker import SEND_TIMEOUT_SECONDS, Worker
+from runtime.worker import Worker
 
 LOGGER = logging.getLogger(__name__)
 THREADS = 8

@@ -14,7 +14,15 @@ import pytest
 
 from hecompile.errors import InputError, SecurityError
 from hecompile.he import bytewise, sampling
-from hecompile.he.gaussian import _STRADDLES, gaussian_cdf, gaussian_from_uniform, gaussian_table, step_tables
+from hecompile.he.gaussian import (
+    _STRADDLES,
+    gaussian_cdf,
+    gaussian_from_uniform,
+    gaussian_table,
+    second_bytes,
+    step_tables,
+    wants_second,
+)
 from hecompile.he.parameters import RingParameters, test_insecure_parameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.sampling import ERROR_BOUND, SIGMA, OneTimeSecret, PublicSeed, SecretRandom
@@ -23,9 +31,11 @@ from hecompile.he.scheme import keygen
 SEED = PublicSeed(bytes(range(32)))
 
 
-def two_bytes(top: np.ndarray) -> np.ndarray:
-    """The top and the second byte of numbers below 2^16, as `gaussian_from_uniform` wants them."""
-    return np.concatenate([top >> 8, top & 255]).astype(np.uint8)
+def two_bytes(top: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The top byte of numbers below 2^16, and the second one where it is wanted, as `gaussian_from_uniform` wants them."""
+    high = (top >> 8).astype(np.uint8)
+    second = (top & 255).astype(np.uint8)[wants_second()[high]]
+    return high, np.concatenate([second, np.zeros(64, np.uint8)])
 
 
 def chi_square_limit(freedom: int) -> float:
@@ -79,7 +89,7 @@ def test_gaussian_inverts_the_cdf_at_every_step() -> None:
     # each step lies inside its cell, so a step's own cell must be refined
     assert (cells[:-2] == _STRADDLES).sum() >= len(steps)
     low = [(u & (2**48 - 1)).to_bytes(6, "little") for u, cell in zip(uniform, cells, strict=True) if cell == 127]
-    assert gaussian_from_uniform(two_bytes(top), lambda size: b"".join(low)).tolist() == wanted
+    assert gaussian_from_uniform(*two_bytes(top), lambda size: b"".join(low)).tolist() == wanted
 
 
 def test_gaussian_symmetric_and_tail_is_negligible() -> None:
@@ -96,7 +106,7 @@ def test_most_samples_need_two_bytes() -> None:
     def refuse(size: int) -> bytes:
         raise AssertionError("no refinement is needed in the middle of a cell")
 
-    assert gaussian_from_uniform(two_bytes(np.array([32768 + 100])), refuse).tolist() == [0]
+    assert gaussian_from_uniform(*two_bytes(np.array([32768 + 100])), refuse).tolist() == [0]
 
 
 def test_vectors_and_single_look_ups_agree_on_all_two_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,8 +119,30 @@ def test_vectors_and_single_look_ups_agree_on_all_two_bytes(monkeypatch: pytest.
             continue
         monkeypatch.setattr(bytewise, "supported", lambda answer=vectors: answer)
         for count in (1 << 16, 1000, 63):  # whole vectors and a remainder
-            samples = gaussian_from_uniform(two_bytes(top[:count]), lambda size: tail[:size])
+            samples = gaussian_from_uniform(*two_bytes(top[:count]), lambda size: tail[:size])
             assert np.array_equal(samples, wanted[:count])
+
+
+def test_a_second_byte_never_serves_two_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanting = int(np.flatnonzero(wants_second())[3])
+    for vectors in (True, False):
+        if vectors and not bytewise.supported():
+            continue
+        monkeypatch.setattr(bytewise, "supported", lambda answer=vectors: answer)
+        for count in (200, 50):
+            top = np.full(count, wanting, dtype=np.uint8)
+            enough = np.full(count + 64, 7, dtype=np.uint8)
+            assert len(gaussian_from_uniform(top, enough, bytes)) == count
+            with pytest.raises(SecurityError, match="too few random bytes"):
+                gaussian_from_uniform(top, enough[: count - 1], bytes)
+
+
+@pytest.mark.parametrize("count", [1, 64, 1000, 1 << 18])
+def test_second_bytes_are_enough_by_far(count: int) -> None:
+    rate = float(wants_second().mean())
+    assert rate < 0.08
+    spread = math.sqrt(count * rate * (1 - rate))
+    assert second_bytes(count) >= min(count, count * rate + 20 * spread) + 64
 
 
 def test_few_samples_leave_the_vector_path() -> None:

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from hecompile.errors import InputError
 from runtime.data import Example, Examples, load_examples
-from runtime.evaluation import evaluate, generate
+from runtime.evaluation import evaluate
+from runtime.generation import PrefixSteps, generate
 from runtime.plaintext import PlaintextPeftModel
 from tests.training.support import BUCKETS, RECORDS, make_model, make_tokenizer, write_jsonl
 
@@ -41,22 +43,29 @@ def one_by_one(model: PlaintextPeftModel, prompt: list[int], max_new_tokens: int
     return ids[len(prompt) :]
 
 
+def answers_of(model: PlaintextPeftModel, prompts: list[list[int]], eos: int, most: int) -> list[list[int]]:
+    return [list(answer.tokens) for answer in generate(model, PrefixSteps(model, PAD), prompts, eos, most)]
+
+
 def test_generation_equals_decoding_one_prompt_at_a_time(model: PlaintextPeftModel, eos: int) -> None:
-    generated = generate(model, PROMPTS, eos, PAD, max_new_tokens=12)
+    generated = answers_of(model, PROMPTS, eos, 12)
     assert generated == [one_by_one(model, prompt, 12, eos) for prompt in PROMPTS]
     assert any(tokens[-1] == eos for tokens in generated) and any(tokens[-1] != eos for tokens in generated)
 
 
-def test_generation_stops_at_the_largest_bucket_and_at_zero_tokens(model: PlaintextPeftModel, eos: int) -> None:
+def test_generation_stops_at_the_largest_bucket(model: PlaintextPeftModel, eos: int) -> None:
     long = [[1, *range(70, 99)]]  # 30 tokens of 32
-    assert len(generate(model, long, -1, PAD, max_new_tokens=9)[0]) == 2
-    assert generate(model, PROMPTS, eos, PAD, max_new_tokens=0) == [[]] * len(PROMPTS)
+    assert len(answers_of(model, long, -1, 9)[0]) == 2
+    full = generate(model, PrefixSteps(model, PAD), [[1, *range(70, 101)], [1, 70]], -1, 1)
+    assert [(len(answer.tokens), answer.finish) for answer in full] == [(0, "full"), (1, "length")]
+    with pytest.raises(InputError, match="max_new_tokens must be at least 1, got 0"):
+        generate(model, PrefixSteps(model, PAD), PROMPTS, eos, 0)
 
 
 def test_generation_takes_as_many_forwards_as_the_longest_continuation(model: PlaintextPeftModel, eos: int) -> None:
     calls = []
     hook = model.register_forward_hook(lambda *_: calls.append(1))
-    generated = generate(model, PROMPTS[:4], eos, PAD, max_new_tokens=12)
+    generated = answers_of(model, PROMPTS[:4], eos, 12)
     hook.remove()
     assert len(calls) == max(len(tokens) for tokens in generated)
 
@@ -72,7 +81,7 @@ def test_exact_match_agrees_with_generation(model: PlaintextPeftModel, eos: int)
     matches = [evaluate(model, Examples([example]), PAD).exact_match == 1.0 for example in candidates]
     completions = [list(example.input_ids[example.prompt_length :]) for example in candidates]
     prompts = [list(example.input_ids[: example.prompt_length]) for example in candidates]
-    generated = generate(model, prompts, eos, PAD, max_new_tokens=14)
+    generated = answers_of(model, prompts, eos, 14)
     assert matches == [mine == theirs for mine, theirs in zip(generated, completions, strict=True)]
     assert any(matches) and not all(matches)
     together = evaluate(model, Examples(candidates), PAD)

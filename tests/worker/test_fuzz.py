@@ -10,15 +10,20 @@ import json
 import logging
 import random
 import socket
+import time
 import tracemalloc
 
 import numpy as np
 import pytest
 
+from benchmarks.timing import resident_bytes as _resident
+from hecompile.errors import WorkerError, WorkerUnavailableError
 from passes.lower_worker import encrypted_linear_reference
-from runtime import protocol
+from runtime import connections, protocol
 from runtime.protocol import ErrorReply, EvaluateReply, EvaluateRequest, Frame, HelloRequest, SetupRequest, WorkerInfo
 from runtime.transports import connect, open_connection
+from runtime.transports.base import Transport
+from runtime.transports.replicas import Replicas, RetryPolicy
 from runtime.worker import Worker, WorkerServer
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
@@ -91,7 +96,9 @@ def test_the_handler_answers_anything_with_one_frame_and_keeps_nothing(
     assert after - before < 200_000
 
 
-def test_garbage_on_the_socket_ends_that_connection_and_no_other(worker: Worker, capfd: pytest.CaptureFixture[str]) -> None:
+def test_garbage_on_the_socket_ends_that_connection_and_no_other(
+    worker: Worker, capfd: pytest.CaptureFixture[str]
+) -> None:
     chance = random.Random(2)
     with WorkerServer(worker, "tcp://127.0.0.1:0") as server:
         patient = connect(server.address)
@@ -132,6 +139,71 @@ def test_half_open_connections_do_not_keep_others_waiting(worker: Worker) -> Non
         own.close()
         for connection in silent:
             connection.close()
+
+
+def test_a_message_that_stands_still_is_given_up_and_costs_no_memory(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "RECEIVE_TIMEOUT_SECONDS", 0.2)
+    before = _resident()[0]
+    with WorkerServer(worker, "tcp://127.0.0.1:0") as server:
+        port = int(server.address.rsplit(":", 1)[1])
+        slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(8)]
+        for connection in slow:  # each promises half a GiB
+            connection.sendall(protocol.PREFIX.pack(protocol.MAGIC, 2, 1 << 29) + b"{}" + b"x")
+        own = connect(server.address, reply_timeout=30)
+        open_connection(own, PLAN_ID)
+        assert np.array_equal(own.evaluate(CIRCUIT, PLANES).planes, encrypted_linear_reference(PLANES, WEIGHT, 2))
+        for connection in slow:
+            frame = protocol.receive_frame(connection)
+            assert frame is not None and "had begun came for 0.2 s" in str(protocol.decode_reply(frame)[1])
+            assert protocol.receive_frame(connection) is None  # and the connection is ended
+            connection.close()
+        assert _resident()[0] - before < 1 << 28
+        # Between two messages a client may be silent for longer.
+        time.sleep(0.4)
+        assert np.array_equal(own.evaluate(CIRCUIT, PLANES).planes, encrypted_linear_reference(PLANES, WEIGHT, 2))
+        own.close()
+
+
+def test_one_connection_too_many_is_told_so_and_the_others_are_served(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 3)
+    with WorkerServer(worker, "tcp://127.0.0.1:0") as server:
+        served = [connect(server.address) for _ in range(3)]
+        for transport in served:
+            open_connection(transport, PLAN_ID)
+        with pytest.raises(WorkerError, match="serves 3 connections already; try again later"):
+            connect(server.address).hello(PLAN_ID)
+        for transport in served:
+            answer = transport.evaluate(CIRCUIT, PLANES)
+            assert np.array_equal(answer.planes, encrypted_linear_reference(PLANES, WEIGHT, 2))
+            transport.close()
+
+
+def test_a_clock_that_jumps_changes_nothing(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wall clock is set by days at every look, back and forth, while requests fail, wait and are sent again."""
+    real, jumps = time.time, iter(range(1, 1 << 30))
+    monkeypatch.setattr(time, "time", lambda: real() + 86400.0 * 10 * (-1) ** next(jumps))
+    failures = [3]
+
+    def connect_at_last() -> Transport:
+        if failures[0]:
+            failures[0] -= 1
+            raise WorkerUnavailableError("not yet")
+        return connect(server.address, reply_timeout=5)
+
+    waits: list[float] = []
+    with WorkerServer(worker, "tcp://127.0.0.1:0") as server:
+        own = Replicas({"one": connect_at_last}, RetryPolicy(attempts=5), sleep=waits.append)
+        open_connection(own, PLAN_ID)
+        for _ in range(20):
+            answer = own.evaluate(CIRCUIT, PLANES)
+            assert np.array_equal(answer.planes, encrypted_linear_reference(PLANES, WEIGHT, 2))
+            assert 0.0 <= answer.worker_seconds < 5.0
+        own.close()
+    assert waits and all(0.0 <= wait <= RetryPolicy().longest_wait for wait in waits)
 
 
 @pytest.mark.parametrize("field", ["shape", "circuit"])

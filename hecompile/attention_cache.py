@@ -1,0 +1,81 @@
+"""Keys and values of the tokens that went before, so that a sequence which grows is not computed again.
+
+One cache serves all attention nodes of a graph, which run in the same order every time: the i-th one to ask gets what the
+i-th one kept. It lives on the client; what it holds is as private as the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from hecompile.errors import InputError
+
+
+class _Grown:
+    """A tensor [1, heads, L, D] that grows along L in place: room is doubled, so that tokens cost little on average."""
+
+    def __init__(self) -> None:
+        self._room: Tensor | None = None
+        self.length = 0
+
+    def append(self, part: Tensor) -> Tensor:
+        """All of it, with `part` [1, heads, n, D] at the end; valid until the next call."""
+        end = self.length + part.shape[2]
+        if self._room is None or self._room.shape[2] < end:
+            batch, heads, _, size = part.shape
+            room = part.new_empty(batch, heads, max(end, 2 * self.length), size)
+            if self._room is not None:
+                room[:, :, : self.length] = self._room[:, :, : self.length]
+            self._room = room
+        self._room[:, :, self.length : end] = part
+        self.length = end
+        return self._room[:, :, :end]
+
+
+class AttentionCache:
+    """Past keys and values of any number of sequences, each known by a key of the caller's choice."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, list[tuple[_Grown, _Grown]]] = {}
+        self._running: tuple[Hashable, ...] = ()
+        self._node = 0
+
+    def begin(self, sequences: Sequence[Hashable]) -> None:
+        """A run begins over the next tokens of these sequences, packed in this order; new ones start empty.
+
+        Raises InputError where one is named twice.
+        """
+        self._running, self._node = tuple(sequences), 0
+        if len(set(self._running)) < len(self._running):
+            raise InputError("a sequence cannot be continued twice in one run")
+        for sequence in self._running:
+            self._kept.setdefault(sequence, [])
+
+    def extend(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """For the next attention node: k and v [1, heads, n, D] of the new tokens of each sequence → of all its tokens."""
+        everything = []
+        for sequence, key, value in zip(self._running, keys, values, strict=True):
+            nodes = self._kept[sequence]
+            if self._node == len(nodes):
+                nodes.append((_Grown(), _Grown()))
+            kept_keys, kept_values = nodes[self._node]
+            everything.append((kept_keys.append(key.detach()), kept_values.append(value.detach())))
+        self._node += 1
+        return everything
+
+    def length(self, sequence: Hashable) -> int:
+        """Tokens of it that are kept."""
+        nodes = self._kept.get(sequence)
+        return nodes[0][0].length if nodes else 0
+
+    def forget(self, sequence: Hashable) -> None:
+        """Let go of what is kept of it."""
+        self._kept.pop(sequence, None)
+
+
+def causal_mask(queries: int, keys: int) -> Tensor:
+    """bool [queries, keys]: the last `queries` of so many positions, each of which sees itself and what is before it."""
+    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)

@@ -1,0 +1,139 @@
+"""Which parts of a model are replaced by polynomials, with what options: from names, from options, or from the checkpoint.
+
+A checkpoint that was converted for them says so in its config.json:
+
+    "hecompile_polynomial": {"attention": {"variant": "power", …}, "norm": {…}, "activation": {…}}
+
+with the fields of `ApproximateSoftmax`, `ApproximateRMSNorm` and `ApproximateSiLU`; a missing part stays as it is. An
+activation may be a table of few bits (`QuantizeActivation`) instead of a polynomial, chosen by name at export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+
+from hecompile.errors import InputError
+from passes.approximate_rmsnorm import ApproximateRMSNorm
+from passes.approximate_silu import ApproximateSiLU
+from passes.approximate_softmax import ApproximateSoftmax
+from passes.quantize_activation import QuantizeActivation
+
+CONFIG_KEY = "hecompile_polynomial"
+ATTENTIONS = ("softmax", "power", "gaussian_kernel", "chebyshev")
+NORMS = ("exact", "polynomial")
+ACTIVATIONS = ("silu", "polynomial", "composed", "quantized")
+
+_Part = TypeVar("_Part", ApproximateSoftmax, ApproximateRMSNorm, ApproximateSiLU)
+
+
+@dataclass(frozen=True)
+class PolynomialOptions:
+    """The passes to run, None for a part that stays exact."""
+
+    attention: ApproximateSoftmax | None = None
+    norm: ApproximateRMSNorm | None = None
+    activation: ApproximateSiLU | QuantizeActivation | None = None
+
+    def __bool__(self) -> bool:
+        return any((self.attention, self.norm, self.activation))
+
+    @property
+    def retrained(self) -> bool:
+        """Whether the model computes another function than softmax attention, for which it was trained."""
+        return self.attention is not None and self.attention.variant != "chebyshev"
+
+    @classmethod
+    def from_config(cls, config: Any) -> PolynomialOptions:
+        """What the checkpoint's configuration says. Raises InputError for anything malformed."""
+        found = getattr(config, CONFIG_KEY, None)
+        if found is None:
+            return cls()
+        parts: dict[str, Any] = {"attention": ApproximateSoftmax, "norm": ApproximateRMSNorm, "activation": ApproximateSiLU}
+        if not isinstance(found, Mapping) or found.keys() - parts.keys():
+            raise InputError(f"config.json: {CONFIG_KEY} must be an object with the keys {', '.join(parts)}")
+        read = {name: _read(f"{CONFIG_KEY}.{name}", parts[name], value) for name, value in found.items()}
+        return cls(**cast("dict[str, Any]", read))
+
+    def choosing(
+        self,
+        attention: str | ApproximateSoftmax | None = None,
+        norm: str | ApproximateRMSNorm | None = None,
+        activation: str | ApproximateSiLU | QuantizeActivation | None = None,
+    ) -> PolynomialOptions:
+        """These, but for the parts given: options, or a name of ATTENTIONS, NORMS, ACTIVATIONS. A name that agrees with what
+        is here keeps its options. Raises InputError for another name."""
+        chosen = self
+        if attention is not None:
+            chosen = replace(chosen, attention=_attention(self.attention, attention))
+        if norm is not None:
+            chosen = replace(chosen, norm=_norm(self.norm, norm))
+        if activation is not None:
+            chosen = replace(chosen, activation=_activation(self.activation, activation))
+        return chosen
+
+
+def _read(where: str, kind: type[_Part], value: object) -> _Part | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise InputError(f"config.json: {where} must be an object of options")
+    known = {field.name for field in fields(kind)} - {"fit"}
+    if unknown := sorted(value.keys() - known):
+        raise InputError(f"config.json: {where} has the unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    try:
+        return kind(**value)
+    except TypeError as error:  # a comparison of a text with a number
+        raise InputError(f"config.json: {where}: {error}") from error
+
+
+def _attention(here: ApproximateSoftmax | None, wanted: str | ApproximateSoftmax) -> ApproximateSoftmax | None:
+    if isinstance(wanted, ApproximateSoftmax):
+        return wanted
+    _check("attention", wanted, ATTENTIONS)
+    if wanted == "softmax":
+        return None
+    return here if here is not None and here.variant == wanted else ApproximateSoftmax(variant=wanted)  # type: ignore[arg-type]
+
+
+def _norm(here: ApproximateRMSNorm | None, wanted: str | ApproximateRMSNorm) -> ApproximateRMSNorm | None:
+    if isinstance(wanted, ApproximateRMSNorm):
+        return wanted
+    _check("norm", wanted, NORMS)
+    return None if wanted == "exact" else here or ApproximateRMSNorm()
+
+
+def _activation(
+    here: ApproximateSiLU | QuantizeActivation | None, wanted: str | ApproximateSiLU | QuantizeActivation
+) -> ApproximateSiLU | QuantizeActivation | None:
+    if isinstance(wanted, (ApproximateSiLU, QuantizeActivation)):
+        return wanted
+    _check("activation", wanted, ACTIVATIONS)
+    if wanted == "silu":
+        return None
+    if wanted == "quantized":
+        return here if isinstance(here, QuantizeActivation) else QuantizeActivation()
+    form: Literal["series", "composed"] = "series" if wanted == "polynomial" else "composed"
+    return here if isinstance(here, ApproximateSiLU) and here.form == form else ApproximateSiLU(form=form)
+
+
+def _check(what: str, wanted: str, choices: tuple[str, ...]) -> None:
+    if wanted not in choices:
+        raise InputError(f"{what} must be one of {', '.join(choices)}, got {wanted!r}")
+
+
+def sample_tokens(
+    logits_of: Any, start: int, sequences: int, length: int, seed: int
+) -> tuple[tuple[int, ...], ...]:
+    """Text that a model writes, `sequences` of `length` tokens from `start` at temperature 1: `logits_of` maps token ids
+    i64 [B, S] to logits f32 [B, S, V]."""
+    tokens = torch.full((sequences, 1), start, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        while tokens.shape[1] < length:
+            probabilities = torch.softmax(logits_of(tokens)[:, -1], dim=-1)  # [B, V]
+            tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
+    return tuple(tuple(row) for row in tokens.tolist())

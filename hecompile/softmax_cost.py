@@ -1,0 +1,75 @@
+"""What an attention's weighting costs on ciphertexts, counted on the graph that the passes make of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+
+from hecompile.approximation_ranges import AttentionRange, write_range
+from hecompile.depth import cost_of, demand, multiplications, product_kind
+from hecompile.interpreter import causal_attention_bias
+from hecompile.ir import attributes_of
+from hecompile.matching import attentions
+from passes.approximate_softmax import ApproximateSoftmax
+from passes.expand_polynomials import ExpandPolynomials
+
+_TEXT = """<ir_version: 10, opset_import: ["" : 23, "hecompile" : 1]>
+attention (float[B,1,{length},{size}] q, float[B,1,{length},{size}] k, float[B,1,{length},{size}] v,
+           float[B,1,{length},{length}] attention_bias) => (float[B,1,{length},{size}] y)
+<float c = {{{scale}}}>
+{{
+    kt = Transpose <perm = [0, 1, 3, 2]> (k)
+    scores = MatMul (q, kt)
+    scaled = Mul (scores, c)
+    biased = Add (scaled, attention_bias)
+    weights = Softmax <axis = -1> (biased)
+    y = MatMul (weights, v)
+}}
+"""
+
+
+@dataclass(frozen=True)
+class SoftmaxCost:
+    """Of one head and one sequence: Goldschmidt iterations one after the other, levels, products of two ciphertexts and by
+    constants, all without those of q·kᵀ and of the product with v; `error_bound` as on the node."""
+
+    iterations: int
+    depth: int
+    ciphertext_products: int
+    plaintext_products: int
+    error_bound: float
+
+
+def softmax_cost(options: ApproximateSoftmax, length: int, head_size: int = 64, spread: float = 1.0) -> SoftmaxCost:
+    """Of causal attention over `length` tokens whose scores have standard deviation `spread` (q and k are normal): domains
+    are those of one such sample, times the options' margin. Masked entries count.
+
+    Raises LegalityError as the pass does.
+    """
+    scale = head_size**-0.5
+    generator = torch.Generator().manual_seed(length)
+    q, k = (torch.randn(1, 1, length, head_size, generator=generator) * spread**0.5 for _ in range(2))
+    bias = causal_attention_bias(torch.ones(1, length, dtype=torch.int64))
+    model = ir.from_onnx_text(_TEXT.format(length=length, size=head_size, scale=scale))
+    (node, _), *_ = attentions(model)
+    write_range(node.outputs[0], AttentionRange.measure(q, k, bias, scale))
+    approximated = options(model).model
+    (node, _), *_ = attentions(approximated)
+    attributes = attributes_of(node)
+    expanded = ExpandPolynomials(length)(approximated).model
+    whole = demand(expanded)
+    inner = [node for node in expanded.graph if node.op_type == "MatMul"]
+    # What q and k are multiplied by stands in the rotary tables of a model, which it has anyway.
+    folded = [
+        node for node in expanded.graph if product_kind(node) == "plaintext" and node.inputs[0] in expanded.graph.inputs
+    ]
+    return SoftmaxCost(
+        iterations=attributes.get("iterations", 0)
+        + attributes.get("halvings", 0) * attributes.get("square_iterations", 0),
+        depth=whole.depth - sum(map(cost_of, inner)) - min(1, len(folded)),
+        ciphertext_products=whole.ciphertext_products - sum(map(multiplications, inner)),
+        plaintext_products=whole.plaintext_products - sum(map(multiplications, folded)),
+        error_bound=float(attributes["error_bound"]),
+    )

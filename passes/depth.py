@@ -1,0 +1,51 @@
+"""Count the multiplicative depth of a graph of sums and products, and what follows from it.
+
+    value  →  the same value, with its level in its metadata
+    graph  →  the same graph, with depth, modulus bits and products in the model's metadata
+
+The rule is in `hecompile.depth`. A leveled scheme rescales by one prime of `bits_per_level` bits per product, so that its
+modulus needs the first prime, one for each level and the key-switching prime (Cheon et al., Asiacrypt 2017; the security
+standard, homomorphicencryption.org 2018, bounds its bits by the ring dimension). Records only; no value changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from hecompile.depth import demand, levels
+from hecompile.errors import InputError
+from hecompile.ir import LEVEL
+
+METADATA = "hecompile.depth"
+
+
+@dataclass(frozen=True)
+class Depth(ir.passes.InPlacePass):
+    """bits_per_level: of a rescaling prime. masks_are_free: whether the engine drops masked entries instead of multiplying.
+
+    Raises InputError for fewer than 20 or more than 60 bits.
+    """
+
+    bits_per_level: int = 40
+    masks_are_free: bool = True
+
+    def __post_init__(self) -> None:
+        if not 20 <= self.bits_per_level <= 60:
+            raise InputError(f"bits per level must be 20 to 60, got {self.bits_per_level}")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        for value, level in levels(model, self.masks_are_free).items():
+            value.metadata_props[LEVEL] = str(level)
+        found = demand(model, self.masks_are_free)
+        model.metadata_props.update(
+            {
+                METADATA: str(found.depth),
+                f"{METADATA}.modulus_bits": str(found.modulus_bits(self.bits_per_level)),
+                f"{METADATA}.ciphertext_products": str(found.ciphertext_products),
+                f"{METADATA}.plaintext_products": str(found.plaintext_products),
+                f"{METADATA}.refreshes": str(found.refreshes),
+            }
+        )
+        return ir.passes.PassResult(model, True)

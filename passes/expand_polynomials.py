@@ -1,0 +1,305 @@
+"""Lower an approximated graph to sums, products, constants, frozen linears and moves of entries.
+
+    input_ids, attention_bias, position_ids → logits          inputs_embeds f32 [B, S, H] → logits f32 [B, S, V] or [B, 1, V]
+    PowerAttention(q, k, v, bias)              →  MatMul, Mul, ReduceSum, …   (`hecompile.expansions`)
+    PolynomialRMSNorm, PolynomialSiLU, ComposedSiLU, RotaryEmbedding, RepeatKV, Lora  →  the same
+
+The sequence length is fixed, positions are 0 … S - 1: cos and sin are constants, the causal mask a constant of zeros and
+ones [S, S]. The embedding is cut off: the client looks tokens up. Constants are folded so that they cost no level: gains and
+scales into the next Linear, the factors of the scores into the rotary tables, others onto the shallower operand of a product
+(`hecompile.graph_values`). The function is that of the approximated graph on sequences of S tokens, up to the rounding of
+float32. LoRA matrices that are graph inputs stay inputs; `hecompile.merging.merge_lora` merges an adapter before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from hecompile import expansions
+from hecompile.errors import InputError, LegalityError
+from hecompile.graph_values import GraphBuilder, GraphValue, concatenated
+from hecompile.ir import ATTENTION_OPERATORS, DOMAIN, attributes_of, constant_of, module_path, remove_unused
+from hecompile.operators import OPERATORS, Context
+
+EMBEDDINGS = "inputs_embeds"
+
+
+@dataclass(frozen=True)
+class ExpandPolynomials(ir.passes.FunctionalPass):
+    """sequence_length: S of every sequence. last_only: logits of the last position alone, [B, 1, V].
+
+    Raises InputError for a length under 2; LegalityError naming a node that is no polynomial.
+    """
+
+    sequence_length: int
+    last_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 2:
+            raise InputError(f"the sequence length must be at least 2, got {self.sequence_length}")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = ir.Graph([], [], nodes=[], opset_imports=dict(model.graph.opset_imports), name=model.graph.name)
+        expanded = ir.Model(graph, ir_version=model.ir_version, producer_name=model.producer_name)
+        expanded.metadata_props.update(model.metadata_props)
+        _Expansion(model, GraphBuilder(graph), self.sequence_length, self.last_only).run()
+        remove_unused(expanded)
+        return ir.passes.PassResult(expanded, True)
+
+
+class _Expansion:
+    """One walk over the old graph. A value is a constant (numpy), a GraphValue, or the token ids, which have no value."""
+
+    def __init__(self, model: ir.Model, builder: GraphBuilder, length: int, last_only: bool) -> None:
+        self.old, self.builder, self.length, self.last_only = model.graph, builder, length, last_only
+        self.mask = np.tril(np.ones((length, length)))
+        self.constants: dict[ir.Value, np.ndarray] = {}
+        self.values: dict[ir.Value, GraphValue] = {}
+        self.last_attention: ir.Node | None = None
+        self.prescale: dict[ir.Value, np.ndarray] = {}
+        self.unit: dict[ir.Value, float] = {}
+
+    def run(self) -> None:
+        self._plan()
+        for value in self.old.inputs:
+            self._input(value)
+        for node in self.old:
+            self.builder.origin = module_path(node)
+            self._node(node)
+        for value in self.old.outputs:
+            output = self.values[value].settled()
+            output.value.name = str(value.name)
+            self.builder.graph.outputs.append(output.value)
+
+    # ------------------------------------------------------------------------------------------------------------- plan
+
+    def _plan(self) -> None:
+        """Decide what a value is multiplied by where it is made, for the sake of its only reader."""
+        for node in self.old:
+            if node.op_type in ATTENTION_OPERATORS and node.domain == DOMAIN:
+                self.last_attention = node
+                attributes = attributes_of(node)
+                expansions.check_polynomial(node.op_type, attributes)
+                q, k = node.inputs[:2]
+                assert q is not None and k is not None
+                self.prescale[q] = expansions.query_factor(node.op_type, attributes, self.mask)
+                key = np.full(self.length, expansions.key_factor(node.op_type, attributes))
+                self.prescale[k] = key
+                if (repeat := k.producer()) is not None and repeat.op_type == "RepeatKV" and repeat.inputs[0] is not None:
+                    self.prescale[repeat.inputs[0]] = key
+            elif node.op_type in ("PolynomialSiLU", "ComposedSiLU") and node.inputs[0] is not None:
+                self._ask_unit(node.inputs[0], 1 / attributes_of(node)["domain_upper"])
+
+    def _ask_unit(self, value: ir.Value, factor: float) -> None:
+        """Ask the linears that make `value` to make it `factor` times as large."""
+        producer = value.producer()
+        if producer is None or len(value.uses()) != 1:
+            return
+        if producer.op_type == "Add":
+            for part in producer.inputs:
+                if part is not None:
+                    self._ask_unit(part, factor)
+        elif producer.op_type in ("Linear", "Lora"):
+            self.unit[value] = factor
+
+    # ------------------------------------------------------------------------------------------------------------- walk
+
+    def _input(self, value: ir.Value) -> None:
+        name = str(value.name)
+        if name == "position_ids":
+            self.constants[value] = np.arange(self.length)[None]
+        elif name == "attention_bias":
+            bias = np.where(self.mask > 0, 0.0, np.finfo(np.float32).min).astype(np.float32)
+            self.constants[value] = bias[None, None]
+        elif name != "input_ids":
+            shape = _shape(value, self.length)
+            new = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+            self.builder.graph.inputs.append(new)
+            self.values[value] = GraphValue(self.builder, new, shape, 0)
+
+    def _embeddings(self, node: ir.Node) -> None:
+        table = node.inputs[0]
+        assert table is not None and table.shape is not None
+        shape = ("B", self.length, int(table.shape[1]))  # type: ignore[arg-type]
+        new = ir.Value(name=EMBEDDINGS, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+        self.builder.graph.inputs.insert(0, new)
+        self.values[node.outputs[0]] = GraphValue(self.builder, new, shape, 0)
+
+    def _constant(self, value: ir.Value | None) -> np.ndarray | None:
+        if value is None:
+            return None
+        return self.constants[value] if value in self.constants else constant_of(value)
+
+    def _node(self, node: ir.Node) -> None:
+        if node.op_type == "Gather" and any(str(v.name) == "input_ids" for v in node.inputs if v is not None):
+            self._embeddings(node)
+            return
+        if all(value is None or value not in self.values for value in node.inputs):
+            self._fold(node)
+            return
+        expand = _EXPANSIONS.get((node.domain, node.op_type))
+        if expand is None:
+            raise LegalityError(
+                f"{node.op_type} of {module_path(node) or node.name} cannot be expanded to sums and products; run "
+                "approximate_softmax, approximate_rmsnorm and approximate_silu before expand_polynomials"
+            )
+        results = expand(self, node)
+        for value, result in zip(node.outputs, results if isinstance(results, list) else [results], strict=True):
+            self.values[value] = result
+
+    def _fold(self, node: ir.Node) -> None:
+        """Evaluate a node of constants."""
+        if node.op_type == "Constant":
+            return
+        arguments = [None if v is None else torch.from_numpy(np.array(self._known(node, v))) for v in node.inputs]
+        results = OPERATORS[node.domain, node.op_type](Context(), attributes_of(node), *arguments)
+        for value, result in zip(node.outputs, results if isinstance(results, tuple) else (results,), strict=True):
+            self.constants[value] = result.numpy()
+
+    def _known(self, node: ir.Node, value: ir.Value | None) -> np.ndarray:
+        array = self._constant(value)
+        if array is None:
+            raise LegalityError(f"{node.op_type} of {module_path(node)}: {value and value.name} is not a constant")
+        return array
+
+    def _integers(self, node: ir.Node, index: int) -> list[int]:
+        return [int(number) for number in self._known(node, node.inputs[index]).reshape(-1)]
+
+    def _of(self, node: ir.Node, index: int = 0) -> GraphValue:
+        value = node.inputs[index]
+        assert value is not None
+        return self.values[value]
+
+    # -------------------------------------------------------------------------------------------------------- operators
+
+    def _linear(self, node: ir.Node) -> GraphValue:
+        weight, asked = node.inputs[1], self.unit.get(node.outputs[0], 1.0)
+        assert weight is not None
+        return self.builder.linear(self._of(node), weight, self._known(node, weight), asked).with_factor(1 / asked)
+
+    def _lora(self, node: ir.Node) -> GraphValue:
+        asked = self.unit.get(node.outputs[0], 1.0)
+        x, a, b = (self._of(node, index) for index in range(3))
+        inner = x.settled() @ a.transposed((1, 0))  # [B, S, r]
+        b = (b.transposed((1, 0)) * (asked * attributes_of(node)["scaling"])).settled()
+        return (inner.settled() @ b).with_factor(1 / asked)
+
+    def _binary(self, node: ir.Node) -> GraphValue:
+        left, right = node.inputs
+        constants = [self._constant(left), self._constant(right)]
+        if constants[0] is None and constants[1] is None:
+            a, b = self._of(node, 0), self._of(node, 1)
+            return {"Add": a.__add__, "Sub": a.__sub__, "Mul": a.__mul__}[node.op_type](b)
+        x = self._of(node, 0 if constants[1] is not None else 1)
+        array = constants[1] if constants[1] is not None else constants[0]
+        assert array is not None
+        if array.size != 1 or (node.op_type == "Sub" and constants[0] is not None):
+            raise LegalityError(f"{node.op_type} of {module_path(node)} by a constant tensor is not supported")
+        number = float(array.reshape(()))
+        return {"Add": x.__add__, "Sub": x.__sub__, "Mul": x.__mul__}[node.op_type](number)
+
+    def _attention(self, node: ir.Node) -> GraphValue:
+        q, k, v = (self._prescaled(node, index) if index < 2 else self._of(node, index) for index in range(3))
+        mask = self._known(node, node.inputs[3]).reshape(self.length, self.length)
+        mask = np.exp(mask.astype(np.float64))
+        if not np.array_equal(mask, self.mask):
+            raise LegalityError(f"{module_path(node)}: the attention bias is not the causal one")
+        if self.last_only and node is self.last_attention:
+            q, mask = q.sliced(2, self.length - 1, self.length), mask[-1:]
+            self._narrow(node)
+        return expansions.attention(node.op_type, attributes_of(node), q, k, v, mask)
+
+    def _prescaled(self, node: ir.Node, index: int) -> GraphValue:
+        """q or k times its factor: in its rotary table already, or else by a product."""
+        value = node.inputs[index]
+        assert value is not None
+        x, factor = self._of(node, index), self.prescale[value]
+        made = value.producer()
+        if made is not None and made.op_type == "RepeatKV":
+            made = made.inputs[0].producer() if made.inputs[0] is not None else None
+        if (made is not None and made.op_type == "RotaryEmbedding") or (factor == 1.0).all():
+            return x
+        if (factor == factor[0]).all():
+            return x * float(factor[0])
+        return x.times_array(factor[:, None])
+
+    def _narrow(self, attention: ir.Node) -> None:
+        """From the last attention on only the last position counts: slice what lives on."""
+        later: set[ir.Value] = set()
+        passed = False
+        for node in self.old:
+            if passed:
+                later.update(value for value in node.inputs if value is not None)
+            passed |= node is attention
+        for value in later & self.values.keys():
+            x = self.values[value]
+            if len(x.shape) == 3 and x.shape[1] == self.length:
+                self.values[value] = x.sliced(1, self.length - 1, self.length)
+
+    def _rotary(self, node: ir.Node) -> GraphValue:
+        cos, sin = (self._known(node, node.inputs[index]) for index in (1, 2))
+        return expansions.rotary(self._of(node), cos, sin, self.prescale.get(node.outputs[0]))
+
+    def _norm(self, node: ir.Node) -> GraphValue:
+        return expansions.rms_norm(attributes_of(node), self._of(node), self._known(node, node.inputs[1]))
+
+    def _reshape(self, node: ir.Node) -> GraphValue:
+        x, target = self._of(node), self._integers(node, 1)
+        shape: list[int | str] = [x.shape[axis] if dim == 0 else dim for axis, dim in enumerate(target)]
+        shape[0] = x.shape[0]
+        if -1 in shape:
+            known = math.prod(int(dim) for dim in shape[1:] if dim != -1)
+            shape[shape.index(-1)] = math.prod(int(dim) for dim in x.shape[1:]) // known
+        return x.reshaped(tuple(shape))
+
+    def _transpose(self, node: ir.Node) -> GraphValue:
+        return self._of(node).transposed(attributes_of(node)["perm"])
+
+    def _slice(self, node: ir.Node) -> GraphValue:
+        x = self._of(node)
+        starts, ends, axes, steps = (self._integers(node, index) for index in range(1, 5))
+        for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+            size = int(x.shape[axis])
+            first, last, _ = slice(start, end, step).indices(size)
+            if step != 1:
+                raise LegalityError(f"Slice of {module_path(node)} has a step of {step}")
+            x = x.sliced(axis % len(x.shape), first, last)
+        return x
+
+
+Expansion = Callable[[_Expansion, ir.Node], GraphValue]
+
+
+def _concat(walk: _Expansion, node: ir.Node) -> GraphValue:
+    return concatenated([walk._of(node, index) for index in range(len(node.inputs))], attributes_of(node)["axis"])
+
+
+_EXPANSIONS: dict[tuple[str, str], Expansion] = {
+    **{("", name): _Expansion._binary for name in ("Add", "Sub", "Mul")},
+    ("", "Neg"): lambda walk, node: walk._of(node) * -1.0,
+    ("", "Reshape"): _Expansion._reshape,
+    ("", "Transpose"): _Expansion._transpose,
+    ("", "Slice"): _Expansion._slice,
+    ("", "Concat"): _concat,
+    (DOMAIN, "Linear"): _Expansion._linear,
+    (DOMAIN, "Lora"): _Expansion._lora,
+    **{(DOMAIN, name): _Expansion._attention for name in ATTENTION_OPERATORS},
+    (DOMAIN, "PolynomialRMSNorm"): _Expansion._norm,
+    (DOMAIN, "PolynomialSiLU"): lambda walk, node: expansions.series_silu(attributes_of(node), walk._of(node)),
+    (DOMAIN, "ComposedSiLU"): lambda walk, node: expansions.composed_silu(attributes_of(node), walk._of(node)),
+    (DOMAIN, "RotaryEmbedding"): _Expansion._rotary,
+    (DOMAIN, "RepeatKV"): lambda walk, node: expansions.repeat_kv(walk._of(node), attributes_of(node)["repeats"]),
+}
+
+
+def _shape(value: ir.Value, length: int) -> tuple[int | str, ...]:
+    """Static but for the batch: symbolic dimensions are the batch where first, the length elsewhere."""
+    if value.shape is None:
+        raise LegalityError(f"the shape of the graph input {value.name} is not known")
+    return tuple(d if isinstance(d, int) else "B" if axis == 0 else length for axis, d in enumerate(value.shape))

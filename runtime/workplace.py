@@ -1,0 +1,102 @@
+"""Where a plan runs: the client bundle, the workers, how they are reached. What training and inference have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hecompile.errors import InputError
+from runtime.directory import SCHEMES as DIRECTORY_SCHEMES
+from runtime.transports.address import parse_address
+
+UNIX_PREFIX = "unix://"
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A mapping of the YAML file: unknown keys are refused, and nothing changes after it was read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ConnectionSection(Section):
+    """How workers are reached.
+
+    * `authority`: PEM file of who signs the workers' certificates (default: the system's list); `certificate` and `key`:
+      what this client shows; `token`: a file with the bearer token that workers ask for.
+    * `reply_timeout`: seconds of silence after which a request counts as lost; `attempts`: how often one is sent at most, to
+      one worker or several, with growing waits between.
+    * `on_bad_worker`: what a reply that is not the product asked for does. `stop` ends the run at its last checkpoint;
+      `retry-elsewhere` never asks that worker again and sends the same ciphertext to another.
+    """
+
+    authority: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    token: Path | None = None
+    reply_timeout: Annotated[float, Field(gt=0)] = 600.0
+    attempts: Positive = 6
+    on_bad_worker: Literal["stop", "retry-elsewhere"] = "stop"
+
+
+class Workplace(Section):
+    """`model` is the client bundle. `worker` is where the worker listens (`tcp://host:port`, `unix://path`, `grpc://`,
+    `grpcs://`, `flight://` or `flights://host:port`), a list of such addresses for several workers of one plan (which
+    may hold some of its layers each), the `http://` address of a fleet's directory, or `inprocess`, which runs
+    `worker_bundle` with `engine` (by default the fastest on this CPU) in this process.
+    """
+
+    model: Path
+    worker: str | Annotated[list[str], Field(min_length=1)] = "inprocess"
+    worker_bundle: Path | None = None
+    engine: Literal["auto", "vnni", "torch", "torch-cuda", "onnxruntime", "cleartext"] | None = None
+    connection: ConnectionSection = ConnectionSection()
+
+    @property
+    def workers(self) -> list[str]:
+        """The addresses in `worker`."""
+        return [self.worker] if isinstance(self.worker, str) else self.worker
+
+    @property
+    def requests_in_flight(self) -> int:
+        """How many requests may be under way at once."""
+        return 1
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Workplace:
+        if self.worker == "inprocess":
+            if self.worker_bundle is None:
+                raise ValueError("worker: inprocess needs worker_bundle, the worker's half of the export")
+        elif self.engine is not None:
+            raise ValueError("engine is the worker's own choice unless worker: inprocess; drop it here")
+        if self.worker != "inprocess":
+            if len(set(self.workers)) < len(self.workers):
+                raise ValueError("worker names an address twice")
+            for address in self.workers:
+                if len(self.workers) == 1 and address.startswith(DIRECTORY_SCHEMES):
+                    continue
+                try:
+                    parse_address(address)
+                except InputError as error:
+                    raise ValueError(f"{error}, or inprocess") from None
+        return self
+
+
+def make_workplace(settings: dict[str, Any]) -> Workplace:
+    """A workplace from command-line options. Raises InputError naming the one that is wrong."""
+    try:
+        return Workplace.model_validate(settings)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        dotted = ".".join(str(part) for part in detail["loc"] if not str(part).startswith(("str", "list[")))
+        message = detail["msg"].removeprefix("Value error, ")
+        raise InputError(f"{dotted}: {message}" if dotted else message) from None
+
+
+def resolve_address(worker: str, directory: Path) -> str:
+    """The address with a relative `unix://` path made relative to `directory`."""
+    if not worker.startswith(UNIX_PREFIX) or worker == UNIX_PREFIX:
+        return worker
+    return f"{UNIX_PREFIX}{directory / worker.removeprefix(UNIX_PREFIX)}"
