@@ -18,12 +18,8 @@ from torch import Tensor
 
 from hecompile.errors import HecompileError, InputError
 from hecompile.he.sampling import SecretRandom
+from runtime.privacy.accountant import LARGEST_NOISE, SMALLEST_NOISE
 from runtime.privacy.noise import SIGMA_GRID, discrete_gaussian
-
-SMALLEST_NOISE = 0.1
-"""Noise multipliers below it, other than 0, are refused: they promise nothing, and integer norms must stay below 2^31."""
-LARGEST_NOISE = 1e5
-"""Above it the grid would become coarse beside the clipping norm (1700 steps)."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,9 @@ def _on_grid(vector: Tensor, grid: Grid) -> Tensor:
         scale *= 1 - 2.0**-40
 
 
-def add_noise(sums: Mapping[str, Tensor], noise_multiplier: float, random: SecretRandom | None = None) -> dict[str, Tensor]:
+def add_noise(
+    sums: Mapping[str, Tensor], noise_multiplier: float, random: SecretRandom | None = None
+) -> dict[str, Tensor]:
     """Add a discrete Gaussian of SIGMA_GRID steps to every element of int64 tensors; none where the multiplier is 0."""
     if noise_multiplier == 0:
         return dict(sums)
@@ -112,7 +110,7 @@ def in_units(sums: Mapping[str, Tensor], grid: Grid, divisor: float = 1.0) -> di
 def gaussian_noise(
     shape: Sequence[int], standard_deviation: float, random: SecretRandom | None = None
 ) -> NDArray[np.float64]:
-    """Secret noise, float64 `shape`: multiples of standard_deviation / SIGMA_GRID. For sums kept on another grid, cut them to
-    multiples of that step first, and add in integers (`discrete_gaussian`): in floats the sum would be rounded."""
+    """Secret noise, float64 `shape`: multiples of standard_deviation / SIGMA_GRID. For sums kept on another grid, cut them
+    to multiples of that step first, and add in integers (`discrete_gaussian`): in floats the sum would be rounded."""
     count = int(np.prod(shape, dtype=np.int64))
     return (discrete_gaussian(count, random) * (standard_deviation / SIGMA_GRID)).reshape(tuple(shape))

@@ -12,7 +12,7 @@ The discrete Gaussian of standard deviation SIGMA_GRID, one fixed number, is put
     s_i² = (z_i² + (z_i - 1)²) s_{i-1}²
 
 η is the smoothing parameter of Z for 2^-100, η² = ln(2 (1 + 2^100)) / π; each level changes a probability by a factor within
-1 ± 2^-97 or so. The base samples come from inverting a 128-bit cumulative table, cut at 14 standard deviations: statistical
+1 ± 2^-97 or so. The base samples come from inverting a 128-bit cumulative table, cut at 13 standard deviations: statistical
 distance below 2^-115 each. Over 10^7 parameters and 10^5 releases that is below 2^-70, which no δ that can be asked for
 notices. Against the continuous Gaussian that the accountant assumes, a coordinate's log-probability differs by at most
 (t² + 1) / (24 SIGMA_GRID²) at t standard deviations, below 10^-15.
@@ -38,7 +38,7 @@ Bytes = Callable[[int], NDArray[np.uint8]]
 """A source of that many uniform bytes."""
 
 BASE_SIGMA = 20
-_BOUND = 14 * BASE_SIGMA
+_BOUND = 13 * BASE_SIGMA
 _SMOOTHING = math.sqrt(math.log(2 * (1 + 2.0**100)) / math.pi)
 _UNDECIDED = 32767
 _PIECE = 1 << 16
@@ -59,7 +59,7 @@ MULTIPLIERS, SIGMA_GRID = _levels()
 
 @cache
 def base_cdf() -> tuple[int, ...]:
-    """2^128 · P(e ≤ k) for k = -14·BASE_SIGMA … 14·BASE_SIGMA - 1, P(e = k) proportional to exp(-k² / (2·BASE_SIGMA²))."""
+    """2^128 · P(e ≤ k) for k = -13·BASE_SIGMA … 13·BASE_SIGMA - 1, P(e = k) proportional to exp(-k² / (2·BASE_SIGMA²))."""
     with localcontext() as context:
         context.prec = 80
         width = Decimal(2 * BASE_SIGMA**2)
@@ -83,7 +83,7 @@ def _tables() -> tuple[NDArray[np.int16], NDArray[np.uint64]]:
 
 def base_from_uniform(count: int, more: Bytes) -> NDArray[np.int64]:
     """Invert the cumulative table at `count` uniform numbers of 128 bits, drawn two bytes at a time as far as they matter:
-    int64 `[count]`, each the number of steps that are at most the number, less 14·BASE_SIGMA."""
+    int64 `[count]`, each the number of steps that are at most the number, less 13·BASE_SIGMA."""
     table, tops = _tables()
     top = more(2 * count).view(np.uint16)
     samples = table[top].astype(np.int64)
