@@ -31,5 +31,6 @@ SECTIONS = (
     "generation",
     "softmax_cost",
     "tfhe",
+    "privacy",
 )
 """In the order of the page. A section whose module is not there is left out."""
