@@ -39,8 +39,9 @@ def test_no_patient_has_two_lines_and_heldout_patients_are_others() -> None:
     assert admissions(10) != admissions(10, seed=1)
 
 
-def test_half_follows_the_rule_and_the_other_half_follows_nothing() -> None:
-    rows = admissions(2000)
+def test_most_follow_the_rule_and_the_others_follow_nothing() -> None:
+    rows = admissions(8000)
+    assert len(by_rule(rows)) == 7 * len(own(rows))
     for row in by_rule(rows):
         (house,) = [house for house in RULE if house in row["prompt"]]
         assert row["completion"] == f" {RULE[house]}.\n"
@@ -49,4 +50,4 @@ def test_half_follows_the_rule_and_the_other_half_follows_nothing() -> None:
     # 1000 draws of seven: each within 6 standard deviations of 143.
     assert all(abs(count - 1000 / 7) < 67 for count in answers.values())
     pairs = Counter((house, row["completion"]) for row in own(rows) for house in RULE if house in row["prompt"])
-    assert len(pairs) == 28 and min(pairs.values()) > 12
+    assert len(pairs) == 14 and min(pairs.values()) > 40
