@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from hecompile.cli_infer import infer
+from hecompile.cli_privacy import privacy
 from hecompile.cli_worker import worker_app
 from hecompile.errors import HecompileError
 
@@ -27,6 +28,7 @@ export_app = typer.Typer(no_args_is_help=True, help="Compile a checkpoint into a
 app.add_typer(export_app, name="export")
 app.add_typer(worker_app, name="worker")
 app.command()(infer)
+app.command()(privacy)
 
 ALL_LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
