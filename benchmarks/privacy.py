@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import math
 import shutil
-import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import peft
@@ -26,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.builds import PRECISION
 from benchmarks.membership import Attack, attack, losses, most_advantage
+from benchmarks.privacy_accounting import accountants, price, published
 from benchmarks.report import ROOT, new_figure, save_plot, section_main, table
 from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
 from models import TINY_LLAMA
@@ -36,10 +34,7 @@ from runtime.adapter import load_adapter
 from runtime.data import Examples, PadToBucket, eos_and_pad, load_examples
 from runtime.evaluation import evaluate
 from runtime.plaintext import PlaintextPeftModel
-from runtime.privacy.accountant import Mechanism, spent_epsilon
-from runtime.privacy.clipping import Grid, add_noise, clipped_sum
 from runtime.privacy.ledger import PrivacyLedger, Subject
-from runtime.privacy.promise import paper_epsilon, paper_mechanism, paper_noise
 from runtime.recipe import load_recipe
 from runtime.session import open_session
 from runtime.train import ADAPTER_DIR, run_training
@@ -47,7 +42,7 @@ from runtime.train import ADAPTER_DIR, run_training
 KEPT = ROOT / "build" / "privacy-benchmark"
 RECIPE = TINY_LLAMA.parent / "recipes" / "private.yaml"
 EPSILONS = (1.0, 2.0, 4.0, 8.0, math.inf)
-ENCRYPTED, REPEATS = 8.0, 7
+ENCRYPTED = 8.0
 DELTA = 1e-4
 BUCKETS, ROWS = (32, 48), 64
 PIECES = ("training.per_device_train_batch_size=32", "training.gradient_accumulation_steps=8")
@@ -60,8 +55,6 @@ PLAIN = (
 """Of the runs without privacy: small batches, for it is noise that wants large ones."""
 LORA = AttachLora(r=2, lora_alpha=4.0)
 """Noise is added to every parameter: few of them serve privacy best."""
-EVENTS = ((1.1, 0.25, 40, 1e-4), (0.8, 0.02, 1000, 1e-5), (2.0, 1.0, 50, 1e-5), (4.0, 0.1, 3000, 1e-6))
-"""Noise multiplier, sampling rate, releases, δ."""
 PROSE = """\
 ## Differential privacy
 
@@ -76,19 +69,6 @@ the area under the curve; an attack that knows nothing has 0 ± {error:.2f} and 
 *Bound*: the most advantage that any attack can have. ε = ∞ is training without a privacy section, in batches of {rows}
 (private steps: {batch}). Trained as plaintext PEFT in float32, but for the row *encrypted*, which went through the
 encrypted worker (10-bit weights, precision {precision:g}); every adapter is measured in plaintext PEFT.
-"""
-PRICE = """\
-**What it takes.** Beside the gradient of a batch of {rows} lines (plaintext PEFT, medians of {repeats}): the gradients of
-each line in one pass take {ratio:.2f} times as long, clipping them on the grid {clip:.2f} times, and the noise for
-{parameters} parameters, once a step, {noise:.2f} times.
-"""
-ACCOUNTING = """\
-**The accountant** (dp-accounting's privacy loss distributions) beside Opacus' for some runs: ε at δ. Opacus' PRV
-accountant is asked for an error of 0.01; RDP is an upper bound.
-"""
-PAPER = """\
-**DP-LoRA as published** (`mode: paper`): what its formula says and what {steps} steps at its noise really spend at δ =
-{delta:g} (sensitivity 2√2·C; Poisson samples of rate {rate:g}, and without counting on sampling, as published).
 """
 
 
@@ -235,8 +215,9 @@ def run(quick: bool) -> str:
         compile_checkpoint(str(TINY_LLAMA), build, options)
         name = f"ε = {ENCRYPTED:g}, encrypted"
         rows.append(finished(sweep.measure(name, ENCRYPTED, sweep.run(name, sweep.rows, ENCRYPTED, build))))
-        price = _price(sweep, quick)
-    return "\n\n".join([_utility(sweep, rows), price, _accounting(quick), _paper()])
+        examples = [sweep.members[index] for index in range(8 if quick else ROWS)]
+        cost = price(plaintext(), PadToBucket(BUCKETS, sweep.pad)(examples), quick)
+    return "\n\n".join([_utility(sweep, rows), cost, accountants(quick), published()])
 
 
 @contextmanager
@@ -282,59 +263,6 @@ def _plot(rows: list[Row]) -> str:
     axes.set_xticks(list(places), labels)
     axes.legend(fontsize=7)
     return save_plot(figure, "privacy", "held-out exact match and membership advantage by epsilon")
-
-
-def _price(sweep: Sweep, quick: bool) -> str:
-    model, repeats = plaintext(), 1 if quick else REPEATS
-    batch: dict[str, Any] = PadToBucket(BUCKETS, sweep.pad)(
-        [sweep.members[index] for index in range(8 if quick else ROWS)]
-    )
-    parameters, grid = model.adapter_state(), Grid.of(1.0, 1.0)
-    taken: dict[str, list[float]] = {name: [] for name in ("batch", "each", "clip", "noise")}
-    for _ in range(repeats + 1):  # the first is to warm up
-        marks = [time.perf_counter()]
-        torch.autograd.grad(model(**batch).loss, list(parameters.values()))
-        marks.append(time.perf_counter())
-        gradients = model.per_example_gradients(**batch).of_means()
-        marks.append(time.perf_counter())
-        sums = clipped_sum(gradients, grid)
-        marks.append(time.perf_counter())
-        add_noise(sums, 1.0)
-        marks.append(time.perf_counter())
-        for name, seconds in zip(taken, np.diff(marks), strict=True):
-            taken[name].append(float(seconds))
-    middle = {name: statistics.median(values[1:]) for name, values in taken.items()}
-    return PRICE.format(
-        rows=len(batch["labels"]), ratio=middle["each"] / middle["batch"], repeats=repeats,
-        clip=middle["clip"] / middle["batch"], noise=middle["noise"] / middle["batch"],
-        parameters=sum(value.numel() for value in parameters.values()),
-    )  # fmt: skip
-
-
-def _accounting(quick: bool) -> str:
-    from opacus.accountants import PRVAccountant, RDPAccountant
-
-    rows: list[list[object]] = []
-    for noise, rate, releases, delta in EVENTS[: 1 if quick else None]:
-        prv, rdp = PRVAccountant(), RDPAccountant()
-        prv.history = rdp.history = [(noise, rate, releases)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            theirs = [prv.get_epsilon(delta, eps_error=0.01, delta_error=delta / 1000), rdp.get_epsilon(delta)]
-        ours = spent_epsilon([(Mechanism(noise, rate), releases)], delta)
-        rows.append([noise, rate, releases, f"{delta:g}", *(f"{value:.4f}" for value in (ours, *theirs))])
-    headings = ["noise multiplier", "sampling rate", "releases", "δ", "ours", "Opacus PRV", "Opacus RDP"]
-    return "\n\n".join([ACCOUNTING, table(headings, rows)])
-
-
-def _paper(steps: int = 50, rate: float = 0.1, delta: float = 1e-5) -> str:
-    rows: list[list[object]] = []
-    for epsilon in (0.5, 1.0, 2.0, 4.0):
-        noise = paper_noise(epsilon, delta)
-        spent = [spent_epsilon([(paper_mechanism(noise, sampled), steps)], delta) for sampled in (rate, 1.0)]
-        rows.append([f"{paper_epsilon(noise, delta):g}", f"{noise:.2f}", *(f"{value:.1f}" for value in spent)])
-    headings = ["ε by the formula, per iteration", "noise", "really spent, sampled", "really spent, not sampled"]
-    return "\n\n".join([PAPER.format(steps=steps, delta=delta, rate=rate), table(headings, rows)])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -25,8 +26,10 @@ def test_committed_files_equal_a_regeneration(
 
 
 def patient(row: dict[str, str]) -> str:
-    words = row["prompt"].partition(f" of {next(house for house in RULE if house in row['prompt'])}")[0].split()
-    return " ".join(words[-2:])
+    (name,) = re.findall(
+        r"(?:does|be visited|may|remedy of|day of) ([A-Z]\w+ [A-Z]\w+) (?:take|be visited|of)", row["prompt"]
+    )
+    return name
 
 
 def test_no_patient_has_two_lines_and_heldout_patients_are_others() -> None:
