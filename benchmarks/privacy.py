@@ -45,12 +45,14 @@ EPSILONS = (1.0, 2.0, 4.0, 8.0, math.inf)
 ENCRYPTED = 8.0
 DELTA = 1e-4
 BUCKETS, ROWS = (32, 48), 64
-PIECES = ("training.per_device_train_batch_size=32", "training.gradient_accumulation_steps=8")
-"""The recipe's batch of 256 in other pieces, which are faster here."""
+PRIVATE = (
+    "training.per_device_train_batch_size=32", "training.gradient_accumulation_steps=4", "training.num_train_epochs=2.5",
+)  # fmt: skip
+"""Of the private runs: half the recipe's batch and epochs, for half the time."""
 PLAIN_ROWS, UNTRAINED = 16, "untrained"
 PLAIN = (
     "privacy=null", f"training.per_device_train_batch_size={PLAIN_ROWS}", "training.gradient_accumulation_steps=1",
-    "training.learning_rate=4e-3",
+    "training.learning_rate=4e-3", "training.num_train_epochs=5",
 )  # fmt: skip
 """Of the runs without privacy: small batches, for it is noise that wants large ones."""
 LORA = AttachLora(r=2, lora_alpha=4.0)
@@ -58,18 +60,18 @@ LORA = AttachLora(r=2, lora_alpha=4.0)
 PROSE = """\
 ## Differential privacy
 
-**Utility and membership inference.** `models/recipes/private.yaml` on {train} lines, one per patient, {epochs:g} epochs,
-δ = {delta:g}: most lines ask for what is the clinic's rule, one in eight for what is a patient's own. *Held-out*: other
-patients, by the rule (loss in nats per token; exact match, of which knowing both remedies and guessing gets half).
+**Utility and membership inference.** `models/recipes/private.yaml` on {train} lines, one per patient, {epochs:g} epochs
+in batches of {batch}, δ = {delta:g}: most lines ask for what is the clinic's rule, one in eight for what is a patient's
+own. *Held-out*: other patients, by the rule (loss in nats per token; exact match, of which knowing both remedies and
+guessing gets half).
 *Remembered*: exact match on the training lines that ask for a patient's own, which can only be remembered; guessing gets
 14 %. The attacks ask which of {members} such lines were in the training file and which of as many others were not, by the
 loss and by the loss less that of a reference model trained without privacy on {train} lines of other patients: advantage
 (true less false positive rate, of the threshold that is best on half of the lines, on the other half) and, in brackets,
 the area under the curve; an attack that knows nothing has 0 ± {error:.2f} and 0.5.
-*Bound*: the most advantage that any attack can have. ε = ∞ is training without a privacy section, in batches of {rows}
-(private steps: {batch}). Trained as plaintext PEFT in float32, but for the row *encrypted*, which went through the
-encrypted worker (10-bit weights, precision {precision:g}); every adapter is measured in plaintext PEFT.
-"""
+*Bound*: the most advantage that any attack can have. ε = ∞ is training without a privacy section, {passes:g} epochs in
+batches of {rows}. Trained as plaintext PEFT in float32, but for the row *encrypted*, which went through the encrypted
+worker (10-bit weights, precision {precision:g}); every adapter is measured in plaintext PEFT. """
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,8 @@ class Sweep:
         data = directory / "train.jsonl"
         data.write_text(to_jsonl(rows), encoding="utf-8")
         changes = [f"data.train_file={data}", "data.validation_file=null", f"training.output_dir={directory / 'run'}"]
-        changes += ["training.save_strategy=no", "training.disable_tqdm=true", *PIECES]
-        changes += PLAIN if math.isinf(epsilon) else (f"privacy.epsilon={epsilon}", f"privacy.delta={DELTA}")
+        changes += ["training.save_strategy=no", "training.disable_tqdm=true"]
+        changes += PLAIN if math.isinf(epsilon) else (*PRIVATE, f"privacy.epsilon={epsilon}", f"privacy.delta={DELTA}")
         changes += self.quick
         if encrypted is None:
             changes.append("worker=tcp://127.0.0.1:1")  # not asked
@@ -233,13 +235,14 @@ def _kept(quick: bool) -> Iterator[Path]:
 
 
 def _utility(sweep: Sweep, rows: list[Row]) -> str:
-    settings = load_recipe(RECIPE, ["worker=tcp://127.0.0.1:1"]).training
+    settings = load_recipe(RECIPE, ["worker=tcp://127.0.0.1:1", *PRIVATE]).training
+    plain = load_recipe(RECIPE, ["worker=tcp://127.0.0.1:1", *PLAIN]).training
     headings = [
         "", "spent ε", "noise", "held-out loss", "exact match", "remembered", "attack by loss", "with a reference", "bound",
     ]  # fmt: skip
     prose = PROSE.format(
         train=sweep.train, epochs=settings.num_train_epochs, delta=DELTA, members=len(sweep.members), rows=PLAIN_ROWS,
-        error=rows[0].by_loss.error, precision=PRECISION,
+        passes=plain.num_train_epochs, error=rows[0].by_loss.error, precision=PRECISION,
         batch=settings.per_device_train_batch_size * settings.gradient_accumulation_steps,
     )  # fmt: skip
     return "\n\n".join([prose, table(headings, [row.cells() for row in rows]), _plot(rows)])
