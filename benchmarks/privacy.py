@@ -71,7 +71,8 @@ loss and by the loss less that of a reference model trained without privacy on {
 the area under the curve; an attack that knows nothing has 0 ± {error:.2f} and 0.5.
 *Bound*: the most advantage that any attack can have. ε = ∞ is training without a privacy section, {passes:g} epochs in
 batches of {rows}. Trained as plaintext PEFT in float32, but for the row *encrypted*, which went through the encrypted
-worker (10-bit weights, precision {precision:g}); every adapter is measured in plaintext PEFT. """
+worker (10-bit weights, precision {precision:g}); every adapter is measured in plaintext PEFT.
+"""
 
 
 @dataclass(frozen=True)
