@@ -30,7 +30,9 @@ SECTIONS = (
     "soak",
     "generation",
     "softmax_cost",
+    "conversion",
     "tfhe",
     "privacy",
+    "ckks",
 )
 """In the order of the page. A section whose module is not there is left out."""

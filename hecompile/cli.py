@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from hecompile.cli_ckks import ckks_app
+from hecompile.cli_convert import convert
 from hecompile.cli_infer import infer
 from hecompile.cli_privacy import privacy
 from hecompile.cli_worker import worker_app
@@ -27,6 +29,8 @@ app = typer.Typer(
 export_app = typer.Typer(no_args_is_help=True, help="Compile a checkpoint into a client bundle and a worker bundle.")
 app.add_typer(export_app, name="export")
 app.add_typer(worker_app, name="worker")
+app.add_typer(ckks_app, name="ckks")
+app.command()(convert)
 app.command()(infer)
 app.command()(privacy)
 
