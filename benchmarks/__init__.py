@@ -32,6 +32,7 @@ SECTIONS = (
     "softmax_cost",
     "conversion",
     "tfhe",
+    "privacy",
     "ckks",
 )
 """In the order of the page. A section whose module is not there is left out."""

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from hecompile.cli_ckks import ckks_app
 from hecompile.cli_convert import convert
 from hecompile.cli_infer import infer
+from hecompile.cli_privacy import privacy
 from hecompile.cli_worker import worker_app
 from hecompile.errors import HecompileError
 
@@ -31,6 +32,7 @@ app.add_typer(worker_app, name="worker")
 app.add_typer(ckks_app, name="ckks")
 app.command()(convert)
 app.command()(infer)
+app.command()(privacy)
 
 ALL_LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
@@ -236,6 +238,8 @@ def train(
         result = run_training(session.model, session.tokenizer, loaded, resume=resume)
     figures = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     _console().print(f"{result.steps} steps, {figures}\nadapter: {result.adapter_dir}", soft_wrap=True)
+    if result.privacy is not None:
+        _console().print(result.privacy, soft_wrap=True)
 
 
 @app.command()

@@ -30,3 +30,8 @@ class WorkerUnavailableError(WorkerError):
 
 class VerificationError(WorkerError):
     """A reply is not the product that was asked for: the worker cheats, or its machine or the link is broken."""
+
+
+class PrivacyError(HecompileError):
+    """A release would break the differential-privacy promise made about a dataset, or the record of what was released cannot
+    be relied on."""

@@ -135,6 +135,15 @@ class SecretRandom(Unsharable):
         """Independent uniform integers in [0, 2^bits), bits ≤ 8: int64 `[count]`."""
         return (np.frombuffer(os.urandom(count), dtype=np.uint8) >> (8 - bits)).astype(np.int64)
 
+    def uniform_bytes(self, count: int) -> NDArray[np.uint8]:
+        """Independent uniform bytes: uint8 `[count]`."""
+        result = np.empty(count, dtype=np.uint8)
+        keystream = _Keystream()
+        for start in range(0, count, _PIECE):
+            piece = result[start : start + _PIECE]
+            piece[:] = keystream.take(piece.size)
+        return result
+
     def discrete_gaussian(self, shape: tuple[int, ...], out: NDArray[np.int8] | None = None) -> NDArray[np.int8]:
         """Independent centred discrete Gaussian samples, standard deviation SIGMA, |e| ≤ ERROR_BOUND: int8 `shape`.
 
