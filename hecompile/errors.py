@@ -30,3 +30,8 @@ class WorkerUnavailableError(WorkerError):
 
 class VerificationError(WorkerError):
     """A reply is not the product that was asked for: the worker cheats, or its machine or the link is broken."""
+
+
+class FederationError(HecompileError):
+    """A round of a federation cannot end well: a participant broke the protocol or its bounds, or too few are left. The
+    global adapter is as it was before the round."""
