@@ -34,4 +34,11 @@ class VerificationError(WorkerError):
 
 class FederationError(HecompileError):
     """A round of a federation cannot end well: a participant broke the protocol or its bounds, or too few are left. The
-    global adapter is as it was before the round."""
+    global adapter is as it was before the round.
+
+    `public` is what others may be told, where the message itself has figures of somebody's update.
+    """
+
+    def __init__(self, message: str, public: str | None = None) -> None:
+        super().__init__(message)
+        self.public = message if public is None else public

@@ -139,11 +139,15 @@ class AggregationParameters:
         flat = np.asarray(values).reshape(-1)
         largest = float(np.max(np.abs(flat))) if flat.size else 0.0
         if not math.isfinite(largest):
-            raise FederationError("the update holds values that are not finite; it was not encrypted")
+            raise FederationError(
+                "the update holds values that are not finite; it was not encrypted. Lower the learning rate",
+                public="its update holds values that are not finite",
+            )
         if largest > self.value_range:
             raise FederationError(
                 f"the update reaches {largest:.4g}, beyond the agreed range {self.value_range:g}: lower the learning rate or "
-                "the local steps, or agree on a larger value_range"
+                "the local steps, or agree on a larger value_range",
+                public="its update is beyond the agreed range",
             )
         return np.rint(flat.astype(np.float64) * self.scale).astype(np.int32)
 
