@@ -298,7 +298,7 @@ class EncryptedSum:
                 f"what was opened is no sum of {self.clients} keys (length {length:.0f}, expected {expected:.0f}): a share was "
                 "forged or belongs to another set of clients"
             )
-        secret = transform_secrets(key_sum.astype(np.int32))  # type: ignore[arg-type]
+        secret = transform_secrets(key_sum.astype(np.int32))
         mask = masks(ring, seed.stream("aggregation"), secret, self._words.size)
         return (self._words - mask.view(np.uint32)).view(np.int32).astype(np.int64)
 

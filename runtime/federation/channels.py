@@ -62,6 +62,10 @@ class Identity(Unsharable):
         """32 bytes, for the roster."""
         return self._key.public_key().public_bytes_raw()
 
+    def sign_hello(self, challenge: bytes) -> bytes:
+        """Proves to a server that this is the owner; `challenge` starts with a label that nothing else signed has."""
+        return self._key.sign(challenge)
+
     def sign_advert(self, context: bytes, public: bytes) -> bytes:
         """A signature over the round's public key of this owner, bound to `context`."""
         return self._key.sign(_advert(context, self.name, public))

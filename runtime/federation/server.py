@@ -117,7 +117,7 @@ class ServerRound:
             raise FederationError("a round is opened once, after it was started")
         parameters, count = self.agreement.parameters, coordinates(self.header.coordinates)
         contributions = [_from(name, expect(Contribution, reply)) for name, reply in sorted(replies.items())]
-        check_enough(self.header, contributions, "contributed")
+        check_enough(self.header, [one.name for one in contributions], "contributed")
         total = EncryptedSum(parameters, count)
         for contribution in contributions:
             if contribution.name not in transcript.publics or sorted(contribution.shares) != transcript.names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -60,6 +61,7 @@ class FederationSection(Section):
       among minimum - c others: take c + 2 or more. Default: the threshold, or 2.
     * `value_range`: largest |weight · update| of a coordinate, weight ≤ 1; `max_samples`: the count with weight 1.
     * `algorithm`: fedavg, or fedprox with `mu`, which adds mu/2·‖w - w_global‖² to every owner's loss.
+    * `round_decay`: the learning rate of round n of N is that of the recipe times (1 + cos(π·(n - 1)/N)) / 2, or `none`.
     * `freeze_a`: FFA-LoRA: A stays as it was drawn, B is trained and sent alone.
     """
 
@@ -71,9 +73,14 @@ class FederationSection(Section):
     upload_bytes: Literal[3, 4] = 3
     algorithm: Literal["fedavg", "fedprox"] = "fedavg"
     mu: Annotated[float, Field(ge=0)] = 0.01
+    round_decay: Literal["cosine", "none"] = "cosine"
     freeze_a: bool = False
     pruning: PruningSection | None = None
     privacy: NoiseSection | None = None
+
+    def decay(self, number: int) -> float:
+        """What round `number`'s learning rate is multiplied by."""
+        return 1.0 if self.round_decay == "none" else (1 + math.cos(math.pi * (number - 1) / self.rounds)) / 2
 
 
 class Agreement(Section):

@@ -1,0 +1,83 @@
+"""An owner's side of a recipe: its model, its data, and what it does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hecompile.errors import InputError
+from runtime.adapter import AdapterModel, save_adapter
+from runtime.data import Examples, eos_and_pad, load_examples
+from runtime.evaluation import Evaluation, evaluate
+from runtime.federation.layout import Layout
+from runtime.federation.local import LocalTrainer
+from runtime.federation.recipe import FederationRecipe, OwnerSection
+from runtime.plaintext import PlaintextPeftModel
+from runtime.session import open_session
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model to train or evaluate, and its tokenizer."""
+
+    model: AdapterModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.of(self.model.adapter_state())
+
+    def examples(self, path: Path) -> Examples:
+        """Tokenised."""
+        return load_examples(path, self.tokenizer, self.model.sequence_buckets)
+
+    def evaluate(self, adapter: NDArray[np.float32], examples: Examples) -> Evaluation:
+        """Of the adapter float32 `[size]`."""
+        self.model.load_adapter_state(self.layout.unflatten(adapter))
+        return evaluate(self.model, examples, eos_and_pad(self.tokenizer)[1])
+
+    def save(self, adapter: NDArray[np.float32], directory: Path, base: Path) -> Path:
+        """In PEFT's format."""
+        self.model.load_adapter_state(self.layout.unflatten(adapter))
+        return save_adapter(self.model, directory, base)
+
+
+def plaintext_model(recipe: FederationRecipe) -> LocalModel:
+    """The checkpoint with an adapter drawn from the recipe's seed: the same for all who draw it."""
+    if not recipe.model.is_dir():
+        raise InputError(f"recipe: no model directory {recipe.model}")
+    torch.manual_seed(recipe.training.seed)
+    model = PlaintextPeftModel.from_pretrained(
+        recipe.model, recipe.lora.config(), tuple(recipe.sequence_buckets), recipe.batch_size
+    )
+    return LocalModel(model, AutoTokenizer.from_pretrained(recipe.model))
+
+
+@contextmanager
+def owner_model(recipe: FederationRecipe, owner: OwnerSection) -> Iterator[LocalModel]:
+    """As `OwnerSection` says: on this machine, or through its encrypted worker."""
+    place = owner.workplace()
+    if place is None:
+        yield plaintext_model(recipe)
+        return
+    with open_session(place) as session:
+        yield LocalModel(session.model, session.tokenizer)
+
+
+def local_trainer(recipe: FederationRecipe, owner: OwnerSection, local: LocalModel) -> LocalTrainer:
+    """For the rounds. Checks the data before anything starts. Raises InputError."""
+    examples = local.examples(owner.train_file)
+    if len(examples) > recipe.federation.max_samples and recipe.federation.privacy is None:
+        raise InputError(
+            f"{owner.train_file} has {len(examples)} examples, over federation.max_samples {recipe.federation.max_samples}"
+        )
+    index = recipe.names.index(owner.name)
+    folder = recipe.training.output_dir / owner.name
+    return LocalTrainer(local.model, local.tokenizer, examples, recipe.training, folder, index)
