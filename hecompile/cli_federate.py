@@ -20,7 +20,10 @@ def federate(
     recipe: _Recipe,
     overrides: _Overrides = None,
     compare: Annotated[
-        bool, typer.Option(help="Also train each owner alone, and all with updates averaged in the clear, and show all three.")
+        bool,
+        typer.Option(
+            help="Also train each owner alone, and all with updates averaged in the clear, and show all three."
+        ),
     ] = True,
 ) -> None:
     """Train one adapter from several owners' private data: a server process and one per owner over loopback sockets. The server

@@ -42,3 +42,8 @@ class FederationError(HecompileError):
     def __init__(self, message: str, public: str | None = None) -> None:
         super().__init__(message)
         self.public = message if public is None else public
+
+
+class PrivacyError(HecompileError):
+    """A release would break the differential-privacy promise made about a dataset, or the record of what was released cannot
+    be relied on."""

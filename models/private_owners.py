@@ -27,7 +27,9 @@ def split(count: int) -> dict[str, tuple[list[dict[str, str]], list[dict[str, st
     result = {}
     for index, name in enumerate(owner_names(count)):
         patients = PATIENTS[index::count]
-        own = [[row for row in rows if any(patient in row["prompt"] for patient in patients)] for rows in (train, heldout)]
+        own = [
+            [row for row in rows if any(patient in row["prompt"] for patient in patients)] for rows in (train, heldout)
+        ]
         result[name] = (own[0], own[1])
     return result
 

@@ -238,7 +238,9 @@ def encrypt(
         raise InputError(f"the plaintext must be int32 [n], got {x.dtype} {list(x.shape)}")
     largest = max(-int(x.min()), int(x.max()))
     if largest > params.integer_bound:
-        raise InputError(f"a coordinate of {largest} is beyond the bound {params.integer_bound} and the sum could overflow")
+        raise InputError(
+            f"a coordinate of {largest} is beyond the bound {params.integer_bound} and the sum could overflow"
+        )
     return _encrypt_with(params, seed, key.spend("encrypt"), _small(SecretRandom(), x.size), x)
 
 

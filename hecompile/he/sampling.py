@@ -147,6 +147,15 @@ class SecretRandom(Unsharable):
             missing -= len(kept[-1])
         return np.concatenate(kept) if kept else np.zeros(0, dtype=np.int64)
 
+    def uniform_bytes(self, count: int) -> NDArray[np.uint8]:
+        """Independent uniform bytes: uint8 `[count]`."""
+        result = np.empty(count, dtype=np.uint8)
+        keystream = _Keystream()
+        for start in range(0, count, _PIECE):
+            piece = result[start : start + _PIECE]
+            piece[:] = keystream.take(piece.size)
+        return result
+
     def discrete_gaussian(self, shape: tuple[int, ...], out: NDArray[np.int8] | None = None) -> NDArray[np.int8]:
         """Independent centred discrete Gaussian samples, standard deviation SIGMA, |e| ≤ ERROR_BOUND: int8 `shape`.
 

@@ -50,7 +50,9 @@ class Identity(Unsharable):
         if path.exists():
             secret = path.read_bytes()
             if len(secret) != 32:
-                raise InputError(f"{path} is no identity key (32 bytes); restore it, or delete it and register the new one")
+                raise InputError(
+                    f"{path} is no identity key (32 bytes); restore it, or delete it and register the new one"
+                )
             return Identity(name, Ed25519PrivateKey.from_private_bytes(secret))
         identity = Identity.generate(name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +86,9 @@ def check_advert(roster: Roster, name: str, context: bytes, public: bytes, signa
     try:
         Ed25519PublicKey.from_public_bytes(roster[name]).verify(signature, _advert(context, name, public))
     except (InvalidSignature, ValueError):
-        raise FederationError(f"the round's key of {name!r} is not signed by {name!r} for this round: forged or replayed") from None
+        raise FederationError(
+            f"the round's key of {name!r} is not signed by {name!r} for this round: forged or replayed"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,9 @@ class Channels:
         try:
             return self._cipher(sender, associated).decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], associated)
         except (InvalidTag, ValueError):
-            raise FederationError(f"the share of {sender!r} for {self.name!r} is forged, replayed or of another round") from None
+            raise FederationError(
+                f"the share of {sender!r} for {self.name!r} is forged, replayed or of another round"
+            ) from None
 
     def _cipher(self, other: str, associated: bytes) -> ChaCha20Poly1305:
         try:

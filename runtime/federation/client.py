@@ -19,7 +19,7 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from hecompile.errors import FederationError, HecompileError
+from hecompile.errors import FederationError, HecompileError, PrivacyError
 from hecompile.he import aggregation
 from hecompile.he.sampling import SecretRandom
 from runtime.federation import shamir
@@ -41,6 +41,7 @@ from runtime.federation.noise import private_update
 from runtime.federation.pruning import shared_mask
 from runtime.federation.settings import Agreement, RoundHeader
 from runtime.federation.transcript import Transcript, check_enough, encode, read_transcript
+from runtime.privacy.ledger import PrivacyLedger
 
 _log = logging.getLogger(__name__)
 
@@ -58,10 +59,18 @@ Train = Callable[[RoundHeader, NDArray[np.float32], NDArray[np.bool_]], LocalUpd
 
 
 class Participant:
-    """One owner. `roster` and `agreement` are its own copies; `train` is called once per round."""
+    """One owner. `roster` and `agreement` are its own copies; `train` is called once per round; `ledger` is its own
+    record of what it released, wanted where the agreement has differential privacy."""
 
     def __init__(
-        self, identity: Identity, roster: Roster, agreement: Agreement, layout: Layout, keys: RoundKeys, train: Train
+        self,
+        identity: Identity,
+        roster: Roster,
+        agreement: Agreement,
+        layout: Layout,
+        keys: RoundKeys,
+        train: Train,
+        ledger: PrivacyLedger | None = None,
     ) -> None:
         self.identity = identity
         self.roster = roster
@@ -69,6 +78,7 @@ class Participant:
         self.layout = layout
         self._keys = keys
         self._train = train
+        self._ledger = ledger
 
     @property
     def name(self) -> str:
@@ -91,6 +101,9 @@ class Participant:
         except FederationError as error:
             _log.error("%s: %s", self.name, error)
             return Refusal(name=self.name, reason=error.public)
+        except PrivacyError as error:
+            _log.error("%s: %s", self.name, error)
+            return Refusal(name=self.name, reason="its privacy budget does not allow for another round")
         except HecompileError as error:
             _log.error("%s: %s", self.name, error)
             return Refusal(name=self.name, reason="its training failed; see its own log")
@@ -125,12 +138,16 @@ class Participant:
         plaintext = encode(self.agreement.parameters, values, samples)
         private = self._keys.contribute(header.number)
         self._own(transcript, private.public_key().public_bytes_raw())
-        return self._encrypt(transcript, Channels(self.name, private, transcript.publics, transcript.context), plaintext)
+        return self._encrypt(
+            transcript, Channels(self.name, private, transcript.publics, transcript.context), plaintext
+        )
 
     def _adapter(self, header: RoundHeader, content: bytes) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         adapter = np.frombuffer(content, dtype="<f4") if len(content) % 4 == 0 else np.zeros(0, dtype="<f4")
         if adapter.size != self.layout.size or not np.isfinite(adapter).all():
-            raise FederationError(f"the global adapter has {adapter.size} values, {self.layout.size} finite ones are wanted")
+            raise FederationError(
+                f"the global adapter has {adapter.size} values, {self.layout.size} finite ones are wanted"
+            )
         section = self.agreement.section
         shared = section.pruning is None or section.pruning.mask == "shared"
         mask = shared_mask(self.layout, adapter, header.rate if shared else 0.0, section.freeze_a)
@@ -149,7 +166,7 @@ class Participant:
         delta = update.delta[mask].astype(np.float64)
         section = self.agreement.section
         if section.privacy is not None:
-            return private_update(self.agreement, delta), 1
+            return private_update(self.agreement, header.number, delta, self._ledger), 1
         if not 1 <= update.samples <= section.max_samples:
             raise FederationError(
                 f"{update.samples} samples, but at most max_samples {section.max_samples} were agreed on",
@@ -167,7 +184,9 @@ class Participant:
         shares = shamir.share(
             key.spend("share").reshape(-1), transcript.header.agreement.threshold, len(names), SecretRandom()
         )
-        sealed = {name: channels.seal(name, row.astype("<u2").tobytes()) for name, row in zip(names, shares, strict=True)}
+        sealed = {
+            name: channels.seal(name, row.astype("<u2").tobytes()) for name, row in zip(names, shares, strict=True)
+        }
         return Contribution(name=self.name, update=ciphertext.to_bytes(), shares=sealed)
 
     def _open(self, message: Opening) -> SumShare:

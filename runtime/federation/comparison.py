@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from runtime.data import Examples
 from runtime.federation.client import LocalUpdate
+from runtime.federation.layout import mask_digest
 from runtime.federation.local import LocalTrainer
 from runtime.federation.owner import LocalModel, local_trainer, plaintext_model
 from runtime.federation.recipe import FederationRecipe
 from runtime.federation.server import prune_global
 from runtime.federation.settings import Agreement, RoundHeader
-from runtime.federation.layout import mask_digest
 
 
 @dataclass(frozen=True)

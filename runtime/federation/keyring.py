@@ -127,7 +127,9 @@ class DirectoryKeys(Unsharable):
 
 
 def _old(number: int, last: int) -> FederationError:
-    return FederationError(f"round {number} was asked for after round {last}: round numbers only grow, a repeated one is refused")
+    return FederationError(
+        f"round {number} was asked for after round {last}: round numbers only grow, a repeated one is refused"
+    )
 
 
 def _spent(number: int, what: str) -> FederationError:

@@ -21,8 +21,8 @@ from hecompile.errors import FederationError
 from runtime.adapter import WEIGHTS_FILE
 from runtime.federation.channels import Identity, Roster
 from runtime.federation.client import Participant
-from runtime.federation.keyring import DirectoryKeys, MemoryKeys
-from runtime.federation.owner import local_trainer, owner_model, plaintext_model
+from runtime.federation.keyring import MemoryKeys
+from runtime.federation.owner import local_trainer, owner_ledger, owner_model, plaintext_model
 from runtime.federation.recipe import FederationRecipe, load_federation
 from runtime.federation.rounds import Federation
 from runtime.federation.server import RoundResult
@@ -73,7 +73,10 @@ def serve(recipe: FederationRecipe, roster: Roster, port: int, say: Callable[[st
     adapter = layout.flatten(local.model.adapter_state())
     federation = Federation(recipe.agreement(), roster, layout)
     out.mkdir(parents=True, exist_ok=True)
-    with FederationServer(roster, port=port, reply_timeout=recipe.reply_timeout) as server, (out / ROUNDS_FILE).open("w") as log:
+    with (
+        FederationServer(roster, port=port, reply_timeout=recipe.reply_timeout) as server,
+        (out / ROUNDS_FILE).open("w") as log,
+    ):
         say(LISTENING + server.address)
         server.wait_for(len(recipe.owners), _JOIN_SECONDS)
         latest, started = [adapter], time.monotonic()
@@ -89,7 +92,9 @@ def serve(recipe: FederationRecipe, roster: Roster, port: int, say: Callable[[st
             started = now
             log.write(json.dumps(asdict(record)) + "\n")
             log.flush()
-            say(f"round {number}: {len(result.contributors)} contributed, {len(result.opened_by)} opened, {record.seconds:.1f} s")
+            say(
+                f"round {number}: {len(result.contributors)} contributed, {len(result.opened_by)} opened, {record.seconds:.1f} s"
+            )
 
         try:
             federation.run(adapter, server, report)
@@ -98,14 +103,14 @@ def serve(recipe: FederationRecipe, roster: Roster, port: int, say: Callable[[st
     return directory
 
 
-def join(recipe: FederationRecipe, name: str, roster: Roster, keys: Path, address: str, memory_keys: bool = True) -> Path:
-    """An owner's process: take part until the end, then save the global adapter; returns its directory."""
+def join(recipe: FederationRecipe, name: str, roster: Roster, keys: Path, address: str) -> Path:
+    """An owner's process: take part until the end, then save the global adapter; returns its directory. Under differential
+    privacy its ledger is `keys/privacy-ledger.jsonl`."""
     owner = recipe.owner(name)
     identity = Identity.load_or_create(name, keys / "identity.key")
-    with owner_model(recipe, owner) as local:
+    with owner_model(recipe, owner) as local, owner_ledger(recipe, owner, keys) as ledger:
         trainer = local_trainer(recipe, owner, local)
-        round_keys = MemoryKeys() if memory_keys else DirectoryKeys(keys / "rounds")
-        participant = Participant(identity, roster, recipe.agreement(), local.layout, round_keys, trainer)
+        participant = Participant(identity, roster, recipe.agreement(), local.layout, MemoryKeys(), trainer, ledger)
         finished = take_part(participant, identity, address)
         adapter = np.frombuffer(finished.adapter, dtype="<f4")
         return local.save(adapter, recipe.training.output_dir / name / ADAPTER_DIR, recipe.model)
@@ -129,7 +134,9 @@ def processes(recipe_file: Path, overrides: Sequence[str]) -> Iterator[Processes
     for directory in (ADAPTER_DIR, "keys", *recipe.names):
         shutil.rmtree(out / directory, ignore_errors=True)
     folders = {name: out / "keys" / name for name in recipe.names}
-    write_roster(out / ROSTER_FILE, [Identity.load_or_create(name, path / "identity.key") for name, path in folders.items()])
+    write_roster(
+        out / ROSTER_FILE, [Identity.load_or_create(name, path / "identity.key") for name, path in folders.items()]
+    )
     threads = str(max(1, (os.cpu_count() or 1) // len(recipe.owners)))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     started: dict[str, subprocess.Popen[str]] = {}
@@ -179,7 +186,9 @@ def run_processes(recipe_file: Path, overrides: Sequence[str], say: Callable[[st
                 last = (own.strip().splitlines() or ["no message"])[-1]
                 say(f"{name} ended early: {last}")
         if running.server.returncode != 0:
-            raise FederationError((errors.strip().splitlines() or ["the server ended without a word"])[-1].removeprefix("error: "))
+            raise FederationError(
+                (errors.strip().splitlines() or ["the server ended without a word"])[-1].removeprefix("error: ")
+            )
     return read_records(recipe.training.output_dir)
 
 

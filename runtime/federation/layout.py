@@ -50,7 +50,9 @@ class Layout:
         for name, shape in self.shapes:
             if name not in state or tuple(state[name].shape) != shape:
                 found = list(state[name].shape) if name in state else "missing"
-                raise FederationError(f"the adapter's {name} is {found}, the federation's {list(shape)}: another LoRA rank or target?")
+                raise FederationError(
+                    f"the adapter's {name} is {found}, the federation's {list(shape)}: another LoRA rank or target?"
+                )
         if len(state) != len(self.shapes):
             raise FederationError(f"the adapter has {len(state)} matrices, the federation's {len(self.shapes)}")
         return torch.cat([state[name].detach().reshape(-1).float() for name, _ in self.shapes]).numpy()

@@ -93,8 +93,7 @@ class Finished(Message):
 
 
 _KINDS: dict[str, type[Message]] = {
-    kind.kind: kind
-    for kind in (Advert, Invitation, Start, Contribution, Opening, SumShare, Refusal, Finished)
+    kind.kind: kind for kind in (Advert, Invitation, Start, Contribution, Opening, SumShare, Refusal, Finished)
 }
 M = TypeVar("M", bound=Message)
 

@@ -20,7 +20,10 @@ from runtime.federation.layout import Layout
 from runtime.federation.local import LocalTrainer
 from runtime.federation.recipe import FederationRecipe, OwnerSection
 from runtime.plaintext import PlaintextPeftModel
+from runtime.privacy.ledger import PrivacyLedger, Subject
 from runtime.session import open_session
+
+LEDGER_FILE = "privacy-ledger.jsonl"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,18 @@ def owner_model(recipe: FederationRecipe, owner: OwnerSection) -> Iterator[Local
         return
     with open_session(place) as session:
         yield LocalModel(session.model, session.tokenizer)
+
+
+@contextmanager
+def owner_ledger(recipe: FederationRecipe, owner: OwnerSection, folder: Path) -> Iterator[PrivacyLedger | None]:
+    """What the owner released of its training file, in `folder`; None without differential privacy."""
+    privacy = recipe.federation.privacy
+    if privacy is None:
+        yield None
+        return
+    subject = Subject.of_file(owner.train_file, len(recipe.owners), privacy.delta)
+    with PrivacyLedger(folder / LEDGER_FILE, subject, privacy.epsilon) as ledger:
+        yield ledger
 
 
 def local_trainer(recipe: FederationRecipe, owner: OwnerSection, local: LocalModel) -> LocalTrainer:

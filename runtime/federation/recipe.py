@@ -107,7 +107,9 @@ def load_federation(path: str | Path, overrides: Sequence[str] = ()) -> Federati
     except yaml.YAMLError as error:
         raise InputError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
-        raise InputError(f"the recipe {path} must be a YAML mapping with the keys {', '.join(FederationRecipe.model_fields)}")
+        raise InputError(
+            f"the recipe {path} must be a YAML mapping with the keys {', '.join(FederationRecipe.model_fields)}"
+        )
     _resolve(document, path.resolve().parent)
     for override in overrides:
         change: dict[str, Any] = {}

@@ -31,7 +31,7 @@ class Federation:
         """One round. Raises FederationError; `adapter` is never changed."""
         current = ServerRound(self.agreement, self.roster, self.layout, number, adapter)
         invitation = current.invitation()
-        adverts = exchange({name: invitation for name in self.agreement.owners})
+        adverts = exchange(dict.fromkeys(self.agreement.owners, invitation))
         start = current.start(adverts)
         openings = current.open(exchange(dict.fromkeys(adverts, start)))
         return current.finish(exchange(openings))

@@ -145,7 +145,9 @@ class ServerRound:
         for name, reply in sorted(replies.items()):
             one = _from(name, expect(SumShare, reply))
             if name not in points or len(one.share) != 2 * ring.lattice_dim:
-                raise FederationError(f"{name!r} sent no share of the sum of this round's keys; the global adapter is unchanged")
+                raise FederationError(
+                    f"{name!r} sent no share of the sum of this round's keys; the global adapter is unchanged"
+                )
             shares[points[name]] = np.frombuffer(one.share, dtype="<u2")
         if len(shares) < self.agreement.threshold:
             raise FederationError(
@@ -160,7 +162,9 @@ class ServerRound:
         sums, samples = decode(parameters, opened, clients)
         largest = self.agreement.section.max_samples if self.agreement.private_weight else 1
         if not clients <= samples <= clients * largest:
-            raise FederationError(f"{clients} owners claim {samples} samples together, at most {largest} each were agreed on")
+            raise FederationError(
+                f"{clients} owners claim {samples} samples together, at most {largest} each were agreed on"
+            )
         weight = samples / largest
         mean = sums / weight
         adapter = self.adapter.copy()

@@ -10,8 +10,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from hecompile.he.aggregation import CLIENT_LIMIT, AggregationParameters
+from runtime.privacy.noise import BASE_SIGMA, MULTIPLIERS
 from runtime.workplace import Positive, Section
 
+SHARE_SIGMA = BASE_SIGMA * math.prod(math.hypot(z, z - 1) for z in MULTIPLIERS[:2])
+"""Standard deviation, in grid steps, of one contributor's noise: two levels of `runtime.privacy.noise`, about 2^14."""
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -43,13 +46,19 @@ class PruningSection(Section):
 
 
 class NoiseSection(Section):
-    """Client-level differential privacy: the whole update of an owner is clipped to `clip` in the Euclidean norm, and each
-    contributor adds its share of discrete Gaussian noise of `noise_multiplier` · clip in total, sized so that it is reached
-    with as few contributors as a sum may have. Weights are then equal. See `noise.py`."""
+    """Client-level differential privacy; see `noise.py`. Weights are then equal.
+
+    * `clip`: the Euclidean norm that the whole update of an owner is cut to, times the `noise_multiplier` is the standard
+      deviation of the noise of a sum, put together from all contributors' shares.
+    * `colluding`: how many contributors may tell the server their noise without the promise suffering.
+    * `epsilon`: what an owner spends at most in its whole life, with `delta`; without it, its ledger only keeps count.
+    """
 
     clip: Annotated[float, Field(gt=0)]
-    noise_multiplier: Annotated[float, Field(gt=0)]
+    noise_multiplier: Annotated[float, Field(ge=0.1)]
+    colluding: Annotated[int, Field(ge=0)] = 0
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    epsilon: Annotated[float, Field(gt=0)] | None = None
 
 
 class FederationSection(Section):
@@ -108,20 +117,44 @@ class Agreement(Section):
         if len(set(self.owners)) < count:
             raise ValueError("an owner is named twice")
         if not 2 * self.threshold > count:
-            raise ValueError(f"threshold {self.threshold} is not more than half of {count} owners: two sums could be opened")
+            raise ValueError(
+                f"threshold {self.threshold} is not more than half of {count} owners: two sums could be opened"
+            )
         if self.threshold > count or self.minimum > count:
             raise ValueError(f"threshold {self.threshold} or minimum {self.minimum} is beyond the {count} owners")
+        privacy = self.section.privacy
+        if privacy is not None and privacy.colluding > self.fewest - 2:
+            raise ValueError(
+                f"{privacy.colluding} colluding of {self.fewest} contributors leave too few who add noise in earnest"
+            )
         return self
 
     @property
+    def fewest(self) -> int:
+        """Contributors of the smallest sum that is opened."""
+        return max(self.threshold, self.minimum)
+
+    @property
     def parameters(self) -> AggregationParameters:
-        """Of the encryption, for as many clients as there are owners."""
-        return AggregationParameters(len(self.owners), self.section.value_range, self.section.upload_bytes)
+        """Of the encryption, for as many clients as there are owners. Under differential privacy a step of the integers is the
+        grid of the noise, so that nothing is rounded after it was added."""
+        section, count = self.section, len(self.owners)
+        value_range = section.value_range
+        if section.privacy is not None:
+            bound = AggregationParameters(count, 1.0, section.upload_bytes).integer_bound
+            value_range = bound * noise_step(section.privacy, self.fewest)
+        return AggregationParameters(count, value_range, section.upload_bytes)
 
     @property
     def private_weight(self) -> bool:
         """Whether weights follow sample counts; with differential privacy all weigh the same."""
         return self.section.privacy is None
+
+
+def noise_step(privacy: NoiseSection, fewest: int) -> float:
+    """The grid of the noise in units of the update: one contributor's share has standard deviation SHARE_SIGMA steps, and the
+    shares of fewest - colluding contributors together noise_multiplier · clip."""
+    return privacy.noise_multiplier * privacy.clip / math.sqrt(fewest - privacy.colluding) / SHARE_SIGMA
 
 
 class RoundHeader(Section):

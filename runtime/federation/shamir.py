@@ -22,9 +22,7 @@ PRIME = 65521
 """The largest below 2^16: a share of a coordinate is two bytes."""
 
 
-def share(
-    secret: NDArray[np.int32], threshold: int, count: int, random: SecretRandom
-) -> NDArray[np.uint16]:
+def share(secret: NDArray[np.int32], threshold: int, count: int, random: SecretRandom) -> NDArray[np.uint16]:
     """Shares of `secret [m]` for participants 1 … count, any `threshold` of which determine it: uint16 `[count, m]`.
 
     Raises InputError where 1 ≤ threshold ≤ count < PRIME does not hold or a coordinate is beyond PRIME / 2.

@@ -51,7 +51,9 @@ class FederationServer:
 
     def __init__(self, roster: Roster, host: str = "127.0.0.1", port: int = 0, reply_timeout: float = 600.0) -> None:
         if host not in ("127.0.0.1", "::1", "localhost"):
-            raise InputError(f"{host} can be reached from other machines, and these sockets have no TLS: use Flower for that")
+            raise InputError(
+                f"{host} can be reached from other machines, and these sockets have no TLS: use Flower for that"
+            )
         self._roster = roster
         self._reply_timeout = reply_timeout
         self._socket = socket.create_server((host, port))
@@ -65,7 +67,9 @@ class FederationServer:
     def __enter__(self) -> FederationServer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._socket.close()
         with self._changed:
             for link in self._links.values():

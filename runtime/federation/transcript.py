@@ -63,7 +63,7 @@ def read_transcript(header: RoundHeader, adverts: Sequence[Advert], roster: Rost
 
 def check_enough(header: RoundHeader, names: Iterable[str], what: str) -> None:
     """Raises FederationError unless as many are left as open a sum, and as a sum must be over."""
-    count, wanted = len(list(names)), max(header.agreement.threshold, header.agreement.minimum)
+    count, wanted = len(list(names)), header.agreement.fewest
     if count < wanted:
         raise FederationError(
             f"round {header.number}: {count} owners {what}, but it takes {wanted} (threshold {header.agreement.threshold}, "

@@ -24,7 +24,11 @@ RECIPE = TINY_LLAMA.parent / "recipes" / "federation.yaml"
 
 
 def recipe(out: Path, *more: str) -> FederationRecipe:
-    changes = [f"training.output_dir={out}", "training.max_steps=2", f"training.per_device_train_batch_size={BATCH_SIZE}"]
+    changes = [
+        f"training.output_dir={out}",
+        "training.max_steps=2",
+        f"training.per_device_train_batch_size={BATCH_SIZE}",
+    ]
     return load_federation(RECIPE, [*changes, "federation.rounds=3", *more])
 
 

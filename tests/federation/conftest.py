@@ -40,12 +40,12 @@ class World:
     def without(self, *names: str) -> Exchange:
         return in_process({name: one for name, one in self.participants.items() if name not in names})
 
-    def scripted(self, *steps: Callable[[Mapping[str, Message]], Mapping[str, Message]]) -> Exchange:
-        """The n-th exchange goes through the n-th step; None is an undisturbed one."""
+    def scripted(self, *steps: Callable[[Mapping[str, Message]], Mapping[str, Message]] | None) -> Exchange:
+        """The n-th exchange goes through the n-th step; None, and what comes after the last, is undisturbed."""
         calls = iter(steps)
 
         def exchange(requests: Mapping[str, Message]) -> Mapping[str, Message]:
-            step = next(calls)
+            step = next(calls, None)
             return (step or self.exchange)(requests)
 
         return exchange

@@ -25,7 +25,9 @@ _bytes, _names = st.binary(max_size=40), st.text(max_size=8)
 _adverts = st.builds(Advert, name=_names, public=_bytes, signature=_bytes)
 _MESSAGES = st.one_of(
     _adverts,
-    st.builds(Start, header=st.dictionaries(_names, st.integers()), adverts=st.lists(_adverts, max_size=3), adapter=_bytes),
+    st.builds(
+        Start, header=st.dictionaries(_names, st.integers()), adverts=st.lists(_adverts, max_size=3), adapter=_bytes
+    ),
     st.builds(Contribution, name=_names, update=_bytes, shares=st.dictionaries(_names, _bytes, max_size=3)),
     st.builds(Opening, header=st.just({}), adverts=st.just([]), shares=st.dictionaries(_names, _bytes, max_size=3)),
     st.builds(SumShare, name=_names, share=_bytes),

@@ -15,7 +15,7 @@ from runtime.federation.channels import Identity
 from runtime.federation.client import LocalUpdate, Participant
 from runtime.federation.keyring import MemoryKeys
 from runtime.federation.layout import Layout
-from runtime.federation.messages import Contribution, Message, Opening, SumShare, Start
+from runtime.federation.messages import Contribution, Message, Opening, Start, SumShare
 from runtime.federation.server import ServerRound
 from runtime.federation.settings import Agreement, FederationSection
 from tests.federation.conftest import LAYOUT, World, make_world

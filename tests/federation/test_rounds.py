@@ -29,9 +29,11 @@ def test_a_round_gives_the_weighted_mean_within_its_bound() -> None:
 
 @pytest.mark.parametrize("gone_before", [(), ("owner-4",), ("owner-0", "owner-3")])
 @pytest.mark.parametrize("gone_at_opening", [(), ("owner-1",), ("owner-1", "owner-2")])
-def test_drop_outs_are_survived_up_to_the_threshold(gone_before: tuple[str, ...], gone_at_opening: tuple[str, ...]) -> None:
+def test_drop_outs_are_survived_up_to_the_threshold(
+    gone_before: tuple[str, ...], gone_at_opening: tuple[str, ...]
+) -> None:
     world = make_world(5, threshold=3)
-    exchange = world.scripted(None, world.without(*gone_before), world.without(*gone_at_opening))  # type: ignore[arg-type]
+    exchange = world.scripted(None, world.without(*gone_before), world.without(*gone_at_opening))
     result = world.federation.round(1, world.adapter, exchange)
     left = [name for name in sorted(world.participants) if name not in gone_before]
     assert result.contributors == tuple(left)
@@ -43,10 +45,10 @@ def test_drop_outs_are_survived_up_to_the_threshold(gone_before: tuple[str, ...]
 def test_below_the_threshold_a_round_fails_closed(step: int) -> None:
     world = make_world(5, threshold=4)
     steps = [None] * 3
-    steps[step] = world.without("owner-0", "owner-1")  # type: ignore[call-overload]
+    steps[step] = world.without("owner-0", "owner-1")
     before = world.adapter.copy()
     with pytest.raises(FederationError, match="it takes 4"):
-        world.federation.round(1, world.adapter, world.scripted(*steps))  # type: ignore[arg-type]
+        world.federation.round(1, world.adapter, world.scripted(*steps))
     assert np.array_equal(world.adapter, before)
     assert world.federation.round(2, world.adapter, world.exchange).samples > 0  # the next round is not harmed
 
@@ -54,7 +56,7 @@ def test_below_the_threshold_a_round_fails_closed(step: int) -> None:
 def test_a_sum_over_fewer_than_the_minimum_is_refused_by_server_and_participants() -> None:
     world = make_world(5, threshold=3, minimum=5)
     with pytest.raises(FederationError, match="4 owners contributed, but it takes 5"):
-        world.federation.round(1, world.adapter, world.scripted(None, world.without("owner-2")))  # type: ignore[arg-type]
+        world.federation.round(1, world.adapter, world.scripted(None, world.without("owner-2")))
 
 
 def test_several_rounds_move_the_adapter_and_tell_the_owners() -> None:

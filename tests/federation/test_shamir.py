@@ -52,7 +52,9 @@ def test_shares_of_one_secret_are_uniform() -> None:
 @settings(max_examples=30, deadline=None)
 @given(data=st.data(), threshold=st.integers(2, 20), surplus=st.integers(1, 10))
 def test_a_wrong_share_among_more_than_enough_is_noticed(data: st.DataObject, threshold: int, surplus: int) -> None:
-    shares = dict(enumerate(shamir.share(np.arange(4, dtype=np.int32), threshold, threshold + surplus, RANDOM), start=1))
+    shares = dict(
+        enumerate(shamir.share(np.arange(4, dtype=np.int32), threshold, threshold + surplus, RANDOM), start=1)
+    )
     liar = data.draw(st.integers(1, threshold + surplus))
     shares[liar] = (shares[liar].astype(np.int64) + data.draw(st.integers(1, PRIME - 1))) % PRIME
     with pytest.raises(FederationError, match="contradict"):

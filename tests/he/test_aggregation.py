@@ -31,8 +31,13 @@ SEED = PublicSeed(bytes(range(32)))
 TOY = test_insecure_parameters(16, 2)
 
 
-def total(params: AggregationParameters, vectors: list[np.ndarray], keys: list[AggregationKey]) -> tuple[EncryptedSum, np.ndarray]:
-    result, key_sum = EncryptedSum(params, len(vectors[0])), np.zeros((params.ring.rank, params.ring.ring_dim), np.int64)
+def total(
+    params: AggregationParameters, vectors: list[np.ndarray], keys: list[AggregationKey]
+) -> tuple[EncryptedSum, np.ndarray]:
+    result, key_sum = (
+        EncryptedSum(params, len(vectors[0])),
+        np.zeros((params.ring.rank, params.ring.ring_dim), np.int64),
+    )
     for key, x in zip(keys, vectors, strict=True):
         result.add(EncryptedVector.from_bytes(params, encrypt(params, SEED, key, x).to_bytes(), len(x)))
         key_sum += key.spend("share")
@@ -51,7 +56,8 @@ def test_sums_open_within_the_bound_at_the_extremes(
     count = min(clients, used)
     signs = generator.choice([-1, 1], size)  # all clients alike: the sum is as large as it can be
     vectors = [
-        (bound * signs if extreme else generator.integers(-bound, bound + 1, size)).astype(np.int32) for _ in range(count)
+        (bound * signs if extreme else generator.integers(-bound, bound + 1, size)).astype(np.int32)
+        for _ in range(count)
     ]
     result, key_sum = total(params, vectors, [keygen(params) for _ in vectors])
     opened = result.open(SEED, key_sum)
@@ -165,7 +171,9 @@ def test_wrong_inputs_are_refused() -> None:
         result.open(SEED, np.full((1, 2048), 300))
 
 
-@pytest.mark.parametrize(("value", "pattern"), [(np.nan, "not finite"), (-np.inf, "not finite"), (1.001, "beyond the agreed")])
+@pytest.mark.parametrize(
+    ("value", "pattern"), [(np.nan, "not finite"), (-np.inf, "not finite"), (1.001, "beyond the agreed")]
+)
 def test_values_that_cannot_be_encoded(value: float, pattern: str) -> None:
     with pytest.raises(FederationError, match=pattern):
         AggregationParameters(2, 1.0).quantise(np.array([0.0, value], np.float32))

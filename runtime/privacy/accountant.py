@@ -1,0 +1,149 @@
+"""How much privacy releases cost together, by dp-accounting's privacy loss distributions (Koskela et al., arXiv 1906.03049;
+Doroshenko et al., arXiv 2207.04380): tight up to a discretisation that errs on the safe side.
+
+The neighbouring relation is adding or removing one example; each release is a Gaussian on a Poisson sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scipy.optimize import brentq
+
+from hecompile.errors import InputError
+
+SMALLEST_NOISE, LARGEST_NOISE = 0.1, 1e5
+"""What a noise multiplier other than 0 must lie between: below, it promises nothing; above, no gradient is left."""
+_TOLERANCE = 1e-3
+"""Of a calibrated noise multiplier, to the safe side."""
+_DISCRETIZATION = 5e-4
+"""Of privacy losses. Five times dp-accounting's default, in a fifth of its time: ε grows by 1.3e-4 of itself or less for up
+to 10^4 releases (measured), and is never too small (the discretisation is pessimistic)."""
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """A release: Gaussian noise of `noise_multiplier` sensitivities on a Poisson sample of rate `sampling_rate`."""
+
+    noise_multiplier: float
+    sampling_rate: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sampling_rate <= 1:
+            raise InputError(f"the sampling rate is {self.sampling_rate:g}; it must be in (0, 1]")
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
+            raise InputError(f"the noise multiplier is {self.noise_multiplier:g}; it must be finite and not negative")
+
+
+History = Sequence[tuple[Mechanism, int]]
+"""Releases in any order: each mechanism with how often."""
+
+
+def check_delta(delta: float, examples: int | None = None) -> None:
+    """Raise InputError unless 0 < δ < 1/N: at 1/N, publishing one example in full at random would pass for private."""
+    if not 0 < delta < 1:
+        raise InputError(f"delta is {delta:g}; it must lie between 0 and 1")
+    if examples is not None and delta >= 1 / examples:
+        raise InputError(
+            f"delta is {delta:g}, but with {examples} examples it must be below 1/{examples} = {1 / examples:.3g}, or "
+            f"publishing one example in full would count as private; try {0.1 / examples:.1g}"
+        )
+
+
+def spent_epsilon(history: History, delta: float) -> float:
+    """ε of all releases together at `delta`; 0 for none, infinity where one had no noise."""
+    check_delta(delta)
+    if not any(count for _, count in history):
+        return 0.0
+    if any(count and not mechanism.noise_multiplier for mechanism, count in history):
+        return math.inf
+    return float(_accountant(history).get_epsilon(delta))
+
+
+def calibrate_noise(epsilon: float, delta: float, sampling_rate: float, releases: int, history: History = ()) -> float:
+    """The smallest noise multiplier (within 1e-3, to the safe side, and at least SMALLEST_NOISE) with which `releases` more
+    stay within (ε, δ) together with `history`. Raises InputError where the history leaves nothing."""
+    check_epsilon(epsilon)
+    before = spent_epsilon(history, delta)
+    if before >= epsilon:
+        raise InputError(
+            f"the privacy budget epsilon {epsilon:g} (delta {delta:g}) is spent: releases so far cost {before:.4g}"
+        )
+
+    def gap(noise: float) -> float:
+        return spent_epsilon([*history, (Mechanism(noise, sampling_rate), releases)], delta) - epsilon
+
+    high = 1.0
+    while gap(high) > 0:
+        high *= 2
+        if high > LARGEST_NOISE:
+            raise InputError(
+                f"no noise gives epsilon {epsilon:g} at delta {delta:g} for {releases} releases at sampling rate "
+                f"{sampling_rate:.3g} on top of the {before:.4g} already spent; ask for more or take fewer steps"
+            )
+    low = high / 2
+    while gap(low) <= 0:
+        if low <= SMALLEST_NOISE:
+            return SMALLEST_NOISE
+        low, high = max(low / 2, SMALLEST_NOISE), low
+    noise = float(brentq(gap, low, high, xtol=_TOLERANCE / 2, rtol=_TOLERANCE / 4))
+    while gap(noise) > 0:
+        noise += _TOLERANCE / 4
+    return noise
+
+
+def affordable(epsilon: float, delta: float, mechanism: Mechanism, history: History = (), most: int = 1 << 20) -> int:
+    """How many more releases of `mechanism` fit into (ε, δ) after `history`, at most `most`. By bisection: ε only grows."""
+
+    def fits(count: int) -> bool:
+        return spent_epsilon([*history, (mechanism, count)], delta) <= epsilon
+
+    low, high = 0, min(most, 64)
+    while fits(high):
+        if high == most:
+            return most
+        low, high = high, min(2 * high, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def check_epsilon(epsilon: float) -> None:
+    """Raise InputError unless it is finite and positive."""
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        raise InputError(f"epsilon is {epsilon:g}; a promise needs a finite one above 0")
+
+
+def _event(mechanism: Mechanism, count: int) -> Any:
+    accounting = _dp_accounting()
+    gaussian = accounting.GaussianDpEvent(mechanism.noise_multiplier)
+    if mechanism.sampling_rate == 1:
+        return accounting.SelfComposedDpEvent(gaussian, count)
+    return accounting.SelfComposedDpEvent(accounting.PoissonSampledDpEvent(mechanism.sampling_rate, gaussian), count)
+
+
+def _accountant(history: History) -> Any:
+    accountant = _fresh()
+    for mechanism, count in history:
+        if count:
+            accountant.compose(_event(mechanism, count))
+    return accountant
+
+
+def _fresh() -> Any:
+    _dp_accounting()
+    from dp_accounting.pld import PLDAccountant
+
+    return PLDAccountant(value_discretization_interval=_DISCRETIZATION)
+
+
+def _dp_accounting() -> Any:
+    try:
+        import dp_accounting
+    except ImportError:
+        raise InputError("differential privacy needs dp-accounting: pip install 'hecompile[privacy]'") from None
+    return dp_accounting
