@@ -26,8 +26,8 @@ def federate(
         ),
     ] = True,
 ) -> None:
-    """Train one adapter from several owners' private data: a server process and one per owner over loopback sockets. The server
-    adds encrypted updates and learns their sum alone."""
+    """Train one adapter from several owners' private data: a server process and one per owner over loopback sockets. The
+    server adds encrypted updates and learns their sum alone."""
     import transformers
     from rich.console import Console
 

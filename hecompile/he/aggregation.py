@@ -6,21 +6,22 @@
     open      Σ_k b_k - ⟨A, Σ_k s_k⟩ = Σ_k (x_k + e_k + rounding)
 
 This is Regev's encryption with a shared A and a fresh key per message (`scheme.py`), whose keys add as its ciphertexts do:
-the form of LERNA (Li et al., 2023) and Willow (Bell-Clark et al., ePrint 2024/936). How the sum of the keys comes out without
-any single key is the business of `runtime/federation`.
+the form of LERNA (Li et al., 2023) and Willow (Bell-Clark et al., ePrint 2024/936). How the sum of the keys comes out
+without any single key is the business of `runtime/federation`.
 
 **What opening reveals.** Besides Σ x_k it reveals S = Σ s_k and, as the sum of plaintexts is then known, E = Σ e_k. With two
-honest clients the second one's message is A·S + E + x_1 + x_2 - b_1, so that all rests on the first one's, an LWE sample given
-the hints s_1 + s_2 and e_1 + e_2 (ternary secrets would not do: a sum of ±2 gives both away). For discrete Gaussian secrets
-and errors of width σ this is Hint-MLWE with one hint and M = I, which is as hard as LWE of width σ_0 with
+honest clients the second one's message is A·S + E + x_1 + x_2 - b_1, so that all rests on the first one's, an LWE sample
+given the hints s_1 + s_2 and e_1 + e_2 (ternary secrets would not do: a sum of ±2 gives both away). For discrete Gaussian
+secrets and errors of width σ this is Hint-MLWE with one hint and M = I, which is as hard as LWE of width σ_0 with
 1/σ_0² = 2·(1/σ² + 1/σ²), i.e. σ_0 = σ/2, where σ_0 ≥ √2·η_ε(Z^N) (Kim, Lee, Seo, Song, CRYPTO 2023, theorem 1; here
-√2·η = 3.15 at ε = 2^-128, d·rank = 2048). So keys and errors are sums of four samples of width SIGMA: σ = 2·SIGMA, σ_0 = SIGMA,
-and hardness is read from the project's table at SIGMA, less log2(clients) bits for replacing the honest messages one after the
-other. The table's entries are for ternary secrets, which are smaller than these and no harder.
+√2·η = 3.10, as a standard deviation, at ε = 2^-100 and N = 2^36). So keys and errors are sums of four samples of width
+SIGMA: σ = 2·SIGMA, σ_0 = SIGMA, and hardness is read from the project's table at SIGMA, less log2(clients) bits for
+replacing the honest messages one after the other. The table's entries are for ternary secrets, which are smaller than
+these and no harder.
 
 **No overflow.** |x| ≤ `integer_bound` = ⌊(2^31 - 1 - noise_bound(K)) / K⌋ for K = max_clients, so the sum over any K clients
-or fewer is within (-q/2, q/2). `noise_bound` adds the largest values of everything that is random or rounded; it holds always,
-not with high probability.
+or fewer is within (-q/2, q/2). `noise_bound` adds the largest values of everything that is random or rounded; it holds
+always, not with high probability.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ SAMPLES = 4
 SMALL_BOUND = SAMPLES * ERROR_BOUND
 """Largest absolute value of such a coordinate."""
 CLIENT_LIMIT = 128
-"""Most clients: their keys' sum must stay within half of the field that its shares live in (`runtime/federation/shamir.py`)."""
+"""Most clients: their keys' sum must stay within half of the field that its shares live in
+(`runtime/federation/shamir.py`)."""
 _NORM_FACTOR = 1.5
 """An honest sum of keys is longer than this many times its expected length with probability below 2^-400."""
 
@@ -145,8 +147,8 @@ class AggregationParameters:
             )
         if largest > self.value_range:
             raise FederationError(
-                f"the update reaches {largest:.4g}, beyond the agreed range {self.value_range:g}: lower the learning rate or "
-                "the local steps, or agree on a larger value_range",
+                f"the update reaches {largest:.4g}, beyond the agreed range {self.value_range:g}: lower the learning "
+                "rate or the local steps, or agree on a larger value_range",
                 public="its update is beyond the agreed range",
             )
         return np.rint(flat.astype(np.float64) * self.scale).astype(np.int32)
@@ -212,8 +214,8 @@ class EncryptedVector:
         """Raises FederationError where `data` is not `count` words long."""
         if len(data) != count * params.upload_bytes:
             raise FederationError(
-                f"an encrypted update of {count} coordinates has {count * params.upload_bytes} bytes, got {len(data)}: was it "
-                "made for another adapter or mask?"
+                f"an encrypted update of {count} coordinates has {count * params.upload_bytes} bytes, got {len(data)}: was "
+                "it made for another adapter or mask?"
             )
         return EncryptedVector(np.frombuffer(data, dtype=np.uint8).reshape(count, params.upload_bytes))
 
@@ -297,8 +299,8 @@ class EncryptedSum:
         expected = math.sqrt(self.clients * SAMPLES * ring.lattice_dim) * SIGMA
         if not ring.insecure and length > _NORM_FACTOR * expected:
             raise FederationError(
-                f"what was opened is no sum of {self.clients} keys (length {length:.0f}, expected {expected:.0f}): a share was "
-                "forged or belongs to another set of clients"
+                f"what was opened is no sum of {self.clients} keys (length {length:.0f}, expected {expected:.0f}): a share "
+                "was forged or belongs to another set of clients"
             )
         secret = transform_secrets(key_sum.astype(np.int32))
         mask = masks(ring, seed.stream("aggregation"), secret, self._words.size)

@@ -136,8 +136,8 @@ class SecretRandom(Unsharable):
         return (np.frombuffer(os.urandom(count), dtype=np.uint8) >> (8 - bits)).astype(np.int64)
 
     def below(self, bound: int, count: int) -> NDArray[np.int64]:
-        """Independent uniform integers in [0, bound), 1 ≤ bound ≤ 2^16: int64 `[count]`. 16 bits each, those from the largest
-        multiple of bound on rejected."""
+        """Independent uniform integers in [0, bound), 1 ≤ bound ≤ 2^16: int64 `[count]`. 16 bits each, those from the
+        largest multiple of bound on rejected."""
         kept: list[NDArray[np.int64]] = []
         missing, limit = count, (1 << 16) // bound * bound
         while missing > 0:

@@ -1,9 +1,10 @@
 """Who a participant is, and how one sends a share to another through a server that cannot read it.
 
 An identity is an Ed25519 key; the roster says whose is whose. For each round a participant draws an X25519 key and signs it
-together with everything public that the round is about. Two such keys give a secret (RFC 7748), HKDF-SHA256 (RFC 5869) makes a
-key of it for one direction between two names in one round, and ChaCha20-Poly1305 (RFC 8439) seals the share under that key with
-the same names and round as associated data. So a share opens for its recipient, from its sender, in its round, or not at all.
+together with everything public that the round is about. Two such keys give a secret (RFC 7748), HKDF-SHA256 (RFC 5869)
+makes a key of it for one direction between two names in one round, and ChaCha20-Poly1305 (RFC 8439) seals the share under
+that key with the same names and round as associated data. So a share opens for its recipient, from its sender, in its
+round, or not at all.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     start      → contribution  train; draw a one-time key, encrypt under it, share it out; the key is gone
     opening    → sum share     unseal the contributors' shares, add them, answer once
 
-Everything is checked against this participant's own copy of the agreement before anything is computed. Between messages it keeps
-what `keyring.py` says and nothing else.
+Everything is checked against this participant's own copy of the agreement before anything is computed. Between messages
+it keeps what `keyring.py` says and nothing else.
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ class Participant:
         mask = shared_mask(self.layout, adapter, header.rate if shared else 0.0, section.freeze_a)
         if mask_digest(mask) != header.mask or int(mask.sum()) != header.coordinates:
             raise FederationError(
-                f"round {header.number}: the pruning mask of {self.name!r} is not the server's: another global adapter or rate"
+                f"round {header.number}: the pruning mask of {self.name!r} is not the server's: another global "
+                "adapter or rate"
             )
         return adapter, mask
 

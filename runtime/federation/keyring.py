@@ -1,10 +1,10 @@
 """The secret state of a participant between two messages of a round: its X25519 key, which serves one contribution and one
 opening.
 
-The key of the encryption itself is not here: it is drawn, used and dropped within one handler (`client.py`). What is kept can
-only unseal shares of *others'* keys that are addressed to this participant. Taking it deletes it, so that shares are revealed
-for one set of contributors per round and no other: two sums over sets that differ by one owner would give that owner's update
-as their difference.
+The key of the encryption itself is not here: it is drawn, used and dropped within one handler (`client.py`). What is kept
+can only unseal shares of *others'* keys that are addressed to this participant. Taking it deletes it, so that shares are
+revealed for one set of contributors per round and no other: two sums over sets that differ by one owner would give that
+owner's update as their difference.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class RoundKeys(Protocol):
     """One key per round number; round numbers only grow."""
 
     def begin(self, number: int) -> X25519PrivateKey:
-        """A fresh key for round `number`; an unfinished earlier round is forgotten. Raises FederationError for an old one."""
+        """A fresh key for round `number`; an unfinished earlier round is forgotten. Raises FederationError for an old
+        one."""
 
     def contribute(self, number: int) -> X25519PrivateKey:
         """The key, for the one contribution of the round. Raises FederationError at the second."""

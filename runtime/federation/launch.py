@@ -1,4 +1,5 @@
-"""A federation on this machine: a server and every owner in processes of their own over loopback sockets, and what it is worth."""
+"""A federation on this machine: a server and every owner in processes of their own over loopback sockets, and what it is
+worth."""
 
 from __future__ import annotations
 
@@ -93,7 +94,8 @@ def serve(recipe: FederationRecipe, roster: Roster, port: int, say: Callable[[st
             log.write(json.dumps(asdict(record)) + "\n")
             log.flush()
             say(
-                f"round {number}: {len(result.contributors)} contributed, {len(result.opened_by)} opened, {record.seconds:.1f} s"
+                f"round {number}: {len(result.contributors)} contributed, {len(result.opened_by)} opened, "
+                f"{record.seconds:.1f} s"
             )
 
         try:

@@ -66,8 +66,8 @@ class LocalTrainer:
         federation: FederationSection,
         steps: int | None = None,
     ) -> NDArray[np.float32]:
-        """The adapter after the steps of one round (or `steps`) from `adapter`, float32 `[size]`; unchanged where the mask is
-        false."""
+        """The adapter after the steps of one round (or `steps`) from `adapter`, float32 `[size]`; unchanged where the
+        mask is false."""
         start = self.layout.unflatten(adapter)
         self.model.load_adapter_state(start)
         changes: dict[str, Any] = {

@@ -3,13 +3,13 @@
     share     x_k = round(Δ_k · min(1, C'/‖Δ_k‖) / g) + D_k,   D_k discrete Gaussian of SHARE_SIGMA steps, g the grid
     sum       Σ x_k·g = Σ clipped updates + noise of standard deviation σ·C·√(K / (m - c)) ≥ σ·C
 
-K contributors, m the fewest that a sum may have, c who may give their own noise away: drop-outs and c betrayals leave at least the
-noise that is accounted for. C' = C - g·√n/2 makes room for rounding, so that a rounded update is within C. Sums of discrete
-Gaussians of this width are discrete Gaussians to within 2^-1000 (Kairouz, Liu, Steinke, "The distributed discrete Gaussian
-mechanism", ICML 2021), and what the encryption adds only helps. Whoever sees the sum alone, the server included, gets (ε, δ) of
-the Gaussian mechanism with noise multiplier σ per round: neighbours are the same federation with one owner's update set to zero
-(that it took part is public). Sums of several rounds compose; every owner enters each round in its own ledger before its
-contribution leaves it.
+K contributors, m the fewest that a sum may have, c who may give their own noise away: drop-outs and c betrayals leave at
+least the noise that is accounted for. C' = C - g·√n/2 makes room for rounding, so that a rounded update is within C. Sums
+of discrete Gaussians of this width are discrete Gaussians to within 2^-1000 (Kairouz, Liu, Steinke, "The distributed
+discrete Gaussian mechanism", ICML 2021), and what the encryption adds only helps. Whoever sees the sum alone, the server
+included, gets (ε, δ) of the Gaussian mechanism with noise multiplier σ per round: neighbours are the same federation with
+one owner's update set to zero (that it took part is public). Sums of several rounds compose; every owner enters each
+round in its own ledger before its contribution leaves it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def clip_to_grid(privacy: NoiseSection, fewest: int, delta: NDArray[np.float64])
     bound = privacy.clip - step * math.sqrt(delta.size) / 2
     if bound < privacy.clip / 2:
         raise FederationError(
-            f"noise multiplier {privacy.noise_multiplier:g} is too coarse a grid for {delta.size} coordinates: lower it, or prune"
+            f"noise multiplier {privacy.noise_multiplier:g} is too coarse a grid for {delta.size} "
+            "coordinates: lower it, or prune"
         )
     norm = float(np.linalg.norm(delta))
     return np.rint(delta * (min(1.0, bound / norm) / step if norm > 0 else 0.0)).astype(np.int64)

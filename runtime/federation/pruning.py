@@ -4,9 +4,10 @@
                  train within it, and send the coordinates it keeps
     per client   w_k ← w_k · (the (1 - rate) largest |w_k| of every matrix), after training; all coordinates are sent
 
-The published form encrypts the zeros, so that pruning saves no bytes, and averages over them: a coordinate that one of K owners
-keeps comes out divided by K. With the shared mask a coordinate is kept by all or by none, and one that is pruned stays so while
-the rate rises, for zero is the smallest. The mask is a function of the global adapter alone, which all have, the server too.
+The published form encrypts the zeros, so that pruning saves no bytes, and averages over them: a coordinate that one of K
+owners keeps comes out divided by K. With the shared mask a coordinate is kept by all or by none, and one that is pruned
+stays so while the rate rises, for zero is the smallest. The mask is a function of the global adapter alone, which all
+have, the server too.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from runtime.federation.layout import Layout
 def shared_mask(layout: Layout, adapter: NDArray[np.float32], rate: float, freeze_a: bool) -> NDArray[np.bool_]:
     """Which coordinates are trained and sent: bool `[size]`.
 
-    `freeze_a` leaves out all of A (FFA-LoRA; Sun et al., ICLR 2024). A matrix of zeros, such as B before the first round, is not
-    pruned: its coordinates have no order yet. Equal magnitudes are kept in the order of their places.
+    `freeze_a` leaves out all of A (FFA-LoRA; Sun et al., ICLR 2024). A matrix of zeros, such as B before the first round,
+    is not pruned: its coordinates have no order yet. Equal magnitudes are kept in the order of their places.
     """
     mask = np.ones(layout.size, dtype=bool)
     for name, where in layout.slices():

@@ -19,8 +19,8 @@ ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 class OwnerSection(Section):
-    """One owner. With `plan`, a client bundle, it trains through its encrypted worker (`worker`, or `worker_bundle` in its own
-    process), otherwise in plaintext on its own machine from the recipe's checkpoint."""
+    """One owner. With `plan`, a client bundle, it trains through its encrypted worker (`worker`, or `worker_bundle` in
+    its own process), otherwise in plaintext on its own machine from the recipe's checkpoint."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     train_file: Path
@@ -47,7 +47,7 @@ class LoraShape(Section):
     r: Positive = 8
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: list[str] = list(ALL_LINEARS)
+    target_modules: list[str] = Field(default=list(ALL_LINEARS))
 
     def config(self) -> peft.LoraConfig:
         """As PEFT has it."""
@@ -56,13 +56,13 @@ class LoraShape(Section):
 
 class FederationRecipe(Section):
     """`model` is the checkpoint that all owners start from; `training` one round at one owner (`max_steps` local steps or
-    `num_train_epochs` passes), its `output_dir` holds everybody's files in this command. `reply_timeout`: seconds an owner may
-    be silent before the round goes on without it."""
+    `num_train_epochs` passes), its `output_dir` holds everybody's files in this command. `reply_timeout`: seconds an
+    owner may be silent before the round goes on without it."""
 
     model: Path
     owners: Annotated[list[OwnerSection], Field(min_length=2)]
     lora: LoraShape = LoraShape()
-    sequence_buckets: list[Positive] = [32, 48]
+    sequence_buckets: list[Positive] = Field(default=[32, 48])
     batch_size: Positive = 16
     federation: FederationSection = FederationSection()
     training: TrainingSection
@@ -97,8 +97,8 @@ class FederationRecipe(Section):
 
 
 def load_federation(path: str | Path, overrides: Sequence[str] = ()) -> FederationRecipe:
-    """Read, override (`federation.rounds=3`) and check. Relative paths are relative to the recipe's folder, those of overrides to
-    the working directory. Raises InputError with one message that names the key."""
+    """Read, override (`federation.rounds=3`) and check. Relative paths are relative to the recipe's folder, those of
+    overrides to the working directory. Raises InputError with one message that names the key."""
     path = Path(path)
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506  a SafeLoader
@@ -127,7 +127,7 @@ def load_federation(path: str | Path, overrides: Sequence[str] = ()) -> Federati
 
 def _resolve(document: dict[str, Any], folder: Path) -> None:
     """Make relative paths absolute; leave what is malformed to pydantic."""
-    targets = [(document, ("model",)), (document.get("training"), ("output_dir",))]
+    targets: list[tuple[Any, tuple[str, ...]]] = [(document, ("model",)), (document.get("training"), ("output_dir",))]
     owners = document.get("owners")
     for owner in owners if isinstance(owners, list) else ():
         targets.append((owner, ("train_file", "validation_file", "plan", "worker_bundle")))

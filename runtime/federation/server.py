@@ -2,8 +2,8 @@
 
     invitation → adverts → start → contributions → opening → sum shares → result
 
-Whoever does not reply in time is simply absent from the replies: a round goes on while enough are left and fails closed when not.
-Whoever refuses ends it with the reason. The global adapter changes in no other way than by `finish`'s result.
+Whoever does not reply in time is simply absent from the replies: a round goes on while enough are left and fails closed
+when not. Whoever refuses ends it with the reason. The global adapter changes in no other way than by `finish`'s result.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ class ServerRound:
         return Start(header=self._fields, adverts=self._adverts, adapter=self.adapter.astype("<f4").tobytes())
 
     def open(self, replies: Mapping[str, Message]) -> dict[str, Opening]:
-        """Adds the contributions; what to send to each participant. Raises FederationError for too few or a malformed one."""
+        """Adds the contributions; what to send to each participant. Raises FederationError for too few or a malformed
+        one."""
         transcript = self._transcript
         if transcript is None or self._sum is not None:
             raise FederationError("a round is opened once, after it was started")
@@ -151,8 +152,8 @@ class ServerRound:
             shares[points[name]] = np.frombuffer(one.share, dtype="<u2")
         if len(shares) < self.agreement.threshold:
             raise FederationError(
-                f"round {self.header.number}: {len(shares)} owners opened, but it takes {self.agreement.threshold}; the sum stays "
-                "closed and the global adapter is unchanged"
+                f"round {self.header.number}: {len(shares)} owners opened, but it takes {self.agreement.threshold}; "
+                "the sum stays closed and the global adapter is unchanged"
             )
         key_sum = shamir.combine(shares, self.agreement.threshold).reshape(ring.rank, ring.ring_dim)
         return self._result(total, total.open(transcript.seed, key_sum), tuple(sorted(replies)))

@@ -19,9 +19,9 @@ Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class PruningSection(Section):
-    """L1 pruning at a rising rate: from round `start_round` on `start_rate` of every matrix, rising linearly to `end_rate` in
-    round `end_round`. `shared` takes one public mask from the previous global adapter and sends no pruned coordinate;
-    `per_client` is FedShield-LLM as published: each client prunes what it trained, and zeros travel too."""
+    """L1 pruning at a rising rate: from round `start_round` on `start_rate` of every matrix, rising linearly to
+    `end_rate` in round `end_round`. `shared` takes one public mask from the previous global adapter and sends no pruned
+    coordinate; `per_client` is FedShield-LLM as published: each client prunes what it trained, and zeros travel too."""
 
     start_rate: Rate = 0.2
     end_rate: Rate = 0.5
@@ -66,8 +66,8 @@ class FederationSection(Section):
 
     * `threshold`: how many participants open a sum together; fewer, with or without the server, open nothing. More than half
       of the owners, so that two different sums of one round cannot both be opened. Default: just more than half.
-    * `minimum`: fewest contributors of a sum, at least 2. With c owners in league with the server, a sum hides an update only
-      among minimum - c others: take c + 2 or more. Default: the threshold, or 2.
+    * `minimum`: fewest contributors of a sum, at least 2. With c owners in league with the server, a sum hides an update
+      only among minimum - c others: take c + 2 or more. Default: the threshold, or 2.
     * `value_range`: largest |weight · update| of a coordinate, weight ≤ 1; `max_samples`: the count with weight 1.
     * `algorithm`: fedavg, or fedprox with `mu`, which adds mu/2·‖w - w_global‖² to every owner's loss.
     * `round_decay`: the learning rate of round n of N is that of the recipe times (1 + cos(π·(n - 1)/N)) / 2, or `none`.
@@ -136,8 +136,8 @@ class Agreement(Section):
 
     @property
     def parameters(self) -> AggregationParameters:
-        """Of the encryption, for as many clients as there are owners. Under differential privacy a step of the integers is the
-        grid of the noise, so that nothing is rounded after it was added."""
+        """Of the encryption, for as many clients as there are owners. Under differential privacy a step of the integers
+        is the grid of the noise, so that nothing is rounded after it was added."""
         section, count = self.section, len(self.owners)
         value_range = section.value_range
         if section.privacy is not None:
@@ -152,8 +152,8 @@ class Agreement(Section):
 
 
 def noise_step(privacy: NoiseSection, fewest: int) -> float:
-    """The grid of the noise in units of the update: one contributor's share has standard deviation SHARE_SIGMA steps, and the
-    shares of fewest - colluding contributors together noise_multiplier · clip."""
+    """The grid of the noise in units of the update: one contributor's share has standard deviation SHARE_SIGMA steps, and
+    the shares of fewest - colluding contributors together noise_multiplier · clip."""
     return privacy.noise_multiplier * privacy.clip / math.sqrt(fewest - privacy.colluding) / SHARE_SIGMA
 
 

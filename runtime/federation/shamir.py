@@ -3,9 +3,9 @@
     share     f(X) = s + c_1·X + … + c_(t-1)·X^(t-1),  c uniform;  participant j = 1 … n gets f(j)
     combine   s = Σ_j λ_j·f(j) over any t participants, λ_j = Π_(i≠j) i / (i - j)
 
-(Shamir, "How to share a secret", CACM 1979.) Sharing is linear: sums of shares are shares of the sum, with sums of polynomials,
-and fewer than t of them are independent of it. Secrets are small integers, read centred: a sum of keys of up to 128 clients is
-at most 128 · 116 = 14848 in absolute value, and 65521 / 2 is more than twice that.
+(Shamir, "How to share a secret", CACM 1979.) Sharing is linear: sums of shares are shares of the sum, with sums of
+polynomials, and fewer than t of them are independent of it. Secrets are small integers, read centred: a sum of keys of up
+to 128 clients is at most 128 · 116 = 14848 in absolute value, and 65521 / 2 is more than twice that.
 """
 
 from __future__ import annotations

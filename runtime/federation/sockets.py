@@ -45,8 +45,8 @@ class _Link:
 class FederationServer:
     """Listens on a loopback address, and is an `Exchange`. Use it as a context manager.
 
-    An owner whose connection breaks, or that is silent for `reply_timeout` seconds, is left out of the exchange; one that comes
-    back takes part from the next on.
+    An owner whose connection breaks, or that is silent for `reply_timeout` seconds, is left out of the exchange; one that
+    comes back takes part from the next on.
     """
 
     def __init__(self, roster: Roster, host: str = "127.0.0.1", port: int = 0, reply_timeout: float = 600.0) -> None:
@@ -167,7 +167,8 @@ class FederationServer:
 
 
 def take_part(participant: Participant, identity: Identity, address: str, timeout: float = 60.0) -> Finished:
-    """Connect, answer until the federation is over, and return its last message. Raises FederationError when the server is gone."""
+    """Connect, answer until the federation is over, and return its last message. Raises FederationError when the server
+    is gone."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     try:
         connection = socket.create_connection((host, int(port)), timeout)

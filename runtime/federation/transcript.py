@@ -45,7 +45,8 @@ class Transcript:
 
     @property
     def seed(self) -> PublicSeed:
-        """Of the round's matrix A: a hash of everybody's fresh keys, so that nobody alone chooses it, and it is never old."""
+        """Of the round's matrix A: a hash of everybody's fresh keys, so that nobody alone chooses it, and it is never
+        old."""
         return PublicSeed(hashlib.sha256(b"hecompile/federation/matrix/1" + self.context).digest())
 
 

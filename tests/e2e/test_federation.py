@@ -66,8 +66,10 @@ def test_masks_frozen_a_and_the_proximal_term(tmp_path: Path) -> None:
         assert (adapter[where] == lab.initial[where]).all() == is_a(name), name
     assert np.allclose(adapter - lab.initial, weighted_mean(updates), atol=1e-7)
     # Rate 0.5 from here on: half of every B is zero and stays so.
-    pruned, _ = lab.plain_round(agreement.model_copy(update={"section": agreement.section.model_copy(
-        update={"pruning": agreement.section.pruning.model_copy(update={"start_round": 1, "end_round": 1})})}), 2, adapter)  # fmt: skip
+    half = recipe(
+        tmp_path, "federation.freeze_a=true", "federation.pruning.start_round=1", "federation.pruning.end_round=1"
+    )
+    pruned, _ = lab.plain_round(half.agreement(), 2, adapter)
     shares = [float((pruned[where] == 0).mean()) for name, where in lab.local.layout.slices() if not is_a(name)]
     assert min(shares) >= 0.49
     # A strong pull towards the global adapter shortens the way.

@@ -221,8 +221,10 @@ def make_world_like(world: World) -> World:
 
 def test_thresholds_that_protect_nothing() -> None:
     for section, reason in (
-        ({"threshold": 2}, "not more than half"), ({"threshold": 5}, "beyond"), ({"minimum": 1}, "greater than or equal to 2")
-    ):  # fmt: skip
+        ({"threshold": 2}, "not more than half"),
+        ({"threshold": 5}, "beyond"),
+        ({"minimum": 1}, "greater than or equal to 2"),
+    ):
         with pytest.raises(ValidationError, match=reason):
             Agreement.of([f"o{i}" for i in range(4)], FederationSection(**section))
 
