@@ -31,5 +31,7 @@ SECTIONS = (
     "generation",
     "softmax_cost",
     "tfhe",
+    "federation_cost",
+    "federation",
 )
 """In the order of the page. A section whose module is not there is left out."""

@@ -41,7 +41,7 @@ def federate(
     agreement = loaded.agreement()
     console.print(
         f"{len(loaded.owners)} owners, {agreement.section.rounds} rounds; {agreement.threshold} open a sum, at least "
-        f"{agreement.minimum} are in it; {agreement.parameters.security_bits:.0f} bits",
+        f"{agreement.minimum} are in it; {agreement.parameters().security_bits:.0f} bits",
         soft_wrap=True,
     )
     records = run_processes(recipe, overrides or (), lambda line: console.print(line, soft_wrap=True))

@@ -135,7 +135,7 @@ class Participant:
         adapter, mask = self._adapter(header, message.adapter)
         update = self._train(header, adapter.copy(), mask)
         values, samples = self._values(header, update, mask)
-        plaintext = encode(self.agreement.parameters, values, samples)
+        plaintext = encode(header.parameters, values, samples)
         private = self._keys.contribute(header.number)
         self._own(transcript, private.public_key().public_bytes_raw())
         return self._encrypt(
@@ -178,7 +178,7 @@ class Participant:
         return delta, update.samples
 
     def _encrypt(self, transcript: Transcript, channels: Channels, plaintext: NDArray[np.int32]) -> Contribution:
-        parameters = self.agreement.parameters
+        parameters = transcript.header.parameters
         key = aggregation.keygen(parameters)
         ciphertext = aggregation.encrypt(parameters, transcript.seed, key, plaintext)
         names = transcript.names
@@ -204,7 +204,7 @@ class Participant:
         return SumShare(name=self.name, share=shamir.add(rows).astype("<u2").tobytes())
 
     def _share(self, sender: str, content: bytes) -> NDArray[np.uint16]:
-        size = self.agreement.parameters.ring.lattice_dim
+        size = self.agreement.parameters().ring.lattice_dim
         row = np.frombuffer(content, dtype="<u2") if len(content) == 2 * size else np.zeros(0, dtype="<u2")
         if row.size != size or int(row.max()) >= shamir.PRIME:
             self._bad_share(sender)

@@ -9,13 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.data import Examples
-from runtime.federation.client import LocalUpdate
+from runtime.federation.channels import Identity
+from runtime.federation.client import LocalUpdate, Participant, Train
+from runtime.federation.keyring import MemoryKeys
 from runtime.federation.layout import mask_digest
 from runtime.federation.local import LocalTrainer
 from runtime.federation.owner import LocalModel, local_trainer, plaintext_model
 from runtime.federation.recipe import FederationRecipe
-from runtime.federation.server import prune_global
-from runtime.federation.settings import Agreement, RoundHeader
+from runtime.federation.rounds import Federation, in_process
+from runtime.federation.server import RoundResult, prune_global
+from runtime.federation.settings import Agreement, FederationSection, RoundHeader
+from runtime.privacy.ledger import PrivacyLedger
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,50 @@ class Lab:
         )  # fmt: skip
         updates = {name: trainer(header, start, mask) for name, trainer in self.trainers.items()}
         return (start + weighted_mean(updates)).astype(np.float32), updates
+
+    def encrypted(
+        self, section: FederationSection, ledgers: Mapping[str, PrivacyLedger] | None = None
+    ) -> tuple[NDArray[np.float32], list[CheckedRound]]:
+        """The federation as it is, all in this process; every round's mean is compared with that of the exact updates.
+
+        Under differential privacy there is nothing to compare with, and `ledgers` are wanted.
+        """
+        agreement = Agreement.of(self.recipe.names, section)
+        layout, updates = self.local.layout, dict[str, LocalUpdate]()
+
+        def recording(name: str) -> Train:
+            def train(header: RoundHeader, adapter: NDArray[np.float32], mask: NDArray[np.bool_]) -> LocalUpdate:
+                updates[name] = self.trainers[name](header, adapter, mask)
+                return updates[name]
+
+            return train
+
+        identities = {name: Identity.generate(name) for name in self.recipe.names}
+        roster = {name: identity.public for name, identity in identities.items()}
+        participants = {
+            name: Participant(
+                identity, roster, agreement, layout, MemoryKeys(), recording(name), (ledgers or {}).get(name)
+            )
+            for name, identity in identities.items()
+        }
+        federation, adapter, rounds = Federation(agreement, roster, layout), self.initial, list[CheckedRound]()
+        for number in range(1, section.rounds + 1):
+            _, mask = prune_global(layout, agreement, number, adapter)
+            result = federation.round(number, adapter, in_process(participants))
+            error = float("nan")
+            if section.privacy is None:
+                error = float(np.abs(result.mean - weighted_mean(updates)[mask]).max())
+            rounds.append(CheckedRound(result, error))
+            adapter = result.adapter
+        return adapter, rounds
+
+
+@dataclass(frozen=True)
+class CheckedRound:
+    """A round, and how far its mean is from the weighted mean of the exact updates: the largest difference."""
+
+    result: RoundResult
+    error: float
 
 
 def weighted_mean(updates: Mapping[str, LocalUpdate]) -> NDArray[np.float64]:

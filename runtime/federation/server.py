@@ -116,7 +116,7 @@ class ServerRound:
         transcript = self._transcript
         if transcript is None or self._sum is not None:
             raise FederationError("a round is opened once, after it was started")
-        parameters, count = self.agreement.parameters, coordinates(self.header.coordinates)
+        parameters, count = self.header.parameters, coordinates(self.header.coordinates)
         contributions = [_from(name, expect(Contribution, reply)) for name, reply in sorted(replies.items())]
         check_enough(self.header, [one.name for one in contributions], "contributed")
         total = EncryptedSum(parameters, count)
@@ -142,7 +142,7 @@ class ServerRound:
             raise FederationError("a round is finished after it was opened")
         points = {name: index + 1 for index, name in enumerate(transcript.names)}
         shares: dict[int, NDArray[np.uint16]] = {}
-        ring = self.agreement.parameters.ring
+        ring = self.header.parameters.ring
         for name, reply in sorted(replies.items()):
             one = _from(name, expect(SumShare, reply))
             if name not in points or len(one.share) != 2 * ring.lattice_dim:
@@ -159,7 +159,7 @@ class ServerRound:
         return self._result(total, total.open(transcript.seed, key_sum), tuple(sorted(replies)))
 
     def _result(self, total: EncryptedSum, opened: NDArray[np.int64], opened_by: tuple[str, ...]) -> RoundResult:
-        parameters, clients = self.agreement.parameters, total.clients
+        parameters, clients = self.header.parameters, total.clients
         sums, samples = decode(parameters, opened, clients)
         largest = self.agreement.section.max_samples if self.agreement.private_weight else 1
         if not clients <= samples <= clients * largest:

@@ -68,7 +68,8 @@ class FederationSection(Section):
       of the owners, so that two different sums of one round cannot both be opened. Default: just more than half.
     * `minimum`: fewest contributors of a sum, at least 2. With c owners in league with the server, a sum hides an update
       only among minimum - c others: take c + 2 or more. Default: the threshold, or 2.
-    * `value_range`: largest |weight · update| of a coordinate, weight ≤ 1; `max_samples`: the count with weight 1.
+    * `value_range`: largest |weight · update| of a coordinate in round 1, weight ≤ 1; it falls with the
+      learning rate. `max_samples`: the count with weight 1.
     * `algorithm`: fedavg, or fedprox with `mu`, which adds mu/2·‖w - w_global‖² to every owner's loss.
     * `round_decay`: the learning rate of round n of N is that of the recipe times (1 + cos(π·(n - 1)/N)) / 2, or `none`.
     * `freeze_a`: FFA-LoRA: A stays as it was drawn, B is trained and sent alone.
@@ -134,12 +135,11 @@ class Agreement(Section):
         """Contributors of the smallest sum that is opened."""
         return max(self.threshold, self.minimum)
 
-    @property
-    def parameters(self) -> AggregationParameters:
+    def parameters(self, number: int = 1) -> AggregationParameters:
         """Of the encryption, for as many clients as there are owners. Under differential privacy a step of the integers
         is the grid of the noise, so that nothing is rounded after it was added."""
         section, count = self.section, len(self.owners)
-        value_range = section.value_range
+        value_range = section.value_range * section.decay(number)
         if section.privacy is not None:
             bound = AggregationParameters(count, 1.0, section.upload_bytes).integer_bound
             value_range = bound * noise_step(section.privacy, self.fewest)
@@ -167,6 +167,17 @@ class RoundHeader(Section):
     mask: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     coordinates: Positive
     """How many travel: those that the mask keeps."""
+
+    @model_validator(mode="after")
+    def _in_time(self) -> RoundHeader:
+        if self.number > self.agreement.section.rounds:
+            raise ValueError(f"round {self.number} of {self.agreement.section.rounds} that were agreed on")
+        return self
+
+    @property
+    def parameters(self) -> AggregationParameters:
+        """Of this round's encryption."""
+        return self.agreement.parameters(self.number)
 
     @property
     def rate(self) -> float:

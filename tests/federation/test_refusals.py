@@ -246,7 +246,7 @@ def test_no_message_and_no_log_holds_a_key(caplog: pytest.LogCaptureFixture, mon
         return replies
 
     world.federation.round(1, world.adapter, exchange)
-    keys = [key for key in drawn if key.size == world.federation.agreement.parameters.ring.lattice_dim]
+    keys = [key for key in drawn if key.size == world.federation.agreement.parameters().ring.lattice_dim]
     assert len(keys) == 3
     for key in keys:
         for pattern in (key[:16].astype(dtype).tobytes() for dtype in ("<i1", "<i2", "<i4", "<f4", "<f8")):
@@ -261,7 +261,7 @@ def test_secret_objects_are_not_serialized() -> None:
     from hecompile.he.aggregation import keygen
 
     world = make_world()
-    for secret in (keygen(world.federation.agreement.parameters), MemoryKeys(), world.identities["owner-0"]):
+    for secret in (keygen(world.federation.agreement.parameters()), MemoryKeys(), world.identities["owner-0"]):
         for refused in (copy.copy, copy.deepcopy, pickle.dumps):
             with pytest.raises(SecurityError, match="cannot be copied, pickled"):
                 refused(secret)
