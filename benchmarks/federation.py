@@ -30,8 +30,8 @@ PROSE = """\
 
 Accuracy of the small Llama (exact match on held-out phrasings of private questions; every owner's patients are its own).
 `models/recipes/federation.yaml` for three owners, {rounds} rounds of {steps} local steps; the same for five with
-{steps_five}. Alone has as many steps as the owner has in the federation. Encrypted rounds run through the same handlers and bytes as
-between processes.
+{steps_five}. Alone has as many steps as the owner has in the federation. Encrypted rounds run through the same handlers
+and bytes as between processes.
 """
 
 

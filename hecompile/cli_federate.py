@@ -91,6 +91,22 @@ def join_command(
     print(f"adapter: {directory}", flush=True)
 
 
+@federation_app.command("identities")
+def identities_command(
+    recipe: _Recipe,
+    keys: Annotated[Path, typer.Option(help="Gets a private folder with identity.key for every owner.")],
+    roster: Annotated[Path, typer.Option(help="Where to write the roster.")],
+) -> None:
+    """Identities of all owners of a recipe and their roster, for trying a federation out on one machine."""
+    from runtime.federation.channels import Identity
+    from runtime.federation.launch import write_roster
+    from runtime.federation.recipe import load_federation
+
+    names = load_federation(recipe).names
+    write_roster(roster, [Identity.load_or_create(name, keys / name / "identity.key") for name in names])
+    print(f"roster: {roster}")
+
+
 @federation_app.command("identity")
 def identity_command(
     owner: Annotated[str, typer.Argument(help="The owner's name.")],

@@ -49,6 +49,41 @@ class RoundRecord:
     seconds: float
 
 
+class RoundLog:
+    """Writes rounds.jsonl, says a line per round, and keeps the adapter of the last good one. A context manager."""
+
+    def __init__(self, out: Path, adapter: NDArray[np.float32], say: Callable[[str], None]) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.adapter = adapter
+        self._file = (out / ROUNDS_FILE).open("w", encoding="utf-8")
+        self._say = say
+        self.start()
+
+    def start(self) -> None:
+        """The clock of the next round."""
+        self._started = time.monotonic()
+
+    def report(self, number: int, result: RoundResult) -> None:
+        """For `Federation.run`."""
+        seconds = time.monotonic() - self._started
+        record = RoundRecord(
+            number, result.contributors, result.opened_by, result.samples, result.mean.size, result.bytes_up,
+            result.error_bound, float(np.sqrt(np.mean(result.mean**2))), seconds,
+        )  # fmt: skip
+        self.adapter = result.adapter
+        self._file.write(json.dumps(asdict(record)) + "\n")
+        self._file.flush()
+        counts = f"{len(result.contributors)} contributed, {len(result.opened_by)} opened"
+        self._say(f"round {number}: {counts}, {seconds:.1f} s")
+        self.start()
+
+    def __enter__(self) -> RoundLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
 def write_roster(path: Path, identities: Sequence[Identity]) -> None:
     """Names and public keys, in hexadecimal."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,38 +105,20 @@ def serve(recipe: FederationRecipe, roster: Roster, port: int, say: Callable[[st
     Raises FederationError where a round fails; the adapter of the last good round is written all the same.
     """
     local = plaintext_model(recipe)
-    layout, out = local.layout, recipe.training.output_dir
-    adapter = layout.flatten(local.model.adapter_state())
-    federation = Federation(recipe.agreement(), roster, layout)
-    out.mkdir(parents=True, exist_ok=True)
+    out = recipe.training.output_dir
+    adapter = local.layout.flatten(local.model.adapter_state())
+    federation = Federation(recipe.agreement(), roster, local.layout)
     with (
         FederationServer(roster, port=port, reply_timeout=recipe.reply_timeout) as server,
-        (out / ROUNDS_FILE).open("w") as log,
+        RoundLog(out, adapter, say) as log,
     ):
         say(LISTENING + server.address)
         server.wait_for(len(recipe.owners), _JOIN_SECONDS)
-        latest, started = [adapter], time.monotonic()
-
-        def report(number: int, result: RoundResult) -> None:
-            nonlocal started
-            latest[0] = result.adapter
-            now = time.monotonic()
-            record = RoundRecord(
-                number, result.contributors, result.opened_by, result.samples, result.mean.size, result.bytes_up,
-                result.error_bound, float(np.sqrt(np.mean(result.mean**2))), now - started,
-            )  # fmt: skip
-            started = now
-            log.write(json.dumps(asdict(record)) + "\n")
-            log.flush()
-            say(
-                f"round {number}: {len(result.contributors)} contributed, {len(result.opened_by)} opened, "
-                f"{record.seconds:.1f} s"
-            )
-
+        log.start()
         try:
-            federation.run(adapter, server, report)
+            federation.run(adapter, server, log.report)
         finally:
-            directory = local.save(latest[0], out / ADAPTER_DIR, recipe.model)
+            directory = local.save(log.adapter, out / ADAPTER_DIR, recipe.model)
     return directory
 
 
