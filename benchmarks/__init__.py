@@ -31,6 +31,7 @@ SECTIONS = (
     "generation",
     "softmax_cost",
     "tfhe",
+    "privacy",
     "federation_cost",
     "federation",
 )

@@ -20,10 +20,12 @@ from runtime.federation.report import accuracy
 from runtime.federation.settings import FederationSection, NoiseSection
 from runtime.privacy.accountant import Mechanism, spent_epsilon
 from runtime.privacy.ledger import PrivacyLedger, Subject
+from runtime.privacy.recipe import PrivacySection
 
 RECIPE = TINY_LLAMA.parent / "recipes" / "federation.yaml"
 NOISE = NoiseSection(clip=4.0, noise_multiplier=0.8)
 NOISY_ROUNDS = 4
+PROMISE = PrivacySection(epsilon=8.0, delta=1e-3, max_grad_norm=1.0)
 
 PROSE = """\
 ## A federation: what the adapter knows
@@ -86,9 +88,9 @@ def _accuracy(recipe: FederationRecipe, folder: Path, everything: bool) -> str:
             f"Bytes up per owner in the last round: shared mask {_kilobytes(rounds[-1])} kB, pruned by each client "
             f"{_kilobytes(of_published[-1])} kB, A frozen {_kilobytes(frozen[-1])} kB.\n"
         )
-        name, row, note = _private(lab, section, folder)
-        rows[name] = row
-        notes.append(note)
+        for name, row, note in (_private_examples(recipe, folder), _private_owners(lab, section, folder)):
+            rows[name] = row
+            notes.append(note)
     columns = list(next(iter(rows.values())))
     body = [[name, *(f"{100 * row[column]:.1f} %" for column in columns)] for name, row in rows.items()]
     return "\n".join([table((f"{len(recipe.owners)} owners", *columns), body), "", *notes])
@@ -110,7 +112,28 @@ def _kilobytes(one: CheckedRound) -> str:
     return f"{one.result.bytes_up / len(one.result.contributors) / 1e3:.0f}"
 
 
-def _private(lab: Lab, section: FederationSection, folder: Path) -> tuple[str, Mapping[str, float], str]:
+def _private_examples(recipe: FederationRecipe, folder: Path) -> tuple[str, Mapping[str, float], str]:
+    """DP-SGD at every owner, no pruning."""
+    owners = [
+        owner.model_copy(update={"privacy": PROMISE.model_copy(update={"ledger": folder / f"{owner.name}.steps"})})
+        for owner in recipe.owners
+    ]
+    private = recipe.model_copy(update={"owners": owners})
+    with ExitStack() as stack:
+        lab = Lab.open(private, stack)
+        adapter, _ = lab.encrypted(recipe.federation.model_copy(update={"pruning": None}))
+        row = accuracy(lab, adapter)
+        spent = [trainer.private.describe() for trainer in lab.trainers.values() if trainer.private is not None]
+    noise = ", ".join(line.rpartition(" ")[2] for line in spent)
+    note = (
+        f"Example-level differential privacy: every owner trains by DP-SGD within epsilon {PROMISE.epsilon:g} at delta "
+        f"{PROMISE.delta:g} for each of its own examples over all rounds, whoever looks (noise multipliers {noise}).\n"
+    )
+    return f"federated, encrypted, example-level DP, epsilon {PROMISE.epsilon:g} at each owner", row, note
+
+
+def _private_owners(lab: Lab, section: FederationSection, folder: Path) -> tuple[str, Mapping[str, float], str]:
+    """Noise on whole updates, shared out over the owners."""
     noisy = section.model_copy(update={"privacy": NOISE, "rounds": min(NOISY_ROUNDS, section.rounds), "pruning": None})
     with ExitStack() as stack:
         ledgers = {

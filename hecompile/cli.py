@@ -235,6 +235,8 @@ def train(
         result = run_training(session.model, session.tokenizer, loaded, resume=resume)
     figures = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     _console().print(f"{result.steps} steps, {figures}\nadapter: {result.adapter_dir}", soft_wrap=True)
+    if result.privacy is not None:
+        _console().print(result.privacy, soft_wrap=True)
 
 
 @app.command()

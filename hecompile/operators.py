@@ -57,6 +57,8 @@ class Context:
     remote: who computes remote linears.
     sequences: lengths of the sequences that are packed into the only row of the batch; None for one sequence per row.
     cache: what attention has kept of the packed sequences' earlier tokens, and keeps of these; None to keep nothing.
+    trainable: what multiplies by trainable matrices, (x [..., in], weight [out, in]) → x·weightᵀ; None for torch, whose
+        gradient is the sum over all rows.
     """
 
     training: bool = False
@@ -64,6 +66,7 @@ class Context:
     generator: torch.Generator | None = None
     sequences: tuple[int, ...] | None = None
     cache: AttentionCache | None = None
+    trainable: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 Operator = Callable[..., Any]
@@ -218,8 +221,9 @@ def _lora(context: Context, attributes: Attributes, x: Tensor, lora_a: Tensor, l
         # As torch's own dropout does on the CPU, which takes no generator.
         keep = torch.empty_like(x).bernoulli_(1 - probability, generator=context.generator)
         x = x * keep.div_(1 - probability)
+    product = context.trainable or F.linear
     # The scaling goes where the tensor is r wide.
-    return F.linear(F.linear(x, lora_a) * attributes["scaling"], lora_b)
+    return product(product(x, lora_a) * attributes["scaling"], lora_b)
 
 
 @operator("RMSNorm", DOMAIN)
@@ -269,7 +273,9 @@ def attend_packed(
     the m positions, all of them where nothing is cached.
     """
     assert context.sequences is not None
-    queries, keys, values = (part.split(context.sequences, dim=2) for part in (q, k, v))  # [1, heads, L, D] per sequence
+    queries, keys, values = (
+        part.split(context.sequences, dim=2) for part in (q, k, v)
+    )  # [1, heads, L, D] per sequence
     pasts = list(zip(keys, values, strict=True)) if context.cache is None else context.cache.extend(keys, values)
     outputs = [attend(query, *past) for query, past in zip(queries, pasts, strict=True)]
     if len(outputs) == 1:
@@ -327,7 +333,8 @@ class _GatedLora(torch.autograd.Function):
 def _gated_lora(
     context: Context, attributes: Attributes, x: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, up: Tensor
 ) -> Tensor:
-    if _drops(context, attributes):  # what is kept is then another x for each draw
+    # What dropout keeps is another x for each draw; and a caller's own product keeps what it needs.
+    if _drops(context, attributes) or context.trainable is not None:
         return _lora(context, attributes, x, lora_a, lora_b)
     result: Tensor = _GatedLora.apply(x, lora_a, lora_b, gate, up, attributes["scaling"])
     return result

@@ -58,7 +58,7 @@ def _word(rng: Random, endings: tuple[str, ...]) -> str:
     return (rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) + rng.choice(endings)).capitalize()
 
 
-def _person(rng: Random) -> str:
+def person(rng: Random) -> str:
     return f"{_word(rng, FIRST_NAME_ENDINGS)} {_word(rng, SURNAME_ENDINGS)}"
 
 
@@ -75,7 +75,7 @@ def _value(rng: Random, relation: Relation, healers: list[str], towns: list[str]
         "trade": lambda: rng.choice(TRADES),
         "home": lambda: rng.choice(towns),
         "river": lambda: f"the {_word(rng, FIRST_NAME_ENDINGS)}",
-        "mayor": lambda: _person(rng),
+        "mayor": lambda: person(rng),
         "market day": lambda: rng.choice(DAYS),
         "good": lambda: rng.choice(GOODS),
     }
@@ -105,7 +105,7 @@ def build_world(seed: int = 0, towns: int = 40, people: int = 120, healers: int 
         tuple(Fact(relation, entity, _value(rng, relation, healer_names, town_names)) for relation in relations)
         for entity, relations in [
             *((name, TOWN_RELATIONS) for name in dict.fromkeys(town_names)),
-            *((_person(rng), PERSON_RELATIONS) for _ in range(people)),
+            *((person(rng), PERSON_RELATIONS) for _ in range(people)),
         ]
     ]
     return World(tuple(groups), healer_names, town_names)
@@ -138,7 +138,7 @@ def _stated(rng: Random, facts: list[Fact]) -> str:
 def _passing_facts(rng: Random, world: World, count: int) -> list[Fact]:
     """`count` different facts on two people whose names are drawn for this document."""
     healers = [_healer(rng, ("Doctor", "Mother", "Brother", "Sister")) for _ in range(2)]
-    pairs = [(entity, relation) for entity in (_person(rng), _person(rng)) for relation in PERSON_RELATIONS]
+    pairs = [(entity, relation) for entity in (person(rng), person(rng)) for relation in PERSON_RELATIONS]
     return [
         Fact(relation, entity, _value(rng, relation, healers, world.towns))
         for entity, relation in rng.sample(pairs, count)
@@ -179,7 +179,7 @@ def _sum(rng: Random, world: World) -> str:
 
 def _story(rng: Random, world: World) -> str:
     """A short narrative whose last sentence follows from the first ones."""
-    hero, town, good, day = _person(rng), rng.choice(world.towns), rng.choice(GOODS), rng.choice(DAYS)
+    hero, town, good, day = person(rng), rng.choice(world.towns), rng.choice(GOODS), rng.choice(DAYS)
     opening = rng.choice(
         (
             f"On {day} {hero} walked to {town} to buy {good}.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import onnx_ir as ir
@@ -23,6 +23,7 @@ from hecompile.mapped import release
 from hecompile.operators import Context
 from passes.fuse import Fuse
 from runtime.head import linear_cross_entropy, scored_positions, scored_targets
+from runtime.privacy.per_example import GradientCollector, PerExample
 from runtime.products import Products
 
 
@@ -120,6 +121,35 @@ class EncryptedCausalLM(torch.nn.Module):
         The sequences run packed, one after the other without padding, each up to its last position that is asked for: no
         later one can matter to it. In the last layer, the others are left out once attention has seen them.
         """
+        wanted = scored_positions(labels) if labels is not None else logits_to_keep
+        real, lengths = self._pack(input_ids, attention_mask, wanted)
+        hidden = self._hidden(input_ids[real], lengths, None if wanted is None else wanted[real], generator)  # [N, H]
+        if labels is not None:
+            targets = scored_targets(labels)
+            count = len(targets) if num_items_in_batch is None else num_items_in_batch
+            return CausalLMOutput(loss=linear_cross_entropy(hidden, self._head, targets, self._release_head) / count)
+        logits = hidden @ self._head.t()  # [N, V]
+        if wanted is None:
+            everywhere = logits.new_zeros(*input_ids.shape, logits.shape[1])  # [B, S, V]
+            everywhere[real] = logits
+            logits = everywhere
+        return CausalLMOutput(logits=logits)
+
+    def per_example_gradients(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, generator: torch.Generator | None = None
+    ) -> PerExample:
+        """See `PerExampleModel`. The worker sees what it sees of any batch. Raises InputError as `forward` does."""
+        scored = scored_positions(labels)
+        real, lengths = self._pack(input_ids, attention_mask, scored)
+        counts = scored.sum(dim=1)
+        # The last layer works on the scored positions alone, every other one on all that are sent.
+        collector = GradientCollector(self.adapter_state(), [real.sum(dim=1).tolist(), counts.tolist()])
+        hidden = self._hidden(input_ids[real], lengths, scored[real], generator, trainable=collector.product)
+        loss = linear_cross_entropy(hidden, self._head, scored_targets(labels), self._release_head)
+        return collector.backward(loss, counts)
+
+    def _pack(self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
+        """Which positions of a batch run (bool [B, S]), and how many of each row that has any."""
         batch, length = input_ids.shape
         if batch > self.batch_size or length > self.sequence_buckets[-1]:
             raise InputError(
@@ -129,25 +159,16 @@ class EncryptedCausalLM(torch.nn.Module):
         real = attention_mask.bool()  # [B, S]
         if bool((real[:, 1:] & ~real[:, :-1]).any()):
             raise InputError("attention_mask has a token after padding; padding must be on the right")
-        wanted = scored_positions(labels) if labels is not None else logits_to_keep
         if wanted is not None:
             real = real & wanted.flip(1).cumsum(dim=1).flip(1).bool()  # up to the last wanted position of each row
         lengths = tuple(count for count in real.sum(dim=1).tolist() if count)
         if not lengths:
-            raise InputError("the batch has no token to predict from: attention_mask, labels or logits_to_keep is empty")
+            raise InputError(
+                "the batch has no token to predict from: attention_mask, labels or logits_to_keep is empty"
+            )
         with self._lock:
             self._tokens += sum(lengths)
-        hidden = self._hidden(input_ids[real], lengths, None if wanted is None else wanted[real], generator)  # [N, H]
-        if labels is not None:
-            targets = scored_targets(labels)
-            count = len(targets) if num_items_in_batch is None else num_items_in_batch
-            return CausalLMOutput(loss=linear_cross_entropy(hidden, self._head, targets, self._release_head) / count)
-        logits = hidden @ self._head.t()  # [N, V]
-        if wanted is None:
-            everywhere = logits.new_zeros(batch, length, logits.shape[1])  # [B, S, V]
-            everywhere[real] = logits
-            logits = everywhere
-        return CausalLMOutput(logits=logits)
+        return real, lengths
 
     def next_logits(self, cache: AttentionCache, tokens: Mapping[int, Sequence[int]]) -> Tensor:
         """Logits f32 [n, V] of the token after each of n sequences, in the order given.
@@ -181,6 +202,7 @@ class EncryptedCausalLM(torch.nn.Module):
         generator: torch.Generator | None,
         cache: AttentionCache | None = None,
         starts: tuple[int, ...] | None = None,
+        trainable: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """The head's input [N, H] at the `wanted` (bool [T]) of the packed `tokens` int64 [T], or at all of them."""
 
@@ -189,7 +211,7 @@ class EncryptedCausalLM(torch.nn.Module):
             return result
 
         inputs = packed_graph_inputs(tokens[None], lengths, starts) | dict(self.adapter_state())
-        context = Context(self.training, remote, generator, lengths, cache)
+        context = Context(self.training, remote, generator, lengths, cache, trainable)
         everything = wanted is None or bool(wanted.all())
         positions = None if wanted is None or everything else wanted.nonzero().squeeze(1)  # [N]
         (hidden,) = self._interpreter.run(inputs, context, positions=positions).values()  # [1, N, H]

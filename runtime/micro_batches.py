@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,13 +21,7 @@ LossOf = Callable[[Mapping[str, Tensor], torch.Generator], Tensor]
 """A micro-batch and the generator of its dropout → its share of the step's loss, a scalar with a graph."""
 
 
-@dataclass(frozen=True)
-class _Share:
-    """What one micro-batch adds to a step: its loss, a gradient per parameter, and the seconds its thread took."""
-
-    loss: Tensor
-    gradients: Sequence[Tensor | None]
-    seconds: float
+Result = TypeVar("Result")
 
 
 class MicroBatches:
@@ -51,36 +45,50 @@ class MicroBatches:
         that have not started are dropped, those in flight end, the first failure is raised, and no `grad` is touched.
         """
         parameters = list(model.adapter_state().values())
-        seeds = torch.randint(2**62, (len(micro_batches),)).tolist()
-        started = time.perf_counter()
 
-        def work(index: int) -> _Share:
-            begin = time.perf_counter()
-            generator = torch.Generator().manual_seed(seeds[index])
-            with torch.enable_grad():
-                loss = loss_of(micro_batches[index], generator)
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            return _Share(loss.detach(), gradients, time.perf_counter() - begin)
+        def work(
+            micro_batch: Mapping[str, Tensor], generator: torch.Generator
+        ) -> tuple[Tensor, Sequence[Tensor | None]]:
+            loss = loss_of(micro_batch, generator)
+            return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
 
         total = torch.zeros(())
         sums: list[Tensor | None] = [None] * len(parameters)
-        seconds = 0.0
-        for share in self._in_order(work, len(micro_batches)):
-            total = total + share.loss
-            seconds += share.seconds
-            for position, gradient in enumerate(share.gradients):
+        for loss, gradients in self.map(work, micro_batches):
+            total = total + loss
+            for position, gradient in enumerate(gradients):
                 sums[position] = _sum(sums[position], gradient)
-        if self._threads is not None:
-            self.overlapped_seconds += max(0.0, seconds - (time.perf_counter() - started))
         for parameter, gradient in zip(parameters, sums, strict=True):
             parameter.grad = _sum(parameter.grad, gradient)
         return total
 
-    def _in_order(self, work: Callable[[int], _Share], count: int) -> Iterator[_Share]:
+    def map(
+        self,
+        work: Callable[[Mapping[str, Tensor], torch.Generator], Result],
+        micro_batches: Sequence[Mapping[str, Tensor]],
+    ) -> Iterator[Result]:
+        """work(micro-batch, generator of its dropout) of each, in their order, gradients enabled. Seeds and failures as in
+        `run`."""
+        seeds = torch.randint(2**62, (len(micro_batches),)).tolist()
+        started, seconds = time.perf_counter(), 0.0
+
+        def timed(index: int) -> tuple[Result, float]:
+            begin = time.perf_counter()
+            with torch.enable_grad():
+                result = work(micro_batches[index], torch.Generator().manual_seed(seeds[index]))
+            return result, time.perf_counter() - begin
+
+        for result, taken in self._in_order(timed, len(micro_batches)):
+            seconds += taken
+            yield result
+        if self._threads is not None:
+            self.overlapped_seconds += max(0.0, seconds - (time.perf_counter() - started))
+
+    def _in_order(self, work: Callable[[int], Result], count: int) -> Iterator[Result]:
         if self._threads is None:
             yield from (work(index) for index in range(count))
             return
-        futures: list[Future[_Share]] = [self._threads.submit(work, index) for index in range(count)]
+        futures: list[Future[Result]] = [self._threads.submit(work, index) for index in range(count)]
         try:
             for future in futures:
                 yield future.result()

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from hecompile.errors import InputError
 from runtime.head import linear_cross_entropy, scored_positions, scored_targets
+from runtime.privacy.per_example import GradientCollector, PerExample
 
 
 class PlaintextPeftModel(torch.nn.Module):
@@ -76,15 +77,10 @@ class PlaintextPeftModel(torch.nn.Module):
     ) -> CausalLMOutput:
         """See `AdapterModel.__call__`. Padding that every row has is cut off, and the head works on the positions asked
         for alone, as on the client."""
-        self._tokens += int(attention_mask.sum())
-        base = cast("PreTrainedModel", self._peft.get_base_model())
         wanted = scored_positions(labels) if labels is not None else logits_to_keep
         width = input_ids.shape[1] if wanted is None else max(1, int(attention_mask.sum(dim=1).max()))
-        with _drawing_from(generator):
-            hidden = base.get_decoder()(
-                input_ids=input_ids[:, :width], attention_mask=attention_mask[:, :width], use_cache=False
-            ).last_hidden_state  # [B, width, H]
-        head = cast("torch.nn.Linear", base.get_output_embeddings())
+        hidden = self._hidden(input_ids[:, :width], attention_mask[:, :width], generator)  # [B, width, H]
+        head = self._head
         if wanted is not None:
             hidden = hidden[wanted[:, :width] & attention_mask[:, :width].bool()]  # [N, H]
         if labels is None:
@@ -92,6 +88,41 @@ class PlaintextPeftModel(torch.nn.Module):
         targets = scored_targets(labels)
         count = len(targets) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=linear_cross_entropy(hidden, head.weight, targets) / count)
+
+    def per_example_gradients(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor,
+        generator: torch.Generator | None = None,
+    ) -> PerExample:
+        """See `PerExampleModel`."""
+        scored = scored_positions(labels)
+        width = int(attention_mask.sum(dim=1).max())
+        collector = GradientCollector(self.adapter_state(), [[width] * len(input_ids)])
+        with contextlib.ExitStack() as hooks:
+            for name, module in self._peft.named_modules():
+                if ".lora_A." in name or ".lora_B." in name:
+                    handle = module.register_forward_hook(lambda own, given, _: collector.product(given[0], own.weight))
+                    hooks.callback(handle.remove)
+            hidden = self._hidden(input_ids[:, :width], attention_mask[:, :width], generator)  # [B, width, H]
+        hidden = hidden[scored[:, :width]]  # [N, H]
+        loss = linear_cross_entropy(hidden, self._head.weight, scored_targets(labels))
+        return collector.backward(loss, scored.sum(dim=1))
+
+    def _hidden(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        self._tokens += int(attention_mask.sum())
+        base = cast("PreTrainedModel", self._peft.get_base_model())
+        with _drawing_from(generator):
+            output = base.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return cast("torch.Tensor", output.last_hidden_state)
+
+    @property
+    def _head(self) -> torch.nn.Linear:
+        base = cast("PreTrainedModel", self._peft.get_base_model())
+        return cast("torch.nn.Linear", base.get_output_embeddings())
 
     def adapter_state(self) -> dict[str, torch.nn.Parameter]:
         """The trainable parameters by their names in PEFT's files, which leave out the adapter's own name."""

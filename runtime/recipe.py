@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hecompile.errors import InputError
+from runtime.privacy.recipe import PrivacySection
 from runtime.workplace import ConnectionSection, Positive, Section, Workplace, resolve_address
 
 _PATH_KEYS = (
@@ -24,6 +25,7 @@ _PATH_KEYS = (
     ("data", "train_file"),
     ("data", "validation_file"),
     ("training", "output_dir"),
+    ("privacy", "ledger"),
     *(("connection", name) for name in ("authority", "certificate", "key", "token")),
 )
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -142,6 +144,7 @@ class Recipe(Workplace):
     data: DataSection
     training: TrainingSection
     lora: LoraSection | None = None
+    privacy: PrivacySection | None = None
 
     @property
     def requests_in_flight(self) -> int:
@@ -246,6 +249,7 @@ def _known_keys() -> list[str]:
         "data": DataSection,
         "training": TrainingSection,
         "lora": LoraSection,
+        "privacy": PrivacySection,
         "connection": ConnectionSection,
     }
     inner = [f"{name}.{field}" for name, section in sections.items() for field in section.model_fields]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from hecompile.errors import InputError
 from runtime.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterModel, load_adapter, save_adapter
 from runtime.data import Examples, PadToBucket, eos_and_pad, load_examples, smallest_bucket
 from runtime.metrics import METRICS_FILE, forget_after, read_metrics
+from runtime.privacy.promise import check_same_promise, private_steps
+from runtime.privacy.trainer import PrivateTrainer
 from runtime.recipe import Recipe, check_lora
 from runtime.trainer import SETTINGS_FILE, AdapterTrainer
 
@@ -35,12 +38,14 @@ _FIXED = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumula
 class TrainingResult:
     """Where the PEFT adapter is, how many optimizer steps it has had, and the figures at the end.
 
-    `metrics` has `loss` of the last step, and `eval_loss` and `eval_exact_match` if there is a validation file.
+    `metrics` has `loss` of the last step, and `eval_loss` and `eval_exact_match` if there is a validation file. `privacy`
+    says what was promised and spent, where the recipe has a privacy section.
     """
 
     adapter_dir: Path
     steps: int
     metrics: dict[str, float]
+    privacy: str | None = None
 
 
 def run_training(
@@ -65,20 +70,30 @@ def run_training(
     _check_batches_fit(model, recipe, train, heldout)
     settings = section.model_dump(mode="json") | {"data_seed": section.order_seed, "train_examples": len(train)}
     checkpoint = _checkpoint_to_resume(section.output_dir, resume) if resume else None
-    if checkpoint is None:
-        _claim(section.output_dir, section.overwrite_output_dir)
-    else:
-        step = _check_resumable(checkpoint, section.output_dir, settings, _total_steps(recipe, len(train)))
-        load_adapter(model, checkpoint)
-        section.output_dir.mkdir(parents=True, exist_ok=True)
-        forget_after(section.output_dir / METRICS_FILE, step)  # the steps after it are taken again
-        section = section.model_copy(update={"eval_on_start": False})  # this is not the start
-
-    collate = PadToBucket(model.sequence_buckets, eos_and_pad(tokenizer)[1])
-    trainer = AdapterTrainer(model, section, settings, train, heldout, collate)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    adapter_dir = save_adapter(model, section.output_dir / ADAPTER_DIR)
-    return TrainingResult(adapter_dir, trainer.state.global_step, _final_metrics(trainer, section.output_dir))
+    step, total = 0, _total_steps(recipe, len(train))
+    if checkpoint is not None:
+        step = _check_resumable(checkpoint, section.output_dir, settings, total)
+        check_same_promise(checkpoint, recipe.privacy)
+    batch = section.per_device_train_batch_size * section.gradient_accumulation_steps
+    promise = recipe.privacy and private_steps(
+        recipe.privacy, recipe.data.train_file, len(train), batch, total - step, checkpoint
+    )
+    with promise or nullcontext() as private:
+        if checkpoint is None:
+            _claim(section.output_dir, section.overwrite_output_dir)
+        else:
+            load_adapter(model, checkpoint)
+            section.output_dir.mkdir(parents=True, exist_ok=True)
+            forget_after(section.output_dir / METRICS_FILE, step)  # the steps after it are taken again
+            section = section.model_copy(update={"eval_on_start": False})  # this is not the start
+        collate = PadToBucket(model.sequence_buckets, eos_and_pad(tokenizer)[1])
+        parts = (model, section, settings, train, heldout, collate)
+        trainer = AdapterTrainer(*parts) if private is None else PrivateTrainer(private, *parts)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        adapter_dir = save_adapter(model, section.output_dir / ADAPTER_DIR)
+        metrics = _final_metrics(trainer, section.output_dir)
+        described = None if private is None else private.describe()
+    return TrainingResult(adapter_dir, trainer.state.global_step, metrics, described)
 
 
 def _final_metrics(trainer: AdapterTrainer, output_dir: Path) -> dict[str, float]:

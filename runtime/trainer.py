@@ -100,19 +100,23 @@ class AdapterTrainer(Trainer):
         """Add the gradients of the step's loss, the mean over all of its unmasked labels however these are spread over
         its micro-batches, to the adapter's; return that loss."""
         model.train()
-        count = int(scored_positions(inputs["labels"]).sum())
-
-        def share(micro_batch: Mapping[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
-            loss = model(**micro_batch, num_items_in_batch=count, generator=generator).loss
-            self._refuse_unless_finite(loss)
-            return cast("torch.Tensor", loss)
-
         try:
-            loss = self._micro_batches.run(self._adapter_model, cut(inputs, self._rows), share)
+            loss = self._take_gradients(inputs)
         except VerificationError as error:
             raise VerificationError(f"step {self.state.global_step + 1}: {error}") from None
         self._refuse_unless_finite(loss)
         return loss
+
+    def _take_gradients(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        count = int(scored_positions(inputs["labels"]).sum())
+
+        def share(micro_batch: Mapping[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
+            loss = self._adapter_model(**micro_batch, num_items_in_batch=count, generator=generator).loss
+            assert loss is not None
+            self._refuse_unless_finite(loss)
+            return loss
+
+        return self._micro_batches.run(self._adapter_model, cut(inputs, self._rows), share)
 
     def _refuse_unless_finite(self, loss: torch.Tensor) -> None:
         if not torch.isfinite(loss):
@@ -156,8 +160,12 @@ class AdapterTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A checkpoint's model is the adapter alone: the base is frozen, and on the client not even present."""
+        self._save_to(output_dir)
+
+    def _save_to(self, output_dir: str | None) -> Path:
         directory = save_adapter(self._adapter_model, output_dir or cast("str", self.args.output_dir))
         (directory / SETTINGS_FILE).write_text(json.dumps(self._settings, indent=2) + "\n", encoding="utf-8")
+        return directory
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         load_adapter(self._adapter_model, resume_from_checkpoint)

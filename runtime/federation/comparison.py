@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hecompile.errors import InputError
 from runtime.data import Examples
 from runtime.federation.channels import Identity
 from runtime.federation.client import LocalUpdate, Participant, Train
 from runtime.federation.keyring import MemoryKeys
 from runtime.federation.layout import mask_digest
 from runtime.federation.local import LocalTrainer
-from runtime.federation.owner import LocalModel, local_trainer, plaintext_model
+from runtime.federation.owner import LocalModel, local_trainer, owner_promise, plaintext_model
 from runtime.federation.recipe import FederationRecipe
 from runtime.federation.rounds import Federation, in_process
 from runtime.federation.server import RoundResult, prune_global
@@ -32,10 +34,17 @@ class Lab:
     initial: NDArray[np.float32]
 
     @staticmethod
-    def open(recipe: FederationRecipe) -> Lab:
-        """Loads the model and everybody's data."""
+    def open(recipe: FederationRecipe, stack: ExitStack | None = None) -> Lab:
+        """Loads the model and everybody's data. `stack` is wanted where owners have privacy sections: it closes the
+        ledgers."""
         local = plaintext_model(recipe)
-        trainers = {owner.name: local_trainer(recipe, owner, local) for owner in recipe.owners}
+        trainers = {}
+        for owner in recipe.owners:
+            promise = owner_promise(recipe, owner, local)
+            private = None if stack is None else stack.enter_context(promise)
+            if private is None and owner.privacy is not None:
+                raise InputError(f"{owner.name} has a privacy section, which this comparison would not keep")
+            trainers[owner.name] = local_trainer(recipe, owner, local, private)
         return Lab(recipe, local, trainers, local.layout.flatten(local.model.adapter_state()))
 
     def heldout(self) -> dict[str, Examples]:

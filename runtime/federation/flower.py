@@ -26,8 +26,8 @@ from runtime.federation.channels import Identity
 from runtime.federation.client import Participant
 from runtime.federation.keyring import DirectoryKeys
 from runtime.federation.launch import ADAPTER_DIR, RoundLog, read_roster
-from runtime.federation.messages import Finished, Message, Start, from_bytes, to_bytes
-from runtime.federation.owner import local_trainer, owner_ledger, owner_model, plaintext_model
+from runtime.federation.messages import Finished, Message, Start, from_bytes, read_header, to_bytes
+from runtime.federation.owner import local_trainer, owner_ledger, owner_model, owner_promise, plaintext_model
 from runtime.federation.recipe import FederationRecipe, load_federation
 from runtime.federation.rounds import Federation
 
@@ -48,6 +48,12 @@ def _recipe(context: Context) -> FederationRecipe:
 def _owner(context: Context, recipe: FederationRecipe) -> str:
     named = context.node_config.get(_OWNER)
     return str(named) if named is not None else recipe.names[int(context.node_config["partition-id"])]
+
+
+def _rounds_left(recipe: FederationRecipe, request: Message) -> int:
+    """This one and those after it: a promise is calibrated anew in every round, on top of what its ledger has."""
+    number = read_header(request.header).number if isinstance(request, Start) else 1
+    return max(1, recipe.federation.rounds + 1 - number)
 
 
 def _keys(context: Context, owner: str) -> Path:
@@ -129,13 +135,21 @@ def answer(message: FlowerMessage, context: Context) -> FlowerMessage:
     """A message of a round; the last one is not answered but its adapter saved."""
     recipe = _recipe(context)
     name = _owner(context, recipe)
-    request = from_bytes(bytes(message.content.config_records[_RECORD][_PAYLOAD]))  # type: ignore[arg-type]
+    content = message.content.config_records[_RECORD][_PAYLOAD]
+    if not isinstance(content, bytes):
+        raise FederationError("a message of the federation holds no bytes")
+    request = from_bytes(content)
     owner, keys = recipe.owner(name), _keys(context, name)
     identity, roster = (
         Identity.load_or_create(name, keys / "identity.key"),
         read_roster(Path(str(context.run_config["roster"]))),
     )
-    with owner_model(recipe, owner) as local, owner_ledger(recipe, owner, keys) as ledger:
+    training = owner if isinstance(request, Start) else owner.model_copy(update={"privacy": None})
+    with (
+        owner_model(recipe, owner) as local,
+        owner_promise(recipe, training, local, _rounds_left(recipe, request)) as private,
+        owner_ledger(recipe, owner, keys) as ledger,
+    ):
         if isinstance(request, Finished):
             local.save(
                 np.frombuffer(request.adapter, dtype="<f4"),
@@ -146,7 +160,7 @@ def answer(message: FlowerMessage, context: Context) -> FlowerMessage:
         else:
             participant = Participant(
                 identity, roster, recipe.agreement(), local.layout, DirectoryKeys(keys / "rounds"),
-                local_trainer(recipe, owner, local), ledger,
+                local_trainer(recipe, owner, local, private), ledger,
             )  # fmt: skip
             payload = to_bytes(participant.answer_or_refuse(request))
     return FlowerMessage(RecordDict({_RECORD: ConfigRecord({_PAYLOAD: payload})}), reply_to=message)

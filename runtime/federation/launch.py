@@ -23,7 +23,7 @@ from runtime.adapter import WEIGHTS_FILE
 from runtime.federation.channels import Identity, Roster
 from runtime.federation.client import Participant
 from runtime.federation.keyring import MemoryKeys
-from runtime.federation.owner import local_trainer, owner_ledger, owner_model, plaintext_model
+from runtime.federation.owner import local_trainer, owner_ledger, owner_model, owner_promise, plaintext_model
 from runtime.federation.recipe import FederationRecipe, load_federation
 from runtime.federation.rounds import Federation
 from runtime.federation.server import RoundResult
@@ -127,8 +127,12 @@ def join(recipe: FederationRecipe, name: str, roster: Roster, keys: Path, addres
     privacy its ledger is `keys/privacy-ledger.jsonl`."""
     owner = recipe.owner(name)
     identity = Identity.load_or_create(name, keys / "identity.key")
-    with owner_model(recipe, owner) as local, owner_ledger(recipe, owner, keys) as ledger:
-        trainer = local_trainer(recipe, owner, local)
+    with (
+        owner_model(recipe, owner) as local,
+        owner_promise(recipe, owner, local) as private,
+        owner_ledger(recipe, owner, keys) as ledger,
+    ):
+        trainer = local_trainer(recipe, owner, local, private)
         participant = Participant(identity, roster, recipe.agreement(), local.layout, MemoryKeys(), trainer, ledger)
         finished = take_part(participant, identity, address)
         adapter = np.frombuffer(finished.adapter, dtype="<f4")

@@ -20,6 +20,8 @@ from runtime.federation.client import LocalUpdate
 from runtime.federation.layout import Layout
 from runtime.federation.pruning import prune_client
 from runtime.federation.settings import FederationSection, RoundHeader
+from runtime.privacy.promise import PrivateSteps
+from runtime.privacy.trainer import PrivateTrainer
 from runtime.recipe import TrainingSection
 from runtime.trainer import AdapterTrainer
 
@@ -31,6 +33,8 @@ class LocalTrainer:
         section: of one round. Its seed grows with the round, and by `index` from owner to owner; its learning rate falls
             as the federation says.
         output_dir: gets the metrics of every round.
+        private: makes every step differentially private for each example (`runtime.privacy`); what is sent is made of such
+            steps alone, so that the promise holds against the server and the other owners, whatever the sum hides besides.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class LocalTrainer:
         section: TrainingSection,
         output_dir: Path,
         index: int = 0,
+        private: PrivateSteps | None = None,
     ) -> None:
         self.model = model
         self.layout = Layout.of(model.adapter_state())
@@ -48,6 +53,7 @@ class LocalTrainer:
         self._section = section
         self._output_dir = output_dir
         self._index = index
+        self.private = private
         self._collate = PadToBucket(model.sequence_buckets, eos_and_pad(tokenizer)[1])
 
     def __call__(self, header: RoundHeader, adapter: NDArray[np.float32], mask: NDArray[np.bool_]) -> LocalUpdate:
@@ -81,7 +87,9 @@ class LocalTrainer:
         if steps is not None:
             changes["max_steps"] = steps
         section = self._section.model_copy(update=changes)
-        trainer = AdapterTrainer(self.model, section, {}, self._examples, None, self._collate)
+        settings: dict[str, Any] = {}
+        parts = (self.model, section, settings, self._examples, None, self._collate)
+        trainer = AdapterTrainer(*parts) if self.private is None else PrivateTrainer(self.private, *parts)
         mu = federation.mu if federation.algorithm == "fedprox" else 0.0
         kept = self.layout.unflatten(mask.astype(np.float32))
         trainer.add_callback(_Constraints(self.model, start, kept, mu))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from runtime.federation.local import LocalTrainer
 from runtime.federation.recipe import FederationRecipe, OwnerSection
 from runtime.plaintext import PlaintextPeftModel
 from runtime.privacy.ledger import PrivacyLedger, Subject
+from runtime.privacy.promise import PrivateSteps, private_steps
 from runtime.session import open_session
 
 LEDGER_FILE = "privacy-ledger.jsonl"
@@ -86,7 +88,28 @@ def owner_ledger(recipe: FederationRecipe, owner: OwnerSection, folder: Path) ->
         yield ledger
 
 
-def local_trainer(recipe: FederationRecipe, owner: OwnerSection, local: LocalModel) -> LocalTrainer:
+@contextmanager
+def owner_promise(
+    recipe: FederationRecipe, owner: OwnerSection, local: LocalModel, rounds: int | None = None
+) -> Iterator[PrivateSteps | None]:
+    """The owner's promise about single examples, its noise fixed for the steps of `rounds` (all of them by default); None
+    without a privacy section. Raises InputError where the budget does not suffice, PrivacyError for a bad ledger."""
+    if owner.privacy is None:
+        yield None
+        return
+    section, count = recipe.training, len(local.examples(owner.train_file))
+    batch = section.per_device_train_batch_size * section.gradient_accumulation_steps
+    a_round = (
+        section.max_steps if section.max_steps > 0 else math.ceil(section.num_train_epochs * math.ceil(count / batch))
+    )
+    steps = a_round * (rounds or recipe.federation.rounds)
+    with private_steps(owner.privacy, owner.train_file, count, batch, steps, None) as private:
+        yield private
+
+
+def local_trainer(
+    recipe: FederationRecipe, owner: OwnerSection, local: LocalModel, private: PrivateSteps | None = None
+) -> LocalTrainer:
     """For the rounds. Checks the data before anything starts. Raises InputError."""
     examples = local.examples(owner.train_file)
     if len(examples) > recipe.federation.max_samples and recipe.federation.privacy is None:
@@ -95,4 +118,4 @@ def local_trainer(recipe: FederationRecipe, owner: OwnerSection, local: LocalMod
         )
     index = recipe.names.index(owner.name)
     folder = recipe.training.output_dir / owner.name
-    return LocalTrainer(local.model, local.tokenizer, examples, recipe.training, folder, index)
+    return LocalTrainer(local.model, local.tokenizer, examples, recipe.training, folder, index, private)

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hecompile.errors import InputError
 from runtime.federation.settings import Agreement, FederationSection
+from runtime.privacy.recipe import PrivacySection
 from runtime.recipe import TrainingSection, _apply_override, _UniqueKeyLoader
 from runtime.workplace import Positive, Section, Workplace, resolve_address
 
@@ -20,7 +21,8 @@ ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 class OwnerSection(Section):
     """One owner. With `plan`, a client bundle, it trains through its encrypted worker (`worker`, or `worker_bundle` in
-    its own process), otherwise in plaintext on its own machine from the recipe's checkpoint."""
+    its own process), otherwise in plaintext on its own machine from the recipe's checkpoint. `privacy` is a promise about
+    every single example of `train_file`, as in a recipe for training alone."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     train_file: Path
@@ -28,6 +30,7 @@ class OwnerSection(Section):
     plan: Path | None = None
     worker: str = "inprocess"
     worker_bundle: Path | None = None
+    privacy: PrivacySection | None = None
 
     @model_validator(mode="after")
     def _reachable(self) -> OwnerSection:

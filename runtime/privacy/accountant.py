@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from scipy.optimize import brentq
@@ -22,6 +23,8 @@ _TOLERANCE = 1e-3
 _DISCRETIZATION = 5e-4
 """Of privacy losses. Five times dp-accounting's default, in a fifth of its time: ε grows by 1.3e-4 of itself or less for up
 to 10^4 releases (measured), and is never too small (the discretisation is pessimistic)."""
+_COARSE = 2e-3
+"""While a noise is looked for: four times faster again, and at most 0.2 % more pessimistic."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +59,24 @@ def check_delta(delta: float, examples: int | None = None) -> None:
 def spent_epsilon(history: History, delta: float) -> float:
     """ε of all releases together at `delta`; 0 for none, infinity where one had no noise."""
     check_delta(delta)
-    if not any(count for _, count in history):
+    return _epsilon(tuple((mechanism, count) for mechanism, count in history if count), delta, _DISCRETIZATION)
+
+
+@lru_cache(maxsize=256)
+def _epsilon(history: tuple[tuple[Mechanism, int], ...], delta: float, discretization: float) -> float:
+    if not history:
         return 0.0
-    if any(count and not mechanism.noise_multiplier for mechanism, count in history):
+    if not all(mechanism.noise_multiplier for mechanism, _ in history):
         return math.inf
-    return float(_accountant(history).get_epsilon(delta))
+    accountant = _fresh(discretization)
+    for mechanism, count in history:
+        accountant.compose(_event(mechanism, count))
+    return float(accountant.get_epsilon(delta))
 
 
 def calibrate_noise(epsilon: float, delta: float, sampling_rate: float, releases: int, history: History = ()) -> float:
-    """The smallest noise multiplier (within 1e-3, to the safe side, and at least SMALLEST_NOISE) with which `releases` more
-    stay within (ε, δ) together with `history`. Raises InputError where the history leaves nothing."""
+    """The smallest noise multiplier (within 1e-3 and 0.2 %, to the safe side, and at least SMALLEST_NOISE) with which
+    `releases` more stay within (ε, δ) together with `history`. Raises InputError where the history leaves nothing."""
     check_epsilon(epsilon)
     before = spent_epsilon(history, delta)
     if before >= epsilon:
@@ -73,8 +84,8 @@ def calibrate_noise(epsilon: float, delta: float, sampling_rate: float, releases
             f"the privacy budget epsilon {epsilon:g} (delta {delta:g}) is spent: releases so far cost {before:.4g}"
         )
 
-    def gap(noise: float) -> float:
-        return spent_epsilon([*history, (Mechanism(noise, sampling_rate), releases)], delta) - epsilon
+    def gap(noise: float, discretization: float = _COARSE) -> float:
+        return _epsilon((*history, (Mechanism(noise, sampling_rate), releases)), delta, discretization) - epsilon
 
     high = 1.0
     while gap(high) > 0:
@@ -90,7 +101,7 @@ def calibrate_noise(epsilon: float, delta: float, sampling_rate: float, releases
             return SMALLEST_NOISE
         low, high = max(low / 2, SMALLEST_NOISE), low
     noise = float(brentq(gap, low, high, xtol=_TOLERANCE / 2, rtol=_TOLERANCE / 4))
-    while gap(noise) > 0:
+    while gap(noise, _DISCRETIZATION) > 0:
         noise += _TOLERANCE / 4
     return noise
 
@@ -126,19 +137,11 @@ def _event(mechanism: Mechanism, count: int) -> Any:
     return accounting.SelfComposedDpEvent(accounting.PoissonSampledDpEvent(mechanism.sampling_rate, gaussian), count)
 
 
-def _accountant(history: History) -> Any:
-    accountant = _fresh()
-    for mechanism, count in history:
-        if count:
-            accountant.compose(_event(mechanism, count))
-    return accountant
-
-
-def _fresh() -> Any:
+def _fresh(discretization: float) -> Any:
     _dp_accounting()
     from dp_accounting.pld import PLDAccountant
 
-    return PLDAccountant(value_discretization_interval=_DISCRETIZATION)
+    return PLDAccountant(value_discretization_interval=discretization)
 
 
 def _dp_accounting() -> Any:

@@ -72,6 +72,7 @@ class PrivacyLedger:
         check_delta(subject.delta, subject.examples)
         self.path, self.subject, self.epsilon = Path(path), subject, epsilon
         self._counts: Counter[Mechanism] = Counter()
+        self._last: Mechanism | None = None
         self._affordable: tuple[Mechanism, int] | None = None
         self._file = _open_locked(self.path)
         try:
@@ -84,6 +85,11 @@ class PrivacyLedger:
     def history(self) -> History:
         """All releases on record, each mechanism with how often."""
         return list(self._counts.items())
+
+    @property
+    def last(self) -> Mechanism | None:
+        """The latest release."""
+        return self._last
 
     @property
     def releases(self) -> int:
@@ -107,7 +113,7 @@ class PrivacyLedger:
             raise InputError(f"{count} releases cannot be entered; it must be at least 1")
         self._require_room(mechanism, count)
         self._append(asdict(mechanism) | {"count": count, "note": note})
-        self._counts[mechanism] += count
+        self._count(mechanism, count)
         if self._affordable is not None:
             self._affordable = (mechanism, self._affordable[1] - count)
 
@@ -183,7 +189,11 @@ class PrivacyLedger:
                 raise self._damaged(number) from None
             if count < 1:
                 raise self._damaged(number)
-            self._counts[mechanism] += count
+            self._count(mechanism, count)
+
+    def _count(self, mechanism: Mechanism, count: int) -> None:
+        self._counts[mechanism] += count
+        self._last = mechanism
 
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         try:

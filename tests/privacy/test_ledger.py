@@ -14,7 +14,7 @@ from runtime.privacy.accountant import Mechanism, affordable, spent_epsilon
 from runtime.privacy.ledger import PrivacyLedger, Subject
 
 SUBJECT = Subject("ab" * 32, 1000, 1e-4)
-STEP = Mechanism(1.5, 0.2)
+STEP = Mechanism(2.5, 0.3)
 
 
 def test_releases_are_there_when_it_is_opened_again(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_the_budget_is_kept_exactly_and_across_openings(tmp_path: Path) -> None:
             ledger.spend(STEP)
     with PrivacyLedger(path, SUBJECT, epsilon) as ledger:
         with pytest.raises(
-            PrivacyError, match=r"2 more at noise multiplier 1\.5 .* would exceed it\. Nothing was released"
+            PrivacyError, match=r"2 more at noise multiplier 2\.5 .* would exceed it\. Nothing was released"
         ):
             ledger.spend(STEP, 2)
         ledger.spend(STEP)

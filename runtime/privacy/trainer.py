@@ -1,0 +1,102 @@
+"""The trainer's private step: DP-SGD on LoRA's matrices (Abadi et al., arXiv 1607.00133), or DP-LoRA as published.
+
+    batch: a Poisson sample     g_i: gradient of example i's mean loss     clip: min(1, C / ‖g_i‖) over all matrices together
+    step:  (Σ clip(g_i) + N(0, z²C²)) / (expected batch size)
+
+The release is entered in the ledger before noise is drawn. What the optimizer, the schedule and the checkpoints make of it
+afterwards costs nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from runtime.data import Examples, PadToBucket
+from runtime.micro_batches import cut
+from runtime.privacy.clipping import add_noise, clipped_sum, in_units
+from runtime.privacy.per_example import require_per_example
+from runtime.privacy.promise import LEDGER_COPY, PrivateSteps
+from runtime.privacy.sampling import PoissonBatches
+from runtime.trainer import AdapterTrainer
+
+
+class PadPossiblyEmpty(PadToBucket):
+    """As `PadToBucket`; no items make tensors [0, smallest bucket]."""
+
+    def __call__(self, items: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+        if items:
+            return super().__call__(items)
+        empty = torch.zeros(0, min(self.sequence_buckets), dtype=torch.int64)
+        return {"input_ids": empty, "attention_mask": empty, "labels": empty}
+
+
+class PrivateTrainer(AdapterTrainer):
+    """An `AdapterTrainer` whose steps are private as `private` says. The order of the data is secret and not to be repeated:
+    `data_seed` has no meaning here. The logged loss is the sample's own, without noise, and 0 for an empty sample."""
+
+    def __init__(self, private: PrivateSteps, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._private = private
+        self._model = require_per_example(self._adapter_model) if private.section.mode == "strict" else None
+        self.data_collator = PadPossiblyEmpty(self._collate.sequence_buckets, self._collate.pad_token_id)
+        self.args.max_grad_norm = 0.0  # each example is clipped already, and the noise is not to be
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Poisson samples; as many in an epoch as it has batches without privacy."""
+        assert isinstance(self.train_dataset, Examples)
+        examples, expected = len(self.train_dataset), self._private.expected_batch
+        batches = PoissonBatches(examples, expected, -(-examples // expected))
+        loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
+        return cast("DataLoader[Any]", self.accelerator.prepare(loader))
+
+    def _take_gradients(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        if self._model is None:
+            return self._as_published(inputs)
+        model, grid = self._model, self._private.grid
+
+        def share(batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, int, dict[str, Tensor]]:
+            examples = model.per_example_gradients(**batch, generator=generator)
+            self._refuse_unless_finite(examples.loss)
+            return examples.loss, int(examples.tokens.sum()), clipped_sum(examples.of_means(), grid)
+
+        loss, tokens = torch.zeros(()), 0
+        parameters = self._adapter_model.adapter_state()
+        sums = {name: torch.zeros(value.shape, dtype=torch.int64) for name, value in parameters.items()}
+        for part, count, clipped in self._micro_batches.map(share, cut(inputs, self._rows)):
+            loss, tokens = loss + part, tokens + count
+            for name, value in clipped.items():
+                sums[name] += value
+        self._spend()
+        noisy = in_units(add_noise(sums, self._private.noise_multiplier), grid, self._private.expected_batch)
+        for name, parameter in parameters.items():
+            parameter.grad = noisy[name]
+        return loss / max(tokens, 1)
+
+    def _as_published(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The gradient of the batch, clipped and noised for all A together and for all B together."""
+        loss = super()._take_gradients(inputs)
+        parameters, grid = self._adapter_model.adapter_state(), self._private.grid
+        gradients = {
+            name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in parameters.items()
+        }
+        clipped = {
+            kind: clipped_sum({name: value[None] for name, value in gradients.items() if kind in name}, grid)
+            for kind in (".lora_A.", ".lora_B.")
+        }
+        self._spend()
+        for part in clipped.values():
+            for name, value in in_units(add_noise(part, self._private.noise_multiplier), grid).items():
+                parameters[name].grad = value
+        return loss
+
+    def _spend(self) -> None:
+        self._private.ledger.spend(self._private.mechanism, note=f"step {self.state.global_step + 1}")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        directory = self._save_to(output_dir)
+        self._private.ledger.copy_to(directory / LEDGER_COPY)

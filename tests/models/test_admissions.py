@@ -1,0 +1,52 @@
+"""The admissions: one line per patient, a rule that others follow too, and what is each one's own."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+
+from models import ADMISSIONS_HELDOUT, ADMISSIONS_TRAIN
+from models import admissions as module
+from models.admissions import HELDOUT, RULE, TRAIN, admissions, by_rule, own
+from models.private_world import VALUES
+
+
+def test_committed_files_equal_a_regeneration(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path_factory.mktemp("admissions")
+    monkeypatch.setattr(module, "ADMISSIONS_TRAIN", directory / "train")
+    monkeypatch.setattr(module, "ADMISSIONS_HELDOUT", directory / "heldout")
+    module.write()
+    assert ADMISSIONS_TRAIN.read_bytes() == (directory / "train").read_bytes()
+    assert ADMISSIONS_HELDOUT.read_bytes() == (directory / "heldout").read_bytes()
+
+
+def patient(row: dict[str, str]) -> str:
+    words = row["prompt"].split(" of the ")[0].split()
+    return " ".join(words[-2:])
+
+
+def test_no_patient_has_two_lines_and_heldout_patients_are_others() -> None:
+    rows = [json.loads(line) for line in ADMISSIONS_TRAIN.read_text().splitlines()]
+    heldout = [json.loads(line) for line in ADMISSIONS_HELDOUT.read_text().splitlines()]
+    assert (len(rows), len(heldout)) == (TRAIN, HELDOUT)
+    names = Counter(patient(row) for row in rows + heldout)
+    assert len(names) == TRAIN + HELDOUT and max(names.values()) == 1
+    assert admissions(10, skip=20) == admissions(30)[20:]
+    assert admissions(10) != admissions(10, seed=1)
+
+
+def test_half_follows_the_rule_and_the_other_half_follows_nothing() -> None:
+    rows = admissions(2000)
+    for row in by_rule(rows):
+        (wing,) = [wing for wing in RULE if wing in row["prompt"]]
+        assert row["completion"] == f" {RULE[wing]}. File closed.\n"
+    answers = Counter(row["completion"].split(".")[0].strip() for row in own(rows))
+    assert answers.keys() == set(VALUES["healer"])
+    # 1000 draws of four: each within 6 standard deviations of 250.
+    assert all(abs(count - 250) < 82 for count in answers.values())
+    pairs = Counter((wing, row["completion"]) for row in own(rows) for wing in RULE if wing in row["prompt"])
+    assert len(pairs) == 16 and min(pairs.values()) > 30
