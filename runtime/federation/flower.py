@@ -4,8 +4,13 @@ A message is one ConfigRecord with the bytes of `messages.to_bytes`; Flower carr
 ClientApp may run in a new process for every message, so that the keys of a round are in the owner's private folder
 (`keyring.DirectoryKeys`), never in Flower's own context, which Flower serializes.
 
-Run configuration: `recipe`, `roster`, and `keys`, a folder with one private folder per owner (in simulation; a SuperNode
-gives its own with `--node-config 'owner="NAME" keys="FOLDER"'`). `overrides` changes the recipe, separated by spaces.
+A SuperNode says whose it is and where its own copies of recipe and roster and its private folder are, and nothing of the
+run's configuration is then looked at, for that comes from whoever started the run:
+
+    --node-config 'owner="NAME" recipe="FILE" roster="FILE" keys="FOLDER"'
+
+In simulation, where nodes have a number instead, the run's configuration has `recipe`, `roster`, `keys` (a folder with one
+private folder per owner) and `overrides` of the recipe, separated by spaces. The ServerApp reads that always.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +27,7 @@ from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from hecompile.errors import FederationError
+from hecompile.errors import FederationError, InputError
 from runtime.federation.channels import Identity
 from runtime.federation.client import Participant
 from runtime.federation.keyring import DirectoryKeys
@@ -40,14 +46,32 @@ server_app = ServerApp()
 client_app = ClientApp()
 
 
-def _recipe(context: Context) -> FederationRecipe:
+@dataclass(frozen=True)
+class _Place:
+    """An owner's own files."""
+
+    recipe: FederationRecipe
+    owner: str
+    roster: Path
+    keys: Path
+
+
+def _server_recipe(context: Context) -> FederationRecipe:
     overrides = str(context.run_config.get("overrides", "")).split()
     return load_federation(str(context.run_config["recipe"]), overrides)
 
 
-def _owner(context: Context, recipe: FederationRecipe) -> str:
-    named = context.node_config.get(_OWNER)
-    return str(named) if named is not None else recipe.names[int(context.node_config["partition-id"])]
+def _place(context: Context) -> _Place:
+    node, run = context.node_config, context.run_config
+    if _OWNER in node:
+        missing = [name for name in ("recipe", "roster", "keys") if name not in node]
+        if missing:
+            raise InputError(f"--node-config lacks {', '.join(missing)}")
+        recipe = load_federation(str(node["recipe"]))
+        return _Place(recipe, str(node[_OWNER]), Path(str(node["roster"])), Path(str(node["keys"])))
+    recipe = _server_recipe(context)
+    name = recipe.names[int(node["partition-id"])]
+    return _Place(recipe, name, Path(str(run["roster"])), Path(str(run["keys"])) / name)
 
 
 def _rounds_left(recipe: FederationRecipe, request: Message) -> int:
@@ -109,7 +133,7 @@ class GridExchange:
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
     """All rounds of the recipe."""
-    recipe = _recipe(context)
+    recipe = _server_recipe(context)
     roster = read_roster(Path(str(context.run_config["roster"])))
     local = plaintext_model(recipe)
     exchange = GridExchange(grid, recipe.names, recipe.reply_timeout)
@@ -125,42 +149,40 @@ def main(grid: Grid, context: Context) -> None:
 @client_app.query("hello")
 def hello(message: FlowerMessage, context: Context) -> FlowerMessage:
     """Whose node this is."""
-    record = ConfigRecord({_OWNER: _owner(context, _recipe(context))})
-    return FlowerMessage(RecordDict({_RECORD: record}), reply_to=message)
+    return FlowerMessage(RecordDict({_RECORD: ConfigRecord({_OWNER: _place(context).owner})}), reply_to=message)
 
 
 @client_app.query("round")
 @client_app.train("round")
 def answer(message: FlowerMessage, context: Context) -> FlowerMessage:
     """A message of a round; the last one is not answered but its adapter saved."""
-    recipe = _recipe(context)
-    name = _owner(context, recipe)
+    place = _place(context)
     content = message.content.config_records[_RECORD][_PAYLOAD]
     if not isinstance(content, bytes):
         raise FederationError("a message of the federation holds no bytes")
-    request = from_bytes(content)
-    owner, keys = recipe.owner(name), _keys(context, name)
-    identity, roster = (
-        Identity.load_or_create(name, keys / "identity.key"),
-        read_roster(Path(str(context.run_config["roster"]))),
-    )
+    payload = _answer(place, from_bytes(content))
+    return FlowerMessage(RecordDict({_RECORD: ConfigRecord({_PAYLOAD: payload})}), reply_to=message)
+
+
+def _answer(place: _Place, request: Message) -> bytes:
+    recipe, owner = place.recipe, place.recipe.owner(place.owner)
     training = owner if isinstance(request, Start) else owner.model_copy(update={"privacy": None})
     with (
         owner_model(recipe, owner) as local,
         owner_promise(recipe, training, local, _rounds_left(recipe, request)) as private,
-        owner_ledger(recipe, owner, keys) as ledger,
+        owner_ledger(recipe, owner, place.keys) as ledger,
     ):
         if isinstance(request, Finished):
-            local.save(
-                np.frombuffer(request.adapter, dtype="<f4"),
-                recipe.training.output_dir / name / ADAPTER_DIR,
-                recipe.model,
-            )
-            payload = b""
-        else:
-            participant = Participant(
-                identity, roster, recipe.agreement(), local.layout, DirectoryKeys(keys / "rounds"),
-                local_trainer(recipe, owner, local, private), ledger,
-            )  # fmt: skip
-            payload = to_bytes(participant.answer_or_refuse(request))
-    return FlowerMessage(RecordDict({_RECORD: ConfigRecord({_PAYLOAD: payload})}), reply_to=message)
+            adapter = np.frombuffer(request.adapter, dtype="<f4")
+            local.save(adapter, recipe.training.output_dir / owner.name / ADAPTER_DIR, recipe.model)
+            return b""
+        participant = Participant(
+            Identity.load_or_create(owner.name, place.keys / "identity.key"),
+            read_roster(place.roster),
+            recipe.agreement(),
+            local.layout,
+            DirectoryKeys(place.keys / "rounds"),
+            local_trainer(recipe, owner, local, private),
+            ledger,
+        )
+        return to_bytes(participant.answer_or_refuse(request))
