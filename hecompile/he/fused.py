@@ -20,6 +20,7 @@ from hecompile.he.encode import token_scales
 from hecompile.he.hints import Hint
 from hecompile.he.kernels import roots
 from hecompile.he.lines import SUM_LANES
+from hecompile.he.norms import row_norms
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.sampling import SecretRandom
@@ -219,7 +220,7 @@ def _norms(rows: Tensor, factors: NDArray[np.float64]) -> tuple[NDArray[np.float
 
     def measure(part: slice) -> None:
         piece = flat[part.start * features : part.stop * features]
-        tiles.row_norms(piece, features, features, part.stop - part.start, factors, largest[part], squares[part])
+        row_norms(piece, features, features, part.stop - part.start, factors, largest[part], squares[part])
 
     for_each(measure, slices(tokens, max(1, _CHUNK // features)))
     if not np.isfinite(squares).all():

@@ -27,7 +27,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hecompile.he.simd import LANES, address, broadcast, fma, fnma, load_f64, load_i32, store_f64, to_f64
+from hecompile.he.simd import (
+    LANES,
+    address,
+    broadcast,
+    fma,
+    fnma,
+    load_f64,
+    load_i32,
+    store_f64,
+    to_f64,
+)
 
 _LINE = 64
 
@@ -125,12 +135,6 @@ def _times(re, im, w_re, w_im):
 
 
 @inlined
-def _times_conjugate(re, im, w_re, w_im):
-    """(re + i·im)(w_re - i·w_im)."""
-    return fma(im, w_im, re * w_re), fnma(re, w_im, im * w_re)
-
-
-@inlined
 def _split4(work, at, step, roots, r, q0r, q0i, q1r, q1i, q2r, q2i, q3r, q3i):
     """The four quarters of a node of size 4h to its four grandchildren, stored `step` apart from `at` on."""
     q1r, q1i = _times(q1r, q1i, broadcast(roots, r), broadcast(roots, r + 1))
@@ -146,17 +150,6 @@ def _split4(work, at, step, roots, r, q0r, q0i, q1r, q1i, q2r, q2i, q3r, q3i):
     store_f64(work, at + 2 * step + 8, ci + dr)
     store_f64(work, at + 3 * step, cr + di)
     store_f64(work, at + 3 * step + 8, ci - dr)
-
-
-@inlined
-def _join4(roots, r, u0r, u0i, u1r, u1i, u2r, u2i, u3r, u3i):
-    """The inverse of `_split4`, times 4: the four quarters."""
-    ar, ai, br, bi = u0r + u1r, u0i + u1i, u0r - u1r, u0i - u1i
-    cr, ci, dr, di = u2r + u3r, u2i + u3i, u2r - u3r, u2i - u3i
-    q1r, q1i = _times_conjugate(br + di, bi - dr, broadcast(roots, r), broadcast(roots, r + 1))
-    q2r, q2i = _times_conjugate(ar - cr, ai - ci, broadcast(roots, r + 2), broadcast(roots, r + 3))
-    q3r, q3i = _times_conjugate(br - di, bi + dr, broadcast(roots, r + 4), broadcast(roots, r + 5))
-    return ar + cr, ai + ci, q1r, q1i, q2r, q2i, q3r, q3i
 
 
 @compiled
@@ -224,83 +217,3 @@ def forward_at(coefficients, start, n, roots, work, at):
             store_f64(work, a + 16, ur - vr)
             store_f64(work, a + 24, ui - vi)
             r += 2
-
-
-@inlined
-def inner(matrix, a, rank_step, secret, s, secret_step, rank):
-    """Σ_k matrix[k] · secret[k] at one of the n points, eight rows of the matrix at a time."""
-    sr, si = broadcast(secret, s), broadcast(secret, s + 1)
-    mr, mi = load_f64(matrix, a), load_f64(matrix, a + 8)
-    re, im = fnma(mi, si, mr * sr), fma(mi, sr, mr * si)
-    for k in range(1, rank):
-        sr, si = broadcast(secret, s + k * secret_step), broadcast(secret, s + k * secret_step + 1)
-        mr, mi = load_f64(matrix, a + k * rank_step), load_f64(matrix, a + k * rank_step + 8)
-        re, im = fnma(mi, si, fma(mr, sr, re)), fma(mi, sr, fma(mr, si, im))
-    return re, im
-
-
-@inlined
-def inner_product(matrix, at, secret, s, rank, n, roots, root_count, work):
-    """The product with the secret and all passes of the inverse transform but the last: `work` gets `[n, 2, 8]`.
-
-    Returns the size of the quarters that the last pass joins: n/4.
-    """
-    rank_step, secret_step = 16 * n, 2 * n
-    r = root_count
-    h, nodes = 1, n
-    if n & 0x55555555 == 0:  # log2 n is odd: the lowest level is radix 2
-        r -= n
-        for node in range(n // 2):
-            ur, ui = inner(matrix, at + 32 * node, rank_step, secret, s + 4 * node, secret_step, rank)
-            vr, vi = inner(matrix, at + 32 * node + 16, rank_step, secret, s + 4 * node + 2, secret_step, rank)
-            w = r + 2 * node
-            hr, hi = _times_conjugate(ur - vr, ui - vi, broadcast(roots, w), broadcast(roots, w + 1))
-            store_f64(work, 32 * node, ur + vr)
-            store_f64(work, 32 * node + 8, ui + vi)
-            store_f64(work, 32 * node + 16, hr)
-            store_f64(work, 32 * node + 24, hi)
-        h, nodes = 2, n // 2
-    else:
-        nodes = n // 4
-        r -= 6 * nodes
-        for node in range(nodes):
-            a, b = at + 64 * node, s + 8 * node
-            u0r, u0i = inner(matrix, a, rank_step, secret, b, secret_step, rank)
-            u1r, u1i = inner(matrix, a + 16, rank_step, secret, b + 2, secret_step, rank)
-            u2r, u2i = inner(matrix, a + 32, rank_step, secret, b + 4, secret_step, rank)
-            u3r, u3i = inner(matrix, a + 48, rank_step, secret, b + 6, secret_step, rank)
-            _store4(work, 64 * node, 16, *_join4(roots, r + 6 * node, u0r, u0i, u1r, u1i, u2r, u2i, u3r, u3i))
-        h = 4
-    while 4 * h < n:
-        nodes //= 4
-        r -= 6 * nodes
-        step = 16 * h
-        for node in range(nodes):
-            for p in range(h):
-                a = 64 * h * node + 16 * p
-                _store4(work, a, step, *load_and_join4(work, a, step, roots, r + 6 * node))
-        h *= 4
-    return h
-
-
-@inlined
-def _store4(work, a, step, q0r, q0i, q1r, q1i, q2r, q2i, q3r, q3i):
-    store_f64(work, a, q0r)
-    store_f64(work, a + 8, q0i)
-    store_f64(work, a + step, q1r)
-    store_f64(work, a + step + 8, q1i)
-    store_f64(work, a + 2 * step, q2r)
-    store_f64(work, a + 2 * step + 8, q2i)
-    store_f64(work, a + 3 * step, q3r)
-    store_f64(work, a + 3 * step + 8, q3i)
-
-
-@inlined
-def load_and_join4(work, a, step, roots, r):
-    return _join4(
-        roots, r,
-        load_f64(work, a), load_f64(work, a + 8),
-        load_f64(work, a + step), load_f64(work, a + step + 8),
-        load_f64(work, a + 2 * step), load_f64(work, a + 2 * step + 8),
-        load_f64(work, a + 3 * step), load_f64(work, a + 3 * step + 8),
-    )  # fmt: skip

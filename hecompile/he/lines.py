@@ -11,7 +11,7 @@ import operator
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.core.datamodel import models
 from numba.core.extending import intrinsic as typed_intrinsic
 from numba.core.extending import overload, register_model
@@ -46,26 +46,6 @@ LINE = LineType()
 class _LineModel(models.PrimitiveModel):
     def __init__(self, manager: Any, type_: types.Type) -> None:
         super().__init__(manager, type_, _WORDS)
-
-
-def _prefetch(write: int) -> Any:
-    @intrinsic
-    def prefetch(typing_context, start, offset):  # type: ignore[no-untyped-def]
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            pointer = builder.inttoptr(builder.add(*args), _I8.as_pointer())
-            signature_ = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
-            function = cgutils.get_or_insert_function(builder.module, signature_, "llvm.prefetch.p0")
-            builder.call(function, [pointer, _I32(write), _I32(3), _I32(1)])
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64), generate
-
-    return prefetch
-
-
-prefetch = _prefetch(0)
-"""Asks for the cache line at byte `offset` from the address `start`, which need not be valid."""
-prefetch_to_write = _prefetch(1)
 
 
 @intrinsic

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256, ChaCha20
-from cryptography.hazmat.primitives.ciphers.modes import CTR
+from cryptography.hazmat.primitives.ciphers.modes import GCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from numpy.typing import NDArray
@@ -186,7 +186,8 @@ class _Keystream(Unsharable):
     __slots__ = ("_encryptor",)
 
     def __init__(self) -> None:
-        self._encryptor = Cipher(AES256(os.urandom(32)), mode=CTR(bytes(16))).encryptor()
+        # GCM encrypts in counter mode; its tag is never asked for. OpenSSL has vector AES for it and not for plain CTR.
+        self._encryptor = Cipher(AES256(os.urandom(32)), mode=GCM(bytes(12))).encryptor()
 
     def fill(self, target: NDArray[np.uint8]) -> None:
         """Overwrites all but the last _ROOM bytes of `target` with fresh uniform bytes."""

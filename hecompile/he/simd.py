@@ -158,6 +158,29 @@ def splat_i32(typing_context, scalar):  # type: ignore[no-untyped-def]
     return I8(types.int64), generate
 
 
+def _prefetch(write: int, level: int) -> Any:
+    @intrinsic
+    def prefetch(typing_context, start, offset):  # type: ignore[no-untyped-def]
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            number, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+            signature_ = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+            function = cgutils.get_or_insert_function(builder.module, signature_, "llvm.prefetch.p0")
+            at = builder.inttoptr(builder.add(*args), pointer)
+            builder.call(function, [at, number(write), number(level), number(1)])
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), generate
+
+    return prefetch
+
+
+prefetch = _prefetch(0, 3)
+"""Asks for the cache line at byte `offset` from the address `start`, which need not be valid."""
+prefetch_to_write = _prefetch(1, 3)
+prefetch_far = _prefetch(0, 3)
+"""The same, but no nearer than the second-level cache."""
+
+
 def _ternary(result: types.Type, emit: Callable[..., Any]) -> Any:
     @intrinsic
     def operation(typing_context, a, b, c):  # type: ignore[no-untyped-def]

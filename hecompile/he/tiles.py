@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecompile.he.kernels import compiled, forward_at, inlined, inner_product, load_and_join4
+from hecompile.he.inverse import inner_product, load_and_join4, prefetch_lines
+from hecompile.he.kernels import compiled, forward_at, inlined
 from hecompile.he.lines import (
     GROUPS,
     SUM_LANES,
@@ -24,25 +25,21 @@ from hecompile.he.lines import (
     line_shifted_up,
     load_line,
     pack_line,
-    prefetch,
-    prefetch_to_write,
     top_of_line,
     unpack_line,
 )
 from hecompile.he.simd import (
     LANES,
-    absolute,
     address,
     broadcast,
-    fma,
     load_f32,
     load_f64,
     load_i8,
-    maximum,
+    prefetch,
+    prefetch_to_write,
     round_mod_2_32,
     splat,
     store_f32,
-    store_f64,
     store_i32,
     to_f64,
 )
@@ -64,10 +61,14 @@ def _store_mask(mask, at, c, count):
 
 
 @inlined
-def _inner_product(matrix, base, rank, n, roots, root_count, secrets, tokens, tile, at, work):
-    """tile = ⟨matrix row, secret⟩ mod 2^32 for one group and all blocks of tokens."""
+def _inner_product(matrix, base, rank, n, roots, root_count, secrets, tokens, tile, at, work, ahead, size):
+    """tile = ⟨matrix row, secret⟩ mod 2^32 for one group and all blocks of tokens.
+
+    Meanwhile the `size` bytes from the address `ahead` on, which the next group is made of, are asked for.
+    """
+    lines = lines_per_step(size, tokens, n)
     for token in range(0, tokens, 2 * n):
-        h = inner_product(matrix, base, secrets, token * rank, rank, n, roots, root_count, work)
+        h, ahead = inner_product(matrix, base, secrets, token * rank, rank, n, roots, root_count, work, ahead, lines)
         m = min(2 * n, tokens - token)
         to = tile + 4 * (at + 8 * token)
         for p in range(h):
@@ -80,6 +81,19 @@ def _inner_product(matrix, base, rank, n, roots, root_count, secrets, tokens, ti
             _store_mask(i1, to, p + n + h, m)
             _store_mask(i2, to, p + n + 2 * h, m)
             _store_mask(i3, to, p + n + 3 * h, m)
+            ahead = prefetch_lines(ahead, lines)
+
+
+@inlined
+def lines_per_step(size, tokens, n):
+    """Cache lines per four points that passes after the first ask for, to have asked for `size` bytes at the end."""
+    passes = 0
+    left = n
+    while left > 4:
+        left //= 4
+        passes += 1
+    steps = passes * (n // 4) * ((tokens + 2 * n - 1) // (2 * n))
+    return (size + 64 * steps - 1) // (64 * steps)
 
 
 @inlined
@@ -150,11 +164,15 @@ def encrypt(
     matrix_, roots_, secrets_ = address(matrix), address(roots), address(secrets)
     tile_, work_, planes_ = address(tile), address(work), address(planes)
     images_, sums_, image_rows, images_flat = address(images), address(sums), images.shape[1], images.reshape(-1)
+    group_size = rank * 16 * n
     for j in range(0, features, WIDTH):
         width = min(WIDTH, features - j)
         for g in range((width + 7) // 8):
-            base = (first + j // 8 + g) * rank * 16 * n
-            _inner_product(matrix_, base, rank, n, roots_, root_count, secrets_, tokens, tile_, g * stride, work_)
+            base = (first + j // 8 + g) * group_size
+            _inner_product(
+                matrix_, base, rank, n, roots_, root_count, secrets_, tokens, tile_, g * stride, work_,
+                matrix_ + 8 * (base + group_size), 8 * group_size,
+            )  # fmt: skip
         factors_at = j * image_rows
         _prefetch_factors(images_ + 4 * factors_at, image_rows)
         for t in range(tokens):
@@ -163,6 +181,7 @@ def encrypt(
             if width == WIDTH:
                 for k in range(0, 256, 64):
                     prefetch(x_, 4 * (row + _AHEAD * x_row) + k)
+                prefetch(error_, e + _AHEAD * features)
                 for limb in range(limbs):
                     prefetch_to_write(planes_, out + limb * plane + _AHEAD * p_row)
                 scale, to = broadcast(scale_, t), factor_ + 8 * j
@@ -211,17 +230,22 @@ def decrypt(
     scale_, factor_, result_, vectors_ = address(scale), address(factors), address(result), address(vectors)
     tile_, values_, work_ = address(tile), address(values), address(work)
     vector_rows, vectors_flat = vectors.shape[1], vectors.reshape(-1)
+    group_size = rank * 16 * n
     for j in range(0, features, WIDTH):
         width = min(WIDTH, features - j)
         for g in range((width + 7) // 8):
-            base = (first + j // 8 + g) * rank * 16 * n
+            base = (first + j // 8 + g) * group_size
             if keep:
                 matrix, start = kept_, base
+                ahead, ahead_size = kept_ + 8 * (base + group_size), 8 * group_size
             else:
                 matrix, start = values_, 0
+                ahead, ahead_size = hint_ + 4 * (base + group_size), 4 * group_size
                 for i in range(rank):
                     forward_at(hint_, base + i * 16 * n, n, roots_, values_, i * 16 * n)
-            _inner_product(matrix, start, rank, n, roots_, root_count, secrets_, tokens, tile_, g * stride, work_)
+            _inner_product(
+                matrix, start, rank, n, roots_, root_count, secrets_, tokens, tile_, g * stride, work_, ahead, ahead_size
+            )
         factors_at, check = j * vector_rows, (8 * first + j) // check_features
         _prefetch_factors(vectors_ + 4 * factors_at, vector_rows)
         for t in range(tokens):
@@ -254,45 +278,6 @@ def decrypt(
                     sums[SUM_LANES * (check * tokens + t)] += word * vectors_flat[vector + k]
                 centred = np.int32((word << dropped) - tile[k // 8 * stride + 8 * t + k % 8])
                 result[r + k] = np.float64(centred) * scale[t] * factors[j + k] + 0.0
-
-
-@compiled
-def row_norms(x, x_row, features, tokens, factors, largest, squares):
-    """Of each row of x · factors: the largest magnitude and the sum of squares, both float64 `[tokens]`.
-
-    The sum is not finite where an x is not; the maximum may then be anything.
-    """
-    x_, factor_ = address(x), address(factors)
-    whole, vectors = features // 32 * 32, features // 8 * 8
-    lanes = np.empty(16)
-    for t in range(tokens):
-        row = t * x_row
-        # Four at a time, side by side: each sum waits for its last addition.
-        top0, top1, top2, top3 = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
-        sum0, sum1, sum2, sum3 = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
-        for k in range(0, whole, 32):
-            v0 = load_f32(x_, row + k) * load_f64(factor_, k)
-            v1 = load_f32(x_, row + k + 8) * load_f64(factor_, k + 8)
-            v2 = load_f32(x_, row + k + 16) * load_f64(factor_, k + 16)
-            v3 = load_f32(x_, row + k + 24) * load_f64(factor_, k + 24)
-            top0, sum0 = maximum(top0, absolute(v0)), fma(v0, v0, sum0)
-            top1, sum1 = maximum(top1, absolute(v1)), fma(v1, v1, sum1)
-            top2, sum2 = maximum(top2, absolute(v2)), fma(v2, v2, sum2)
-            top3, sum3 = maximum(top3, absolute(v3)), fma(v3, v3, sum3)
-        for k in range(whole, vectors, 8):
-            v0 = load_f32(x_, row + k) * load_f64(factor_, k)
-            top0, sum0 = maximum(top0, absolute(v0)), fma(v0, v0, sum0)
-        store_f64(address(lanes), 0, maximum(maximum(top0, top1), maximum(top2, top3)))
-        store_f64(address(lanes), 8, (sum0 + sum1) + (sum2 + sum3))
-        peak, length = lanes[0], lanes[8]
-        for k in range(1, 8):
-            peak = max(peak, lanes[k])
-            length += lanes[8 + k]
-        for k in range(vectors, features):
-            last = np.float64(x[row + k]) * factors[k]
-            peak = max(peak, abs(last))
-            length += last * last
-        largest[t], squares[t] = peak, length
 
 
 def tile_words(tokens: int) -> int:
