@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hecompile.he.kernels import aligned, compiled, forward_at, inner_product, load_and_join4, roots
+from hecompile.he.inverse import inner_product, load_and_join4
+from hecompile.he.kernels import aligned, compiled, forward_at, roots
 from hecompile.he.parameters import RingParameters
 from hecompile.he.sampling import PublicStream
 from hecompile.he.scratch import scratch
@@ -25,7 +26,8 @@ def _mask_group(words, rank, n, roots, secret, values, work, mask):
     to = address(mask)
     for k in range(rank):
         forward_at(words_, 16 * n * k, n, roots_, values_, 16 * n * k)
-    h = inner_product(values_, 0, address(secret), 0, rank, n, roots_, roots.size, work_)
+    # Nothing is asked for ahead: the words of the next group are not there yet.
+    h, _ = inner_product(values_, 0, address(secret), 0, rank, n, roots_, roots.size, work_, values_, 0)
     for p in range(h):
         r0, i0, r1, i1, r2, i2, r3, i3 = load_and_join4(work_, 16 * p, 16 * h, roots_, 0)
         store_i32(to, 8 * p, round_mod_2_32(r0))
