@@ -26,7 +26,7 @@ RECIPE = TINY_LLAMA.parent / "recipes" / "federation.yaml"
 def recipe(out: Path, *more: str) -> FederationRecipe:
     changes = [
         f"training.output_dir={out}",
-        "training.max_steps=2",
+        "training.max_steps=1",
         f"training.per_device_train_batch_size={BATCH_SIZE}",
     ]
     return load_federation(RECIPE, [*changes, "federation.rounds=3", *more])
@@ -53,7 +53,7 @@ def test_an_owner_behind_its_encrypted_worker_trains_as_one_in_plaintext(build: 
         update = local_trainer(loaded, owner, local)(header(loaded, lab, everything), adapter, everything)
     assert update.samples == plain.samples == 60
     a, b = update.delta.astype(np.float64), plain.delta.astype(np.float64)
-    # Adam's first steps are the signs of the gradients: where these are smaller than the noise, signs differ.
+    # Adam's first step is the signs of the gradients: where these are smaller than the noise, signs differ.
     assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.9
 
 
@@ -81,7 +81,7 @@ def test_masks_frozen_a_and_the_proximal_term(tmp_path: Path) -> None:
 
 
 def test_an_owner_killed_in_the_middle_of_a_round_does_not_stop_the_federation(tmp_path: Path) -> None:
-    overrides = [f"training.output_dir={tmp_path}", "training.max_steps=1", "federation.rounds=3"]
+    overrides = [f"training.output_dir={tmp_path}", "training.max_steps=1", "federation.rounds=2"]
     with processes(RECIPE, overrides) as running:
         assert running.server.stdout is not None
         assert running.server.stdout.readline().startswith("round 1: 3 contributed")
@@ -91,8 +91,8 @@ def test_an_owner_killed_in_the_middle_of_a_round_does_not_stop_the_federation(t
         for name in ("owner-1", "owner-3"):
             assert running.owners[name].wait(60) == 0
     records = read_records(tmp_path)
-    assert [record.round for record in records] == [1, 2, 3]
-    assert list(records[2].contributors) == ["owner-1", "owner-3"] and records[2].samples == 100
+    assert [record.round for record in records] == [1, 2]
+    assert list(records[1].contributors) == ["owner-1", "owner-3"] and records[1].samples == 100
     assert (tmp_path / "adapter/adapter_model.safetensors").read_bytes() == (
         tmp_path / "owner-1/adapter/adapter_model.safetensors"
     ).read_bytes()
