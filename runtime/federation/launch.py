@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -199,20 +200,41 @@ def run_processes(recipe_file: Path, overrides: Sequence[str], say: Callable[[st
     recipe = load_federation(recipe_file, overrides)
     with processes(recipe_file, overrides) as running:
         assert running.server.stdout is not None
+        begun = threading.Event()
+        watcher = threading.Thread(target=_end_if_an_owner_fails, args=(running, begun), daemon=True)
+        watcher.start()
         for line in running.server.stdout:
             if line.startswith("round "):
+                begun.set()
                 say(line.rstrip())
+        begun.set()
+        watcher.join()
         _, errors = running.server.communicate()
+        reasons = []
         for name, process in running.owners.items():
+            if running.server.returncode != 0 and process.poll() is None:
+                process.terminate()  # it has nobody left to talk to
             _, own = process.communicate(timeout=_STOP_SECONDS)
-            if process.returncode != 0:
-                last = (own.strip().splitlines() or ["no message"])[-1]
+            if process.returncode > 0:
+                last = (own.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
+                reasons.append(f"{name}: {last}")
                 say(f"{name} ended early: {last}")
+        if running.server.returncode < 0 and reasons:
+            raise FederationError(f"the federation did not begin; {'; '.join(reasons)}")
         if running.server.returncode != 0:
             raise FederationError(
                 (errors.strip().splitlines() or ["the server ended without a word"])[-1].removeprefix("error: ")
             )
     return read_records(recipe.training.output_dir)
+
+
+def _end_if_an_owner_fails(running: Processes, begun: threading.Event) -> None:
+    """Before the first round is done: an owner that gave up cannot come any more, and the server would wait for it. (One that
+    was killed is another matter: rounds go on without it.)"""
+    while not begun.wait(0.2):
+        if any((process.poll() or 0) > 0 for process in running.owners.values()):
+            running.server.terminate()
+            return
 
 
 def read_records(directory: Path) -> list[RoundRecord]:
