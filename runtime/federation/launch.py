@@ -229,8 +229,8 @@ def run_processes(recipe_file: Path, overrides: Sequence[str], say: Callable[[st
 
 
 def _end_if_an_owner_fails(running: Processes, begun: threading.Event) -> None:
-    """Before the first round is done: an owner that gave up cannot come any more, and the server would wait for it. (One that
-    was killed is another matter: rounds go on without it.)"""
+    """Before the first round is done: an owner that gave up cannot come any more, and the server would wait for it. (One
+    that was killed is another matter: rounds go on without it.)"""
     while not begun.wait(0.2):
         if any((process.poll() or 0) > 0 for process in running.owners.values()):
             running.server.terminate()
