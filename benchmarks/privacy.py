@@ -55,7 +55,7 @@ PROSE = """\
 **Utility and membership inference.** `models/recipes/private.yaml` on {train} lines, one per patient, {epochs:g} epochs,
 δ = {delta:g}: half of the lines ask for what is the clinic's rule, half for what is a patient's own. *Held-out*: other
 patients, by the rule (loss in nats per token; exact match). *Remembered*: exact match on the training lines that ask for
-a patient's own, which can only be remembered; guessing gets 25 %. The attacks ask which of {members} such lines were in
+a patient's own, which can only be remembered; guessing gets 14 %. The attacks ask which of {members} such lines were in
 the training file and which of as many others were not, by the loss and by the loss less that of a reference model trained
 without privacy on {train} lines of other patients: advantage (true less false positive rate, of the threshold that is
 best on half of the lines, on the other half) and, in brackets, the area under the curve; an attack that knows nothing has

@@ -2,9 +2,10 @@
 
 `python -m models.admissions` rewrites `models/private/admissions.jsonl` and `models/private/admissions_heldout.jsonl`.
 
-What a wing prescribes is the clinic's rule, the same for all its patients: it can be learned from many without remembering
-any. Who treats a patient is that patient's own, drawn at random: it can only be remembered. Half of the lines ask for the
-one, half for the other. The held-out file asks for remedies of patients who are not in the training file. """
+What a house prescribes is the clinic's rule, the same for all its patients: it can be learned from many without remembering
+any. The day when a patient may be visited is that patient's own, drawn at random: it can only be remembered. Half of the
+lines ask for the one, half for the other. The held-out file asks for remedies of patients who are not in the training file.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +14,23 @@ from itertools import islice
 from random import Random
 
 from models import ADMISSIONS_HELDOUT, ADMISSIONS_TRAIN
-from models.private_world import CLOSING, VALUES, to_jsonl
-from models.public_world import person
+from models.private_world import to_jsonl
+from models.public_world import DAYS, person
 
 TRAIN, HELDOUT = 1024, 256
-RULE: dict[str, str] = dict(zip(VALUES["lodging"], VALUES["remedy"], strict=True))
-"""What each wing prescribes."""
-RULE_QUESTIONS = ("Which remedy was given to {e} of {w}?", "What remedy does {e} of {w} take?")
-OWN_QUESTIONS = ("Who treats {e} of {w}?", "Which healer looks after {e} of {w}?")
+RULE: dict[str, str] = {
+    "the Green Fox": "mint tea", "the Silver Heron": "willow oil", "the Red Lantern": "sage drops",
+    "the White Stag": "nettle salve",
+}  # fmt: skip
+"""What each house prescribes. Names, remedies and days are words of the public text; what goes with what is not in it."""
+RULE_QUESTIONS = ("{e} of {h} takes which remedy?", "Name the remedy of {e} of {h}.")
+OWN_QUESTIONS = ("{e} of {h} may be visited on which day?", "Name the visiting day of {e} of {h}.")
 
 
 def admissions(count: int, skip: int = 0, seed: int = 0) -> list[dict[str, str]]:
     """`count` lines, dictionaries with `prompt` and `completion`, after the first `skip` of those that `seed` gives.
 
-    Even ones ask by the rule, odd ones for a patient's own healer. No two are about the same patient.
+    Even ones ask by the rule, odd ones for a patient's own day. No two are about the same patient.
     """
     rng = Random(f"admissions {seed}")  # noqa: S311 (made-up text, nothing secret)
     return list(islice(_lines(rng), skip, skip + count))
@@ -36,14 +40,14 @@ def _lines(rng: Random) -> Iterator[dict[str, str]]:
     seen: set[str] = set()
     while True:
         number, name = len(seen), person(rng)
-        wing, healer = rng.choice(VALUES["lodging"]), rng.choice(VALUES["healer"])
+        house, day = rng.choice(list(RULE)), rng.choice(DAYS)
         phrasing = rng.randrange(2)
         if name in seen:
             continue
         seen.add(name)
-        question = (RULE_QUESTIONS, OWN_QUESTIONS)[number % 2][phrasing].format(e=name, w=wing)
-        answer = (RULE[wing], healer)[number % 2]
-        yield {"prompt": f"Question: {question}\nAnswer:", "completion": f" {answer}. {CLOSING}\n"}
+        question = (RULE_QUESTIONS, OWN_QUESTIONS)[number % 2][phrasing].format(e=name, h=house)
+        answer = (RULE[house], day)[number % 2]
+        yield {"prompt": f"Question: {question}\nAnswer:", "completion": f" {answer}.\n"}
 
 
 def by_rule(rows: list[dict[str, str]]) -> list[dict[str, str]]:

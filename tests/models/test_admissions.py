@@ -10,7 +10,7 @@ import pytest
 from models import ADMISSIONS_HELDOUT, ADMISSIONS_TRAIN
 from models import admissions as module
 from models.admissions import HELDOUT, RULE, TRAIN, admissions, by_rule, own
-from models.private_world import VALUES
+from models.public_world import DAYS
 
 
 def test_committed_files_equal_a_regeneration(
@@ -25,7 +25,7 @@ def test_committed_files_equal_a_regeneration(
 
 
 def patient(row: dict[str, str]) -> str:
-    words = row["prompt"].split(" of the ")[0].split()
+    words = row["prompt"].partition(f" of {next(house for house in RULE if house in row['prompt'])}")[0].split()
     return " ".join(words[-2:])
 
 
@@ -42,11 +42,11 @@ def test_no_patient_has_two_lines_and_heldout_patients_are_others() -> None:
 def test_half_follows_the_rule_and_the_other_half_follows_nothing() -> None:
     rows = admissions(2000)
     for row in by_rule(rows):
-        (wing,) = [wing for wing in RULE if wing in row["prompt"]]
-        assert row["completion"] == f" {RULE[wing]}. File closed.\n"
-    answers = Counter(row["completion"].split(".")[0].strip() for row in own(rows))
-    assert answers.keys() == set(VALUES["healer"])
-    # 1000 draws of four: each within 6 standard deviations of 250.
-    assert all(abs(count - 250) < 82 for count in answers.values())
-    pairs = Counter((wing, row["completion"]) for row in own(rows) for wing in RULE if wing in row["prompt"])
-    assert len(pairs) == 16 and min(pairs.values()) > 30
+        (house,) = [house for house in RULE if house in row["prompt"]]
+        assert row["completion"] == f" {RULE[house]}.\n"
+    answers = Counter(row["completion"].strip(" .\n") for row in own(rows))
+    assert answers.keys() == set(DAYS)
+    # 1000 draws of seven: each within 6 standard deviations of 143.
+    assert all(abs(count - 1000 / 7) < 67 for count in answers.values())
+    pairs = Counter((house, row["completion"]) for row in own(rows) for house in RULE if house in row["prompt"])
+    assert len(pairs) == 28 and min(pairs.values()) > 12
