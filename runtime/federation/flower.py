@@ -170,7 +170,7 @@ def _answer(place: _Place, request: Message) -> bytes:
     with (
         owner_model(recipe, owner) as local,
         owner_promise(recipe, training, local, _rounds_left(recipe, request)) as private,
-        owner_ledger(recipe, owner, place.keys) as ledger,
+        owner_ledger(recipe, owner) as ledger,
     ):
         if isinstance(request, Finished):
             adapter = np.frombuffer(request.adapter, dtype="<f4")

@@ -124,14 +124,13 @@ def serve(recipe: FederationRecipe, roster: Roster, port: int, say: Callable[[st
 
 
 def join(recipe: FederationRecipe, name: str, roster: Roster, keys: Path, address: str) -> Path:
-    """An owner's process: take part until the end, then save the global adapter; returns its directory. Under differential
-    privacy its ledger is `keys/privacy-ledger.jsonl`."""
+    """An owner's process: take part until the end, then save the global adapter; returns its directory."""
     owner = recipe.owner(name)
     identity = Identity.load_or_create(name, keys / "identity.key")
     with (
         owner_model(recipe, owner) as local,
         owner_promise(recipe, owner, local) as private,
-        owner_ledger(recipe, owner, keys) as ledger,
+        owner_ledger(recipe, owner) as ledger,
     ):
         trainer = local_trainer(recipe, owner, local, private)
         participant = Participant(identity, roster, recipe.agreement(), local.layout, MemoryKeys(), trainer, ledger)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hecompile.errors import InputError
+from hecompile.he.aggregation import CLIENT_LIMIT
 from runtime.adapter import AdapterModel, save_adapter
 from runtime.data import Examples, eos_and_pad, load_examples
 from runtime.evaluation import Evaluation, evaluate
@@ -23,9 +24,10 @@ from runtime.federation.recipe import FederationRecipe, OwnerSection
 from runtime.plaintext import PlaintextPeftModel
 from runtime.privacy.ledger import PrivacyLedger, Subject
 from runtime.privacy.promise import PrivateSteps, private_steps
+from runtime.recipe import LoraSection, check_lora
 from runtime.session import open_session
 
-LEDGER_FILE = "privacy-ledger.jsonl"
+LEDGER_SUFFIX = ".rounds.ledger"
 
 
 @dataclass(frozen=True)
@@ -67,24 +69,29 @@ def plaintext_model(recipe: FederationRecipe) -> LocalModel:
 
 @contextmanager
 def owner_model(recipe: FederationRecipe, owner: OwnerSection) -> Iterator[LocalModel]:
-    """As `OwnerSection` says: on this machine, or through its encrypted worker."""
+    """As `OwnerSection` says: on this machine, or through its encrypted worker. Raises InputError for a plan that was exported
+    with another LoRA."""
     place = owner.workplace()
     if place is None:
         yield plaintext_model(recipe)
         return
     with open_session(place) as session:
+        check_lora(LoraSection(**recipe.lora.model_dump()), session.model.peft_config)
         yield LocalModel(session.model, session.tokenizer)
 
 
 @contextmanager
-def owner_ledger(recipe: FederationRecipe, owner: OwnerSection, folder: Path) -> Iterator[PrivacyLedger | None]:
-    """What the owner released of its training file, in `folder`; None without differential privacy."""
+def owner_ledger(recipe: FederationRecipe, owner: OwnerSection) -> Iterator[PrivacyLedger | None]:
+    """What the owner as a whole released in all federations, beside its training file; None without differential privacy of
+    owners."""
     privacy = recipe.federation.privacy
     if privacy is None:
         yield None
         return
-    subject = Subject.of_file(owner.train_file, len(recipe.owners), privacy.delta)
-    with PrivacyLedger(folder / LEDGER_FILE, subject, privacy.epsilon) as ledger:
+    # What is protected is one owner of a federation of any size, so that delta is held against the largest.
+    subject = Subject.of_file(owner.train_file, CLIENT_LIMIT, privacy.delta)
+    path = owner.train_file.with_name(owner.train_file.name + LEDGER_SUFFIX)
+    with PrivacyLedger(path, subject, privacy.epsilon) as ledger:
         yield ledger
 
 

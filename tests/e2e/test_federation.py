@@ -52,6 +52,12 @@ def test_an_owner_behind_its_encrypted_worker_trains_as_one_in_plaintext(build: 
         assert local.layout.digest() == lab.local.layout.digest()
         update = local_trainer(loaded, owner, local)(header(loaded, lab, everything), adapter, everything)
     assert update.samples == plain.samples == 60
+    other = recipe(tmp_path, "lora.lora_alpha=8")
+    with (
+        pytest.raises(InputError, match="lora_alpha is 8.0 but the model was exported with 16"),
+        owner_model(other, owner),
+    ):
+        pass
     a, b = update.delta.astype(np.float64), plain.delta.astype(np.float64)
     # Adam's first step is the signs of the gradients: where these are smaller than the noise, signs differ.
     assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.9
