@@ -69,8 +69,8 @@ def plaintext_model(recipe: FederationRecipe) -> LocalModel:
 
 @contextmanager
 def owner_model(recipe: FederationRecipe, owner: OwnerSection) -> Iterator[LocalModel]:
-    """As `OwnerSection` says: on this machine, or through its encrypted worker. Raises InputError for a plan that was exported
-    with another LoRA."""
+    """As `OwnerSection` says: on this machine, or through its encrypted worker. Raises InputError for a plan that was
+    exported with another LoRA."""
     place = owner.workplace()
     if place is None:
         yield plaintext_model(recipe)

@@ -54,7 +54,7 @@ def test_an_owner_behind_its_encrypted_worker_trains_as_one_in_plaintext(build: 
     assert update.samples == plain.samples == 60
     other = recipe(tmp_path, "lora.lora_alpha=8")
     with (
-        pytest.raises(InputError, match="lora_alpha is 8.0 but the model was exported with 16"),
+        pytest.raises(InputError, match=r"lora_alpha is 8\.0 but the model was exported with 16"),
         owner_model(other, owner),
     ):
         pass
