@@ -30,9 +30,14 @@ SECTIONS = (
     "soak",
     "generation",
     "softmax_cost",
+    "conversion",
     "tfhe",
+<<<<<<< HEAD
     "privacy",
     "federation_cost",
     "federation",
+=======
+    "ckks",
+>>>>>>> main
 )
 """In the order of the page. A section whose module is not there is left out."""

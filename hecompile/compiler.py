@@ -238,6 +238,15 @@ def _self_sampler(
     return sample
 
 
+def calibration_for(
+    checkpoint: Checkpoint, polynomials: PolynomialOptions, raised: ir.Model, seed: PublicSeed, length: int
+) -> tuple[tuple[int, ...], ...]:
+    """Text that the model writes, by whichever computes its function; `raised`: its graph after `raise_steps`."""
+    if polynomials.retrained:
+        return _self_sampler(checkpoint, seed, length)(raised)
+    return sample_calibration_tokens(checkpoint, seed, length)
+
+
 def _start_token(checkpoint: Checkpoint) -> int:
     start = checkpoint.model.config.bos_token_id
     return int(start) if start is not None else 0

@@ -109,6 +109,7 @@ class Interpreter:
         context: Context | None = None,
         observer: Observer | None = None,
         positions: Tensor | None = None,
+        parameters: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Evaluate the graph. `inputs` maps every graph input to a tensor; returns the graph outputs by name.
 
@@ -116,12 +117,18 @@ class Interpreter:
         the sequence axis that the outputs are wanted at, in this order: after the last Attention node no position
         depends on another, so the others are left out from there on. Raises InputError for a missing input, and for
         `positions` where the graph has no such place.
+
+        `parameters` stand in for the initializers of the same names (training); what is not a name of one is a KeyError.
         """
         context = context or Context()
         narrowing = self._narrowing if positions is not None else None
         if positions is not None and narrowing is None:
             raise InputError("this graph has no last Attention node after which positions could be left out: fuse it")
         values: dict[str, Tensor] = dict(self.constants)
+        for name, parameter in (parameters or {}).items():
+            if name not in self.constants:
+                raise KeyError(name)
+            values[name] = parameter
         for graph_input in self.graph.inputs:
             name = str(graph_input.name)
             if name not in inputs:

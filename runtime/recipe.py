@@ -7,7 +7,7 @@ relative path in an override is relative to the working directory, as on any com
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -144,7 +144,13 @@ class Recipe(Workplace):
     data: DataSection
     training: TrainingSection
     lora: LoraSection | None = None
+<<<<<<< HEAD
     privacy: PrivacySection | None = None
+=======
+    attention: Literal["softmax", "power", "gaussian_kernel", "chebyshev"] | None = None
+    norm: Literal["rmsnorm", "polynomial"] | None = None
+    activation: Literal["silu", "polynomial", "composed", "quantized"] | None = None
+>>>>>>> main
 
     @property
     def requests_in_flight(self) -> int:
@@ -163,6 +169,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     The right-hand side of an override is read as YAML. Raises `InputError`, with one message that names the key, for a
     missing or malformed file, an unknown or repeated key, and a value of the wrong type or out of range.
     """
+    document = read_document(path, overrides, tuple(Recipe.model_fields), _resolve_paths)
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise InputError(f"recipe {path}: {explain(error)}") from None
+
+
+def read_document(
+    path: str | Path, overrides: Sequence[str], keys: Sequence[str], resolve: Callable[[dict[str, Any], Path], None]
+) -> dict[str, Any]:
+    """The mapping in the YAML file `path` (of recipes of any kind, with the top-level `keys`) after overrides.
+
+    `resolve` makes relative paths of a mapping, or of a part of one, relative to a directory: to that of the file, or, in an
+    override, to the working directory. Raises InputError as `load_recipe` does, but for what its sections say.
+    """
     path = Path(path)
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506  a SafeLoader
@@ -171,14 +192,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except yaml.YAMLError as error:
         raise InputError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
-        raise InputError(f"the recipe {path} must be a YAML mapping with the keys {', '.join(Recipe.model_fields)}")
-    _resolve_paths(document, path.resolve().parent)
+        raise InputError(f"the recipe {path} must be a YAML mapping with the keys {', '.join(keys)}")
+    resolve(document, path.resolve().parent)
     for override in overrides:
-        _apply_override(document, override)
-    try:
-        return Recipe.model_validate(document)
-    except ValidationError as error:
-        raise InputError(f"recipe {path}: {_explain(error)}") from None
+        _apply_override(document, override, resolve)
+    return document
 
 
 def check_lora(section: LoraSection | None, config: peft.LoraConfig) -> None:
@@ -207,7 +225,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _apply_override(document: dict[str, Any], override: str) -> None:
+def _apply_override(
+    document: dict[str, Any], override: str, resolve: Callable[[dict[str, Any], Path], None]
+) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):
@@ -219,7 +239,7 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
     change: dict[str, Any] = {keys[-1]: value}
     for key in reversed(keys[:-1]):
         change = {key: change}
-    _resolve_paths(change, Path.cwd())
+    resolve(change, Path.cwd())
     target = document
     for key in keys[:-1]:
         change = change[key]
@@ -267,7 +287,7 @@ def _suggest(dotted: str) -> str:
     return f"; did you mean {match[0]}?" if match else ""
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
     """Return the one message that helps most: an unknown key comes before the missing key that it was meant to be."""
     details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
     detail = details[0]

@@ -19,6 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hecompile.errors import InputError
 from runtime.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterModel, load_adapter, save_adapter
 from runtime.data import Examples, PadToBucket, eos_and_pad, load_examples, smallest_bucket
+from runtime.functions import check_functions
 from runtime.metrics import METRICS_FILE, forget_after, read_metrics
 from runtime.privacy.promise import check_same_promise, private_steps
 from runtime.privacy.trainer import PrivateTrainer
@@ -63,6 +64,7 @@ def run_training(
     """
     section = recipe.training
     check_lora(recipe.lora, model.peft_config)
+    check_functions(recipe, model)
     train = load_examples(recipe.data.train_file, tokenizer, model.sequence_buckets, recipe.data.max_length)
     heldout = None
     if recipe.data.validation_file is not None:

@@ -1,0 +1,183 @@
+"""The reduced Llama evaluated wholly by a worker process under CKKS: error, time by operation, refreshes, bytes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.report import section_main, table
+from benchmarks.timing import paired, ratio
+from hecompile.ckks.bundle import CkksOptions, CkksPlan, export_polynomial, lower_polynomial
+from hecompile.ckks.evaluator import CkksTensor, Evaluator
+from hecompile.ckks.keys import SecretKey
+from hecompile.ckks.library import seal
+from hecompile.ckks.parameters import CkksLiteral, CkksParameters
+from hecompile.frontend import Checkpoint, load_checkpoint
+from hecompile.interpreter import Interpreter
+from models import REDUCED_POLYNOMIAL
+from models.reduced_world import LINE_TOKENS, lines
+from passes.expand_polynomials import EMBEDDINGS
+from runtime.ckks.client import CkksSession, CkksStats
+
+LEVELS = (11, 4)
+PROSE = """\
+## The polynomial Llama on ciphertexts (CKKS)
+
+The reduced Llama (2 layers, hidden 32, 2 heads, FFN 64), converted by `hecompile convert
+models/recipes/convert-reduced.yaml` (Gaussian-kernel attention, polynomial norm and activation), evaluated **wholly by a
+worker process** on lines of {length} tokens, one in each slot; the client encrypts embeddings, refreshes where the plan
+says, and decrypts the logits of all positions. Depth of the graph: {depth}. 30 bits a level, 128 bits of security
+(Homomorphic Encryption Standard). One run of {batch} held-out lines ({rows} predictions), {threads} threads for the worker,
+client on the same cores. Errors are to the cleartext polynomial graph.
+"""
+PRODUCTS = """\
+One product of two ciphertexts, relinearised and rescaled, one thread: the project's kernels beside SEAL's evaluator (through
+TenSEAL), which gives the same words bit for bit (`tests/ckks`).
+"""
+PACKING = """\
+A ciphertext holds one number of each of as many sequences as there are slots: nothing rotates, and attention is products
+entry by entry. An evaluation takes the same time and bytes for one sequence as for all slots, so that this pays for many
+independent documents at once and not for one.
+"""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of `rows` int64 [B, S], and the logits of the cleartext polynomial graph, float32 [B, S, V] both."""
+
+    plan: CkksPlan
+    parameters: CkksParameters
+    stats: CkksStats
+    key_bytes: int
+    peak: float
+    rows: NDArray[np.int64]
+    logits: NDArray[np.float32]
+    cleartext: NDArray[np.float32]
+
+
+def run(quick: bool) -> str:
+    """Markdown: errors and bytes, seconds by operation, the evaluator beside SEAL's, what a batch costs."""
+    length = 2 if quick else LINE_TOKENS
+    checkpoint = load_checkpoint(str(REDUCED_POLYNOMIAL))
+    found = [_evaluate(checkpoint, length, levels, 4 if quick else None) for levels in ((4,) if quick else LEVELS)]
+    prose = PROSE.format(
+        length=length, threads=os.cpu_count(), depth=found[0].plan.depth, batch=len(found[0].rows), rows=found[0].rows.size
+    )
+    headings = [f"{one.parameters.levels} levels, ring dimension {one.parameters.ring_dim}" for one in found]
+    operations = sorted(found[0].stats.worker_seconds, key=lambda name: -found[0].stats.worker_seconds[name])
+    seconds = [[name, *(one.stats.worker_seconds.get(name, 0.0) for one in found)] for name in operations]
+    return "\n\n".join(
+        [
+            prose,
+            table(["measured", *headings], _rows(found)),
+            "Seconds of the worker by operation (`Refresh` is waiting for the client):",
+            table(["operation", *headings], seconds),
+            PRODUCTS,
+            table(["level", "SEAL, ms", "kernels, ms", "ratio"], _products(quick)),
+            PACKING,
+        ]
+    )
+
+
+def _evaluate(checkpoint: Checkpoint, length: int, levels: int, most: int | None) -> Evaluation:
+    options = CkksOptions(length, levels)
+    texts = checkpoint.tokenizer(lines(heldout=True))["input_ids"][:most]
+    rows = np.array([[*ids, checkpoint.tokenizer.eos_token_id][:length] for ids in texts])
+    with TemporaryDirectory() as directory:
+        build, address = Path(directory) / "build", f"unix://{directory}/worker"
+        plan = export_polynomial(str(REDUCED_POLYNOMIAL), build, options)
+        command = [sys.executable, "-m", "hecompile.cli", "ckks", "serve", str(build / "worker"), "--listen", address]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+            try:
+                assert worker.stdout is not None
+                worker.stdout.readline()
+                with CkksSession(build / "client", address) as session:
+                    logits = session.logits(rows[: session.parameters.slots])
+                    peak = _peak(worker.pid)
+            finally:
+                worker.terminate()
+    graph, _, _ = lower_polynomial(checkpoint, options)
+    with torch.no_grad():
+        embeddings = checkpoint.model.get_input_embeddings()(torch.from_numpy(rows))
+        cleartext = Interpreter(graph).run({EMBEDDINGS: embeddings})["logits"].numpy()
+    return Evaluation(plan, session.parameters, session.stats, session.key_bytes, peak, rows, logits, cleartext)
+
+
+def _rows(found: Sequence[Evaluation]) -> list[list[object]]:
+    columns = [_figures(one) for one in found]
+    return [[name, *(column[name] for column in columns)] for name in columns[0]]
+
+
+def _figures(one: Evaluation) -> dict[str, object]:
+    stats, slots = one.stats, one.parameters.slots
+    spread = float(one.cleartext.max() - one.cleartext.min())
+    error = np.abs(one.logits - one.cleartext)
+    same = float((one.logits.argmax(-1) == one.cleartext.argmax(-1)).mean())
+    return {
+        "largest error over the range of logits (wanted: 1e-3)": f"{error.max() / spread:.2e}",
+        "root mean square of the error over the range": f"{np.sqrt((error**2).mean()) / spread:.2e}",
+        "same most likely next token (wanted: 99 %)": f"{same:.2%}",
+        "refreshes, ciphertexts refreshed": f"{stats.refreshes}, {stats.refreshed}",
+        "evaluation, s": f"{stats.total_seconds:.0f}",
+        "of these the client: encrypting, decrypting, s": f"{stats.encrypt_seconds:.0f}, {stats.decrypt_seconds:.0f}",
+        "up, down, MB": f"{stats.bytes_up / 1e6:.0f}, {stats.bytes_down / 1e6:.0f}",
+        "evaluation keys, once per session, MB": f"{one.key_bytes / 1e6:.0f}",
+        "slots: sequences that an evaluation takes at once": str(slots),
+        "per sequence with all slots filled, ms": f"{1e3 * stats.total_seconds / slots:.1f}",
+        "per sequence with all slots filled, kB": f"{(stats.bytes_up + stats.bytes_down) / slots / 1e3:.0f}",
+        "memory of the worker at its peak, GB": f"{one.peak:.1f}",
+    }
+
+
+def _products(quick: bool) -> list[list[object]]:
+    parameters = CkksLiteral(8192 if quick else 16384, 4 if quick else 11).validate()
+    api, context = seal(), parameters.context()
+    native, encoder, maker = api.Evaluator(context), api.CKKSEncoder(context), api.KeyGenerator(context)
+    encryptor, relinearisation = api.Encryptor(context, maker.secret_key()), api.RelinKeys()
+    maker.create_relin_keys(relinearisation)
+    plain, ciphertext = api.Plaintext(), api.Ciphertext(context)
+    encoder.encode(0.5, parameters.scales[-1], plain)
+    encryptor.encrypt_symmetric(plain, ciphertext)
+    key = SecretKey(parameters)
+    evaluator = Evaluator(key.evaluation_keys(), threads=1)
+    ours = CkksTensor(key.encrypt(np.full((1,), 0.5)), np.arange(1), parameters.levels)
+
+    def by_seal() -> None:
+        product = api.Ciphertext(context)
+        native.multiply(ciphertext, ciphertext, product)
+        native.relinearize_inplace(product, relinearisation)
+        native.rescale_to_next_inplace(product)
+
+    result: list[list[object]] = []
+    for level in range(parameters.levels, 0, -1):
+        if level in (parameters.levels, parameters.levels // 2, 1):
+            samples = paired({"seal": by_seal, "own": partial(evaluator.multiply, ours, ours)}, 2 if quick else 9)
+            theirs, own = samples["seal"], samples["own"]
+            result.append([level, 1e3 * theirs.seconds, 1e3 * own.seconds, ratio(own.wall, theirs.wall)])
+        native.mod_switch_to_next_inplace(ciphertext)
+        ours = CkksTensor(np.ascontiguousarray(ours.words[:, :, :-1]), ours.index, level - 1)
+    evaluator.close()
+    key.close()
+    return result
+
+
+def _peak(process: int) -> float:
+    """Largest resident memory of a process so far, GB."""
+    for line in Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1e6
+    return float("nan")
+
+
+if __name__ == "__main__":
+    section_main("ckks")

@@ -1,0 +1,189 @@
+"""The small Llama with polynomials: what conversion costs it, what it learns privately afterwards, ranges and errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from benchmarks.report import ROOT, section_main, table
+from hecompile.approximation_ranges import Interval
+from hecompile.approximation_report import ApproximationError, approximation_report
+from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
+from hecompile.demo import BATCH_SIZE, RECIPE, SEQUENCE_BUCKETS, worker_process
+from hecompile.frontend import export_onnx, load_checkpoint
+from hecompile.interpreter import Interpreter, graph_inputs
+from hecompile.pipeline import approximate_steps, raise_steps, run_steps
+from hecompile.polynomial_options import PolynomialOptions
+from models import REDUCED_LLAMA, TINY_LLAMA
+from passes.calibrate import Calibrate
+from runtime.conversion.data import load_rows
+from runtime.conversion.recipe import ConversionRecipe, load_conversion
+from runtime.conversion.train import Conversion
+from runtime.data import eos_and_pad, load_examples
+from runtime.evaluation import Evaluation, evaluate
+from runtime.recipe import load_recipe
+from runtime.session import open_session
+from runtime.train import run_training
+
+RECIPES = {"power": "convert-power.yaml", "gaussian_kernel": "convert-gaussian.yaml"}
+PROSE = """\
+## The small Llama with polynomials in place of softmax, RMSNorm and SiLU
+
+*Public*: held-out text of its public corpus ({tokens} tokens), cleartext graph before quantisation. *Private*: held-out
+phrasings of the private questions, before and after {steps} steps of LoRA **through the encrypted worker** with the
+polynomial client plan (`models/recipes/demo.yaml`, rate {rate:g}). `power` and `gaussian_kernel` were trained for their
+functions by `hecompile convert models/recipes/convert-*.yaml` ({converted} steps on public text); `chebyshev` is the
+original checkpoint with softmax, norm and activation approximated, never retrained. All three have polynomial norms and
+activations.
+"""
+RANGES = """\
+What goes into the polynomials, before conversion and after it with the range loss, and the domain that was then fixed: over
+{rows} rows of public training text (before, after) and over held-out rows (held out).
+"""
+ERRORS = """\
+The largest error of each approximation on held-out public text and at the edge of its domain, beside the bound of the node
+(attention: of the weights; norm: relative, of the root; activation: absolute). Largest over the layers.
+"""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A checkpoint, the names to export it with, and the public quality of its graph."""
+
+    name: str
+    checkpoint: Path
+    options: Mapping[str, str]
+    loss: float
+    accuracy: float
+    errors: tuple[ApproximationError, ...]
+
+
+def run(quick: bool) -> str:
+    """Markdown: quality before and after private training, ranges, errors."""
+    torch.manual_seed(0)
+    recipes = {} if quick else {name: load_conversion(RECIPE.parent / file) for name, file in RECIPES.items()}
+    reports = {name: _converted(name, recipe) for name, recipe in recipes.items()}
+    recipe = next(iter(recipes.values()), None) or load_conversion(RECIPE.parent / "convert-reduced.yaml")
+    original = TINY_LLAMA if recipes else REDUCED_LLAMA
+    rows, heldout = load_rows(recipe.data, load_checkpoint(str(original)).tokenizer)
+    heldout = heldout[:8] if quick else heldout
+    exact = {"attention": "chebyshev", "norm": "polynomial", "activation": "polynomial"}
+    variants = [
+        _variant("original", original, {}, rows, heldout),
+        _variant("chebyshev, not retrained", original, exact, rows, heldout),
+        *(_variant(name, one.out, {}, rows, heldout) for name, one in recipes.items()),
+    ]
+    lines, steps, rate = [], 0, 0.0
+    for variant in variants:
+        before, after, steps, rate = (None, None, 0, 0.0) if quick else _private(variant)
+        private = [*_private_cells(before), *_private_cells(after)]
+        lines.append([variant.name, variant.loss, f"{variant.accuracy:.1%}", *private])
+    headings = ["model", "public loss", "next token right", "private loss", "exact", "private loss after", "exact after"]
+    converted = sum((recipe.training.steps, recipe.training.polynomial_steps))
+    return "\n\n".join(
+        [
+            PROSE.format(tokens=heldout.numel(), steps=steps, rate=rate, converted=converted),
+            table(headings, lines),
+            RANGES.format(rows=len(rows)),
+            table(
+                ["model", "what", "before", "after", "held out", "domain"],
+                [line for name, report in reports.items() for line in _ranges(name, report)],
+            ),
+            ERRORS,
+            table(
+                ["model", "operator", "on text", "at the edge", "bound"],
+                [line for one in variants for line in _errors(one)],
+            ),
+        ]
+    )
+
+
+def _converted(name: str, recipe: ConversionRecipe) -> Conversion:
+    """Of the checkpoint that the recipe makes; made here, by the command, if it is not there."""
+    if not recipe.out.is_dir():
+        command = [sys.executable, "-m", "hecompile.cli", "convert", str(RECIPE.parent / RECIPES[name])]
+        subprocess.run(command, check=True, cwd=ROOT)
+    return Conversion.read(recipe.out)
+
+
+def _variant(name: str, path: Path, names: Mapping[str, str], rows: Tensor, heldout: Tensor) -> Variant:
+    checkpoint = load_checkpoint(str(path))
+    options = PolynomialOptions.from_config(checkpoint.model.config).choosing(**names)
+    samples = tuple(tuple(row) for row in rows[:64].tolist())
+    model = run_steps(export_onnx(checkpoint.model), raise_steps(options))
+    model = run_steps(model, approximate_steps(Calibrate(samples), options))
+    loss, accuracy = _quality(model, heldout)
+    errors = approximation_report(model, tuple(tuple(row) for row in heldout[:16].tolist())) if options else ()
+    return Variant(name, path, names, loss, accuracy, errors)
+
+
+def _quality(model: ir.Model, rows: Tensor) -> tuple[float, float]:
+    """Nats per token, and the fraction of next tokens that are the likeliest."""
+    interpreter, loss, right = Interpreter(model), 0.0, 0
+    with torch.no_grad():
+        for batch in rows.split(16):
+            logits = interpreter.run(graph_inputs(batch, torch.ones_like(batch)))["logits"][:, :-1].flatten(0, 1)
+            targets = batch[:, 1:].flatten()
+            loss += float(cross_entropy(logits, targets, reduction="sum"))
+            right += int((logits.argmax(-1) == targets).sum())
+    count = rows[:, 1:].numel()
+    return loss / count, right / count
+
+
+def _private(variant: Variant) -> tuple[Evaluation, Evaluation, int, float]:
+    with TemporaryDirectory() as directory:
+        build = Path(directory) / "build"
+        names = {part: variant.options.get(part) for part in ("attention", "norm", "activation")}
+        options = CompileOptions(
+            batch_size=BATCH_SIZE, sequence_buckets=SEQUENCE_BUCKETS, attention=names["attention"], norm=names["norm"],
+            activation=names["activation"],
+        )  # fmt: skip
+        compile_checkpoint(str(variant.checkpoint), build, options)
+        with worker_process(build / WORKER) as address:
+            overrides = [f"model={build / CLIENT}", f"training.output_dir={directory}/run", f"worker={address}"]
+            recipe = load_recipe(RECIPE, [*overrides, "training.disable_tqdm=true"])
+            with open_session(recipe) as session:
+                assert recipe.data.validation_file is not None
+                buckets, pad = session.model.sequence_buckets, eos_and_pad(session.tokenizer)[1]
+                examples = load_examples(recipe.data.validation_file, session.tokenizer, buckets)
+                before = evaluate(session.model, examples, pad)
+                result = run_training(session.model, session.tokenizer, recipe)
+                after = evaluate(session.model, examples, pad)
+    return before, after, result.steps, recipe.training.learning_rate
+
+
+def _private_cells(found: Evaluation | None) -> list[object]:
+    return ["", ""] if found is None else [found.loss, f"{found.exact_match or 0:.1%}"]
+
+
+def _ranges(name: str, report: Conversion) -> list[list[object]]:
+    def shown(found: Interval | None) -> str:
+        return "" if found is None else f"{found.lower:.3g} to {found.upper:.3g}"
+
+    return [
+        [name, kind.replace("_", " "), *(shown(one.get(kind)) for one in (
+            report.ranges_before, report.ranges_trained, report.ranges_heldout, report.domains))]
+        for kind in report.domains
+    ]  # fmt: skip
+
+
+def _errors(variant: Variant) -> list[list[object]]:
+    rows: list[list[object]] = []
+    for operator in dict.fromkeys(error.operator for error in variant.errors):
+        found = [error for error in variant.errors if error.operator == operator]
+        numbers = [f"{max(getattr(one, what) for one in found):.2e}" for what in ("on_data", "at_edge", "bound")]
+        rows.append([variant.name, operator, *numbers])
+    return rows
+
+
+if __name__ == "__main__":
+    section_main("conversion")

@@ -1,0 +1,48 @@
+"""Greedy completion through a polynomial plan: every new token is one evaluation of all prompts together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hecompile.errors import InputError
+from runtime.ckks.client import CkksSession, Progress
+
+
+def complete(
+    session: CkksSession, prompts: Sequence[str], new_tokens: int, progress: Progress = lambda *_: None
+) -> list[str]:
+    """The likeliest `new_tokens` tokens after each prompt; an answer ends at the end-of-sequence token.
+
+    Prompts may differ in length: the mask is causal, so that what stands after a prompt changes nothing before it. Raises
+    InputError where a prompt with its answer is longer than the plan's sequences, or shorter where the plan keeps the last
+    alone.
+    """
+    plan, tokenizer = session.plan, session.tokenizer
+    rows = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    for prompt, row in zip(prompts, rows, strict=True):
+        if not row:
+            raise InputError("a prompt has no tokens")
+        if len(row) + new_tokens - 1 > plan.sequence_length:
+            raise InputError(
+                f"a prompt of {len(row)} tokens and {new_tokens} new ones are more than the plan's {plan.sequence_length}: "
+                f"{prompt[:20]!r}…"
+            )
+        if plan.last_only and (len(row) != plan.sequence_length or new_tokens > 1):
+            raise InputError(f"the plan has logits of the last position alone: prompts need {plan.sequence_length} tokens")
+    starts = [len(row) for row in rows]
+    ended = [False] * len(rows)
+    for _ in range(new_tokens):
+        padded = np.zeros((len(rows), plan.sequence_length), dtype=np.int64)
+        for number, row in enumerate(rows):
+            padded[number, : len(row)] = row
+        logits = session.logits(padded, progress)
+        for number, row in enumerate(rows):
+            token = int(logits[number, -1 if plan.last_only else len(row) - 1].argmax())
+            ended[number] |= token == tokenizer.eos_token_id
+            if not ended[number]:
+                row.append(token)
+        if all(ended):
+            break
+    return [str(tokenizer.decode(row[start:])) for row, start in zip(rows, starts, strict=True)]

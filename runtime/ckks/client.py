@@ -1,0 +1,215 @@
+"""The data owner's side of a polynomial plan: encrypts embeddings, refreshes where the plan says, decrypts logits.
+
+What the worker can learn. It sees ciphertexts and public keys. A refresh answers any ciphertext with a fresh encryption of
+the same values, which under IND-CPA tells nothing; the client's behaviour must not depend on the values either, or a worker
+that sends ciphertexts of its own making could read it (a reaction attack). So values beyond the scheme's bound are cut to
+it in silence, the protocol runs to its end whatever was decrypted, and only then, here, is the error raised. No decrypted
+number is ever sent back: CKKS decryptions carry their error, which would give the key away (Li, Micciancio, EUROCRYPT 2021).
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+from numpy.typing import NDArray
+
+from hecompile.ckks.bundle import TABLE, CkksPlan
+from hecompile.ckks.keys import SecretKey, Words
+from hecompile.ckks.parameters import CkksParameters
+from hecompile.errors import HecompileError, InputError, WorkerError, WorkerUnavailableError
+from runtime.ckks.messages import PROTOCOL, expect, receive, send
+from runtime.transports.address import TcpAddress, parse_address
+
+Progress = Callable[[str, int], None]
+"""What was refreshed, and how many ciphertexts."""
+
+
+@dataclass
+class CkksStats:
+    """Of one evaluation: bytes on the wire, client seconds, refreshed ciphertexts, the worker's seconds by operation."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    encrypt_seconds: float = 0.0
+    decrypt_seconds: float = 0.0
+    refreshes: int = 0
+    refreshed: int = 0
+    total_seconds: float = 0.0
+    worker_seconds: dict[str, float] = field(default_factory=dict)
+
+
+class CkksSession:
+    """A connection to a worker and the keys of this session. Use as a context manager.
+
+    Raises InputError for a bundle that cannot be read, WorkerUnavailableError where nothing answers, WorkerError for a
+    worker of another plan.
+    """
+
+    def __init__(self, directory: str | Path, address: str, timeout: float = 3600.0) -> None:
+        self.plan = CkksPlan.read(directory)
+        try:
+            self._table: NDArray[np.float32] = np.load(Path(directory) / TABLE, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{Path(directory) / TABLE} cannot be read; export again") from error
+        if self._table.shape != (self.plan.vocabulary, self.plan.hidden):
+            raise InputError(f"{Path(directory) / TABLE} is not the table of the plan; export again")
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(directory))
+        self.parameters = CkksParameters.from_fields(self.plan.parameters)
+        self.stats = CkksStats()
+        self._refreshable = {name: int(np.prod(shape)) for name, shape in self.plan.refreshes.items()}
+        self._connection = _connect(address, timeout)
+        self._key = SecretKey(self.parameters)
+        self.key_bytes = 0
+        try:
+            keys = self._key.evaluation_keys()
+            self.key_bytes = send(
+                self._connection, "open", keys.words, protocol=PROTOCOL, plan_id=self.plan.plan_id
+            )
+            fields, _, _ = self._receive(0)
+            expect(fields, "ready")
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> CkksSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the session; its keys are gone with it."""
+        self._connection.close()
+        self._key.close()
+
+    def logits(self, tokens: NDArray[np.int64], progress: Progress = lambda *_: None) -> NDArray[np.float32]:
+        """tokens int64 [B, S], S the plan's length → logits float32 [B, S, V] ([B, 1, V] where the plan has the last alone).
+
+        Raises InputError for another shape, unknown tokens, or more sequences than slots; WorkerError for a worker that
+        breaks the protocol; HecompileError, at the end, where a value left the range that a ciphertext can hold.
+        """
+        plan, parameters = self.plan, self.parameters
+        batch = self._check(tokens)
+        start, self.stats = time.perf_counter(), CkksStats()
+        columns = self._table[tokens].reshape(batch, -1).T.astype(np.float64)  # [S·H, B]
+        self._send("run", self._encrypt(np.ascontiguousarray(columns)))
+        overflowed = False
+        waiting = dict(self._refreshable)
+        most = max([plan.sequence_length * plan.vocabulary, *waiting.values()]) * parameters.ciphertext_bytes(0)
+        while True:
+            fields, words, size = self._receive(most)
+            self.stats.bytes_down += size
+            if expect(fields, "refresh", "result") == "result":
+                break
+            value, level = fields.get("value"), self._level(fields)
+            limit = waiting.pop(value, None) if isinstance(value, str) else None
+            if not isinstance(value, str) or limit is None or words.ndim != 4 or not 0 < len(words) <= limit:
+                raise WorkerError("the worker asks for a refresh that the plan does not have at this point")
+            numbers, beyond = self._bounded(self._decrypt(words, level)[:, :batch])
+            overflowed |= beyond
+            self._send("fresh", self._encrypt(numbers))
+            self.stats.refreshes += 1
+            self.stats.refreshed += len(words)
+            progress(value, len(words))
+        if waiting:
+            raise WorkerError("the worker left out a refresh of the plan")
+        rows = 1 if plan.last_only else plan.sequence_length
+        index = _index(fields.get("index"), rows * plan.vocabulary, len(words))
+        values, beyond = self._bounded(self._decrypt(words, self._level(fields))[:, :batch])
+        self.stats.total_seconds = time.perf_counter() - start
+        self.stats.worker_seconds = _seconds(fields.get("seconds"))
+        if overflowed or beyond:
+            raise HecompileError(
+                f"a value left ±{parameters.value_bound:.3g}, the range of a ciphertext: the text is of another kind than "
+                "the polynomials were made for, or the worker did not compute what it was asked to"
+            )
+        # -1: known to be zero, as the logit of a token without an embedding is.
+        numbers = np.where((index >= 0)[:, None], values[index], 0.0)  # [rows · V, B]
+        return numbers.T.reshape(batch, rows, plan.vocabulary).astype(np.float32)
+
+    def _check(self, tokens: NDArray[np.int64]) -> int:
+        plan = self.plan
+        if tokens.ndim != 2 or tokens.shape[1] != plan.sequence_length or not len(tokens):
+            raise InputError(f"the plan takes tokens [B, {plan.sequence_length}], got {list(tokens.shape)}")
+        if len(tokens) > self.parameters.slots:
+            raise InputError(
+                f"{len(tokens)} sequences are more than the {self.parameters.slots} slots of a ciphertext; send them in "
+                "parts"
+            )
+        if tokens.min() < 0 or tokens.max() >= plan.vocabulary:
+            raise InputError(f"a token is outside the vocabulary of {plan.vocabulary}")
+        return len(tokens)
+
+    def _bounded(self, values: NDArray[np.float64]) -> tuple[NDArray[np.float64], bool]:
+        bound = self.parameters.value_bound
+        kept = np.nan_to_num(values, nan=0.0, posinf=bound, neginf=-bound).clip(-bound, bound)
+        return np.ascontiguousarray(kept), not np.array_equal(kept, values)
+
+    def _encrypt(self, values: NDArray[np.float64]) -> Words:
+        start = time.perf_counter()
+        words = self._key.encrypt(values)
+        self.stats.encrypt_seconds += time.perf_counter() - start
+        return words
+
+    def _decrypt(self, words: Words, level: int) -> NDArray[np.float64]:
+        start = time.perf_counter()
+        values = self._key.decrypt(words, level)
+        self.stats.decrypt_seconds += time.perf_counter() - start
+        return values
+
+    def _level(self, fields: dict[str, Any]) -> int:
+        level = fields.get("level")
+        if type(level) is not int or not 0 <= level <= self.parameters.levels:
+            raise WorkerError("the worker names a level that the parameters do not have")
+        return level
+
+    def _send(self, kind: str, words: Words) -> None:
+        try:
+            self.stats.bytes_up += send(self._connection, kind, words)
+        except OSError as error:
+            raise WorkerUnavailableError(f"the connection to the worker broke: {error.strerror or 'no answer'}") from error
+
+    def _receive(self, most: int) -> tuple[dict[str, Any], Words, int]:
+        try:
+            return receive(self._connection, most)
+        except OSError as error:  # a time-out is one
+            raise WorkerUnavailableError(f"the connection to the worker broke: {error.strerror or 'no answer'}") from error
+
+
+def _index(found: Any, count: int, ciphertexts: int) -> NDArray[np.int64]:
+    if not isinstance(found, list) or len(found) != count:
+        raise WorkerError(f"the worker did not say where the {count} logits are")
+    if not all(type(place) is int and -1 <= place < ciphertexts for place in found):
+        raise WorkerError("the worker names ciphertexts that it did not send")
+    return np.array(found)
+
+
+def _seconds(found: Any) -> dict[str, float]:
+    if not isinstance(found, dict):
+        return {}
+    return {str(name)[:60]: float(value) for name, value in found.items() if isinstance(value, (int, float))}
+
+
+def _connect(address: str, timeout: float) -> socket.socket:
+    parsed = parse_address(address)
+    if isinstance(parsed, TcpAddress) and parsed.scheme != "tcp":
+        raise InputError(f"{address}: a polynomial worker is reached at tcp:// or unix://")
+    family = socket.AF_INET if isinstance(parsed, TcpAddress) else socket.AF_UNIX
+    try:
+        if isinstance(parsed, TcpAddress):
+            return socket.create_connection(parsed.socket_address, timeout)
+        connection = socket.socket(family, socket.SOCK_STREAM)
+        connection.settimeout(timeout)
+        connection.connect(parsed.socket_address)
+        return connection
+    except OSError as error:
+        raise WorkerUnavailableError(
+            f"no worker answers at {address}: {error.strerror or error}; start one with `hecompile ckks serve`"
+        ) from error

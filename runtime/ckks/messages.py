@@ -1,0 +1,72 @@
+"""What client and worker of a polynomial plan say to each other, in the frames of `runtime.protocol`.
+
+    client                                    worker
+    open {plan_id, parameters} evaluation keys →
+                                              ← ready
+    run, ciphertexts of the input →
+                                              ← refresh {value, level}, ciphertexts of two primes     as often as the plan
+                                              says
+    fresh, ciphertexts at the top level →
+                                              ← result {level, index, seconds}, ciphertexts of two primes
+                                              ← error {message} instead of any of these
+
+Payloads are ciphertexts, uint32 [count, 2, primes, ring_dim], little-endian. The sizes of all messages follow from the
+plan, and a message of another size is refused before memory is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+from typing import Any
+
+import numpy as np
+
+from hecompile.ckks.keys import Words
+from hecompile.errors import WorkerError
+from runtime.protocol import PREFIX, Frame, receive_frame, send_frame
+
+PROTOCOL = 1
+_HEADER_ROOM = 1 << 20
+
+
+def send(connection: socket.socket, kind: str, words: Words | None = None, **fields: Any) -> int:
+    """Send one message; returns its bytes. Raises OSError as the socket does."""
+    shape = [] if words is None else list(words.shape)
+    header = json.dumps({"kind": kind, "shape": shape, **fields}).encode()
+    payload = b"" if words is None else np.ascontiguousarray(words, dtype="<u4").reshape(-1).view(np.uint8).data
+    frame = Frame(header, payload)
+    send_frame(connection, frame)
+    return frame.size
+
+
+def receive(connection: socket.socket, most: int, patience: float | None = None) -> tuple[dict[str, Any], Words, int]:
+    """The next message: its fields, its words (uint32, in the shape that it names) and its bytes. `most`: of payload.
+
+    Raises WorkerError where it is malformed, larger, an error of the other side, or the connection was closed.
+    """
+    frame = receive_frame(connection, most + PREFIX.size + _HEADER_ROOM, patience)
+    if frame is None:
+        raise WorkerError("the other side closed the connection; see its log")
+    try:
+        fields = json.loads(frame.header)
+        kind, shape = fields["kind"], fields["shape"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise WorkerError("malformed message: the header is not what this protocol has") from None
+    if kind == "error":
+        raise WorkerError(f"the other side says: {str(fields.get('message'))[:500]}")
+    if not isinstance(shape, list) or len(shape) > 4 or not all(type(size) is int and 0 <= size < 1 << 32 for size in shape):
+        raise WorkerError("malformed message: the shape is not a list of at most four sizes")
+    expected = 4 * math.prod(shape) if shape else 0
+    if expected != len(frame.payload):
+        raise WorkerError(f"malformed message: shape {shape} is {expected} bytes, the payload {len(frame.payload)}")
+    return fields, np.frombuffer(frame.payload, dtype="<u4").reshape(shape or (0,)), frame.size
+
+
+def expect(fields: dict[str, Any], *kinds: str) -> str:
+    """The kind of a message. Raises WorkerError for another than `kinds`."""
+    kind = fields["kind"]
+    if kind not in kinds:
+        raise WorkerError(f"a message {' or '.join(kinds)} was expected, not {str(kind)[:40]!r}")
+    return str(kind)

@@ -1,0 +1,118 @@
+"""From measured ranges to the options of the passes, and the check that held-out text stays within them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from hecompile.approximation_ranges import Interval
+from hecompile.errors import LegalityError
+from hecompile.polynomial_options import PolynomialOptions
+from passes.approximate_rmsnorm import ApproximateRMSNorm
+from passes.approximate_silu import ApproximateSiLU
+from passes.approximate_softmax import ApproximateSoftmax
+from runtime.conversion.recipe import ConversionRecipe
+
+Ranges = Mapping[str, Interval]
+
+
+def attention_alone(recipe: ConversionRecipe) -> PolynomialOptions:
+    """The first stage: the attention's exact function, everything else as it was."""
+    section = recipe.attention
+    if section.variant == "softmax":
+        return PolynomialOptions()
+    chosen = ApproximateSoftmax(
+        variant=section.variant, power=section.power, form=section.form, epsilon=section.epsilon, fit=False
+    )
+    return PolynomialOptions(attention=chosen)
+
+
+def fitted(recipe: ConversionRecipe, seen: Ranges) -> PolynomialOptions:
+    """Every polynomial of the recipe, on domains that are the ranges `seen`, widened by the recipe's margins."""
+    return PolynomialOptions(_attention(recipe, seen), _norm(recipe, seen), _activation(recipe, seen))
+
+
+def _attention(recipe: ConversionRecipe, seen: Ranges) -> ApproximateSoftmax | None:
+    section = recipe.attention
+    if section.variant == "softmax":
+        return None
+    common: dict[str, Any] = {"error": section.error, "margin": section.margin, "epsilon": section.epsilon}
+    if section.variant == "gaussian_kernel":
+        lower = min(seen["exponents"].lower * section.margin, -1.0)
+        return ApproximateSoftmax(variant="gaussian_kernel", domain_lower=lower, **common)
+    scores, divisors = seen["scores"], seen["divisors"].widened(section.margin)
+    goldschmidt = section.division == "goldschmidt"
+    return ApproximateSoftmax(
+        variant="power",
+        power=section.power,
+        form=section.form,
+        division=section.division,
+        domain_upper=max(-scores.lower, scores.upper) * section.margin,
+        ratio_lower=max(divisors.lower, section.epsilon) if goldschmidt else None,
+        ratio_upper=divisors.upper if goldschmidt else None,
+        **common,
+    )
+
+
+def _norm(recipe: ConversionRecipe, seen: Ranges) -> ApproximateRMSNorm | None:
+    section = recipe.norm
+    if section.form == "rmsnorm":
+        return None
+    domain = seen["variances"].widened(section.margin)
+    return ApproximateRMSNorm(
+        error=section.error, margin=section.margin, domain_lower=max(domain.lower, 1e-8), domain_upper=domain.upper
+    )
+
+
+def _activation(recipe: ConversionRecipe, seen: Ranges) -> ApproximateSiLU | None:
+    section = recipe.activation
+    if section.form == "silu":
+        return None
+    inputs = seen["activation_inputs"]
+    bound = max(-inputs.lower, inputs.upper) * section.margin
+    return ApproximateSiLU(error=section.error, margin=section.margin, domain_upper=bound)
+
+
+def domains(options: PolynomialOptions) -> dict[str, Interval]:
+    """The domain of every kind of value, by the kinds of `runtime.conversion.ranges`."""
+    found = {}
+    if (attention := options.attention) is not None:
+        if attention.domain_lower is not None:
+            found["exponents"] = Interval(attention.domain_lower, 0.0)
+        if attention.domain_upper is not None:
+            found["scores"] = Interval(-attention.domain_upper, attention.domain_upper)
+        if attention.ratio_lower is not None and attention.ratio_upper is not None:
+            found["divisors"] = Interval(attention.ratio_lower, attention.ratio_upper)
+    if options.norm is not None and options.norm.domain_lower is not None and options.norm.domain_upper is not None:
+        found["variances"] = Interval(options.norm.domain_lower, options.norm.domain_upper)
+    if options.activation is not None and options.activation.domain_upper is not None:
+        found["activation_inputs"] = Interval(-options.activation.domain_upper, options.activation.domain_upper)
+    return found
+
+
+def check_heldout(options: PolynomialOptions, seen: Ranges) -> None:
+    """LegalityError, with the numbers of every kind, where held-out ranges leave the domains."""
+    outside = []
+    for kind, domain in domains(options).items():
+        # Written as a positive statement: a range of NaN is outside of everything.
+        if not seen[kind].within(domain.lower, domain.upper):
+            outside.append(
+                f"{kind.replace('_', ' ')} between {seen[kind].lower:.5g} and {seen[kind].upper:.5g}, domain "
+                f"[{domain.lower:.5g}, {domain.upper:.5g}]"
+            )
+    if outside:
+        raise LegalityError(
+            f"held-out text leaves the domains of the polynomials: {'; '.join(outside)}. Nothing was saved. Raise "
+            "range_loss.alpha or range_loss.beta, train longer, or raise the margin of that section"
+        )
+
+
+def to_config(options: PolynomialOptions) -> dict[str, dict[str, Any]]:
+    """The `hecompile_polynomial` entry of config.json, which `PolynomialOptions.from_config` reads."""
+    parts = {"attention": options.attention, "norm": options.norm, "activation": options.activation}
+    return {
+        name: {key: value for key, value in asdict(part).items() if key != "fit" and value is not None}
+        for name, part in parts.items()
+        if part is not None
+    }

@@ -1,0 +1,110 @@
+"""The graph that is trained: exported and raised by the compiler's own passes, its float initializers as parameters."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from hecompile.errors import LegalityError
+from hecompile.frontend import Checkpoint, export_onnx
+from hecompile.interpreter import Interpreter, graph_inputs
+from hecompile.ir import constant_of, module_path
+from hecompile.pipeline import Step, approximate_steps, raise_steps, run_steps
+from hecompile.polynomial_options import PolynomialOptions
+from passes.calibrate import Calibrate
+from runtime.conversion.ranges import RangeObserver
+from runtime.conversion.recipe import ConversionRecipe
+
+_WEIGHTED = {"Linear": 1, "RMSNorm": 1, "PolynomialRMSNorm": 1, "Gather": 0}
+"""Which input of an operator is a weight of the module that the node came from."""
+
+
+class TrainableGraph:
+    """The graph of a checkpoint with the polynomials of `options`, and its weights by their names in the checkpoint.
+
+    Polynomials have the domains that `options` give; no calibration is run, for the ranges are measured while it trains. The
+    weights are copies, float32; tied ones appear once, under the name of the embedding.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: PolynomialOptions,
+        recipe: ConversionRecipe,
+        exported: ir.Model | None = None,
+    ) -> None:
+        """`exported`: of this checkpoint, which is then not exported again; it is left as it is. Weights are always those
+        that the checkpoint has now."""
+        model = run_steps(export_onnx(checkpoint.model) if exported is None else exported.clone(), raise_steps(options))
+        if options.attention is None or options.attention.fit:
+            without = Calibrate(((0, 0),))
+            steps: tuple[Step, ...] = approximate_steps(without, options)[1:]
+            model = run_steps(model, steps)
+        self.model = model
+        self._interpreter = Interpreter(model)
+        self._names = _weight_names(model)  # initializer → checkpoint
+        own = dict(checkpoint.model.named_parameters())
+        self.weights = {
+            checkpoint_name: torch.nn.Parameter(own[checkpoint_name].detach().clone())
+            for checkpoint_name in self._names.values()
+        }
+        self.observer = RangeObserver(model, recipe)
+
+    def logits(self, tokens: Tensor, observer: RangeObserver | None = None) -> Tensor:
+        """float32 [B, S, V] of tokens int64 [B, S] without padding; `observer` hears the ranges."""
+        if observer is not None:
+            observer.reset()
+        parameters = {name: self.weights[found] for name, found in self._names.items()}
+        outputs = self._interpreter.run(
+            graph_inputs(tokens, torch.ones_like(tokens)),
+            observer=None if observer is None else observer.observe,
+            parameters=parameters,
+        )
+        return outputs["logits"]
+
+    def loss(self, tokens: Tensor, observer: RangeObserver | None = None) -> Tensor:
+        """Mean cross entropy in nats of every next token."""
+        logits = self.logits(tokens, observer)
+        return cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+    def heldout_loss(self, rows: Tensor, batch_size: int) -> float:
+        """Mean of `loss` over rows [N, S]."""
+        with torch.no_grad():
+            total = sum(float(self.loss(batch)) * len(batch) for batch in rows.split(batch_size))
+        return total / len(rows)
+
+
+def _weight_names(model: ir.Model) -> dict[str, str]:
+    """Initializer → name in the checkpoint, from the module that the node reading it came from.
+
+    Raises LegalityError for a float matrix or vector of the graph that no such node reads: it would stay untrained unseen.
+    """
+    found: dict[str, str] = {}
+    for node in model.graph:
+        index = _WEIGHTED.get(node.op_type)
+        if index is None or index >= len(node.inputs):
+            continue
+        value = node.inputs[index]
+        if value is not None and value.is_initializer() and (path := module_path(node)):
+            found.setdefault(str(value.name), f"{path}.weight")
+    for name, value in model.graph.initializers.items():
+        array = constant_of(value)
+        large = array is not None and array.dtype.kind == "f" and array.ndim == 2 and min(array.shape) > 1
+        if large and name not in found:
+            raise LegalityError(f"the graph's constant {name} {array.shape} belongs to no weight of the checkpoint")  # type: ignore[union-attr]
+    return found
+
+
+def write_back(checkpoint: Checkpoint, weights: dict[str, torch.nn.Parameter]) -> None:
+    """Copy trained weights into the checkpoint's own. Raises LegalityError for a name or shape that it does not have, and
+    when one of its parameters is left out."""
+    own = dict(checkpoint.model.named_parameters())  # a tied parameter once, under the embedding's name
+    if own.keys() != weights.keys():
+        raise LegalityError(f"trained and loaded weights differ in {', '.join(sorted(own.keys() ^ weights.keys())[:3])}")
+    with torch.no_grad():
+        for name, value in weights.items():
+            if own[name].shape != value.shape:
+                raise LegalityError(f"{name} has shape {tuple(own[name].shape)}, trained {tuple(value.shape)}")
+            own[name].copy_(value)

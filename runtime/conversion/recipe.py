@@ -1,0 +1,152 @@
+"""The conversion recipe: which parts become polynomials, what ranges they are trained into, on what text, for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from hecompile.errors import InputError
+from runtime.recipe import explain, read_document
+from runtime.workplace import Positive, Section
+
+_PATHS = ((None, "out"), ("data", "train_file"), ("data", "validation_file"))
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class AttentionSection(Section):
+    """Fields of `passes.approximate_softmax.ApproximateSoftmax`, and `bound`: the range loss keeps |scores| (power) or
+    exponents (gaussian_kernel) under it; `divisor_lower`, `divisor_upper`: and a power attention's divisors between them."""
+
+    variant: Literal["power", "gaussian_kernel", "softmax"] = "softmax"
+    power: Literal[2, 4, 6, 8] = 4
+    form: Literal["stable", "lipschitz", "length_agnostic"] = "length_agnostic"
+    division: Literal["exact", "goldschmidt"] = "goldschmidt"
+    epsilon: PositiveFloat = 1e-3
+    error: PositiveFloat = 1e-3
+    margin: Annotated[float, Field(ge=1)] = 1.5
+    bound: PositiveFloat = 10.0
+    divisor_lower: PositiveFloat = 0.1
+    divisor_upper: PositiveFloat = 100.0
+
+
+class NormSection(Section):
+    """`form` and the fields of `ApproximateRMSNorm`; the range loss keeps variances between `lower` and `upper`."""
+
+    form: Literal["rmsnorm", "polynomial"] = "rmsnorm"
+    error: PositiveFloat = 1e-3
+    margin: Annotated[float, Field(ge=1)] = 1.5
+    lower: PositiveFloat = 0.05
+    upper: PositiveFloat = 5.0
+
+
+class ActivationSection(Section):
+    """`form` and the fields of `ApproximateSiLU`; the range loss keeps |inputs| under `bound`."""
+
+    form: Literal["silu", "polynomial"] = "silu"
+    error: PositiveFloat = 1e-2
+    margin: Annotated[float, Field(ge=1)] = 1.5
+    bound: PositiveFloat = 6.0
+
+
+class RangeLossSection(Section):
+    """Loss = α·L_range + β·L_var + L (Power-Softmax): weights of the term of scores, divisors and activation inputs, and of
+    the term of variances. Zero turns a term off."""
+
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+    beta: Annotated[float, Field(ge=0)] = 1.0
+
+
+class ConversionData(Section):
+    """JSONL files (`prompt` and `completion`, or `text`), or `generated_documents` of the project's own public corpus.
+    Examples follow each other with bos and eos and are cut into rows of `length` tokens; the loss is on every token."""
+
+    train_file: Path | None = None
+    validation_file: Path | None = None
+    generated_documents: Positive | None = None
+    generated_heldout: Positive = 100
+    seed: Annotated[int, Field(ge=0)] = 0
+    length: Annotated[int, Field(ge=2)] = 64
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ConversionData:
+        files = (self.train_file, self.validation_file)
+        if (self.generated_documents is None) == (None in files) or (self.generated_documents and files != (None, None)):
+            raise ValueError("give either train_file and validation_file, or generated_documents")
+        return self
+
+
+class ConversionTraining(Section):
+    """AdamW with warm-up and cosine decay in each of two stages: `steps` with the new attention beside exact norms and
+    activations, then `polynomial_steps` with every polynomial in the graph, on domains fixed after the first stage."""
+
+    steps: Annotated[int, Field(ge=0)] = 300
+    polynomial_steps: Annotated[int, Field(ge=0)] = 100
+    batch_size: Positive = 16
+    learning_rate: PositiveFloat = 1e-3
+    polynomial_learning_rate: PositiveFloat = 3e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    seed: Annotated[int, Field(ge=0)] = 0
+    save_steps: Positive = 100
+    disable_tqdm: bool = False
+
+    @model_validator(mode="after")
+    def _some(self) -> ConversionTraining:
+        if self.steps + self.polynomial_steps == 0:
+            raise ValueError("steps and polynomial_steps are both 0: nothing would be trained")
+        return self
+
+
+class ConversionRecipe(Section):
+    """One conversion: the checkpoint `model` becomes the checkpoint `out`. A section may be given as its name alone, as in
+    `attention: power`."""
+
+    model: str
+    out: Path
+    attention: AttentionSection = AttentionSection()
+    norm: NormSection = NormSection()
+    activation: ActivationSection = ActivationSection()
+    range_loss: RangeLossSection = RangeLossSection()
+    data: ConversionData
+    training: ConversionTraining = ConversionTraining()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, document: Any) -> Any:
+        if not isinstance(document, dict):
+            return document
+        document = dict(document)
+        for section, key in (("attention", "variant"), ("norm", "form"), ("activation", "form")):
+            if isinstance(document.get(section), str):
+                document[section] = {key: document[section]}
+        return document
+
+    @model_validator(mode="after")
+    def _something(self) -> ConversionRecipe:
+        if (self.attention.variant, self.norm.form, self.activation.form) == ("softmax", "rmsnorm", "silu"):
+            raise ValueError("nothing to convert: give attention, norm or activation a polynomial")
+        return self
+
+
+def load_conversion(path: str | Path, overrides: Sequence[str] = ()) -> ConversionRecipe:
+    """Read a conversion recipe; relative paths and overrides as in `runtime.recipe.load_recipe`. A `model` that is no
+    directory beside the recipe is a hub id. Raises InputError with one message that names the key."""
+    document = read_document(path, overrides, tuple(ConversionRecipe.model_fields), _resolve_paths)
+    try:
+        return ConversionRecipe.model_validate(document)
+    except ValidationError as error:
+        raise InputError(f"recipe {path}: {explain(error)}") from None
+
+
+def _resolve_paths(document: dict[str, Any], base: Path) -> None:
+    for section, key in _PATHS:
+        target = document if section is None else document.get(section)
+        if isinstance(target, dict) and isinstance(target.get(key), str):
+            target[key] = str(base / target[key])
+    model = document.get("model")
+    if isinstance(model, str) and (base / model).is_dir():
+        document["model"] = str(base / model)

@@ -1,0 +1,210 @@
+"""Continued training in two stages, and the checkpoint that comes of it.
+
+    first    the attention's exact function in the graph, range loss on what will go into polynomials
+             → ranges over the training rows → domains, widened by the recipe's margins
+    second   every polynomial in the graph, on those domains; range loss goes on
+             → ranges over held-out rows must lie within the domains, or nothing is saved
+
+While it runs `OUT.partial` holds the state; the same recipe goes on from there, with the same result bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hecompile.approximation_ranges import Interval
+from hecompile.errors import HecompileError, InputError
+from hecompile.frontend import Checkpoint, export_onnx, load_checkpoint
+from hecompile.polynomial_options import CONFIG_KEY, PolynomialOptions
+from runtime.conversion.data import batch_of, load_rows
+from runtime.conversion.domains import Ranges, attention_alone, check_heldout, domains, fitted, to_config
+from runtime.conversion.graph import TrainableGraph, write_back
+from runtime.conversion.ranges import measure
+from runtime.conversion.recipe import ConversionRecipe
+
+REPORT_FILE = "conversion_report.json"
+_STATE_FILE = "state.pt"
+
+Progress = Callable[[str, int, int, float], None]
+"""Stage, steps done, steps in all, and the loss in nats of the last one."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did: held-out loss in nats before and after; ranges by kind, on training rows before and after the
+    first stage (where the domains come from) and on held-out rows at the end; and the domains."""
+
+    heldout_loss_before: float
+    heldout_loss: float
+    ranges_before: Ranges
+    ranges_trained: Ranges
+    ranges_heldout: Ranges
+    domains: Ranges
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def read(cls, out: Path) -> Conversion:
+        """Of the checkpoint at `out`. Raises InputError where there is none."""
+        try:
+            found = json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise InputError(f"{out} holds no {REPORT_FILE}; convert the checkpoint first") from None
+        fields: dict[str, Any] = {
+            name: {kind: Interval(**ends) for kind, ends in value.items()} if isinstance(value, dict) else value
+            for name, value in found.items()
+        }
+        return cls(**fields)
+
+
+def convert(recipe: ConversionRecipe, progress: Progress = lambda *_: None) -> Conversion:
+    """Train, and save the checkpoint `recipe.out`: what `from_pretrained` loads, with the polynomials in config.json.
+
+    Raises InputError for a recipe, text or checkpoint that does not fit, before anything is written; LegalityError where
+    held-out text leaves the domains; HecompileError where the loss is not finite. Then `recipe.out` does not exist.
+    """
+    if recipe.out.exists():
+        raise InputError(f"{recipe.out} exists; delete it, or give another `out`")
+    checkpoint = load_checkpoint(recipe.model)
+    if PolynomialOptions.from_config(checkpoint.model.config):
+        raise InputError(f"{recipe.model} was converted before (its config.json has {CONFIG_KEY}); start from the original")
+    rows, heldout = load_rows(recipe.data, checkpoint.tokenizer)
+    partial = recipe.out.with_name(recipe.out.name + ".partial")
+    state = _State.resume(partial, recipe)
+    size = recipe.training.batch_size
+
+    exported = export_onnx(checkpoint.model)
+    graph = TrainableGraph(checkpoint, attention_alone(recipe), recipe, exported)
+    if state.first is None:
+        original = TrainableGraph(checkpoint, PolynomialOptions(), recipe, exported)
+        before, ranges = original.heldout_loss(heldout, size), measure(graph.logits, graph.observer, rows, size)
+        state.first = {"loss": before, "ranges": ranges}
+    if state.seen is None:
+        _train(graph, rows, recipe, state, partial, progress, "attention")
+        state.seen = measure(graph.logits, graph.observer, rows, size)
+        write_back(checkpoint, graph.weights)
+        state.start_second(checkpoint)
+        state.save(partial, recipe)
+    else:
+        state.load_weights(checkpoint)
+    options = fitted(recipe, state.seen)
+    graph = TrainableGraph(checkpoint, options, recipe, exported)
+    _train(graph, rows, recipe, state, partial, progress, "polynomial")
+    seen = measure(graph.logits, graph.observer, heldout, size)
+    check_heldout(options, seen)
+    write_back(checkpoint, graph.weights)
+    result = Conversion(
+        heldout_loss_before=state.first["loss"], heldout_loss=graph.heldout_loss(heldout, size),
+        ranges_before=state.first["ranges"], ranges_trained=state.seen, ranges_heldout=seen, domains=domains(options),
+    )  # fmt: skip
+    _save(checkpoint, options, result, recipe.out)
+    shutil.rmtree(partial, ignore_errors=True)
+    return result
+
+
+@dataclass
+class _State:
+    """Where a conversion stands; `seen` is None in the first stage. `weights`: those that the stage has come to."""
+
+    step: int = 0
+    weights: dict[str, Tensor] | None = None
+    optimizer: dict[str, Any] | None = None
+    first: dict[str, Any] | None = None
+    seen: dict[str, Interval] | None = None
+
+    @classmethod
+    def resume(cls, partial: Path, recipe: ConversionRecipe) -> _State:
+        path = partial / _STATE_FILE
+        if not path.is_file():
+            return cls()
+        try:
+            # Not weights_only: intervals are among it. The file is this program's own, beside its result.
+            found = torch.load(path, weights_only=False)
+            same, state = found["recipe"] == recipe.model_dump(mode="json"), cls(**found["state"])
+        except Exception as error:  # torch raises many kinds for a damaged file
+            raise InputError(f"{path} is damaged; delete {partial} to start again") from error
+        if not same:
+            raise InputError(f"{partial} is of another recipe; run that one again to go on, or delete it to start this one")
+        return state
+
+    def save(self, partial: Path, recipe: ConversionRecipe) -> None:
+        partial.mkdir(parents=True, exist_ok=True)
+        staged = partial / (_STATE_FILE + ".new")
+        torch.save({"recipe": recipe.model_dump(mode="json"), "state": dict(self.__dict__)}, staged)
+        staged.replace(partial / _STATE_FILE)
+
+    def start_second(self, checkpoint: Checkpoint) -> None:
+        self.step, self.optimizer = 0, None
+        self.weights = {name: value.detach().clone() for name, value in checkpoint.model.named_parameters()}
+
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        assert self.weights is not None
+        write_back(checkpoint, {name: torch.nn.Parameter(value) for name, value in self.weights.items()})
+
+
+def _train(
+    graph: TrainableGraph, rows: Tensor, recipe: ConversionRecipe, state: _State, partial: Path, progress: Progress,
+    stage: str,
+) -> None:  # fmt: skip
+    """The rest of a stage."""
+    section, first = recipe.training, stage == "attention"
+    steps, peak = (
+        (section.steps, section.learning_rate) if first else (section.polynomial_steps, section.polynomial_learning_rate)
+    )
+    parameters = list(graph.weights.values())
+    if state.weights is not None:
+        for name, value in state.weights.items():
+            graph.weights[name].data.copy_(value)
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=section.weight_decay)
+    if state.optimizer is not None:
+        optimizer.load_state_dict(state.optimizer)
+    for step in range(state.step, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = peak * _schedule(step, steps, section.warmup_steps)
+        loss = graph.loss(batch_of(rows, step, section.batch_size, section.seed), graph.observer)
+        measured, weights = graph.observer.measured, recipe.range_loss
+        total = loss + weights.alpha * measured.range_term + weights.beta * measured.variance_term
+        if not torch.isfinite(total):
+            raise HecompileError(
+                f"step {step + 1} of the stage {stage!r}: the loss is {total.item()}. Lower the learning rate, or raise the "
+                "margins or the range loss; the last saved state is kept"
+            )
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, section.max_grad_norm)
+        optimizer.step()
+        state.step = step + 1
+        progress(stage, step + 1, steps, loss.item())
+        if (step + 1) % section.save_steps == 0:
+            state.weights = {name: value.detach().clone() for name, value in graph.weights.items()}
+            state.optimizer = optimizer.state_dict()
+            state.save(partial, recipe)
+
+
+def _schedule(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then a cosine to a tenth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+
+
+def _save(checkpoint: Checkpoint, options: PolynomialOptions, result: Conversion, out: Path) -> None:
+    """Written beside `out` and renamed: a kill leaves no half checkpoint."""
+    staging = out.with_name(out.name + ".new")
+    shutil.rmtree(staging, ignore_errors=True)
+    config: Mapping[str, Any] = to_config(options)
+    setattr(checkpoint.model.config, CONFIG_KEY, config)
+    checkpoint.model.save_pretrained(staging)
+    checkpoint.tokenizer.save_pretrained(staging)
+    (staging / REPORT_FILE).write_text(result.to_json(), encoding="utf-8")
+    staging.rename(out)

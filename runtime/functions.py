@@ -1,0 +1,40 @@
+"""Which attention, normalisation and activation a compiled plan computes, and whether a recipe means that plan."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from hecompile.errors import InputError
+from runtime.adapter import AdapterModel
+from runtime.client import EncryptedCausalLM
+from runtime.recipe import Recipe
+
+_ATTENTIONS = {"PowerAttention": "power", "GaussianAttention": "gaussian_kernel", "ChebyshevAttention": "chebyshev"}
+_NORMS = {"PolynomialRMSNorm": "polynomial"}
+_ACTIVATIONS = {"PolynomialSiLU": "polynomial", "ComposedSiLU": "composed", "QuantizedSiLU": "quantized"}
+
+
+def functions_of(graph: ir.Model) -> dict[str, str]:
+    """{"attention", "norm", "activation"} with the names that recipes use; the exact ones where no polynomial stands."""
+    operators = {node.op_type for node in graph.graph}
+    tables = {"attention": (_ATTENTIONS, "softmax"), "norm": (_NORMS, "rmsnorm"), "activation": (_ACTIVATIONS, "silu")}
+    return {
+        part: next((name for operator, name in table.items() if operator in operators), exact)
+        for part, (table, exact) in tables.items()
+    }
+
+
+def check_functions(recipe: Recipe, model: AdapterModel) -> None:
+    """Raise InputError if a recipe names an attention, norm or activation that the model does not compute."""
+    wanted = {part: getattr(recipe, part) for part in ("attention", "norm", "activation")}
+    wanted = {part: name for part, name in wanted.items() if name is not None}
+    if not wanted:
+        return
+    exact = {"attention": "softmax", "norm": "rmsnorm", "activation": "silu"}
+    actual = functions_of(model.bundle.graph()) if isinstance(model, EncryptedCausalLM) else exact
+    for part, name in wanted.items():
+        if name != actual[part]:
+            raise InputError(
+                f"recipe: {part} is {name} but the model was compiled with {actual[part]}; drop it from the recipe, or "
+                "convert the checkpoint (`hecompile convert`) and export it again"
+            )

@@ -1,0 +1,206 @@
+"""A Llama of one layer, from export to logits, through a worker process and a socket; what either side refuses."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from hecompile.ckks.bundle import CIRCUIT, PLAN, CkksOptions, CkksPlan, export_polynomial, open_worker
+from hecompile.errors import HecompileError, InputError, LegalityError, WorkerError, WorkerUnavailableError
+from hecompile.frontend import load_checkpoint
+from hecompile.interpreter import Interpreter
+from passes.expand_polynomials import EMBEDDINGS
+from runtime.ckks.answers import complete
+from runtime.ckks.client import CkksSession
+from runtime.ckks.messages import receive, send
+from tests.ckks.support import LEVELS, small_llama
+
+OPTIONS = CkksOptions(3, levels=LEVELS)
+TOKENS = np.array([[1, 70, 80], [1, 90, 100], [1, 5, 6]])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_llama(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def build(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ckks") / "build"
+    export_polynomial(str(checkpoint), out, OPTIONS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def worker(build: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    address = f"unix://{tmp_path_factory.mktemp('w')}/s"
+    command = [sys.executable, "-m", "hecompile.cli", "ckks", "serve", str(build / "worker"), "--listen", address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None and "listening" in process.stdout.readline()
+        yield address
+        process.terminate()
+        assert process.wait(timeout=20) == 0
+
+
+def test_logits_are_those_of_the_cleartext_polynomial_graph(checkpoint: Path, build: Path, worker: str) -> None:
+    graph = ir.load(build / "worker" / CIRCUIT)
+    with torch.no_grad():
+        table = load_checkpoint(str(checkpoint)).model.get_input_embeddings()
+        embeddings = table(torch.from_numpy(TOKENS))  # type: ignore[operator]
+        expected = Interpreter(graph).run({EMBEDDINGS: embeddings})["logits"].numpy()
+    with CkksSession(build / "client", worker) as session:
+        found = session.logits(TOKENS)
+        stats = session.stats
+        answers = complete(session, ["ab", "z"], 1)
+    assert found.shape == expected.shape == (3, 3, 259)
+    assert np.abs(found - expected).max() < 1e-3 * (expected.max() - expected.min())
+    assert stats.refreshes == len(session.plan.refreshes) > 0
+    assert stats.bytes_up > 0 and stats.worker_seconds["Mul"] > 0
+    assert len(answers) == 2
+
+
+def test_what_the_worker_gets_holds_no_secret(build: Path) -> None:
+    assert sorted(path.name for path in (build / "worker").iterdir()) == [CIRCUIT, PLAN]
+    plan, circuit, parameters = open_worker(build / "worker")
+    assert set(circuit.inputs) == {EMBEDDINGS} and parameters.fields() == plan.parameters
+
+
+def test_a_circuit_that_is_not_the_plans_is_refused(build: Path, tmp_path: Path) -> None:
+    for name in (PLAN, CIRCUIT):
+        (tmp_path / name).write_bytes((build / "worker" / name).read_bytes())
+    plan = json.loads((tmp_path / PLAN).read_text())
+    plan["parameters"]["scale_bits"] = 29
+    (tmp_path / PLAN).write_text(json.dumps(plan))
+    with pytest.raises(InputError, match="not the circuit of"):
+        open_worker(tmp_path)
+    (tmp_path / PLAN).write_text("{}")
+    with pytest.raises(InputError, match="not a plan of this version"):
+        CkksPlan.read(tmp_path)
+    with pytest.raises(InputError, match="no polynomial bundle"):
+        CkksPlan.read(tmp_path / "nowhere")
+
+
+def test_what_cannot_be_compiled_is_refused_with_the_reason(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(LegalityError, match="run approximate_softmax"):
+        export_polynomial(str(checkpoint), tmp_path / "exact", CkksOptions(3, attention="softmax"))
+    with pytest.raises(InputError, match="16 positions"):
+        export_polynomial(str(checkpoint), tmp_path / "long", CkksOptions(17))
+    with pytest.raises(InputError, match="no PEFT adapter"):
+        export_polynomial(str(checkpoint), tmp_path / "adapter", OPTIONS, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_cannot_be_sent_is_refused(build: Path, worker: str) -> None:
+    with CkksSession(build / "client", worker) as session:
+        with pytest.raises(InputError, match=r"takes tokens \[B, 3\]"):
+            session.logits(TOKENS[:, :2])
+        with pytest.raises(InputError, match="outside the vocabulary"):
+            session.logits(TOKENS + 259)
+        with pytest.raises(InputError, match="4097 sequences are more than the 4096 slots"):
+            session.logits(np.ones((4097, 3), dtype=np.int64))
+        with pytest.raises(InputError, match="more than the plan's 3"):
+            complete(session, ["abcdef"], 1)
+    with pytest.raises(WorkerUnavailableError, match="no worker answers"):
+        CkksSession(build / "client", worker + "x")
+
+
+@contextmanager
+def playing(tmp_path: Path, script: Callable[[socket.socket], None]) -> Iterator[str]:
+    """A worker that takes the keys and then does as `script` says."""
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                receive(connection, 1 << 30)
+                send(connection, "ready")
+                receive(connection, 1 << 30)
+                script(connection)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"unix://{path}"
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+
+
+def noise(session: CkksSession, count: int) -> np.ndarray:
+    moduli = np.array(session.parameters.moduli[:2])
+    shape = (count, 2, 2, session.parameters.ring_dim)
+    return np.random.default_rng(0).integers(0, moduli[:, None], shape).astype(np.uint32)
+
+
+def test_a_worker_sees_no_difference_in_what_it_makes_the_client_decrypt(build: Path, tmp_path: Path) -> None:
+    """Words of its own making decrypt to numbers beyond every bound: the client goes on, and says so at the end."""
+    plan = CkksPlan.read(build / "client")
+    answered: list[tuple[int, ...]] = []
+
+    def script(connection: socket.socket) -> None:
+        for value in plan.refreshes:
+            send(connection, "refresh", noise(session, 1), value=value, level=2)
+            answered.append(receive(connection, 1 << 30)[1].shape)
+        send(connection, "result", noise(session, 1), level=0, index=[0] * (3 * 259), seconds={})
+
+    with playing(tmp_path, script) as address, CkksSession(build / "client", address) as session:
+        with pytest.raises(HecompileError, match="the range of a ciphertext"):
+            session.logits(TOKENS)
+        top = (1, 2, session.parameters.primes(LEVELS), session.parameters.ring_dim)
+    assert answered == [top] * len(plan.refreshes)
+
+
+@pytest.mark.parametrize("what", ["unknown", "twice", "too many", "left out", "index", "level", "other"])
+def test_a_worker_that_breaks_the_protocol_is_refused(build: Path, tmp_path: Path, what: str) -> None:
+    plan = CkksPlan.read(build / "client")
+    (first, shape), *_ = plan.refreshes.items()
+    places = list(range(3 * 259))
+
+    def script(connection: socket.socket) -> None:
+        if what == "unknown":
+            send(connection, "refresh", noise(session, 1), value="logits", level=1)
+        elif what == "twice":
+            send(connection, "refresh", noise(session, 1), value=first, level=1)
+            receive(connection, 1 << 30)
+            send(connection, "refresh", noise(session, 1), value=first, level=1)
+        elif what == "too many":
+            send(connection, "refresh", noise(session, int(np.prod(shape)) + 1), value=first, level=1)
+        elif what == "level":
+            send(connection, "refresh", noise(session, 1), value=first, level=LEVELS + 1)
+        elif what == "other":
+            send(connection, "ready")
+        else:
+            for value in plan.refreshes if what == "index" else ():
+                send(connection, "refresh", noise(session, 1), value=value, level=1)
+                receive(connection, 1 << 30)
+            send(connection, "result", noise(session, 1), level=0, index=places, seconds={})
+
+    with (
+        playing(tmp_path, script) as address,
+        CkksSession(build / "client", address) as session,
+        pytest.raises(WorkerError),
+    ):
+        session.logits(TOKENS)
+
+
+def test_a_worker_refuses_a_client_of_another_plan(build: Path, worker: str) -> None:
+    session = CkksSession(build / "client", worker)
+    session.close()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(worker.removeprefix("unix://"))
+        shape = (len(session.parameters.moduli) - 1, 2, len(session.parameters.moduli), session.parameters.ring_dim)
+        send(connection, "open", np.zeros(shape, dtype=np.uint32), protocol=1, plan_id="another")
+        with pytest.raises(WorkerError, match="of another plan"):
+            receive(connection, 1 << 20)
