@@ -32,12 +32,9 @@ SECTIONS = (
     "softmax_cost",
     "conversion",
     "tfhe",
-<<<<<<< HEAD
+    "ckks",
     "privacy",
     "federation_cost",
     "federation",
-=======
-    "ckks",
->>>>>>> main
 )
 """In the order of the page. A section whose module is not there is left out."""

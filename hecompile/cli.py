@@ -11,12 +11,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-<<<<<<< HEAD
-from hecompile.cli_federate import federate, federation_app
-=======
 from hecompile.cli_ckks import ckks_app
 from hecompile.cli_convert import convert
->>>>>>> main
+from hecompile.cli_federate import federate, federation_app
 from hecompile.cli_infer import infer
 from hecompile.cli_worker import worker_app
 from hecompile.errors import HecompileError
@@ -32,13 +29,10 @@ app = typer.Typer(
 export_app = typer.Typer(no_args_is_help=True, help="Compile a checkpoint into a client bundle and a worker bundle.")
 app.add_typer(export_app, name="export")
 app.add_typer(worker_app, name="worker")
-<<<<<<< HEAD
 app.add_typer(federation_app, name="federation")
 app.command()(federate)
-=======
 app.add_typer(ckks_app, name="ckks")
 app.command()(convert)
->>>>>>> main
 app.command()(infer)
 
 ALL_LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"

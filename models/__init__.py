@@ -11,14 +11,11 @@ PRIVATE_TRAIN: Path = _HERE / "private" / "train.jsonl"
 """Private questions to fine-tune on, one JSON object with `prompt` and `completion` per line."""
 PRIVATE_HELDOUT: Path = _HERE / "private" / "heldout.jsonl"
 """The same facts asked in phrasings that `PRIVATE_TRAIN` does not use for them."""
-<<<<<<< HEAD
 ADMISSIONS_TRAIN: Path = _HERE / "private" / "admissions.jsonl"
 """A larger private file, one line per patient, for training with differential privacy (`models.admissions`)."""
 ADMISSIONS_HELDOUT: Path = _HERE / "private" / "admissions_heldout.jsonl"
 """Other patients, asked for what the clinic's rule determines."""
-=======
 REDUCED_LLAMA: Path = _HERE / "reduced-llama"
 """A checkpoint of two layers that can be evaluated wholly under encryption once it is converted."""
 REDUCED_POLYNOMIAL: Path = _HERE / "reduced-llama-polynomial"
 """The same, converted by `models/recipes/convert-reduced.yaml`."""
->>>>>>> main

@@ -144,13 +144,10 @@ class Recipe(Workplace):
     data: DataSection
     training: TrainingSection
     lora: LoraSection | None = None
-<<<<<<< HEAD
     privacy: PrivacySection | None = None
-=======
     attention: Literal["softmax", "power", "gaussian_kernel", "chebyshev"] | None = None
     norm: Literal["rmsnorm", "polynomial"] | None = None
     activation: Literal["silu", "polynomial", "composed", "quantized"] | None = None
->>>>>>> main
 
     @property
     def requests_in_flight(self) -> int:

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import peft
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hecompile.errors import InputError
 from runtime.federation.settings import Agreement, FederationSection
 from runtime.privacy.recipe import PrivacySection
-from runtime.recipe import TrainingSection, _apply_override, _UniqueKeyLoader
+from runtime.recipe import TrainingSection, read_document
 from runtime.workplace import Positive, Section, Workplace, resolve_address
 
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -102,23 +101,7 @@ class FederationRecipe(Section):
 def load_federation(path: str | Path, overrides: Sequence[str] = ()) -> FederationRecipe:
     """Read, override (`federation.rounds=3`) and check. Relative paths are relative to the recipe's folder, those of
     overrides to the working directory. Raises InputError with one message that names the key."""
-    path = Path(path)
-    try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506  a SafeLoader
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict):
-        raise InputError(
-            f"the recipe {path} must be a YAML mapping with the keys {', '.join(FederationRecipe.model_fields)}"
-        )
-    _resolve(document, path.resolve().parent)
-    for override in overrides:
-        change: dict[str, Any] = {}
-        _apply_override(change, override)
-        _resolve(change, Path.cwd())
-        _merge(document, change)
+    document = read_document(path, overrides, tuple(FederationRecipe.model_fields), _resolve)
     try:
         return FederationRecipe.model_validate(document)
     except ValidationError as error:
@@ -140,11 +123,3 @@ def _resolve(document: dict[str, Any], folder: Path) -> None:
         for key in keys:
             if isinstance(target, dict) and isinstance(target.get(key), str):
                 target[key] = str(folder / target[key])
-
-
-def _merge(document: dict[str, Any], change: dict[str, Any]) -> None:
-    for key, value in change.items():
-        if isinstance(value, dict) and isinstance(document.get(key), dict):
-            _merge(document[key], value)
-        else:
-            document[key] = value
