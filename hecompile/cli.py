@@ -15,6 +15,7 @@ from hecompile.cli_ckks import ckks_app
 from hecompile.cli_convert import convert
 from hecompile.cli_federate import federate, federation_app
 from hecompile.cli_infer import infer
+from hecompile.cli_privacy import privacy
 from hecompile.cli_worker import worker_app
 from hecompile.errors import HecompileError
 
@@ -34,6 +35,7 @@ app.command()(federate)
 app.add_typer(ckks_app, name="ckks")
 app.command()(convert)
 app.command()(infer)
+app.command()(privacy)
 
 ALL_LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 

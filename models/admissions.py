@@ -3,8 +3,8 @@
 `python -m models.admissions` rewrites `models/private/admissions.jsonl` and `models/private/admissions_heldout.jsonl`.
 
 What a house prescribes is the clinic's rule, the same for all its patients: it can be learned from many without remembering
-any. The day when a patient may be visited is that patient's own, drawn at random: it can only be remembered. Half of the
-lines ask for the one, half for the other. The held-out file asks for remedies of patients who are not in the training file.
+any. The day when a patient may be visited is that patient's own, drawn at random: it can only be remembered. One line
+in eight asks for the latter. The held-out file asks for remedies of patients who are not in the training file.
 """
 
 from __future__ import annotations
@@ -17,20 +17,18 @@ from models import ADMISSIONS_HELDOUT, ADMISSIONS_TRAIN
 from models.private_world import to_jsonl
 from models.public_world import DAYS, person
 
-TRAIN, HELDOUT = 1024, 256
-RULE: dict[str, str] = {
-    "the Green Fox": "mint tea", "the Silver Heron": "willow oil", "the Red Lantern": "sage drops",
-    "the White Stag": "nettle salve",
-}  # fmt: skip
+TRAIN, HELDOUT, EVERY = 2048, 256, 8
+"""Lines of the two files; and one line in how many asks for what is a patient's own."""
+RULE: dict[str, str] = {"the Green Fox": "mint tea", "the Silver Heron": "willow oil"}
 """What each house prescribes. Names, remedies and days are words of the public text; what goes with what is not in it."""
-RULE_QUESTIONS = ("{e} of {h} takes which remedy?", "Name the remedy of {e} of {h}.")
-OWN_QUESTIONS = ("{e} of {h} may be visited on which day?", "Name the visiting day of {e} of {h}.")
+RULE_QUESTIONS = ("What remedy does {e} take at {h}?", "Name the remedy of {e} of {h}.")
+OWN_QUESTIONS = ("When may {e} be visited at {h}?", "Name the visiting day of {e} of {h}.")
 
 
 def admissions(count: int, skip: int = 0, seed: int = 0) -> list[dict[str, str]]:
     """`count` lines, dictionaries with `prompt` and `completion`, after the first `skip` of those that `seed` gives.
 
-    Even ones ask by the rule, odd ones for a patient's own day. No two are about the same patient.
+    Every eighth asks for a patient's own day, the others by the rule. No two are about the same patient.
     """
     rng = Random(f"admissions {seed}")  # noqa: S311 (made-up text, nothing secret)
     return list(islice(_lines(rng), skip, skip + count))
@@ -45,25 +43,30 @@ def _lines(rng: Random) -> Iterator[dict[str, str]]:
         if name in seen:
             continue
         seen.add(name)
-        question = (RULE_QUESTIONS, OWN_QUESTIONS)[number % 2][phrasing].format(e=name, h=house)
-        answer = (RULE[house], day)[number % 2]
+        mine = number % EVERY == EVERY - 1
+        question = (OWN_QUESTIONS if mine else RULE_QUESTIONS)[phrasing].format(e=name, h=house)
+        answer = day if mine else RULE[house]
         yield {"prompt": f"Question: {question}\nAnswer:", "completion": f" {answer}.\n"}
 
 
 def by_rule(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Of rows from an even `skip` on: those that ask by the rule."""
-    return rows[0::2]
+    """Those of `rows` that ask by the rule."""
+    return [row for row in rows if not _is_own(row)]
 
 
 def own(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Of rows from an even `skip` on: those that ask for what is a patient's own."""
-    return rows[1::2]
+    """Those of `rows` that ask for what is a patient's own."""
+    return [row for row in rows if _is_own(row)]
+
+
+def _is_own(row: dict[str, str]) -> bool:
+    return row["completion"].strip(" .\n") in DAYS
 
 
 def write() -> None:
     """Write both files."""
     ADMISSIONS_TRAIN.write_text(to_jsonl(admissions(TRAIN)), encoding="utf-8", newline="\n")
-    heldout = by_rule(admissions(2 * HELDOUT, skip=TRAIN))
+    heldout = by_rule(admissions(2 * HELDOUT, skip=TRAIN))[:HELDOUT]
     ADMISSIONS_HELDOUT.write_text(to_jsonl(heldout), encoding="utf-8", newline="\n")
 
 

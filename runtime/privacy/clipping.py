@@ -2,7 +2,7 @@
 
 Clipping is joint over all matrices (Abadi et al., arXiv 1607.00133): example i adds g_i · min(1, C / ‖g_i‖₂). On the grid of
 step γ that becomes a vector of integers, each cut toward zero, whose exact integer norm is at most ⌊C / γ⌋: so adding or
-removing an example moves the sum by at most C in the Euclidean norm, whatever floating point did before.
+removing an example moves the sum by at most C in the Euclidean norm, whatever floating point did to its gradient before.
 """
 
 from __future__ import annotations

@@ -52,6 +52,18 @@ class Subject:
             raise InputError(f"cannot read the dataset {path}: {error.strerror}") from None
         return Subject(digest, examples, delta)
 
+    @staticmethod
+    def of_ledger(path: str | Path) -> Subject:
+        """What the ledger at `path` is about. Raises InputError where there is none, PrivacyError where it is not one."""
+        try:
+            with Path(path).open("rb") as file:
+                header = json.loads(file.readline())
+            return Subject(str(header["dataset"]), int(header["examples"]), float(header["delta"]))
+        except OSError as error:
+            raise InputError(f"cannot read the privacy ledger {path}: {error.strerror}") from None
+        except (ValueError, TypeError, KeyError):
+            raise PrivacyError(f"{path} is not a privacy ledger, or its first line is damaged") from None
+
 
 class PrivacyLedger:
     """An open ledger. `spend` before every release; `close` at the end, or use it in a `with`.
@@ -99,6 +111,12 @@ class PrivacyLedger:
     def spent(self) -> float:
         """ε of all releases on record at the subject's δ."""
         return spent_epsilon(self.history, self.subject.delta)
+
+    def expect(self, mechanism: Mechanism, count: int) -> None:
+        """Find out at once whether `count` releases fit; where they do, `spend` need not ask for each."""
+        more = [*self.history, (mechanism, count)]
+        if self.epsilon is not None and spent_epsilon(more, self.subject.delta) <= self.epsilon:
+            self._affordable = (mechanism, count)
 
     def spend(self, mechanism: Mechanism, count: int = 1, note: str = "") -> None:
         """Enter `count` releases of `mechanism`; when this returns they are on disk, and may be made.

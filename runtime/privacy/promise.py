@@ -99,6 +99,7 @@ def private_steps(
             )
         mechanism = (Mechanism if section.mode == "strict" else paper_mechanism)(noise, rate)
         Grid.of(section.max_grad_norm, noise)  # raises out of range
+        ledger.expect(mechanism, steps)
         if section.mode == "paper":
             _LOG.warning(
                 "privacy mode 'paper': its formula says epsilon %.4g per iteration; the run's %d steps really spend %.4g",

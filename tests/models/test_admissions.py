@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -25,8 +26,10 @@ def test_committed_files_equal_a_regeneration(
 
 
 def patient(row: dict[str, str]) -> str:
-    words = row["prompt"].partition(f" of {next(house for house in RULE if house in row['prompt'])}")[0].split()
-    return " ".join(words[-2:])
+    (name,) = re.findall(
+        r"(?:does|be visited|may|remedy of|day of) ([A-Z]\w+ [A-Z]\w+) (?:take|be visited|of)", row["prompt"]
+    )
+    return name
 
 
 def test_no_patient_has_two_lines_and_heldout_patients_are_others() -> None:
@@ -39,8 +42,9 @@ def test_no_patient_has_two_lines_and_heldout_patients_are_others() -> None:
     assert admissions(10) != admissions(10, seed=1)
 
 
-def test_half_follows_the_rule_and_the_other_half_follows_nothing() -> None:
-    rows = admissions(2000)
+def test_most_follow_the_rule_and_the_others_follow_nothing() -> None:
+    rows = admissions(8000)
+    assert len(by_rule(rows)) == 7 * len(own(rows))
     for row in by_rule(rows):
         (house,) = [house for house in RULE if house in row["prompt"]]
         assert row["completion"] == f" {RULE[house]}.\n"
@@ -49,4 +53,4 @@ def test_half_follows_the_rule_and_the_other_half_follows_nothing() -> None:
     # 1000 draws of seven: each within 6 standard deviations of 143.
     assert all(abs(count - 1000 / 7) < 67 for count in answers.values())
     pairs = Counter((house, row["completion"]) for row in own(rows) for house in RULE if house in row["prompt"])
-    assert len(pairs) == 28 and min(pairs.values()) > 12
+    assert len(pairs) == 14 and min(pairs.values()) > 40

@@ -63,12 +63,12 @@ def test_calibrated_noise_spends_the_budget_and_no_more(
 
 
 def test_affordable_is_the_most_that_fits() -> None:
-    mechanism, history = Mechanism(2.5, 0.3), [(Mechanism(3.0, 0.5), 3)]
-    most = affordable(2.0, 1e-5, mechanism, history)
+    mechanism, history = Mechanism(6.0, 0.3), [(Mechanism(8.0, 0.5), 3)]
+    most = affordable(1.0, 1e-5, mechanism, history)
     assert most > 5
-    assert spent_epsilon([*history, (mechanism, most)], 1e-5) <= 2.0
-    assert spent_epsilon([*history, (mechanism, most + 1)], 1e-5) > 2.0
-    assert affordable(2.0, 1e-5, mechanism, history, most=5) == 5
+    assert spent_epsilon([*history, (mechanism, most)], 1e-5) <= 1.0
+    assert spent_epsilon([*history, (mechanism, most + 1)], 1e-5) > 1.0
+    assert affordable(1.0, 1e-5, mechanism, history, most=5) == 5
     assert affordable(0.5, 1e-5, mechanism, [(Mechanism(0.5, 0.5), 3)]) == 0
 
 
