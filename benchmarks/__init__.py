@@ -32,7 +32,9 @@ SECTIONS = (
     "softmax_cost",
     "conversion",
     "tfhe",
-    "privacy",
     "ckks",
+    "privacy",
+    "federation_cost",
+    "federation",
 )
 """In the order of the page. A section whose module is not there is left out."""

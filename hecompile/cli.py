@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from hecompile.cli_ckks import ckks_app
 from hecompile.cli_convert import convert
+from hecompile.cli_federate import federate, federation_app
 from hecompile.cli_infer import infer
 from hecompile.cli_privacy import privacy
 from hecompile.cli_worker import worker_app
@@ -29,6 +30,8 @@ app = typer.Typer(
 export_app = typer.Typer(no_args_is_help=True, help="Compile a checkpoint into a client bundle and a worker bundle.")
 app.add_typer(export_app, name="export")
 app.add_typer(worker_app, name="worker")
+app.add_typer(federation_app, name="federation")
+app.command()(federate)
 app.add_typer(ckks_app, name="ckks")
 app.command()(convert)
 app.command()(infer)

@@ -32,6 +32,18 @@ class VerificationError(WorkerError):
     """A reply is not the product that was asked for: the worker cheats, or its machine or the link is broken."""
 
 
+class FederationError(HecompileError):
+    """A round of a federation cannot end well: a participant broke the protocol or its bounds, or too few are left. The
+    global adapter is as it was before the round.
+
+    `public` is what others may be told, where the message itself has figures of somebody's update.
+    """
+
+    def __init__(self, message: str, public: str | None = None) -> None:
+        super().__init__(message)
+        self.public = message if public is None else public
+
+
 class PrivacyError(HecompileError):
     """A release would break the differential-privacy promise made about a dataset, or the record of what was released cannot
     be relied on."""

@@ -84,8 +84,8 @@ def transform(
     return values
 
 
-def transform_secrets(secrets: NDArray[np.int8]) -> NDArray[np.float64]:
-    """int8 `[blocks, rank, ring_dim]` → float64, flat `[blocks, rank, ring_dim/2, 2]`, divided by ring_dim/2.
+def transform_secrets(secrets: NDArray[np.int8] | NDArray[np.int32]) -> NDArray[np.float64]:
+    """int8 or int32 `[blocks, rank, ring_dim]` → float64, flat `[blocks, rank, ring_dim/2, 2]`, divided by ring_dim/2.
 
     The division, exact as that is a power of two, is the one that the inverse transform wants.
     """

@@ -135,6 +135,18 @@ class SecretRandom(Unsharable):
         """Independent uniform integers in [0, 2^bits), bits ≤ 8: int64 `[count]`."""
         return (np.frombuffer(os.urandom(count), dtype=np.uint8) >> (8 - bits)).astype(np.int64)
 
+    def below(self, bound: int, count: int) -> NDArray[np.int64]:
+        """Independent uniform integers in [0, bound), 1 ≤ bound ≤ 2^16: int64 `[count]`. 16 bits each, those from the
+        largest multiple of bound on rejected."""
+        kept: list[NDArray[np.int64]] = []
+        missing, limit = count, (1 << 16) // bound * bound
+        while missing > 0:
+            raw = _Keystream().take(2 * (missing + 32)).view("<u2")
+            values = raw[raw < limit].astype(np.int64) % bound
+            kept.append(values[:missing])
+            missing -= len(kept[-1])
+        return np.concatenate(kept) if kept else np.zeros(0, dtype=np.int64)
+
     def uniform_bytes(self, count: int) -> NDArray[np.uint8]:
         """Independent uniform bytes: uint8 `[count]`."""
         result = np.empty(count, dtype=np.uint8)

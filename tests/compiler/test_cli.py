@@ -30,6 +30,10 @@ HELP = {
     ),
     "train": ("--resume", "recipe", "training.max_steps=20"),
     "demo": ("--out", "--precision"),
+    "federate": ("--no-compare", "recipe", "federation.rounds=3"),
+    "federation": ("serve", "join", "identities", "identity"),
+    "federation serve": ("--roster", "--port"),
+    "federation join": ("--owner", "--roster", "--keys", "--server"),
 }  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""The parts that Flower loads; the code is in runtime.federation.flower."""

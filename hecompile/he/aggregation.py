@@ -1,0 +1,315 @@
+"""Sums of encrypted vectors that open with the sum of the keys, and with nothing less.
+
+    keygen    s_k ← χ^(rank·d), e_k ← χ^N             for client k and one round, never again; χ a discrete Gaussian
+    encrypt   b_k = ⟨A, s_k⟩ + e_k + x_k mod q         A ∈ R_q^(rows × rank) from the public seed of the round
+    add       Σ_k b_k                                  the server; b_k travels without its lowest byte
+    open      Σ_k b_k - ⟨A, Σ_k s_k⟩ = Σ_k (x_k + e_k + rounding)
+
+This is Regev's encryption with a shared A and a fresh key per message (`scheme.py`), whose keys add as its ciphertexts do:
+the form of LERNA (Li et al., 2023) and Willow (Bell-Clark et al., ePrint 2024/936). How the sum of the keys comes out
+without any single key is the business of `runtime/federation`.
+
+**What opening reveals.** Besides Σ x_k it reveals S = Σ s_k and, as the sum of plaintexts is then known, E = Σ e_k. With two
+honest clients the second one's message is A·S + E + x_1 + x_2 - b_1, so that all rests on the first one's, an LWE sample
+given the hints s_1 + s_2 and e_1 + e_2 (ternary secrets would not do: a sum of ±2 gives both away). For discrete Gaussian
+secrets and errors of width σ this is Hint-MLWE with one hint and M = I, which is as hard as LWE of width σ_0 with
+1/σ_0² = 2·(1/σ² + 1/σ²), i.e. σ_0 = σ/2, where σ_0 ≥ √2·η_ε(Z^N) (Kim, Lee, Seo, Song, CRYPTO 2023, theorem 1; here
+√2·η = 3.10, as a standard deviation, at ε = 2^-100 and N = 2^36). So keys and errors are sums of four samples of width
+SIGMA: σ = 2·SIGMA, σ_0 = SIGMA, and hardness is read from the project's table at SIGMA, less log2(clients) bits for
+replacing the honest messages one after the other. The table's entries are for ternary secrets, which are smaller than
+these and no harder.
+
+**No overflow.** |x| ≤ `integer_bound` = ⌊(2^31 - 1 - noise_bound(K)) / K⌋ for K = max_clients, so the sum over any K clients
+or fewer is within (-q/2, q/2). `noise_bound` adds the largest values of everything that is random or rounded; it holds
+always, not with high probability.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hecompile.errors import FederationError, InputError, SecurityError
+from hecompile.he.aggregation_kernels import masks
+from hecompile.he.kernels import transform_secrets
+from hecompile.he.parameters import CATALOGUE, LOG_Q, RingParameters
+from hecompile.he.ring import rounding_error_bound
+from hecompile.he.sampling import ERROR_BOUND, SIGMA, PublicSeed, SecretRandom, Unsharable
+from hecompile.he.security import MINIMUM_BITS, security_bits
+
+SAMPLES = 4
+"""How many samples of width SIGMA a coordinate of a key or an error is the sum of; √SAMPLES · SIGMA is its width."""
+SMALL_BOUND = SAMPLES * ERROR_BOUND
+"""Largest absolute value of such a coordinate."""
+CLIENT_LIMIT = 128
+"""Most clients: their keys' sum must stay within half of the field that its shares live in
+(`runtime/federation/shamir.py`)."""
+_NORM_FACTOR = 1.5
+"""An honest sum of keys is longer than this many times its expected length with probability below 2^-400."""
+
+Use = Literal["encrypt", "share"]
+
+
+@dataclass(frozen=True)
+class AggregationParameters:
+    """What all clients of a sum agree on.
+
+    Args:
+        max_clients: K, how many ciphertexts may be added.
+        value_range: R > 0; encoded reals are at most that in absolute value.
+        upload_bytes: 3 or 4, the bytes of a word of the ciphertext that are sent.
+        ring: of the project's catalogue.
+
+    Raises:
+        InputError: a field is out of range.
+        SecurityError: under 128 bits once the loss for K clients is taken off.
+    """
+
+    max_clients: int
+    value_range: float
+    upload_bytes: int = 3
+    ring: RingParameters = CATALOGUE["2048x1"]
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.max_clients <= CLIENT_LIMIT:
+            raise InputError(f"a sum is over 2 to {CLIENT_LIMIT} clients, got max_clients {self.max_clients}")
+        if not (math.isfinite(self.value_range) and self.value_range > 0):
+            raise InputError(f"value_range must be a positive number, got {self.value_range}")
+        if self.upload_bytes not in (3, 4):
+            raise InputError(f"upload_bytes must be 3 or 4, got {self.upload_bytes}")
+        if not self.ring.insecure and self.security_bits < MINIMUM_BITS:
+            raise SecurityError(
+                f"{self.ring.ring_dim} x {self.ring.rank} gives {self.security_bits:.1f} bits for sums over "
+                f"{self.max_clients} clients, under {MINIMUM_BITS}: take a larger ring, e.g. 2048x1"
+            )
+
+    @property
+    def security_bits(self) -> float:
+        """By the project's table at half the width of the secrets, less log2(max_clients); see above."""
+        if self.ring.insecure:
+            return 0.0
+        width = math.sqrt(SAMPLES) * SIGMA / 2
+        return security_bits(self.ring.lattice_dim, LOG_Q, width) - math.log2(self.max_clients)
+
+    @property
+    def step(self) -> int:
+        """U: ciphertext words are rounded to its multiples."""
+        return 1 << (8 * (4 - self.upload_bytes))
+
+    def noise_bound(self, clients: int) -> int:
+        """Largest |opened - Σ x| that can occur over `clients` ciphertexts.
+
+        Each adds its error, half a step of rounding and what its float64 product may be off by; the product with the sum of
+        the keys adds the last of these once more. The products' bound is the ring's, times the norm of a key whose
+        coordinates are all SMALL_BOUND over that of a ternary one; in practice they are exact.
+        """
+        product = math.floor(rounding_error_bound(self.ring) * SMALL_BOUND + 0.5)
+        rounding = self.step // 2 if self.step > 1 else 0
+        return clients * (SMALL_BOUND + rounding + 2 * product)
+
+    @property
+    def integer_bound(self) -> int:
+        """Largest |x| of a coordinate that a client may encrypt."""
+        return (2 ** (LOG_Q - 1) - 1 - self.noise_bound(self.max_clients)) // self.max_clients
+
+    @property
+    def scale(self) -> float:
+        """Integer steps per unit of a real value."""
+        return self.integer_bound / self.value_range
+
+    def value_error(self, clients: int) -> float:
+        """Largest error of a sum of reals over `clients` clients: noise, and half a step of quantisation each."""
+        return (self.noise_bound(clients) + 0.5 * clients) / self.scale
+
+    def value_error_std(self, clients: int) -> float:
+        """Standard deviation of that error: error and two uniform roundings per client."""
+        variance = SAMPLES * SIGMA**2 + (self.step**2 - 1) / 12 + 1 / 12
+        return math.sqrt(clients * variance) / self.scale
+
+    def quantise(self, values: NDArray[np.float32] | NDArray[np.float64]) -> NDArray[np.int32]:
+        """Reals → integers, rounded to nearest: int32 `[n]`.
+
+        Raises:
+            FederationError: a value is not finite, or beyond `value_range`.
+        """
+        flat = np.asarray(values).reshape(-1)
+        largest = float(np.max(np.abs(flat))) if flat.size else 0.0
+        if not math.isfinite(largest):
+            raise FederationError(
+                "the update holds values that are not finite; it was not encrypted. Lower the learning rate",
+                public="its update holds values that are not finite",
+            )
+        if largest > self.value_range:
+            raise FederationError(
+                f"the update reaches {largest:.4g}, beyond the agreed range {self.value_range:g}: lower the learning "
+                "rate or the local steps, or agree on a larger value_range",
+                public="its update is beyond the agreed range",
+            )
+        return np.rint(flat.astype(np.float64) * self.scale).astype(np.int32)
+
+    def to_reals(self, sums: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Opened sums of integers → sums of reals."""
+        return sums / self.scale
+
+
+class AggregationKey(Unsharable):
+    """s for one client and one round: encrypts once and is shared out once, and cannot be had otherwise.
+
+    Two ciphertexts under one key and the same A reveal the difference of their plaintexts. The value leaves the object once
+    for each use and is gone after both; copies, pickles and forks are refused.
+    """
+
+    __slots__ = ("_lock", "_process", "_unused", "_value")
+
+    def __init__(self, random: SecretRandom, params: AggregationParameters) -> None:
+        if type(random) is not SecretRandom:
+            raise SecurityError("a key is drawn from SecretRandom, never from a public seed or stream")
+        ring = params.ring
+        self._value: NDArray[np.int32] | None = _small(random, ring.lattice_dim).reshape(ring.rank, ring.ring_dim)
+        self._unused: set[Use] = {"encrypt", "share"}
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+
+    def spend(self, use: Use) -> NDArray[np.int32]:
+        """Hands the value out for one use: int32 `[rank, ring_dim]`.
+
+        Raises:
+            SecurityError: it served that use before, or this process is a fork of the one that drew it.
+        """
+        with self._lock:
+            if os.getpid() != self._process:
+                raise SecurityError("this key belongs to the parent process: draw a fresh one")
+            if use not in self._unused or self._value is None:
+                raise SecurityError(f"this key was already used to {use}: draw a fresh one for every round")
+            self._unused.discard(use)
+            value = self._value
+            if not self._unused:
+                self._value = None
+            return value
+
+
+@dataclass(frozen=True, eq=False)
+class EncryptedVector:
+    """What the server gets: the top bytes of b, little endian, uint8 `[count, upload_bytes]`."""
+
+    words: NDArray[np.uint8]
+
+    @property
+    def count(self) -> int:
+        """Coordinates."""
+        return len(self.words)
+
+    def to_bytes(self) -> bytes:
+        """count · upload_bytes bytes."""
+        return self.words.tobytes()
+
+    @staticmethod
+    def from_bytes(params: AggregationParameters, data: bytes, count: int) -> EncryptedVector:
+        """Raises FederationError where `data` is not `count` words long."""
+        if len(data) != count * params.upload_bytes:
+            raise FederationError(
+                f"an encrypted update of {count} coordinates has {count * params.upload_bytes} bytes, got {len(data)}: was "
+                "it made for another adapter or mask?"
+            )
+        return EncryptedVector(np.frombuffer(data, dtype=np.uint8).reshape(count, params.upload_bytes))
+
+
+def keygen(params: AggregationParameters) -> AggregationKey:
+    """A fresh key."""
+    return AggregationKey(SecretRandom(), params)
+
+
+def encrypt(
+    params: AggregationParameters, seed: PublicSeed, key: AggregationKey, x: NDArray[np.int32]
+) -> EncryptedVector:
+    """Encrypts integers `[n]`, |x| ≤ integer_bound, under the matrix of `seed`, and spends the key for this use.
+
+    Raises:
+        InputError: x is of another type or beyond the bound.
+        SecurityError: the key encrypted before, or is none; `seed` is not a public seed.
+    """
+    if type(key) is not AggregationKey or type(seed) is not PublicSeed:
+        raise SecurityError("encrypt takes a PublicSeed and an AggregationKey made by keygen, and nothing else")
+    if x.dtype != np.int32 or x.ndim != 1 or x.size == 0:
+        raise InputError(f"the plaintext must be int32 [n], got {x.dtype} {list(x.shape)}")
+    largest = max(-int(x.min()), int(x.max()))
+    if largest > params.integer_bound:
+        raise InputError(
+            f"a coordinate of {largest} is beyond the bound {params.integer_bound} and the sum could overflow"
+        )
+    return _encrypt_with(params, seed, key.spend("encrypt"), _small(SecretRandom(), x.size), x)
+
+
+def _encrypt_with(
+    params: AggregationParameters,
+    seed: PublicSeed,
+    key: NDArray[np.int32],
+    error: NDArray[np.int32],
+    x: NDArray[np.int32],
+) -> EncryptedVector:
+    """The deterministic core: key int32 `[rank, ring_dim]`, error and x int32 `[n]`."""
+    b = masks(params.ring, seed.stream("aggregation"), transform_secrets(key), x.size)  # int32 [n], wraps mod q
+    b += error
+    b += x
+    if params.step > 1:
+        b += np.int32(params.step // 2)
+    octets = b.view(np.uint8).reshape(-1, 4)[:, 4 - params.upload_bytes :]  # rounding to nearest, ties up
+    return EncryptedVector(np.ascontiguousarray(octets))
+
+
+class EncryptedSum:
+    """Σ b_k, grown one ciphertext at a time; the server's memory is one word per coordinate."""
+
+    def __init__(self, params: AggregationParameters, count: int) -> None:
+        self.params = params
+        self.clients = 0
+        self._words = np.zeros(count, dtype=np.uint32)
+
+    def add(self, vector: EncryptedVector) -> None:
+        """Raises FederationError for another length, or more clients than the parameters were made for."""
+        if vector.words.shape != (self._words.size, self.params.upload_bytes):
+            raise FederationError(f"a ciphertext of {vector.count} coordinates in a sum of {self._words.size}")
+        if self.clients == self.params.max_clients:
+            raise FederationError(f"the sum could overflow beyond {self.params.max_clients} clients")
+        octets = np.zeros((self._words.size, 4), dtype=np.uint8)
+        octets[:, 4 - self.params.upload_bytes :] = vector.words
+        self._words += octets.view("<u4")[:, 0]
+        self.clients += 1
+
+    def open(self, seed: PublicSeed, key_sum: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Σ x with an error of at most `noise_bound(clients)`: int64 `[n]`.
+
+        Args:
+            seed: of the round.
+            key_sum: Σ s_k over the same clients, integers `[rank, ring_dim]`.
+
+        Raises:
+            FederationError: `key_sum` is no sum of so many keys.
+        """
+        ring = self.params.ring
+        if key_sum.shape != (ring.rank, ring.ring_dim):
+            raise FederationError(f"a sum of keys is [{ring.rank}, {ring.ring_dim}], got {list(key_sum.shape)}")
+        length = float(np.linalg.norm(key_sum.astype(np.float64)))
+        expected = math.sqrt(self.clients * SAMPLES * ring.lattice_dim) * SIGMA
+        if not ring.insecure and length > _NORM_FACTOR * expected:
+            raise FederationError(
+                f"what was opened is no sum of {self.clients} keys (length {length:.0f}, expected {expected:.0f}): a share "
+                "was forged or belongs to another set of clients"
+            )
+        secret = transform_secrets(key_sum.astype(np.int32))
+        mask = masks(ring, seed.stream("aggregation"), secret, self._words.size)
+        return (self._words - mask.view(np.uint32)).view(np.int32).astype(np.int64)
+
+
+def _small(random: SecretRandom, count: int) -> NDArray[np.int32]:
+    """Discrete Gaussian of width √SAMPLES · SIGMA: int32 `[count]`."""
+    result = random.discrete_gaussian((count,)).astype(np.int32)
+    for _ in range(SAMPLES - 1):
+        result += random.discrete_gaussian((count,))
+    return result

@@ -1,0 +1,218 @@
+"""A participant of a round: message in, message out, no network.
+
+    invitation → advert        a fresh X25519 key, signed
+    start      → contribution  train; draw a one-time key, encrypt under it, share it out; the key is gone
+    opening    → sum share     unseal the contributors' shares, add them, answer once
+
+Everything is checked against this participant's own copy of the agreement before anything is computed. Between messages
+it keeps what `keyring.py` says and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hecompile.errors import FederationError, HecompileError, PrivacyError
+from hecompile.he import aggregation
+from hecompile.he.sampling import SecretRandom
+from runtime.federation import shamir
+from runtime.federation.channels import Channels, Identity, Roster
+from runtime.federation.keyring import RoundKeys
+from runtime.federation.layout import Layout, mask_digest
+from runtime.federation.messages import (
+    Advert,
+    Contribution,
+    Invitation,
+    Message,
+    Opening,
+    Refusal,
+    Start,
+    SumShare,
+    read_header,
+)
+from runtime.federation.noise import private_update
+from runtime.federation.pruning import shared_mask
+from runtime.federation.settings import Agreement, RoundHeader
+from runtime.federation.transcript import Transcript, check_enough, encode, read_transcript
+from runtime.privacy.ledger import PrivacyLedger
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class LocalUpdate:
+    """What training changed, float32 `[size]` over the whole adapter, and on how many examples."""
+
+    delta: NDArray[np.float32]
+    samples: int
+
+
+Train = Callable[[RoundHeader, NDArray[np.float32], NDArray[np.bool_]], LocalUpdate]
+"""(round, global adapter float32 `[size]`, mask bool `[size]`) → update; zero outside the mask."""
+
+
+class Participant:
+    """One owner. `roster` and `agreement` are its own copies; `train` is called once per round; `ledger` is its own
+    record of what it released, wanted where the agreement has differential privacy."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        roster: Roster,
+        agreement: Agreement,
+        layout: Layout,
+        keys: RoundKeys,
+        train: Train,
+        ledger: PrivacyLedger | None = None,
+    ) -> None:
+        self.identity = identity
+        self.roster = roster
+        self.agreement = agreement
+        self.layout = layout
+        self._keys = keys
+        self._train = train
+        self._ledger = ledger
+
+    @property
+    def name(self) -> str:
+        return self.identity.name
+
+    def answer(self, message: Message) -> Message:
+        """The reply. Raises FederationError, or what training raised; then this participant is out of the round."""
+        if isinstance(message, Invitation):
+            return self._advertise(message)
+        if isinstance(message, Start):
+            return self._contribute(message)
+        if isinstance(message, Opening):
+            return self._open(message)
+        raise FederationError(f"a participant does not answer a message {message.kind!r}")
+
+    def answer_or_refuse(self, message: Message) -> Message:
+        """The same with errors as refusals, which tell the others no figure of this owner's; the log has them in full."""
+        try:
+            return self.answer(message)
+        except FederationError as error:
+            _log.error("%s: %s", self.name, error)
+            return Refusal(name=self.name, reason=error.public)
+        except PrivacyError as error:
+            _log.error("%s: %s", self.name, error)
+            return Refusal(name=self.name, reason="its privacy budget does not allow for another round")
+        except HecompileError as error:
+            _log.error("%s: %s", self.name, error)
+            return Refusal(name=self.name, reason="its training failed; see its own log")
+
+    def _advertise(self, message: Invitation) -> Advert:
+        header = self._accept(message.header)
+        public = self._keys.begin(header.number).public_key().public_bytes_raw()
+        signature = self.identity.sign_advert(header.digest(), public)
+        return Advert(name=self.name, public=public, signature=signature)
+
+    def _accept(self, fields: dict[str, object]) -> RoundHeader:
+        header = read_header(fields)
+        if header.agreement != self.agreement:
+            own, other = self.agreement.model_dump(), header.agreement.model_dump()
+            differing = ", ".join(sorted(name for name in own if own[name] != other[name]))
+            raise FederationError(f"round {header.number} is not what {self.name!r} agreed to: {differing} differ")
+        if header.layout != self.layout.digest():
+            raise FederationError(
+                f"the adapter of {self.name!r} has other LoRA matrices or shapes than the federation's: use the same r, "
+                "target_modules and checkpoint"
+            )
+        return header
+
+    def _contribute(self, message: Start) -> Contribution:
+        header = self._accept(message.header)
+        transcript = read_transcript(header, message.adverts, self.roster)
+        if self.name not in transcript.publics:
+            raise FederationError(f"{self.name!r} was asked to contribute to a round that it is not part of")
+        adapter, mask = self._adapter(header, message.adapter)
+        update = self._train(header, adapter.copy(), mask)
+        values, samples = self._values(header, update, mask)
+        plaintext = encode(header.parameters, values, samples)
+        private = self._keys.contribute(header.number)
+        self._own(transcript, private.public_key().public_bytes_raw())
+        return self._encrypt(
+            transcript, Channels(self.name, private, transcript.publics, transcript.context), plaintext
+        )
+
+    def _adapter(self, header: RoundHeader, content: bytes) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        adapter = np.frombuffer(content, dtype="<f4") if len(content) % 4 == 0 else np.zeros(0, dtype="<f4")
+        if adapter.size != self.layout.size or not np.isfinite(adapter).all():
+            raise FederationError(
+                f"the global adapter has {adapter.size} values, {self.layout.size} finite ones are wanted"
+            )
+        section = self.agreement.section
+        shared = section.pruning is None or section.pruning.mask == "shared"
+        mask = shared_mask(self.layout, adapter, header.rate if shared else 0.0, section.freeze_a)
+        if mask_digest(mask) != header.mask or int(mask.sum()) != header.coordinates:
+            raise FederationError(
+                f"round {header.number}: the pruning mask of {self.name!r} is not the server's: another global "
+                "adapter or rate"
+            )
+        return adapter, mask
+
+    def _values(
+        self, header: RoundHeader, update: LocalUpdate, mask: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.float64], int]:
+        """Weighted, with noise where agreed: float64 `[kept]`, and the count that goes with it."""
+        if update.delta.shape != (self.layout.size,):
+            raise FederationError(f"the update has {list(update.delta.shape)} values, the adapter {self.layout.size}")
+        delta = update.delta[mask].astype(np.float64)
+        section = self.agreement.section
+        if section.privacy is not None:
+            return private_update(self.agreement, header.number, delta, self._ledger), 1
+        if not 1 <= update.samples <= section.max_samples:
+            raise FederationError(
+                f"{update.samples} samples, but at most max_samples {section.max_samples} were agreed on",
+                public="its number of samples is beyond the agreed one",
+            )
+        if math.isfinite(float(np.abs(delta).max(initial=0.0))):  # `quantise` refuses the rest
+            delta *= update.samples / section.max_samples
+        return delta, update.samples
+
+    def _encrypt(self, transcript: Transcript, channels: Channels, plaintext: NDArray[np.int32]) -> Contribution:
+        parameters = transcript.header.parameters
+        key = aggregation.keygen(parameters)
+        ciphertext = aggregation.encrypt(parameters, transcript.seed, key, plaintext)
+        names = transcript.names
+        shares = shamir.share(
+            key.spend("share").reshape(-1), transcript.header.agreement.threshold, len(names), SecretRandom()
+        )
+        sealed = {
+            name: channels.seal(name, row.astype("<u2").tobytes()) for name, row in zip(names, shares, strict=True)
+        }
+        return Contribution(name=self.name, update=ciphertext.to_bytes(), shares=sealed)
+
+    def _open(self, message: Opening) -> SumShare:
+        header = self._accept(message.header)
+        transcript = read_transcript(header, message.adverts, self.roster)
+        contributors = sorted(message.shares)
+        if not set(contributors) <= set(transcript.names):
+            raise FederationError(f"round {header.number}: a share of somebody who takes no part is to be opened")
+        check_enough(header, contributors, "contributed")
+        private = self._keys.take(header.number)  # from here on this round is over for this participant
+        self._own(transcript, private.public_key().public_bytes_raw())
+        channels = Channels(self.name, private, transcript.publics, transcript.context)
+        rows = [self._share(sender, channels.unseal(sender, message.shares[sender])) for sender in contributors]
+        return SumShare(name=self.name, share=shamir.add(rows).astype("<u2").tobytes())
+
+    def _share(self, sender: str, content: bytes) -> NDArray[np.uint16]:
+        size = self.agreement.parameters().ring.lattice_dim
+        row = np.frombuffer(content, dtype="<u2") if len(content) == 2 * size else np.zeros(0, dtype="<u2")
+        if row.size != size or int(row.max()) >= shamir.PRIME:
+            self._bad_share(sender)
+        return row
+
+    def _bad_share(self, sender: str) -> NoReturn:
+        raise FederationError(f"the share of {sender!r} for {self.name!r} is no share of a key of this federation")
+
+    def _own(self, transcript: Transcript, public: bytes) -> None:
+        if transcript.publics.get(self.name) != public:
+            raise FederationError(f"round {transcript.header.number}: the key listed for {self.name!r} is not its own")

@@ -1,0 +1,136 @@
+"""What a federation is compared with, on the same data and steps: each owner alone, and updates averaged in the clear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hecompile.errors import InputError
+from runtime.data import Examples
+from runtime.federation.channels import Identity
+from runtime.federation.client import LocalUpdate, Participant, Train
+from runtime.federation.keyring import MemoryKeys
+from runtime.federation.layout import mask_digest
+from runtime.federation.local import LocalTrainer
+from runtime.federation.owner import LocalModel, local_trainer, owner_promise, plaintext_model
+from runtime.federation.recipe import FederationRecipe
+from runtime.federation.rounds import Federation, in_process
+from runtime.federation.server import RoundResult, prune_global
+from runtime.federation.settings import Agreement, FederationSection, RoundHeader
+from runtime.privacy.ledger import PrivacyLedger
+
+
+@dataclass(frozen=True)
+class Lab:
+    """All owners of a recipe in one process, training one plaintext model after the other: for experiments."""
+
+    recipe: FederationRecipe
+    local: LocalModel
+    trainers: Mapping[str, LocalTrainer]
+    initial: NDArray[np.float32]
+
+    @staticmethod
+    def open(recipe: FederationRecipe, stack: ExitStack | None = None) -> Lab:
+        """Loads the model and everybody's data. `stack` is wanted where owners have privacy sections: it closes the
+        ledgers."""
+        local = plaintext_model(recipe)
+        trainers = {}
+        for owner in recipe.owners:
+            promise = owner_promise(recipe, owner, local)
+            private = None if stack is None else stack.enter_context(promise)
+            if private is None and owner.privacy is not None:
+                raise InputError(f"{owner.name} has a privacy section, which this comparison would not keep")
+            trainers[owner.name] = local_trainer(recipe, owner, local, private)
+        return Lab(recipe, local, trainers, local.layout.flatten(local.model.adapter_state()))
+
+    def heldout(self) -> dict[str, Examples]:
+        """The held-out questions by owner, those that have some."""
+        files = {owner.name: owner.validation_file for owner in self.recipe.owners}
+        return {name: self.local.examples(path) for name, path in files.items() if path is not None}
+
+    def alone(self, name: str) -> NDArray[np.float32]:
+        """The adapter of one owner after all rounds by itself."""
+        everything = np.ones(self.local.layout.size, dtype=bool)
+        adapter = self.initial
+        for number in range(1, self.recipe.federation.rounds + 1):
+            adapter = self.trainers[name].train(number, adapter, everything, self.recipe.federation)
+        return adapter
+
+    def plain(self, report: Callable[[int], None] = lambda number: None) -> NDArray[np.float32]:
+        """The federation without encryption and without pruning."""
+        section = self.recipe.federation.model_copy(update={"pruning": None, "privacy": None})
+        agreement = Agreement.of(self.recipe.names, section)
+        adapter = self.initial
+        for number in range(1, section.rounds + 1):
+            adapter = self.plain_round(agreement, number, adapter)[0]
+            report(number)
+        return adapter
+
+    def plain_round(
+        self, agreement: Agreement, number: int, adapter: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], dict[str, LocalUpdate]]:
+        """One round in the clear, with the agreement's pruning; the new adapter and what each owner would have sent."""
+        start, mask = prune_global(self.local.layout, agreement, number, adapter)
+        header = RoundHeader(
+            number=number, nonce="0" * 32, agreement=agreement, layout=self.local.layout.digest(), mask=mask_digest(mask),
+            coordinates=int(mask.sum()),
+        )  # fmt: skip
+        updates = {name: trainer(header, start, mask) for name, trainer in self.trainers.items()}
+        return (start + weighted_mean(updates)).astype(np.float32), updates
+
+    def encrypted(
+        self, section: FederationSection, ledgers: Mapping[str, PrivacyLedger] | None = None
+    ) -> tuple[NDArray[np.float32], list[CheckedRound]]:
+        """The federation as it is, all in this process; every round's mean is compared with that of the exact updates.
+
+        Under differential privacy there is nothing to compare with, and `ledgers` are wanted.
+        """
+        agreement = Agreement.of(self.recipe.names, section)
+        layout, updates = self.local.layout, dict[str, LocalUpdate]()
+
+        def recording(name: str) -> Train:
+            def train(header: RoundHeader, adapter: NDArray[np.float32], mask: NDArray[np.bool_]) -> LocalUpdate:
+                updates[name] = self.trainers[name](header, adapter, mask)
+                return updates[name]
+
+            return train
+
+        identities = {name: Identity.generate(name) for name in self.recipe.names}
+        roster = {name: identity.public for name, identity in identities.items()}
+        participants = {
+            name: Participant(
+                identity, roster, agreement, layout, MemoryKeys(), recording(name), (ledgers or {}).get(name)
+            )
+            for name, identity in identities.items()
+        }
+        federation, adapter, rounds = Federation(agreement, roster, layout), self.initial, list[CheckedRound]()
+        for number in range(1, section.rounds + 1):
+            _, mask = prune_global(layout, agreement, number, adapter)
+            result = federation.round(number, adapter, in_process(participants))
+            error = float("nan")
+            if section.privacy is None:
+                error = float(np.abs(result.mean - weighted_mean(updates)[mask]).max())
+            rounds.append(CheckedRound(result, error))
+            adapter = result.adapter
+        return adapter, rounds
+
+
+@dataclass(frozen=True)
+class CheckedRound:
+    """A round, and how far its mean is from the weighted mean of the exact updates: the largest difference."""
+
+    result: RoundResult
+    error: float
+
+
+def weighted_mean(updates: Mapping[str, LocalUpdate]) -> NDArray[np.float64]:
+    """Σ n_k·Δ_k / Σ n_k, float64 `[size]`."""
+    total = sum(update.samples for update in updates.values())
+    return sum(
+        (update.delta.astype(np.float64) * (update.samples / total) for update in updates.values()),
+        np.zeros(next(iter(updates.values())).delta.shape),
+    )

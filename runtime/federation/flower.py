@@ -1,0 +1,188 @@
+"""The same rounds carried by Flower (flwr 1.41): a ServerApp and a ClientApp, used by the app in deploy/flower.
+
+A message is one ConfigRecord with the bytes of `messages.to_bytes`; Flower carries it and knows nothing of what is in it. A
+ClientApp may run in a new process for every message, so that the keys of a round are in the owner's private folder
+(`keyring.DirectoryKeys`), never in Flower's own context, which Flower serializes.
+
+A SuperNode says whose it is and where its own copies of recipe and roster and its private folder are, and nothing of the
+run's configuration is then looked at, for that comes from whoever started the run:
+
+    --node-config 'owner="NAME" recipe="FILE" roster="FILE" keys="FOLDER"'
+
+In simulation, where nodes have a number instead, the run's configuration has `recipe`, `roster`, `keys` (a folder with one
+private folder per owner) and `overrides` of the recipe, separated by spaces. The ServerApp reads that always.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from flwr.app import ConfigRecord, Context, RecordDict
+from flwr.app import Message as FlowerMessage
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from hecompile.errors import FederationError, InputError
+from runtime.federation.channels import Identity
+from runtime.federation.client import Participant
+from runtime.federation.keyring import DirectoryKeys
+from runtime.federation.launch import ADAPTER_DIR, RoundLog, read_roster
+from runtime.federation.messages import Finished, Message, Start, from_bytes, read_header, to_bytes
+from runtime.federation.owner import local_trainer, owner_ledger, owner_model, owner_promise, plaintext_model
+from runtime.federation.recipe import FederationRecipe, load_federation
+from runtime.federation.rounds import Federation
+
+_log = logging.getLogger(__name__)
+_RECORD, _PAYLOAD, _OWNER = "federation", "payload", "owner"
+_HELLO, _ROUND, _TRAIN = "query.hello", "query.round", "train.round"
+_JOIN_SECONDS = 300.0
+
+server_app = ServerApp()
+client_app = ClientApp()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """An owner's own files."""
+
+    recipe: FederationRecipe
+    owner: str
+    roster: Path
+    keys: Path
+
+
+def _server_recipe(context: Context) -> FederationRecipe:
+    overrides = str(context.run_config.get("overrides", "")).split()
+    return load_federation(str(context.run_config["recipe"]), overrides)
+
+
+def _place(context: Context) -> _Place:
+    node, run = context.node_config, context.run_config
+    if _OWNER in node:
+        missing = [name for name in ("recipe", "roster", "keys") if name not in node]
+        if missing:
+            raise InputError(f"--node-config lacks {', '.join(missing)}")
+        recipe = load_federation(str(node["recipe"]))
+        return _Place(recipe, str(node[_OWNER]), Path(str(node["roster"])), Path(str(node["keys"])))
+    recipe = _server_recipe(context)
+    name = recipe.names[int(node["partition-id"])]
+    return _Place(recipe, name, Path(str(run["roster"])), Path(str(run["keys"])) / name)
+
+
+def _rounds_left(recipe: FederationRecipe, request: Message) -> int:
+    """This one and those after it: a promise is calibrated anew in every round, on top of what its ledger has."""
+    number = read_header(request.header).number if isinstance(request, Start) else 1
+    return max(1, recipe.federation.rounds + 1 - number)
+
+
+def _keys(context: Context, owner: str) -> Path:
+    own = context.node_config.get("keys")
+    return Path(str(own)) if own is not None else Path(str(context.run_config["keys"])) / owner
+
+
+class GridExchange:
+    """An `Exchange` over Flower's grid. Owners say who they are once; that they are is proven by every round's signature."""
+
+    def __init__(self, grid: Grid, owners: list[str], reply_timeout: float) -> None:
+        self._grid = grid
+        self._reply_timeout = reply_timeout
+        self._nodes = self._meet(owners)
+
+    def __call__(self, requests: Mapping[str, Message]) -> dict[str, Message]:
+        """See `Exchange`."""
+        owners = {self._nodes[name]: name for name in requests if name in self._nodes}
+        messages = []
+        for node, name in owners.items():
+            request = requests[name]
+            content = RecordDict({_RECORD: ConfigRecord({_PAYLOAD: to_bytes(request)})})
+            kind = _TRAIN if isinstance(request, Start) else _ROUND
+            messages.append(FlowerMessage(content, node, kind, ttl=self._reply_timeout))
+        replies: dict[str, Message] = {}
+        for reply in self._grid.send_and_receive(messages, timeout=self._reply_timeout):
+            name = owners[reply.metadata.src_node_id]
+            if reply.has_error():
+                _log.warning("%s did not answer (%s); the round goes on if enough are left", name, reply.error.reason)
+                continue
+            payload = reply.content.config_records[_RECORD].get(_PAYLOAD)
+            if isinstance(payload, bytes) and payload:
+                replies[name] = from_bytes(payload)
+        return replies
+
+    def _meet(self, owners: list[str]) -> dict[str, int]:
+        deadline = time.monotonic() + _JOIN_SECONDS
+        while len(nodes := list(self._grid.get_node_ids())) < len(owners):
+            if time.monotonic() > deadline:
+                raise FederationError(f"{len(nodes)} of {len(owners)} nodes connected within {_JOIN_SECONDS:g} s")
+            time.sleep(0.5)
+        asking = [FlowerMessage(RecordDict({_RECORD: ConfigRecord({})}), node, _HELLO) for node in nodes]
+        found: dict[str, int] = {}
+        for reply in self._grid.send_and_receive(asking, timeout=_JOIN_SECONDS):
+            if not reply.has_error():
+                name = str(reply.content.config_records[_RECORD][_OWNER])
+                if name in found:
+                    raise FederationError(f"two nodes say that they are {name!r}")
+                found[name] = reply.metadata.src_node_id
+        return found
+
+
+@server_app.main()
+def main(grid: Grid, context: Context) -> None:
+    """All rounds of the recipe."""
+    recipe = _server_recipe(context)
+    roster = read_roster(Path(str(context.run_config["roster"])))
+    local = plaintext_model(recipe)
+    exchange = GridExchange(grid, recipe.names, recipe.reply_timeout)
+    out = recipe.training.output_dir
+    adapter = local.layout.flatten(local.model.adapter_state())
+    with RoundLog(out, adapter, lambda line: _log.warning("%s", line)) as log:
+        try:
+            Federation(recipe.agreement(), roster, local.layout).run(adapter, exchange, log.report)
+        finally:
+            local.save(log.adapter, out / ADAPTER_DIR, recipe.model)
+
+
+@client_app.query("hello")
+def hello(message: FlowerMessage, context: Context) -> FlowerMessage:
+    """Whose node this is."""
+    return FlowerMessage(RecordDict({_RECORD: ConfigRecord({_OWNER: _place(context).owner})}), reply_to=message)
+
+
+@client_app.query("round")
+@client_app.train("round")
+def answer(message: FlowerMessage, context: Context) -> FlowerMessage:
+    """A message of a round; the last one is not answered but its adapter saved."""
+    place = _place(context)
+    content = message.content.config_records[_RECORD][_PAYLOAD]
+    if not isinstance(content, bytes):
+        raise FederationError("a message of the federation holds no bytes")
+    payload = _answer(place, from_bytes(content))
+    return FlowerMessage(RecordDict({_RECORD: ConfigRecord({_PAYLOAD: payload})}), reply_to=message)
+
+
+def _answer(place: _Place, request: Message) -> bytes:
+    recipe, owner = place.recipe, place.recipe.owner(place.owner)
+    training = owner if isinstance(request, Start) else owner.model_copy(update={"privacy": None})
+    with (
+        owner_model(recipe, owner) as local,
+        owner_promise(recipe, training, local, _rounds_left(recipe, request)) as private,
+        owner_ledger(recipe, owner) as ledger,
+    ):
+        if isinstance(request, Finished):
+            adapter = np.frombuffer(request.adapter, dtype="<f4")
+            local.save(adapter, recipe.training.output_dir / owner.name / ADAPTER_DIR, recipe.model)
+            return b""
+        participant = Participant(
+            Identity.load_or_create(owner.name, place.keys / "identity.key"),
+            read_roster(place.roster),
+            recipe.agreement(),
+            local.layout,
+            DirectoryKeys(place.keys / "rounds"),
+            local_trainer(recipe, owner, local, private),
+            ledger,
+        )
+        return to_bytes(participant.answer_or_refuse(request))

@@ -1,0 +1,70 @@
+"""An adapter as one vector: which matrix lies where, and which coordinates of it travel."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hecompile.errors import FederationError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of an adapter's matrices, in the order of the names."""
+
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @staticmethod
+    def of(state: Mapping[str, Tensor]) -> Layout:
+        """The layout of `AdapterModel.adapter_state()`."""
+        return Layout(tuple((name, tuple(state[name].shape)) for name in sorted(state)))
+
+    @property
+    def size(self) -> int:
+        """Coordinates of the whole adapter."""
+        return sum(int(np.prod(shape)) for _, shape in self.shapes)
+
+    def digest(self) -> str:
+        """64 hexadecimal digits."""
+        text = json.dumps(self.shapes, separators=(",", ":"))
+        return hashlib.sha256(b"hecompile/federation/layout/1" + text.encode()).hexdigest()
+
+    def slices(self) -> list[tuple[str, slice]]:
+        """Where each matrix lies."""
+        result, start = [], 0
+        for name, shape in self.shapes:
+            size = int(np.prod(shape))
+            result.append((name, slice(start, start + size)))
+            start += size
+        return result
+
+    def flatten(self, state: Mapping[str, Tensor]) -> NDArray[np.float32]:
+        """float32 `[size]`. Raises FederationError naming the first matrix that is missing or of another shape."""
+        for name, shape in self.shapes:
+            if name not in state or tuple(state[name].shape) != shape:
+                found = list(state[name].shape) if name in state else "missing"
+                raise FederationError(
+                    f"the adapter's {name} is {found}, the federation's {list(shape)}: another LoRA rank or target?"
+                )
+        if len(state) != len(self.shapes):
+            raise FederationError(f"the adapter has {len(state)} matrices, the federation's {len(self.shapes)}")
+        return torch.cat([state[name].detach().reshape(-1).float() for name, _ in self.shapes]).numpy()
+
+    def unflatten(self, vector: NDArray[np.float32]) -> dict[str, Tensor]:
+        """The matrices, float32; copies."""
+        whole = torch.from_numpy(np.array(vector, dtype=np.float32))
+        shapes = dict(self.shapes)
+        return {name: whole[where].reshape(shapes[name]).clone() for name, where in self.slices()}
+
+
+def mask_digest(mask: NDArray[np.bool_]) -> str:
+    """64 hexadecimal digits of a mask bool `[n]`."""
+    packed = np.packbits(mask).tobytes()
+    return hashlib.sha256(b"hecompile/federation/mask/1" + len(mask).to_bytes(8, "little") + packed).hexdigest()

@@ -1,0 +1,125 @@
+"""The recipe of a federation: who the owners are, where their data is, and how they train. YAML, as `runtime.recipe`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import peft
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from hecompile.errors import InputError
+from runtime.federation.settings import Agreement, FederationSection
+from runtime.privacy.recipe import PrivacySection
+from runtime.recipe import TrainingSection, read_document
+from runtime.workplace import Positive, Section, Workplace, resolve_address
+
+ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class OwnerSection(Section):
+    """One owner. With `plan`, a client bundle, it trains through its encrypted worker (`worker`, or `worker_bundle` in
+    its own process), otherwise in plaintext on its own machine from the recipe's checkpoint. `privacy` is a promise about
+    every single example of `train_file`, as in a recipe for training alone."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    train_file: Path
+    validation_file: Path | None = None
+    plan: Path | None = None
+    worker: str = "inprocess"
+    worker_bundle: Path | None = None
+    privacy: PrivacySection | None = None
+
+    @model_validator(mode="after")
+    def _reachable(self) -> OwnerSection:
+        self.workplace()
+        return self
+
+    def workplace(self) -> Workplace | None:
+        """Where its products are computed; None on its own machine in plaintext."""
+        if self.plan is None:
+            return None
+        return Workplace(model=self.plan, worker=self.worker, worker_bundle=self.worker_bundle)
+
+
+class LoraShape(Section):
+    """The adapter of all owners, in PEFT's names."""
+
+    r: Positive = 8
+    lora_alpha: Annotated[float, Field(gt=0)] = 16.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: list[str] = Field(default=list(ALL_LINEARS))
+
+    def config(self) -> peft.LoraConfig:
+        """As PEFT has it."""
+        return peft.LoraConfig(**self.model_dump(), task_type="CAUSAL_LM")
+
+
+class FederationRecipe(Section):
+    """`model` is the checkpoint that all owners start from; `training` one round at one owner (`max_steps` local steps or
+    `num_train_epochs` passes), its `output_dir` holds everybody's files in this command. `reply_timeout`: seconds an
+    owner may be silent before the round goes on without it."""
+
+    model: Path
+    owners: Annotated[list[OwnerSection], Field(min_length=2)]
+    lora: LoraShape = LoraShape()
+    sequence_buckets: list[Positive] = Field(default=[32, 48])
+    batch_size: Positive = 16
+    federation: FederationSection = FederationSection()
+    training: TrainingSection
+    reply_timeout: Annotated[float, Field(gt=0)] = 600.0
+
+    @field_validator("training")
+    @classmethod
+    def _local(cls, section: TrainingSection) -> TrainingSection:
+        if section.evaluates:
+            raise ValueError("a federation evaluates at its end; drop the evaluation settings")
+        return section
+
+    @model_validator(mode="after")
+    def _agreeable(self) -> FederationRecipe:
+        self.agreement()
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        return [owner.name for owner in self.owners]
+
+    def agreement(self) -> Agreement:
+        """What the owners agree on."""
+        return Agreement.of(self.names, self.federation)
+
+    def owner(self, name: str) -> OwnerSection:
+        """Raises InputError for a stranger."""
+        for owner in self.owners:
+            if owner.name == name:
+                return owner
+        raise InputError(f"the recipe has no owner {name!r}; it has {', '.join(self.names)}")
+
+
+def load_federation(path: str | Path, overrides: Sequence[str] = ()) -> FederationRecipe:
+    """Read, override (`federation.rounds=3`) and check. Relative paths are relative to the recipe's folder, those of
+    overrides to the working directory. Raises InputError with one message that names the key."""
+    document = read_document(path, overrides, tuple(FederationRecipe.model_fields), _resolve)
+    try:
+        return FederationRecipe.model_validate(document)
+    except ValidationError as error:
+        details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+        where = ".".join(str(part) for part in details[0]["loc"])
+        message = details[0]["msg"].removeprefix("Value error, ")
+        raise InputError(f"recipe {path}: {where + ': ' if where else ''}{message}") from None
+
+
+def _resolve(document: dict[str, Any], folder: Path) -> None:
+    """Make relative paths absolute; leave what is malformed to pydantic."""
+    targets: list[tuple[Any, tuple[str, ...]]] = [(document, ("model",)), (document.get("training"), ("output_dir",))]
+    owners = document.get("owners")
+    for owner in owners if isinstance(owners, list) else ():
+        targets.append((owner, ("train_file", "validation_file", "plan", "worker_bundle")))
+        if isinstance(owner, dict) and isinstance(owner.get("worker"), str):
+            owner["worker"] = resolve_address(owner["worker"], folder)
+    for target, keys in targets:
+        for key in keys:
+            if isinstance(target, dict) and isinstance(target.get(key), str):
+                target[key] = str(folder / target[key])

@@ -1,0 +1,69 @@
+"""Rounds over any transport: what is sent to whom, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.federation.channels import Roster
+from runtime.federation.client import Participant
+from runtime.federation.layout import Layout
+from runtime.federation.messages import Finished, Message, from_bytes, to_bytes
+from runtime.federation.server import RoundResult, ServerRound
+from runtime.federation.settings import Agreement
+
+Exchange = Callable[[Mapping[str, Message]], Mapping[str, Message]]
+"""Sends each owner its message and waits for the replies; owners that did not reply in time are left out."""
+
+
+@dataclass(frozen=True)
+class Federation:
+    """The server's side of all rounds."""
+
+    agreement: Agreement
+    roster: Roster
+    layout: Layout
+
+    def round(self, number: int, adapter: NDArray[np.float32], exchange: Exchange) -> RoundResult:
+        """One round. Raises FederationError; `adapter` is never changed."""
+        current = ServerRound(self.agreement, self.roster, self.layout, number, adapter)
+        invitation = current.invitation()
+        adverts = exchange(dict.fromkeys(self.agreement.owners, invitation))
+        start = current.start(adverts)
+        openings = current.open(exchange(dict.fromkeys(adverts, start)))
+        return current.finish(exchange(openings))
+
+    def run(
+        self,
+        adapter: NDArray[np.float32],
+        exchange: Exchange,
+        report: Callable[[int, RoundResult], None] = lambda number, result: None,
+    ) -> NDArray[np.float32]:
+        """All rounds of the agreement; the final global adapter, which the owners are told too.
+
+        Raises FederationError where a round fails; what `report` was told of the earlier ones stands.
+        """
+        rounds = self.agreement.section.rounds
+        for number in range(1, rounds + 1):
+            result = self.round(number, adapter, exchange)
+            adapter = result.adapter
+            report(number, result)
+        exchange(dict.fromkeys(self.agreement.owners, Finished(adapter=adapter.astype("<f4").tobytes(), rounds=rounds)))
+        return adapter
+
+
+def in_process(participants: Mapping[str, Participant]) -> Exchange:
+    """Participants in this process, through the bytes of the wire all the same."""
+
+    def exchange(requests: Mapping[str, Message]) -> dict[str, Message]:
+        replies = {}
+        for name, request in requests.items():
+            if name in participants and not isinstance(request, Finished):
+                answer = participants[name].answer_or_refuse(from_bytes(to_bytes(request)))
+                replies[name] = from_bytes(to_bytes(answer))
+        return replies
+
+    return exchange

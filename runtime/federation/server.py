@@ -1,0 +1,188 @@
+"""The server of a round: replies in, requests out, no network. It holds no secret; what it learns is the sum.
+
+    invitation → adverts → start → contributions → opening → sum shares → result
+
+Whoever does not reply in time is simply absent from the replies: a round goes on while enough are left and fails closed
+when not. Whoever refuses ends it with the reason. The global adapter changes in no other way than by `finish`'s result.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hecompile.errors import FederationError
+from hecompile.he.aggregation import EncryptedSum, EncryptedVector
+from runtime.federation import shamir
+from runtime.federation.channels import Roster
+from runtime.federation.layout import Layout, mask_digest
+from runtime.federation.messages import (
+    Advert,
+    Contribution,
+    Invitation,
+    Message,
+    Opening,
+    Start,
+    SumShare,
+    expect,
+)
+from runtime.federation.pruning import shared_mask
+from runtime.federation.settings import Agreement, RoundHeader
+from runtime.federation.transcript import Transcript, check_enough, coordinates, decode, read_transcript
+
+M = TypeVar("M", Advert, Contribution, SumShare)
+
+
+@dataclass(frozen=True, eq=False)
+class RoundResult:
+    """What a round gave.
+
+    Attributes:
+        adapter: the new global adapter, float32 `[size]`.
+        mean: the weighted mean update of the kept coordinates, float64 `[kept]`.
+        contributors: whose updates are in it.
+        opened_by: who opened it.
+        samples: the sum of the counts (of the contributors, under differential privacy).
+        error_bound: largest error of a coordinate of `mean` against the mean of the exact updates.
+        bytes_up: of all contributions, shares included.
+    """
+
+    adapter: NDArray[np.float32]
+    mean: NDArray[np.float64]
+    contributors: tuple[str, ...]
+    opened_by: tuple[str, ...]
+    samples: int
+    error_bound: float
+    bytes_up: int
+
+
+def prune_global(
+    layout: Layout, agreement: Agreement, number: int, adapter: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """The adapter that round `number` starts from, pruned coordinates set to zero, and the mask of what travels."""
+    section = agreement.section
+    rate = section.pruning.rate(number) if section.pruning is not None and section.pruning.mask == "shared" else 0.0
+    pruned = adapter * shared_mask(layout, adapter, rate, freeze_a=False)
+    if section.freeze_a:
+        for name, where in layout.slices():
+            if ".lora_A." in name:
+                pruned[where] = adapter[where]
+    return pruned, shared_mask(layout, pruned, rate, section.freeze_a)
+
+
+class ServerRound:
+    """One round from `adapter`, float32 `[size]`. Call the five methods in their order."""
+
+    def __init__(
+        self, agreement: Agreement, roster: Roster, layout: Layout, number: int, adapter: NDArray[np.float32]
+    ) -> None:
+        self.agreement = agreement
+        self.roster = roster
+        self.layout = layout
+        self.adapter, self.mask = prune_global(layout, agreement, number, adapter)
+        self.header = RoundHeader(
+            number=number,
+            nonce=os.urandom(16).hex(),
+            agreement=agreement,
+            layout=layout.digest(),
+            mask=mask_digest(self.mask),
+            coordinates=int(self.mask.sum()),
+        )
+        self._fields = self.header.model_dump(mode="json")
+        self._adverts: list[Advert] = []
+        self._transcript: Transcript | None = None
+        self._contributors: tuple[str, ...] = ()
+        self._sum: EncryptedSum | None = None
+        self._bytes_up = 0
+
+    def invitation(self) -> Invitation:
+        """For all owners."""
+        return Invitation(header=self._fields)
+
+    def start(self, replies: Mapping[str, Message]) -> Start:
+        """For those who replied. Raises FederationError for too few, or a key that is not signed."""
+        self._adverts = [_from(name, expect(Advert, reply)) for name, reply in sorted(replies.items())]
+        self._transcript = read_transcript(self.header, self._adverts, self.roster)
+        return Start(header=self._fields, adverts=self._adverts, adapter=self.adapter.astype("<f4").tobytes())
+
+    def open(self, replies: Mapping[str, Message]) -> dict[str, Opening]:
+        """Adds the contributions; what to send to each participant. Raises FederationError for too few or a malformed
+        one."""
+        transcript = self._transcript
+        if transcript is None or self._sum is not None:
+            raise FederationError("a round is opened once, after it was started")
+        parameters, count = self.header.parameters, coordinates(self.header.coordinates)
+        contributions = [_from(name, expect(Contribution, reply)) for name, reply in sorted(replies.items())]
+        check_enough(self.header, [one.name for one in contributions], "contributed")
+        total = EncryptedSum(parameters, count)
+        for contribution in contributions:
+            if contribution.name not in transcript.publics or sorted(contribution.shares) != transcript.names:
+                raise FederationError(f"{contribution.name!r} did not send one share to each participant of the round")
+            total.add(EncryptedVector.from_bytes(parameters, contribution.update, count))
+            self._bytes_up += len(contribution.update) + sum(len(share) for share in contribution.shares.values())
+        self._sum, self._contributors = total, tuple(one.name for one in contributions)
+        return {
+            name: Opening(
+                header=self._fields,
+                adverts=self._adverts,
+                shares={contribution.name: contribution.shares[name] for contribution in contributions},
+            )
+            for name in transcript.names
+        }
+
+    def finish(self, replies: Mapping[str, Message]) -> RoundResult:
+        """The new global adapter. Raises FederationError for too few shares, forged ones, or an impossible sum."""
+        transcript, total = self._transcript, self._sum
+        if transcript is None or total is None:
+            raise FederationError("a round is finished after it was opened")
+        points = {name: index + 1 for index, name in enumerate(transcript.names)}
+        shares: dict[int, NDArray[np.uint16]] = {}
+        ring = self.header.parameters.ring
+        for name, reply in sorted(replies.items()):
+            one = _from(name, expect(SumShare, reply))
+            if name not in points or len(one.share) != 2 * ring.lattice_dim:
+                raise FederationError(
+                    f"{name!r} sent no share of the sum of this round's keys; the global adapter is unchanged"
+                )
+            shares[points[name]] = np.frombuffer(one.share, dtype="<u2")
+        if len(shares) < self.agreement.threshold:
+            raise FederationError(
+                f"round {self.header.number}: {len(shares)} owners opened, but it takes {self.agreement.threshold}; "
+                "the sum stays closed and the global adapter is unchanged"
+            )
+        key_sum = shamir.combine(shares, self.agreement.threshold).reshape(ring.rank, ring.ring_dim)
+        return self._result(total, total.open(transcript.seed, key_sum), tuple(sorted(replies)))
+
+    def _result(self, total: EncryptedSum, opened: NDArray[np.int64], opened_by: tuple[str, ...]) -> RoundResult:
+        parameters, clients = self.header.parameters, total.clients
+        sums, samples = decode(parameters, opened, clients)
+        largest = self.agreement.section.max_samples if self.agreement.private_weight else 1
+        if not clients <= samples <= clients * largest:
+            raise FederationError(
+                f"{clients} owners claim {samples} samples together, at most {largest} each were agreed on"
+            )
+        weight = samples / largest
+        mean = sums / weight
+        adapter = self.adapter.copy()
+        adapter[self.mask] += mean.astype(np.float32)
+        return RoundResult(
+            adapter=adapter,
+            mean=mean,
+            contributors=self._contributors,
+            opened_by=opened_by,
+            samples=samples,
+            error_bound=parameters.value_error(clients) / weight,
+            bytes_up=self._bytes_up,
+        )
+
+
+def _from(name: str, message: M) -> M:
+    """The message, if it names its sender rightly: the transport says who sent it."""
+    if message.name != name:
+        raise FederationError(f"{name!r} sent a message in the name of {message.name!r}")
+    return message

@@ -1,0 +1,213 @@
+"""The messages of a federation over TCP on one machine: a server and its owners, each in a process of its own.
+
+    server → owner   challenge, 32 random bytes
+    owner → server   its name and an Ed25519 signature over the challenge
+    then frames      8 bytes request number | 8 bytes length | message, both ways; an answer carries the request's number
+
+Loopback only: there is no TLS here. Between machines Flower carries the same messages (docs/federation.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from hecompile.errors import FederationError, InputError
+from runtime.federation.channels import Identity, Roster
+from runtime.federation.client import Participant
+from runtime.federation.messages import Finished, Message, from_bytes, to_bytes
+
+MAX_BYTES = 1 << 30
+_HELLO = b"hecompile/federation/hello/1"
+_HELLO_SECONDS = 10.0
+_log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Link:
+    """A connected owner; `answers` holds what came, by request number."""
+
+    connection: socket.socket
+    answers: dict[int, bytes] = field(default_factory=dict)
+    broken: bool = False
+
+
+class FederationServer:
+    """Listens on a loopback address, and is an `Exchange`. Use it as a context manager.
+
+    An owner whose connection breaks, or that is silent for `reply_timeout` seconds, is left out of the exchange; one that
+    comes back takes part from the next on.
+    """
+
+    def __init__(self, roster: Roster, host: str = "127.0.0.1", port: int = 0, reply_timeout: float = 600.0) -> None:
+        if host not in ("127.0.0.1", "::1", "localhost"):
+            raise InputError(
+                f"{host} can be reached from other machines, and these sockets have no TLS: use Flower for that"
+            )
+        self._roster = roster
+        self._reply_timeout = reply_timeout
+        self._socket = socket.create_server((host, port))
+        self.address = "tcp://{}:{}".format(*self._socket.getsockname()[:2])
+        self._links: dict[str, _Link] = {}
+        self._changed = threading.Condition()
+        self._number = 0
+        self.bytes_received = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> FederationServer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._socket.close()
+        with self._changed:
+            for link in self._links.values():
+                link.connection.close()
+
+    def wait_for(self, count: int, timeout: float) -> list[str]:
+        """The owners that are connected, once they are `count`. Raises FederationError after `timeout` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._links) >= count, timeout)
+            if len(self._links) < count:
+                raise FederationError(f"{len(self._links)} of {count} owners connected within {timeout:g} s")
+            return sorted(self._links)
+
+    def __call__(self, requests: Mapping[str, Message]) -> dict[str, Message]:
+        """See `Exchange`; `Finished` is not answered."""
+        with self._changed:
+            self._number += 1
+            number = self._number
+            links = {name: self._links[name] for name in requests if name in self._links}
+        written = {id(message): to_bytes(message) for message in requests.values()}
+        for name, link in links.items():
+            try:
+                _send(link.connection, number, written[id(requests[name])])
+            except OSError:
+                self._drop(name, link)
+        if all(isinstance(message, Finished) for message in requests.values()):
+            return {}
+        deadline = time.monotonic() + self._reply_timeout
+        with self._changed:
+            self._changed.wait_for(
+                lambda: all(number in link.answers or link.broken for link in links.values()),
+                max(0.0, deadline - time.monotonic()),
+            )
+            answers = {name: link.answers.pop(number) for name, link in links.items() if number in link.answers}
+            for link in links.values():
+                link.answers.clear()
+        for name in sorted(links.keys() - answers.keys()):
+            _log.warning("%s did not answer; the round goes on without it if enough are left", name)
+        self.bytes_received += sum(map(len, answers.values()))
+        return {name: from_bytes(answer) for name, answer in answers.items()}
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return  # closed
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            connection.settimeout(_HELLO_SECONDS)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            name = self._greet(connection)
+            connection.settimeout(None)
+        except (OSError, FederationError, UnicodeDecodeError) as error:
+            _log.warning("a connection was refused: %s", error)
+            connection.close()
+            return
+        link = _Link(connection)
+        with self._changed:
+            earlier = self._links.get(name)
+            self._links[name] = link
+            self._changed.notify_all()
+        if earlier is not None:
+            earlier.connection.close()
+        try:
+            while True:
+                number, content = _receive(connection)
+                with self._changed:
+                    if number == self._number:  # a late answer to an earlier request is dropped
+                        link.answers[number] = content
+                    self._changed.notify_all()
+        except (OSError, FederationError):
+            self._drop(name, link)
+
+    def _greet(self, connection: socket.socket) -> str:
+        challenge = os.urandom(32)
+        connection.sendall(challenge)
+        _, hello = _receive(connection, limit=1024)
+        signature, name = hello[:64], hello[64:].decode()
+        try:
+            Ed25519PublicKey.from_public_bytes(self._roster[name]).verify(signature, _HELLO + challenge)
+        except (KeyError, InvalidSignature):
+            raise FederationError("somebody who is not in the roster, or cannot prove it") from None
+        return name
+
+    def _drop(self, name: str, link: _Link) -> None:
+        with self._changed:
+            link.broken = True
+            if self._links.get(name) is link:
+                del self._links[name]
+            self._changed.notify_all()
+        link.connection.close()
+
+
+def take_part(participant: Participant, identity: Identity, address: str, timeout: float = 60.0) -> Finished:
+    """Connect, answer until the federation is over, and return its last message. Raises FederationError when the server
+    is gone."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    try:
+        connection = socket.create_connection((host, int(port)), timeout)
+    except (OSError, ValueError) as error:
+        raise FederationError(f"no federation answers at {address}: {error}") from None
+    with contextlib.closing(connection):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            challenge = _read(connection, 32)
+            hello = identity.sign_hello(_HELLO + challenge) + identity.name.encode()
+            _send(connection, 0, hello)
+            connection.settimeout(None)
+            while True:
+                number, content = _receive(connection)
+                message = from_bytes(content)
+                if isinstance(message, Finished):
+                    return message
+                _send(connection, number, to_bytes(participant.answer_or_refuse(message)))
+        except OSError as error:
+            raise FederationError(f"the connection to the federation at {address} broke: {error}") from None
+
+
+def _send(connection: socket.socket, number: int, content: bytes) -> None:
+    connection.sendall(number.to_bytes(8, "little") + len(content).to_bytes(8, "little") + content)
+
+
+def _receive(connection: socket.socket, limit: int = MAX_BYTES) -> tuple[int, bytes]:
+    head = _read(connection, 16)
+    number, size = int.from_bytes(head[:8], "little"), int.from_bytes(head[8:], "little")
+    if size > limit:
+        raise FederationError(f"a message of {size} bytes is announced; at most {limit} are read")
+    return number, _read(connection, size)
+
+
+def _read(connection: socket.socket, size: int) -> bytes:
+    content = bytearray()
+    while len(content) < size:
+        piece = connection.recv(min(1 << 20, size - len(content)))
+        if not piece:
+            raise ConnectionError("the other side closed it")
+        content += piece
+    return bytes(content)

@@ -1,0 +1,122 @@
+"""A federation with real models: through an encrypted worker, in processes of its own, with an owner killed on the way."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hecompile.compiler import CLIENT, WORKER
+from hecompile.errors import InputError
+from models import TINY_LLAMA
+from runtime.federation.comparison import Lab, weighted_mean
+from runtime.federation.launch import processes, read_records
+from runtime.federation.layout import mask_digest
+from runtime.federation.owner import local_trainer, owner_model
+from runtime.federation.pruning import is_a
+from runtime.federation.recipe import FederationRecipe, load_federation
+from runtime.federation.settings import RoundHeader
+from tests.e2e.conftest import BATCH_SIZE, Build
+
+RECIPE = TINY_LLAMA.parent / "recipes" / "federation.yaml"
+
+
+def recipe(out: Path, *more: str) -> FederationRecipe:
+    changes = [
+        f"training.output_dir={out}",
+        "training.max_steps=1",
+        f"training.per_device_train_batch_size={BATCH_SIZE}",
+    ]
+    return load_federation(RECIPE, [*changes, "federation.rounds=3", *more])
+
+
+def header(loaded: FederationRecipe, lab: Lab, mask: np.ndarray) -> RoundHeader:
+    return RoundHeader(
+        number=1, nonce="0" * 32, agreement=loaded.agreement(), layout=lab.local.layout.digest(), mask=mask_digest(mask),
+        coordinates=int(mask.sum()),
+    )  # fmt: skip
+
+
+def test_an_owner_behind_its_encrypted_worker_trains_as_one_in_plaintext(build: Build, tmp_path: Path) -> None:
+    """Same layout, same data order; the update differs by the noise of the encrypted products."""
+    loaded = recipe(tmp_path)
+    lab = Lab.open(loaded)
+    place = {"plan": build.directory / CLIENT, "worker_bundle": build.directory / WORKER}
+    owner = loaded.owners[1].model_copy(update=place)
+    adapter = lab.initial + np.random.default_rng(2).normal(0, 0.02, lab.initial.size).astype(np.float32)
+    everything = np.ones(adapter.size, dtype=bool)
+    plain = lab.trainers["owner-2"](header(loaded, lab, everything), adapter, everything)
+    with owner_model(loaded, owner) as local:
+        assert local.layout.digest() == lab.local.layout.digest()
+        update = local_trainer(loaded, owner, local)(header(loaded, lab, everything), adapter, everything)
+    assert update.samples == plain.samples == 60
+    other = recipe(tmp_path, "lora.lora_alpha=8")
+    with (
+        pytest.raises(InputError, match=r"lora_alpha is 8\.0 but the model was exported with 16"),
+        owner_model(other, owner),
+    ):
+        pass
+    a, b = update.delta.astype(np.float64), plain.delta.astype(np.float64)
+    # Adam's first step is the signs of the gradients: where these are smaller than the noise, signs differ.
+    assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.9
+
+
+def test_masks_frozen_a_and_the_proximal_term(tmp_path: Path) -> None:
+    loaded = recipe(tmp_path, "federation.freeze_a=true")
+    lab = Lab.open(loaded)
+    agreement = loaded.agreement()
+    adapter, updates = lab.plain_round(agreement, 1, lab.initial)
+    for name, where in lab.local.layout.slices():
+        assert (adapter[where] == lab.initial[where]).all() == is_a(name), name
+    assert np.allclose(adapter - lab.initial, weighted_mean(updates), atol=1e-7)
+    # Rate 0.5 from here on: half of every B is zero and stays so.
+    half = recipe(
+        tmp_path, "federation.freeze_a=true", "federation.pruning.start_round=1", "federation.pruning.end_round=1"
+    )
+    pruned, _ = lab.plain_round(half.agreement(), 2, adapter)
+    shares = [float((pruned[where] == 0).mean()) for name, where in lab.local.layout.slices() if not is_a(name)]
+    assert min(shares) >= 0.49
+    # A strong pull towards the global adapter shortens the way.
+    near = loaded.federation.model_copy(update={"algorithm": "fedprox", "mu": 1e4})
+    everything, trainer = np.ones(adapter.size, dtype=bool), lab.trainers["owner-1"]
+    free = trainer.train(3, adapter, everything, loaded.federation, steps=3) - adapter
+    held = trainer.train(3, adapter, everything, near, steps=3) - adapter
+    assert np.linalg.norm(held) < 0.9 * np.linalg.norm(free)
+
+
+def test_an_owner_killed_in_the_middle_of_a_round_does_not_stop_the_federation(tmp_path: Path) -> None:
+    overrides = [f"training.output_dir={tmp_path}", "training.max_steps=1", "federation.rounds=2"]
+    with processes(RECIPE, overrides) as running:
+        assert running.server.stdout is not None
+        assert running.server.stdout.readline().startswith("round 1: 3 contributed")
+        running.owners["owner-2"].send_signal(signal.SIGKILL)
+        _, errors = running.server.communicate(timeout=120)
+        assert running.server.returncode == 0, errors
+        for name in ("owner-1", "owner-3"):
+            assert running.owners[name].wait(60) == 0
+    records = read_records(tmp_path)
+    assert [record.round for record in records] == [1, 2]
+    assert list(records[1].contributors) == ["owner-1", "owner-3"] and records[1].samples == 100
+    assert (tmp_path / "adapter/adapter_model.safetensors").read_bytes() == (
+        tmp_path / "owner-1/adapter/adapter_model.safetensors"
+    ).read_bytes()
+    assert not list(tmp_path.rglob("*.key")) or {path.name for path in tmp_path.rglob("*.key")} == {"identity.key"}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("federation.threshold=1", "not more than half"),
+        ("federation.pruning.end_rate=0.1", "the rate rises"),
+        ("federation.treshold=2", "treshold"),
+        ("owners=[]", "owners"),
+        ("training.eval_steps=2", "evaluates at its end"),
+        ("model=/nowhere", "no model directory"),
+        ("federation.max_samples=10", "over federation.max_samples"),
+    ],
+)
+def test_recipes_that_cannot_work(tmp_path: Path, change: str, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        Lab.open(recipe(tmp_path, change))

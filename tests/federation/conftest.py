@@ -1,0 +1,82 @@
+"""A federation whose owners do not train: their updates are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from runtime.federation.channels import Identity
+from runtime.federation.client import LocalUpdate, Participant
+from runtime.federation.keyring import MemoryKeys, RoundKeys
+from runtime.federation.layout import Layout
+from runtime.federation.messages import Message
+from runtime.federation.rounds import Exchange, Federation, in_process
+from runtime.federation.settings import Agreement, FederationSection, RoundHeader
+
+PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
+LAYOUT = Layout(((f"{PREFIX}.lora_A.weight", (4, 16)), (f"{PREFIX}.lora_B.weight", (24, 4))))
+
+
+@dataclass
+class World:
+    """Owners with fixed updates, and a server."""
+
+    federation: Federation
+    participants: dict[str, Participant]
+    identities: dict[str, Identity]
+    updates: dict[str, LocalUpdate]
+    adapter: NDArray[np.float32] = field(default_factory=lambda: np.zeros(LAYOUT.size, np.float32))
+
+    @property
+    def exchange(self) -> Exchange:
+        return in_process(self.participants)
+
+    def without(self, *names: str) -> Exchange:
+        return in_process({name: one for name, one in self.participants.items() if name not in names})
+
+    def scripted(self, *steps: Callable[[Mapping[str, Message]], Mapping[str, Message]] | None) -> Exchange:
+        """The n-th exchange goes through the n-th step; None, and what comes after the last, is undisturbed."""
+        calls = iter(steps)
+
+        def exchange(requests: Mapping[str, Message]) -> Mapping[str, Message]:
+            step = next(calls, None)
+            return (step or self.exchange)(requests)
+
+        return exchange
+
+
+def make_world(
+    owners: int = 3, layout: Layout = LAYOUT, keys: Callable[[str], RoundKeys] | None = None, **section: Any
+) -> World:
+    generator = np.random.default_rng(5)
+    names = [f"owner-{index}" for index in range(owners)]
+    identities = {name: Identity.generate(name) for name in names}
+    roster = {name: identity.public for name, identity in identities.items()}
+    agreement = Agreement.of(names, FederationSection(max_samples=64, **section))
+    updates = {
+        name: LocalUpdate(generator.normal(0, 0.02, layout.size).astype(np.float32), 10 + 9 * index)
+        for index, name in enumerate(names)
+    }
+
+    def train(name: str) -> Callable[[RoundHeader, NDArray[np.float32], NDArray[np.bool_]], LocalUpdate]:
+        return lambda header, adapter, mask: updates[name]
+
+    participants = {
+        name: Participant(
+            identities[name], roster, agreement, layout, MemoryKeys() if keys is None else keys(name), train(name)
+        )
+        for name in names
+    }
+    adapter = generator.normal(0, 0.1, layout.size).astype(np.float32)
+    return World(Federation(agreement, roster, layout), participants, identities, updates, adapter)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,73 @@
+"""Processes of a federation: what is noticed before it begins, and the files around it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from hecompile.errors import FederationError
+from models import TINY_LLAMA
+from runtime.federation.channels import Identity
+from runtime.federation.launch import Processes, _end_if_an_owner_fails, read_roster, write_roster
+from runtime.federation.owner import owner_ledger
+from runtime.federation.recipe import load_federation
+from runtime.privacy.accountant import Mechanism
+
+RECIPE = TINY_LLAMA.parent / "recipes" / "federation.yaml"
+
+
+def process(program: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", program], text=True)
+
+
+def test_an_owner_that_gives_up_ends_the_server_and_a_killed_one_does_not() -> None:
+    waiting = "import time; time.sleep(60)"
+    server, good, killed = process(waiting), process("pass"), process(waiting)
+    killed.kill()
+    begun = threading.Event()
+    watcher = threading.Thread(
+        target=_end_if_an_owner_fails, args=(Processes(server, {"good": good, "killed": killed}), begun)
+    )
+    watcher.start()
+    for one in (good, killed):
+        one.wait(10)
+    watcher.join(0.7)
+    assert watcher.is_alive() and server.poll() is None
+    begun.set()
+    watcher.join(5)
+    assert server.poll() is None
+    bad = process("raise SystemExit(2)")
+    bad.wait(10)
+    _end_if_an_owner_fails(Processes(server, {"bad": bad}), threading.Event())
+    assert server.wait(10) < 0
+
+
+def test_what_an_owner_released_is_kept_beside_its_data_whatever_the_federation(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a"}\n')
+    for out, overrides in (("one", ()), ("two", ("federation.minimum=3",))):
+        privacy = "federation.privacy={clip: 1.0, noise_multiplier: 2.0}"
+        recipe = load_federation(RECIPE, [privacy, f"training.output_dir={tmp_path / out}", *overrides])
+        with owner_ledger(recipe, recipe.owners[0].model_copy(update={"train_file": data})) as ledger:
+            assert ledger is not None
+            ledger.spend(Mechanism(2.0, 1.0), note="round 1")
+            assert ledger.releases == (1 if out == "one" else 2)
+    plain = load_federation(RECIPE)
+    with owner_ledger(plain, plain.owners[0]) as ledger:
+        assert ledger is None
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()].count("data.jsonl.rounds.ledger") == 1
+
+
+def test_a_roster_is_read_as_it_was_written(tmp_path: Path) -> None:
+    identities = [Identity.generate(name) for name in ("a", "b")]
+    write_roster(tmp_path / "roster.json", identities)
+    assert read_roster(tmp_path / "roster.json") == {one.name: one.public for one in identities}
+    for content in ("[1]", json.dumps({"a": "xyz"}), ""):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(FederationError, match="is no roster"):
+            read_roster(tmp_path / "bad.json")
