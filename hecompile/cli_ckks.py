@@ -21,7 +21,9 @@ def export(
     out: Annotated[Path, typer.Option(help="Where to write client/ and worker/.")],
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of a prompt at most.")],
     adapter: Annotated[Optional[Path], typer.Option(help="A PEFT adapter, merged into the weights.")] = None,  # noqa: UP045
-    levels: Annotated[int, typer.Option(help="Multiplications between two refreshes; 0: no refreshes.")] = 11,
+    levels: Annotated[
+        int, typer.Option(help="Multiplications between two refreshes: more take a larger ring; 0: no refreshes.")
+    ] = 4,
     ring_dim: Annotated[Optional[int], typer.Option(help="By default the smallest that has the levels at 128 bits.")] = None,  # noqa: UP045
     attention: Annotated[Optional[str], typer.Option(help="As for `export llama`.")] = None,  # noqa: UP045
     norm: Annotated[Optional[str], typer.Option(help="As for `export llama`.")] = None,  # noqa: UP045

@@ -47,7 +47,7 @@ class CkksOptions:
     for `CompileOptions`. last_only: logits of the last position alone, for prompts of exactly sequence_length tokens."""
 
     sequence_length: int
-    levels: int = 11
+    levels: int = 4
     ring_dim: int | None = None
     attention: str | None = None
     norm: str | None = None
