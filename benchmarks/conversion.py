@@ -1,4 +1,4 @@
-"""The small Llama with polynomials: what conversion costs it, what it learns privately afterwards, ranges and errors."""
+"""The small Llama with polynomials: what conversion costs it, ranges and errors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 import torch
@@ -17,8 +16,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks.report import ROOT, section_main, table
 from hecompile.approximation_ranges import Interval
 from hecompile.approximation_report import ApproximationError, approximation_report
-from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
-from hecompile.demo import BATCH_SIZE, RECIPE, SEQUENCE_BUCKETS, worker_process
+from hecompile.demo import RECIPE
 from hecompile.frontend import export_onnx, load_checkpoint
 from hecompile.interpreter import Interpreter, graph_inputs
 from hecompile.pipeline import approximate_steps, raise_steps, run_steps
@@ -28,22 +26,14 @@ from passes.calibrate import Calibrate
 from runtime.conversion.data import load_rows
 from runtime.conversion.recipe import ConversionRecipe, load_conversion
 from runtime.conversion.train import Conversion
-from runtime.data import eos_and_pad, load_examples
-from runtime.evaluation import Evaluation, evaluate
-from runtime.recipe import load_recipe
-from runtime.session import open_session
-from runtime.train import run_training
 
 RECIPES = {"power": "convert-power.yaml", "gaussian_kernel": "convert-gaussian.yaml"}
 PROSE = """\
 ## The small Llama with polynomials in place of softmax, RMSNorm and SiLU
 
-*Public*: held-out text of its public corpus ({tokens} tokens), cleartext graph before quantisation. *Private*: held-out
-phrasings of the private questions, before and after {steps} steps of LoRA **through the encrypted worker** with the
-polynomial client plan (`models/recipes/demo.yaml`, rate {rate:g}). `power` and `gaussian_kernel` were trained for their
-functions by `hecompile convert models/recipes/convert-*.yaml` ({converted} steps on public text); `chebyshev` is the
-original checkpoint with softmax, norm and activation approximated, never retrained. All three have polynomial norms and
-activations.
+Held-out text of its public corpus ({tokens} tokens), cleartext graph before quantisation. `power` and `gaussian_kernel` were
+trained for their functions by `hecompile convert models/recipes/convert-*.yaml` on public text; `chebyshev` is the original
+checkpoint with softmax, norm and activation approximated, never retrained. All three have polynomial norms and activations.
 """
 RANGES = """\
 What goes into the polynomials, before conversion and after it with the range loss, and the domain that was then fixed: over
@@ -68,7 +58,7 @@ class Variant:
 
 
 def run(quick: bool) -> str:
-    """Markdown: quality before and after private training, ranges, errors."""
+    """Markdown: quality, ranges, errors."""
     torch.manual_seed(0)
     recipes = {} if quick else {name: load_conversion(RECIPE.parent / file) for name, file in RECIPES.items()}
     reports = {name: _converted(name, recipe) for name, recipe in recipes.items()}
@@ -82,16 +72,13 @@ def run(quick: bool) -> str:
         _variant("chebyshev, not retrained", original, exact, rows, heldout),
         *(_variant(name, one.out, {}, rows, heldout) for name, one in recipes.items()),
     ]
-    lines, steps, rate = [], 0, 0.0
+    lines = []
     for variant in variants:
-        before, after, steps, rate = (None, None, 0, 0.0) if quick else _private(variant)
-        private = [*_private_cells(before), *_private_cells(after)]
-        lines.append([variant.name, variant.loss, f"{variant.accuracy:.1%}", *private])
-    headings = ["model", "public loss", "next token right", "private loss", "exact", "private loss after", "exact after"]
-    converted = sum((recipe.training.steps, recipe.training.polynomial_steps))
+        lines.append([variant.name, variant.loss, f"{variant.accuracy:.1%}"])
+    headings = ["model", "public loss", "next token right"]
     return "\n\n".join(
         [
-            PROSE.format(tokens=heldout.numel(), steps=steps, rate=rate, converted=converted),
+            PROSE.format(tokens=heldout.numel()),
             table(headings, lines),
             RANGES.format(rows=len(rows)),
             table(
@@ -137,32 +124,6 @@ def _quality(model: ir.Model, rows: Tensor) -> tuple[float, float]:
             right += int((logits.argmax(-1) == targets).sum())
     count = rows[:, 1:].numel()
     return loss / count, right / count
-
-
-def _private(variant: Variant) -> tuple[Evaluation, Evaluation, int, float]:
-    with TemporaryDirectory() as directory:
-        build = Path(directory) / "build"
-        names = {part: variant.options.get(part) for part in ("attention", "norm", "activation")}
-        options = CompileOptions(
-            batch_size=BATCH_SIZE, sequence_buckets=SEQUENCE_BUCKETS, attention=names["attention"], norm=names["norm"],
-            activation=names["activation"],
-        )  # fmt: skip
-        compile_checkpoint(str(variant.checkpoint), build, options)
-        with worker_process(build / WORKER) as address:
-            overrides = [f"model={build / CLIENT}", f"training.output_dir={directory}/run", f"worker={address}"]
-            recipe = load_recipe(RECIPE, [*overrides, "training.disable_tqdm=true"])
-            with open_session(recipe) as session:
-                assert recipe.data.validation_file is not None
-                buckets, pad = session.model.sequence_buckets, eos_and_pad(session.tokenizer)[1]
-                examples = load_examples(recipe.data.validation_file, session.tokenizer, buckets)
-                before = evaluate(session.model, examples, pad)
-                result = run_training(session.model, session.tokenizer, recipe)
-                after = evaluate(session.model, examples, pad)
-    return before, after, result.steps, recipe.training.learning_rate
-
-
-def _private_cells(found: Evaluation | None) -> list[object]:
-    return ["", ""] if found is None else [found.loss, f"{found.exact_match or 0:.1%}"]
 
 
 def _ranges(name: str, report: Conversion) -> list[list[object]]:
