@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -42,7 +43,7 @@ def export(
     console = Console(stderr=True)
     with console.status("load") as status:
         plan = export_polynomial(model, out, options, adapter, status.update)
-    refreshed = sum(_count(shape) for shape in plan.refreshes.values())
+    refreshed = sum(math.prod(shape) for shape in plan.refreshes.values())
     parameters = ", ".join(f"{name} {value}" for name, value in plan.parameters.items())
     console.print(
         f"{escape(str(out))}: depth {plan.depth}, {len(plan.refreshes)} refreshes of {refreshed} ciphertexts; {parameters}, "
@@ -100,10 +101,3 @@ def infer(
         f"{stats.bytes_down / 1e6:.0f} MB down, {stats.refreshed} ciphertexts refreshed",
         soft_wrap=True,
     )
-
-
-def _count(shape: list[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

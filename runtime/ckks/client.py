@@ -64,9 +64,13 @@ class CkksSession:
         self.parameters = CkksParameters.from_fields(self.plan.parameters)
         self.stats = CkksStats()
         self._refreshable = {name: int(np.prod(shape)) for name, shape in self.plan.refreshes.items()}
-        self._connection = _connect(address, timeout)
         self._key = SecretKey(self.parameters)
         self.key_bytes = 0
+        try:
+            self._connection = _connect(address, timeout)
+        except BaseException:
+            self._key.close()
+            raise
         try:
             keys = self._key.evaluation_keys()
             self.key_bytes = send(

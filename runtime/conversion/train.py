@@ -128,9 +128,13 @@ class _State:
         if not path.is_file():
             return cls()
         try:
-            # Not weights_only: intervals are among it. The file is this program's own, beside its result.
-            found = torch.load(path, weights_only=False)
-            same, state = found["recipe"] == recipe.model_dump(mode="json"), cls(**found["state"])
+            found = torch.load(path, weights_only=True)
+            same, fields = found["recipe"] == recipe.model_dump(mode="json"), found["state"]
+            if fields["first"] is not None:
+                fields["first"]["ranges"] = _intervals(fields["first"]["ranges"])
+            if fields["seen"] is not None:
+                fields["seen"] = _intervals(fields["seen"])
+            state = cls(**fields)
         except Exception as error:  # torch raises many kinds for a damaged file
             raise InputError(f"{path} is damaged; delete {partial} to start again") from error
         if not same:
@@ -140,7 +144,11 @@ class _State:
     def save(self, partial: Path, recipe: ConversionRecipe) -> None:
         partial.mkdir(parents=True, exist_ok=True)
         staged = partial / (_STATE_FILE + ".new")
-        torch.save({"recipe": recipe.model_dump(mode="json"), "state": dict(self.__dict__)}, staged)
+        state = dict(self.__dict__)
+        # Plain numbers and tensors alone, so that reading it back runs no code.
+        state["seen"] = None if self.seen is None else _plain(self.seen)
+        state["first"] = None if self.first is None else self.first | {"ranges": _plain(self.first["ranges"])}
+        torch.save({"recipe": recipe.model_dump(mode="json"), "state": state}, staged)
         staged.replace(partial / _STATE_FILE)
 
     def start_second(self, checkpoint: Checkpoint) -> None:
@@ -150,6 +158,14 @@ class _State:
     def load_weights(self, checkpoint: Checkpoint) -> None:
         assert self.weights is not None
         write_back(checkpoint, {name: torch.nn.Parameter(value) for name, value in self.weights.items()})
+
+
+def _plain(ranges: Ranges) -> dict[str, dict[str, float]]:
+    return {kind: asdict(interval) for kind, interval in ranges.items()}
+
+
+def _intervals(found: Mapping[str, Mapping[str, float]]) -> dict[str, Interval]:
+    return {kind: Interval(**ends) for kind, ends in found.items()}
 
 
 def _train(
