@@ -10,13 +10,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import peft
 import pytest
 import torch
 
-from hecompile.ckks.bundle import CIRCUIT, PLAN, CkksOptions, CkksPlan, export_polynomial, open_worker
+from hecompile.ckks.bundle import CIRCUIT, PLAN, TABLE, CkksOptions, CkksPlan, export_polynomial, open_worker
 from hecompile.errors import HecompileError, InputError, LegalityError, WorkerError, WorkerUnavailableError
 from hecompile.frontend import load_checkpoint
 from hecompile.interpreter import Interpreter
@@ -25,6 +27,7 @@ from runtime.ckks.answers import complete
 from runtime.ckks.client import CkksSession
 from runtime.ckks.messages import receive, send
 from tests.ckks.support import LEVELS, small_llama
+from tests.training.support import make_tokenizer
 
 OPTIONS = CkksOptions(3, levels=LEVELS)
 TOKENS = np.array([[1, 70, 80], [1, 90, 100], [1, 5, 6]])
@@ -99,6 +102,26 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason(checkpoint: Path, tm
     with pytest.raises(InputError, match="no PEFT adapter"):
         export_polynomial(str(checkpoint), tmp_path / "adapter", OPTIONS, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_an_adapter_is_merged_as_peft_does(checkpoint: Path, build: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted: Any = peft.get_peft_model(load_checkpoint(str(checkpoint)).model, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    export_polynomial(str(checkpoint), tmp_path / "build", OPTIONS, tmp_path / "adapter")
+    # The same polynomials on the same text, for weights that were merged and saved before.
+    merged = tmp_path / "merged"
+    adapted.merge_and_unload().save_pretrained(merged)
+    make_tokenizer().save_pretrained(merged)
+    export_polynomial(str(merged), tmp_path / "expected", OPTIONS)
+    embeddings = torch.from_numpy(np.load(build / "client" / TABLE)[TOKENS])
+    found, expected, without = (
+        Interpreter(ir.load(directory / "worker" / CIRCUIT)).run({EMBEDDINGS: embeddings})["logits"]
+        for directory in (tmp_path / "build", tmp_path / "expected", build)
+    )
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, without, atol=1e-2)
 
 
 def test_what_cannot_be_sent_is_refused(build: Path, worker: str) -> None:
