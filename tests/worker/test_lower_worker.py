@@ -18,6 +18,7 @@ from passes.lower_worker import (
     encrypted_linear_model,
     encrypted_linear_reference,
 )
+from runtime.engines.onnxruntime_engine import signed_product_is_exact, with_unsigned_weights
 from tests.conftest import Golden
 from tests.worker.bundles import extreme_planes, extreme_weight
 
@@ -25,7 +26,8 @@ from tests.worker.bundles import extreme_planes, extreme_weight
 def run_lowered(model: ir.Model, planes: np.ndarray) -> np.ndarray:
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    serialized = proto.SerializeToString() if signed_product_is_exact() else with_unsigned_weights(proto)
+    session = onnxruntime.InferenceSession(serialized, providers=["CPUExecutionProvider"])
     return session.run(None, {"ciphertext": planes})[0]
 
 
@@ -124,3 +126,19 @@ def test_a_float_tensor_in_a_worker_circuit_is_illegal() -> None:
     with pytest.raises(ir.passes.PostconditionError) as caught:
         LowerWorker()(model)
     assert "value scale has FLOAT; only integers are exact" in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16])
+def test_unsigned_weights_are_the_same_circuit(dtype: type[np.signedinteger]) -> None:
+    """What is run where the processor has no VNNI, run whatever this one has; one weight serves several products."""
+    weight = np.array([[127, -128, 5], [127, 127, -6], [-128, -128, 0]], dtype=np.int8).astype(dtype)
+    if dtype is np.int16:
+        weight[0] = 32000, -32768, 300
+    proto = ir.to_proto(LowerWorker()(encrypted_linear_model(weight, 3, 2, "layer.forward")).model)
+    planes = extreme_planes(3, 4, 3)
+    before = proto.SerializeToString()
+    session = onnxruntime.InferenceSession(with_unsigned_weights(proto), providers=["CPUExecutionProvider"])
+    assert proto.SerializeToString() != before
+    assert not any(tensor.data_type == onnx.TensorProto.INT8 for tensor in proto.graph.initializer)
+    reply = session.run(None, {"ciphertext": planes})[0]
+    np.testing.assert_array_equal(reply, encrypted_linear_reference(planes, weight, 2))
