@@ -163,7 +163,7 @@ class EncryptedProducts(Products):
         """The stored hint, or the verified one of the worker; None when that was wrong and another worker is to be asked."""
         parameters = self.circuits[circuit]
         if not self._hintless:
-            return self._hints.hint(circuit, parameters.out_features)
+            return self._hints.hint(circuit, parameters.out_features, parameters.decryption_precision)
         hint = hint_of(answers[1], self._ring, parameters)
         everything = slice(0, parameters.in_features)
         matrix = self._public.coefficients(everything).flatten(1)  # int32 [in, rank · ring_dim]

@@ -15,8 +15,9 @@ from hecompile.he.kernels import aligned, compiled, forward_at, roots
 from hecompile.he.parameters import RingParameters
 from hecompile.he.sampling import PublicStream
 from hecompile.he.scratch import scratch
-from hecompile.he.simd import LANES, address, round_mod_2_32, store_i32
+from hecompile.he.simd import round_mod_2_32
 from hecompile.he.threads import for_each
+from hecompile.he.vectors import LANES, address, store_i32
 
 
 @compiled

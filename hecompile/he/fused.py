@@ -1,7 +1,8 @@
 """Encrypting reals and decrypting to reals in one pass over memory: what the client does, at speed.
 
 The scheme is that of `scheme.py`, to the bit: a ciphertext made here is the one that `scheme.encrypt` makes of the integers
-that `encode` makes, given the same scales, secrets and errors, and `decrypt_reals` is `decode(scheme.decrypt(...))`.
+that `encode` makes, given the same scales, secrets and errors, and `decrypt_reals` is `decode(scheme.decrypt(...))`, to the
+bit where `LinearParameters.decryption_precision` is float64 and within `SINGLE_ERROR` where it is float32.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def _encrypt_part(
             secrets[piece.start * params.rank :], count, rows.numpy().reshape(-1), piece.start * features + part.start,
             features, inverse[piece], factors[part], error.reshape(-1)[piece.start * width :], planes.numpy().reshape(-1),
             piece.start * features + part.start, tokens * features, features, linear.upload_limbs,
-            scratch("tile", tiles.tile_words(count), np.int32), scratch("work", 16 * n, np.float64),
+            scratch("tile", tiles.tile_words(count), np.int32), scratch("work float64", 16 * n, np.float64),
             images, checks, variants[piece], sums.reshape(-1),
         )  # fmt: skip
         if key.expectation is not None:
@@ -162,6 +163,7 @@ def decrypt_reals(
     result = result_of((key.tokens, linear.out_features), np.float32)
     if key.tokens:
         planes = reply.contiguous()
+        key.secrets_transformed(linear.decryption_precision)  # before the threads, which share them
         received = Received(key.expectation, key.tokens)
         for_each(
             lambda part: _decrypt_part(key, hint, planes, linear, factors, result, part, received),
@@ -180,19 +182,23 @@ def _decrypt_part(
     part: slice, received: Received,
 ) -> None:  # fmt: skip
     params, tokens, features = key.params, key.tokens, linear.out_features
-    n = params.ring_dim // 2
-    kept = np.empty(0) if hint.transformed is None else hint.transformed
-    secrets = key.secrets_transformed()
+    n, precision = params.ring_dim // 2, linear.decryption_precision
+    kept = hint.transformed
+    if kept is None or kept.dtype != precision:
+        kept = np.empty(0, precision)
+    secrets = key.secrets_transformed(precision)
     vectors, checks, variants = _checking(key, tokens, part, lambda checks: checks.vectors_by_tiles)
     for piece in slices(tokens, _TOKENS):
         count = piece.stop - piece.start
         sums = np.zeros((checks, count, SUM_LANES), np.int32)
         tiles.decrypt(
-            hint.words, kept, part.start // 8, part.stop - part.start, params.rank, n, roots(params.ring_dim),
-            secrets[piece.start * params.rank :], count, planes.numpy().reshape(-1), piece.start * features + part.start,
-            tokens * features, features, linear.reply_bytes, key.scale[piece], factors[part], result.numpy().reshape(-1),
-            piece.start * features + part.start, features, scratch("tile", tiles.tile_words(count), np.int32),
-            scratch("values", 16 * n * params.rank, np.float64), scratch("work", 16 * n, np.float64),
+            hint.words, kept, part.start // 8, part.stop - part.start, params.rank, n,
+            roots(params.ring_dim, precision), secrets[piece.start * params.rank :], count, planes.numpy().reshape(-1),
+            piece.start * features + part.start, tokens * features, features, linear.reply_bytes, key.scale[piece],
+            factors[part], result.numpy().reshape(-1), piece.start * features + part.start, features,
+            scratch("tile", tiles.tile_words(count), np.int32),
+            scratch(f"values {precision.__name__}", 16 * n * params.rank, precision),
+            scratch(f"work {precision.__name__}", 16 * n, precision),
             vectors, GROUP, variants[piece], sums.reshape(-1),
         )  # fmt: skip
         received.add(sums, linear.reply_bytes, piece)

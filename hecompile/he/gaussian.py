@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from hecompile.errors import SecurityError
 from hecompile.he import bytewise
 from hecompile.he.scratch import scratch
-from hecompile.he.simd import address
+from hecompile.he.vectors import address
 
 SIGMA = 3.2
 """Standard deviation of the error."""

@@ -1,9 +1,10 @@
 """Hints H = W·A mod q: one file per circuit, memory-mapped, read ahead of their use and let go of after it.
 
-Training visits every circuit in turn, over and over. Where the transformed hints of all of them fit in memory (twice the
-size of the files, and one transform less per use) they stay there; else all are streamed: the order of the last visit tells
-which come next, the operating system is asked to read those, and the pages of a hint that was used are given back. (Under
-such a cycle a cache that is too small to hold everything saves little: it would hit for its share of the circuits alone.)
+Training visits every circuit in turn, over and over. Where the transformed hints of all of them fit in memory (once or twice
+the size of the files, and one transform less per use) they stay there; else all are streamed: the order of the last visit
+tells which come next, the operating system is asked to read those, and the pages of a hint that was used are given back.
+(Under such a cycle a cache that is too small to hold everything saves little: it would hit for its share of the circuits
+alone.)
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import re
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +25,11 @@ from hecompile.errors import InputError
 from hecompile.he.kernels import deinterleave, interleave, transform
 from hecompile.he.parameters import RingParameters
 from hecompile.he.ring import negacyclic_fft
-from hecompile.he.simd import LANES
+from hecompile.he.vectors import LANES
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+Precision = type[np.floating]
+
 _READ_AHEAD = 4
 """Hints asked for ahead of the one in use: the circuits of one decoder layer in one direction."""
 
@@ -37,14 +41,14 @@ class Hint:
         params: the ring.
         words: int32, `[groups, rank · ring_dim, 8]`, perhaps memory-mapped: what `interleave` makes.
         rows: how many of the 8 · groups rows are real.
-        keep_transformed: transform once and keep that, or transform at each use.
+        keep_transformed: float64 or float32, to transform once in that precision and keep that; None, to do so at each use.
 
     Raises:
         InputError: the shape or type does not fit the ring or the rows.
     """
 
     def __init__(
-        self, params: RingParameters, words: NDArray[np.int32], rows: int, keep_transformed: bool = False
+        self, params: RingParameters, words: NDArray[np.int32], rows: int, keep_transformed: Precision | None = None
     ) -> None:
         wanted = (-(-rows // LANES), params.lattice_dim, LANES)
         if words.shape != wanted or words.dtype != np.int32 or rows < 1:
@@ -55,10 +59,14 @@ class Hint:
         self.params = params
         self.rows = rows
         self.words = words.reshape(-1)
-        self.transformed = transform(self.words, params.ring_dim) if keep_transformed else None
+        self.transformed: NDArray[Any] | None = None
+        if keep_transformed is not None:
+            self.transformed = transform(self.words, params.ring_dim, precision=keep_transformed)
 
     @classmethod
-    def from_coefficients(cls, params: RingParameters, coefficients: Tensor, keep_transformed: bool = False) -> Hint:
+    def from_coefficients(
+        cls, params: RingParameters, coefficients: Tensor, keep_transformed: Precision | None = None
+    ) -> Hint:
         """Of what `setup` makes: int32 `[out_features, rank · ring_dim]`."""
         if coefficients.dtype != torch.int32 or coefficients.dim() != 2 or len(coefficients) == 0:
             raise InputError(f"a hint is int32 [out, rank * ring_dim], got {coefficients.dtype}")
@@ -127,8 +135,10 @@ class HintStore:
         self._last: str | None = None
         self._lock = threading.Lock()
 
-    def hint(self, circuit: str, rows: int) -> Hint:
+    def hint(self, circuit: str, rows: int, precision: Precision = np.float64) -> Hint:
         """The hint of `circuit`, e.g. "model.layers.0.self_attn.qkv_proj.forward", which has `rows` output features.
+
+        `precision` is that of its decryption, in which it is kept transformed if it is.
 
         Raises:
             InputError: there is none, its file is damaged, or it belongs to another ring or circuit.
@@ -136,7 +146,7 @@ class HintStore:
         with self._lock:
             if circuit not in self._hints:
                 words, mapping = self._open(circuit)
-                self._hints[circuit] = Hint(self.params, words, rows, keep_transformed=self.cached)
+                self._hints[circuit] = Hint(self.params, words, rows, precision if self.cached else None)
                 if self.cached:
                     mapping.madvise(mmap.MADV_DONTNEED)
                 else:

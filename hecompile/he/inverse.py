@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from hecompile.he.kernels import inlined
-from hecompile.he.simd import broadcast, fma, fnma, load_f64, prefetch_far, store_f64
+from hecompile.he.simd import fma, fnma
+from hecompile.he.vectors import broadcast, load_real, prefetch_far, store_real
 
 
 @inlined
@@ -28,11 +29,11 @@ def _join4(roots, r, u0r, u0i, u1r, u1i, u2r, u2i, u3r, u3i):
 def inner(matrix, a, rank_step, secret, s, secret_step, rank):
     """Σ_k matrix[k] · secret[k] at one of the n points, eight rows of the matrix at a time."""
     sr, si = broadcast(secret, s), broadcast(secret, s + 1)
-    mr, mi = load_f64(matrix, a), load_f64(matrix, a + 8)
+    mr, mi = load_real(matrix, a), load_real(matrix, a + 8)
     re, im = fnma(mi, si, mr * sr), fma(mi, sr, mr * si)
     for k in range(1, rank):
         sr, si = broadcast(secret, s + k * secret_step), broadcast(secret, s + k * secret_step + 1)
-        mr, mi = load_f64(matrix, a + k * rank_step), load_f64(matrix, a + k * rank_step + 8)
+        mr, mi = load_real(matrix, a + k * rank_step), load_real(matrix, a + k * rank_step + 8)
         re, im = fnma(mi, si, fma(mr, sr, re)), fma(mi, sr, fma(mr, si, im))
     return re, im
 
@@ -55,10 +56,10 @@ def inner_product(matrix, at, secret, s, rank, n, roots, root_count, work, ahead
             vr, vi = inner(matrix, at + 32 * node + 16, rank_step, secret, s + 4 * node + 2, secret_step, rank)
             w = r + 2 * node
             hr, hi = _times_conjugate(ur - vr, ui - vi, broadcast(roots, w), broadcast(roots, w + 1))
-            store_f64(work, 32 * node, ur + vr)
-            store_f64(work, 32 * node + 8, ui + vi)
-            store_f64(work, 32 * node + 16, hr)
-            store_f64(work, 32 * node + 24, hi)
+            store_real(work, 32 * node, ur + vr)
+            store_real(work, 32 * node + 8, ui + vi)
+            store_real(work, 32 * node + 16, hr)
+            store_real(work, 32 * node + 24, hi)
         h, nodes = 2, n // 2
     else:
         nodes = n // 4
@@ -95,22 +96,22 @@ def prefetch_lines(start, lines):
 
 @inlined
 def _store4(work, a, step, q0r, q0i, q1r, q1i, q2r, q2i, q3r, q3i):
-    store_f64(work, a, q0r)
-    store_f64(work, a + 8, q0i)
-    store_f64(work, a + step, q1r)
-    store_f64(work, a + step + 8, q1i)
-    store_f64(work, a + 2 * step, q2r)
-    store_f64(work, a + 2 * step + 8, q2i)
-    store_f64(work, a + 3 * step, q3r)
-    store_f64(work, a + 3 * step + 8, q3i)
+    store_real(work, a, q0r)
+    store_real(work, a + 8, q0i)
+    store_real(work, a + step, q1r)
+    store_real(work, a + step + 8, q1i)
+    store_real(work, a + 2 * step, q2r)
+    store_real(work, a + 2 * step + 8, q2i)
+    store_real(work, a + 3 * step, q3r)
+    store_real(work, a + 3 * step + 8, q3i)
 
 
 @inlined
 def load_and_join4(work, a, step, roots, r):
     return _join4(
         roots, r,
-        load_f64(work, a), load_f64(work, a + 8),
-        load_f64(work, a + step), load_f64(work, a + step + 8),
-        load_f64(work, a + 2 * step), load_f64(work, a + 2 * step + 8),
-        load_f64(work, a + 3 * step), load_f64(work, a + 3 * step + 8),
+        load_real(work, a), load_real(work, a + 8),
+        load_real(work, a + step), load_real(work, a + step + 8),
+        load_real(work, a + 2 * step), load_real(work, a + 2 * step + 8),
+        load_real(work, a + 3 * step), load_real(work, a + 3 * step + 8),
     )  # fmt: skip

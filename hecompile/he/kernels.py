@@ -10,8 +10,8 @@ of `ring.py` is part of the roots. The order of the n values is that of the tree
 products. (Bernstein, "Multidigit multiplication for mathematicians", 2001, sections 3 and 8; the tree of roots is the usual
 form of negacyclic number-theoretic transforms, e.g. Seiler, ePrint 2018/039.)
 
-Every array is flat and holds eight features side by side: complex values as `[n, 2, 8]` float64, coefficients as `[d, 8]`
-int32. Kernels release the GIL and touch nothing but their arguments, so threads may run them on different groups of
+Every array is flat and holds eight features side by side: complex values as `[n, 2, 8]` float64 or float32, coefficients as
+`[d, 8]` int32. Kernels release the GIL and touch nothing but their arguments, so threads may run them on different groups of
 features. Results do not depend on the machine or on the number of threads.
 """
 
@@ -27,17 +27,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hecompile.he.simd import (
-    LANES,
-    address,
-    broadcast,
-    fma,
-    fnma,
-    load_f64,
-    load_i32,
-    store_f64,
-    to_f64,
-)
+from hecompile.he.simd import fma, fnma
+from hecompile.he.vectors import LANES, address, broadcast, load_i32, load_real, real_address, store_real, to_real
 
 _LINE = 64
 
@@ -76,11 +67,14 @@ def deinterleave(words: NDArray[Any], rows: slice, width: int) -> NDArray[Any]:
 
 
 def transform(
-    words: NDArray[np.int32], ring_dim: int, result: NDArray[np.float64] | None = None
-) -> NDArray[np.float64]:
-    """Transforms interleaved polynomials: int32, flat `[polynomials, ring_dim, 8]` → float64 `[…, ring_dim/2, 2, 8]`."""
-    values = aligned(words.size, np.float64) if result is None else result
-    forward_many(words, words.size // (LANES * ring_dim), ring_dim // 2, roots(ring_dim), values)
+    words: NDArray[np.int32], ring_dim: int, result: NDArray[Any] | None = None, precision: type[np.floating] = np.float64
+) -> NDArray[Any]:
+    """Transforms interleaved polynomials: int32, flat `[polynomials, ring_dim, 8]` → real `[…, ring_dim/2, 2, 8]`.
+
+    In the precision of `result`, or else in `precision`: float64 or float32.
+    """
+    values = aligned(words.size, precision) if result is None else result
+    forward_many(words, words.size // (LANES * ring_dim), ring_dim // 2, roots(ring_dim, values.dtype.type), values)
     return values
 
 
@@ -96,13 +90,17 @@ def transform_secrets(secrets: NDArray[np.int8] | NDArray[np.int32]) -> NDArray[
     return result
 
 
-@lru_cache(maxsize=16)
-def roots(ring_dim: int) -> NDArray[np.float64]:
-    """The roots of the tree for `ring_dim`, pass by pass from the top: float64, flat.
+def roots(ring_dim: int, precision: type[np.floating] = np.float64) -> NDArray[Any]:
+    """The roots of the tree for `ring_dim`, pass by pass from the top: float64 or float32, flat.
 
     A radix-4 node X^4h - e^(iθ) has six numbers: e^(iθ/4), e^(iθ/2) and their product. Where log2 n is odd the lowest
     level is radix 2, with e^(iθ/2) for each node.
     """
+    return _roots(ring_dim, np.dtype(precision).name)
+
+
+@lru_cache(maxsize=32)
+def _roots(ring_dim: int, precision: str) -> NDArray[Any]:
     # An angle is a fraction of the full circle, an exact binary number: θ/2π = 1/4 at the top.
     turns, size, parts = np.array([0.25]), ring_dim // 2, []
     while size >= 4:
@@ -111,7 +109,7 @@ def roots(ring_dim: int) -> NDArray[np.float64]:
         size //= 4
     if size == 2:
         parts.append(_unit(turns / 2))
-    flat = np.concatenate(parts).view(np.float64)
+    flat = np.concatenate(parts).view(np.float64).astype(precision)
     flat.flags.writeable = False
     return flat
 
@@ -142,21 +140,21 @@ def _split4(work, at, step, roots, r, q0r, q0i, q1r, q1i, q2r, q2i, q3r, q3i):
     q3r, q3i = _times(q3r, q3i, broadcast(roots, r + 4), broadcast(roots, r + 5))
     ar, ai, br, bi = q0r + q2r, q0i + q2i, q1r + q3r, q1i + q3i
     cr, ci, dr, di = q0r - q2r, q0i - q2i, q1r - q3r, q1i - q3i
-    store_f64(work, at, ar + br)
-    store_f64(work, at + 8, ai + bi)
-    store_f64(work, at + step, ar - br)
-    store_f64(work, at + step + 8, ai - bi)
-    store_f64(work, at + 2 * step, cr - di)
-    store_f64(work, at + 2 * step + 8, ci + dr)
-    store_f64(work, at + 3 * step, cr + di)
-    store_f64(work, at + 3 * step + 8, ci - dr)
+    store_real(work, at, ar + br)
+    store_real(work, at + 8, ai + bi)
+    store_real(work, at + step, ar - br)
+    store_real(work, at + step + 8, ai - bi)
+    store_real(work, at + 2 * step, cr - di)
+    store_real(work, at + 2 * step + 8, ci + dr)
+    store_real(work, at + 3 * step, cr + di)
+    store_real(work, at + 3 * step + 8, ci - dr)
 
 
 @compiled
 def forward_many(coefficients, count, n, roots, values):
     """`count` polynomials, one after the other."""
     for i in range(count):
-        forward_at(address(coefficients), 16 * n * i, n, address(roots), address(values), 16 * n * i)
+        forward_at(address(coefficients), 16 * n * i, n, real_address(roots), real_address(values), 16 * n * i)
 
 
 @compiled
@@ -184,10 +182,10 @@ def forward_at(coefficients, start, n, roots, work, at):
         c = start + 8 * p
         _split4(
             work, at + 16 * p, 16 * h, roots, 0,
-            to_f64(load_i32(coefficients, c)), to_f64(load_i32(coefficients, c + 8 * n)),
-            to_f64(load_i32(coefficients, c + 8 * h)), to_f64(load_i32(coefficients, c + 8 * (h + n))),
-            to_f64(load_i32(coefficients, c + 16 * h)), to_f64(load_i32(coefficients, c + 8 * (2 * h + n))),
-            to_f64(load_i32(coefficients, c + 24 * h)), to_f64(load_i32(coefficients, c + 8 * (3 * h + n))),
+            to_real(load_i32(coefficients, c), work), to_real(load_i32(coefficients, c + 8 * n), work),
+            to_real(load_i32(coefficients, c + 8 * h), work), to_real(load_i32(coefficients, c + 8 * (h + n)), work),
+            to_real(load_i32(coefficients, c + 16 * h), work), to_real(load_i32(coefficients, c + 8 * (2 * h + n)), work),
+            to_real(load_i32(coefficients, c + 24 * h), work), to_real(load_i32(coefficients, c + 8 * (3 * h + n)), work),
         )  # fmt: skip
     r, nodes = 6, 4
     while h >= 4:
@@ -198,22 +196,22 @@ def forward_at(coefficients, start, n, roots, work, at):
                 a = at + 16 * (4 * h * node + p)
                 _split4(
                     work, a, step, roots, r,
-                    load_f64(work, a), load_f64(work, a + 8),
-                    load_f64(work, a + step), load_f64(work, a + step + 8),
-                    load_f64(work, a + 2 * step), load_f64(work, a + 2 * step + 8),
-                    load_f64(work, a + 3 * step), load_f64(work, a + 3 * step + 8),
+                    load_real(work, a), load_real(work, a + 8),
+                    load_real(work, a + step), load_real(work, a + step + 8),
+                    load_real(work, a + 2 * step), load_real(work, a + 2 * step + 8),
+                    load_real(work, a + 3 * step), load_real(work, a + 3 * step + 8),
                 )  # fmt: skip
             r += 6
         nodes *= 4
     if h == 2:
         for node in range(nodes):
             a = at + 32 * node
-            ur, ui = load_f64(work, a), load_f64(work, a + 8)
+            ur, ui = load_real(work, a), load_real(work, a + 8)
             vr, vi = _times(
-                load_f64(work, a + 16), load_f64(work, a + 24), broadcast(roots, r), broadcast(roots, r + 1)
+                load_real(work, a + 16), load_real(work, a + 24), broadcast(roots, r), broadcast(roots, r + 1)
             )
-            store_f64(work, a, ur + vr)
-            store_f64(work, a + 8, ui + vi)
-            store_f64(work, a + 16, ur - vr)
-            store_f64(work, a + 24, ui - vi)
+            store_real(work, a, ur + vr)
+            store_real(work, a + 8, ui + vi)
+            store_real(work, a + 16, ur - vr)
+            store_real(work, a + 24, ui - vi)
             r += 2

@@ -16,7 +16,7 @@ from numba.core.datamodel import models
 from numba.core.extending import intrinsic as typed_intrinsic
 from numba.core.extending import overload, register_model
 
-from hecompile.he.simd import I8, LANES
+from hecompile.he.vectors import I8, LANES
 
 GROUPS = 8
 """Groups of eight features in a line."""

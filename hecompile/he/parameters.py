@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,12 @@ from hecompile.he.sampling import ERROR_BOUND, SIGMA
 from hecompile.he.security import MINIMUM_BITS, security_bits
 
 LOG_Q = 32
+SINGLE_ERROR_BOUND = 47_000_000
+"""At least `rounding_error_bound` in float32, and half for rounding to an integer, for every ring of the catalogue."""
+
+SINGLE_ERROR_STD = 2.0**13
+"""At least the standard deviation of that error, as measured; see tests/he/test_single_precision.py."""
+
 _NORM_SLACK = 1e-9
 """Far above the rounding of the float64 norms that the two sides of the comparison are made of."""
 
@@ -238,6 +245,19 @@ class LinearParameters:
         return 1 << (8 * (4 - self.reply_bytes))
 
     @property
+    def decryption_precision(self) -> type[np.floating]:
+        """float32 where replies are rounded to multiples of 2^16 or more, beside which its error is small, or float64.
+
+        It takes half the time. The masks of encryption are exact always.
+        """
+        return np.float32 if self.reply_bytes <= 2 else np.float64
+
+    @property
+    def _decryption_error(self) -> int:
+        """Largest error of the product of hint and secret that decryption subtracts."""
+        return SINGLE_ERROR_BOUND if self.decryption_precision is np.float32 else 0
+
+    @property
     def _upload_error(self) -> int:
         """Largest |ρ| from rounding b to a multiple of U: 0 or U/2."""
         return self.upload_step // 2 if self.upload_step > 1 else 0
@@ -249,18 +269,22 @@ class LinearParameters:
 
     @property
     def noise_bound(self) -> int:
-        """Largest |decrypted - W·x| that can ever occur: max_l1 · (ERROR_BOUND + U/2) + G/2 (halves where rounded)."""
-        return self.max_l1 * (ERROR_BOUND + self._upload_error) + self._reply_error
+        """Largest |decrypted - W·x| that can ever occur: max_l1 · (ERROR_BOUND + U/2) + G/2 (halves where rounded) + D.
+
+        D is the largest error of decryption in float32, or 0 in float64.
+        """
+        return self.max_l1 * (ERROR_BOUND + self._upload_error) + self._reply_error + self._decryption_error
 
     @property
     def room(self) -> int:
         """How large an exact result |W_i·x| may be: every such x decrypts without overflow, whatever the secret and error.
 
         Proof. The client sends b' = b + ρ mod q with b = ⟨A, s⟩ + e + x, |ρ| ≤ U/2, and word = b'/U mod 2^(8L). The
-        worker has Y with U·Y = W·b' mod q, and replies Y' with U·Y' = W·b' + ρ' mod q, |ρ'| ≤ G/2. As U divides q, the
-        wrap mod 2^(8L) is the wrap mod q. The client subtracts ⟨H, s⟩ = W·⟨A, s⟩ mod q, and is left with
-        V = W·(x + e + ρ) + ρ' mod q. Row i of the integer V is at most |W_i·x| + ‖W_i‖₁·(ERROR_BOUND + U/2) + G/2
-        = |W_i·x| + noise_bound ≤ room + noise_bound = 2^31 - 1 = q/2 - 1, so the centred residue is V.
+        worker has Y with U·Y = W·b' mod q, and replies Y' with U·Y' = W·b' + ρ' mod q, |ρ'| ≤ G/2. As U divides q,
+        the wrap mod 2^(8L) is the wrap mod q. The client subtracts ⟨H, s⟩ + δ = W·⟨A, s⟩ + δ mod q, where |δ| ≤ D,
+        and is left with V = W·(x + e + ρ) + ρ' - δ mod q. Row i of the integer V is at most |W_i·x| +
+        ‖W_i‖₁·(ERROR_BOUND + U/2) + G/2 + D = |W_i·x| + noise_bound ≤ room + noise_bound = 2^31 - 1 = q/2 - 1, so
+        the centred residue is V.
         """
         return 2 ** (LOG_Q - 1) - 1 - self.noise_bound
 
@@ -288,11 +312,13 @@ class LinearParameters:
         """Predicted standard deviation of decrypted - W·x in a row with ‖W_i‖₂ = `row_l2` (a number or a float tensor).
 
         √((σ² + (U² - 1)/12)·‖W_i‖₂² + (G² - U²)/12): the error, and two roundings of uniform words, each uniform over
-        the multiples of the finer step within the coarser one.
+        the multiples of the finer step within the coarser one. Decryption in float32 adds SINGLE_ERROR_STD², as if its
+        error were independent of those.
         """
         error = SIGMA**2 + (self.upload_step**2 - 1) / 12
         rounding = (self.reply_step**2 - self.upload_step**2) / 12
-        return (error * row_l2**2 + rounding) ** 0.5
+        decryption = SINGLE_ERROR_STD**2 if self.decryption_precision is np.float32 else 0.0
+        return (error * row_l2**2 + rounding + decryption) ** 0.5
 
     def bytes_up(self, tokens: int) -> int:
         """Bytes of the ciphertext of `tokens` tokens."""

@@ -14,8 +14,8 @@ from hecompile.he.kernels import aligned, interleave, transform
 from hecompile.he.parameters import RingParameters
 from hecompile.he.ring import negacyclic_fft
 from hecompile.he.sampling import PublicSeed
-from hecompile.he.simd import LANES
 from hecompile.he.threads import for_each
+from hecompile.he.vectors import LANES
 
 
 class PublicMatrix:

@@ -24,11 +24,8 @@ from hecompile.errors import HecompileError
 if sys.byteorder != "little":
     raise HecompileError("hecompile reads words as little-endian bytes and does not run on a big-endian machine")
 
-_UNIT = 2.0**-53
-"""Relative error of one rounding in float64."""
-
-_TWIDDLE_ERROR = 2 * _UNIT
-"""Relative error granted to each stored root of unity: twice what correct rounding gives."""
+DOUBLE, SINGLE = 2.0**-53, 2.0**-24
+"""Relative error of one rounding in float64 and in float32."""
 
 _ROUND_TO_INTEGER = 1.5 * 2.0**52
 """Adding it to |v| < 2^51 rounds v to the nearest integer and leaves that integer mod 2^32 in the low mantissa word."""
@@ -43,25 +40,27 @@ class HasRing(Protocol):
     def rank(self) -> int: ...
 
 
-def rounding_error_bound(params: HasRing) -> float:
-    """Proven bound on the float64 error of any coefficient of Σ_{k≤m} a_k·s_k before it is rounded to an integer.
+def rounding_error_bound(params: HasRing, unit: float = DOUBLE) -> float:
+    """Proven bound on the error of any coefficient of Σ_{k≤m} a_k·s_k before it is rounded to an integer.
 
-    Holds for all |a| ≤ 2^31 and ternary s, however they were chosen; the product is exact where it is below 1/2.
+    Holds for all |a| ≤ 2^31 and ternary s, however they were chosen; the product is exact where it is below 1/2. `unit` is
+    the relative error u of one rounding.
 
     Percival, "Rapid multiplication modulo the sum and difference of highly composite numbers", Math. Comp. 72 (2003),
     theorem 5.1: an FFT convolution of length n = 2^t is off by at most ‖a‖₂‖s‖₂·((1+u)^3t (1+u√5)^(3t+1) (1+β)^3t - 1),
-    where u = 2^-53, u√5 bounds a complex product (Brent, Percival, Zimmermann, "Error bounds on complex floating-point
+    where u√5 bounds a complex product (Brent, Percival, Zimmermann, "Error bounds on complex floating-point
     multiplication", Math. Comp. 76, 2007) and β a root of unity. The argument in short: a stage of a forward
     transform is √2 times a unitary matrix, so its error is relative in the 2-norm; by Cauchy and Schwarz the 1-norm of
     the pointwise product is at most n‖a‖₂‖s‖₂; and each output of the inverse is 1/n times a sum in which each term
-    passed t butterflies. Here every transform has one more product, by the twist (3 × (1+u√5)(1+β)), and the sum over
-    the rank adds m - 1 roundings. Higher radices round no more often on any path. ‖a‖₂ ≤ 2^31·√d and ‖s‖₂ ≤ √d.
+    passed t butterflies. Here every transform has one more product, by the twist (3 × (1+u√5)(1+β)), the sum over the rank
+    adds m - 1 roundings, and a is rounded once where u cannot hold it. Higher radices round no more often on any path.
+    ‖a‖₂ ≤ 2^31·√d and ‖s‖₂ ≤ √d. For β twice what correct rounding gives is granted.
     """
     stages = math.log2(params.ring_dim / 2)
     log_growth = (
-        (3 * stages + params.rank - 1) * math.log1p(_UNIT)
-        + (3 * stages + 4) * math.log1p(math.sqrt(5) * _UNIT)
-        + (3 * stages + 3) * math.log1p(_TWIDDLE_ERROR)
+        (3 * stages + params.rank) * math.log1p(unit)
+        + (3 * stages + 4) * math.log1p(math.sqrt(5) * unit)
+        + (3 * stages + 3) * math.log1p(2 * unit)
     )
     return params.rank * params.ring_dim * 2.0**31 * math.expm1(log_growth)
 

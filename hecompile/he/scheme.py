@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,17 +57,18 @@ class DecryptionKey(Unsharable):
         self.linear = linear
         self.tokens = tokens
         self._secrets = secrets  # int8 [blocks, rank, ring_dim]
-        self._transformed: NDArray[np.float64] | None = None
+        self._transformed: dict[type[np.floating], NDArray[Any]] = {}
 
     def secret_ffts(self) -> Tensor:
         """As `ring.NegacyclicFft.forward` has them: complex128 `[blocks, rank, ring_dim/2]`."""
         return negacyclic_fft(self.params.ring_dim).forward(torch.from_numpy(self._secrets))
 
-    def secrets_transformed(self) -> NDArray[np.float64]:
-        """As the kernels want them: see `kernels.transform_secrets`."""
-        if self._transformed is None:
-            self._transformed = transform_secrets(self._secrets)
-        return self._transformed
+    def secrets_transformed(self, precision: type[np.floating] = np.float64) -> NDArray[Any]:
+        """As the kernels want them, in float64 or float32: see `kernels.transform_secrets`."""
+        if precision not in self._transformed:
+            exact = self._transformed.setdefault(np.float64, transform_secrets(self._secrets))
+            self._transformed[precision] = exact.astype(precision, copy=False)
+        return self._transformed[precision]
 
     def check(self, hint: Hint, reply: Tensor, linear: LinearParameters) -> None:
         """Raises WorkerError for a reply of another shape than was asked for, InputError for a strange hint or circuit."""

@@ -28,7 +28,8 @@ from hecompile.he.lines import (
     top_of_line,
     unpack_line,
 )
-from hecompile.he.simd import (
+from hecompile.he.simd import round_mod_2_32, to_f64
+from hecompile.he.vectors import (
     LANES,
     address,
     broadcast,
@@ -37,11 +38,10 @@ from hecompile.he.simd import (
     load_i8,
     prefetch,
     prefetch_to_write,
-    round_mod_2_32,
+    real_address,
     splat,
     store_f32,
     store_i32,
-    to_f64,
 )
 
 WIDTH = LANES * GROUPS
@@ -225,10 +225,10 @@ def decrypt(
     stride = 8 * tokens + _PADDING
     dropped = 8 * (4 - limbs)
     root_count = roots.size
-    hint_, kept_, roots_, secrets_ = address(hint), address(kept), address(roots), address(secrets)
-    keep, planes_, sums_ = kept.size > 0, address(planes), address(sums)
+    hint_, kept_, roots_, secrets_ = address(hint), real_address(kept), real_address(roots), real_address(secrets)
+    keep, planes_, sums_, kept_at = kept.size > 0, address(planes), address(sums), address(kept)
     scale_, factor_, result_, vectors_ = address(scale), address(factors), address(result), address(vectors)
-    tile_, values_, work_ = address(tile), address(values), address(work)
+    tile_, values_, work_ = address(tile), real_address(values), real_address(work)
     vector_rows, vectors_flat = vectors.shape[1], vectors.reshape(-1)
     group_size = rank * 16 * n
     for j in range(0, features, WIDTH):
@@ -237,7 +237,7 @@ def decrypt(
             base = (first + j // 8 + g) * group_size
             if keep:
                 matrix, start = kept_, base
-                ahead, ahead_size = kept_ + 8 * (base + group_size), 8 * group_size
+                ahead, ahead_size = kept_at + kept.itemsize * (base + group_size), kept.itemsize * group_size
             else:
                 matrix, start = values_, 0
                 ahead, ahead_size = hint_ + 4 * (base + group_size), 4 * group_size

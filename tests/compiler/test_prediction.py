@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from hecompile.client_bundle import ClientBundle
 from hecompile.frontend import load_config
 from hecompile.he.parameters import CATALOGUE
-from hecompile.he.simd import LANES
+from hecompile.he.vectors import LANES
 from hecompile.prediction import HINT_ROW_GROUP, ModelSize, hint_bytes, megabytes, prediction_table, total_hint_bytes
 from tests.compiler.tiny import OPTIONS
 
