@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hecompile.errors import SecurityError
-from hecompile.he import bytewise
+from hecompile.he import bytewise, comparisons
 from hecompile.he.scratch import scratch
 from hecompile.he.vectors import address
 
@@ -129,6 +129,9 @@ def gaussian_from_uniform(
         done = count // _LANES * _LANES
         places = scratch("places", _BLOCK + _LANES, np.uint16)
         used, left_open = _look_up_vectors(top, second, tables, fine, samples, low, places, undecided)
+    elif count >= _LANES:
+        done = count // _LANES * _LANES
+        used, left_open = _compare_vectors(top, second, fine, samples, low, undecided)
     used, left_open = _look_up(top, second, done, used, wanted, tables, fine, samples, low, undecided, left_open)
     if used > second.size:
         raise SecurityError("too few random bytes were drawn for the errors: this is a defect, please report it")
@@ -157,6 +160,31 @@ def _look_up_vectors(top, second, steps, fine, samples, low, places, undecided):
             used += found >> 32
         for c in range(count):
             k = start + np.int64(places[c])
+            sample = fine[(np.int64(top[k]) << 8) | np.int64(low[k])]
+            samples[k] = sample
+            if sample == _STRADDLES:
+                undecided[left_open] = k
+                left_open += 1
+    return used, left_open
+
+
+_top_byte_samples = comparisons.top_byte_samples(step_tables()[0].view(np.int8).tolist(), wants_second().tolist())
+
+
+@numba.njit(nogil=True, cache=True, boundscheck=False)
+def _compare_vectors(top, second, fine, samples, low, undecided):  # type: ignore[no-untyped-def]
+    """The same where the processor lacks what `bytewise` is made of."""
+    used, left_open = 0, 0
+    top_, samples_ = address(top), address(samples)
+    for i in range(0, top.size - _LANES + 1, _LANES):
+        if used + _LANES > second.size:
+            return second.size + 1, 0
+        mask = _top_byte_samples(top_ + i, samples_ + i)
+        while mask != 0:
+            k = i + comparisons.lowest_bit(mask)
+            mask &= mask - 1
+            low[k] = second[used]
+            used += 1
             sample = fine[(np.int64(top[k]) << 8) | np.int64(low[k])]
             samples[k] = sample
             if sample == _STRADDLES:

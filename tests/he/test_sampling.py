@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hecompile.errors import InputError, SecurityError
-from hecompile.he import bytewise, sampling
+from hecompile.he import bytewise, comparisons, sampling
 from hecompile.he.gaussian import (
     _STRADDLES,
     gaussian_cdf,
@@ -251,3 +251,8 @@ def test_a_cipher_that_writes_too_little_is_noticed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sampling, "Cipher", Short)
     with pytest.raises(SecurityError, match="random bytes"):
         SecretRandom().discrete_gaussian((8,))
+
+
+def test_comparisons_refuse_a_table_that_does_not_grow_by_ones() -> None:
+    with pytest.raises(ValueError, match="grow by ones"):
+        comparisons.top_byte_samples([0] * 100 + [2] * 156, [False] * 256)
