@@ -1,4 +1,4 @@
-"""Setup: the hint H = W·A mod 2^32, exactly, as integer matrix products of bytes where the machine does them right.
+"""Setup: the hint H = W·A mod 2^32, exactly, as integer matrix products of bytes where the machine does them right and fast.
 
 Hints cost what `rank · ring_dim` tokens cost on the worker, forward and backward, through every frozen linear. So what the
 circuits of a model share is made once (`PreparedMatrix`: A and its digits), and nothing between the products allocates.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hecompile.errors import InputError
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.integers import balanced_bytes
+from hecompile.integers import balanced_bytes, int8_products_are_fast
 
 _MAX_FEATURES = 2**15
 _LIMBS = 4
@@ -58,7 +58,7 @@ class PreparedMatrix:
             )
         digits = [torch.from_numpy(digit) for digit in balanced_bytes(weight.numpy())]
         hint = torch.zeros((weight.shape[0], self._lattice_dim), dtype=torch.int32)
-        if limb_product_is_exact():
+        if int8_products_are_fast() and limb_product_is_exact():
             self._add_limb_products(digits, hint)
         else:
             self._add_float_products(digits, hint)

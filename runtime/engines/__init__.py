@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hecompile.errors import InputError
+from hecompile.integers import int8_products_are_fast
 from hecompile.worker_bundle import WorkerBundle
 from runtime.engines.base import Engine
 
@@ -37,7 +38,9 @@ def _auto(bundle: WorkerBundle) -> Engine:
     """The fastest on this machine's CPU. Never a GPU: that is asked for by name."""
     from runtime.engines.vnni_kernel import supported
 
-    return _vnni(bundle) if supported() else _torch(bundle)
+    if supported():
+        return _vnni(bundle)
+    return _torch(bundle) if int8_products_are_fast() else _onnxruntime(bundle)
 
 
 def _concrete(bundle: WorkerBundle) -> Engine:

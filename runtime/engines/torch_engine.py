@@ -1,4 +1,5 @@
-"""The circuits as `torch._int_mm` (int8 × int8 → int32) on the CPU: the engine for machines without AVX512-VNNI.
+"""The circuits as `torch._int_mm` (int8 × int8 → int32) on the CPU: the engine for machines without AVX512-VNNI that have
+another fast product of int8 (with AVX2 alone it is exact and of no use: seventy times slower than float32).
 
 Bytes are unsigned and `_int_mm` is signed, so the word is rewritten in balanced digits, d_l in [-128, 127] with
 Σ d_l · 2^(8l) ≡ word mod 2^(8L). On words that is `(b + 0x80808080) ^ 0x80808080` read as int8; on byte planes it is

@@ -116,6 +116,7 @@ def test_setup_in_chunks(monkeypatch: pytest.MonkeyPatch, exact_limbs: bool) -> 
     monkeypatch.setattr(setup_code, "_CHUNK_IN", 8)
     monkeypatch.setattr(setup_code, "_CHUNK_OUT", 6)
     monkeypatch.setattr(setup_code, "limb_product_is_exact", lambda: exact_limbs and limb_product_is_exact())
+    monkeypatch.setattr(setup_code, "int8_products_are_fast", lambda: True)
     assert torch.equal(setup(weight, public), wanted)
 
 
