@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from hecompile.errors import InputError, SecurityError
-from hecompile.he.ring import rounding_error_bound
+from hecompile.he.ring import SINGLE, rounding_error_bound
 from hecompile.he.sampling import ERROR_BOUND, SIGMA
 from hecompile.he.security import MINIMUM_BITS, security_bits
 
 LOG_Q = 32
 SINGLE_ERROR_BOUND = 47_000_000
-"""At least `rounding_error_bound` in float32, and half for rounding to an integer, for every ring of the catalogue."""
+"""At least `rounding_error_bound` in float32, and half for rounding to an integer: larger rings are refused."""
 
 SINGLE_ERROR_STD = 2.0**13
 """At least the standard deviation of that error, as measured; see tests/he/test_single_precision.py."""
@@ -44,7 +44,8 @@ class RingParameters:
     """The module-LWE instance: R_q^rank with R_q = Z_q[X]/(X^ring_dim + 1), q = 2^log_q, error width sigma.
 
     Raises:
-        InputError: not a power of two, not a positive rank, or a product that float64 cannot make exactly.
+        InputError: not a power of two, not a positive rank, or so large that products are not exact in float64, or further
+            off in float32 than `SINGLE_ERROR_BOUND`.
         SecurityError: less than 128 bits, or an error width that the sampler does not draw.
     """
 
@@ -68,6 +69,11 @@ class RingParameters:
             raise SecurityError(f"sigma must be {SIGMA}, the width that the sampler draws, got {self.sigma}")
         if rounding_error_bound(self) >= 0.5:
             raise InputError(f"ring products at {self.ring_dim} x {self.rank} are not exact: take a smaller rank")
+        if not self.insecure and rounding_error_bound(self, SINGLE) + 0.5 > SINGLE_ERROR_BOUND:
+            raise InputError(
+                f"{self.ring_dim} x {self.rank} is larger than what decryption in float32 is proven for: "
+                f"take one of {', '.join(CATALOGUE)}"
+            )
         if not self.insecure and self.security_bits < MINIMUM_BITS:
             raise SecurityError(
                 f"{self.ring_dim} x {self.rank} gives {self.security_bits} bits, under {MINIMUM_BITS}: "

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from hecompile.errors import InputError
 from hecompile.he.fused import RealKey, decrypt_reals
 from hecompile.he.hints import Hint
 from hecompile.he.parameters import (
@@ -46,6 +47,11 @@ def test_error_is_as_small_as_the_parameters_say(params: RingParameters, kind: s
     assert 0 < error.abs().max() <= rounding_error_bound(params, SINGLE) + 2**8  # of which reals in float32 make 2^7 each
     if kind == "random":  # as hints are: A is uniform
         assert error.square().mean().sqrt() <= SINGLE_ERROR_STD
+
+
+def test_a_ring_beyond_the_bound_is_refused() -> None:
+    with pytest.raises(InputError, match=r"2048 x 2 is larger than what decryption in float32 is proven for: take one of"):
+        RingParameters(2048, 2)
 
 
 @pytest.mark.parametrize(("reply_bytes", "precision"), [(1, np.float32), (2, np.float32), (3, np.float64), (4, np.float64)])
