@@ -213,10 +213,11 @@ def decrypt(
 ):  # fmt: skip
     """Decrypts `tokens` tokens of `features` features, of which the first is in group `first` of the hint.
 
-    hint: int32, rows of H `[groups, rank, 2n, 8]`, and kept: empty, or their transforms, float64 `[groups, rank, n, 2, 8]`,
-    which are then used instead. planes: uint8, byte l of the reply at `p_at + l·plane + t·p_row + j`.
+    hint: int32, rows of H `[groups, rank, 2n, 8]`, and kept: empty, or their transforms, `[groups, rank, n, 2, 8]`, which
+    are then used instead. kept, roots, secrets, values and work are all float64 or all float32.
+    planes: uint8, byte l of the reply at `p_at + l·plane + t·p_row + j`.
     result: float32 at `r_at + t·r_row + j`: the word times scale `[tokens]` times factors `[features]`, float64.
-    values: float64, rank · 16 · n of scratch. The rest is as in `encrypt`.
+    values: rank · 16 · n of scratch. The rest is as in `encrypt`.
     For verification, vectors: int32 `[tiles, variants, 64]`, as `Checks` has them by tiles; sums
     `[checks, tokens, SUM_LANES]` int32 grows, all lanes together, by Σ_j top_j times vector j of variant variants[t], in
     the place of the check that the feature belongs to: `check_features` (a multiple of 64) each. top_j is the word without
