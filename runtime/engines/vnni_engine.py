@@ -32,7 +32,7 @@ class VnniEngine:
 
     def __init__(self, bundle: WorkerBundle, threads: int = 0) -> None:
         if not supported():
-            raise WorkerError("engine vnni: this CPU has no AVX512-VNNI; use the engine torch or onnxruntime")
+            raise WorkerError("engine vnni: this CPU has no AVX512-VNNI; use the engine onnxruntime or torch")
         self._bundle = bundle
         self._weights = Weights(bundle)
         self._threads = threads or len(os.sched_getaffinity(0))

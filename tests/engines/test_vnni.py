@@ -11,6 +11,7 @@ import pytest
 from hecompile.errors import WorkerError
 from hecompile.worker_bundle import WorkerBundle
 from passes.lower_worker import encrypted_linear_reference
+from runtime import engines
 from runtime.engines import create_engine, vnni_engine, vnni_kernel
 from runtime.engines.vnni_engine import SMALLEST_BLOCK, VnniEngine, aligned, block_tokens
 from tests.worker.bundles import extreme_planes, extreme_weight, write_bundle
@@ -94,11 +95,15 @@ def test_blocks_are_whole_tiles_and_cover_every_token(limbs: int, tokens: int, o
     assert block_tokens(4096, 64 * 64, limbs, 2) >= 4096  # panels enough
 
 
-def test_without_the_instructions_the_default_is_torch(bundle: WorkerBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("fast", "name"), [(True, "torch"), (False, "onnxruntime")])
+def test_without_the_instructions_the_default_is_another(
+    bundle: WorkerBundle, monkeypatch: pytest.MonkeyPatch, fast: bool, name: str
+) -> None:
     monkeypatch.setattr(vnni_kernel, "supported", lambda: False)
     monkeypatch.setattr(vnni_engine, "supported", lambda: False)
-    assert create_engine("auto", bundle).name == "torch"
-    with pytest.raises(WorkerError, match="this CPU has no AVX512-VNNI; use the engine torch or onnxruntime"):
+    monkeypatch.setattr(engines, "int8_products_are_fast", lambda: fast)
+    assert create_engine("auto", bundle).name == name
+    with pytest.raises(WorkerError, match="this CPU has no AVX512-VNNI; use the engine onnxruntime or torch"):
         create_engine("vnni", bundle)
 
 
