@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -73,12 +74,7 @@ def infer(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write; each is one evaluation of the model.")] = 1,
 ) -> None:
     """Write the likeliest next tokens of prompts; all prompts go through the worker together."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from hecompile.errors import InputError
-    from runtime.ckks.answers import complete
-    from runtime.ckks.client import CkksSession
 
     if bool(prompts) == (prompts_file is not None):
         raise InputError("give prompts as arguments or in --prompts-file, one or the other")
@@ -88,14 +84,28 @@ def infer(
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read {prompts_file}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
     assert prompts is not None
+    answer(plan, worker, prompts, new_tokens)
+
+
+def answer(plan: Path, worker: str, prompts: Sequence[str], new_tokens: int) -> None:
+    """Prints the likeliest `new_tokens` next tokens of each prompt; all go through the CKKS worker together.
+
+    Raises InputError and what `runtime.ckks.client.CkksSession` raises.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from runtime.ckks.answers import complete
+    from runtime.ckks.client import CkksSession
+
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with CkksSession(plan, worker) as session, Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("refreshes", total=new_tokens * len(session.plan.refreshes))
         answers = complete(session, prompts, new_tokens, lambda *_: bar.advance(task))
         stats = session.stats
-    for prompt, answer in zip(prompts, answers, strict=True):
-        print(f"{prompt}\t{answer}" if len(prompts) > 1 else answer, flush=True)
+    for prompt, written in zip(prompts, answers, strict=True):
+        print(f"{prompt}\t{written}" if len(prompts) > 1 else written, flush=True)
     console.print(
         f"last evaluation: {stats.total_seconds:.0f} s for {len(prompts)} prompts, {stats.bytes_up / 1e6:.0f} MB up, "
         f"{stats.bytes_down / 1e6:.0f} MB down, {stats.refreshed} ciphertexts refreshed",

@@ -48,11 +48,16 @@ def infer(
     attempts: Annotated[int, typer.Option(help="How often a request is sent at most.")] = 6,
     on_bad_worker: Annotated[str, typer.Option(help="After a wrong reply: stop, or retry-elsewhere.")] = "stop",
 ) -> None:
-    """Answer prompts through the encrypted worker: it sees ciphertexts, as in training; the text stays here."""
+    """Answer prompts through the encrypted worker: it sees ciphertexts, as in training; the text stays here.
+
+    With the client bundle of `hecompile ckks export` the whole model is evaluated on the worker, for all prompts at once.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from hecompile.ckks.bundle import is_polynomial_plan
+    from hecompile.cli_ckks import answer as answer_polynomial
     from hecompile.errors import InputError
     from runtime.adapter import load_adapter
     from runtime.generation import Sampling
@@ -61,6 +66,12 @@ def infer(
     from runtime.session import open_session
     from runtime.workplace import make_workplace
 
+    polynomial = is_polynomial_plan(plan)
+    if polynomial and (adapter is not None or out is not None or worker is None or len(worker) != 1):
+        raise InputError(
+            f"{plan} is a polynomial plan: it takes one --worker, where `hecompile ckks serve` listens, and no --out; an "
+            "adapter is merged by `hecompile ckks export --adapter`"
+        )
     if bool(prompts) == (prompts_file is not None):
         raise InputError("give prompts as arguments or in --prompts-file, one or the other")
     if prompts_file is None:
@@ -71,6 +82,10 @@ def infer(
         asked = read_prompts(prompts_file)
     if not asked:
         raise InputError("standard input holds no prompt; give one per line")
+    if polynomial:
+        assert worker is not None
+        answer_polynomial(plan, worker[0], [prompt.text for prompt in asked], max_new_tokens)
+        return
     settings: dict[str, Any] = {"model": plan, "worker_bundle": worker_bundle, "engine": engine}
     settings["worker"] = (worker[0] if len(worker) == 1 else worker) if worker else "inprocess"
     settings["connection"] = {

@@ -96,6 +96,11 @@ class CkksPlan:
         (directory / PLAN).write_text(text, encoding="utf-8")
 
 
+def is_polynomial_plan(directory: str | Path) -> bool:
+    """Whether a client's bundle is one of `export_polynomial`, of any version."""
+    return (Path(directory) / PLAN).is_file()
+
+
 Progress = Callable[[str], None]
 
 

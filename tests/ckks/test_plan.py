@@ -124,6 +124,31 @@ def test_an_adapter_is_merged_as_peft_does(checkpoint: Path, build: Path, tmp_pa
     assert not torch.allclose(found, without, atol=1e-2)
 
 
+def run_infer(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-m", "hecompile.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_for_interactive_plans_knows_this_kind_too(build: Path, worker: str) -> None:
+    prompts = tokens_of(build)
+    plan = str(build / "client")
+    own = run_infer("ckks", "infer", plan, "--worker", worker, *prompts)
+    both = run_infer("infer", plan, "--worker", worker, "--max-new-tokens", "1", *prompts)
+    assert both.returncode == 0, both.stderr
+    assert both.stdout == own.stdout and both.stdout.count("\n") == len(prompts)
+    for extra in (["--adapter", "somewhere"], ["--out", "answers.jsonl"]):
+        refused = run_infer("infer", plan, "--worker", worker, *extra, "a")
+        assert refused.returncode == 2 and "ckks export --adapter" in " ".join(refused.stderr.split())
+
+
+def tokens_of(build: Path) -> list[str]:
+    """Two prompts short enough for the plan of three tokens."""
+    tokenizer = make_tokenizer()
+    prompts = ["a", "b"]
+    assert all(0 < len(tokenizer(prompt)["input_ids"]) <= 3 for prompt in prompts)
+    return prompts
+
+
 def test_what_cannot_be_sent_is_refused(build: Path, worker: str) -> None:
     with CkksSession(build / "client", worker) as session:
         with pytest.raises(InputError, match=r"takes tokens \[B, 3\]"):
