@@ -31,6 +31,15 @@ class AttentionSection(Section):
     divisor_lower: PositiveFloat = 0.1
     divisor_upper: PositiveFloat = 100.0
 
+    @model_validator(mode="after")
+    def _can_end_as_polynomials(self) -> AttentionSection:
+        if self.variant == "power" and self.form == "stable":
+            raise ValueError(
+                "the stable form divides by a maximum, which is no polynomial, and a conversion ends in polynomials: take "
+                "form lipschitz or length_agnostic"
+            )
+        return self
+
 
 class NormSection(Section):
     """`form` and the fields of `ApproximateRMSNorm`; the range loss keeps variances between `lower` and `upper`."""

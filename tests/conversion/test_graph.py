@@ -98,3 +98,9 @@ def test_the_divisors_of_a_power_attention_are_watched(checkpoint: Checkpoint, r
     range_term, _, graph = terms(checkpoint, rows, recipe(Path("unused"), **(WIDE | {"attention": section})))
     assert range_term.item() > 1
     assert {"scores", "divisors"} <= graph.observer.measured.seen.keys()
+
+
+def test_a_recipe_that_cannot_end_in_polynomials_is_refused_before_training(tmp_path: Path) -> None:
+    for division in ("goldschmidt", "exact"):
+        with pytest.raises(ValueError, match="take form lipschitz or length_agnostic"):
+            recipe(tmp_path / "out", attention={"variant": "power", "form": "stable", "division": division})

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hecompile.depth import demand, levels
 from hecompile.errors import HecompileError, InputError
-from hecompile.ir import print_model
+from hecompile.ir import LEVEL, print_model
 from hecompile.legality import POLYNOMIAL, REFRESHED
 from hecompile.refresh_placement import Vertex, cheapest_refreshes
 from passes.depth import Depth
@@ -54,6 +54,8 @@ def test_levels_are_those_counted_by_hand(golden: Golden) -> None:
     assert found == {
         "x": 0, "square": 1, "sum": 1, "halved": 2, "inverse": 3, "masked": 0, "scaled": 4, "y": 5,
     }  # fmt: skip
+    written = {str(value.name): value.metadata_props.get(LEVEL) for value in levels(model)}
+    assert written == {name: str(level) for name, level in found.items()}
     golden.check("depth", print_model(model))
     counted = demand(model)
     # x·x and masked·inverse are 24 products each, the narrow square 4; by constants 4, and 24 numbers of 6 products each.
