@@ -89,11 +89,11 @@ def _row(bundle: WorkerBundle, engines: dict[str, Engine], direction: str, token
     x = torch.randn(tokens, spec.in_features)
     digits = torch.randint(-128, 128, (tokens, spec.in_features), dtype=torch.int8)
     products = torch.empty(tokens, spec.out_features, dtype=torch.int32)
-    functions: dict[str, Callable[[], object]] = {
+    plain: dict[str, Callable[[], object]] = {
         "float32": lambda: x @ (real.t() if direction == "forward" else real),
         "int8": lambda: torch._int_mm(digits, right, out=products),
     }
-    functions = {name: functions[name] for name in _plain()}
+    functions = {name: plain[name] for name in _plain()}
     for name, engine in engines.items():
         _check(engine, circuit, planes, bundle)
         functions[name] = partial(engine.evaluate, circuit, planes)

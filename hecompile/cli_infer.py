@@ -67,10 +67,16 @@ def infer(
     from runtime.workplace import make_workplace
 
     polynomial = is_polynomial_plan(plan)
-    if polynomial and (adapter is not None or out is not None or worker is None or len(worker) != 1):
+    others = {
+        "--adapter": adapter, "--out": out, "--worker-bundle": worker_bundle, "--engine": engine, "--authority": authority,
+        "--certificate": certificate, "--key": key, "--token": token, "--temperature": temperature or None,
+        "--top-p": None if top_p == 1 else top_p,
+    }  # fmt: skip
+    given = [name for name, value in others.items() if value is not None]
+    if polynomial and (given or worker is None or len(worker) != 1):
         raise InputError(
-            f"{plan} is a polynomial plan: it takes one --worker, where `hecompile ckks serve` listens, and no --out; an "
-            "adapter is merged by `hecompile ckks export --adapter`"
+            f"{plan} is a polynomial plan: give one --worker, where `hecompile ckks serve` listens, and leave out "
+            f"{', '.join(given or others)}; an adapter is merged by `hecompile ckks export --adapter`"
         )
     if bool(prompts) == (prompts_file is not None):
         raise InputError("give prompts as arguments or in --prompts-file, one or the other")

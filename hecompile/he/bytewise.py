@@ -8,11 +8,10 @@ from typing import Any
 import llvmlite.binding
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.core.extending import intrinsic as typed_intrinsic
+
+from hecompile.he.vectors import intrinsic
 
 LANES = 64
-
-intrinsic: Any = typed_intrinsic  # what it makes is called with an argument less than it is written with
 
 _I16, _I64 = ir.IntType(16), ir.IntType(64)
 _BYTES = ir.VectorType(ir.IntType(8), LANES)

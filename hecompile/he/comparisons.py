@@ -10,11 +10,9 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import types
-from numba.core.extending import intrinsic as typed_intrinsic
 
-LANES = 64
-
-intrinsic: Any = typed_intrinsic  # what it makes is called with an argument less than it is written with
+from hecompile.he.bytewise import LANES
+from hecompile.he.vectors import intrinsic
 
 _I64 = ir.IntType(64)
 _BYTES = ir.VectorType(ir.IntType(8), LANES)

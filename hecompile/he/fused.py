@@ -2,7 +2,7 @@
 
 The scheme is that of `scheme.py`, to the bit: a ciphertext made here is the one that `scheme.encrypt` makes of the integers
 that `encode` makes, given the same scales, secrets and errors, and `decrypt_reals` is `decode(scheme.decrypt(...))`, to the
-bit where `LinearParameters.decryption_precision` is float64 and within `SINGLE_ERROR` where it is float32.
+bit where `LinearParameters.decryption_precision` is float64 and within `SINGLE_ERROR_BOUND` where it is float32.
 """
 
 from __future__ import annotations

@@ -173,7 +173,11 @@ _top_byte_samples = comparisons.top_byte_samples(step_tables()[0].view(np.int8).
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
 def _compare_vectors(top, second, fine, samples, low, undecided):  # type: ignore[no-untyped-def]
-    """The same where the processor lacks what `bytewise` is made of."""
+    """The same where the processor lacks what `bytewise` is made of.
+
+    The last lines stand in `_look_up_vectors` too: as a function of their own they took half as long again as all of this,
+    for numba counts references to arrays that are passed on.
+    """
     used, left_open = 0, 0
     top_, samples_ = address(top), address(samples)
     for i in range(0, top.size - _LANES + 1, _LANES):

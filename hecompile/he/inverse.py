@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from hecompile.he.kernels import inlined
 from hecompile.he.simd import fma, fnma
-from hecompile.he.vectors import broadcast, load_real, prefetch_far, store_real
+from hecompile.he.vectors import broadcast, load_real, prefetch, store_real
 
 
 @inlined
@@ -89,7 +89,7 @@ def inner_product(matrix, at, secret, s, rank, n, roots, root_count, work, ahead
 def prefetch_lines(start, lines):
     """Asks for that many cache lines; returns the address after them."""
     for _ in range(lines):
-        prefetch_far(start, 0)
+        prefetch(start, 0)
         start += 64
     return start
 

@@ -13,18 +13,15 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 from numba.core.datamodel import models
-from numba.core.extending import intrinsic as typed_intrinsic
 from numba.core.extending import overload, register_model
 
-from hecompile.he.vectors import I8, LANES
+from hecompile.he.vectors import I8, LANES, intrinsic
 
 GROUPS = 8
 """Groups of eight features in a line."""
 
 SUM_LANES = 4
 """int32 that the sum of one check is kept in: adding up a whole vector takes as long as the products in it."""
-
-intrinsic: Any = typed_intrinsic  # what it makes is called with an argument less than it is written with
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _GROUP = ir.VectorType(_I32, LANES)

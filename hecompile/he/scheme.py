@@ -65,9 +65,10 @@ class DecryptionKey(Unsharable):
 
     def secrets_transformed(self, precision: type[np.floating] = np.float64) -> NDArray[Any]:
         """As the kernels want them, in float64 or float32: see `kernels.transform_secrets`."""
+        if np.float64 not in self._transformed:
+            self._transformed[np.float64] = transform_secrets(self._secrets)
         if precision not in self._transformed:
-            exact = self._transformed.setdefault(np.float64, transform_secrets(self._secrets))
-            self._transformed[precision] = exact.astype(precision, copy=False)
+            self._transformed[precision] = self._transformed[np.float64].astype(precision)
         return self._transformed[precision]
 
     def check(self, hint: Hint, reply: Tensor, linear: LinearParameters) -> None:

@@ -224,7 +224,7 @@ def broadcast(typing_context, start, index):  # type: ignore[no-untyped-def]
     return result(_real_start(start), types.int64), generate
 
 
-def _prefetch(write: int, level: int) -> Any:
+def _prefetch(write: int) -> Any:
     @intrinsic
     def prefetch(typing_context, start, offset):  # type: ignore[no-untyped-def]
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -232,7 +232,7 @@ def _prefetch(write: int, level: int) -> Any:
             signature_ = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
             function = cgutils.get_or_insert_function(builder.module, signature_, "llvm.prefetch.p0")
             at = builder.inttoptr(builder.add(*args), pointer)
-            builder.call(function, [at, number(write), number(level), number(1)])
+            builder.call(function, [at, number(write), number(3), number(1)])
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), generate
@@ -240,8 +240,6 @@ def _prefetch(write: int, level: int) -> Any:
     return prefetch
 
 
-prefetch = _prefetch(0, 3)
+prefetch = _prefetch(0)
 """Asks for the cache line at byte `offset` from the address `start`, which need not be valid."""
-prefetch_to_write = _prefetch(1, 3)
-prefetch_far = _prefetch(0, 3)
-"""The same, but no nearer than the second-level cache."""
+prefetch_to_write = _prefetch(1)

@@ -136,9 +136,10 @@ def test_the_command_for_interactive_plans_knows_this_kind_too(build: Path, work
     both = run_infer("infer", plan, "--worker", worker, "--max-new-tokens", "1", *prompts)
     assert both.returncode == 0, both.stderr
     assert both.stdout == own.stdout and both.stdout.count("\n") == len(prompts)
-    for extra in (["--adapter", "somewhere"], ["--out", "answers.jsonl"]):
+    for extra in (["--adapter", "somewhere"], ["--out", "a.jsonl", "--temperature", "1"], ["--authority", "ca.pem"]):
         refused = run_infer("infer", plan, "--worker", worker, *extra, "a")
-        assert refused.returncode == 2 and "ckks export --adapter" in " ".join(refused.stderr.split())
+        message = " ".join(refused.stderr.split())
+        assert refused.returncode == 2 and f"leave out {', '.join(extra[::2])};" in message, message
 
 
 def tokens_of(build: Path) -> list[str]:
