@@ -104,7 +104,7 @@ def _split(features: int, tokens: int, repeats: int) -> list[list[object]]:
     calls: dict[str, Callable[[], object]] = {
         "error sampling": lambda: SecretRandom().discrete_gaussian((tokens, features)),
         "drawing and transforming the secrets": lambda: transform_secrets(
-            np.stack([keygen(ring).spend() for _ in range(count)])
+            np.stack([keygen(ring).spend() for _ in range(count)]), ring
         ),
         "all of encrypting": lambda: TRAINED.encrypt(public, x, parameters),
     }

@@ -45,6 +45,7 @@ class RingRecord(_Record):
     rank: int
     log_q: int
     sigma: float
+    packed: bool = False  # bundles of before there were packed rings do not say it
 
     def ring(self) -> RingParameters:
         return RingParameters.from_literal(RingParametersLiteral(**self.model_dump()))

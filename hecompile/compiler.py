@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import hashlib
 import math
@@ -264,7 +265,7 @@ def _plan_record(
     return PlanRecord(
         base_model=base_model,
         public_seed=seed.hex(),
-        ring=RingRecord(ring_dim=literal.ring_dim, rank=literal.rank, log_q=literal.log_q, sigma=literal.sigma),
+        ring=RingRecord(**dataclasses.asdict(literal)),
         lora=LoraRecord(
             r=lora.r,
             lora_alpha=float(lora.lora_alpha),

@@ -4,7 +4,7 @@ With d = ring_dim, m = rank, T tokens cut into ⌈T/d⌉ blocks (the last one co
 F(d) = 2.5·log2(d/2) flops per coefficient of a complex FFT of length d/2 (5·n·log2 n for length n):
 
     encrypt, per input feature    blocks·d·(F(d) + 4m)               m pointwise products, one inverse transform
-    A, per input feature          8·m·d bytes read                   its transforms
+    A, per input feature          8·m·d bytes read                   its transforms; 1/m of it in a packed ring
     decrypt, per output feature   blocks·d·(F(d) + 4m) + m·d·F(d)    and m transforms of the hint's row, once per use
     hint, per output feature      4·m·d bytes read
     worker                        2·in·out·T operations per limb product, of which L limbs need L (2L - 1 for int16 weights)
@@ -51,7 +51,7 @@ class CostModel:
     def encrypt(self, ring: RingParameters, tokens: int, features: int) -> float:
         """Client seconds to encrypt `tokens` rows of `features`, the reading of A's transforms included."""
         seconds = _product_flops(ring, tokens) / self.transform_flops + tokens * self.encrypt_seconds
-        return features * (seconds + 2 * hint_bytes(ring, 1) / self.hint_bandwidth)
+        return features * (seconds + 2 * hint_bytes(ring, 1) / ring.packing / self.hint_bandwidth)
 
     def decrypt(self, ring: RingParameters, tokens: int, features: int) -> float:
         """Client seconds to decrypt as much, the hint's transforms and reading included."""

@@ -112,7 +112,8 @@ def totals_table(bundle: ClientBundle) -> Table:
     table.add_column("value", justify="right")
     lora = bundle.plan.lora
     rows = {
-        "security": f"{bundle.ring.security_bits:.0f} bits (module LWE, dimension {bundle.ring.lattice_dim}, q = 2^32)",
+        "security": f"{bundle.ring.security_bits:.0f} bits ({'ring' if bundle.ring.packed else 'module'} LWE, dimension "
+        f"{bundle.ring.lattice_dim}, q = 2^32)",
         "bytes per token, training step": f"{training.bytes_up} up, {training.bytes_down} down",
         "bytes per token, inference": f"{forward.bytes_up} up, {forward.bytes_down} down",
         "remote weights": f"{weights} of {bundle.plan.weight_bits} bits",

@@ -1,7 +1,7 @@
 """Choose the ring, and for every linear on the worker the bytes that travel, from the precision asked for, by cost.
 
     QuantizedLinear(x, Q, s) @worker  →  the same with upload_limbs, reply_bytes and crest for each direction
-    model                              →  metadata: ring_dim, rank
+    model                              →  metadata: ring_dim, rank, packed
 
 Precision is counted in *effective bits*: log2 of the rms of the exact product over the standard deviation of its noise. With
 input bound X (no overflow, whatever comes), crest factor c of the encoded tokens, and rows of Euclidean norm ‖W_i‖:
@@ -39,7 +39,7 @@ from hecompile.he.verification import can_be_verified
 from hecompile.ir import GRADIENT_RANGE, PLACEMENT, RANGE, constant_of, module_path, nodes_of_type
 from hecompile.plan import DIRECTIONS, effective_bits
 
-RING_DIM, RANK = "hecompile.ring_dim", "hecompile.rank"
+RING_DIM, RANK, PACKED = "hecompile.ring_dim", "hecompile.rank", "hecompile.packed"
 _SIMILAR_COST = 1.2  # sets whose costs differ by less count as equal
 _AMPLE_BITS = 160  # more security than this does not count as better
 _BYTE_COUNTS = tuple((limbs, reply) for limbs in (1, 2, 3, 4) for reply in range(1, limbs + 1))
@@ -81,7 +81,7 @@ class SelectParameters(ir.passes.InPlacePass):
                     modified |= before is None or before.value != attribute.value
                     node.attributes[attribute.name] = attribute
         ring = self.ring or choose_ring(self.tokens, circuits, self.costs, self.stored_hints)
-        chosen = {RING_DIM: str(ring.ring_dim), RANK: str(ring.rank)}
+        chosen = {RING_DIM: str(ring.ring_dim), RANK: str(ring.rank), PACKED: str(ring.packed).lower()}
         modified |= any(model.metadata_props.get(key) != value for key, value in chosen.items())
         model.metadata_props.update(chosen)
         return ir.passes.PassResult(model, modified)
@@ -138,7 +138,8 @@ def selected_ring(model: ir.Model) -> RingParameters:
     """The ring that the pass wrote into `model`. Raises LegalityError when it has not run."""
     if RING_DIM not in model.metadata_props:
         raise LegalityError("no ring was selected: run select_parameters first")
-    return RingParameters(int(model.metadata_props[RING_DIM]), int(model.metadata_props[RANK]))
+    packed = model.metadata_props.get(PACKED) == "true"
+    return RingParameters(int(model.metadata_props[RING_DIM]), int(model.metadata_props[RANK]), packed=packed)
 
 
 def _crest(node: ir.Node, direction: str) -> float:

@@ -254,7 +254,7 @@ def _encrypt_with(
     x: NDArray[np.int32],
 ) -> EncryptedVector:
     """The deterministic core: key int32 `[rank, ring_dim]`, error and x int32 `[n]`."""
-    b = masks(params.ring, seed.stream("aggregation"), transform_secrets(key), x.size)  # int32 [n], wraps mod q
+    b = masks(params.ring, seed.stream("aggregation"), transform_secrets(key, params.ring), x.size)  # int32 [n], wraps mod q
     b += error
     b += x
     if params.step > 1:
@@ -302,7 +302,7 @@ class EncryptedSum:
                 f"what was opened is no sum of {self.clients} keys (length {length:.0f}, expected {expected:.0f}): a share "
                 "was forged or belongs to another set of clients"
             )
-        secret = transform_secrets(key_sum.astype(np.int32))
+        secret = transform_secrets(key_sum.astype(np.int32), ring)
         mask = masks(ring, seed.stream("aggregation"), secret, self._words.size)
         return (self._words - mask.view(np.uint32)).view(np.int32).astype(np.int64)
 

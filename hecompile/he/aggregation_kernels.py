@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hecompile.he.inverse import inner_product, load_and_join4
+from hecompile.he.inverse import inner_product, last_join4
 from hecompile.he.kernels import aligned, compiled, forward_at, roots
 from hecompile.he.parameters import RingParameters
 from hecompile.he.sampling import PublicStream
@@ -28,9 +28,9 @@ def _mask_group(words, rank, n, roots, secret, values, work, mask):
     for k in range(rank):
         forward_at(words_, 16 * n * k, n, roots_, values_, 16 * n * k)
     # Nothing is asked for ahead: the words of the next group are not there yet.
-    h, _ = inner_product(values_, 0, address(secret), 0, rank, n, roots_, roots.size, work_, values_, 0)
+    h, _ = inner_product(values_, 0, address(secret), 0, 2 * n, rank, n, roots_, roots.size, work_, values_, 0)
     for p in range(h):
-        r0, i0, r1, i1, r2, i2, r3, i3 = load_and_join4(work_, 16 * p, 16 * h, roots_, 0)
+        r0, i0, r1, i1, r2, i2, r3, i3 = last_join4(work_, 16 * p, 16 * h, roots_)
         store_i32(to, 8 * p, round_mod_2_32(r0))
         store_i32(to, 8 * (p + h), round_mod_2_32(r1))
         store_i32(to, 8 * (p + 2 * h), round_mod_2_32(r2))
@@ -56,7 +56,7 @@ def masks(params: RingParameters, stream: PublicStream, secret: NDArray[np.float
         values = scratch("aggregation values", size * params.rank, np.float64)
         work = scratch("aggregation work", size, np.float64)
         mask = result[index * size : (index + 1) * size]
-        _mask_group(words, params.rank, n, roots(params.ring_dim), secret, values, work, mask)
+        _mask_group(words, params.rank, n, roots(params), secret, values, work, mask)
 
     for_each(group, range(groups))
     return result[:count]

@@ -100,10 +100,12 @@ def encrypt_reals(
     planes = result_of((linear.upload_limbs, len(rows), linear.in_features), np.uint8)
     if len(rows):
         # Both before the threads, which share them: a thread that waits for others to make one could wait for ever.
-        key.secrets_transformed()
+        transformed = key.secrets_extended() if params.packed else key.secrets_transformed()
         matrix = public.transformed(linear.in_features)
         for_each(
-            lambda part: _encrypt_part(matrix, rows, factors, key, planes, part, _errors(random, len(rows), part)),
+            lambda part: _encrypt_part(
+                matrix, transformed, rows, factors, key, planes, part, _errors(random, len(rows), part)
+            ),
             _parts(linear.in_features, len(rows)),
         )
     return Ciphertext(planes), key
@@ -115,20 +117,21 @@ def _errors(random: SecretRandom, tokens: int, part: slice) -> NDArray[np.int8]:
 
 
 def _encrypt_part(
-    matrix: NDArray[np.float64], rows: Tensor, factors: NDArray[np.float64], key: RealKey, planes: Tensor, part: slice,
-    error: NDArray[np.int8],
+    matrix: NDArray[np.float64], secrets: NDArray[np.float64], rows: Tensor, factors: NDArray[np.float64], key: RealKey,
+    planes: Tensor, part: slice, error: NDArray[np.int8],
 ) -> None:  # fmt: skip
     """Features `part` (which starts at a multiple of 8): error int8 `[T', part]`."""
     params, linear, tokens = key.params, key.linear, len(rows)
     n, features, width = params.ring_dim // 2, linear.in_features, part.stop - part.start
-    secrets, inverse = key.secrets_transformed(), 1 / key.scale
+    per_token = 2 * params.rank - 1 if params.packed else params.rank
+    inverse = 1 / key.scale
     images, checks, variants = _checking(key, tokens, part, lambda checks: checks.images_by_tiles)
     for piece in slices(tokens, _TOKENS):
         count = piece.stop - piece.start
         sums = np.zeros((checks, count, SUM_LANES), np.int32)
         tiles.encrypt(
-            matrix, part.start // 8, width, params.rank, n, roots(params.ring_dim),
-            secrets[piece.start * params.rank :], count, rows.numpy().reshape(-1), piece.start * features + part.start,
+            matrix, part.start // 8, width, params.rank, params.packing, n, roots(params),
+            secrets[piece.start * per_token :], count, rows.numpy().reshape(-1), piece.start * features + part.start,
             features, inverse[piece], factors[part], error.reshape(-1)[piece.start * width :], planes.numpy().reshape(-1),
             piece.start * features + part.start, tokens * features, features, linear.upload_limbs,
             scratch("tile", tiles.tile_words(count), np.int32), scratch("work float64", 16 * n, np.float64),
@@ -193,7 +196,7 @@ def _decrypt_part(
         sums = np.zeros((checks, count, SUM_LANES), np.int32)
         tiles.decrypt(
             hint.words, kept, part.start // 8, part.stop - part.start, params.rank, n,
-            roots(params.ring_dim, precision), secrets[piece.start * params.rank :], count, planes.numpy().reshape(-1),
+            roots(params, precision), secrets[piece.start * params.rank :], count, planes.numpy().reshape(-1),
             piece.start * features + part.start, tokens * features, features, linear.reply_bytes, key.scale[piece],
             factors[part], result.numpy().reshape(-1), piece.start * features + part.start, features,
             scratch("tile", tiles.tile_words(count), np.int32),

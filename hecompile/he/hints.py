@@ -24,7 +24,7 @@ from torch import Tensor
 from hecompile.errors import InputError
 from hecompile.he.kernels import deinterleave, interleave, transform
 from hecompile.he.parameters import RingParameters
-from hecompile.he.ring import negacyclic_fft
+from hecompile.he.ring import folded_fft
 from hecompile.he.vectors import LANES
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
@@ -61,7 +61,7 @@ class Hint:
         self.words = words.reshape(-1)
         self.transformed: NDArray[Any] | None = None
         if keep_transformed is not None:
-            self.transformed = transform(self.words, params.ring_dim, precision=keep_transformed)
+            self.transformed = transform(self.words, params, precision=keep_transformed)
 
     @classmethod
     def from_coefficients(
@@ -79,9 +79,9 @@ class Hint:
         return torch.from_numpy(deinterleave(self.words, slice(start, stop), self.params.lattice_dim))
 
     def fft(self, rows: slice) -> Tensor:
-        """Some rows as `ring.NegacyclicFft.forward` has them: complex128 `[rank, rows, ring_dim/2]`. Made at each call."""
+        """Some rows as `ring.FoldedFft.forward` has them: complex128 `[rank, rows, ring_dim/2]`. Made at each call."""
         shaped = self.coefficients(rows).view(-1, self.params.rank, self.params.ring_dim)
-        return negacyclic_fft(self.params.ring_dim).forward(shaped.transpose(0, 1))
+        return folded_fft(self.params).forward(shaped.transpose(0, 1))
 
 
 def _path(directory: Path, circuit: str) -> Path:

@@ -3,7 +3,7 @@
 # mypy: disallow-untyped-defs = False
 from __future__ import annotations
 
-from hecompile.he.kernels import inlined
+from hecompile.he.kernels import FOLD, inlined
 from hecompile.he.simd import fma, fnma
 from hecompile.he.vectors import broadcast, load_real, prefetch, store_real
 
@@ -39,14 +39,15 @@ def inner(matrix, a, rank_step, secret, s, secret_step, rank):
 
 
 @inlined
-def inner_product(matrix, at, secret, s, rank, n, roots, root_count, work, ahead, lines):
+def inner_product(matrix, at, secret, s, secret_step, rank, n, roots, root_count, work, ahead, lines):
     """The product with the secret and all passes of the inverse transform but the last: `work` gets `[n, 2, 8]`.
 
+    Σ_k matrix[at + 16·n·k] · secret[s + k·secret_step], each of these n points, the second's step in numbers.
     The first pass waits for memory and the others do not: while they compute, `lines` cache lines per four points are asked
     for from the address `ahead` on. Returns the size of the quarters that the last pass joins, n/4, and the address after
     the last line asked for.
     """
-    rank_step, secret_step = 16 * n, 2 * n
+    rank_step = 16 * n
     r = root_count
     h, nodes = 1, n
     if n & 0x55555555 == 0:  # log2 n is odd: the lowest level is radix 2
@@ -114,4 +115,15 @@ def load_and_join4(work, a, step, roots, r):
         load_real(work, a + step), load_real(work, a + step + 8),
         load_real(work, a + 2 * step), load_real(work, a + 2 * step + 8),
         load_real(work, a + 3 * step), load_real(work, a + 3 * step + 8),
+    )  # fmt: skip
+
+
+@inlined
+def last_join4(work, a, step, roots):
+    """The last pass, and unfolding: four coefficients of the lower half, and their four of the upper, `step`/16 apart."""
+    r0, i0, r1, i1, r2, i2, r3, i3 = load_and_join4(work, a, step, roots, FOLD)
+    scale, shift = broadcast(roots, 2), broadcast(roots, 3)
+    return (
+        fnma(i0, shift, r0), i0 * scale, fnma(i1, shift, r1), i1 * scale,
+        fnma(i2, shift, r2), i2 * scale, fnma(i3, shift, r3), i3 * scale,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Compiled kernels: negacyclic products of eight features at a time, with what comes before and after fused in.
 
 `ring.py` has the mathematics and the proof of exactness; here the same transform is arranged for speed. A polynomial of
-degree < d folds to n = d/2 complex numbers modulo X^n - i (X^n = i identifies a_k + i·a_{k+n}). From there
+degree < d folds to n = d/2 complex numbers modulo Y^n - ω (Y^n = ω identifies a_k + ω·a_{k+n}). From there, with X for Y,
 
     X^2h - c² = (X^h - c)(X^h + c)
 
@@ -18,6 +18,7 @@ features. Results do not depend on the machine or on the number of threads.
 # mypy: disallow-untyped-defs = False
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hecompile.he.ring import HasRing, trinomial
 from hecompile.he.simd import fma, fnma
 from hecompile.he.vectors import LANES, address, broadcast, load_i32, load_real, real_address, store_real, to_real
 
@@ -67,57 +69,96 @@ def deinterleave(words: NDArray[Any], rows: slice, width: int) -> NDArray[Any]:
 
 
 def transform(
-    words: NDArray[np.int32], ring_dim: int, result: NDArray[Any] | None = None, precision: type[np.floating] = np.float64
+    words: NDArray[np.int32], params: HasRing, result: NDArray[Any] | None = None, precision: type[np.floating] = np.float64
 ) -> NDArray[Any]:
     """Transforms interleaved polynomials: int32, flat `[polynomials, ring_dim, 8]` → real `[…, ring_dim/2, 2, 8]`.
 
     In the precision of `result`, or else in `precision`: float64 or float32.
     """
     values = aligned(words.size, precision) if result is None else result
-    forward_many(words, words.size // (LANES * ring_dim), ring_dim // 2, roots(ring_dim, values.dtype.type), values)
+    n = params.ring_dim // 2
+    forward_many(words, words.size // (2 * LANES * n), n, roots(params, values.dtype.type), values)
     return values
 
 
-def transform_secrets(secrets: NDArray[np.int8] | NDArray[np.int32]) -> NDArray[np.float64]:
+def transform_secrets(secrets: NDArray[np.int8] | NDArray[np.int32], params: HasRing) -> NDArray[np.float64]:
     """int8 or int32 `[blocks, rank, ring_dim]` → float64, flat `[blocks, rank, ring_dim/2, 2]`, divided by ring_dim/2.
 
     The division, exact as that is a power of two, is the one that the inverse transform wants.
     """
-    ring_dim = secrets.shape[-1]
+    n = params.ring_dim // 2
     result = np.empty(secrets.size)
-    words, values = aligned(LANES * ring_dim, np.int32), aligned(LANES * ring_dim, np.float64)
-    _transform_rows(secrets.reshape(-1), ring_dim // 2, roots(ring_dim), words, values, result)
+    words, values = aligned(2 * LANES * n, np.int32), aligned(2 * LANES * n, np.float64)
+    _transform_rows(secrets.reshape(-1), n, roots(params), words, values, result)
     return result
 
 
-def roots(ring_dim: int, precision: type[np.floating] = np.float64) -> NDArray[Any]:
-    """The roots of the tree for `ring_dim`, pass by pass from the top: float64 or float32, flat.
+def extend_secrets(values: NDArray[np.float64], params: HasRing) -> NDArray[np.float64]:
+    """What `transform_secrets` made, float64 `[blocks, rank, n, 2]` flat → `[blocks, 2·rank - 1, n, 2]`, flat.
 
+    Y·s_1, …, Y·s_{m-1}, s_0, …, s_{m-1}: of these, m one after the other are a row of the matrix of multiplication by s.
+    """
+    n = params.ring_dim // 2
+    secrets = values.view(np.complex128).reshape(-1, params.rank, n)
+    shifted = secrets[:, 1:] * _points(params.ring_dim, trinomial(params))
+    return np.concatenate([shifted, secrets], axis=1).reshape(-1).view(np.float64)
+
+
+FOLD = 4
+"""Numbers before the first root of `roots`."""
+
+
+def roots(params: HasRing, precision: type[np.floating] = np.float64) -> NDArray[Any]:
+    """Constants of folding, and the roots of the tree, pass by pass from the top: float64 or float32, flat.
+
+    First real and imaginary part of ω, 1/Im ω and Re ω/Im ω: from z = a + ωb come b = Im z/Im ω, a = Re z - Re ω·b.
     A radix-4 node X^4h - e^(iθ) has six numbers: e^(iθ/4), e^(iθ/2) and their product. Where log2 n is odd the lowest
     level is radix 2, with e^(iθ/2) for each node.
     """
-    return _roots(ring_dim, np.dtype(precision).name)
+    return _roots(params.ring_dim, trinomial(params), np.dtype(precision).name)
 
 
 @lru_cache(maxsize=32)
-def _roots(ring_dim: int, precision: str) -> NDArray[Any]:
-    # An angle is a fraction of the full circle, an exact binary number: θ/2π = 1/4 at the top.
-    turns, size, parts = np.array([0.25]), ring_dim // 2, []
+def _roots(ring_dim: int, of_trinomial: bool, precision: str) -> NDArray[Any]:
+    omega = complex(0.5, math.sqrt(0.75)) if of_trinomial else 1j
+    parts = [np.array([omega, complex(1 / omega.imag, omega.real / omega.imag)])]
+    size, thirds = ring_dim // 2, _TOP[of_trinomial]
     while size >= 4:
-        parts.append(np.stack([_unit(turns / 4), _unit(turns / 2), _unit(turns * 0.75)], axis=1).ravel())
-        turns = (turns[:, None] / 4 + np.array([0.0, 0.5, 0.25, 0.75])).ravel()
+        parts.append(np.stack([_unit(thirds / 4), _unit(thirds / 2), _unit(thirds * 0.75)], axis=1).ravel())
+        thirds = _split_turns(thirds)
         size //= 4
     if size == 2:
-        parts.append(_unit(turns / 2))
+        parts.append(_unit(thirds / 2))
     flat = np.concatenate(parts).view(np.float64).astype(precision)
     flat.flags.writeable = False
     return flat
 
 
-def _unit(turns: NDArray[np.float64]) -> NDArray[np.complex128]:
-    """exp(2πi·turns), each within 2^-52: the angle is reduced to an eighth of the circle while it is still exact."""
-    eighths = np.floor(turns * 8 + 0.5).astype(np.int64)  # nearest multiple of 1/8
-    rest = (turns - eighths / 8) * (2 * np.pi)  # |rest| ≤ π/8
+@lru_cache(maxsize=16)
+def _points(ring_dim: int, of_trinomial: bool) -> NDArray[np.complex128]:
+    """The n points, in the order of the leaves: what Y is there."""
+    size, thirds = ring_dim // 2, _TOP[of_trinomial]
+    while size >= 4:
+        thirds = _split_turns(thirds)
+        size //= 4
+    if size == 2:
+        thirds = (thirds[:, None] / 2 + np.array([0.0, 1.5])).ravel()
+    return _unit(thirds)
+
+
+# An angle is three times a fraction of the full circle, an exact binary number: that of ω at the top, 1/4 or 1/6.
+_TOP = {False: np.array([0.75]), True: np.array([0.5])}
+
+
+def _split_turns(thirds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The angles of the four grandchildren of each node."""
+    return (thirds[:, None] / 4 + np.array([0.0, 1.5, 0.75, 2.25])).ravel()
+
+
+def _unit(thirds: NDArray[np.float64]) -> NDArray[np.complex128]:
+    """exp(2πi·thirds/3), each within 2^-52: the angle is reduced to an eighth of the circle while it is still exact."""
+    eighths = np.floor(thirds * 8 / 3 + 0.5).astype(np.int64)  # nearest multiple of 1/8
+    rest = (thirds - eighths * 0.375) * (2 * np.pi / 3)  # |rest| ≤ π/8
     value = np.cos(rest) + 1j * np.sin(rest)
     half = np.sqrt(0.5)
     turn = np.array(
@@ -175,19 +216,25 @@ def _transform_rows(rows, n, roots, words, values, result):
 
 
 @inlined
+def _fold(coefficients, low, high, real, imaginary, work):
+    """a + ω·b for the coefficients a and b at those words."""
+    b = to_real(load_i32(coefficients, high), work)
+    return fma(b, real, to_real(load_i32(coefficients, low), work)), b * imaginary
+
+
+@inlined
 def forward_at(coefficients, start, n, roots, work, at):
     """int32 `[d, 8]` at word `start` of `coefficients` → complex `[n, 2, 8]` at number `at` of `work`."""
     h = n // 4
+    real, imaginary = broadcast(roots, 0), broadcast(roots, 1)
     for p in range(h):
         c = start + 8 * p
-        _split4(
-            work, at + 16 * p, 16 * h, roots, 0,
-            to_real(load_i32(coefficients, c), work), to_real(load_i32(coefficients, c + 8 * n), work),
-            to_real(load_i32(coefficients, c + 8 * h), work), to_real(load_i32(coefficients, c + 8 * (h + n)), work),
-            to_real(load_i32(coefficients, c + 16 * h), work), to_real(load_i32(coefficients, c + 8 * (2 * h + n)), work),
-            to_real(load_i32(coefficients, c + 24 * h), work), to_real(load_i32(coefficients, c + 8 * (3 * h + n)), work),
-        )  # fmt: skip
-    r, nodes = 6, 4
+        q0r, q0i = _fold(coefficients, c, c + 8 * n, real, imaginary, work)
+        q1r, q1i = _fold(coefficients, c + 8 * h, c + 8 * (h + n), real, imaginary, work)
+        q2r, q2i = _fold(coefficients, c + 16 * h, c + 8 * (2 * h + n), real, imaginary, work)
+        q3r, q3i = _fold(coefficients, c + 24 * h, c + 8 * (3 * h + n), real, imaginary, work)
+        _split4(work, at + 16 * p, 16 * h, roots, FOLD, q0r, q0i, q1r, q1i, q2r, q2i, q3r, q3i)
+    r, nodes = FOLD + 6, 4
     while h >= 4:
         h //= 4
         step = 16 * h

@@ -16,7 +16,7 @@ from hecompile.he.sampling import ERROR_BOUND, SIGMA
 from hecompile.he.security import MINIMUM_BITS, security_bits
 
 LOG_Q = 32
-SINGLE_ERROR_BOUND = 47_000_000
+SINGLE_ERROR_BOUND = 55_000_000
 """At least `rounding_error_bound` in float32, and half for rounding to an integer: larger rings are refused."""
 
 SINGLE_ERROR_STD = 2.0**13
@@ -37,15 +37,22 @@ class RingParametersLiteral:
     rank: int
     log_q: int = LOG_Q
     sigma: float = SIGMA
+    packed: bool = False
 
 
 @dataclass(frozen=True)
 class RingParameters:
-    """The module-LWE instance: R_q^rank with R_q = Z_q[X]/(X^ring_dim + 1), q = 2^log_q, error width sigma.
+    """The LWE instance: q = 2^log_q, error width sigma, and tokens along the ring_dim coefficients of a base ring.
+
+    Not packed, it is module-LWE: rows of R_q^rank with R_q = Z_q[Y]/(Y^ring_dim + 1), each of them for one feature.
+
+    Packed, it is ring-LWE in dimension N = ring_dim · rank, in Z_q[X]/(X^N + 1) or, for ranks divisible by 3,
+    Z_q[X]/(X^N - X^(N/2) + 1): a ring element serves `rank` features, as what `ring.py` says of Y = X^rank. So the public
+    matrix is `rank` times smaller, and its rows, one per feature, are as before: in R_q^rank, over the base ring.
 
     Raises:
-        InputError: not a power of two, not a positive rank, or so large that products are not exact in float64, or further
-            off in float32 than `SINGLE_ERROR_BOUND`.
+        InputError: not a power of two, not a positive rank, a rank that no packed ring has, or so large that products are
+            not exact in float64, or further off in float32 than `SINGLE_ERROR_BOUND`.
         SecurityError: less than 128 bits, or an error width that the sampler does not draw.
     """
 
@@ -53,6 +60,7 @@ class RingParameters:
     rank: int
     log_q: int = LOG_Q
     sigma: float = SIGMA
+    packed: bool = False
 
     insecure: ClassVar[bool] = False
 
@@ -63,6 +71,9 @@ class RingParameters:
             raise InputError(f"ring_dim must be a power of two of at least 4, got {self.ring_dim}")
         if self.rank < 1:
             raise InputError(f"rank must be at least 1, got {self.rank}")
+        odd_part = self.rank // (self.rank & -self.rank)
+        if self.packed and (self.rank < 2 or odd_part not in (1, 3)):
+            raise InputError(f"a packed ring's rank is a power of two, or three times one, and above 1: got {self.rank}")
         if self.log_q != LOG_Q:
             raise InputError(f"log_q must be {LOG_Q}, the word that ciphertexts are made of, got {self.log_q}")
         if self.sigma != SIGMA:
@@ -83,7 +94,7 @@ class RingParameters:
     @classmethod
     def from_literal(cls, literal: RingParametersLiteral) -> RingParameters:
         """Checks a literal. There is no literal for insecure parameters, so no file can ask for them."""
-        return RingParameters(literal.ring_dim, literal.rank, literal.log_q, literal.sigma)
+        return RingParameters(literal.ring_dim, literal.rank, literal.log_q, literal.sigma, literal.packed)
 
     def to_literal(self) -> RingParametersLiteral:
         """The plain fields, to be written to a file.
@@ -93,7 +104,12 @@ class RingParameters:
         """
         if self.insecure:
             raise SecurityError("insecure test parameters are not written to a file")
-        return RingParametersLiteral(self.ring_dim, self.rank, self.log_q, self.sigma)
+        return RingParametersLiteral(self.ring_dim, self.rank, self.log_q, self.sigma, self.packed)
+
+    @property
+    def packing(self) -> int:
+        """How many features share a ring element: the rank, or 1."""
+        return self.rank if self.packed else 1
 
     @property
     def lattice_dim(self) -> int:
@@ -117,17 +133,18 @@ class InsecureTestParameters(RingParameters):
         return 0.0
 
 
-def test_insecure_parameters(ring_dim: int = 16, rank: int = 2) -> InsecureTestParameters:
+def test_insecure_parameters(ring_dim: int = 16, rank: int = 2, packed: bool = False) -> InsecureTestParameters:
     """A ring small enough for tests to check by hand. It hides nothing; never use it outside a test."""
-    return InsecureTestParameters(ring_dim, rank)
+    return InsecureTestParameters(ring_dim, rank, packed=packed)
 
 
 test_insecure_parameters.__test__ = False  # type: ignore[attr-defined]  # its name would make pytest collect it
 
-# At least 128 bits each. A longer ring makes A and the hints cheaper to transform per token; a shorter one wastes less
-# on short sequences. Where d · m = 1280 and 1536 both exist the second costs a fifth more and has 27 bits more margin.
+# At least 128 bits each. A longer ring makes the hints cheaper to transform per token; a shorter one wastes less on short
+# sequences. Where d · m = 1280 and 1536 both exist the second costs a fifth more and has 27 bits more margin. What can be
+# packed is: 128x12, 256x6 and 512x3 are one ring, Z_q[X]/(X^1536 - X^768 + 1), 1024x2 and 2048x1 are Z_q[X]/(X^2048 + 1).
 CATALOGUE: dict[str, RingParameters] = {
-    f"{ring_dim}x{rank}": RingParameters(ring_dim, rank)
+    f"{ring_dim}x{rank}": RingParameters(ring_dim, rank, packed=rank in (2, 3, 6, 12))
     for ring_dim, rank in ((128, 10), (128, 12), (256, 5), (256, 6), (512, 3), (1024, 2), (2048, 1))
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,17 +13,23 @@ from torch import Tensor
 from hecompile.errors import InputError, SecurityError
 from hecompile.he.kernels import aligned, interleave, transform
 from hecompile.he.parameters import RingParameters
-from hecompile.he.ring import negacyclic_fft
+from hecompile.he.ring import folded_fft, times_y, trinomial
 from hecompile.he.sampling import PublicSeed
 from hecompile.he.threads import for_each
 from hecompile.he.vectors import LANES
 
 
 class PublicMatrix:
-    """A ∈ R_q^(rows × rank), uniform. Row j is block j of the seed's stream "A", so it does not depend on `rows`.
+    """A ∈ R_q^(rows × rank), expanded from the seed's stream "A". What a row is does not depend on `rows`.
 
-    Rows are expanded when first used, in order, and kept transformed: 8 · rank · ring_dim bytes each (24 MiB for 2048 rows
-    at lattice dimension 1536). Safe to use from several threads.
+    Row j is block j of the stream, and uniform. In a packed ring block u is a ring element a = Σ_i a_i(Y)·X^i and serves
+    m = rank rows, one in each of m groups of eight: row 8·(m·g + k) + l, where u = 8·g + l, is row k of the matrix of
+    multiplication by a,
+
+        a_k, a_{k-1}, …, a_0, Y·a_{m-1}, …, Y·a_{k+1}
+
+    (`ring.py`). Blocks are expanded when first used, in order, and kept transformed: 8 · rank · ring_dim bytes each (24 MiB
+    for 2048 rows at lattice dimension 1536, 8 MiB of a packed ring of rank 3). Safe to use from several threads.
 
     Args:
         params: the ring.
@@ -43,28 +50,48 @@ class PublicMatrix:
         self.rows = rows
         self._stream = seed.stream("A")
         self._lock = threading.Lock()
-        self._expanded = 0  # groups of LANES rows
-        self._groups = -(-rows // LANES)
+        self._expanded = 0  # groups of LANES blocks
+        self._groups = -(-rows // (LANES * params.packing))
         # Never touched rows cost no memory: the operating system maps a page at its first write.
         self._values = aligned(self._groups * LANES * params.lattice_dim, np.float64)
 
     def coefficients(self, rows: slice) -> Tensor:
         """The coefficients of some rows, centred: int32 `[rows, rank, ring_dim]`."""
         start, stop, _ = rows.indices(self.rows)
+        if not self.params.packed:
+            return torch.from_numpy(self._blocks(range(start, stop)))
+        rank, of_trinomial = self.params.rank, trinomial(self.params)
+        index = np.arange(start, max(start, stop))
+        block, component = index // (LANES * rank) * LANES + index % LANES, index // LANES % rank
+        wanted, place = np.unique(block, return_inverse=True)
+        elements = self._blocks(wanted.tolist())
+        result = np.empty((len(index), rank, self.params.ring_dim), dtype=np.int32)
+        for k in np.unique(component):
+            of_component = component == k
+            some = elements[place[of_component]]
+            result[of_component, : k + 1] = some[:, k::-1]
+            result[of_component, k + 1 :] = times_y(some[:, :k:-1], of_trinomial)
+        return torch.from_numpy(result)
+
+    def _blocks(self, blocks: Sequence[int]) -> NDArray[np.int32]:
+        """Blocks of the stream, centred: int32 `[blocks, rank, ring_dim]`."""
         shape = (self.params.rank, self.params.ring_dim)
-        words = np.empty((max(0, stop - start), *shape), dtype=np.uint32)
-        for row in range(start, stop):
+        words = np.empty((len(blocks), *shape), dtype=np.uint32)
+        for place, block in enumerate(blocks):
             # q = 2^32, so 32 uniform bits are a uniform residue; read as int32 they are its centred representative.
-            words[row - start] = self._stream.uint32(row, self.params.lattice_dim).reshape(shape)
-        return torch.from_numpy(words.view(np.int32))
+            words[place] = self._stream.uint32(block, self.params.lattice_dim).reshape(shape)
+        return words.view(np.int32)
 
     def fft(self, rows: slice) -> Tensor:
-        """Some rows as `ring.NegacyclicFft.forward` has them: complex128 `[rank, rows, ring_dim/2]`. Made at each call."""
-        return negacyclic_fft(self.params.ring_dim).forward(self.coefficients(rows)).transpose(0, 1)
+        """Some rows as `ring.FoldedFft.forward` has them: complex128 `[rank, rows, ring_dim/2]`. Made at each call."""
+        return folded_fft(self.params).forward(self.coefficients(rows)).transpose(0, 1)
 
     def transformed(self, rows: int) -> NDArray[np.float64]:
-        """At least the first `rows` rows as the kernels want them: flat, `[groups, rank, ring_dim/2, 2, 8]`. Read only."""
-        wanted = -(-rows // LANES)
+        """Blocks for at least the first `rows` rows as the kernels want them: flat, `[groups, rank, ring_dim/2, 2, 8]`.
+
+        Read only.
+        """
+        wanted = -(-rows // (LANES * self.params.packing))
         if wanted > self._expanded:
             with self._lock:
                 groups = range(self._expanded, wanted)
@@ -76,8 +103,9 @@ class PublicMatrix:
 
     def _expand(self, groups: range) -> None:
         size = LANES * self.params.lattice_dim
-        words = interleave(self.coefficients(slice(LANES * groups[0], LANES * (groups[-1] + 1))).flatten(1))
-        transform(words, self.params.ring_dim, self._values[groups[0] * size : (groups[-1] + 1) * size])
+        blocks = self._blocks(range(LANES * groups[0], LANES * (groups[-1] + 1)))
+        words = interleave(blocks.reshape(len(blocks), -1))
+        transform(words, self.params, self._values[groups[0] * size : (groups[-1] + 1) * size])
 
 
 _GROUPS_AT_ONCE = 16

@@ -1,12 +1,25 @@
-"""Exact products in R_q = Z_q[X]/(X^d + 1), q = 2^32, of 32-bit and ternary polynomials, by a folded complex FFT.
+"""Exact products in R_q = Z_q[Y]/(Y^d + 1) or Z_q[Y]/(Y^d - Y^(d/2) + 1), q = 2^32, of 32-bit and ternary polynomials.
 
-A real polynomial a of degree < d is determined by its values at d/2 of the roots of X^d + 1, one of each conjugate
-pair. With n = d/2 and ζ = exp(iπ/d), those at ζ^(1-4j) are (as ζ^n = i and ζ^(-4jn) = 1)
+With n = d/2 let ω be a root of Z² + 1 or of Z² - Z + 1, so that Y^n takes the values ω and its conjugate at the roots of the
+modulus. A real polynomial a of degree < d is determined by its values at the n roots with Y^n = ω. Where ζ^n = ω, those at
+ζ·exp(-2πi·j/n) are
 
-    a(ζ^(1-4j)) = Σ_{k<n} (a_k + i·a_{k+n}) · ζ^k · exp(-2πi·jk/n),        j = 0 … n-1,
+    a(ζ·exp(-2πi·j/n)) = Σ_{k<n} (a_k + ω·a_{k+n}) · ζ^k · exp(-2πi·jk/n),        j = 0 … n-1,
 
-so one FFT of length n of the folded and twisted coefficients transforms a, and products are pointwise.
-(Bernstein, "Multidigit multiplication for mathematicians", 2001, section 8, calls this the right-angle convolution.)
+so one FFT of length n of the folded and twisted coefficients transforms a, and products are pointwise. (Bernstein,
+"Multidigit multiplication for mathematicians", 2001, section 8, calls this the right-angle convolution for ω = i; the second
+modulus is used like this in number-theoretic form by Lyubashevsky and Seiler, "NTTRU", CHES 2019.)
+
+Both moduli are bases of larger rings. With m = rank and Y = X^m,
+
+    Z[X]/(X^md + 1)             is a free module over Z[Y]/(Y^d + 1),             m a power of two,
+    Z[X]/(X^md - X^(md/2) + 1)  is a free module over Z[Y]/(Y^d - Y^(d/2) + 1),   m three times a power of two,
+
+with basis 1, X, …, X^(m-1); they are the cyclotomic rings of index 2md and 3md. Component k of a product is
+
+    (a·s)_k = Σ_{r≤k} a_{k-r}·s_r + Σ_{r>k} Y·a_{m+k-r}·s_r,
+
+the product of s = (s_0, …, s_{m-1}) and a row of the matrix of multiplication by a.
 """
 
 from __future__ import annotations
@@ -16,7 +29,9 @@ import sys
 from functools import lru_cache
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.errors import HecompileError
@@ -30,6 +45,8 @@ DOUBLE, SINGLE = 2.0**-53, 2.0**-24
 _ROUND_TO_INTEGER = 1.5 * 2.0**52
 """Adding it to |v| < 2^51 rounds v to the nearest integer and leaves that integer mod 2^32 in the low mantissa word."""
 
+_ROOT_OF_THREE = math.sqrt(3)
+
 
 class HasRing(Protocol):
     """Anything with a ring: `RingParameters` here, but the ring arithmetic need not know it."""
@@ -38,6 +55,22 @@ class HasRing(Protocol):
     def ring_dim(self) -> int: ...
     @property
     def rank(self) -> int: ...
+    @property
+    def packed(self) -> bool: ...
+
+
+def trinomial(params: HasRing) -> bool:
+    """Whether the modulus is Y^d - Y^(d/2) + 1, which packed rings of a rank divisible by 3 have, and not Y^d + 1."""
+    return params.packed and params.rank % 3 == 0
+
+
+def times_y(polynomials: NDArray[np.int32], of_trinomial: bool) -> NDArray[np.int32]:
+    """Y·a mod 2^32 for int32 `[..., d]`: Y^d is -1, or Y^(d/2) - 1."""
+    result = np.roll(polynomials, 1, axis=-1)
+    if of_trinomial:
+        result[..., result.shape[-1] // 2] += polynomials[..., -1]
+    np.negative(result[..., 0], out=result[..., 0])
+    return result
 
 
 def rounding_error_bound(params: HasRing, unit: float = DOUBLE) -> float:
@@ -55,32 +88,43 @@ def rounding_error_bound(params: HasRing, unit: float = DOUBLE) -> float:
     passed t butterflies. Here every transform has one more product, by the twist (3 × (1+u√5)(1+β)), the sum over the rank
     adds m - 1 roundings, and a is rounded once where u cannot hold it. Higher radices round no more often on any path.
     ‖a‖₂ ≤ 2^31·√d and ‖s‖₂ ≤ √d. For β twice what correct rounding gives is granted.
+
+    A packed ring has one more product, of Y and transforms of s. With the trinomial, folding and unfolding are products too
+    (3 more), and not isometries: |a + ωb|² ≤ 3/2·(a² + b²), for a and for s, and from z = a + ωb come b = Im z·2/√3 and
+    a = Re z - Im z/√3, both at most |z|·2/√3. Together that is a factor of 3/2 · 2/√3 = √3.
     """
     stages = math.log2(params.ring_dim / 2)
+    products = 3 * stages + 3 + (1 if params.packed else 0) + (3 if trinomial(params) else 0)
     log_growth = (
         (3 * stages + params.rank) * math.log1p(unit)
-        + (3 * stages + 4) * math.log1p(math.sqrt(5) * unit)
-        + (3 * stages + 3) * math.log1p(2 * unit)
+        + (products + 1) * math.log1p(math.sqrt(5) * unit)
+        + products * math.log1p(2 * unit)
     )
-    return params.rank * params.ring_dim * 2.0**31 * math.expm1(log_growth)
+    stretch = math.sqrt(3) if trinomial(params) else 1.0
+    return stretch * params.rank * params.ring_dim * 2.0**31 * math.expm1(log_growth)
 
 
-class NegacyclicFft:
-    """The folded FFT for one `ring_dim` (a power of two ≥ 4). Immutable; share it through `negacyclic_fft`."""
+class FoldedFft:
+    """The folded FFT for one `ring_dim` (a power of two ≥ 4) and modulus. Immutable; share it through `folded_fft`."""
 
-    def __init__(self, ring_dim: int) -> None:
+    def __init__(self, ring_dim: int, of_trinomial: bool = False) -> None:
         self.ring_dim = ring_dim
         self.half = ring_dim // 2
-        angle = torch.arange(self.half, dtype=torch.float64) * (math.pi / ring_dim)
+        self._trinomial = of_trinomial
+        turn = math.pi / 3 if of_trinomial else math.pi / 2  # the angle of ω
+        angle = torch.arange(self.half, dtype=torch.float64) * (turn / self.half)
         self._twist = torch.polar(torch.ones_like(angle), angle)  # complex128 [d/2]: ζ^k
         # The 1/n of the inverse transform is a power of two, so folding it in here rounds nothing.
         self._untwist = torch.polar(torch.full_like(angle, 1 / self.half), -angle)  # complex128 [d/2]
 
     def forward(self, coefficients: Tensor) -> Tensor:
-        """Integer or float64 `[..., d]` → complex128 `[..., d/2]`, the values at ζ^(1-4j)."""
+        """Integer or float64 `[..., d]` → complex128 `[..., d/2]`, the values at ζ·exp(-2πi·j/n)."""
         folded = torch.empty((*coefficients.shape[:-1], self.half, 2), dtype=torch.float64)
         folded[..., 0] = coefficients[..., : self.half]
         folded[..., 1] = coefficients[..., self.half :]
+        if self._trinomial:  # times ω = 1/2 + i·√3/2
+            folded[..., 0] += folded[..., 1] / 2
+            folded[..., 1] *= _ROOT_OF_THREE / 2
         return torch.fft.fft(torch.view_as_complex(folded).mul_(self._twist))  # [..., d/2]
 
     def inverse_real(self, values: Tensor) -> Tensor:
@@ -119,13 +163,21 @@ class NegacyclicFft:
 
     def _inverse_folded(self, values: Tensor) -> Tensor:
         """Complex128 `[..., d/2]` → float64 `[..., d/2, 2]`: coefficients k and k + d/2 side by side."""
-        return torch.view_as_real(torch.fft.ifft(values, norm="forward").mul_(self._untwist))
+        folded = torch.view_as_real(torch.fft.ifft(values, norm="forward").mul_(self._untwist))
+        if self._trinomial:
+            folded[..., 1] *= 2 / _ROOT_OF_THREE
+            folded[..., 0] -= folded[..., 1] / 2
+        return folded
+
+
+def folded_fft(params: HasRing) -> FoldedFft:
+    """The shared transform of a ring."""
+    return _folded_fft(params.ring_dim, trinomial(params))
 
 
 @lru_cache(maxsize=16)
-def negacyclic_fft(ring_dim: int) -> NegacyclicFft:
-    """The shared transform for `ring_dim`."""
-    return NegacyclicFft(ring_dim)
+def _folded_fft(ring_dim: int, of_trinomial: bool) -> FoldedFft:
+    return FoldedFft(ring_dim, of_trinomial)
 
 
 def row_chunks(rows: int, ring_dim: int) -> list[slice]:

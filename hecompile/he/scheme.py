@@ -1,6 +1,7 @@
 """The scheme, in five verbs: keygen, encrypt, evaluate, decrypt, and setup (`setup.py`).
 
-With q = 2^32, R_q = Z_q[X]/(X^d + 1), a public matrix A of rows in R_q^m, and tokens running along the coefficients:
+With q = 2^32, a ring R_q of polynomials of degree < d (`ring.py`), a public matrix A of rows in R_q^m, and tokens running
+along the coefficients:
 
     keygen     s ← uniform ternary in R^m, for one block of T ≤ d tokens and never again
     setup      H = W·A mod q                                   once per model
@@ -9,8 +10,9 @@ With q = 2^32, R_q = Z_q[X]/(X^d + 1), a public matrix A of rows in R_q^m, and t
     decrypt    Y_i - ⟨H_i, s⟩[0:T] mod q, centred = W_i·(x + e)
 
 This is Regev's encryption with a shared A and a fresh secret per message (Peikert, Vaikuntanathan, Waters, CRYPTO 2008;
-Frodo, CCS 2016), used as SimplePIR (Henzinger et al., USENIX Security 2023) does, over a module lattice. b and Y may
-travel rounded (`LinearParameters`). Nothing but b is sent: T tokens cost T words per feature.
+Frodo, CCS 2016), used as SimplePIR (Henzinger et al., USENIX Security 2023) does, over a module lattice or, where the ring
+is packed, an ideal lattice: m rows of A are then the matrix of multiplication by one ring element a, and their m masks the
+product a·s. b and Y may travel rounded (`LinearParameters`). Nothing but b is sent: T tokens cost T words per feature.
 
 This module works on integers, simply, and is what `fused.py` is tested against; clients use that.
 """
@@ -28,10 +30,10 @@ from torch import Tensor
 
 from hecompile.errors import InputError, SecurityError, WorkerError
 from hecompile.he.hints import Hint
-from hecompile.he.kernels import transform_secrets
+from hecompile.he.kernels import extend_secrets, transform_secrets
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.he.ring import negacyclic_fft, row_chunks
+from hecompile.he.ring import folded_fft, row_chunks
 from hecompile.he.sampling import OneTimeSecret, SecretRandom, Unsharable
 from hecompile.he.setup import setup
 
@@ -60,16 +62,20 @@ class DecryptionKey(Unsharable):
         self._transformed: dict[type[np.floating], NDArray[Any]] = {}
 
     def secret_ffts(self) -> Tensor:
-        """As `ring.NegacyclicFft.forward` has them: complex128 `[blocks, rank, ring_dim/2]`."""
-        return negacyclic_fft(self.params.ring_dim).forward(torch.from_numpy(self._secrets))
+        """As `ring.FoldedFft.forward` has them: complex128 `[blocks, rank, ring_dim/2]`."""
+        return folded_fft(self.params).forward(torch.from_numpy(self._secrets))
 
     def secrets_transformed(self, precision: type[np.floating] = np.float64) -> NDArray[Any]:
         """As the kernels want them, in float64 or float32: see `kernels.transform_secrets`."""
         if np.float64 not in self._transformed:
-            self._transformed[np.float64] = transform_secrets(self._secrets)
+            self._transformed[np.float64] = transform_secrets(self._secrets, self.params)
         if precision not in self._transformed:
             self._transformed[precision] = self._transformed[np.float64].astype(precision)
         return self._transformed[precision]
+
+    def secrets_extended(self) -> NDArray[np.float64]:
+        """As encryption under a packed ring wants them: see `kernels.extend_secrets`. Made at each call."""
+        return extend_secrets(self.secrets_transformed(), self.params)
 
     def check(self, hint: Hint, reply: Tensor, linear: LinearParameters) -> None:
         """Raises WorkerError for a reply of another shape than was asked for, InputError for a strange hint or circuit."""
@@ -133,7 +139,7 @@ def _encrypt_with(
 ) -> tuple[Ciphertext, DecryptionKey]:
     """The deterministic core: secrets int8 `[rank, ring_dim]` per block, error int8 `[T, in]`, x integer `[T, in]`."""
     params = public.params
-    fft = negacyclic_fft(params.ring_dim)
+    fft = folded_fft(params)
     key = DecryptionKey(params, linear, len(x), np.stack(secrets))
     b = torch.add(x, torch.from_numpy(error)).to(torch.int32)  # [T, in]
     for block, secret_fft in zip(blocks(len(x), params.ring_dim), key.secret_ffts(), strict=True):
@@ -183,7 +189,7 @@ def decrypt(key: DecryptionKey, hint: Hint, reply: Tensor, linear: LinearParamet
         InputError: the key, hint and circuit do not belong together.
     """
     key.check(hint, reply, linear)
-    fft = negacyclic_fft(key.params.ring_dim)
+    fft = folded_fft(key.params)
     result = _from_top_bytes(reply)  # int32 [T, out], wraps mod q
     for rows in row_chunks(linear.out_features, key.params.ring_dim):
         hint_fft = hint.fft(rows)  # [rank, rows, d/2]

@@ -2,8 +2,9 @@
 
 Each entry is the minimum over the `usvp`, `bdd` and `dual_hybrid` attacks that the lattice-estimator
 (https://github.com/malb/lattice-estimator, at HEAD; Albrecht, Player, Scott, "On the concrete hardness of Learning with
-Errors", 2015) reports with classical cost models, a uniform ternary secret, and unlimited samples. Module-LWE is
-counted as LWE at dimension ring_dim · rank: no attack is known that gains from the ring.
+Errors", 2015) reports with classical cost models, a uniform ternary secret, and unlimited samples. Module-LWE and ring-LWE
+are counted as LWE at dimension ring_dim · rank: no attack is known that gains from these rings, the cyclotomic ones of index
+2^k and 9·2^k with secrets and errors small in the basis of powers (the second as in Lyubashevsky, Seiler, "NTTRU", 2019).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecompile.he.inverse import inner_product, load_and_join4, prefetch_lines
+from hecompile.he.inverse import inner_product, last_join4, prefetch_lines
 from hecompile.he.kernels import compiled, forward_at, inlined
 from hecompile.he.lines import (
     GROUPS,
@@ -61,18 +61,24 @@ def _store_mask(mask, at, c, count):
 
 
 @inlined
-def _inner_product(matrix, base, rank, n, roots, root_count, secrets, tokens, tile, at, work, ahead, size):
+def _inner_product(
+    matrix, base, rank, n, roots, root_count, secrets, first, step, per_block, tokens, tile, at, work, ahead, size
+):  # fmt: skip
     """tile = ⟨matrix row, secret⟩ mod 2^32 for one group and all blocks of tokens.
 
-    Meanwhile the `size` bytes from the address `ahead` on, which the next group is made of, are asked for.
+    secrets: `[blocks, per_block, n, 2]`, of which those from `first` on are taken in steps of `step` of them. Meanwhile the
+    `size` bytes from the address `ahead` on, which the next group is made of, are asked for.
     """
     lines = lines_per_step(size, tokens, n)
     for token in range(0, tokens, 2 * n):
-        h, ahead = inner_product(matrix, base, secrets, token * rank, rank, n, roots, root_count, work, ahead, lines)
+        secret = token * per_block + 2 * n * first
+        h, ahead = inner_product(
+            matrix, base, secrets, secret, 2 * n * step, rank, n, roots, root_count, work, ahead, lines
+        )
         m = min(2 * n, tokens - token)
         to = tile + 4 * (at + 8 * token)
         for p in range(h):
-            r0, i0, r1, i1, r2, i2, r3, i3 = load_and_join4(work, 16 * p, 16 * h, roots, 0)
+            r0, i0, r1, i1, r2, i2, r3, i3 = last_join4(work, 16 * p, 16 * h, roots)
             _store_mask(r0, to, p, m)
             _store_mask(r1, to, p + h, m)
             _store_mask(r2, to, p + 2 * h, m)
@@ -143,15 +149,17 @@ def _prefetch_factors(start, rows):
 
 @compiled
 def encrypt(
-    matrix, first, features, rank, n, roots, secrets, tokens, x, x_at, x_row, inverse_scale, factors,
+    matrix, first, features, rank, packing, n, roots, secrets, tokens, x, x_at, x_row, inverse_scale, factors,
     error, planes, p_at, plane, p_row, limbs, tile, work, images, checks, variants, sums
 ):  # fmt: skip
     """Encrypts `tokens` tokens of `features` features, of which the first is in group `first` of the matrix.
 
-    matrix: float64, the transformed rows of A `[groups, rank, n, 2, 8]`. secrets: float64 `[blocks, rank, n, 2]`,
-    divided by n. x: float32, feature j of token t at `x_at + t·x_row + j`; times factors `[features]` and inverse_scale
-    `[tokens]`, float64, it is rounded to an integer. error: int8, at `t·features + j`. planes: uint8, byte l of a word at
-    `p_at + l·plane + t·p_row + j`. tile: int32, `tile_words(tokens)` of scratch; work: float64, 16·n of scratch.
+    matrix: float64, the transformed rows of A `[groups, rank, n, 2, 8]`, or ring elements that serve `packing` = rank groups
+    each, one after the other. secrets: float64 `[blocks, rank, n, 2]`, divided by n, or extended by `extend_secrets`: of an
+    element a, group k gets Σ_i a_i times number rank - 1 + k - i of them. x: float32, feature j of token t at
+    `x_at + t·x_row + j`; times factors `[features]` and inverse_scale `[tokens]`, float64, it is rounded to an integer.
+    error: int8, at `t·features + j`. planes: uint8, byte l of a word at `p_at + l·plane + t·p_row + j`. tile: int32,
+    `tile_words(tokens)` of scratch; work: float64, 16·n of scratch.
     For verification, images: int32 `[tiles, variants · checks, 64]`, from the first feature on, as `Checks` has them by
     tiles; sums `[checks, tokens, SUM_LANES]` int32 grows, all lanes together, by Σ_j top_j times image j of variant
     variants[t], where top_j is what is sent: the word without the bytes that are not.
@@ -165,13 +173,17 @@ def encrypt(
     tile_, work_, planes_ = address(tile), address(work), address(planes)
     images_, sums_, image_rows, images_flat = address(images), address(sums), images.shape[1], images.reshape(-1)
     group_size = rank * 16 * n
+    per_block, step = (rank, 1) if packing == 1 else (2 * rank - 1, -1)
+    ahead_size = 8 * group_size // packing
     for j in range(0, features, WIDTH):
         width = min(WIDTH, features - j)
         for g in range((width + 7) // 8):
-            base = (first + j // 8 + g) * group_size
+            group = first + j // 8 + g
+            base, component = group // packing * group_size, group % packing
             _inner_product(
-                matrix_, base, rank, n, roots_, root_count, secrets_, tokens, tile_, g * stride, work_,
-                matrix_ + 8 * (base + group_size), 8 * group_size,
+                matrix_, base, rank, n, roots_, root_count, secrets_, 0 if packing == 1 else rank - 1 + component, step,
+                per_block, tokens, tile_, g * stride, work_,
+                matrix_ + 8 * (base + group_size) + component * ahead_size, ahead_size,
             )  # fmt: skip
         factors_at = j * image_rows
         _prefetch_factors(images_ + 4 * factors_at, image_rows)
@@ -245,7 +257,8 @@ def decrypt(
                 for i in range(rank):
                     forward_at(hint_, base + i * 16 * n, n, roots_, values_, i * 16 * n)
             _inner_product(
-                matrix, start, rank, n, roots_, root_count, secrets_, tokens, tile_, g * stride, work_, ahead, ahead_size
+                matrix, start, rank, n, roots_, root_count, secrets_, 0, 1, rank, tokens, tile_, g * stride, work_, ahead,
+                ahead_size,
             )
         factors_at, check = j * vector_rows, (8 * first + j) // check_features
         _prefetch_factors(vectors_ + 4 * factors_at, vector_rows)

@@ -159,7 +159,7 @@ def test_edited_plan(client: Path, change: Callable[[dict[str, Any]], object]) -
     ("change", "message"),
     [
         ({"ring_dim": 128, "rank": 8}, "no security estimate covers lattice dimension 1024"),
-        ({"ring_dim": 4, "rank": 1}, "no security estimate covers lattice dimension 4"),
+        ({"ring_dim": 4, "rank": 1, "packed": False}, "no security estimate covers lattice dimension 4"),
         ({"sigma": 1.0}, "sigma must be"),
     ],
 )

@@ -8,20 +8,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.he.public_matrix import PublicMatrix
+from hecompile.he.ring import trinomial
 
 
-def negacyclic(a: NDArray[np.int64], s: NDArray[np.int64]) -> NDArray[np.int64]:
-    """a · s mod X^d + 1, not reduced mod q: exact in int64 for 32-bit × ternary up to d = 2^30."""
-    full = np.convolve(a, s)  # [2d - 1]
-    folded = full[: len(a)].copy()
-    folded[:-1] -= full[len(a) :]
-    return folded
+def product(a: NDArray[np.int64], s: NDArray[np.int64], of_trinomial: bool = False) -> NDArray[np.int64]:
+    """a · s mod Y^d + 1 or mod Y^d - Y^(d/2) + 1, not reduced mod q: exact in int64 for 32-bit × ternary up to d = 2^29."""
+    d = len(a)
+    full = np.append(np.convolve(a, s), 0)  # [2d]
+    for degree in reversed(range(d, 2 * d)):  # Y^degree is -Y^(degree - d), or that and Y^(degree - d/2)
+        full[degree - d] -= full[degree]
+        if of_trinomial:
+            full[degree - d // 2] += full[degree]
+    return full[:d]
 
 
-def inner_products(rows: Tensor, secret: NDArray[np.int8]) -> NDArray[np.int64]:
+def inner_products(rows: Tensor, secret: NDArray[np.int8], of_trinomial: bool = False) -> NDArray[np.int64]:
     """⟨A_j, s⟩ for int32 rows `[n, rank, d]` and int8 `[rank, d]`: int64 `[n, d]`."""
     wide, small = rows.numpy().astype(np.int64), secret.astype(np.int64)
-    return np.stack([sum(negacyclic(a, s) for a, s in zip(row, small, strict=True)) for row in wide])
+    return np.stack([sum(product(a, s, of_trinomial) for a, s in zip(row, small, strict=True)) for row in wide])
 
 
 def words(planes: Tensor) -> NDArray[np.int64]:
@@ -31,7 +35,8 @@ def words(planes: Tensor) -> NDArray[np.int64]:
 
 def encryption(public: PublicMatrix, secret: NDArray[np.int8], error: NDArray[np.int8], x: Tensor) -> NDArray[np.int64]:
     """b mod 2^32 for one block: int64 `[T, in]`."""
-    mask = inner_products(public.coefficients(slice(0, x.shape[1])), secret)[:, : len(x)].T  # [T, in]
+    rows = public.coefficients(slice(0, x.shape[1]))
+    mask = inner_products(rows, secret, trinomial(public.params))[:, : len(x)].T  # [T, in]
     return (mask + error + x.numpy()) % 2**32
 
 

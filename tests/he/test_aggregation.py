@@ -81,7 +81,7 @@ def test_the_largest_errors_and_keys_do_not_overflow() -> None:
 
 def test_masks_are_negacyclic_products_in_the_order_described() -> None:
     key = np.random.default_rng(3).integers(-9, 10, (2, 16)).astype(np.int32)
-    got = masks(TOY, SEED.stream("m"), transform_secrets(key), 200)
+    got = masks(TOY, SEED.stream("m"), transform_secrets(key, TOY), 200)
     words = SEED.stream("m").uint32(0, 8 * 16 * 2).astype(object).reshape(2, 16, 8)
     for lane in range(8):
         product = [0] * 16

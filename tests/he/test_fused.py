@@ -70,9 +70,12 @@ def check_against_the_simple_path(
     wanted, simple_key = _encrypt_with(public, list(secrets), error, integers, linear)
     key = key_of(params, linear, scale, secrets)
     planes = torch.full(wanted.planes.shape, 99, dtype=torch.uint8)
+    transformed = key.secrets_extended() if params.packed else key.secrets_transformed()
     for part in fused._parts(in_features, tokens):
         own_error = np.ascontiguousarray(error[:, part])
-        fused._encrypt_part(public.transformed(in_features), x, column.double().numpy(), key, planes, part, own_error)
+        fused._encrypt_part(
+            public.transformed(in_features), transformed, x, column.double().numpy(), key, planes, part, own_error
+        )
     assert torch.equal(planes, wanted.planes)
 
     reply = evaluate(weight, planes, linear)
@@ -96,6 +99,12 @@ def check_against_the_simple_path(
 @pytest.mark.parametrize("shape", [(9, 12), (64, 8), (5, 3), (70, 130), (1, 65)])
 def test_any_number_of_tokens_and_features(tokens: int, shape: tuple[int, int]) -> None:
     check_against_the_simple_path(TOY, tokens, shape, 3, 2)
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4, 6, 12])
+@pytest.mark.parametrize("shape", [(9, 12), (5, 3), (70, 130), (1, 215)])
+def test_packed_rings(rank: int, shape: tuple[int, int]) -> None:
+    check_against_the_simple_path(test_insecure_parameters(16, rank, packed=True), 55, shape, 3, 2)
 
 
 @pytest.mark.parametrize(("limbs", "reply_bytes"), [(4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2), (4, 1)])
