@@ -80,7 +80,7 @@ def cpu_seconds_of_product(shape: _Shape, ring: RingParameters, tokens: int, rep
     weight = torch.randn(shape.out_features, shape.in_features)
     reply = torch.randint(0, 256, (parameters.reply_bytes, tokens, shape.out_features), dtype=torch.uint8)
     with ExitStack() as stack:
-        hint = stack.enter_context(random_hint(ring, shape.out_features))
+        hint = stack.enter_context(random_hint(ring, parameters))
 
         def encrypted() -> Tensor:
             _, key = TRAINED.encrypt(public, x, parameters)

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from benchmarks.client_path import PATHS, TRAINED, ClientPath
+from benchmarks.client_path import PATHS, REFERENCE, TRAINED, ClientPath
 from benchmarks.linears import Linear, public_matrix, random_linear, random_rows, relative_error, stored_hint
 from benchmarks.report import section_main, table
 from benchmarks.timing import Samples, paired, thread_counts, threads
@@ -69,16 +69,16 @@ def _rows(
     exact = x.double() @ linear.weight.double().t()
     rows: list[list[object]] = []
     with ExitStack() as stack:
-        hint = stack.enter_context(stored_hint(public, linear.weight))
         results = {}
         for name, path in paths.items():
+            hint = stack.enter_context(stored_hint(public, linear, words=path is REFERENCE))
             ciphertext, key = path.encrypt(public, x, parameters)
             reply = evaluate(linear.weight, ciphertext.planes, parameters)
             error = relative_error(path.decrypt(key, hint, reply, parameters), exact)
-            results[name] = (path, key, reply, error)
+            results[name] = (path, key, hint, reply, error)
         for count in thread_counts():
             calls: dict[str, Callable[[], object]] = {}
-            for name, (path, key, reply, _) in results.items():
+            for name, (path, key, hint, reply, _) in results.items():
                 calls[f"{name} encrypt"] = partial(path.encrypt, public, x, parameters)
                 calls[f"{name} decrypt"] = partial(path.decrypt, key, hint, reply, parameters)
             with threads(count):

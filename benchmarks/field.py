@@ -74,7 +74,7 @@ def run(quick: bool) -> str:
     public = public_matrix(choose_ring(tokens), width)
     x = random_rows(max(tokens, TensealTensor.degree // 2), width)
     sample_x, sample = x[:, :SAMPLE_IN].contiguous(), linear.weight[:SAMPLE_OUT, :SAMPLE_IN].contiguous()
-    with stored_hint(public, linear.weight) as hint, engine_of(linear, DEFAULT_ENGINE) as engine:
+    with stored_hint(public, linear) as hint, engine_of(linear, DEFAULT_ENGINE) as engine:
         concrete = ConcreteMl(x[:1], linear.weight)
         systems: list[System] = [
             Ours(x[:tokens], linear, public, hint, engine),

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,28 +72,31 @@ def public_matrix(ring: RingParameters, rows: int) -> PublicMatrix:
 
 
 @contextmanager
-def stored_hint(public: PublicMatrix, weight: Tensor) -> Iterator[Hint]:
-    """The hint of a weight, made by setup, written and read back as training reads it."""
-    with tempfile.TemporaryDirectory() as scratch:
-        write_hint(Path(scratch), "linear", setup(weight, public))
-        yield _read(Path(scratch), public.params, len(weight))
+def stored_hint(public: PublicMatrix, linear: Linear, words: bool = False) -> Iterator[Hint]:
+    """The hint of a linear, made by setup, written and read back as training reads it; or as words in any case."""
+    precision = np.float64 if words else linear.parameters.decryption_precision
+    with _stored(public.params, setup(linear.weight, public), precision) as hint:
+        yield hint
 
 
 @contextmanager
-def random_hint(ring: RingParameters, out_features: int) -> Iterator[Hint]:
+def random_hint(ring: RingParameters, parameters: LinearParameters) -> Iterator[Hint]:
     """Uniform values in a hint's place, where setup for the real one would take too long: timing does not depend on them,
     the decrypted values are meaningless."""
     generator = torch.Generator().manual_seed(2)
+    shape = (parameters.out_features, ring.lattice_dim)
+    values = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
+    with _stored(ring, values, parameters.decryption_precision) as hint:
+        yield hint
+
+
+@contextmanager
+def _stored(ring: RingParameters, hint: Tensor, precision: type[np.floating]) -> Iterator[Hint]:
+    single = ring if precision is np.float32 else None
     with tempfile.TemporaryDirectory() as scratch:
-        shape = (out_features, ring.lattice_dim)
-        values = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
-        write_hint(Path(scratch), "linear", values)
-        yield _read(Path(scratch), ring, out_features)
-
-
-def _read(directory: Path, ring: RingParameters, rows: int) -> Hint:
-    # Nothing cached: in a model of real size the hints' transforms do not fit in memory.
-    return HintStore(directory, ring, cache_bytes=0).hint("linear", rows)
+        write_hint(Path(scratch), "linear", hint, single)
+        # Nothing cached: in a model of real size the hints do not fit in memory.
+        yield HintStore(Path(scratch), ring, cache_bytes=0).hint("linear", len(hint), precision)
 
 
 @contextmanager

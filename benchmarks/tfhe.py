@@ -168,7 +168,7 @@ def _linear(quick: bool) -> tuple[float, float]:
     width, tokens = (64, 40) if quick else (WIDTH, TOKENS)
     linear, x = random_linear(width, width), random_rows(tokens, width)
     public = public_matrix(choose_ring(tokens), width)
-    with stored_hint(public, linear.weight) as hint, engine_of(linear, DEFAULT_ENGINE) as engine, threads(2):
+    with stored_hint(public, linear) as hint, engine_of(linear, DEFAULT_ENGINE) as engine, threads(2):
         ciphertext, _ = TRAINED.encrypt(public, x, linear.parameters)
         planes = ciphertext.planes.numpy()
         reply = torch.from_numpy(engine.evaluate("linear.forward", planes))

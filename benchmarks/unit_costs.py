@@ -20,9 +20,11 @@ from benchmarks.report import section_main
 from hecompile.costs import CostModel, hint_bytes
 from hecompile.he.fused import decrypt_reals, encrypt_reals
 from hecompile.he.hints import Hint
+from hecompile.he.kernels import interleave, transform
 from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.sampling import PublicSeed
+from hecompile.he.vectors import LANES
 
 FEATURES = 1024
 POINTS = (
@@ -94,7 +96,8 @@ def _point(ring: RingParameters, tokens: int, repeats: int) -> tuple[float, floa
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, FEATURES, generator=generator)
     words = torch.randint(-(2**31), 2**31, (FEATURES, ring.lattice_dim), generator=generator).to(torch.int32)
-    hint = Hint.from_coefficients(ring, words)
+    transformed = transform(interleave(words), ring, precision=linear.decryption_precision)
+    hint = Hint(ring, transformed.reshape(-1, ring.lattice_dim, LANES), FEATURES)
     reply = torch.randint(0, 256, (2, tokens, FEATURES), generator=generator, dtype=torch.uint8)
     _, key = encrypt_reals(public, x, linear)
     encrypting = _shortest(lambda: encrypt_reals(public, x, linear), repeats)

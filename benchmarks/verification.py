@@ -58,7 +58,7 @@ def _row(
     public = public_matrix(choose_ring(tokens), in_features)
     checks = Checks.draw(linear.weight, SecretRandom())
     x = random_rows(tokens, in_features)
-    with stored_hint(public, linear.weight) as hint, threads(1):
+    with stored_hint(public, linear) as hint, threads(1):
         calls: dict[str, Callable[[], object]] = {}
         for name, own in (("plain", None), ("verified", checks)):
             ciphertext, key = encrypt_reals(public, x, parameters, checks=own)

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
@@ -71,7 +72,7 @@ def write_circuits(
         with ThreadPoolExecutor(max_workers=1) as background:
             for circuit in missing:
                 hint = prepared.setup(torch.from_numpy(circuit.weight).t())  # of [features_out, features_in]
-                pending.append((circuit, background.submit(_write, stage, writer, client, circuit, hint)))
+                pending.append((circuit, background.submit(_write, stage, writer, client, circuit, hint, ring)))
                 while len(pending) > (_BEHIND if circuit is not missing[-1] else 0):
                     written, future = pending.popleft()
                     records.append(future.result())
@@ -104,10 +105,11 @@ def write_circuits_without_hints(
 
 
 def _write(
-    stage: Staging, writer: WorkerBundleWriter, client: Path, circuit: RemoteCircuit, hint: Tensor
+    stage: Staging, writer: WorkerBundleWriter, client: Path, circuit: RemoteCircuit, hint: Tensor, ring: RingParameters
 ) -> FileRecord:
     spec = writer.add(LowerWorker()(circuit.model()).model)
-    record = describe_file(client, write_hint(client / HINTS, circuit.name, hint))
+    single = ring if circuit.parameters.decryption_precision is np.float32 else None
+    record = describe_file(client, write_hint(client / HINTS, circuit.name, hint, single))
     stage.note(_Line(name=circuit.name, hint=record, worker=spec).model_dump(mode="json"))
     return record
 

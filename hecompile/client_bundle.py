@@ -27,7 +27,10 @@ from hecompile.he.parameters import LinearParameters, RingParameters, RingParame
 from hecompile.he.sampling import PublicSeed
 from hecompile.ir import print_model
 
-FORMAT, VERSION = "hecompile-client", 3
+FORMAT, VERSION = "hecompile-client", 4
+READABLE = (3, 4)
+"""Version 3 had neither packed rings nor transformed hints, and is read as it is."""
+
 MANIFEST, PLAN, PLAN_DATA = "manifest.json", "plan.onnx", "plan.onnx.data"
 HINTS, CHECKS, TOKENIZER = "hints", "checks", "tokenizer"
 _REMEDY = "make the bundle again with `hecompile export llama`"
@@ -223,8 +226,8 @@ def _read_manifest(directory: Path) -> _Manifest:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise InputError(f"{path} is not the manifest of a client bundle; {_REMEDY}")
-        if raw.get("version") != VERSION:
-            raise InputError(f"{path} has format version {raw.get('version')}, this program reads {VERSION}; {_REMEDY}")
+        if raw.get("version") not in READABLE:
+            raise InputError(f"{path} has format version {raw.get('version')}, this program reads {READABLE}; {_REMEDY}")
         return _Manifest.model_validate(raw)
     except HecompileError:
         raise

@@ -5,7 +5,8 @@ F(d) = 2.5·log2(d/2) flops per coefficient of a complex FFT of length d/2 (5·n
 
     encrypt, per input feature    blocks·d·(F(d) + 4m)               m pointwise products, one inverse transform
     A, per input feature          8·m·d bytes read                   its transforms; 1/m of it in a packed ring
-    decrypt, per output feature   blocks·d·(F(d) + 4m) + m·d·F(d)    and m transforms of the hint's row, once per use
+    decrypt, per output feature   blocks·d·(F(d) + 4m)               as much
+    hint's row as words           m·d·F(d)                           its transforms, where the file does not have them
     hint, per output feature      4·m·d bytes read
     worker                        2·in·out·T operations per limb product, of which L limbs need L (2L - 1 for int16 weights)
     wire                          L·T·in bytes up, R·T·out bytes down
@@ -19,6 +20,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+
+import numpy as np
 
 from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
 
@@ -53,9 +56,9 @@ class CostModel:
         seconds = _product_flops(ring, tokens) / self.transform_flops + tokens * self.encrypt_seconds
         return features * (seconds + 2 * hint_bytes(ring, 1) / ring.packing / self.hint_bandwidth)
 
-    def decrypt(self, ring: RingParameters, tokens: int, features: int) -> float:
-        """Client seconds to decrypt as much, the hint's transforms and reading included."""
-        flops = _product_flops(ring, tokens) + ring.lattice_dim * _transform_flops(ring)
+    def decrypt(self, ring: RingParameters, tokens: int, features: int, words: bool = False) -> float:
+        """Client seconds to decrypt as much, reading the hint included, and its transforms where it comes as words."""
+        flops = _product_flops(ring, tokens) + (ring.lattice_dim * _transform_flops(ring) if words else 0.0)
         seconds = flops / self.transform_flops + tokens * self.decrypt_seconds
         return features * (seconds + hint_bytes(ring, 1) / self.hint_bandwidth)
 
@@ -70,7 +73,9 @@ class CostModel:
 
     def product(self, ring: RingParameters, parameters: LinearParameters, tokens: int, weight_bytes: int = 1) -> float:
         """Seconds of one remote product, everything one after the other."""
-        client = self.encrypt(ring, tokens, parameters.in_features) + self.decrypt(ring, tokens, parameters.out_features)
+        words = parameters.decryption_precision is np.float64
+        client = self.encrypt(ring, tokens, parameters.in_features)
+        client += self.decrypt(ring, tokens, parameters.out_features, words)
         return client + self.wire(parameters, tokens) + self.worker(parameters, tokens, weight_bytes)
 
     def fetched_hint(self, ring: RingParameters, parameters: LinearParameters, weight_bytes: int = 1) -> float:

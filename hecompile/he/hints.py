@@ -1,7 +1,10 @@
 """Hints H = W·A mod q: one file per circuit, memory-mapped, read ahead of their use and let go of after it.
 
+A file holds the words of a hint, or, where decryption is in float32, their float32 transform, which takes no more room and
+saves rank of the rank + 1 transforms of decrypting a block of tokens.
+
 Training visits every circuit in turn, over and over. Where the transformed hints of all of them fit in memory (once or twice
-the size of the files, and one transform less per use) they stay there; else all are streamed: the order of the last visit
+the size of the files) they stay there; else all are streamed: the order of the last visit
 tells which come next, the operating system is asked to read those, and the pages of a hint that was used are given back.
 (Under such a cycle a cache that is too small to hold everything saves little: it would hit for its share of the circuits
 alone.)
@@ -30,6 +33,8 @@ from hecompile.he.vectors import LANES
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 Precision = type[np.floating]
 
+_NO_WORDS = np.empty(0, dtype=np.int32)
+
 _READ_AHEAD = 4
 """Hints asked for ahead of the one in use: the circuits of one decoder layer in one direction."""
 
@@ -39,27 +44,33 @@ class Hint:
 
     Args:
         params: the ring.
-        words: int32, `[groups, rank · ring_dim, 8]`, perhaps memory-mapped: what `interleave` makes.
+        stored: int32, `[groups, rank · ring_dim, 8]`, perhaps memory-mapped: what `interleave` makes; or float32, its
+            transform, for decryption in float32 alone.
         rows: how many of the 8 · groups rows are real.
-        keep_transformed: float64 or float32, to transform once in that precision and keep that; None, to do so at each use.
+        keep_transformed: float64 or float32, to transform words once in that precision and keep that; None, to do so at
+            each use.
 
     Raises:
         InputError: the shape or type does not fit the ring or the rows.
     """
 
     def __init__(
-        self, params: RingParameters, words: NDArray[np.int32], rows: int, keep_transformed: Precision | None = None
+        self, params: RingParameters, stored: NDArray[Any], rows: int, keep_transformed: Precision | None = None
     ) -> None:
         wanted = (-(-rows // LANES), params.lattice_dim, LANES)
-        if words.shape != wanted or words.dtype != np.int32 or rows < 1:
+        if stored.shape != wanted or stored.dtype not in (np.int32, np.float32) or rows < 1:
             raise InputError(
-                f"a hint of {rows} rows for {params.ring_dim} x {params.rank} is int32 {list(wanted)}, "
-                f"got {words.dtype} {list(words.shape)}: run setup again with these parameters"
+                f"a hint of {rows} rows for {params.ring_dim} x {params.rank} is int32 or float32 {list(wanted)}, "
+                f"got {stored.dtype} {list(stored.shape)}: run setup again with these parameters"
             )
         self.params = params
         self.rows = rows
-        self.words = words.reshape(-1)
+        self.words: NDArray[np.int32] = _NO_WORDS
         self.transformed: NDArray[Any] | None = None
+        if stored.dtype == np.float32:
+            self.transformed = stored.reshape(-1)
+            return
+        self.words = stored.reshape(-1)
         if keep_transformed is not None:
             self.transformed = transform(self.words, params, precision=keep_transformed)
 
@@ -74,9 +85,15 @@ class Hint:
         return cls(params, words, len(coefficients), keep_transformed)
 
     def coefficients(self, rows: slice) -> Tensor:
-        """Some rows: int32 `[rows, rank · ring_dim]`, a copy."""
+        """Some rows: int32 `[rows, rank · ring_dim]`, a copy. Raises InputError for a float32 transform."""
+        self.check_precision(np.float64)
         start, stop, _ = rows.indices(self.rows)
         return torch.from_numpy(deinterleave(self.words, slice(start, stop), self.params.lattice_dim))
+
+    def check_precision(self, precision: Precision) -> None:
+        """Raises InputError if this is a float32 transform, and `precision` is not."""
+        if self.words.size == 0 and precision is not np.float32:
+            raise InputError("this hint was made for decryption in float32 alone: make the bundle again")
 
     def fft(self, rows: slice) -> Tensor:
         """Some rows as `ring.FoldedFft.forward` has them: complex128 `[rank, rows, ring_dim/2]`. Made at each call."""
@@ -90,22 +107,26 @@ def _path(directory: Path, circuit: str) -> Path:
     return directory / f"{circuit}.npy"
 
 
-def write_hint(directory: Path, circuit: str, hint: Tensor) -> Path:
+def write_hint(directory: Path, circuit: str, hint: Tensor, single: RingParameters | None = None) -> Path:
     """Writes the hint of `circuit` to `<directory>/<circuit>.npy`, whole or not at all; returns the path.
 
     Args:
         directory: made if it is missing.
         circuit: its name.
         hint: int32 `[out_features, rank · ring_dim]`, as `setup` makes it; the file has it eight rows side by side.
+        single: the ring, to write the float32 transform, for circuits that are decrypted in float32; None, the words.
     """
     path = _path(directory, circuit)
     if hint.dtype != torch.int32 or hint.dim() != 2 or len(hint) == 0:
         raise InputError(f"the hint of {circuit} must be int32 [out, rank * ring_dim], got {hint.dtype}")
     directory.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    stored: NDArray[Any] = interleave(hint)
+    if single is not None:
+        stored = transform(stored, single, precision=np.float32)
     try:
         with partial.open("wb") as file:
-            np.save(file, interleave(hint).reshape(-1, hint.shape[1], LANES))
+            np.save(file, stored.reshape(-1, hint.shape[1], LANES))
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -120,8 +141,8 @@ class HintStore:
     Args:
         directory: where `write_hint` wrote.
         params: the ring they were made for.
-        cache_bytes: how much memory the transformed hints of the folder may take together. If they need more, each is read
-            from the mapped file and transformed at each use.
+        cache_bytes: how much memory the transformed hints of the folder may take together, at most twice their files. If
+            they need more, each is read from the mapped file at each use, and transformed if it is not.
     """
 
     def __init__(self, directory: Path, params: RingParameters, cache_bytes: int) -> None:
@@ -145,12 +166,14 @@ class HintStore:
         """
         with self._lock:
             if circuit not in self._hints:
-                words, mapping = self._open(circuit)
-                self._hints[circuit] = Hint(self.params, words, rows, precision if self.cached else None)
-                if self.cached:
-                    mapping.madvise(mmap.MADV_DONTNEED)
-                else:
+                stored, mapping = self._open(circuit)
+                hint = Hint(self.params, stored, rows, precision if self.cached else None)
+                hint.check_precision(precision)
+                self._hints[circuit] = hint
+                if not self.cached:
                     self._maps[circuit] = mapping
+                elif stored.dtype == np.int32:
+                    mapping.madvise(mmap.MADV_DONTNEED)
             if self._last is not None:
                 self._next[self._last] = circuit
             self._last = circuit
@@ -171,12 +194,12 @@ class HintStore:
             if circuit in self._maps:
                 self._maps[circuit].madvise(mmap.MADV_WILLNEED)  # starts reading in the background and returns
 
-    def _open(self, circuit: str) -> tuple[NDArray[np.int32], mmap.mmap]:
+    def _open(self, circuit: str) -> tuple[NDArray[Any], mmap.mmap]:
         path = _path(self.directory, circuit)
         if not path.is_file():
             raise InputError(f"there is no hint for {circuit} in {self.directory}: run setup for it")
         try:
-            words = np.load(path, mmap_mode="r", allow_pickle=False)
+            stored = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
             raise InputError(f"the hint file {path} cannot be read ({error}): run setup again") from error
-        return np.asarray(words), words._mmap
+        return np.asarray(stored), stored._mmap

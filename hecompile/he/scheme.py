@@ -85,6 +85,7 @@ class DecryptionKey(Unsharable):
             raise InputError(
                 f"the hint has {hint.rows} rows and may be of another ring; {linear.out_features} are wanted"
             )
+        hint.check_precision(linear.decryption_precision)
         shape = (linear.reply_bytes, self.tokens, linear.out_features)
         if reply.dtype != torch.uint8 or reply.shape != shape:
             raise WorkerError(f"a reply of uint8 {list(shape)} was asked for, got {reply.dtype} {list(reply.shape)}")

@@ -91,7 +91,7 @@ def test_client_saved_section_has_a_row_per_width_and_a_plot(results: Path) -> N
 def test_measured_path_computes_the_product_through_the_engine(name: str) -> None:
     linear, x = random_linear(96, 80), random_rows(20, 96)
     public = public_matrix(CATALOGUE["256x6"], 96)
-    with stored_hint(public, linear.weight) as hint, engine_of(linear, DEFAULT_ENGINE) as engine:
+    with stored_hint(public, linear, words=name != "trained") as hint, engine_of(linear, DEFAULT_ENGINE) as engine:
         path = PATHS[name]
         ciphertext, key = path.encrypt(public, x, linear.parameters)
         reply = torch.from_numpy(engine.evaluate("linear.forward", ciphertext.planes.numpy()))

@@ -94,11 +94,11 @@ def test_a_failure_midway_leaves_everything_as_it_was(
     before = hashes(tmp_path)
     write_hint, written = circuit_writer.write_hint, []
 
-    def failing(directory: Path, circuit: str, hint: object) -> Path:
+    def failing(directory: Path, circuit: str, *hint: object) -> Path:
         if len(written) == 5:
             raise OSError(28, "No space left on device")
         written.append(circuit)
-        return write_hint(directory, circuit, hint)
+        return write_hint(directory, circuit, *hint)
 
     monkeypatch.setattr(circuit_writer, "write_hint", failing)
     fresh = dataclasses.replace(OPTIONS, public_seed=PublicSeed.draw())

@@ -132,7 +132,7 @@ def test_missing_manifest_and_missing_directory(client: Path, tmp_path: Path) ->
 
 def test_another_version(client: Path) -> None:
     edit_manifest(client, lambda m: m.update(version=1))
-    assert "has format version 1, this program reads 3" in refused(client)
+    assert "has format version 1, this program reads (3, 4)" in refused(client)
 
 
 def test_unknown_and_missing_fields(client: Path) -> None:

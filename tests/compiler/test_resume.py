@@ -36,12 +36,12 @@ from tests.compiler import test_resume
 
 write_hint, written = circuit_writer.write_hint, []
 
-def stop(directory, circuit, hint):
+def stop(directory, circuit, *hint):
     if len(written) == test_resume.COMPLETE:
         (directory / f"{circuit}.npy.{os.getpid()}.partial").write_bytes(b"half a hint")
         os.kill(os.getpid(), getattr(signal, sys.argv[4]))
     written.append(circuit)
-    return write_hint(directory, circuit, hint)
+    return write_hint(directory, circuit, *hint)
 
 circuit_writer.write_hint = stop
 compile_checkpoint(sys.argv[1], pathlib.Path(sys.argv[2]), getattr(test_resume, sys.argv[3]))
@@ -219,11 +219,11 @@ def test_an_interrupt_keeps_what_is_complete(
 ) -> None:
     write_hint, written = circuit_writer.write_hint, []
 
-    def interrupting(directory: Path, circuit: str, hint: torch.Tensor) -> Path:
+    def interrupting(directory: Path, circuit: str, *hint: object) -> Path:
         if len(written) == complete:
             raise KeyboardInterrupt
         written.append(circuit)
-        return write_hint(directory, circuit, hint)
+        return write_hint(directory, circuit, *hint)
 
     monkeypatch.setattr(circuit_writer, "write_hint", interrupting)
     with pytest.raises(KeyboardInterrupt):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from hecompile.he.fused import decrypt_reals, encrypt_reals
-from hecompile.he.hints import HintStore
+from hecompile.he.hints import Hint, HintStore
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.he.scheme import decrypt, encrypt_tokens
+from hecompile.he.scheme import decrypt, encrypt_tokens, setup
 from hecompile.inspection import circuits_without_gradient, predicted_traffic
 from runtime.engines import create_engine
 from tests.e2e.conftest import Build
@@ -30,8 +29,10 @@ def test_noise_of_every_circuit_is_within_its_bound_and_as_wide_as_predicted(bui
         x[0], x[1] = bound, -bound
         ciphertext, key = encrypt_tokens(public, x, parameters)
         reply = torch.from_numpy(engine.evaluate(name, ciphertext.planes.numpy()))
-        decrypted = decrypt(key, hints.hint(name, parameters.out_features), reply, parameters)  # [T, out]
-        weight = torch.from_numpy(build.worker.weight(name).astype(np.int64))  # [in, out]
+        stored = torch.from_numpy(build.worker.weight(name))  # int8 or int16 [in, out]
+        weight = stored.long()
+        hint = Hint.from_coefficients(client.ring, setup(stored.t(), public))
+        decrypted = decrypt(key, hint, reply, parameters)  # [T, out]
         noise = (decrypted - x @ weight).double()
         assert float(noise.abs().max()) <= parameters.noise_bound, name
         predicted = torch.as_tensor(parameters.noise_std(weight.double().norm(dim=0)))  # [out]
@@ -41,7 +42,8 @@ def test_noise_of_every_circuit_is_within_its_bound_and_as_wide_as_predicted(bui
         reals = torch.randn(TOKENS, parameters.in_features, generator=generator)
         ciphertext, real_key = encrypt_reals(public, reals, parameters)
         reply = torch.from_numpy(engine.evaluate(name, ciphertext.planes.numpy()))
-        result = decrypt_reals(real_key, hints.hint(name, parameters.out_features), reply, parameters)
+        kept = hints.hint(name, parameters.out_features, parameters.decryption_precision)
+        result = decrypt_reals(real_key, kept, reply, parameters)
         scale = torch.from_numpy(real_key.scale)[:, None]
         integers = (reals.double() / scale).round()
         noise = result.double() / scale - integers @ weight.double()

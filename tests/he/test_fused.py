@@ -14,6 +14,7 @@ from hecompile.he import fused
 from hecompile.he.encode import decode
 from hecompile.he.fused import RealKey, decrypt_reals, encrypt_reals
 from hecompile.he.hints import Hint
+from hecompile.he.kernels import interleave, transform
 from hecompile.he.parameters import (
     CATALOGUE,
     SINGLE_ERROR_STD,
@@ -70,11 +71,11 @@ def check_against_the_simple_path(
     wanted, simple_key = _encrypt_with(public, list(secrets), error, integers, linear)
     key = key_of(params, linear, scale, secrets)
     planes = torch.full(wanted.planes.shape, 99, dtype=torch.uint8)
-    transformed = key.secrets_extended() if params.packed else key.secrets_transformed()
+    secrets_now = key.secrets_extended() if params.packed else key.secrets_transformed()
     for part in fused._parts(in_features, tokens):
         own_error = np.ascontiguousarray(error[:, part])
         fused._encrypt_part(
-            public.transformed(in_features), transformed, x, column.double().numpy(), key, planes, part, own_error
+            public.transformed(in_features), secrets_now, x, column.double().numpy(), key, planes, part, own_error
         )
     assert torch.equal(planes, wanted.planes)
 
@@ -85,6 +86,13 @@ def check_against_the_simple_path(
         hint = Hint.from_coefficients(params, coefficients, keep_transformed=keep)
         results.append(decrypt_reals(key, hint, reply, linear, row))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    transformed = transform(interleave(coefficients), params, precision=np.float32)
+    single = Hint(params, transformed.reshape(-1, params.lattice_dim, 8), out_features)
+    if linear.decryption_precision is np.float32:
+        assert torch.equal(decrypt_reals(key, single, reply, linear, row), results[0])
+    else:
+        with pytest.raises(InputError, match="for decryption in float32 alone"):
+            decrypt_reals(key, single, reply, linear, row)
     integers = decrypt(simple_key, hint, reply, linear)
     simple = decode(integers, torch.from_numpy(scale)[:, None], torch.float64)
     if linear.decryption_precision is np.float64:
