@@ -21,6 +21,9 @@ from runtime.worker import Worker
 from tests.training.support import make_model
 
 TOLERANCE = 1e-5
+ENCODED = 5e-5
+"""Of integers: where float32 rounds a batch otherwise than its rows, an encoded value differs by a step, 1 in 2^14 or so."""
+
 LENGTHS, PROMPTS = (16, 11, 7, 9), (4, 8, 1, 5)
 EXAMPLES = len(LENGTHS)
 
@@ -87,14 +90,15 @@ def worst(found: PerExample, expected: dict[str, Tensor]) -> float:
     return max(differences)
 
 
-@pytest.mark.parametrize("products", [FloatProducts, CleartextProducts])
+@pytest.mark.parametrize(("products", "tolerance"), [(FloatProducts, TOLERANCE), (CleartextProducts, ENCODED)])
 def test_on_the_plan_they_equal_a_loop_over_the_examples(
-    bundles: tuple[ClientBundle, WorkerBundle], batch: dict[str, Tensor], products: type[CleartextProducts]
-) -> None:
+    bundles: tuple[ClientBundle, WorkerBundle], batch: dict[str, Tensor], products: type[CleartextProducts],
+    tolerance: float,
+) -> None:  # fmt: skip
     model = clear(bundles, products)
     loss, expected = one_by_one(model, batch)
     found = model.per_example_gradients(**batch)
-    assert worst(found, expected) <= TOLERANCE
+    assert worst(found, expected) <= tolerance
     torch.testing.assert_close(found.loss, loss, rtol=1e-5, atol=0)
     assert found.tokens.tolist() == [length - prompt for length, prompt in zip(LENGTHS, PROMPTS, strict=True)]
     assert all(parameter.grad is None for parameter in model.adapter_state().values())
