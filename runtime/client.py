@@ -22,6 +22,7 @@ from hecompile.legality import FUSED_CLIENT_PLAN, check_stage
 from hecompile.mapped import release
 from hecompile.operators import Context
 from passes.fuse import Fuse
+from runtime.domains import DomainRun, DomainWatch, WatchedOutput
 from runtime.head import linear_cross_entropy, scored_positions, scored_targets
 from runtime.privacy.per_example import GradientCollector, PerExample
 from runtime.products import Products
@@ -63,6 +64,7 @@ class EncryptedCausalLM(torch.nn.Module):
         check_stage(model, FUSED_CLIENT_PLAN)
         head = _detach_head(model)
         self._interpreter = Interpreter(model)
+        self._watch = DomainWatch(model)
         self._head = self._interpreter.constants[head]  # f32 [V, H]
         self._mapped_head = constant_of(model.graph.initializers[head])
         self._tokens, self._lock = 0, threading.Lock()
@@ -106,6 +108,11 @@ class EncryptedCausalLM(torch.nn.Module):
     def concurrent(self) -> bool:
         return True
 
+    @property
+    def has_domains(self) -> bool:
+        """Whether the plan has polynomials with domains, which `forward` with labels then watches."""
+        return bool(self._watch.nodes)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -116,18 +123,26 @@ class EncryptedCausalLM(torch.nn.Module):
         generator: torch.Generator | None = None,
     ) -> CausalLMOutput:
         """See `AdapterModel.__call__`. Raises InputError when the batch is larger than the plan was compiled for, or its
-        padding is not on the right.
+        padding is not on the right; LegalityError that names the polynomial, where what left its domain grew without limit.
 
         The sequences run packed, one after the other without padding, each up to its last position that is asked for: no
         later one can matter to it. In the last layer, the others are left out once attention has seen them.
         """
         wanted = scored_positions(labels) if labels is not None else logits_to_keep
         real, lengths = self._pack(input_ids, attention_mask, wanted)
-        hidden = self._hidden(input_ids[real], lengths, None if wanted is None else wanted[real], generator)  # [N, H]
+        ranges = self._watch.start(lengths) if self.has_domains and labels is not None else None
+        try:
+            kept = None if wanted is None else wanted[real]
+            hidden = self._hidden(input_ids[real], lengths, kept, generator, ranges=ranges)  # [N, H]
+        except InputError as error:  # of a value that is not finite, before it is encrypted
+            if ranges is None or ranges.left is None:
+                raise
+            raise LegalityError(f"{ranges.left}, and then {error}") from error
         if labels is not None:
             targets = scored_targets(labels)
             count = len(targets) if num_items_in_batch is None else num_items_in_batch
-            return CausalLMOutput(loss=linear_cross_entropy(hidden, self._head, targets, self._release_head) / count)
+            loss = linear_cross_entropy(hidden, self._head, targets, self._release_head) / count
+            return WatchedOutput(loss=loss, ranges=ranges)
         logits = hidden @ self._head.t()  # [N, V]
         if wanted is None:
             everywhere = logits.new_zeros(*input_ids.shape, logits.shape[1])  # [B, S, V]
@@ -203,6 +218,7 @@ class EncryptedCausalLM(torch.nn.Module):
         cache: AttentionCache | None = None,
         starts: tuple[int, ...] | None = None,
         trainable: Callable[[Tensor, Tensor], Tensor] | None = None,
+        ranges: DomainRun | None = None,
     ) -> Tensor:
         """The head's input [N, H] at the `wanted` (bool [T]) of the packed `tokens` int64 [T], or at all of them."""
 
@@ -214,7 +230,8 @@ class EncryptedCausalLM(torch.nn.Module):
         context = Context(self.training, remote, generator, lengths, cache, trainable)
         everything = wanted is None or bool(wanted.all())
         positions = None if wanted is None or everything else wanted.nonzero().squeeze(1)  # [N]
-        (hidden,) = self._interpreter.run(inputs, context, positions=positions).values()  # [1, N, H]
+        observer = None if ranges is None else ranges.observe
+        (hidden,) = self._interpreter.run(inputs, context, observer, positions=positions).values()  # [1, N, H]
         return hidden[0]
 
     def _release_head(self, rows: slice) -> None:

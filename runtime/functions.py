@@ -25,7 +25,10 @@ def functions_of(graph: ir.Model) -> dict[str, str]:
 
 
 def check_functions(recipe: Recipe, model: AdapterModel) -> None:
-    """Raise InputError if a recipe names an attention, norm or activation that the model does not compute."""
+    """Raise InputError if a recipe names an attention, norm or activation that the model does not compute, or gives a range
+    loss to one without polynomials."""
+    if recipe.range_loss is not None and not (isinstance(model, EncryptedCausalLM) and model.has_domains):
+        raise InputError("recipe: range_loss is for plans with polynomials, and this model has none; drop it")
     wanted = {part: getattr(recipe, part) for part in ("attention", "norm", "activation")}
     wanted = {part: name for part, name in wanted.items() if name is not None}
     if not wanted:

@@ -138,8 +138,17 @@ class TrainingSection(Section):
         return self.eval_on_start or self.eval_steps is not None or self.eval_strategy == "epoch"
 
 
+class RangeLossSection(Section):
+    """Loss = α·L_range + β·L_var + L (Power-Softmax): weights of the term of scores, divisors and activation inputs, and of
+    the term of variances. Zero turns a term off. In `metrics.jsonl` the loss is the sum."""
+
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+    beta: Annotated[float, Field(ge=0)] = 1.0
+
+
 class Recipe(Workplace):
-    """One training run, where its `Workplace` says."""
+    """One training run, where its `Workplace` says. `range_loss` keeps what goes into the polynomials of a plan in their
+    domains (`runtime.domains`); there is none by default."""
 
     data: DataSection
     training: TrainingSection
@@ -148,6 +157,7 @@ class Recipe(Workplace):
     attention: Literal["softmax", "power", "gaussian_kernel", "chebyshev"] | None = None
     norm: Literal["rmsnorm", "polynomial"] | None = None
     activation: Literal["silu", "polynomial", "composed", "quantized"] | None = None
+    range_loss: RangeLossSection | None = None
 
     @property
     def requests_in_flight(self) -> int:
@@ -157,6 +167,8 @@ class Recipe(Workplace):
     def _evaluable(self) -> Recipe:
         if self.training.evaluates and self.data.validation_file is None:
             raise ValueError("the training section asks for evaluation; give data.validation_file")
+        if self.range_loss is not None and self.privacy is not None:
+            raise ValueError("range_loss is a term of a whole batch, and privacy clips gradients of examples: drop one")
         return self
 
 

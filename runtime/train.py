@@ -71,6 +71,8 @@ def run_training(
         heldout = load_examples(recipe.data.validation_file, tokenizer, model.sequence_buckets, recipe.data.max_length)
     _check_batches_fit(model, recipe, train, heldout)
     settings = section.model_dump(mode="json") | {"data_seed": section.order_seed, "train_examples": len(train)}
+    if recipe.range_loss is not None:
+        settings["range_loss"] = recipe.range_loss.model_dump(mode="json")
     checkpoint = _checkpoint_to_resume(section.output_dir, resume) if resume else None
     step, total = 0, _total_steps(recipe, len(train))
     if checkpoint is not None:
@@ -89,7 +91,7 @@ def run_training(
             forget_after(section.output_dir / METRICS_FILE, step)  # the steps after it are taken again
             section = section.model_copy(update={"eval_on_start": False})  # this is not the start
         collate = PadToBucket(model.sequence_buckets, eos_and_pad(tokenizer)[1])
-        parts = (model, section, settings, train, heldout, collate)
+        parts = (model, section, settings, train, heldout, collate, recipe.range_loss)
         trainer = AdapterTrainer(*parts) if private is None else PrivateTrainer(private, *parts)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         adapter_dir = save_adapter(model, section.output_dir / ADAPTER_DIR)

@@ -14,14 +14,15 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from hecompile.errors import HecompileError, InputError, VerificationError
+from hecompile.errors import HecompileError, InputError, LegalityError, VerificationError
 from runtime.adapter import AdapterModel, load_adapter, save_adapter
 from runtime.data import Examples, PadToBucket
+from runtime.domains import REMEDY, WatchedOutput
 from runtime.evaluation import evaluate
 from runtime.head import scored_positions
 from runtime.metrics import METRICS_FILE, MetricsWriter, ProgressBar
 from runtime.micro_batches import MicroBatches, cut
-from runtime.recipe import TrainingSection
+from runtime.recipe import RangeLossSection, TrainingSection
 
 SETTINGS_FILE = "training_settings.json"
 _STAGING = ".checkpoint-partial"
@@ -70,6 +71,7 @@ class AdapterTrainer(Trainer):
         train_examples: Examples,
         heldout_examples: Examples | None,
         collate: PadToBucket,
+        range_loss: RangeLossSection | None = None,
     ) -> None:
         self._micro_batches = MicroBatches(section.micro_batches_in_flight if model.concurrent else 1)
         super().__init__(
@@ -83,6 +85,7 @@ class AdapterTrainer(Trainer):
         self._adapter_model = model
         self._settings = settings
         self._heldout = heldout_examples
+        self._range_loss = range_loss
         self._collate = collate
         self._eval_batch_size = section.per_device_eval_batch_size
         self._rows = section.per_device_train_batch_size
@@ -98,25 +101,41 @@ class AdapterTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Add the gradients of the step's loss, the mean over all of its unmasked labels however these are spread over
-        its micro-batches, to the adapter's; return that loss."""
+        its micro-batches, to the adapter's; return that loss, with the terms of `range_loss` where there are any."""
         model.train()
         try:
             loss = self._take_gradients(inputs)
         except VerificationError as error:
             raise VerificationError(f"step {self.state.global_step + 1}: {error}") from None
+        except LegalityError as error:
+            raise LegalityError(f"step {self.state.global_step + 1}: {error}; the step was not taken. {REMEDY}") from error
         self._refuse_unless_finite(loss)
         return loss
 
     def _take_gradients(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         count = int(scored_positions(inputs["labels"]).sum())
+        left: list[str] = []  # what left its domain; a list, for micro-batches run in threads
 
         def share(micro_batch: Mapping[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
-            loss = self._adapter_model(**micro_batch, num_items_in_batch=count, generator=generator).loss
+            output = self._adapter_model(**micro_batch, num_items_in_batch=count, generator=generator)
+            loss, ranges = output.loss, output.ranges if isinstance(output, WatchedOutput) else None
             assert loss is not None
+            if ranges is not None and ranges.left is not None:
+                left.append(ranges.left)
+                if not torch.isfinite(loss):
+                    raise LegalityError(f"{ranges.left}, and the loss is {loss.item()}")
             self._refuse_unless_finite(loss)
+            if ranges is not None and self._range_loss is not None:
+                part = int(scored_positions(micro_batch["labels"]).sum()) / count
+                loss = loss + part * ranges.loss(self._range_loss.alpha, self._range_loss.beta)
             return loss
 
-        return self._micro_batches.run(self._adapter_model, cut(inputs, self._rows), share)
+        try:
+            return self._micro_batches.run(self._adapter_model, cut(inputs, self._rows), share)
+        except InputError as error:  # of a gradient that is not finite, before it is encrypted
+            if not left:
+                raise
+            raise LegalityError(f"{left[0]}, and then {error}") from error
 
     def _refuse_unless_finite(self, loss: torch.Tensor) -> None:
         if not torch.isfinite(loss):

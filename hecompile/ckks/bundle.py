@@ -122,7 +122,7 @@ def export_polynomial(
             f"{checkpoint.model.config.max_position_embeddings} positions"
         )
     if adapter is not None:
-        checkpoint = _merged(checkpoint, adapter)
+        checkpoint = merged_checkpoint(checkpoint, adapter)
     graph, parameters, depth = lower_polynomial(checkpoint, options, progress)
     circuit = PolynomialCircuit(graph)  # refuses what has no implementation on ciphertexts, before anything is written
     progress("write")
@@ -159,8 +159,8 @@ def lower_polynomial(
     return PlaceRefreshes(levels)(model).model, parameters, depth
 
 
-def _merged(checkpoint: Checkpoint, adapter: Path) -> Checkpoint:
-    """W + scaling·B·A in place of W, by PEFT."""
+def merged_checkpoint(checkpoint: Checkpoint, adapter: Path) -> Checkpoint:
+    """W + scaling·B·A in place of W, by PEFT. Raises InputError where the adapter is none or does not fit."""
     if not (adapter / "adapter_config.json").is_file():
         raise InputError(f"{adapter} is no PEFT adapter: it has no adapter_config.json")
     try:

@@ -77,12 +77,12 @@ class RangeObserver:
             self.measured.widen("variances", variance)
             section = self._recipe.norm
             if section.form == "polynomial":
-                self.measured.variance_term = self.measured.variance_term + _outside(variance, section.lower, section.upper)
+                self.measured.variance_term = self.measured.variance_term + outside(variance, section.lower, section.upper)
         elif (activation := self._activations.get(value)) is not None:
             x = self._values[activation.inputs[0]]  # type: ignore[index]
             self.measured.widen("activation_inputs", x)
             if self._recipe.activation.form == "polynomial":
-                self._add(_beyond(x.abs().amax(-1), self._recipe.activation.bound))
+                self._add(beyond(x.abs().amax(-1), self._recipe.activation.bound))
 
     def _attention(self, node: ir.Node, parts: object) -> None:
         q, k, scale = self._values[parts.q], self._values[parts.k], parts.scale  # type: ignore[attr-defined]
@@ -93,26 +93,28 @@ class RangeObserver:
             exponents = gaussian_exponents(q, k, scale).clamp_max(0.0)  # rounding may leave it a little above zero
             seen = mask.expand_as(exponents) > 0
             self.measured.widen("exponents", exponents[seen])
-            self._add(_beyond((-exponents * mask).amax(-1), section.bound))
+            self._add(beyond((-exponents * mask).amax(-1), section.bound))
             return
         scores = attention_scores(q, k, scale)
         self.measured.widen("scores", scores[mask.expand_as(scores) > 0])
         attributes = {name: attribute(node, name) for name in ("form", "power", "epsilon", "delta")}
         _, divisor, _ = power_weights(scores, mask, attributes)
         self.measured.widen("divisors", divisor)
-        self._add(_beyond((scores * mask).abs().amax(-1), section.bound))
+        self._add(beyond((scores * mask).abs().amax(-1), section.bound))
         if section.form != "stable":
-            self._add(_outside(divisor, section.divisor_lower, section.divisor_upper))
+            self._add(outside(divisor, section.divisor_lower, section.divisor_upper))
 
     def _add(self, term: Tensor) -> None:
         self.measured.range_term = self.measured.range_term + term
 
 
-def _beyond(magnitude: Tensor, bound: float) -> Tensor:
+def beyond(magnitude: Tensor, bound: float) -> Tensor:
+    """Mean square of |x|/bound - 1 where that is positive."""
     return torch.relu(magnitude / bound - 1).pow(2).mean()
 
 
-def _outside(values: Tensor, lower: float, upper: float) -> Tensor:
+def outside(values: Tensor, lower: float, upper: float) -> Tensor:
+    """Mean square of the logarithm of the factor by which positive values are outside."""
     logarithm = torch.log(values.clamp_min(torch.finfo(values.dtype).tiny))
     above = torch.relu(logarithm - torch.log(torch.tensor(upper)))
     below = torch.relu(torch.log(torch.tensor(lower)) - logarithm)

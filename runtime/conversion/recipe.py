@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from hecompile.errors import InputError
-from runtime.recipe import explain, read_document
+from runtime.recipe import RangeLossSection, explain, read_document
 from runtime.workplace import Positive, Section
 
 _PATHS = ((None, "out"), ("data", "train_file"), ("data", "validation_file"))
@@ -58,14 +58,6 @@ class ActivationSection(Section):
     error: PositiveFloat = 1e-2
     margin: Annotated[float, Field(ge=1)] = 1.5
     bound: PositiveFloat = 6.0
-
-
-class RangeLossSection(Section):
-    """Loss = α·L_range + β·L_var + L (Power-Softmax): weights of the term of scores, divisors and activation inputs, and of
-    the term of variances. Zero turns a term off."""
-
-    alpha: Annotated[float, Field(ge=0)] = 1.0
-    beta: Annotated[float, Field(ge=0)] = 1.0
 
 
 class ConversionData(Section):
