@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.ckks_tuned import BATCH, RANGE_LOSS, RATE, STEPS, Tuned, fine_tune
 from benchmarks.report import section_main, table
 from benchmarks.timing import paired, ratio
-from hecompile.ckks.bundle import CkksOptions, CkksPlan, export_polynomial, lower_polynomial
+from hecompile.ckks.bundle import CkksOptions, CkksPlan, export_polynomial, lower_polynomial, merged_checkpoint
 from hecompile.ckks.evaluator import CkksTensor, Evaluator
 from hecompile.ckks.keys import SecretKey
 from hecompile.ckks.library import seal
@@ -25,7 +27,7 @@ from hecompile.ckks.parameters import CkksLiteral, CkksParameters
 from hecompile.frontend import Checkpoint, load_checkpoint
 from hecompile.interpreter import Interpreter
 from models import REDUCED_POLYNOMIAL
-from models.reduced_world import LINE_TOKENS, lines
+from models.reduced_world import ANSWERS, LINE_TOKENS, lines
 from passes.expand_polynomials import EMBEDDINGS
 from runtime.ckks.client import CkksSession, CkksStats
 
@@ -34,11 +36,13 @@ PROSE = """\
 ## The polynomial Llama on ciphertexts (CKKS)
 
 The reduced Llama (2 layers, hidden 32, 2 heads, FFN 64), converted by `hecompile convert
-models/recipes/convert-reduced.yaml` (Gaussian-kernel attention, polynomial norm and activation), evaluated **wholly by a
-worker process** on lines of {length} tokens, one in each slot; the client encrypts embeddings, refreshes where the plan
-says, and decrypts the logits of all positions. Depth of the graph: {depth}. 30 bits a level, 128 bits of security
-(Homomorphic Encryption Standard). One run of {batch} held-out lines ({rows} predictions), {threads} threads for the worker,
-client on the same cores. Errors are to the cleartext polynomial graph.
+models/recipes/convert-reduced.yaml` (Gaussian-kernel attention, polynomial norm and activation), then **fine-tuned on
+private lines by LoRA through the encrypted worker** ({steps} steps, rate {rate:g}, range loss {range_loss:g}), the adapter
+merged by `ckks export --adapter`, and evaluated **wholly by a worker process** on held-out private lines of {length} tokens,
+one in each slot; the client encrypts embeddings, refreshes where the plan says, and decrypts the logits of all positions.
+Depth of the graph: {depth}. 30 bits a level, 128 bits of security (Homomorphic Encryption Standard). One run of {batch} lines
+({rows} predictions), {threads} threads for the worker, client on the same cores. Errors are to the cleartext polynomial graph
+of the merged model.
 """
 PRODUCTS = """\
 One product of two ciphertexts, relinearised and rescaled, one thread: the project's kernels beside SEAL's evaluator (through
@@ -47,7 +51,8 @@ TenSEAL), which gives the same words bit for bit (`tests/ckks`).
 PACKING = """\
 A ciphertext holds one number of each of as many sequences as there are slots: nothing rotates, and attention is products
 entry by entry. An evaluation takes the same time and bytes for one sequence as for all slots, so that this pays for many
-independent documents at once and not for one.
+independent documents at once and not for one. From how many on it takes less than the interactive plan of the same model
+and adapter (logits of all positions, {batch} lines in batches of {plan_batch}, worker in a process of its own):
 """
 
 
@@ -63,16 +68,23 @@ class Evaluation:
     rows: NDArray[np.int64]
     logits: NDArray[np.float32]
     cleartext: NDArray[np.float32]
+    untuned: NDArray[np.float32]
 
 
 def run(quick: bool) -> str:
     """Markdown: errors and bytes, seconds by operation, the evaluator beside SEAL's, what a batch costs."""
     length = 2 if quick else LINE_TOKENS
     checkpoint = load_checkpoint(str(REDUCED_POLYNOMIAL))
-    found = [_evaluate(checkpoint, length, levels, 4 if quick else None) for levels in ((4,) if quick else LEVELS)]
+    texts = checkpoint.tokenizer(lines(heldout=True, of_private=True))["input_ids"][: 4 if quick else None]
+    whole = np.array([[*ids, checkpoint.tokenizer.eos_token_id] for ids in texts])
+    with TemporaryDirectory() as directory:
+        tuned = fine_tune(Path(directory), whole, 2 if quick else STEPS)
+        found = [_evaluate(tuned, whole[:, :length], levels) for levels in ((4,) if quick else LEVELS)]
+    batch = len(whole)
     prose = PROSE.format(
-        length=length, threads=os.cpu_count(), depth=found[0].plan.depth, batch=len(found[0].rows), rows=found[0].rows.size
-    )
+        length=length, threads=os.cpu_count(), depth=found[0].plan.depth, batch=batch, rows=found[0].rows.size,
+        steps=STEPS, rate=RATE, range_loss=RANGE_LOSS,
+    )  # fmt: skip
     headings = [f"{one.parameters.levels} levels, ring dimension {one.parameters.ring_dim}" for one in found]
     operations = sorted(found[0].stats.worker_seconds, key=lambda name: -found[0].stats.worker_seconds[name])
     seconds = [[name, *(one.stats.worker_seconds.get(name, 0.0) for one in found)] for name in operations]
@@ -84,18 +96,17 @@ def run(quick: bool) -> str:
             table(["operation", *headings], seconds),
             PRODUCTS,
             table(["level", "SEAL, ms", "kernels, ms", "ratio"], _products(quick)),
-            PACKING,
+            PACKING.format(batch=batch, plan_batch=BATCH),
+            table(["", "interactive, each", *(f"CKKS, {one}: pays from" for one in headings)], _break_even(tuned, found)),
         ]
     )
 
 
-def _evaluate(checkpoint: Checkpoint, length: int, levels: int, most: int | None) -> Evaluation:
-    options = CkksOptions(length, levels)
-    texts = checkpoint.tokenizer(lines(heldout=True))["input_ids"][:most]
-    rows = np.array([[*ids, checkpoint.tokenizer.eos_token_id][:length] for ids in texts])
+def _evaluate(tuned: Tuned, rows: NDArray[np.int64], levels: int) -> Evaluation:
+    options = CkksOptions(rows.shape[1], levels)
     with TemporaryDirectory() as directory:
         build, address = Path(directory) / "build", f"unix://{directory}/worker"
-        plan = export_polynomial(str(REDUCED_POLYNOMIAL), build, options)
+        plan = export_polynomial(str(REDUCED_POLYNOMIAL), build, options, tuned.adapter)
         command = [sys.executable, "-m", "hecompile.cli", "ckks", "serve", str(build / "worker"), "--listen", address]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
             try:
@@ -106,11 +117,43 @@ def _evaluate(checkpoint: Checkpoint, length: int, levels: int, most: int | None
                     peak = _peak(worker.pid)
             finally:
                 worker.terminate()
+    before = load_checkpoint(str(REDUCED_POLYNOMIAL))
+    untuned = _cleartext(before, options, rows)
+    cleartext = _cleartext(merged_checkpoint(before, tuned.adapter), options, rows)
+    return Evaluation(plan, session.parameters, session.stats, session.key_bytes, peak, rows, logits, cleartext, untuned)
+
+
+def _cleartext(checkpoint: Checkpoint, options: CkksOptions, rows: NDArray[np.int64]) -> NDArray[np.float32]:
     graph, _, _ = lower_polynomial(checkpoint, options)
     with torch.no_grad():
         embeddings = checkpoint.model.get_input_embeddings()(torch.from_numpy(rows))
-        cleartext = Interpreter(graph).run({EMBEDDINGS: embeddings})["logits"].numpy()
-    return Evaluation(plan, session.parameters, session.stats, session.key_bytes, peak, rows, logits, cleartext)
+        return np.asarray(Interpreter(graph).run({EMBEDDINGS: embeddings})["logits"].numpy())
+
+
+def _break_even(tuned: Tuned, found: Sequence[Evaluation]) -> list[list[object]]:
+    """A row per cost: of the interactive plan per sequence, and the number of sequences for which CKKS takes as much."""
+    plan = tuned.interactive
+    lines_ = [
+        ("seconds in all", plan.seconds, "s", [one.stats.total_seconds for one in found]),
+        ("seconds of the client", plan.client_seconds, "s",
+         [one.stats.encrypt_seconds + one.stats.decrypt_seconds for one in found]),
+        ("bytes, keys left aside", plan.bytes / 1e6, "MB",
+         [(one.stats.bytes_up + one.stats.bytes_down) / 1e6 for one in found]),
+    ]  # fmt: skip
+    rows: list[list[object]] = []
+    for name, each, unit, costs in lines_:
+        cells = []
+        for cost, one in zip(costs, found, strict=True):
+            count, slots = math.ceil(cost / each), one.parameters.slots
+            cells.append(f"{count} sequences" + ("" if count <= slots else f": never ({slots} slots)"))
+        rows.append([name, f"{each:.3g} {unit}", *cells])
+    return rows
+
+
+def _right(logits: NDArray[np.float32], rows: NDArray[np.int64]) -> str:
+    """Share of the answers that the likeliest next token gives; of all next tokens where the rows end before the answers."""
+    at = np.array([position for position in ANSWERS if position < rows.shape[1]] or range(1, rows.shape[1]))
+    return f"{(logits[:, at - 1].argmax(-1) == rows[:, at]).mean():.1%}"
 
 
 def _rows(found: Sequence[Evaluation]) -> list[list[object]]:
@@ -124,6 +167,9 @@ def _figures(one: Evaluation) -> dict[str, object]:
     error = np.abs(one.logits - one.cleartext)
     same = float((one.logits.argmax(-1) == one.cleartext.argmax(-1)).mean())
     return {
+        "private answers right: before training, after (cleartext), after (encrypted)": ", ".join(
+            _right(logits, one.rows) for logits in (one.untuned, one.cleartext, one.logits)
+        ),
         "largest error over the range of logits (wanted: 1e-3)": f"{error.max() / spread:.2e}",
         "root mean square of the error over the range": f"{np.sqrt((error**2).mean()) / spread:.2e}",
         "same most likely next token (wanted: 99 %)": f"{same:.2%}",
