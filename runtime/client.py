@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import onnx_ir as ir
@@ -15,12 +16,13 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from hecompile.attention_cache import AttentionCache
 from hecompile.client_bundle import ClientBundle
-from hecompile.errors import InputError, LegalityError
-from hecompile.interpreter import Interpreter, packed_graph_inputs
+from hecompile.errors import HecompileError, InputError, LegalityError
+from hecompile.interpreter import Interpreter, Observer, packed_graph_inputs
 from hecompile.ir import DOMAIN, constant_of
 from hecompile.legality import FUSED_CLIENT_PLAN, check_stage
 from hecompile.mapped import release
 from hecompile.operators import Context
+from hecompile.range_watch import DomainWatch, Outside
 from passes.fuse import Fuse
 from runtime.head import linear_cross_entropy, scored_positions, scored_targets
 from runtime.privacy.per_example import GradientCollector, PerExample
@@ -62,7 +64,7 @@ class EncryptedCausalLM(torch.nn.Module):
         model = Fuse()(bundle.graph()).model
         check_stage(model, FUSED_CLIENT_PLAN)
         head = _detach_head(model)
-        self._interpreter = Interpreter(model)
+        self._model, self._interpreter = model, Interpreter(model)
         self._head = self._interpreter.constants[head]  # f32 [V, H]
         self._mapped_head = constant_of(model.graph.initializers[head])
         self._tokens, self._lock = 0, threading.Lock()
@@ -148,6 +150,18 @@ class EncryptedCausalLM(torch.nn.Module):
         loss = linear_cross_entropy(hidden, self._head, scored_targets(labels), self._release_head)
         return collector.backward(loss, counts)
 
+    def outside_domains(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Outside, ...]:
+        """See `DomainModel`. The worker sees what it sees of any batch."""
+        wanted = scored_positions(labels)
+        real, lengths = self._pack(input_ids, attention_mask, wanted)
+        watch = DomainWatch(self._model, lengths)
+        # A failure ends the look: what went before it has been seen, and the reason for looking is to be reported, not this.
+        with torch.no_grad(), suppress(HecompileError):
+            self._hidden(input_ids[real], lengths, wanted[real], generator, observer=watch.observe)
+        return watch.outside
+
     def _pack(self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
         """Which positions of a batch run (bool [B, S]), and how many of each row that has any."""
         batch, length = input_ids.shape
@@ -203,6 +217,7 @@ class EncryptedCausalLM(torch.nn.Module):
         cache: AttentionCache | None = None,
         starts: tuple[int, ...] | None = None,
         trainable: Callable[[Tensor, Tensor], Tensor] | None = None,
+        observer: Observer | None = None,
     ) -> Tensor:
         """The head's input [N, H] at the `wanted` (bool [T]) of the packed `tokens` int64 [T], or at all of them."""
 
@@ -214,7 +229,7 @@ class EncryptedCausalLM(torch.nn.Module):
         context = Context(self.training, remote, generator, lengths, cache, trainable)
         everything = wanted is None or bool(wanted.all())
         positions = None if wanted is None or everything else wanted.nonzero().squeeze(1)  # [N]
-        (hidden,) = self._interpreter.run(inputs, context, positions=positions).values()  # [1, N, H]
+        (hidden,) = self._interpreter.run(inputs, context, observer, positions).values()  # [1, N, H]
         return hidden[0]
 
     def _release_head(self, rows: slice) -> None:

@@ -14,9 +14,11 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from hecompile.errors import HecompileError, InputError, VerificationError
+from hecompile.errors import InputError, NotFiniteError, VerificationError
+from hecompile.range_watch import Outside
 from runtime.adapter import AdapterModel, load_adapter, save_adapter
 from runtime.data import Examples, PadToBucket
+from runtime.divergence import DomainModel, explained, require_finite_gradients, require_finite_loss
 from runtime.evaluation import evaluate
 from runtime.head import scored_positions
 from runtime.metrics import METRICS_FILE, MetricsWriter, ProgressBar
@@ -78,7 +80,7 @@ class AdapterTrainer(Trainer):
             data_collator=collate,
             train_dataset=train_examples,
             eval_dataset=heldout_examples,
-            callbacks=[MetricsWriter(model, self._figures, section.output_dir / METRICS_FILE)],
+            callbacks=[MetricsWriter(self._figures, section.output_dir / METRICS_FILE)],
         )
         self._adapter_model = model
         self._settings = settings
@@ -100,12 +102,30 @@ class AdapterTrainer(Trainer):
         """Add the gradients of the step's loss, the mean over all of its unmasked labels however these are spread over
         its micro-batches, to the adapter's; return that loss."""
         model.train()
+        step, random = f"step {self.state.global_step + 1}", torch.get_rng_state()
         try:
             loss = self._take_gradients(inputs)
+            require_finite_loss(loss)
+            # Before the update: what is refused here never reaches the adapter or the optimizer.
+            require_finite_gradients(self._adapter_model.adapter_state())
         except VerificationError as error:
-            raise VerificationError(f"step {self.state.global_step + 1}: {error}") from None
-        self._refuse_unless_finite(loss)
+            raise VerificationError(f"{step}: {error}") from None
+        except NotFiniteError as error:
+            torch.set_rng_state(random)  # each micro-batch then has the same dropout again
+            outside = self._outside_domains(cut(inputs, self._rows))
+            raise explained(f"{step}: {error}; the step was not taken", outside) from None
         return loss
+
+    def _outside_domains(self, micro_batches: list[dict[str, torch.Tensor]]) -> tuple[Outside, ...]:
+        """What leaves the domains of polynomials, if the model has any, in the first micro-batch where something does."""
+        model = self._adapter_model
+        if not isinstance(model, DomainModel):
+            return ()
+
+        def look(micro_batch: Mapping[str, torch.Tensor], generator: torch.Generator) -> tuple[Outside, ...]:
+            return model.outside_domains(**micro_batch, generator=generator)
+
+        return next((found for found in self._micro_batches.map(look, micro_batches) if found), ())
 
     def _take_gradients(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         count = int(scored_positions(inputs["labels"]).sum())
@@ -113,17 +133,10 @@ class AdapterTrainer(Trainer):
         def share(micro_batch: Mapping[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
             loss = self._adapter_model(**micro_batch, num_items_in_batch=count, generator=generator).loss
             assert loss is not None
-            self._refuse_unless_finite(loss)
+            require_finite_loss(loss)
             return loss
 
         return self._micro_batches.run(self._adapter_model, cut(inputs, self._rows), share)
-
-    def _refuse_unless_finite(self, loss: torch.Tensor) -> None:
-        if not torch.isfinite(loss):
-            raise HecompileError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()}; the step was not taken. "
-                f"Try a lower learning_rate"
-            )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.train`; the threads of the micro-batches end with it."""
