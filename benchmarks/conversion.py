@@ -135,13 +135,16 @@ def _converted(name: str, recipe: ConversionRecipe) -> Conversion:
 
 
 def _forms(path: Path) -> dict[str, Options]:
-    """The forms of power attention that a checkpoint's own options do not have; domains are those of calibration."""
+    """The forms of power attention that a checkpoint does not have; divisors have the domain of calibration, twice as wide
+    as others: its few rows do not have the largest sum."""
     own = PolynomialOptions.from_config(load_checkpoint(str(path)).model.config).attention
     if own is None:  # not converted
         own = ApproximateSoftmax("power", epsilon=0.1, error=1e-2)
     return {
         f"power, {shown} form": {
-            "attention": replace(own, form=form, division="goldschmidt", ratio_lower=None, ratio_upper=None)
+            "attention": replace(
+                own, form=form, division="goldschmidt", margin=2 * own.margin, ratio_lower=None, ratio_upper=None
+            )
         }
         for form, shown in FORMS.items()
         if form != own.form
