@@ -199,7 +199,8 @@ def _private(variant: Variant, rate: str) -> list[object]:
                 try:
                     run_training(session.model, session.tokenizer, recipe)
                 except NotFiniteError as error:
-                    return [*row, ": ".join((str(error).partition(";")[0], *error.causes[:1])), ""]
+                    what = str(error).partition(";")[0].partition(". ")[0]
+                    return [*row, ": ".join((what, *error.causes[:1])), ""]
                 after = evaluate(session.model, examples, pad)
     return [*row, after.loss, f"{after.exact_match or 0:.1%}"]
 

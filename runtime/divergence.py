@@ -50,7 +50,8 @@ def explained(message: str, outside: Sequence[Outside]) -> NotFiniteError:
     """The error `message` with what is known of why, and what to do.
 
     It shows ends of ranges of activations, and no other number of the text: they stay with the data owner, whose client
-    raises it, and nobody can choose a rate or a margin without them. A federation sends none of it to the others.
+    raises it, and nobody can choose a rate or a margin without them. A federation sends none of it to the others. Under
+    differential privacy it has no noise, as the logged loss has none: it is not part of what is released.
     """
     if not outside:
         return NotFiniteError(f"{message}. Try a lower learning_rate")
