@@ -31,6 +31,7 @@ SECTIONS = (
     "generation",
     "softmax_cost",
     "conversion",
+    "range_loss",
     "tfhe",
     "ckks",
     "privacy",

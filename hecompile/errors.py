@@ -11,6 +11,17 @@ class InputError(HecompileError):
     """A file, option, recipe or dataset given by the user is missing, malformed or out of range."""
 
 
+class NotFiniteError(InputError):
+    """A value that training made is infinite or NaN: a loss, a gradient, an activation to encrypt.
+
+    `causes`: what is known of why, a sentence's part each; with ends of ranges, so for the data owner's own eyes.
+    """
+
+    def __init__(self, message: str, causes: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.causes = causes
+
+
 class LegalityError(HecompileError):
     """A graph is not legal at the stage it has reached; the message names the node and the rule."""
 

@@ -21,11 +21,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from hecompile.approximation_ranges import ACTIVATIONS, NORMS, AttentionRange, Interval, check_domain, write_range
+from hecompile.approximation_ranges import check_domain, write_range
 from hecompile.errors import InputError
 from hecompile.interpreter import Interpreter, graph_inputs
-from hecompile.ir import DOMAIN, GRADIENT_RANGE, RANGE, attribute, nodes_of_type
-from hecompile.matching import AttentionParts, attentions
+from hecompile.ir import DOMAIN, GRADIENT_RANGE, RANGE, nodes_of_type
+from hecompile.range_watch import RangeWatch
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Calibrate(ir.passes.InPlacePass):
         if not _linears(model):
             return ir.passes.PassResult(model, False)
         watched = {value for node in _linears(model) for value in (node.inputs[0], node.outputs[0])}
-        ranges = _ApproximationRanges(model)
+        ranges = RangeWatch(model, lambda node, found: write_range(node.outputs[0], found))
         seen: dict[ir.Value, Tensor] = {}
 
         def observe(value: ir.Value, result: Tensor) -> None:
@@ -74,34 +74,6 @@ class Calibrate(ir.passes.InPlacePass):
         for node in _linears(model):
             if RANGE not in node.outputs[0].metadata_props:
                 raise ir.passes.PostconditionError(f"{node.name} was not reached by calibration")
-
-
-class _ApproximationRanges:
-    """Hears every value of a run and records, on the results of attentions, norms and activations, what went in."""
-
-    def __init__(self, model: ir.Model) -> None:
-        self._attentions: dict[ir.Value, AttentionParts] = {node.outputs[0]: parts for node, parts in attentions(model)}
-        self._others = {
-            node.outputs[0]: node
-            for op_type in (*NORMS, *ACTIVATIONS)
-            for node in nodes_of_type(model, op_type)
-            if node.inputs[0] is not None
-        }
-        needed = [value for parts in self._attentions.values() for value in (parts.q, parts.k, parts.bias)]
-        self._needed = {*needed, *(node.inputs[0] for node in self._others.values())}
-        self._seen: dict[ir.Value, Tensor] = {}
-
-    def observe(self, value: ir.Value, result: Tensor) -> None:
-        if value in self._needed:
-            self._seen[value] = result.detach()
-        if (parts := self._attentions.get(value)) is not None:
-            q, k, bias = (self._seen[needed] for needed in (parts.q, parts.k, parts.bias))
-            write_range(value, AttentionRange.measure(q, k, bias, parts.scale))
-        elif (node := self._others.get(value)) is not None:
-            x = self._seen[node.inputs[0]]  # type: ignore[index]
-            if node.op_type in NORMS:
-                x = x.pow(2).mean(-1) + attribute(node, "epsilon")  # type: ignore[operator]
-            write_range(value, Interval.of(x))
 
 
 def _linears(model: ir.Model) -> list[ir.Node]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import onnx_ir as ir
@@ -15,17 +16,18 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from hecompile.attention_cache import AttentionCache
 from hecompile.client_bundle import ClientBundle
-from hecompile.errors import InputError, LegalityError
-from hecompile.interpreter import Interpreter, packed_graph_inputs
+from hecompile.errors import HecompileError, InputError, LegalityError
+from hecompile.interpreter import Interpreter, Observer, packed_graph_inputs
 from hecompile.ir import DOMAIN, constant_of
 from hecompile.legality import FUSED_CLIENT_PLAN, check_stage
 from hecompile.mapped import release
 from hecompile.operators import Context
+from hecompile.range_watch import DomainWatch, Outside
 from passes.fuse import Fuse
-from runtime.domains import DomainRun, DomainWatch, WatchedOutput
 from runtime.head import linear_cross_entropy, scored_positions, scored_targets
 from runtime.privacy.per_example import GradientCollector, PerExample
 from runtime.products import Products
+from runtime.range_loss import RangeLossWatch, WatchedOutput
 
 
 class _RemoteLinear(torch.autograd.Function):
@@ -63,8 +65,9 @@ class EncryptedCausalLM(torch.nn.Module):
         model = Fuse()(bundle.graph()).model
         check_stage(model, FUSED_CLIENT_PLAN)
         head = _detach_head(model)
-        self._interpreter = Interpreter(model)
-        self._watch = DomainWatch(model)
+        self._model, self._interpreter = model, Interpreter(model)
+        self._range_watch = RangeLossWatch(model)
+        self.with_range_terms = False
         self._head = self._interpreter.constants[head]  # f32 [V, H]
         self._mapped_head = constant_of(model.graph.initializers[head])
         self._tokens, self._lock = 0, threading.Lock()
@@ -110,8 +113,8 @@ class EncryptedCausalLM(torch.nn.Module):
 
     @property
     def has_domains(self) -> bool:
-        """Whether the plan has polynomials with domains, which `forward` with labels then watches."""
-        return bool(self._watch.nodes)
+        """Whether the plan has polynomials with domains."""
+        return bool(self._range_watch.nodes)
 
     def forward(
         self,
@@ -123,21 +126,17 @@ class EncryptedCausalLM(torch.nn.Module):
         generator: torch.Generator | None = None,
     ) -> CausalLMOutput:
         """See `AdapterModel.__call__`. Raises InputError when the batch is larger than the plan was compiled for, or its
-        padding is not on the right; LegalityError that names the polynomial, where what left its domain grew without limit.
+        padding is not on the right.
 
         The sequences run packed, one after the other without padding, each up to its last position that is asked for: no
         later one can matter to it. In the last layer, the others are left out once attention has seen them.
         """
         wanted = scored_positions(labels) if labels is not None else logits_to_keep
         real, lengths = self._pack(input_ids, attention_mask, wanted)
-        ranges = self._watch.start(lengths) if self.has_domains and labels is not None else None
-        try:
-            kept = None if wanted is None else wanted[real]
-            hidden = self._hidden(input_ids[real], lengths, kept, generator, ranges=ranges)  # [N, H]
-        except InputError as error:  # of a value that is not finite, before it is encrypted
-            if ranges is None or ranges.left is None:
-                raise
-            raise LegalityError(f"{ranges.left}, and then {error}") from error
+        ranges = self._range_watch.start(lengths) if self.with_range_terms and labels is not None else None
+        observer = None if ranges is None else ranges.observe
+        kept = None if wanted is None else wanted[real]
+        hidden = self._hidden(input_ids[real], lengths, kept, generator, observer=observer)  # [N, H]
         if labels is not None:
             targets = scored_targets(labels)
             count = len(targets) if num_items_in_batch is None else num_items_in_batch
@@ -162,6 +161,18 @@ class EncryptedCausalLM(torch.nn.Module):
         hidden = self._hidden(input_ids[real], lengths, scored[real], generator, trainable=collector.product)
         loss = linear_cross_entropy(hidden, self._head, scored_targets(labels), self._release_head)
         return collector.backward(loss, counts)
+
+    def outside_domains(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Outside, ...]:
+        """See `DomainModel`. The worker sees what it sees of any batch."""
+        wanted = scored_positions(labels)
+        real, lengths = self._pack(input_ids, attention_mask, wanted)
+        watch = DomainWatch(self._model, lengths)
+        # A failure ends the look: what went before it has been seen, and the reason for looking is to be reported, not this.
+        with torch.no_grad(), suppress(HecompileError):
+            self._hidden(input_ids[real], lengths, wanted[real], generator, observer=watch.observe)
+        return watch.outside
 
     def _pack(self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
         """Which positions of a batch run (bool [B, S]), and how many of each row that has any."""
@@ -218,7 +229,7 @@ class EncryptedCausalLM(torch.nn.Module):
         cache: AttentionCache | None = None,
         starts: tuple[int, ...] | None = None,
         trainable: Callable[[Tensor, Tensor], Tensor] | None = None,
-        ranges: DomainRun | None = None,
+        observer: Observer | None = None,
     ) -> Tensor:
         """The head's input [N, H] at the `wanted` (bool [T]) of the packed `tokens` int64 [T], or at all of them."""
 
@@ -230,8 +241,7 @@ class EncryptedCausalLM(torch.nn.Module):
         context = Context(self.training, remote, generator, lengths, cache, trainable)
         everything = wanted is None or bool(wanted.all())
         positions = None if wanted is None or everything else wanted.nonzero().squeeze(1)  # [N]
-        observer = None if ranges is None else ranges.observe
-        (hidden,) = self._interpreter.run(inputs, context, observer, positions=positions).values()  # [1, N, H]
+        (hidden,) = self._interpreter.run(inputs, context, observer, positions).values()  # [1, N, H]
         return hidden[0]
 
     def _release_head(self, rows: slice) -> None:

@@ -18,8 +18,10 @@ from typing import Any, cast
 import torch
 from torch.nn.functional import cross_entropy
 
+from hecompile.errors import NotFiniteError
 from runtime.adapter import AdapterModel
 from runtime.data import Example, Examples, PadToBucket, smallest_bucket
+from runtime.divergence import DomainModel, explained, require_finite_loss
 from runtime.head import scored_positions, scored_targets
 
 
@@ -37,7 +39,8 @@ class Evaluation:
 def evaluate(model: AdapterModel, examples: Examples, pad_token_id: int, batch_size: int | None = None) -> Evaluation:
     """Evaluate with one forward per batch of at most `batch_size` examples (by default as many as the model takes).
 
-    The model is in eval mode meanwhile, no gradient is recorded, and no random number is drawn here.
+    The model is in eval mode meanwhile, no gradient is recorded, and no random number is drawn here. Raises NotFiniteError,
+    with what left the domains of a polynomial plan, where the loss or a value to encrypt is infinite or NaN.
     """
     collate = PadToBucket(model.sequence_buckets, pad_token_id)
     total_loss, tokens, matches, prompts = 0.0, 0, 0, 0
@@ -46,10 +49,16 @@ def evaluate(model: AdapterModel, examples: Examples, pad_token_id: int, batch_s
             inputs: dict[str, Any] = collate([example.item() for example in batch])
             labels = inputs.pop("labels")
             scored = scored_positions(labels)  # [B, S]
-            logits = model(**inputs, logits_to_keep=scored).logits  # [N, V]
-            assert logits is not None
             targets = scored_targets(labels)  # [N]
-            total_loss += float(cross_entropy(logits, targets, reduction="sum"))
+            try:
+                logits = model(**inputs, logits_to_keep=scored).logits  # [N, V]
+                assert logits is not None
+                loss = cross_entropy(logits, targets, reduction="sum")
+                require_finite_loss(loss)
+            except NotFiniteError as error:
+                outside = model.outside_domains(**inputs, labels=labels) if isinstance(model, DomainModel) else ()
+                raise explained(f"on held-out text {error}", outside) from None
+            total_loss += float(loss)
             tokens += len(targets)
             wrong = torch.zeros_like(scored)  # [B, S]
             wrong[scored] = logits.argmax(dim=-1) != targets

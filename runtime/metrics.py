@@ -8,11 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from hecompile.errors import HecompileError
-from runtime.adapter import AdapterModel
 
 METRICS_FILE = "metrics.jsonl"
 _LOGGED = ("epoch", "loss", "learning_rate", "grad_norm")
@@ -30,8 +26,7 @@ class MetricsWriter(TrainerCallback):
     `overlapped_seconds`; each part then also holds what it waited for the others' use of the same cores.
     """
 
-    def __init__(self, model: AdapterModel, figures: Callable[[], Mapping[str, float]], path: Path) -> None:
-        self._model = model
+    def __init__(self, figures: Callable[[], Mapping[str, float]], path: Path) -> None:
         self._figures = figures
         self._path = path
         self._started = 0.0
@@ -41,17 +36,6 @@ class MetricsWriter(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._before = self._figures()
         self._started = time.perf_counter()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        # After clipping and before the update: what is refused here never reaches the adapter or the optimizer.
-        for name, parameter in self._model.adapter_state().items():
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-                raise HecompileError(
-                    f"step {state.global_step + 1}: the gradient of {name} is not finite; the step was not taken. "
-                    f"Try a lower learning_rate"
-                )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         seconds = time.perf_counter() - self._started

@@ -59,8 +59,9 @@ def run_training(
 
     `resume` is a checkpoint directory, or True for the last one in the output directory; the run then goes on exactly
     as if it had not stopped, data order and dropout included. Raises `InputError` before anything is written if the
-    recipe, the data or the checkpoint do not fit the model, and `HecompileError` if the loss or a gradient is not
-    finite; the checkpoints saved before that stay good.
+    recipe, the data or the checkpoint do not fit the model, and `NotFiniteError` if a loss, a gradient or a value to
+    encrypt is not finite, which names what left the domains of a polynomial plan; the checkpoints saved before that are
+    kept.
     """
     section = recipe.training
     check_lora(recipe.lora, model.peft_config)

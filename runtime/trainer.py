@@ -14,14 +14,16 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from hecompile.errors import HecompileError, InputError, LegalityError, VerificationError
+from hecompile.errors import InputError, NotFiniteError, VerificationError
+from hecompile.range_watch import Outside
 from runtime.adapter import AdapterModel, load_adapter, save_adapter
 from runtime.data import Examples, PadToBucket
-from runtime.domains import REMEDY, WatchedOutput
+from runtime.divergence import DomainModel, explained, require_finite_gradients, require_finite_loss
 from runtime.evaluation import evaluate
 from runtime.head import scored_positions
 from runtime.metrics import METRICS_FILE, MetricsWriter, ProgressBar
 from runtime.micro_batches import MicroBatches, cut
+from runtime.range_loss import RangeLossModel, WatchedOutput
 from runtime.recipe import RangeLossSection, TrainingSection
 
 SETTINGS_FILE = "training_settings.json"
@@ -80,12 +82,14 @@ class AdapterTrainer(Trainer):
             data_collator=collate,
             train_dataset=train_examples,
             eval_dataset=heldout_examples,
-            callbacks=[MetricsWriter(model, self._figures, section.output_dir / METRICS_FILE)],
+            callbacks=[MetricsWriter(self._figures, section.output_dir / METRICS_FILE)],
         )
         self._adapter_model = model
         self._settings = settings
         self._heldout = heldout_examples
         self._range_loss = range_loss
+        if isinstance(model, RangeLossModel):
+            model.with_range_terms = range_loss is not None
         self._collate = collate
         self._eval_batch_size = section.per_device_eval_batch_size
         self._rows = section.per_device_train_batch_size
@@ -103,46 +107,45 @@ class AdapterTrainer(Trainer):
         """Add the gradients of the step's loss, the mean over all of its unmasked labels however these are spread over
         its micro-batches, to the adapter's; return that loss, with the terms of `range_loss` where there are any."""
         model.train()
+        step, random = f"step {self.state.global_step + 1}", torch.get_rng_state()
         try:
             loss = self._take_gradients(inputs)
+            require_finite_loss(loss)
+            # Before the update: what is refused here never reaches the adapter or the optimizer.
+            require_finite_gradients(self._adapter_model.adapter_state())
         except VerificationError as error:
-            raise VerificationError(f"step {self.state.global_step + 1}: {error}") from None
-        except LegalityError as error:
-            raise LegalityError(f"step {self.state.global_step + 1}: {error}; the step was not taken. {REMEDY}") from error
-        self._refuse_unless_finite(loss)
+            raise VerificationError(f"{step}: {error}") from None
+        except NotFiniteError as error:
+            torch.set_rng_state(random)  # each micro-batch then has the same dropout again
+            outside = self._outside_domains(cut(inputs, self._rows))
+            raise explained(f"{step}: {error}; the step was not taken", outside) from None
         return loss
+
+    def _outside_domains(self, micro_batches: list[dict[str, torch.Tensor]]) -> tuple[Outside, ...]:
+        """What leaves the domains of polynomials, if the model has any, in the first micro-batch where something does."""
+        model = self._adapter_model
+        if not isinstance(model, DomainModel):
+            return ()
+
+        def look(micro_batch: Mapping[str, torch.Tensor], generator: torch.Generator) -> tuple[Outside, ...]:
+            return model.outside_domains(**micro_batch, generator=generator)
+
+        return next((found for found in self._micro_batches.map(look, micro_batches) if found), ())
 
     def _take_gradients(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         count = int(scored_positions(inputs["labels"]).sum())
-        left: list[str] = []  # what left its domain; a list, for micro-batches run in threads
 
         def share(micro_batch: Mapping[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
             output = self._adapter_model(**micro_batch, num_items_in_batch=count, generator=generator)
-            loss, ranges = output.loss, output.ranges if isinstance(output, WatchedOutput) else None
+            loss = output.loss
             assert loss is not None
-            if ranges is not None and ranges.left is not None:
-                left.append(ranges.left)
-                if not torch.isfinite(loss):
-                    raise LegalityError(f"{ranges.left}, and the loss is {loss.item()}")
-            self._refuse_unless_finite(loss)
-            if ranges is not None and self._range_loss is not None:
+            require_finite_loss(loss)
+            if self._range_loss is not None and isinstance(output, WatchedOutput) and output.ranges is not None:
                 part = int(scored_positions(micro_batch["labels"]).sum()) / count
-                loss = loss + part * ranges.loss(self._range_loss.alpha, self._range_loss.beta)
+                loss = loss + part * output.ranges.loss(self._range_loss.alpha, self._range_loss.beta)
             return loss
 
-        try:
-            return self._micro_batches.run(self._adapter_model, cut(inputs, self._rows), share)
-        except InputError as error:  # of a gradient that is not finite, before it is encrypted
-            if not left:
-                raise
-            raise LegalityError(f"{left[0]}, and then {error}") from error
-
-    def _refuse_unless_finite(self, loss: torch.Tensor) -> None:
-        if not torch.isfinite(loss):
-            raise HecompileError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()}; the step was not taken. "
-                f"Try a lower learning_rate"
-            )
+        return self._micro_batches.run(self._adapter_model, cut(inputs, self._rows), share)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.train`; the threads of the micro-batches end with it."""

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hecompile.errors import InputError
+from hecompile.errors import InputError, NotFiniteError
 from hecompile.he.parameters import LinearParameters
 
 _SMALLEST_SCALE = torch.finfo(torch.float64).tiny
@@ -27,7 +27,8 @@ def encode(x: Tensor, bound: int, norm_bound: float = 0.0) -> tuple[Tensor, Tens
         (padding, a masked gradient) has scale 0 and integers 0, and so has one below 1e-307 · bound.
 
     Raises:
-        InputError: x is not a float matrix, or has an infinity or NaN.
+        InputError: x is not a float matrix.
+        NotFiniteError: x has an infinity or NaN.
     """
     if x.dim() != 2 or not x.is_floating_point() or x.shape[1] == 0:
         raise InputError(f"encode wants a float matrix [tokens, features], got {x.dtype} {list(x.shape)}")
@@ -35,7 +36,7 @@ def encode(x: Tensor, bound: int, norm_bound: float = 0.0) -> tuple[Tensor, Tens
         raise InputError(f"the integer bound must be in [1, 2^31), got {bound}")
     largest = x.detach().abs().amax(dim=1, keepdim=True).double()  # [T, 1]; a NaN wins
     if not torch.isfinite(largest).all():
-        raise InputError("a value to encrypt is infinite or NaN: training has diverged or the model has overflowed")
+        raise NotFiniteError("a value to encrypt is infinite or NaN: training has diverged or the model has overflowed")
     exact = x.detach().double()
     scale = largest / bound
     if norm_bound > 0:

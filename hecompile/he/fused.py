@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hecompile.errors import InputError, SecurityError
+from hecompile.errors import InputError, NotFiniteError, SecurityError
 from hecompile.he import tiles
 from hecompile.he.encode import token_scales
 from hecompile.he.hints import Hint
@@ -70,7 +70,8 @@ def encrypt_reals(
         The ciphertext of the T' rows that are not zero (perhaps none), and its key.
 
     Raises:
-        InputError: x has the wrong shape or type, or a value that is infinite or NaN; checks of another circuit.
+        InputError: x has the wrong shape or type; checks of another circuit.
+        NotFiniteError: x has a value that is infinite or NaN.
         SecurityError: the ring is larger than these kernels are for.
     """
     if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != linear.in_features:
@@ -221,7 +222,7 @@ def _norms(rows: Tensor, factors: NDArray[np.float64]) -> tuple[NDArray[np.float
     """Of each row times `factors`: the largest magnitude and the Euclidean length, float64 `[T]` each.
 
     Raises:
-        InputError: a value is infinite or NaN.
+        NotFiniteError: a value is infinite or NaN.
     """
     tokens, features = rows.shape
     largest, squares = np.empty(tokens), np.empty(tokens)
@@ -233,7 +234,7 @@ def _norms(rows: Tensor, factors: NDArray[np.float64]) -> tuple[NDArray[np.float
 
     for_each(measure, slices(tokens, max(1, _CHUNK // features)))
     if not np.isfinite(squares).all():
-        raise InputError("a value to encrypt is infinite or NaN: training has diverged or the model has overflowed")
+        raise NotFiniteError("a value to encrypt is infinite or NaN: training has diverged or the model has overflowed")
     return largest, np.sqrt(squares)
 
 

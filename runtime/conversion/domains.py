@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from hecompile.approximation_ranges import Interval
 from hecompile.errors import LegalityError
@@ -17,13 +17,14 @@ from runtime.conversion.recipe import ConversionRecipe
 Ranges = Mapping[str, Interval]
 
 
-def attention_alone(recipe: ConversionRecipe) -> PolynomialOptions:
-    """The first stage: the attention's exact function, everything else as it was."""
+def attention_alone(recipe: ConversionRecipe, training: bool = False) -> PolynomialOptions:
+    """The attention's exact function, everything else as it was; `training`: in the form that the first stage has."""
     section = recipe.attention
     if section.variant == "softmax":
         return PolynomialOptions()
+    form = (section.training_form if training else None) or section.form
     chosen = ApproximateSoftmax(
-        variant=section.variant, power=section.power, form=section.form, epsilon=section.epsilon, fit=False
+        variant=section.variant, power=section.power, form=form, epsilon=section.epsilon, fit=False
     )
     return PolynomialOptions(attention=chosen)
 
@@ -71,7 +72,8 @@ def _activation(recipe: ConversionRecipe, seen: Ranges) -> ApproximateSiLU | Non
         return None
     inputs = seen["activation_inputs"]
     bound = max(-inputs.lower, inputs.upper) * section.margin
-    return ApproximateSiLU(error=section.error, margin=section.margin, domain_upper=bound)
+    form: Literal["series", "composed"] = "series" if section.form == "polynomial" else "composed"
+    return ApproximateSiLU(form=form, error=section.error, margin=section.margin, domain_upper=bound)
 
 
 def domains(options: PolynomialOptions) -> dict[str, Interval]:
@@ -91,20 +93,23 @@ def domains(options: PolynomialOptions) -> dict[str, Interval]:
     return found
 
 
+def outside(options: PolynomialOptions, seen: Ranges) -> str:
+    """What of the ranges `seen` leaves the domains, with the numbers of every kind; empty where nothing does."""
+    return "; ".join(
+        f"{kind.replace('_', ' ')} between {seen[kind].lower:.5g} and {seen[kind].upper:.5g}, domain "
+        f"[{domain.lower:.5g}, {domain.upper:.5g}]"
+        for kind, domain in domains(options).items()
+        # Written as a positive statement: a range of NaN is outside of everything.
+        if not seen[kind].within(domain.lower, domain.upper)
+    )
+
+
 def check_heldout(options: PolynomialOptions, seen: Ranges) -> None:
     """LegalityError, with the numbers of every kind, where held-out ranges leave the domains."""
-    outside = []
-    for kind, domain in domains(options).items():
-        # Written as a positive statement: a range of NaN is outside of everything.
-        if not seen[kind].within(domain.lower, domain.upper):
-            outside.append(
-                f"{kind.replace('_', ' ')} between {seen[kind].lower:.5g} and {seen[kind].upper:.5g}, domain "
-                f"[{domain.lower:.5g}, {domain.upper:.5g}]"
-            )
-    if outside:
+    if found := outside(options, seen):
         raise LegalityError(
-            f"held-out text leaves the domains of the polynomials: {'; '.join(outside)}. Nothing was saved. Raise "
-            "range_loss.alpha or range_loss.beta, train longer, or raise the margin of that section"
+            f"held-out text leaves the domains of the polynomials: {found}. Nothing was saved. Raise range_loss.alpha or "
+            "range_loss.beta, train longer, or raise the margin of that section"
         )
 
 

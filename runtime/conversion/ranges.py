@@ -43,8 +43,8 @@ class Measured:
 class RangeObserver:
     """Watches every attention, norm and activation of a graph. Give `observe` to the interpreter, then read `measured`.
 
-    Kinds: scores or exponents, divisors, variances, activation_inputs. Scores and divisors of a power attention are those of
-    its form; a softmax attention, which no polynomial replaces, is not watched.
+    Kinds: scores or exponents, divisors, variances, activation_inputs. The divisors of a power attention are of the recipe's
+    form, also where the graph trains with the stable one. A softmax attention, which no polynomial replaces, is not watched.
     """
 
     def __init__(self, model: ir.Model, recipe: ConversionRecipe) -> None:
@@ -81,7 +81,7 @@ class RangeObserver:
         elif (activation := self._activations.get(value)) is not None:
             x = self._values[activation.inputs[0]]  # type: ignore[index]
             self.measured.widen("activation_inputs", x)
-            if self._recipe.activation.form == "polynomial":
+            if self._recipe.activation.form != "silu":
                 self._add(beyond(x.abs().amax(-1), self._recipe.activation.bound))
 
     def _attention(self, node: ir.Node, parts: object) -> None:
@@ -97,12 +97,11 @@ class RangeObserver:
             return
         scores = attention_scores(q, k, scale)
         self.measured.widen("scores", scores[mask.expand_as(scores) > 0])
-        attributes = {name: attribute(node, name) for name in ("form", "power", "epsilon", "delta")}
+        attributes = {name: attribute(node, name) for name in ("power", "epsilon")} | {"form": section.form}
         _, divisor, _ = power_weights(scores, mask, attributes)
         self.measured.widen("divisors", divisor)
         self._add(beyond((scores * mask).abs().amax(-1), section.bound))
-        if section.form != "stable":
-            self._add(outside(divisor, section.divisor_lower, section.divisor_upper))
+        self._add(outside(divisor, section.divisor_lower, section.divisor_upper))
 
     def _add(self, term: Tensor) -> None:
         self.measured.range_term = self.measured.range_term + term

@@ -18,11 +18,15 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 
 class AttentionSection(Section):
     """Fields of `passes.approximate_softmax.ApproximateSoftmax`, and `bound`: the range loss keeps |scores| (power) or
-    exponents (gaussian_kernel) under it; `divisor_lower`, `divisor_upper`: and a power attention's divisors between them."""
+    exponents (gaussian_kernel) under it; `divisor_lower`, `divisor_upper`: and a power attention's divisors between them.
+
+    training_form: what the first stage trains with: `form` itself, or the stable form, whose powers lie between 0 and 1
+    whatever the scores are. Ranges, range loss and all that follows the first stage are of `form`."""
 
     variant: Literal["power", "gaussian_kernel", "softmax"] = "softmax"
     power: Literal[2, 4, 6, 8] = 4
     form: Literal["stable", "lipschitz", "length_agnostic"] = "length_agnostic"
+    training_form: Literal["stable"] | None = None
     division: Literal["exact", "goldschmidt"] = "goldschmidt"
     epsilon: PositiveFloat = 1e-3
     error: PositiveFloat = 1e-3
@@ -36,8 +40,10 @@ class AttentionSection(Section):
         if self.variant == "power" and self.form == "stable":
             raise ValueError(
                 "the stable form divides by a maximum, which is no polynomial, and a conversion ends in polynomials: take "
-                "form lipschitz or length_agnostic"
+                "form lipschitz or length_agnostic, and training_form stable for the first stage"
             )
+        if self.training_form is not None and self.variant != "power":
+            raise ValueError(f"training_form is of the power attention; {self.variant} has one form only")
         return self
 
 
@@ -52,9 +58,10 @@ class NormSection(Section):
 
 
 class ActivationSection(Section):
-    """`form` and the fields of `ApproximateSiLU`; the range loss keeps |inputs| under `bound`."""
+    """`form`: one series (polynomial), or a composition of odd polynomials (composed); the fields of `ApproximateSiLU`; the
+    range loss keeps |inputs| under `bound`."""
 
-    form: Literal["silu", "polynomial"] = "silu"
+    form: Literal["silu", "polynomial", "composed"] = "silu"
     error: PositiveFloat = 1e-2
     margin: Annotated[float, Field(ge=1)] = 1.5
     bound: PositiveFloat = 6.0

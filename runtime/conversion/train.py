@@ -1,6 +1,7 @@
 """Continued training in two stages, and the checkpoint that comes of it.
 
-    first    the attention's exact function in the graph, range loss on what will go into polynomials
+    first    the attention's exact function (of power, or its stable form) in the graph, range loss on what will go into
+             polynomials
              → ranges over the training rows → domains, widened by the recipe's margins
     second   every polynomial in the graph, on those domains; range loss goes on
              → ranges over held-out rows must lie within the domains, or nothing is saved
@@ -22,11 +23,11 @@ import torch
 from torch import Tensor
 
 from hecompile.approximation_ranges import Interval
-from hecompile.errors import HecompileError, InputError
+from hecompile.errors import InputError, NotFiniteError
 from hecompile.frontend import Checkpoint, export_onnx, load_checkpoint
 from hecompile.polynomial_options import CONFIG_KEY, PolynomialOptions
 from runtime.conversion.data import batch_of, load_rows
-from runtime.conversion.domains import Ranges, attention_alone, check_heldout, domains, fitted, to_config
+from runtime.conversion.domains import Ranges, attention_alone, check_heldout, domains, fitted, outside, to_config
 from runtime.conversion.graph import TrainableGraph, write_back
 from runtime.conversion.ranges import measure
 from runtime.conversion.recipe import ConversionRecipe
@@ -71,7 +72,7 @@ def convert(recipe: ConversionRecipe, progress: Progress = lambda *_: None) -> C
     """Train, and save the checkpoint `recipe.out`: what `from_pretrained` loads, with the polynomials in config.json.
 
     Raises InputError for a recipe, text or checkpoint that does not fit, before anything is written; LegalityError where
-    held-out text leaves the domains; HecompileError where the loss is not finite. Then `recipe.out` does not exist.
+    held-out text leaves the domains; NotFiniteError where the loss is not finite. Then `recipe.out` does not exist.
     """
     if recipe.out.exists():
         raise InputError(f"{recipe.out} exists; delete it, or give another `out`")
@@ -90,7 +91,11 @@ def convert(recipe: ConversionRecipe, progress: Progress = lambda *_: None) -> C
         before, ranges = original.heldout_loss(heldout, size), measure(graph.logits, graph.observer, rows, size)
         state.first = {"loss": before, "ranges": ranges}
     if state.seen is None:
-        _train(graph, rows, recipe, state, partial, progress, "attention")
+        first = attention_alone(recipe, training=True)
+        training = graph if recipe.attention.training_form is None else TrainableGraph(checkpoint, first, recipe, exported)
+        _train(training, first, rows, recipe, state, partial, progress, "attention")
+        # The domains are for the form that stays: ε weighs differently in it, and so does what later layers then see.
+        graph.weights = training.weights
         state.seen = measure(graph.logits, graph.observer, rows, size)
         write_back(checkpoint, graph.weights)
         state.start_second(checkpoint)
@@ -99,7 +104,7 @@ def convert(recipe: ConversionRecipe, progress: Progress = lambda *_: None) -> C
         state.load_weights(checkpoint)
     options = fitted(recipe, state.seen)
     graph = TrainableGraph(checkpoint, options, recipe, exported)
-    _train(graph, rows, recipe, state, partial, progress, "polynomial")
+    _train(graph, options, rows, recipe, state, partial, progress, "polynomial")
     seen = measure(graph.logits, graph.observer, heldout, size)
     check_heldout(options, seen)
     write_back(checkpoint, graph.weights)
@@ -169,10 +174,10 @@ def _intervals(found: Mapping[str, Mapping[str, float]]) -> dict[str, Interval]:
 
 
 def _train(
-    graph: TrainableGraph, rows: Tensor, recipe: ConversionRecipe, state: _State, partial: Path, progress: Progress,
-    stage: str,
+    graph: TrainableGraph, options: PolynomialOptions, rows: Tensor, recipe: ConversionRecipe, state: _State, partial: Path,
+    progress: Progress, stage: str,
 ) -> None:  # fmt: skip
-    """The rest of a stage."""
+    """The rest of a stage; `options`: what the graph was made with."""
     section, first = recipe.training, stage == "attention"
     steps, peak = (
         (section.steps, section.learning_rate) if first else (section.polynomial_steps, section.polynomial_learning_rate)
@@ -191,9 +196,11 @@ def _train(
         measured, weights = graph.observer.measured, recipe.range_loss
         total = loss + weights.alpha * measured.range_term + weights.beta * measured.variance_term
         if not torch.isfinite(total):
-            raise HecompileError(
-                f"step {step + 1} of the stage {stage!r}: the loss is {total.item()}. Lower the learning rate, or raise the "
-                "margins or the range loss; the last saved state is kept"
+            left = outside(options, measured.seen)
+            raise NotFiniteError(
+                f"step {step + 1} of the stage {stage!r}: the loss is {total.item()}. "
+                f"{f'Outside of the domains: {left}. ' if left else ''}Lower the learning rate, or raise the margins or the "
+                "range loss; the last saved state is kept"
             )
         optimizer.zero_grad()
         total.backward()

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hecompile.errors import HecompileError, InputError
+from hecompile.errors import InputError, NotFiniteError
 from hecompile.he.sampling import SecretRandom
 from runtime.privacy.accountant import LARGEST_NOISE, SMALLEST_NOISE
 from runtime.privacy.noise import SIGMA_GRID, discrete_gaussian
@@ -62,15 +62,14 @@ def clipped_sum(gradients: Mapping[str, Tensor], grid: Grid) -> dict[str, Tensor
         the Euclidean norm, exactly.
 
     Raises:
-        HecompileError: a gradient is not finite; clipping would make a number of it that protects nobody.
+        NotFiniteError: a gradient is not finite; clipping would make a number of it that protects nobody.
     """
     names = list(gradients)
     shapes = [gradients[name].shape[1:] for name in names]
     flat = torch.cat([gradients[name].flatten(1).double() for name in names], dim=1)  # [E, P]
     if not torch.isfinite(flat).all():
         bad = next(name for name in names if not torch.isfinite(gradients[name]).all())
-        raise HecompileError(f"the gradient of {bad} is not finite for an example; the step was not taken. "
-                             f"Try a lower learning_rate")  # fmt: skip
+        raise NotFiniteError(f"the gradient of {bad} is not finite for an example")
     total = torch.zeros(flat.shape[1], dtype=torch.int64)
     for row in flat:
         total += _on_grid(row, grid)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from runtime.data import Examples, PadToBucket
+from runtime.divergence import require_finite_loss
 from runtime.micro_batches import cut
 from runtime.privacy.clipping import add_noise, clipped_sum, in_units
 from runtime.privacy.per_example import require_per_example
@@ -61,7 +62,7 @@ class PrivateTrainer(AdapterTrainer):
 
         def share(batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, int, dict[str, Tensor]]:
             examples = model.per_example_gradients(**batch, generator=generator)
-            self._refuse_unless_finite(examples.loss)
+            require_finite_loss(examples.loss)
             return examples.loss, int(examples.tokens.sum()), clipped_sum(examples.of_means(), grid)
 
         loss, tokens = torch.zeros(()), 0

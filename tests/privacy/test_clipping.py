@@ -97,9 +97,7 @@ def test_noise_leaves_the_sum_in_it() -> None:
 def test_a_gradient_that_is_not_finite_is_refused_by_name(bad: float) -> None:
     every = gradients(3, 5)
     every["a.lora_B"][1, 2, 0] = bad
-    with pytest.raises(
-        HecompileError, match=r"gradient of a\.lora_B is not finite for an example; the step was not taken"
-    ):
+    with pytest.raises(HecompileError, match=r"gradient of a\.lora_B is not finite for an example"):
         clipped_sum(every, Grid.of(1.0, 1.0))
 
 

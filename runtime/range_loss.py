@@ -1,4 +1,4 @@
-"""Domains of a polynomial plan while it is trained: a loss that keeps values in them, and what left them by name.
+"""The range loss of private training: it keeps what goes into a plan's polynomials within their domains.
 
 LoRA changes what goes into the polynomials, and outside its domain a polynomial grows without limit. The client sees every
 value in the clear, so that it can do what conversion does:
@@ -12,15 +12,16 @@ values keep a tenth of their domain's size away from its ends.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
-from hecompile.approximation_ranges import ACTIVATIONS, NORMS, Interval
+from hecompile.approximation_ranges import ACTIVATIONS, NORMS
 from hecompile.attention_cache import causal_mask
-from hecompile.ir import ATTENTION_OPERATORS, attributes_of, module_path
+from hecompile.ir import ATTENTION_OPERATORS, attributes_of
 from hecompile.polynomial_operators import attention_scores, gaussian_exponents, power_weights
 from runtime.conversion.ranges import beyond, outside
 
@@ -28,7 +29,7 @@ INNER = 0.9
 """Where the loss begins, of a domain."""
 
 
-class DomainWatch:
+class RangeLossWatch:
     """The polynomial nodes of a graph that runs sequences packed. Immutable: `start` makes what one run writes to."""
 
     def __init__(self, model: ir.Model) -> None:
@@ -43,23 +44,18 @@ class DomainWatch:
             if value is not None
         }
 
-    def start(self, sequences: tuple[int, ...]) -> DomainRun:
+    def start(self, sequences: tuple[int, ...]) -> RangeTerms:
         """For one run of packed sequences of these lengths."""
-        return DomainRun(self, sequences)
+        return RangeTerms(self, sequences)
 
 
-class DomainRun:
-    """What one forward run showed. Give `observe` to the interpreter.
+class RangeTerms:
+    """The terms of one forward run: scalars with a graph. Give `observe` to the interpreter."""
 
-    range_term, variance_term: scalars with a graph. left: which node's input left its domain first, with the numbers, or
-    None. Only the ends of ranges are kept, and they stay on the client: the message is for the owner of the data.
-    """
-
-    def __init__(self, watch: DomainWatch, sequences: tuple[int, ...]) -> None:
+    def __init__(self, watch: RangeLossWatch, sequences: tuple[int, ...]) -> None:
         self._watch, self._sequences = watch, sequences
         self._values: dict[ir.Value, Tensor] = {}
         self.range_term, self.variance_term = torch.zeros(()), torch.zeros(())
-        self.left: str | None = None
 
     def loss(self, alpha: float, beta: float) -> Tensor:
         """α·L_range + β·L_var."""
@@ -77,11 +73,9 @@ class DomainRun:
         if node.op_type in NORMS:
             variance = inputs[0].pow(2).mean(-1) + float(given["epsilon"])
             lower, upper = float(given["domain_lower"]), float(given["domain_upper"])
-            self._check(node, "the variance", variance, lower, upper)
             self.variance_term = self.variance_term + outside(variance, lower / INNER, upper * INNER)
         elif node.op_type in ACTIVATIONS:
             bound = float(given["domain_upper"])
-            self._check(node, "the input", inputs[0], float(given["domain_lower"]), bound)
             self._add(beyond(inputs[0].abs().amax(-1), INNER * bound))
         else:
             query, key = inputs[0], inputs[-1]  # the same value where a model shares them
@@ -92,49 +86,38 @@ class DomainRun:
         """q and k [1, heads, L, D] of one sequence, which counts by its share of the positions."""
         numbers = {name: float(value) for name, value in given.items() if isinstance(value, (int, float))}
         mask, share = causal_mask(q.shape[2], k.shape[2]).to(q), q.shape[2] / sum(self._sequences)
-        seen = mask.expand(*q.shape[:3], k.shape[2]) > 0
         if node.op_type == "GaussianAttention":
             exponents = gaussian_exponents(q, k, numbers["scale"]).clamp_max(0.0)  # rounding may leave it a little above
             lower = numbers["domain_lower"]
-            self._check(node, "the exponent", exponents[seen], lower, numbers["domain_upper"])
             self._add(share * beyond((-exponents * mask).amax(-1), -INNER * lower))
             return
         scores = attention_scores(q, k, numbers["scale"])
         if node.op_type == "ChebyshevAttention":
             lower, upper = numbers["domain_lower"], numbers["domain_upper"]
             centred, radius = scores - numbers["shift"] - (lower + upper) / 2, (upper - lower) / 2
-            self._check(node, "the score less its shift", scores[seen] - numbers["shift"], lower, upper)
             self._add(share * beyond((centred * mask).abs().amax(-1), INNER * radius))
             return
         bound = numbers["domain_upper"]
-        self._check(node, "the score", scores[seen], -bound, bound)
         self._add(share * beyond((scores * mask).abs().amax(-1), INNER * bound))
         if given["division"] == "goldschmidt":
             _, divisor, _ = power_weights(scores, mask, given)
             lower, upper = numbers["ratio_lower"], numbers["ratio_upper"]
-            self._check(node, "the divisor", divisor, lower, upper)
             # The lower end is ε or near it, which a query whose scores are all zero has: nothing to keep away from.
             self._add(share * outside(divisor, lower, upper * INNER))
 
     def _add(self, term: Tensor) -> None:
         self.range_term = self.range_term + term
 
-    def _check(self, node: ir.Node, what: str, values: Tensor, lower: float, upper: float) -> None:
-        if self.left is not None:
-            return
-        found = Interval.of(values.detach())
-        if not found.within(lower, upper):  # NaN is not within
-            self.left = (
-                f"{module_path(node) or node.outputs[0].name}: {what} went from {found.lower:.6g} to {found.upper:.6g}, "
-                f"outside the domain [{lower:.6g}, {upper:.6g}] of its polynomial"
-            )
-
 
 @dataclass
 class WatchedOutput(CausalLMOutput):
-    """ranges: what the run showed of the plan's polynomials; None where it has none."""
+    """ranges: the terms of the run; None where they were not asked for."""
 
-    ranges: DomainRun | None = None
+    ranges: RangeTerms | None = None
 
 
-REMEDY = "Lower learning_rate, give range_loss in the recipe, or convert the model with larger margins"
+@runtime_checkable
+class RangeLossModel(Protocol):
+    """An `AdapterModel` whose output has `ranges` where `with_range_terms` is set and labels are given."""
+
+    with_range_terms: bool
