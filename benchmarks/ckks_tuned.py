@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import time
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.functional import cross_entropy
 
 from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
 from hecompile.demo import worker_process
 from models import REDUCED_POLYNOMIAL
-from models.reduced_world import LINE_TOKENS
-from runtime.client import EncryptedCausalLM
-from runtime.evaluation import inference
+from models.reduced_world import ANSWERS, LINE_TOKENS
+from runtime.backend import ForwardPass, RemoteModel
 from runtime.recipe import Recipe
 from runtime.session import open_session
 from runtime.train import run_training
@@ -26,20 +26,44 @@ TRAINING_TEXT = REDUCED_POLYNOMIAL.parent / "reduced-text" / "private-train.json
 
 
 @dataclass(frozen=True)
-class Interactive:
-    """A forward pass of the interactive plan over lines of LINE_TOKENS tokens: seconds and bytes per line."""
+class Quality:
+    """loss: nats per token. right: the share of next tokens that are the likeliest; answers: of the tokens that the words
+    before them determine alone (`models.reduced_world.ANSWERS`), NaN where rows end before them."""
 
-    seconds: float
-    client_seconds: float
-    bytes: float
+    loss: float
+    right: float
+    answers: float
+
+
+def quality(logits: NDArray[np.float32], rows: NDArray[np.int64]) -> Quality:
+    """Of logits [B, S, V] on rows [B, S]."""
+    targets = torch.from_numpy(rows[:, 1:]).flatten()
+    loss = cross_entropy(torch.from_numpy(logits[:, :-1]).flatten(0, 1), targets)
+    right = logits[:, :-1].argmax(-1) == rows[:, 1:]  # [B, S - 1], of the tokens at 1 to S - 1
+    at = [position - 1 for position in ANSWERS if position < rows.shape[1]]
+    return Quality(float(loss), float(right.mean()), float(right[:, at].mean()) if at else math.nan)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A forward pass over held-out rows, what it cost and how good it is."""
+
+    passed: ForwardPass
+    quality: Quality
+
+
+def tried(model: RemoteModel, rows: NDArray[np.int64]) -> Trial:
+    """One pass of rows int64 [B, S], by whichever worker answers."""
+    passed = model.forward(rows)
+    return Trial(passed, quality(passed.logits, rows))
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A PEFT adapter, and what the lines that it is tried on cost with the interactive plan."""
+    """A PEFT adapter, and the held-out lines by the interactive plan that trained it."""
 
     adapter: Path
-    interactive: Interactive
+    interactive: Trial
 
 
 def fine_tune(directory: Path, rows: NDArray[np.int64], steps: int = STEPS) -> Tuned:
@@ -61,15 +85,4 @@ def fine_tune(directory: Path, rows: NDArray[np.int64], steps: int = STEPS) -> T
         )  # fmt: skip
         with open_session(recipe) as session:
             adapter = run_training(session.model, session.tokenizer, recipe).adapter_dir
-            return Tuned(adapter, _forward(session.model, torch.from_numpy(rows)))
-
-
-def _forward(model: EncryptedCausalLM, rows: torch.Tensor) -> Interactive:
-    before, start = model.stats(), time.perf_counter()
-    with inference(model):
-        for batch in rows.split(BATCH):
-            model(batch, torch.ones_like(batch))
-    seconds = time.perf_counter() - start
-    spent = {name: value - before[name] for name, value in model.stats().items()}
-    elsewhere, count = spent["worker_seconds"] + spent["wire_seconds"], len(rows)
-    return Interactive(seconds / count, (seconds - elsewhere) / count, (spent["bytes_up"] + spent["bytes_down"]) / count)
+            return Tuned(adapter, tried(session, rows))

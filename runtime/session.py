@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hecompile.client_bundle import ClientBundle
 from hecompile.errors import InputError
 from hecompile.worker_bundle import WorkerBundle
+from runtime.backend import ForwardPass
 from runtime.client import EncryptedCausalLM
 from runtime.directory import SCHEMES, fetch_workers
 from runtime.engines import DEFAULT_ENGINE
+from runtime.evaluation import inference
 from runtime.products import CleartextProducts, EncryptedProducts, Products
 from runtime.recipe import Recipe
 from runtime.transports import InProcessTransport, Replicas, RetryPolicy, Transport, connect_for
@@ -30,6 +36,18 @@ class Session:
     model: EncryptedCausalLM
     tokenizer: PreTrainedTokenizerBase
     bundle: ClientBundle
+
+    def forward(self, tokens: NDArray[np.int64]) -> ForwardPass:
+        """See `runtime.backend.RemoteModel`; rows go to the worker in batches of as many as the plan takes."""
+        model, ids = self.model, torch.from_numpy(tokens)
+        before, start = model.stats(), time.perf_counter()
+        with inference(model):
+            batches = [model(part, torch.ones_like(part)).logits for part in ids.split(model.batch_size)]  # [b, S, V]
+        total, after = time.perf_counter() - start, model.stats()
+        spent = {name: after[name] - before[name] for name in after}
+        client = total - spent["worker_seconds"] - spent["wire_seconds"]
+        logits = torch.cat(batches).numpy()  # [B, S, V]
+        return ForwardPass(logits, total, client, int(spent["bytes_up"]), int(spent["bytes_down"]))
 
 
 @contextmanager

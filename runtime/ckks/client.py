@@ -24,6 +24,7 @@ from hecompile.ckks.bundle import TABLE, CkksPlan
 from hecompile.ckks.keys import SecretKey, Words
 from hecompile.ckks.parameters import CkksParameters
 from hecompile.errors import HecompileError, InputError, WorkerError, WorkerUnavailableError
+from runtime.backend import ForwardPass
 from runtime.ckks.messages import PROTOCOL, expect, receive, send
 from runtime.transports.address import TcpAddress, parse_address
 
@@ -137,6 +138,12 @@ class CkksSession:
         # -1: known to be zero, as the logit of a token without an embedding is.
         numbers = np.where((index >= 0)[:, None], values[index], 0.0)  # [rows · V, B]
         return numbers.T.reshape(batch, rows, plan.vocabulary).astype(np.float32)
+
+    def forward(self, tokens: NDArray[np.int64]) -> ForwardPass:
+        """See `runtime.backend.RemoteModel`; as `logits`, whose rows and errors it has."""
+        logits, stats = self.logits(tokens), self.stats
+        client = stats.encrypt_seconds + stats.decrypt_seconds
+        return ForwardPass(logits, stats.total_seconds, client, stats.bytes_up, stats.bytes_down)
 
     def _check(self, tokens: NDArray[np.int64]) -> int:
         plan = self.plan
