@@ -60,7 +60,8 @@ def test_levels_are_those_counted_by_hand(golden: Golden) -> None:
     counted = demand(model)
     # x·x and masked·inverse are 24 products each, the narrow square 4; by constants 4, and 24 numbers of 6 products each.
     assert (counted.ciphertext_products, counted.plaintext_products) == (24 + 4 + 24, 4 + 144)
-    assert counted.modulus_bits(40) == 60 + 5 * 40 + 60
+    assert counted.modulus_bits(28) == 31 + (5 + 2) * 28  # the special prime, five levels and two primes at the end
+    assert model.metadata_props["hecompile.depth.modulus_bits"] == str(31 + 7 * 30)
     assert demand(model, masks_are_free=False).plaintext_products == 4 + 144
     assert levels(model, masks_are_free=False)[next(v for v in levels(model) if v.name == "masked")] == 1
 
@@ -86,7 +87,7 @@ def test_untouched_where_levels_suffice_and_refused_without_any() -> None:
     for levels_given in (0, -1):
         with pytest.raises(InputError, match="at least one level"):
             PlaceRefreshes(levels_given)
-    with pytest.raises(InputError, match="20 to 60"):
+    with pytest.raises(InputError, match="22 to 30"):
         Depth(bits_per_level=10)
 
 
