@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hecompile.depth import demand, levels
 from hecompile.errors import HecompileError, InputError
+from hecompile.inspection_polynomial import depth_table
 from hecompile.ir import LEVEL, print_model
 from hecompile.legality import POLYNOMIAL, REFRESHED
 from hecompile.refresh_placement import Vertex, cheapest_refreshes
@@ -89,6 +90,15 @@ def test_untouched_where_levels_suffice_and_refused_without_any() -> None:
             PlaceRefreshes(levels_given)
     with pytest.raises(InputError, match="22 to 30"):
         Depth(bits_per_level=10)
+
+
+def test_a_graph_too_deep_for_any_parameters_is_shown_as_that() -> None:
+    squares = "".join(f"x{number + 1} = Mul (x{number}, x{number})\n" for number in range(40))
+    model = parse(f"deep (float[B,2] x0) => (float[B,2] x40) {{ {squares} }}")
+    (names, values) = (list(column.cells) for column in depth_table(model).columns)
+    shown = dict(zip(names, values, strict=True))
+    assert shown["levels"] == "40" and shown["modulus bits at 30 per level"] == str(31 + 42 * 30)
+    assert shown["ring dimension at 128 bits"] == "none: at most 881 bits are allowed; place refreshes"
 
 
 def test_refused_a_second_time_and_before_expansion() -> None:
