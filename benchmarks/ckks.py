@@ -32,7 +32,7 @@ from passes.expand_polynomials import EMBEDDINGS
 from runtime.backend import ForwardPass
 from runtime.ckks.client import CkksSession, CkksStats
 
-LEVELS = (11, 4)
+LEVELS = (4,)
 PROSE = """\
 ## The polynomial Llama on ciphertexts (CKKS)
 

@@ -15,6 +15,7 @@ from hecompile.cli_ckks import ckks_app
 from hecompile.cli_convert import convert
 from hecompile.cli_federate import federate, federation_app
 from hecompile.cli_infer import infer
+from hecompile.cli_inspect import inspect
 from hecompile.cli_privacy import privacy
 from hecompile.cli_worker import worker_app
 from hecompile.errors import HecompileError
@@ -34,6 +35,7 @@ app.add_typer(federation_app, name="federation")
 app.command()(federate)
 app.add_typer(ckks_app, name="ckks")
 app.command()(convert)
+app.command()(inspect)
 app.command()(infer)
 app.command()(privacy)
 
@@ -173,48 +175,6 @@ def export_llama(
             raise
     console.print(clock.summary(), soft_wrap=True)
     console.print(f"plan {plan_id}\nclient bundle: {out / 'client'}\nworker bundle: {out / 'worker'}", soft_wrap=True)
-
-
-@app.command()
-def inspect(
-    build: Annotated[
-        Path,
-        typer.Argument(
-            help="The directory given to `export llama --out`; or a checkpoint, to see what its export would take on disk "
-            "and in memory; or the .onnx file of a polynomial graph, to see its depth and refreshes."
-        ),
-    ],
-    draw: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Also draw the plan as a picture, client and worker in two colours (.svg or .png)."),
-    ] = None,
-) -> None:
-    """Show what was compiled: per linear its shape, ring, limbs, security, predicted noise and bytes per token; totals."""
-    from hecompile.client_bundle import ClientBundle
-    from hecompile.compiler import CompileOptions
-    from hecompile.frontend import load_config
-    from hecompile.inspection import circuit_table, totals_table
-    from hecompile.inspection import draw as draw_plan
-    from hecompile.inspection_polynomial import approximation_table, polynomial_file_table
-    from hecompile.prediction import ModelSize, prediction_table
-
-    console = _console()
-    if build.is_file():
-        console.print(polynomial_file_table(build))
-        return
-    if (build / "config.json").is_file():
-        defaults = CompileOptions()
-        tokens = defaults.batch_size * defaults.sequence_buckets[-1]
-        console.print(prediction_table(ModelSize.of(load_config(str(build))), defaults.weight_bits, tokens))
-        return
-    bundle = ClientBundle.open(build / "client" if (build / "client").is_dir() else build)
-    console.print(circuit_table(bundle))
-    console.print(totals_table(bundle))
-    if (approximations := approximation_table(bundle.graph())) is not None:
-        console.print(approximations)
-    if draw is not None:
-        draw_plan(bundle, draw)
-        console.print(f"picture: {draw}", soft_wrap=True)
 
 
 @app.command()

@@ -18,11 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from hecompile.ckks.parameters import MAX_SCALE_BITS, modulus_bits
 from hecompile.errors import LegalityError
 from hecompile.ir import DOMAIN, constant_of
-
-FIRST_BITS, LAST_BITS = 60, 60
-"""Bits of the modulus that no level uses: the first prime, which holds the result, and the key-switching prime."""
 
 
 def product_kind(node: ir.Node) -> str | None:
@@ -78,9 +76,9 @@ class Demand:
     plaintext_products: int
     refreshes: int
 
-    def modulus_bits(self, bits_per_level: int) -> int:
-        """log2 of the whole modulus, the key-switching prime included."""
-        return FIRST_BITS + self.depth * bits_per_level + LAST_BITS
+    def modulus_bits(self, bits_per_level: int = MAX_SCALE_BITS) -> int:
+        """log2 of the whole modulus of CKKS parameters with this depth (`hecompile.ckks.parameters.modulus_bits`)."""
+        return modulus_bits(self.depth, bits_per_level)
 
 
 def demand(model: ir.Model, masks_are_free: bool = True) -> Demand:

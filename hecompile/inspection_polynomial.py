@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_ir as ir
 from rich.table import Table
 
 from hecompile.approximation_ranges import NORMS
-from hecompile.depth import demand, levels
+from hecompile.ckks.parameters import MAX_MODULUS_BITS, MAX_SCALE_BITS, CkksLiteral, smallest
+from hecompile.depth import Demand, demand, elements, levels, product_kind
 from hecompile.errors import InputError
 from hecompile.ir import ATTENTION_OPERATORS, DOMAIN, attributes_of, module_path
 from hecompile.legality import REFRESHED, check_stage
 
-BITS_PER_LEVEL = 40
 
-
-def polynomial_file_table(path: Path) -> Table:
-    """`depth_table` of a saved graph. Raises InputError when the file is no ONNX model, or not at stage `polynomial`."""
+def polynomial_file(path: Path) -> ir.Model:
+    """A saved graph. Raises InputError when the file is no ONNX model, LegalityError when it is not at stage `polynomial`,
+    with refreshes or without."""
     try:
         model = ir.load(path)
     except Exception as error:  # protobuf and onnx_ir raise many kinds for a file that is no model
         raise InputError(f"{path} cannot be read as an ONNX model; give a build directory or a polynomial graph") from error
     check_stage(model, REFRESHED)
-    return depth_table(model)
+    return model
 
 
 def approximation_table(model: ir.Model) -> Table | None:
@@ -68,35 +69,72 @@ def _effort(op_type: str, given: dict[str, object]) -> str:
     return ", ".join(parts) or "exact"
 
 
-def depth_table(model: ir.Model, bits_per_level: int = BITS_PER_LEVEL) -> Table:
-    """Depth, modulus bits, products and refreshes of a graph at stage `polynomial`, and its depth module by module."""
+def depth_table(model: ir.Model, literal: CkksLiteral | None = None) -> Table:
+    """Depth, modulus bits, products and refreshes of a graph at stage `polynomial`, and its depth module by module.
+
+    literal: the CKKS parameters that it was compiled for; None: the smallest that have its levels, where there are any.
+    """
     found = demand(model)
+    literal = literal or smallest(max(found.depth, 1))
     table = Table(title="polynomial graph, per sequence", show_header=False)
     rows = (
-        ("levels" + (" between refreshes" if found.refreshes else ""), found.depth),
-        (f"modulus bits at {bits_per_level} per level", found.modulus_bits(bits_per_level)),
-        ("products of ciphertexts", found.ciphertext_products),
-        ("products by constants", found.plaintext_products),
-        ("numbers refreshed", found.refreshes),
+        ("levels" + (" between refreshes" if found.refreshes else ""), str(found.depth)),
+        *_modulus_rows(found, literal),
+        ("products of ciphertexts", str(found.ciphertext_products)),
+        ("products by constants", str(found.plaintext_products)),
+        ("numbers refreshed", str(found.refreshes)),
     )
     for name, value in rows:
-        table.add_row(name, str(value))
+        table.add_row(name, value)
     table.add_section()
     for module, (level, refreshed) in _modules(model).items():
         table.add_row(module, f"level {level}" + (f", refreshed at {refreshed}" if refreshed else ""))
     return table
 
 
+def _modulus_rows(found: Demand, literal: CkksLiteral | None) -> tuple[tuple[str, str], ...]:
+    if literal is None:
+        bits = found.modulus_bits()
+        none = f"none: at most {max(MAX_MODULUS_BITS.values())} bits are allowed; place refreshes"
+        return ((f"modulus bits at {MAX_SCALE_BITS} per level", str(bits)), ("ring dimension at 128 bits", none))
+    allowed = MAX_MODULUS_BITS[literal.ring_dim]
+    return (
+        (f"modulus bits at {literal.scale_bits} per level", f"{literal.modulus_bits} of {allowed} allowed at 128 bits"),
+        ("ring dimension at 128 bits", str(literal.ring_dim)),
+    )
+
+
 def _modules(model: ir.Model) -> dict[str, tuple[int, str]]:
     """Module → (deepest level used there, names of the values refreshed there), in the order of the graph."""
-    used = levels(model)
     found: dict[str, tuple[int, str]] = {}
-    for node in model.graph:
-        if node.outputs[0] not in used:
-            continue
+    for node, level in _counted(model):
         module = module_path(node) or "the graph"
-        level, names = found.get(module, (0, ""))
+        deepest, names = found.get(module, (0, ""))
         if node.op_type == "Refresh" and node.inputs[0] is not None:
             names = f"{names}, {node.inputs[0].name}" if names else str(node.inputs[0].name)
-        found[module] = (max(level, used[node.outputs[0]]), names)
+        found[module] = (max(deepest, level), names)
     return found
+
+
+def node_table(model: ir.Model) -> Table:
+    """A row per node that works on ciphertexts, in the order of the graph: the level of its result, how many numbers that
+    is per sequence, and what kind of product it takes; refreshes, with the level that they end, among them."""
+    table = Table(title="nodes")
+    for heading in ("value", "operator", "module", "level", "numbers", "product by"):
+        table.add_column(heading, justify="right" if heading in ("level", "numbers") else "left", overflow="fold")
+    used = levels(model)
+    for node, level in _counted(model):
+        shown, (first, *_) = str(level), node.inputs
+        if node.op_type == "Refresh" and first is not None:
+            shown = f"{used[first]} → 0"
+        output = node.outputs[0]
+        kind = product_kind(node) or ""
+        numbers = sum(elements(value) for value in node.outputs)
+        table.add_row(str(output.name), node.op_type, module_path(node), shown, str(numbers), kind)
+    return table
+
+
+def _counted(model: ir.Model) -> Iterator[tuple[ir.Node, int]]:
+    """The nodes that depend on an input, with the level of their results."""
+    used = levels(model)
+    return ((node, used[node.outputs[0]]) for node in model.graph if node.outputs[0] in used)

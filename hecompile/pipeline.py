@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from hecompile.errors import HecompileError, LegalityError
-from hecompile.legality import ADAPTED, CANONICAL, EXPORTED, QUANTIZED, Stage, check_stage
+from hecompile.legality import ADAPTED, CANONICAL, EXPORTED, POLYNOMIAL, QUANTIZED, REFRESHED, Stage, check_stage
 from hecompile.polynomial_options import PolynomialOptions
 from passes.annotate_secrecy import AnnotateSecrecy
 from passes.approximate_rmsnorm import ApproximateRMSNorm
@@ -111,6 +111,17 @@ def graph_steps(
         Step("stack_projections", StackProjections(), QUANTIZED),
         Step("select_parameters", select_parameters, QUANTIZED),
     )
+
+
+def polynomial_steps(expand: ExpandPolynomials) -> tuple[Step, ...]:
+    """An approximated graph to sums and products, and how deep they are."""
+    return (Step("expand_polynomials", expand, POLYNOMIAL), Step("depth", Depth(), POLYNOMIAL))
+
+
+def refresh_steps(place_refreshes: PlaceRefreshes, bits_per_level: int) -> tuple[Step, ...]:
+    """Refreshes where the levels of chosen parameters run out, and the depth between them."""
+    depth = Depth(bits_per_level, place_refreshes.masks_are_free)
+    return (Step("place_refreshes", place_refreshes, REFRESHED), Step("depth", depth, REFRESHED))
 
 
 def run_steps(model: ir.Model, steps: Sequence[Step], on_step: Callable[[str], None] = lambda name: None) -> ir.Model:

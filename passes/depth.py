@@ -4,8 +4,9 @@
     graph  →  the same graph, with depth, modulus bits and products in the model's metadata
 
 The rule is in `hecompile.depth`. A leveled scheme rescales by one prime of `bits_per_level` bits per product, so that its
-modulus needs the first prime, one for each level and the key-switching prime (Cheon et al., Asiacrypt 2017; the security
-standard, homomorphicencryption.org 2018, bounds its bits by the ring dimension). Records only; no value changes.
+modulus needs the primes that stay at the end, one for each level and the key-switching prime (Cheon et al., Asiacrypt 2017;
+the security standard, homomorphicencryption.org 2018, bounds its bits by the ring dimension). How many of which size is said
+in one place, `hecompile.ckks.parameters.modulus_bits`. Records only; no value changes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from hecompile.ckks.parameters import MAX_SCALE_BITS, MIN_SCALE_BITS
 from hecompile.depth import demand, levels
 from hecompile.errors import InputError
 from hecompile.ir import LEVEL
@@ -25,15 +27,17 @@ METADATA = "hecompile.depth"
 class Depth(ir.passes.InPlacePass):
     """bits_per_level: of a rescaling prime. masks_are_free: whether the engine drops masked entries instead of multiplying.
 
-    Raises InputError for fewer than 20 or more than 60 bits.
+    Raises InputError for bits that no CKKS parameters have.
     """
 
-    bits_per_level: int = 40
+    bits_per_level: int = MAX_SCALE_BITS
     masks_are_free: bool = True
 
     def __post_init__(self) -> None:
-        if not 20 <= self.bits_per_level <= 60:
-            raise InputError(f"bits per level must be 20 to 60, got {self.bits_per_level}")
+        if not MIN_SCALE_BITS <= self.bits_per_level <= MAX_SCALE_BITS:
+            raise InputError(
+                f"bits per level must be {MIN_SCALE_BITS} to {MAX_SCALE_BITS}, got {self.bits_per_level}"
+            )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         for value, level in levels(model, self.masks_are_free).items():

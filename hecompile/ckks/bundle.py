@@ -22,16 +22,17 @@ import onnx_ir as ir
 import peft
 import transformers
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from hecompile.ckks.circuit import PolynomialCircuit
 from hecompile.ckks.parameters import CkksLiteral, CkksParameters, select
 from hecompile.compiler import CompileOptions, calibration_for
-from hecompile.depth import demand
 from hecompile.errors import InputError
 from hecompile.frontend import Checkpoint, export_onnx, load_checkpoint
 from hecompile.he.sampling import PublicSeed
-from hecompile.pipeline import approximate_steps, raise_steps, run_steps
+from hecompile.pipeline import approximate_steps, polynomial_steps, raise_steps, refresh_steps, run_steps
 from passes.calibrate import Calibrate
+from passes.depth import METADATA as DEPTH
 from passes.expand_polynomials import ExpandPolynomials
 from passes.place_refreshes import PlaceRefreshes
 
@@ -83,7 +84,8 @@ class CkksPlan:
             found = json.loads(path.read_text(encoding="utf-8"))
             if found.pop("format") != FORMAT:
                 raise ValueError
-            return cls(**found)
+            cls(**found)  # no field is missing or unknown; their types are checked next
+            return TypeAdapter(cls).validate_json(json.dumps(found), strict=True)
         except OSError:
             raise InputError(
                 f"{directory} is no polynomial bundle (no {PLAN}); make one with `hecompile ckks export`"
@@ -99,6 +101,12 @@ class CkksPlan:
 def is_polynomial_plan(directory: str | Path) -> bool:
     """Whether a client's bundle is one of `export_polynomial`, of any version."""
     return (Path(directory) / PLAN).is_file()
+
+
+def is_polynomial_bundle(directory: str | Path) -> bool:
+    """Whether a directory is what `export_polynomial` wrote, or one half of it, of any version."""
+    parts = (Path(directory), Path(directory) / "client", Path(directory) / "worker")
+    return any(is_polynomial_plan(part) for part in parts)
 
 
 Progress = Callable[[str], None]
@@ -151,12 +159,13 @@ def lower_polynomial(
     samples = calibration_for(checkpoint, polynomials, model, _CALIBRATION_SEED, options.sequence_length)
     model = run_steps(model, approximate_steps(Calibrate(samples), polynomials))
     progress("expand")
-    model = ExpandPolynomials(options.sequence_length, options.last_only)(model).model
-    depth = demand(model).depth
+    model = run_steps(model, polynomial_steps(ExpandPolynomials(options.sequence_length, options.last_only)))
+    depth = int(model.metadata_props[DEPTH])
     levels = options.levels or depth
     parameters = select(levels) if options.ring_dim is None else CkksLiteral(options.ring_dim, levels).validate()
     progress("place refreshes")
-    return PlaceRefreshes(levels)(model).model, parameters, depth
+    model = run_steps(model, refresh_steps(PlaceRefreshes(levels), parameters.literal.scale_bits))
+    return model, parameters, depth
 
 
 def merged_checkpoint(checkpoint: Checkpoint, adapter: Path) -> Checkpoint:
@@ -185,6 +194,18 @@ def _write(out: Path, plan: CkksPlan, circuit: bytes, table: NDArray[Any], token
     if out.exists():
         shutil.rmtree(out)
     staged.rename(out)
+
+
+def read_table(directory: str | Path, plan: CkksPlan) -> NDArray[np.float32]:
+    """The client's embeddings, float32 [V, H]. Raises InputError when they are not those of the plan."""
+    path = Path(directory) / TABLE
+    try:
+        table: NDArray[np.float32] = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} cannot be read; export again") from error
+    if table.shape != (plan.vocabulary, plan.hidden) or table.dtype != np.float32:
+        raise InputError(f"{path} is not the table of the plan; export again")
+    return table
 
 
 def open_worker(directory: str | Path) -> tuple[CkksPlan, PolynomialCircuit, CkksParameters]:

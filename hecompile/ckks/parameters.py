@@ -27,6 +27,12 @@ SPECIAL_BITS = 31
 MAX_SCALE_BITS, MIN_SCALE_BITS = 30, 22
 
 
+def modulus_bits(levels: int, scale_bits: int = MAX_SCALE_BITS) -> int:
+    """Upper bound of log2 of the whole modulus, the special prime included, for `levels` primes of `scale_bits` each and the
+    two that stay."""
+    return SPECIAL_BITS + (levels + BASE_PRIMES) * scale_bits
+
+
 @dataclass(frozen=True)
 class CkksLiteral:
     """Unchecked: ring_dim N (slots N/2), levels (multiplications between refreshes), scale_bits (of a prime and of the
@@ -39,7 +45,7 @@ class CkksLiteral:
     @property
     def modulus_bits(self) -> int:
         """Upper bound of log2 of the whole modulus."""
-        return SPECIAL_BITS + (self.levels + BASE_PRIMES) * self.scale_bits
+        return modulus_bits(self.levels, self.scale_bits)
 
     @property
     def error_bits(self) -> float:
@@ -111,6 +117,12 @@ class CkksParameters:
         """On the wire and in memory: two polynomials of 32-bit words."""
         return 2 * self.primes(level) * self.ring_dim * 4
 
+    @property
+    def evaluation_key_bytes(self) -> int:
+        """On the wire: for every prime but the special one, two polynomials at all primes, of 32-bit words."""
+        count = len(self.moduli)
+        return 4 * (count - 1) * 2 * count * self.ring_dim
+
     def context(self) -> Any:
         """SEAL's context, which checks the security once more."""
         api = seal()
@@ -153,14 +165,25 @@ def _order(primes: list[int], levels: int) -> tuple[list[int], list[float]]:
     return [*rest, *chosen], scales
 
 
-def select(levels: int, precision: float = 16.0) -> CkksParameters:
+PRECISION = 16.0
+
+
+def smallest(levels: int, precision: float = PRECISION) -> CkksLiteral | None:
     """The smallest ring, and in it the largest scale, with at least `levels` and at least `precision` bits behind the binary
-    point after one multiplication. Raises InputError with the numbers when there is none at 128 bits."""
+    point after one multiplication; None when there is none at 128 bits."""
     for ring_dim, most in MAX_MODULUS_BITS.items():
         for bits in range(MAX_SCALE_BITS, MIN_SCALE_BITS - 1, -1):
             literal = CkksLiteral(ring_dim, levels, bits)
             if literal.modulus_bits <= most and literal.error_bits >= precision:
-                return literal.validate()
+                return literal
+    return None
+
+
+def select(levels: int, precision: float = PRECISION) -> CkksParameters:
+    """`smallest`, validated. Raises InputError with the numbers when there is none at 128 bits."""
+    literal = smallest(levels, precision)
+    if literal is not None:
+        return literal.validate()
     ring_dim = max(MAX_MODULUS_BITS)
     bits = min(MAX_SCALE_BITS, max(MIN_SCALE_BITS, int(np.ceil(precision + np.log2(ring_dim / np.sqrt(18))))))
     needed, most = CkksLiteral(ring_dim, levels, bits), MAX_MODULUS_BITS[ring_dim]

@@ -20,7 +20,7 @@ import numpy as np
 import transformers
 from numpy.typing import NDArray
 
-from hecompile.ckks.bundle import TABLE, CkksPlan
+from hecompile.ckks.bundle import CkksPlan, read_table
 from hecompile.ckks.keys import SecretKey, Words
 from hecompile.ckks.parameters import CkksParameters
 from hecompile.errors import HecompileError, InputError, WorkerError, WorkerUnavailableError
@@ -55,12 +55,7 @@ class CkksSession:
 
     def __init__(self, directory: str | Path, address: str, timeout: float = 3600.0) -> None:
         self.plan = CkksPlan.read(directory)
-        try:
-            self._table: NDArray[np.float32] = np.load(Path(directory) / TABLE, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{Path(directory) / TABLE} cannot be read; export again") from error
-        if self._table.shape != (self.plan.vocabulary, self.plan.hidden):
-            raise InputError(f"{Path(directory) / TABLE} is not the table of the plan; export again")
+        self._table = read_table(directory, self.plan)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(directory))
         self.parameters = CkksParameters.from_fields(self.plan.parameters)
         self.stats = CkksStats()

@@ -58,9 +58,7 @@ class CkksWorker:
 
     def _open(self, connection: socket.socket) -> Evaluator:
         parameters = self.parameters
-        count = len(parameters.moduli)
-        size = 4 * (count - 1) * 2 * count * parameters.ring_dim
-        fields, words, _ = receive(connection, size, _PATIENCE)
+        fields, words, _ = receive(connection, parameters.evaluation_key_bytes, _PATIENCE)
         expect(fields, "open")
         if fields.get("protocol") != PROTOCOL:
             raise WorkerError("the client speaks another version of this protocol; install the same hecompile on both")

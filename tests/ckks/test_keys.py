@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import pickle
 
@@ -11,6 +12,7 @@ import pytest
 
 from hecompile.ckks.keys import EvaluationKeys, SecretKey
 from hecompile.ckks.parameters import MAX_MODULUS_BITS, CkksLiteral, CkksParameters, select
+from hecompile.depth import Demand
 from hecompile.errors import HecompileError, InputError, SecurityError, WorkerError
 from tests.ckks.support import key, parameters
 
@@ -29,6 +31,12 @@ def test_the_smallest_ring_is_selected_and_too_deep_is_refused_with_the_numbers(
     assert select(4).ring_dim == 8192 and select(5).ring_dim == 16384 and select(14).ring_dim == 32768
     with pytest.raises(InputError, match=r"no parameter set at 128 bits has 76 levels.*881.*refresh more often"):
         select(76)
+
+
+def test_depth_counts_the_modulus_that_the_parameters_have() -> None:
+    for literal in (CkksLiteral(8192, 4), CkksLiteral(16384, 7, 28)):
+        bits = math.prod(literal.validate().moduli).bit_length()
+        assert Demand(literal.levels, 0, 0, 0).modulus_bits(literal.scale_bits) == literal.modulus_bits == bits
 
 
 @pytest.mark.parametrize(

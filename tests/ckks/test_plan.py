@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,12 +19,26 @@ import onnx_ir as ir
 import peft
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from hecompile.ckks.bundle import CIRCUIT, PLAN, TABLE, CkksOptions, CkksPlan, export_polynomial, open_worker
+from hecompile.ckks.bundle import (
+    CIRCUIT,
+    PLAN,
+    TABLE,
+    CkksOptions,
+    CkksPlan,
+    export_polynomial,
+    lower_polynomial,
+    open_worker,
+)
+from hecompile.ckks.traffic import predicted_traffic
+from hecompile.cli import app
 from hecompile.errors import HecompileError, InputError, LegalityError, WorkerError, WorkerUnavailableError
 from hecompile.frontend import load_checkpoint
 from hecompile.interpreter import Interpreter
-from passes.expand_polynomials import EMBEDDINGS
+from hecompile.ir import ORIGIN
+from passes.expand_polynomials import EMBEDDINGS, ExpandPolynomials
+from passes.place_refreshes import PlaceRefreshes
 from runtime.ckks.answers import complete
 from runtime.ckks.client import CkksSession
 from runtime.ckks.messages import receive, send
@@ -64,12 +80,19 @@ def test_logits_are_those_of_the_cleartext_polynomial_graph(checkpoint: Path, bu
         expected = Interpreter(graph).run({EMBEDDINGS: embeddings})["logits"].numpy()
     with CkksSession(build / "client", worker) as session:
         found = session.logits(TOKENS)
-        stats = session.stats
+        stats, key_bytes = session.stats, session.key_bytes
         answers = complete(session, ["ab", "z"], 1)
     assert found.shape == expected.shape == (3, 3, 259)
     assert np.abs(found - expected).max() < 1e-3 * (expected.max() - expected.min())
     assert stats.refreshes == len(session.plan.refreshes) > 0
-    assert stats.bytes_up > 0 and stats.worker_seconds["Mul"] > 0
+    assert stats.worker_seconds["Mul"] > 0
+    _, circuit, parameters = open_worker(build / "worker")
+    predicted = predicted_traffic(circuit, parameters)
+    assert stats.refreshed == predicted.refreshed < sum(int(np.prod(shape)) for shape in session.plan.refreshes.values())
+    # Headers are not predicted: kinds and shapes, and where each logit is.
+    assert 0 < stats.bytes_up - predicted.bytes_up(parameters) < 0.01 * stats.bytes_up
+    assert 0 < stats.bytes_down - predicted.bytes_down(parameters) < 0.01 * stats.bytes_down
+    assert 0 < key_bytes - parameters.evaluation_key_bytes < 0.01 * key_bytes
     assert len(answers) == 2
 
 
@@ -102,6 +125,89 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason(checkpoint: Path, tm
     with pytest.raises(InputError, match="no PEFT adapter"):
         export_polynomial(str(checkpoint), tmp_path / "adapter", OPTIONS, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def shown(*arguments: str) -> dict[str, str]:
+    """What `inspect` says under each heading of its tables of two columns."""
+    result = CliRunner().invoke(app, ["inspect", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0
+    rows = [line.strip("│ ").split("│") for line in result.output.splitlines() if line.startswith("│")]
+    return {cells[0].strip(): cells[1].strip() for cells in rows}
+
+
+def test_inspect_shows_what_a_bundle_is(build: Path) -> None:
+    plan, circuit, parameters = open_worker(build / "worker")
+    predicted = predicted_traffic(circuit, parameters)
+    for whole in (shown(str(build)), shown(str(build / "worker"))):
+        assert whole["ring dimension"] == "8192" and whole["slots"].startswith("4096,")
+        assert whole["levels"] == f"{LEVELS} of 30 bits" and whole["depth of the graph"].startswith(f"{plan.depth} levels")
+        assert whole["modulus"].startswith(f"{math.prod(parameters.moduli).bit_length()} bits")
+        assert whole["security"].startswith("128 bits or more")
+        assert whole["refreshes"] == f"{len(plan.refreshes)} of {predicted.refreshed} ciphertexts"
+        assert whole["bytes per evaluation up"].startswith(f"{predicted.bytes_up(parameters)} ")
+        assert whole["bytes per evaluation down"].startswith(f"{predicted.bytes_down(parameters)} ")
+        assert whole["evaluation keys"].startswith(f"{parameters.evaluation_key_bytes} bytes")
+        for name, count in predicted.refreshes.items():
+            assert whole[f"refresh of {name.removesuffix('.fresh')}"] == f"{count} ciphertexts"
+        assert whole["levels between refreshes"] == str(LEVELS)
+    client = shown(str(build / "client"))  # without a circuit: entries that are masked count
+    entries = sum(map(math.prod, plan.refreshes.values()))
+    assert client["refreshes"] == f"{len(plan.refreshes)} of at most {entries} ciphertexts"
+    assert int(client["bytes per evaluation up"].split()[2]) > predicted.bytes_up(parameters)
+    nodes = shown(str(build), "--nodes")
+    assert nodes["logits"] == "Linear" and {nodes[name] for name in plan.refreshes} == {"Refresh"}
+
+
+def test_inspect_refuses_a_damaged_bundle(build: Path, tmp_path: Path) -> None:
+    def refused(damage: Callable[[Path], object], message: str, *options: str) -> None:
+        shutil.rmtree(tmp_path / "build", ignore_errors=True)
+        damaged = Path(shutil.copytree(build, tmp_path / "build"))
+        damage(damaged)
+        with pytest.raises(InputError, match=message):
+            CliRunner().invoke(app, ["inspect", str(damaged), *options], catch_exceptions=False)
+
+    def edit(part: str, field: str, value: object) -> Callable[[Path], object]:
+        def change(directory: Path) -> None:
+            plan = json.loads((directory / part / PLAN).read_text())
+            (directory / part / PLAN).write_text(json.dumps(plan | {field: value}))
+
+        return change
+
+    refused(lambda out: (out / "client" / PLAN).unlink(), f"client is no polynomial bundle .no {PLAN}")
+    refused(lambda out: shutil.rmtree(out / "worker"), f"worker is no polynomial bundle .no {PLAN}")
+    refused(lambda out: (out / "worker" / CIRCUIT).write_bytes(b"\0"), "is not the circuit of")
+    refused(lambda out: (out / "worker" / CIRCUIT).unlink(), "copy the worker bundle again")
+    refused(lambda out: (out / "client" / TABLE).write_bytes(b""), f"{TABLE} cannot be read")
+    refused(edit("client", "plan_id", "0" * 64), "halves of different plans")
+    refused(edit("client", "refreshes", {"v5.fresh": "3"}), "not a plan of this version")
+    refused(edit("worker", "format", "hecompile-ckks-0"), "not a plan of this version")
+    both = edit("client", "refreshes", {}), edit("worker", "refreshes", {})
+    refused(lambda out: [change(out) for change in both], "not those of the circuit")
+    refused(lambda out: None, "--draw draws the plan of", "--draw", str(tmp_path / "plan.svg"))
+    refused(lambda out: shutil.move(out / "client", out.with_name("alone")), f"client is no polynomial bundle .no {PLAN}")
+    with pytest.raises(InputError, match="no circuit"):
+        CliRunner().invoke(app, ["inspect", str(tmp_path / "alone"), "--nodes"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("stage", ["polynomial", "refreshed"])
+def test_an_operator_that_is_no_polynomial_is_refused_by_name(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """As if the pass before the check had made it; both passes are registered, and neither is checked by itself."""
+    changed = ExpandPolynomials if stage == "polynomial" else PlaceRefreshes
+    call = changed.call
+
+    def with_division(self: Any, model: ir.Model) -> ir.passes.PassResult:
+        result = call(self, model)
+        *_, last = result.model.graph
+        node = ir.node("Div", [last.inputs[0], last.inputs[0]], metadata_props={ORIGIN: "model.norm"})
+        node.outputs[0].name = "quotient"
+        result.model.graph.insert_before(last, node)
+        return result
+
+    monkeypatch.setattr(changed, "call", with_division)
+    with pytest.raises(LegalityError, match=f"stage '{stage}', model.norm: %quotient = Div.*onnx::Div is not legal here"):
+        lower_polynomial(load_checkpoint(str(checkpoint)), OPTIONS)
 
 
 def test_an_adapter_is_merged_as_peft_does(checkpoint: Path, build: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,11 @@ import torch
 from typer.testing import CliRunner
 
 from hecompile.approximation_report import approximation_report
+from hecompile.ckks.parameters import MAX_MODULUS_BITS, select
 from hecompile.cli import app
 from hecompile.client_bundle import ClientBundle
 from hecompile.compiler import CompileOptions, compile_checkpoint, lower
+from hecompile.depth import levels
 from hecompile.errors import InputError, LegalityError
 from hecompile.interpreter import Interpreter, graph_inputs
 from hecompile.ir import ATTENTION_OPERATORS, nodes_of_type
@@ -174,8 +177,25 @@ def test_inspect_shows_depth_modulus_and_refreshes(tmp_path: Path) -> None:
     ir.save(refreshed, tmp_path / "graph.onnx")
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "graph.onnx")])
     assert shown.exit_code == 0
-    for word in ("levels between refreshes", "modulus bits", "numbers refreshed", "refreshed at", "lm_head"):
+    for word in ("levels between refreshes", "numbers refreshed", "refreshed at", "lm_head"):
         assert word in shown.output
+    chosen = select(12)  # what `ckks export` would take for as many levels
+    bits = math.prod(chosen.moduli).bit_length()
+    assert f"modulus bits at {chosen.literal.scale_bits} per level" in shown.output
+    assert f"{bits} of {MAX_MODULUS_BITS[chosen.ring_dim]} allowed" in shown.output and str(chosen.ring_dim) in shown.output
+
+    counted = levels(refreshed)
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "graph.onnx"), "--nodes"])
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in shown.output.splitlines() if "│" in line]
+    found = {row[0]: row[3] for row in rows if len(row) == 6}
+    for node in refreshed.graph:
+        if node.outputs[0] in counted:
+            level = str(counted[node.outputs[0]])
+            if node.op_type == "Refresh" and node.inputs[0] is not None:
+                level = f"{counted[node.inputs[0]]} → 0"
+            assert found[str(node.outputs[0].name)] == level
+    with pytest.raises(InputError, match="--nodes shows a polynomial graph"):
+        CliRunner().invoke(app, ["inspect", str(tmp_path), "--nodes"], catch_exceptions=False)
     (tmp_path / "broken.onnx").write_bytes(b"nothing")
     with pytest.raises(InputError, match="cannot be read"):
         CliRunner().invoke(app, ["inspect", str(tmp_path / "broken.onnx")], catch_exceptions=False)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hecompile.depth import demand, levels
 from hecompile.errors import HecompileError, InputError
+from hecompile.inspection_polynomial import depth_table
 from hecompile.ir import LEVEL, print_model
 from hecompile.legality import POLYNOMIAL, REFRESHED
 from hecompile.refresh_placement import Vertex, cheapest_refreshes
@@ -60,7 +61,8 @@ def test_levels_are_those_counted_by_hand(golden: Golden) -> None:
     counted = demand(model)
     # x·x and masked·inverse are 24 products each, the narrow square 4; by constants 4, and 24 numbers of 6 products each.
     assert (counted.ciphertext_products, counted.plaintext_products) == (24 + 4 + 24, 4 + 144)
-    assert counted.modulus_bits(40) == 60 + 5 * 40 + 60
+    assert counted.modulus_bits(28) == 31 + (5 + 2) * 28  # the special prime, five levels and two primes at the end
+    assert model.metadata_props["hecompile.depth.modulus_bits"] == str(31 + 7 * 30)
     assert demand(model, masks_are_free=False).plaintext_products == 4 + 144
     assert levels(model, masks_are_free=False)[next(v for v in levels(model) if v.name == "masked")] == 1
 
@@ -86,8 +88,19 @@ def test_untouched_where_levels_suffice_and_refused_without_any() -> None:
     for levels_given in (0, -1):
         with pytest.raises(InputError, match="at least one level"):
             PlaceRefreshes(levels_given)
-    with pytest.raises(InputError, match="20 to 60"):
+    with pytest.raises(InputError, match="22 to 30"):
         Depth(bits_per_level=10)
+
+
+def test_a_graph_too_deep_for_any_parameters_is_shown_as_that() -> None:
+    squares = "".join(f"x{number + 1} = Mul (x{number}, x{number})\n" for number in range(40))
+    model = parse(f"deep (float[B,2] x0) => (float[B,2] x40) {{ {squares} }}")
+    for node in model.graph:
+        node.outputs[0].shape = ir.Shape(["B", 2])
+    names, values = (list(column.cells) for column in depth_table(model).columns)
+    shown = dict(zip(names, values, strict=True))
+    assert shown["levels"] == "40" and shown["modulus bits at 30 per level"] == str(31 + 42 * 30)
+    assert shown["ring dimension at 128 bits"] == "none: at most 881 bits are allowed; place refreshes"
 
 
 def test_refused_a_second_time_and_before_expansion() -> None:

@@ -6,7 +6,10 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from hecompile.interpreter import Interpreter, graph_inputs
+from hecompile.errors import LegalityError
+from hecompile.interpreter import Interpreter, causal_attention_bias, graph_inputs
+from hecompile.ir import print_model
+from hecompile.legality import POLYNOMIAL
 from passes.approximate_rmsnorm import ApproximateRMSNorm
 from passes.approximate_silu import ApproximateSiLU
 from passes.approximate_softmax import ApproximateSoftmax
@@ -17,6 +20,8 @@ from passes.expand_polynomials import ExpandPolynomials
 from passes.place_refreshes import PlaceRefreshes
 from passes.simplify import Simplify
 from tests.compiler.tiny import exported, samples, tiny_llama
+from tests.conftest import Golden
+from tests.golden.graphs import evaluate, gaussian, parse, refused, run_pass
 
 LEGAL = {
     "Add", "Sub", "Mul", "Neg", "MatMul", "ReduceSum", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Concat", "Split",
@@ -35,6 +40,52 @@ def approximated(variant: str) -> ir.Model:
     ):  # fmt: skip
         model = step(model).model
     return model
+
+
+BLOCK = """
+block (float[B,S,4] x, float[1,1,S,S] attention_bias) => (float[B,S,4] y)
+<float[4] gain = {1.0, 2.0, 0.5, 1.0}, float[4,4] wq = {0.5, 0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.0, 0.0,
+ 0.0, 0.5}, float[4,4] wg = {1.0, 0.0, 0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0}, int64[4] heads =
+ {0, 0, 2, 2}, int64[3] joined = {0, 0, 4}>
+{
+    normed = hecompile.PolynomialRMSNorm <epsilon = 0.5, variance_scale = 0.25, coefficients = [1.5, -0.5], newton_steps = 1,
+     domain_lower = 0.5, domain_upper = 4.0, error_bound = 0.1> (x, gain)
+    wide = hecompile.Linear (normed, wq)
+    split = Reshape (wide, heads)
+    q = Transpose <perm = [0, 2, 1, 3]> (split)
+    attended = hecompile.GaussianAttention <scale = 0.5, squarings = 2, domain_lower = -4.0, domain_upper = 0.0, error_bound =
+     0.2> (q, q, q, attention_bias)
+    back = Transpose <perm = [0, 2, 1, 3]> (attended)
+    merged = Reshape (back, joined)
+    between = Add (x, merged)
+    gate = hecompile.Linear (between, wg)
+    act = hecompile.PolynomialSiLU <coefficients = [0.5, 1.0, 0.25], domain_lower = -2.0, domain_upper = 2.0, error_bound = 0.3>
+     (gate)
+    up = hecompile.Linear (between, wq)
+    gated = Mul (act, up)
+    down = hecompile.Linear (gated, wg)
+    y = Add (between, down)
+}
+"""
+
+
+def test_golden_transformer_block(golden: Golden) -> None:
+    paths = {"normed": "input_layernorm", "wide": "self_attn.q_proj", "attended": "self_attn", "gate": "mlp.gate_proj"}
+    paths |= {"act": "mlp.act_fn", "up": "mlp.up_proj", "gated": "mlp", "down": "mlp.down_proj"}
+    model = parse(BLOCK, {name: f"model.layers.0.{path}" for name, path in paths.items()})
+    x = gaussian(2, 3, 4, seed=1)
+    before = evaluate(model, x=x, attention_bias=causal_attention_bias(torch.ones(2, 3, dtype=torch.int64)))
+    result = run_pass(model, "expand_polynomials", POLYNOMIAL, sequence_length=3)
+    assert result.modified
+    golden.check("expand_polynomials", print_model(result.model))
+    torch.testing.assert_close(evaluate(result.model, x=x), before, atol=1e-5, rtol=1e-5)
+    assert "cannot be expanded" in str(refused(result.model, "expand_polynomials", POLYNOMIAL, sequence_length=3))
+
+
+def test_what_is_no_polynomial_is_refused_by_name() -> None:
+    model = parse(BLOCK.replace("Mul (act, up)", "Div (act, up)"), {"gated": "model.layers.0.mlp"})
+    error = refused(model, "expand_polynomials", POLYNOMIAL, sequence_length=3)
+    assert isinstance(error, LegalityError) and "model.layers.0.mlp" in str(error) and "Div" in str(error)
 
 
 @pytest.mark.parametrize("variant", ["power", "gaussian_kernel", "chebyshev"])
