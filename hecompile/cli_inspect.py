@@ -37,14 +37,15 @@ def inspect(
     from hecompile.frontend import load_config
     from hecompile.inspection import circuit_table, totals_table
     from hecompile.inspection import draw as draw_plan
-    from hecompile.inspection_ckks import bundle_tables
     from hecompile.inspection_polynomial import approximation_table, depth_table, node_table, polynomial_file
     from hecompile.prediction import ModelSize, prediction_table
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     polynomial = build.is_file() or is_polynomial_bundle(build)
     if polynomial and draw is not None:
-        raise InputError("--draw draws the plan of `export llama`, client and worker; a polynomial graph has no such plan")
+        raise InputError(
+            "--draw draws the plan of `export llama`, client and worker; a polynomial graph has no such plan"
+        )
     if nodes and not polynomial:
         raise InputError(f"--nodes shows a polynomial graph, and {build} has none; give an .onnx file or a CKKS bundle")
     if build.is_file():
@@ -54,6 +55,8 @@ def inspect(
             console.print(node_table(model))
         return
     if polynomial:
+        from hecompile.inspection_ckks import bundle_tables
+
         for table in bundle_tables(build, nodes):
             console.print(table)
         return

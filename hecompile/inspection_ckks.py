@@ -69,7 +69,8 @@ def _plan_table(plan: CkksPlan, parameters: CkksParameters, traffic: CkksTraffic
         "modulus": f"{literal.modulus_bits} bits, the special prime included; {allowed} are allowed at 128 bits of security",
         "security": "128 bits or more (Homomorphic Encryption Standard, ternary secret)",
         "depth of the graph": f"{plan.depth} levels without refreshes",
-        "sequence": f"{plan.sequence_length} tokens; logits of " + ("the last one" if plan.last_only else "all of them"),
+        "sequence": f"{plan.sequence_length} tokens; logits of "
+        + ("the last one" if plan.last_only else "all of them"),
         "refreshes": f"{len(traffic.refreshes)} of {most}{traffic.refreshed} ciphertexts",
         "evaluation keys": f"{parameters.evaluation_key_bytes} bytes up, once per session",
         "bytes per evaluation up": f"{most}{up} ({megabytes(up)}), {math.ceil(up / slots)} per sequence of full slots",

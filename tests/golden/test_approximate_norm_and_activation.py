@@ -101,6 +101,8 @@ def test_golden_silu(golden: Golden, form: str) -> None:
         (NORM, "approximate_rmsnorm", (0.0, 0.0), {}, ("zeros only",)),
         (SILU, "approximate_silu", None, {}, ("run calibrate",)),
         (SILU, "approximate_silu", (-4.0, 6.0), {"domain_upper": 5.0}, ("between -4 and 6", "[-5, 5]")),
+        (SILU, "approximate_silu", (-4.0, 6.0), {"form": "composed", "domain_upper": 5.0}, ("between -4 and 6", "[-5, 5]")),
+        (SILU, "approximate_silu", None, {"form": "composed"}, ("run calibrate",)),
         (SILU, "approximate_silu", (-40.0, 60.0), {"max_degree": 8}, ("degree above 8", "[-90, 90]")),
         (SILU, "approximate_silu", (-4e3, 6e3), {"form": "composed", "error": 1e-4}, ("more than 4 composed",)),
     ],
@@ -121,13 +123,26 @@ def test_boundary_a_domain_that_ends_where_calibration_does() -> None:
     assert run_pass(graph(NORM, Interval(0.1, 2.0)), "approximate_rmsnorm", CANONICAL, **options).modified
 
 
-def test_calibration_after_the_fact_refuses_a_domain_that_does_not_cover_it() -> None:
-    model = run_pass(graph(SILU, Interval(-4.0, 6.0)), "approximate_silu", CANONICAL).model
+@pytest.mark.parametrize(
+    ("text", "name", "seen", "options", "later", "words"),
+    [
+        (SILU, "approximate_silu", (-4.0, 6.0), {}, (-4.0, 9.5), "between -4 and 9.5, outside the domain [-9, 9]"),
+        (SILU, "approximate_silu", (-4.0, 6.0), {"form": "composed"}, (-9.5, 6.0), "outside the domain [-9, 9]"),
+        (NORM, "approximate_rmsnorm", (0.1, 2.0), {}, (0.04, 2.0), "between 0.04 and 2, outside the domain [0.05, 4]"),
+        (NORM, "approximate_rmsnorm", (0.1, 2.0), {}, (0.1, 4.5), "between 0.1 and 4.5, outside the domain [0.05, 4]"),
+    ],
+)
+def test_calibration_after_the_fact_refuses_a_domain_that_does_not_cover_it(
+    text: str, name: str, seen: tuple[float, float], options: dict[str, str], later: tuple[float, float], words: str
+) -> None:
+    model = run_pass(graph(text, Interval(*seen)), name, CANONICAL, **options).model
     (node,) = model.graph
+    write_range(node.outputs[0], Interval(*seen))
     check_domain(node)
-    write_range(node.outputs[0], Interval(-4.0, 9.5))
-    with pytest.raises(LegalityError, match=r"between -4 and 9.5, outside the domain \[-9, 9\]"):
+    write_range(node.outputs[0], Interval(*later))
+    with pytest.raises(LegalityError) as caught:
         check_domain(node)
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(

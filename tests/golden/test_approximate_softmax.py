@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hecompile.approximation_ranges import AttentionRange, attention_range_of, write_range
+from hecompile.approximation_ranges import AttentionRange, attention_range_of, check_domain, write_range
 from hecompile.errors import InputError, LegalityError
 from hecompile.interpreter import Interpreter, causal_attention_bias
 from hecompile.ir import attributes_of, print_model
@@ -162,6 +162,10 @@ def test_gradients_flow(name: str) -> None:
     ("options", "words"),
     [
         ({"variant": "power", "domain_upper": 0.01}, ("the score was seen between", "range loss")),
+        (CASES["power_lipschitz"] | {"domain_upper": 0.01}, ("the score was seen between", "[-0.01, 0.01]")),
+        (CASES["power_length_agnostic"] | {"domain_upper": 0.01}, ("the score was seen between", "[-0.01, 0.01]")),
+        (CASES["power_length_agnostic"] | {"ratio_lower": 1.0, "ratio_upper": 2.0}, ("the divisor was seen", "[1, 2]")),
+        (CASES["power_length_agnostic"] | {"max_iterations": 2}, ("Goldschmidt iterations", "more than 2")),
         ({"variant": "gaussian_kernel", "domain_lower": -0.5}, ("the exponent was seen between", "[-0.5, 0]")),
         ({"variant": "chebyshev", "domain_lower": -0.5}, ("the score less its shift",)),
         ({"variant": "chebyshev", "length": 3}, ("the number of keys",)),
@@ -186,7 +190,20 @@ def test_refused_where_calibration_leaves_the_domain_or_costs_too_much(
         assert word in str(error)
 
 
-@pytest.mark.parametrize("options", [CASES["power_lipschitz"], CASES["gaussian_kernel"], CASES["chebyshev"]])
+@pytest.mark.parametrize("name", CASES)
+def test_calibration_after_the_fact_refuses_a_domain_that_does_not_cover_it(name: str) -> None:
+    model = run_pass(block(), "approximate_softmax", CANONICAL, **CASES[name]).model
+    (node,) = model.graph
+    inputs = data()
+    for factor in (1.0, 8.0):
+        write_range(node.outputs[0], AttentionRange.measure(inputs["q"] * factor, inputs["k"], inputs["bias"], 0.5))
+        if factor == 1.0:
+            check_domain(node)
+    with pytest.raises(LegalityError, match=r"model\.layers\.0\.self_attn: the .* was seen between .*, outside the domain"):
+        check_domain(node)
+
+
+@pytest.mark.parametrize("options", [CASES[name] for name in CASES if name != "power"])
 def test_refused_without_calibration(options: dict[str, object]) -> None:
     assert "run calibrate" in str(refused(block(calibrated=False), "approximate_softmax", CANONICAL, **options))
 

@@ -44,23 +44,24 @@ def approximated(variant: str) -> ir.Model:
 
 BLOCK = """
 block (float[B,S,4] x, float[1,1,S,S] attention_bias) => (float[B,S,4] y)
-<float[4] gain = {1.0, 2.0, 0.5, 1.0}, float[4,4] wq = {0.5, 0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.0, 0.0,
- 0.0, 0.5}, float[4,4] wg = {1.0, 0.0, 0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0}, int64[4] heads =
- {0, 0, 2, 2}, int64[3] joined = {0, 0, 4}>
+<float[4] gain = {1.0, 2.0, 0.5, 1.0},
+ float[4,4] wq = {0.5, 0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.5},
+ float[4,4] wg = {1.0, 0.0, 0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0},
+ int64[4] heads = {0, 0, 2, 2}, int64[3] joined = {0, 0, 4}>
 {
     normed = hecompile.PolynomialRMSNorm <epsilon = 0.5, variance_scale = 0.25, coefficients = [1.5, -0.5], newton_steps = 1,
      domain_lower = 0.5, domain_upper = 4.0, error_bound = 0.1> (x, gain)
     wide = hecompile.Linear (normed, wq)
     split = Reshape (wide, heads)
     q = Transpose <perm = [0, 2, 1, 3]> (split)
-    attended = hecompile.GaussianAttention <scale = 0.5, squarings = 2, domain_lower = -4.0, domain_upper = 0.0, error_bound =
-     0.2> (q, q, q, attention_bias)
+    attended = hecompile.GaussianAttention <scale = 0.5, squarings = 2, domain_lower = -4.0, domain_upper = 0.0,
+     error_bound = 0.2> (q, q, q, attention_bias)
     back = Transpose <perm = [0, 2, 1, 3]> (attended)
     merged = Reshape (back, joined)
     between = Add (x, merged)
     gate = hecompile.Linear (between, wg)
-    act = hecompile.PolynomialSiLU <coefficients = [0.5, 1.0, 0.25], domain_lower = -2.0, domain_upper = 2.0, error_bound = 0.3>
-     (gate)
+    act = hecompile.PolynomialSiLU <coefficients = [0.5, 1.0, 0.25], domain_lower = -2.0, domain_upper = 2.0,
+     error_bound = 0.3> (gate)
     up = hecompile.Linear (between, wq)
     gated = Mul (act, up)
     down = hecompile.Linear (gated, wg)
