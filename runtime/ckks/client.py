@@ -135,7 +135,8 @@ class CkksSession:
         return numbers.T.reshape(batch, rows, plan.vocabulary).astype(np.float32)
 
     def forward(self, tokens: NDArray[np.int64]) -> ForwardPass:
-        """See `runtime.backend.RemoteModel`; as `logits`, whose rows and errors it has."""
+        """See `runtime.backend.RemoteModel`: rows, errors and logits are those of `logits`, so that a plan with the last
+        position alone gives that one."""
         logits, stats = self.logits(tokens), self.stats
         client = stats.encrypt_seconds + stats.decrypt_seconds
         return ForwardPass(logits, stats.total_seconds, client, stats.bytes_up, stats.bytes_down)
