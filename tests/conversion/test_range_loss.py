@@ -32,13 +32,17 @@ def rows() -> torch.Tensor:
 
 
 @cache
+def exported() -> ir.Model:
+    return export_onnx(load_checkpoint(str(REDUCED_LLAMA)).model)
+
+
+@cache
 def graph(attention: str) -> ir.Model:
     """Domains are those of calibration on `rows`, with margins."""
     options = PolynomialOptions().choosing(attention=attention, norm="polynomial", activation="polynomial")
     if attention == "power":
         options = replace(options, attention=ApproximateSoftmax("power", form="length_agnostic", division="goldschmidt"))
-    exported = export_onnx(load_checkpoint(str(REDUCED_LLAMA)).model)
-    model = run_steps(exported, raise_steps(options))
+    model = run_steps(exported().clone(), raise_steps(options))
     return run_steps(model, approximate_steps(Calibrate(tuple(map(tuple, rows().tolist()))), options))
 
 
