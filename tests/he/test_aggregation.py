@@ -24,8 +24,10 @@ from hecompile.he.aggregation import (
 )
 from hecompile.he.aggregation_kernels import masks
 from hecompile.he.kernels import transform_secrets
-from hecompile.he.parameters import CATALOGUE, test_insecure_parameters
+from hecompile.he.parameters import CATALOGUE, RingParameters, test_insecure_parameters
+from hecompile.he.ring import trinomial
 from hecompile.he.sampling import ERROR_BOUND, PublicSeed, SecretRandom
+from tests.he.exact import product
 
 SEED = PublicSeed(bytes(range(32)))
 TOY = test_insecure_parameters(16, 2)
@@ -79,19 +81,15 @@ def test_the_largest_errors_and_keys_do_not_overflow() -> None:
         result.add(aggregation._encrypt_with(params, SEED, key, np.zeros(64, np.int32), x))
 
 
-def test_masks_are_negacyclic_products_in_the_order_described() -> None:
-    key = np.random.default_rng(3).integers(-9, 10, (2, 16)).astype(np.int32)
-    got = masks(TOY, SEED.stream("m"), transform_secrets(key, TOY), 200)
-    words = SEED.stream("m").uint32(0, 8 * 16 * 2).astype(object).reshape(2, 16, 8)
+@pytest.mark.parametrize("params", [TOY, test_insecure_parameters(16, 3, packed=True)], ids=["binomial", "trinomial"])
+def test_masks_are_products_in_the_order_described(params: RingParameters) -> None:
+    key = np.random.default_rng(3).integers(-9, 10, (params.rank, 16)).astype(np.int32)
+    got = masks(params, SEED.stream("m"), transform_secrets(key, params), 200)
+    words = SEED.stream("m").uint32(0, 8 * 16 * params.rank).astype(np.int64).reshape(params.rank, 16, 8)
     for lane in range(8):
-        product = [0] * 16
-        for k in range(2):
-            for i in range(16):
-                for j in range(16):
-                    sign = 1 if i + j < 16 else -1
-                    product[(i + j) % 16] += sign * int(words[k, i, lane]) * int(key[k, j])
-        column = got[:128].reshape(16, 8)[:, lane].view(np.uint32)
-        assert [value % 2**32 for value in product] == column.tolist()
+        parts = [product(words[k, :, lane], key[k].astype(np.int64), trinomial(params)) for k in range(params.rank)]
+        column = got[:128].reshape(16, 8)[:, lane]
+        assert ((sum(parts) - column) % 2**32 == 0).all()
 
 
 def test_real_parameters_and_what_may_not_be_selected() -> None:

@@ -5,6 +5,8 @@ Where decryption is in float32 the results are those of the simple path within t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -23,10 +25,11 @@ from hecompile.he.parameters import (
     test_insecure_parameters,
 )
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.he.ring import SINGLE, rounding_error_bound
+from hecompile.he.ring import SINGLE, rounding_error_bound, trinomial
 from hecompile.he.sampling import ERROR_BOUND, PublicSeed, SecretRandom
 from hecompile.he.scheme import DecryptionKey, _encrypt_with, blocks, decrypt, evaluate, setup
 from hecompile.he.threads import for_each
+from tests.he.exact import inner_products, words
 
 SEED = PublicSeed(bytes(range(32)))
 TOY = test_insecure_parameters(16, 2)
@@ -246,3 +249,32 @@ def test_work_shared_out_from_within_shared_work_runs_where_it_is() -> None:
 def test_bulk_randomness_is_fresh_and_uniform() -> None:
     samples = [SecretRandom().discrete_gaussian((4096,)) for _ in range(2)]
     assert not np.array_equal(*samples)
+
+
+class _LargestMatrix(PublicMatrix):
+    """A of words as large as can be, with the signs that gather a spectrum at one root."""
+
+    def _blocks(self, blocks: Sequence[int]) -> np.ndarray:
+        turns = np.arange(self.params.ring_dim) * (2 / 3 if trinomial(self.params) else 1) / self.params.ring_dim
+        words = np.where(np.cos(np.pi * turns) >= 0, -(2**31), 2**31 - 1).astype(np.int32)
+        return np.broadcast_to(words, (len(blocks), self.params.rank, self.params.ring_dim)).copy()
+
+
+@pytest.mark.parametrize("params", CATALOGUE.values(), ids=CATALOGUE)
+def test_masks_are_exact_where_words_and_secrets_are_as_large_as_can_be(params: RingParameters) -> None:
+    """A ciphertext of zeros without errors is the mask ⟨A, s⟩ alone, which must be that of exact integers."""
+    rows, d = 8 * params.packing + 3, params.ring_dim
+    public = _LargestMatrix(params, SEED, rows)
+    gathered = np.where(np.cos(np.pi * np.arange(d) / d) >= 0, 1, -1)
+    secrets = np.stack([np.ones((params.rank, d)), np.broadcast_to(gathered, (params.rank, d))]).astype(np.int8)
+    key = key_of(params, LinearParameters(rows, 8, 80, 30.0, 4, 4), np.ones(2 * d), secrets)
+    planes = torch.zeros((4, 2 * d, rows), dtype=torch.uint8)
+    transformed = key.secrets_extended() if params.packed else key.secrets_transformed()
+    fused._encrypt_part(
+        public.transformed(rows), transformed, torch.zeros(2 * d, rows), np.ones(rows), key, planes, slice(0, rows),
+        np.zeros((2 * d, rows), np.int8),
+    )  # fmt: skip
+    found, some = words(planes), [0, rows - 4, rows - 1]  # of the first and last components, and of another element
+    for block, secret in enumerate(secrets):
+        exact = inner_products(public.coefficients(slice(0, rows))[some], secret, trinomial(params))  # [3, d]
+        assert (found[block * d : (block + 1) * d, some] == exact.T % 2**32).all()
