@@ -17,10 +17,10 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import onnx_ir as ir
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from hecompile.errors import HecompileError, InputError
 from hecompile.he.parameters import LinearParameters, RingParameters, RingParametersLiteral
@@ -48,7 +48,12 @@ class RingRecord(_Record):
     rank: int
     log_q: int
     sigma: float
-    packed: bool = False  # bundles of before there were packed rings do not say it
+    packed: bool = False
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `packed` where it is false: a plan of before there were packed rings must hash to its id."""
+        return {name: value for name, value in serialize(self).items() if name != "packed" or value}
 
     def ring(self) -> RingParameters:
         return RingParameters.from_literal(RingParametersLiteral(**self.model_dump()))

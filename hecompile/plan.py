@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from hecompile.he.parameters import LinearParameters, WeightNorms
+from hecompile.he.parameters import LinearParameters
+from hecompile.he.weight_norms import WeightNorms
 from hecompile.public_rows import WORD_BYTES, exact_name
 from passes.lower_worker import encrypted_linear_model
 

@@ -19,7 +19,8 @@ import torch
 from onnx_ir.passes import common
 
 from hecompile.errors import LegalityError, SecurityError
-from hecompile.he.parameters import LinearParameters, measure_norms
+from hecompile.he.parameters import LinearParameters
+from hecompile.he.weight_norms import measure_norms
 from hecompile.ir import (
     DOMAIN,
     ORIGIN,

@@ -13,8 +13,9 @@ import onnx_ir as ir
 import torch
 
 from hecompile.errors import LegalityError, SecurityError
-from hecompile.he.parameters import LinearParameters, RingParameters, measure_norms
+from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.security import MINIMUM_BITS
+from hecompile.he.weight_norms import measure_norms
 from hecompile.ir import PLACEMENT, attributes_of, nodes_of_type
 from hecompile.legality import CLIENT_PLAN, check_stage
 from hecompile.plan import DIRECTIONS, RemoteCircuit, SplitPlan, effective_bits

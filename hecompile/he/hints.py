@@ -4,10 +4,9 @@ A file holds the words of a hint, or, where decryption is in float32, their floa
 saves rank of the rank + 1 transforms of decrypting a block of tokens.
 
 Training visits every circuit in turn, over and over. Where the transformed hints of all of them fit in memory (once or twice
-the size of the files) they stay there; else all are streamed: the order of the last visit
-tells which come next, the operating system is asked to read those, and the pages of a hint that was used are given back.
-(Under such a cycle a cache that is too small to hold everything saves little: it would hit for its share of the circuits
-alone.)
+the size of the files) they stay there; else all are streamed: the order of the last visit tells which come next, the
+operating system is asked to read those, and the pages of a hint that was used are given back. (Under such a cycle a cache
+that is too small to hold everything saves little: it would hit for its share of the circuits alone.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compiled kernels: negacyclic products of eight features at a time, with what comes before and after fused in.
+"""Compiled kernels: ring products of eight features at a time, with what comes before and after fused in.
 
 `ring.py` has the mathematics and the proof of exactness; here the same transform is arranged for speed. A polynomial of
 degree < d folds to n = d/2 complex numbers modulo Y^n - ω (Y^n = ω identifies a_k + ω·a_{k+n}). From there, with X for Y,

@@ -14,6 +14,7 @@ from hecompile.errors import InputError, SecurityError
 from hecompile.he.ring import SINGLE, rounding_error_bound
 from hecompile.he.sampling import ERROR_BOUND, SIGMA
 from hecompile.he.security import MINIMUM_BITS, security_bits
+from hecompile.he.weight_norms import WeightNorms, measure_norms
 
 LOG_Q = 32
 SINGLE_ERROR_BOUND = 55_000_000
@@ -25,8 +26,12 @@ SINGLE_ERROR_STD = 2.0**13
 _NORM_SLACK = 1e-9
 """Far above the rounding of the float64 norms that the two sides of the comparison are made of."""
 
-_NORM_CHUNK = 2**18
-"""Elements that are measured at a time: two megabytes as float64, few enough for the cache and enough for both cores."""
+
+
+def _can_be_packed(rank: int) -> bool:
+    """Whether there is a ring of which `rank` features share an element: see `ring.py`."""
+    odd_part = rank // (rank & -rank)
+    return rank > 1 and odd_part in (1, 3)
 
 
 @dataclass
@@ -71,8 +76,7 @@ class RingParameters:
             raise InputError(f"ring_dim must be a power of two of at least 4, got {self.ring_dim}")
         if self.rank < 1:
             raise InputError(f"rank must be at least 1, got {self.rank}")
-        odd_part = self.rank // (self.rank & -self.rank)
-        if self.packed and (self.rank < 2 or odd_part not in (1, 3)):
+        if self.packed and not _can_be_packed(self.rank):
             raise InputError(f"a packed ring's rank is a power of two, or three times one, and above 1: got {self.rank}")
         if self.log_q != LOG_Q:
             raise InputError(f"log_q must be {LOG_Q}, the word that ciphertexts are made of, got {self.log_q}")
@@ -144,62 +148,9 @@ test_insecure_parameters.__test__ = False  # type: ignore[attr-defined]  # its n
 # sequences. Where d · m = 1280 and 1536 both exist the second costs a fifth more and has 27 bits more margin. What can be
 # packed is: 128x12, 256x6 and 512x3 are one ring, Z_q[X]/(X^1536 - X^768 + 1), 1024x2 and 2048x1 are Z_q[X]/(X^2048 + 1).
 CATALOGUE: dict[str, RingParameters] = {
-    f"{ring_dim}x{rank}": RingParameters(ring_dim, rank, packed=rank in (2, 3, 6, 12))
+    f"{ring_dim}x{rank}": RingParameters(ring_dim, rank, packed=_can_be_packed(rank))
     for ring_dim, rank in ((128, 10), (128, 12), (256, 5), (256, 6), (512, 3), (1024, 2), (2048, 1))
 }
-
-
-@dataclass(frozen=True)
-class WeightNorms:
-    """Everything about an integer matrix `[out_features, in_features]` that bounds and precision depend on.
-
-    Attributes:
-        max_l1: largest ‖W_i‖₁ of a row.
-        max_l2: largest ‖W_i‖₂ of a row.
-        mean_square_l2: mean of ‖W_i‖₂² over the rows.
-    """
-
-    in_features: int
-    out_features: int
-    max_l1: int
-    max_l2: float
-    mean_square_l2: float
-
-
-def measure_norms(weight: Tensor) -> tuple[WeightNorms, WeightNorms]:
-    """Norms of the rows of int8 or int16 `weight [out, in]`, and of its columns (the rows of its transpose), in one pass.
-
-    Exact: float64 holds every sum of up to 2^23 squares of int16. Raises InputError on another type or rank.
-    """
-    if weight.dtype not in (torch.int8, torch.int16) or weight.dim() != 2 or 0 in weight.shape:
-        raise InputError(f"a weight is int8 or int16 [out, in], got {weight.dtype} {list(weight.shape)}")
-    if weight.stride(0) < weight.stride(1):  # a transposed view: read it in the order it lies in memory
-        columns, rows = measure_norms(weight.t())
-        return rows, columns
-    outputs, inputs = weight.shape
-    row_sums = torch.empty((2, outputs), dtype=torch.float64)  # of magnitudes, of squares
-    column_sums = torch.zeros((2, inputs), dtype=torch.float64)
-    step = max(1, _NORM_CHUNK // inputs)
-    for start in range(0, outputs, step):
-        rows_here = slice(start, start + step)
-        values = weight[rows_here].to(torch.float64).abs_()  # [step, in]
-        for sums_of_rows, sums_of_columns in zip(row_sums, column_sums, strict=True):
-            torch.sum(values, dim=1, out=sums_of_rows[rows_here])
-            sums_of_columns += values.sum(dim=0)
-            values.mul_(values)
-    return _norms(inputs, row_sums), _norms(outputs, column_sums)
-
-
-def _norms(in_features: int, sums: Tensor) -> WeightNorms:
-    """From float64 `[2, out]`: ‖W_i‖₁ and ‖W_i‖₂²."""
-    magnitudes, squares = sums
-    return WeightNorms(
-        in_features=in_features,
-        out_features=sums.shape[1],
-        max_l1=int(magnitudes.max()),
-        max_l2=math.sqrt(float(squares.max())),
-        mean_square_l2=float(squares.mean()),
-    )
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hecompile.ckks.bundle import CkksOptions
 from hecompile.ckks.evaluator import CkksTensor, Evaluator
 from hecompile.ckks.keys import SecretKey
 from hecompile.ckks.parameters import CkksLiteral, CkksParameters
@@ -17,6 +18,7 @@ from hecompile.polynomial_options import CONFIG_KEY
 from tests.training.support import make_tokenizer
 
 LEVELS = 4
+OPTIONS = CkksOptions(3, levels=LEVELS)
 
 
 @cache

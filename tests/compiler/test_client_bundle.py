@@ -16,6 +16,7 @@ import torch
 
 from hecompile.client_bundle import ClientBundle, PlanRecord
 from hecompile.errors import InputError, SecurityError, WorkerError
+from hecompile.he.parameters import RingParameters
 from hecompile.interpreter import Interpreter
 from hecompile.ir import print_model
 from hecompile.worker_bundle import WorkerBundle, WorkerBundleWriter
@@ -128,6 +129,18 @@ def test_missing_manifest_and_missing_directory(client: Path, tmp_path: Path) ->
     (client / "manifest.json").unlink()
     assert "is not a client bundle: manifest.json is missing" in refused(client)
     assert "is not a client bundle" in refused(tmp_path / "nowhere")
+
+
+def test_a_plan_of_before_there_were_packed_rings_hashes_to_its_id(client: Path) -> None:
+    """Version 3 has no field `packed`, and ids are of the JSON as it stands: computed here without the record."""
+
+    def as_version_3(manifest: dict[str, Any]) -> None:
+        assert manifest["plan"]["ring"].pop("packed") is True
+        canonical = json.dumps(manifest["plan"], sort_keys=True)
+        manifest.update(version=3, plan_id=hashlib.sha256(canonical.encode()).hexdigest())
+
+    edit_manifest(client, as_version_3)
+    assert ClientBundle.open(client).ring == RingParameters(128, 12, packed=False)
 
 
 def test_another_version(client: Path) -> None:

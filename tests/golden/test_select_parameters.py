@@ -11,7 +11,8 @@ import torch
 
 from hecompile.costs import CostModel
 from hecompile.errors import InputError, LegalityError
-from hecompile.he.parameters import CATALOGUE, LinearParameters, measure_norms
+from hecompile.he.parameters import CATALOGUE, LinearParameters
+from hecompile.he.weight_norms import measure_norms
 from hecompile.ir import GRADIENT_RANGE, PLACEMENT, RANGE, attributes_of, print_model
 from hecompile.plan import effective_bits
 from passes.select_parameters import choose_ring, selected_ring

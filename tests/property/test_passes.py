@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from hecompile.costs import CostModel
 from hecompile.errors import HecompileError
-from hecompile.he.parameters import CATALOGUE, LinearParameters, measure_norms
+from hecompile.he.parameters import CATALOGUE, LinearParameters
+from hecompile.he.weight_norms import measure_norms
 from hecompile.interpreter import Interpreter
 from hecompile.ir import DOMAIN, ORIGIN, add_initializer, attributes_of
 from hecompile.plan import effective_bits
@@ -121,7 +122,7 @@ def test_norms_of_rows_and_columns_are_exact(
     limit, dtype = (2**15, np.int16) if wide else (2**7, np.int8)
     weight = np.random.default_rng(seed).integers(-limit, limit, shape, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hecompile.he.parameters._NORM_CHUNK", chunk)
+        patch.setattr("hecompile.he.weight_norms._NORM_CHUNK", chunk)
         measured = measure_norms(torch.from_numpy(weight.T if transposed else weight))
     for norms, rows in zip(measured[:: -1 if transposed else 1], (weight, weight.T), strict=True):
         l1 = [sum(abs(int(value)) for value in row) for row in rows]
