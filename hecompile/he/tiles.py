@@ -1,4 +1,6 @@
-"""The client's hot loops over a tile: eight groups of eight features, all tokens, as int32 words `[groups, tokens, 8]`.
+"""The client's hot loops over a tile: groups of eight features, all tokens, as int32 words `[groups, tokens, 8]`.
+
+Decrypting has 64 features in a tile, encrypting up to eight times as many.
 
 A tile holds masks ⟨A_j, s⟩ or ⟨H_i, s⟩; real values, wire bytes and the sums of verification meet them in registers. Real
 matrices and wire bytes lie token by token, polynomials feature by feature. A tile is where the two meet: small enough for
@@ -52,6 +54,10 @@ _PADDING = 16
 
 _AHEAD = 16
 """Tokens that memory is asked for ahead of its use: rows lie on pages of their own, which no processor foresees."""
+
+_TILE, _LINES = 2**18, 8
+"""Most words, and lines of a token, in a tile. The more lines (there is at least one), the fewer pages the rows lie on; but
+all of it has to stay in the second-level cache."""
 
 
 @inlined
@@ -159,12 +165,14 @@ def encrypt(
     element a, group k gets Σ_i a_i times number rank - 1 + k - i of them. x: float32, feature j of token t at
     `x_at + t·x_row + j`; times factors `[features]` and inverse_scale `[tokens]`, float64, it is rounded to an integer.
     error: int8, at `t·features + j`. planes: uint8, byte l of a word at `p_at + l·plane + t·p_row + j`. tile: int32,
-    `tile_words(tokens)` of scratch; work: float64, 16·n of scratch.
+    exactly `tile_words(tokens)` of scratch; work: float64, 16·n of scratch.
     For verification, images: int32 `[tiles, variants · checks, 64]`, from the first feature on, as `Checks` has them by
     tiles; sums `[checks, tokens, SUM_LANES]` int32 grows, all lanes together, by Σ_j top_j times image j of variant
     variants[t], where top_j is what is sent: the word without the bytes that are not.
     """
     stride = 8 * tokens + _PADDING
+    lines = tile.size // (GROUPS * stride)
+    ahead = max(1, _AHEAD // lines)
     dropped = 8 * (4 - limbs)
     half = (1 << dropped) >> 1
     root_count = roots.size
@@ -175,9 +183,9 @@ def encrypt(
     group_size = rank * 16 * n
     per_block, step = (rank, 1) if packing == 1 else (2 * rank - 1, -1)
     ahead_size = 8 * group_size // packing
-    for j in range(0, features, WIDTH):
-        width = min(WIDTH, features - j)
-        for g in range((width + 7) // 8):
+    for j in range(0, features, WIDTH * lines):
+        columns = min(WIDTH * lines, features - j)
+        for g in range((columns + 7) // 8):
             group = first + j // 8 + g
             base, component = group // packing * group_size, group % packing
             _inner_product(
@@ -185,37 +193,41 @@ def encrypt(
                 per_block, tokens, tile_, g * stride, work_,
                 matrix_ + 8 * (base + group_size) + component * ahead_size, ahead_size,
             )  # fmt: skip
-        factors_at = j * image_rows
-        _prefetch_factors(images_ + 4 * factors_at, image_rows)
+        _prefetch_factors(images_ + 4 * j * image_rows, image_rows * (columns // WIDTH))
         for t in range(tokens):
-            row, e, out = x_at + t * x_row + j, t * features + j, p_at + t * p_row + j
-            image = factors_at + WIDTH * variants[t] * checks
-            if width == WIDTH:
-                for k in range(0, 256, 64):
-                    prefetch(x_, 4 * (row + _AHEAD * x_row) + k)
-                prefetch(error_, e + _AHEAD * features)
-                for limb in range(limbs):
-                    prefetch_to_write(planes_, out + limb * plane + _AHEAD * p_row)
-                scale, to = broadcast(scale_, t), factor_ + 8 * j
-                plain = line_of(
-                    _plain(x_, row, to, 0, scale, error_, e), _plain(x_, row, to, 8, scale, error_, e),
-                    _plain(x_, row, to, 16, scale, error_, e), _plain(x_, row, to, 24, scale, error_, e),
-                    _plain(x_, row, to, 32, scale, error_, e), _plain(x_, row, to, 40, scale, error_, e),
-                    _plain(x_, row, to, 48, scale, error_, e), _plain(x_, row, to, 56, scale, error_, e),
-                )  # fmt: skip
-                top = top_of_line(plain + load_line(tile_ + 32 * t, 4 * stride), half, dropped)
-                _pack(limbs, top, planes_ + out, plane)
-                for c in range(checks):
-                    add_dot(top, images_ + 4 * (image + WIDTH * c), sums_ + 4 * SUM_LANES * (c * tokens + t))
-                continue
-            for k in range(width):
-                value = np.int64(np.rint(np.float64(x[row + k]) * factors[j + k] * inverse_scale[t]))
-                word = value + error[e + k] + tile[k // 8 * stride + 8 * t + k % 8] + half
-                word = (word & 0xFFFFFFFF) >> dropped
-                for limb in range(limbs):
-                    planes[out + limb * plane + k] = np.uint8((word >> (8 * limb)) & 255)
-                for c in range(checks):
-                    sums[SUM_LANES * (c * tokens + t)] += word * images_flat[image + WIDTH * c + k]
+            scale = broadcast(scale_, t)
+            for c in range(0, columns, WIDTH):
+                width, i, masks = min(WIDTH, columns - c), j + c, 4 * stride * (c // 8)
+                row, e, out = x_at + t * x_row + i, t * features + i, p_at + t * p_row + i
+                image = i * image_rows + WIDTH * variants[t] * checks
+                if width == WIDTH:
+                    for k in range(0, 256, 64):
+                        prefetch(x_, 4 * (row + ahead * x_row) + k)
+                    prefetch(error_, e + ahead * features)
+                    for limb in range(limbs):
+                        prefetch_to_write(planes_, out + limb * plane + ahead * p_row)
+                    to = factor_ + 8 * i
+                    plain = line_of(
+                        _plain(x_, row, to, 0, scale, error_, e), _plain(x_, row, to, 8, scale, error_, e),
+                        _plain(x_, row, to, 16, scale, error_, e), _plain(x_, row, to, 24, scale, error_, e),
+                        _plain(x_, row, to, 32, scale, error_, e), _plain(x_, row, to, 40, scale, error_, e),
+                        _plain(x_, row, to, 48, scale, error_, e), _plain(x_, row, to, 56, scale, error_, e),
+                    )  # fmt: skip
+                    top = top_of_line(plain + load_line(tile_ + masks + 32 * t, 4 * stride), half, dropped)
+                    _pack(limbs, top, planes_ + out, plane)
+                    for check in range(checks):
+                        sum_at = SUM_LANES * (check * tokens + t)
+                        add_dot(top, images_ + 4 * (image + WIDTH * check), sums_ + 4 * sum_at)
+                    continue
+                for k in range(width):
+                    value = np.int64(np.rint(np.float64(x[row + k]) * factors[i + k] * inverse_scale[t]))
+                    word = value + error[e + k] + tile[(c + k) // 8 * stride + 8 * t + k % 8] + half
+                    word = (word & 0xFFFFFFFF) >> dropped
+                    for limb in range(limbs):
+                        planes[out + limb * plane + k] = np.uint8((word >> (8 * limb)) & 255)
+                    for check in range(checks):
+                        factor = images_flat[image + WIDTH * check + k]
+                        sums[SUM_LANES * (check * tokens + t)] += word * factor
 
 
 @compiled
@@ -295,5 +307,6 @@ def decrypt(
 
 
 def tile_words(tokens: int) -> int:
-    """int32 of scratch that `encrypt` and `decrypt` want for a tile."""
-    return GROUPS * (LANES * tokens + _PADDING)
+    """int32 of scratch that `encrypt` and `decrypt` want for a tile, no more and no fewer."""
+    lines = max(1, min(_LINES, _TILE // (WIDTH * max(1, tokens))))
+    return lines * GROUPS * (LANES * tokens + _PADDING)

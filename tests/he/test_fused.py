@@ -107,7 +107,7 @@ def check_against_the_simple_path(
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 55])
-@pytest.mark.parametrize("shape", [(9, 12), (64, 8), (5, 3), (70, 130), (1, 65)])
+@pytest.mark.parametrize("shape", [(9, 12), (64, 8), (5, 3), (70, 130), (1, 65), (3, 1300), (1300, 3)])
 def test_any_number_of_tokens_and_features(tokens: int, shape: tuple[int, int]) -> None:
     check_against_the_simple_path(TOY, tokens, shape, 3, 2)
 
