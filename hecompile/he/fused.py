@@ -126,7 +126,7 @@ def _encrypt_part(
     n, features, width = params.ring_dim // 2, linear.in_features, part.stop - part.start
     per_token = 2 * params.rank - 1 if params.packed else params.rank
     inverse = 1 / key.scale
-    images, checks, variants = _checking(key, tokens, part, lambda checks: checks.images_by_tiles)
+    images, checks, variants = _checking(key, tokens, part, lambda checks: checks.images_by_lines)
     for piece in slices(tokens, _TOKENS):
         count = piece.stop - piece.start
         sums = np.zeros((checks, count, SUM_LANES), np.int32)
@@ -191,7 +191,7 @@ def _decrypt_part(
     if kept is None or kept.dtype != precision:
         kept = np.empty(0, precision)
     secrets = key.secrets_transformed(precision)
-    vectors, checks, variants = _checking(key, tokens, part, lambda checks: checks.vectors_by_tiles)
+    vectors, checks, variants = _checking(key, tokens, part, lambda checks: checks.vectors_by_lines)
     for piece in slices(tokens, _TOKENS):
         count = piece.stop - piece.start
         sums = np.zeros((checks, count, SUM_LANES), np.int32)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import threading
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,3 +36,13 @@ def result_of(shape: tuple[int, ...], dtype: type[np.generic]) -> Tensor:
     numpy asks for huge pages where it is large: fewer faults.
     """
     return torch.from_numpy(aligned(math.prod(shape), dtype).reshape(shape))
+
+
+@cache
+def second_level_cache() -> int:
+    """Bytes of it that a core has: as Linux tells, or 2^20 where it does not, which is a common size."""
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text(encoding="ascii").strip()
+        return 1024 * int(text.removesuffix("K"))
+    except (OSError, ValueError):
+        return 2**20

@@ -30,6 +30,7 @@ from hecompile.he.lines import (
     top_of_line,
     unpack_line,
 )
+from hecompile.he.scratch import second_level_cache
 from hecompile.he.simd import round_mod_2_32, to_f64
 from hecompile.he.vectors import (
     LANES,
@@ -47,7 +48,7 @@ from hecompile.he.vectors import (
 )
 
 WIDTH = LANES * GROUPS
-"""Features of a tile: 64, of which a row of one byte plane is one cache line."""
+"""Features of a line: 64, whose bytes of one plane are one cache line. A tile has whole lines of every token."""
 
 _PADDING = 16
 """Words between the groups of a tile: one cache line."""
@@ -55,9 +56,8 @@ _PADDING = 16
 _AHEAD = 16
 """Tokens that memory is asked for ahead of its use: rows lie on pages of their own, which no processor foresees."""
 
-_TILE, _LINES = 2**18, 8
-"""Most words, and lines of a token, in a tile. The more lines (there is at least one), the fewer pages the rows lie on; but
-all of it has to stay in the second-level cache."""
+_LINES = 8
+"""Most lines of a token in a tile. The more, the fewer pages the rows lie on."""
 
 
 @inlined
@@ -166,8 +166,8 @@ def encrypt(
     `x_at + t·x_row + j`; times factors `[features]` and inverse_scale `[tokens]`, float64, it is rounded to an integer.
     error: int8, at `t·features + j`. planes: uint8, byte l of a word at `p_at + l·plane + t·p_row + j`. tile: int32,
     exactly `tile_words(tokens)` of scratch; work: float64, 16·n of scratch.
-    For verification, images: int32 `[tiles, variants · checks, 64]`, from the first feature on, as `Checks` has them by
-    tiles; sums `[checks, tokens, SUM_LANES]` int32 grows, all lanes together, by Σ_j top_j times image j of variant
+    For verification, images: int32 `[lines, variants · checks, 64]`, from the first feature on, as `Checks` has them by
+    lines; sums `[checks, tokens, SUM_LANES]` int32 grows, all lanes together, by Σ_j top_j times image j of variant
     variants[t], where top_j is what is sent: the word without the bytes that are not.
     """
     stride = 8 * tokens + _PADDING
@@ -242,7 +242,7 @@ def decrypt(
     planes: uint8, byte l of the reply at `p_at + l·plane + t·p_row + j`.
     result: float32 at `r_at + t·r_row + j`: the word times scale `[tokens]` times factors `[features]`, float64.
     values: rank · 16 · n of scratch. The rest is as in `encrypt`.
-    For verification, vectors: int32 `[tiles, variants, 64]`, as `Checks` has them by tiles; sums
+    For verification, vectors: int32 `[lines, variants, 64]`, as `Checks` has them by lines; sums
     `[checks, tokens, SUM_LANES]` int32 grows, all lanes together, by Σ_j top_j times vector j of variant variants[t], in
     the place of the check that the feature belongs to: `check_features` (a multiple of 64) each. top_j is the word without
     what was not sent.
@@ -308,5 +308,6 @@ def decrypt(
 
 def tile_words(tokens: int) -> int:
     """int32 of scratch that `encrypt` and `decrypt` want for a tile, no more and no fewer."""
-    lines = max(1, min(_LINES, _TILE // (WIDTH * max(1, tokens))))
+    half_of_cache = second_level_cache() // 8  # in words
+    lines = max(1, min(_LINES, half_of_cache // (WIDTH * max(1, tokens))))
     return lines * GROUPS * (LANES * tokens + _PADDING)

@@ -51,9 +51,9 @@ from hecompile.he.sampling import SecretRandom, Unsharable
 
 VARIANTS = 8
 GROUP = 2048
-"""Outputs per check: a multiple of _TILE."""
+"""Outputs per check: a multiple of _LINE."""
 
-_TILE = 64
+_LINE = 64
 """Features that the kernels take at a time."""
 
 _DEVIATIONS = 8
@@ -109,12 +109,12 @@ def _spread(linear: LinearParameters, square_sum: float) -> int:
 class Checks(Unsharable):
     """The secret of one circuit: `vectors` int32 [VARIANTS, out], the r, and `images` int32 [VARIANTS, checks, in], the v.
 
-    `vectors_by_tiles` and `images_by_tiles` are the same for the kernels: int32 [tiles, VARIANTS or VARIANTS · checks, 64].
+    `vectors_by_lines` and `images_by_lines` are the same for the kernels: int32 [lines, VARIANTS or VARIANTS · checks, 64].
 
     Who knows it can cheat, and learns nothing else. Raises InputError where shapes or values do not fit.
     """
 
-    __slots__ = ("_allowed", "_squares", "images", "images_by_tiles", "vectors", "vectors_by_tiles")
+    __slots__ = ("_allowed", "_squares", "images", "images_by_lines", "vectors", "vectors_by_lines")
 
     def __init__(self, vectors: NDArray[np.int32], images: NDArray[np.int32]) -> None:
         variants, outputs = vectors.shape
@@ -125,8 +125,8 @@ class Checks(Unsharable):
         )
         self.vectors, self.images = np.ascontiguousarray(vectors), np.ascontiguousarray(images)
         self._allowed: tuple[LinearParameters, NDArray[np.int64]] | None = None
-        self.vectors_by_tiles = _by_tiles(self.vectors)
-        self.images_by_tiles = _by_tiles(self.images.reshape(-1, self.images.shape[2]))
+        self.vectors_by_lines = _by_lines(self.vectors)
+        self.images_by_lines = _by_lines(self.images.reshape(-1, self.images.shape[2]))
 
     @classmethod
     def draw(cls, weight: Tensor, random: SecretRandom) -> Checks:
@@ -170,18 +170,18 @@ class Checks(Unsharable):
         return cls(packed[:, :outputs], packed[:, outputs:].reshape(VARIANTS, -1, inputs))
 
 
-def _by_tiles(rows: NDArray[np.int32]) -> NDArray[np.int32]:
-    """int32 [rows, features] → [tiles, rows, 64], padded with zeros, from a cache line on: what the kernels want for a
-    tile of 64 features lies together, where the rows themselves would compete for the same few cache sets."""
+def _by_lines(rows: NDArray[np.int32]) -> NDArray[np.int32]:
+    """int32 [rows, features] → [lines, rows, 64], padded with zeros, from a cache line on: what the kernels want for a
+    line of 64 features lies together, where the rows themselves would compete for the same few cache sets."""
     count, features = rows.shape
-    tiles = -(-features // _TILE)
-    flat: NDArray[np.int32] = aligned(tiles * count * _TILE, np.int32)
+    lines = -(-features // _LINE)
+    flat: NDArray[np.int32] = aligned(lines * count * _LINE, np.int32)
     flat[:] = 0
-    result = flat.reshape(tiles, count, _TILE)
-    whole = features // _TILE
-    result[:whole] = rows[:, : whole * _TILE].reshape(count, whole, _TILE).transpose(1, 0, 2)
-    if whole < tiles:
-        result[whole, :, : features - whole * _TILE] = rows[:, whole * _TILE :]
+    result = flat.reshape(lines, count, _LINE)
+    whole = features // _LINE
+    result[:whole] = rows[:, : whole * _LINE].reshape(count, whole, _LINE).transpose(1, 0, 2)
+    if whole < lines:
+        result[whole, :, : features - whole * _LINE] = rows[:, whole * _LINE :]
     return result
 
 

@@ -73,6 +73,12 @@ def test_an_honest_reply_passes(limbs: int, reply_bytes: int, tokens: int) -> No
     assert (tolerance(product.linear) == 0) == (limbs == reply_bytes)
 
 
+def test_an_honest_reply_passes_where_tiles_have_several_lines_of_a_token() -> None:
+    product = Product(inputs=1301, outputs=1302)
+    key, reply = product.request()
+    assert product.accepts(key, reply)
+
+
 @pytest.mark.parametrize("shape", [(3, 5), (64, 64), (70, 200), (65, 2100), (10, 4500)])
 @pytest.mark.parametrize("pieces", [16, 2048])
 def test_the_sums_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], pieces: int) -> None:
