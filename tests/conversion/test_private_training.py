@@ -73,7 +73,7 @@ def trained(build: Path, out: Path, rate: float, steps: int, **changes: Any) -> 
 def test_range_loss_keeps_the_adapted_model_within_the_domains(build: Path, tmp_path: Path) -> None:
     """What is merged can be exported as a graph of polynomials; at the same rate without it, it can not."""
     options = CkksOptions(14)
-    for name, section in (("without", {}), ("with", {"range_loss": {"alpha": 10.0, "beta": 10.0}})):
+    for name, section in (("without", {}), ("with", {"range_loss": {"alpha": 100.0, "beta": 100.0}})):
         adapter = trained(build, tmp_path / name, 1e-2, 40, **section)
         merged = merged_checkpoint(load_checkpoint(str(REDUCED_POLYNOMIAL)), adapter)
         if name == "without":
@@ -81,8 +81,6 @@ def test_range_loss_keeps_the_adapted_model_within_the_domains(build: Path, tmp_
                 lower_polynomial(merged, options)
         else:
             assert lower_polynomial(merged, options)[2] > 0
-
-
 
 
 def test_range_loss_is_refused_where_it_has_no_meaning(build: Path, tmp_path: Path) -> None:
