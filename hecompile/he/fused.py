@@ -232,7 +232,7 @@ def _norms(rows: Tensor, factors: NDArray[np.float64]) -> tuple[NDArray[np.float
         piece = flat[part.start * features : part.stop * features]
         row_norms(piece, features, features, part.stop - part.start, factors, largest[part], squares[part])
 
-    for_each(measure, slices(tokens, max(1, _CHUNK // features)))
+    for_each(measure, slices(tokens, max(1, min(_CHUNK // features, math.ceil(tokens / 2)))))
     if not np.isfinite(squares).all():
         raise NotFiniteError("a value to encrypt is infinite or NaN: training has diverged or the model has overflowed")
     return largest, np.sqrt(squares)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -249,7 +250,7 @@ class LinearParameters:
         """
         return self.max_l1 * (ERROR_BOUND + self._upload_error) + self._reply_error + self._decryption_error
 
-    @property
+    @cached_property
     def room(self) -> int:
         """How large an exact result |W_i·x| may be: every such x decrypts without overflow, whatever the secret and error.
 
@@ -262,12 +263,12 @@ class LinearParameters:
         """
         return 2 ** (LOG_Q - 1) - 1 - self.noise_bound
 
-    @property
+    @cached_property
     def input_bound(self) -> int:
         """Largest X such that every |x| ≤ X stays within `room`: |W_i·x| ≤ ‖W_i‖₁·‖x‖_∞ (Hölder)."""
         return self.room // max(1, self.max_l1)
 
-    @property
+    @cached_property
     def norm_bound(self) -> float:
         """Largest N such that every real x with ‖x‖₂ ≤ N, rounded to integers, stays within `room`; may be negative.
 
