@@ -247,6 +247,7 @@ def _factors(scale: Tensor | None, features: int) -> NDArray[np.float64]:
 
 
 def _parts(features: int, tokens: int) -> list[slice]:
-    """Pieces of whole tiles, at least two so that two threads have work."""
-    step = max(1, min(_CHUNK // max(1, tokens), math.ceil(features / 2)) // tiles.WIDTH) * tiles.WIDTH
+    """Pieces of whole tiles, at least two where there are threads to share them."""
+    shared = math.ceil(features / min(2, torch.get_num_threads()))
+    step = max(1, min(_CHUNK // max(1, tokens), shared) // tiles.WIDTH) * tiles.WIDTH
     return slices(features, step)
