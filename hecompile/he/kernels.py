@@ -28,7 +28,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hecompile.he.ring import HasRing, trinomial
+from hecompile.errors import SecurityError
+from hecompile.he.ring import SMALLEST_RING_DIM, HasRing, trinomial
 from hecompile.he.simd import fma, fnma
 from hecompile.he.vectors import LANES, address, broadcast, load_i32, load_real, real_address, store_real, to_real
 
@@ -115,11 +116,13 @@ def roots(params: HasRing, precision: type[np.floating] = np.float64) -> NDArray
     A radix-4 node X^4h - e^(iθ) has six numbers: e^(iθ/4), e^(iθ/2) and their product. Where log2 n is odd the lowest
     level is radix 2, with e^(iθ/2) for each node.
     """
-    return _roots(params.ring_dim, trinomial(params), precision)
+    return _roots(params.ring_dim, trinomial(params), precision.__name__)
 
 
 @lru_cache(maxsize=32)
-def _roots(ring_dim: int, of_trinomial: bool, precision: type[np.floating]) -> NDArray[Any]:
+def _roots(ring_dim: int, of_trinomial: bool, precision: str) -> NDArray[Any]:
+    if ring_dim < SMALLEST_RING_DIM:  # every kernel wants roots; with fewer points they would leave masks unwritten
+        raise SecurityError(f"the kernels are for ring_dim {SMALLEST_RING_DIM} or more, not {ring_dim}")
     omega = complex(0.5, math.sqrt(0.75)) if of_trinomial else 1j
     parts = [np.array([omega, complex(1 / omega.imag, omega.real / omega.imag)])]
     size, thirds = ring_dim // 2, _TOP[of_trinomial]

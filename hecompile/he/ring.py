@@ -48,6 +48,10 @@ _ROUND_TO_INTEGER = 1.5 * 2.0**52
 _ROOT_OF_THREE = math.sqrt(3)
 
 
+SMALLEST_RING_DIM = 16
+"""Of the compiled kernels: the pass that joins four quarters of ring_dim / 2 points is the last and not the only one."""
+
+
 class HasRing(Protocol):
     """Anything with a ring: `RingParameters` here, but the ring arithmetic need not know it."""
 

@@ -24,7 +24,7 @@ from hecompile.he.aggregation import (
 )
 from hecompile.he.aggregation_kernels import masks
 from hecompile.he.kernels import transform_secrets
-from hecompile.he.parameters import CATALOGUE, RingParameters, test_insecure_parameters
+from hecompile.he.parameters import RingParameters, test_insecure_parameters
 from hecompile.he.ring import trinomial
 from hecompile.he.sampling import ERROR_BOUND, PublicSeed, SecretRandom
 from tests.he.exact import product
@@ -96,9 +96,9 @@ def test_real_parameters_and_what_may_not_be_selected() -> None:
     params = AggregationParameters(5, 1.0)
     assert params.security_bits == pytest.approx(218 - np.log2(5))
     assert AggregationParameters(128, 1.0).security_bits >= 128
-    for name in ("128x10", "256x5"):
+    for ring in (RingParameters(128, 10), RingParameters(256, 5)):
         with pytest.raises(SecurityError, match="under 128"):
-            AggregationParameters(64, 1.0, 3, CATALOGUE[name])
+            AggregationParameters(64, 1.0, 3, ring)
     for wrong in ({"max_clients": 1}, {"max_clients": 129}, {"value_range": 0.0}, {"upload_bytes": 2}):
         with pytest.raises(InputError):
             AggregationParameters(**{"max_clients": 5, "value_range": 1.0, **wrong})  # type: ignore[arg-type]

@@ -118,6 +118,22 @@ def test_packed_rings(rank: int, shape: tuple[int, int]) -> None:
     check_against_the_simple_path(test_insecure_parameters(16, rank, packed=True), 55, shape, 3, 2)
 
 
+@pytest.mark.parametrize(("ring_dim", "rank"), [(16, 1), (32, 1), (32, 3), (64, 2), (128, 6), (256, 1)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_ring_dim_from_the_smallest_on(ring_dim: int, rank: int, packed: bool) -> None:
+    if not packed or rank > 1:
+        params = test_insecure_parameters(ring_dim, rank, packed=packed)
+        check_against_the_simple_path(params, 2 * ring_dim + 3, (5, 70), 3, 2)
+
+
+def test_a_ring_too_small_for_the_kernels_is_refused() -> None:
+    """At ring_dim 8 and below they would leave words of the masks unwritten, and so send them in the clear."""
+    for ring_dim in (4, 8):
+        with pytest.raises(SecurityError, match=f"the kernels are for ring_dim 16 or more, not {ring_dim}"):
+            public = PublicMatrix(test_insecure_parameters(ring_dim, 2), SEED, 8)
+            encrypt_reals(public, reals(3, 8), LinearParameters.from_weight(weights(2, 8), 3, 2))
+
+
 @pytest.mark.parametrize(("limbs", "reply_bytes"), [(4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2), (4, 1)])
 @pytest.mark.parametrize("extreme", [False, True])
 def test_any_number_of_bytes(limbs: int, reply_bytes: int, extreme: bool) -> None:

@@ -76,6 +76,8 @@ def test_insecure_ring_is_refused(ring_dim: int, rank: int) -> None:
         (RingParametersLiteral(2048, 1, packed=True), InputError),
         (RingParametersLiteral(256, 9, packed=True), InputError),
         (RingParametersLiteral(2048, 64), InputError),  # ring products would not be exact
+        (RingParametersLiteral(8, 192), InputError),  # 161 bits by dimension, but the kernels want more points
+        (RingParametersLiteral(4, 312), InputError),
     ],
 )
 def test_malformed_ring_is_refused(literal: RingParametersLiteral, error: type[Exception]) -> None:
