@@ -172,7 +172,7 @@ def test_edited_plan(client: Path, change: Callable[[dict[str, Any]], object]) -
     ("change", "message"),
     [
         ({"ring_dim": 128, "rank": 8}, "no security estimate covers lattice dimension 1024"),
-        ({"ring_dim": 4, "rank": 1, "packed": False}, "no security estimate covers lattice dimension 4"),
+        ({"ring_dim": 16, "rank": 1, "packed": False}, "no security estimate covers lattice dimension 16"),
         ({"sigma": 1.0}, "sigma must be"),
     ],
 )
@@ -181,6 +181,12 @@ def test_ring_under_128_bits_is_refused_even_with_a_plan_id_that_fits(
 ) -> None:
     edit_manifest(client, lambda m: m["plan"]["ring"].update(change), rehash=True)
     assert message in refused(client, SecurityError)
+
+
+def test_a_ring_that_the_kernels_are_not_for_is_refused(client: Path) -> None:
+    change = {"ring_dim": 8, "rank": 192, "packed": False}  # lattice dimension 1536
+    edit_manifest(client, lambda m: m["plan"]["ring"].update(change), rehash=True)
+    assert "ring_dim must be a power of two of at least 16, got 8" in refused(client)
 
 
 @pytest.mark.parametrize("change", [{"upload_limbs": 5}, {"reply_bytes": 4, "upload_limbs": 3}, {"max_l2": -1.0}])
