@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,45 @@ def scratch(name: str, count: int, dtype: type[np.generic]) -> NDArray[Any]:
     return found[:count]
 
 
+_KEPT_FROM = 1 << 25
+"""Bytes from which on glibc gives memory back to the system whenever it is freed: page faults at every call."""
+
+_KEPT_IN_ALL = 1 << 28
+"""Most bytes kept of tensors that were let go."""
+
+_kept: dict[int, NDArray[Any]] = {}  # by address, the oldest first; each change is one atomic operation
+
+
 def result_of(shape: tuple[int, ...], dtype: type[np.generic]) -> Tensor:
     """An uninitialized tensor for what is handed out, from a cache line on: the kernels write whole lines.
 
-    numpy asks for huge pages where it is large: fewer faults.
+    Where it is large its memory may be that of an earlier result of the same type that nothing refers to any more; what
+    goes to a worker and what was decrypted are of different types.
     """
-    return torch.from_numpy(aligned(math.prod(shape), dtype).reshape(shape))
+    count = math.prod(shape)
+    size = count * np.dtype(dtype).itemsize
+    if size < _KEPT_FROM:
+        return torch.from_numpy(aligned(count, dtype).reshape(shape))
+    memory = _taken(size, np.dtype(dtype))
+    memory = aligned(count, dtype) if memory is None else memory
+    handed_out = memory[:count].reshape(shape)
+    # The tensor, and whatever shares its storage, holds this very array.
+    weakref.finalize(handed_out, _keep, memory).atexit = False
+    return torch.from_numpy(handed_out)
+
+
+def _taken(size: int, dtype: np.dtype[Any]) -> NDArray[Any] | None:
+    for address, memory in list(_kept.items()):
+        if memory.dtype == dtype and size <= memory.nbytes <= 2 * size and _kept.pop(address, None) is not None:
+            return memory
+    return None
+
+
+def _keep(memory: NDArray[Any]) -> None:
+    """Called when the last reference to a result is gone, in whichever thread that is."""
+    _kept[memory.__array_interface__["data"][0]] = memory
+    while sum(each.nbytes for each in list(_kept.values())) > _KEPT_IN_ALL:
+        _kept.pop(next(iter(list(_kept)), 0), None)
 
 
 @cache
