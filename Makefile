@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: install
-	$(BIN)/hecompile demo --out build/demo
+	$(BIN)/hecompile demo --out runs/make-demo
 
 # QUICK=1 only checks that every section runs; SECTIONS="crypto field" takes some. Writes benchmarks/results/README.md.
 bench: install

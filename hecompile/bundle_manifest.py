@@ -20,7 +20,7 @@ VERSION = 2
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 PLAN_ID = re.compile(r"[0-9a-f]{8,128}")
 _HASH_CHUNK = 1 << 22
-_REMEDY = "give the directory that `hecompile compile` wrote"
+_REMEDY = "give the directory `worker` of what `hecompile export llama` wrote"
 
 
 class _Record(BaseModel):

@@ -256,7 +256,7 @@ def doctor(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where the build, the runs and the report go; emptied first.")] = Path(
-        "build/demo"
+        "runs/make-demo"
     ),
     overrides: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -265,7 +265,7 @@ def demo(
     precision: Annotated[float, typer.Option(help="As for `export llama`.")] = 8.0,
 ) -> None:
     """The whole path on the shipped small Llama and private data: export, a worker process on a loopback socket, encrypted
-    training, and the same by plaintext PEFT for comparison. About four minutes on two cores."""
+    training, and the same by plaintext PEFT for comparison. One to four minutes on two cores."""
     from hecompile.demo import run_demo
 
     run_demo(out, _console(), precision, overrides or ())

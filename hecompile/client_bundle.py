@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,10 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from hecompile.errors import HecompileError, InputError
 from hecompile.he.parameters import LinearParameters, RingParameters, RingParametersLiteral
 from hecompile.he.sampling import PublicSeed
+from hecompile.he.security import AMPLE_BITS, MINIMUM_BITS
 from hecompile.ir import print_model
+
+LOGGER = logging.getLogger(__name__)
 
 FORMAT, VERSION = "hecompile-client", 4
 READABLE = (3, 4)
@@ -180,6 +184,12 @@ class ClientBundle:
             if needed not in listed:
                 raise InputError(f"{directory / MANIFEST} is damaged: {needed} is not listed; {_REMEDY}")
         ring = manifest.plan.ring.ring()
+        if ring.security_bits < AMPLE_BITS:
+            LOGGER.warning(
+                "%s: its ring has %.0f bits for one secret, which sinks below %.0f after 2^%.0f blocks of tokens: "
+                "export again",
+                directory, ring.security_bits, MINIMUM_BITS, ring.security_bits - MINIMUM_BITS,
+            )  # fmt: skip
         circuits = {name: record.parameters() for name, record in manifest.plan.circuits.items()}
         bundle = cls(directory, manifest.plan_id, manifest.plan, ring, circuits)
         # The plan id that client and worker agree on covers the graph through its hash, not through the file's.

@@ -36,6 +36,7 @@ import torch
 from hecompile.costs import CostModel
 from hecompile.errors import HecompileError, InputError, LegalityError
 from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
+from hecompile.he.security import AMPLE_BITS
 from hecompile.he.verification import can_be_verified
 from hecompile.he.weight_norms import WeightNorms, measure_norms
 from hecompile.ir import GRADIENT_RANGE, PLACEMENT, RANGE, constant_of, module_path, nodes_of_type
@@ -43,7 +44,6 @@ from hecompile.plan import DIRECTIONS, effective_bits
 
 RING_DIM, RANK, PACKED = "hecompile.ring_dim", "hecompile.rank", "hecompile.packed"
 _SIMILAR_COST = 1.2  # sets whose costs differ by less count as equal
-_AMPLE_BITS = 160  # more security than this does not count as better
 _BYTE_COUNTS = tuple((limbs, reply) for limbs in (1, 2, 3, 4) for reply in range(1, limbs + 1))
 _FALLBACK_CREST = 16.0  # a value that calibration did not see (its gradient was zero)
 
@@ -135,7 +135,7 @@ def choose_ring(
 
     least = min(work(ring) for ring in CATALOGUE.values())
     similar = [ring for ring in CATALOGUE.values() if work(ring) <= _SIMILAR_COST * least]
-    return max(similar, key=lambda ring: (min(ring.security_bits, _AMPLE_BITS), -ring.lattice_dim, -work(ring)))
+    return max(similar, key=lambda ring: (min(ring.security_bits, AMPLE_BITS), -ring.lattice_dim, -work(ring)))
 
 
 def selected_ring(model: ir.Model) -> RingParameters:

@@ -35,9 +35,10 @@ _KEPT_FROM = 1 << 25
 """Bytes from which on glibc gives memory back to the system whenever it is freed: page faults at every call."""
 
 _KEPT_IN_ALL = 1 << 28
-"""Most bytes kept of tensors that were let go."""
+"""Most bytes of such results that are kept track of, in use or not."""
 
-_kept: dict[int, NDArray[Any]] = {}  # by address, the oldest first; each change is one atomic operation
+_results: list[tuple[NDArray[Any], weakref.ref[NDArray[Any]]]] = []  # memory, and what was handed out of it; oldest first
+_lock = threading.RLock()
 
 
 def result_of(shape: tuple[int, ...], dtype: type[np.generic]) -> Tensor:
@@ -48,28 +49,30 @@ def result_of(shape: tuple[int, ...], dtype: type[np.generic]) -> Tensor:
     """
     count = math.prod(shape)
     size = count * np.dtype(dtype).itemsize
-    if size < _KEPT_FROM:
+    if not _KEPT_FROM <= size <= _KEPT_IN_ALL:
         return torch.from_numpy(aligned(count, dtype).reshape(shape))
-    memory = _taken(size, np.dtype(dtype))
-    memory = aligned(count, dtype) if memory is None else memory
-    handed_out = memory[:count].reshape(shape)
-    # The tensor, and whatever shares its storage, holds this very array.
-    weakref.finalize(handed_out, _keep, memory).atexit = False
+    with _lock:
+        memory = _of_a_result_that_is_gone(size, np.dtype(dtype))
+        memory = aligned(count, dtype) if memory is None else memory
+        handed_out = memory[:count].reshape(shape)  # the tensor, and whatever shares its storage, holds this very array
+        if sum(each.nbytes for each, _ in _results) + memory.nbytes <= _KEPT_IN_ALL:
+            # Looked at when memory is wanted, and no callback: one would run in the midst of whatever lets a tensor go.
+            _results.append((memory, weakref.ref(handed_out)))
     return torch.from_numpy(handed_out)
 
 
-def _taken(size: int, dtype: np.dtype[Any]) -> NDArray[Any] | None:
-    for address, memory in list(_kept.items()):
-        if memory.dtype == dtype and size <= memory.nbytes <= 2 * size and _kept.pop(address, None) is not None:
+def _of_a_result_that_is_gone(size: int, dtype: np.dtype[Any]) -> NDArray[Any] | None:
+    """Memory that fits. Where there is none, as much of what is free is let go as makes room for that many bytes."""
+    for index, (memory, result) in enumerate(_results):
+        if result() is None and memory.dtype == dtype and size <= memory.nbytes <= 2 * size:
+            del _results[index]
             return memory
+    over = sum(memory.nbytes for memory, _ in _results) + size - _KEPT_IN_ALL
+    for memory, result in list(_results):
+        if over > 0 and result() is None:
+            over -= memory.nbytes
+            _results[:] = [each for each in _results if each[0] is not memory]
     return None
-
-
-def _keep(memory: NDArray[Any]) -> None:
-    """Called when the last reference to a result is gone, in whichever thread that is."""
-    _kept[memory.__array_interface__["data"][0]] = memory
-    while sum(each.nbytes for each in list(_kept.values())) > _KEPT_IN_ALL:
-        _kept.pop(next(iter(list(_kept)), 0), None)
 
 
 @cache

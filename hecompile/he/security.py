@@ -15,6 +15,10 @@ from hecompile.errors import SecurityError
 
 MINIMUM_BITS = 128.0
 
+AMPLE_BITS = 160.0
+"""Of one secret. All secrets of a bundle share A, and k of them cost log2 k bits: this leaves 128 after 2^32. More does not
+count as better."""
+
 
 @dataclass(frozen=True)
 class Estimate:

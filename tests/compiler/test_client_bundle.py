@@ -183,6 +183,14 @@ def test_ring_under_128_bits_is_refused_even_with_a_plan_id_that_fits(
     assert message in refused(client, SecurityError)
 
 
+def test_an_old_ring_without_margin_is_opened_with_a_warning(client: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ClientBundle.open(client)
+    assert "export again" not in caplog.text
+    edit_manifest(client, lambda m: m["plan"]["ring"].update({"ring_dim": 256, "rank": 5, "packed": False}), rehash=True)
+    assert ClientBundle.open(client).ring == RingParameters(256, 5)
+    assert "134 bits for one secret, which sinks below 128 after 2^6 blocks of tokens: export again" in caplog.text
+
+
 def test_a_ring_that_the_kernels_are_not_for_is_refused(client: Path) -> None:
     change = {"ring_dim": 8, "rank": 192, "packed": False}  # lattice dimension 1536
     edit_manifest(client, lambda m: m["plan"]["ring"].update(change), rehash=True)
