@@ -122,7 +122,7 @@ def roots(params: HasRing, precision: type[np.floating] = np.float64) -> NDArray
 @lru_cache(maxsize=32)
 def _roots(ring_dim: int, of_trinomial: bool, precision: str) -> NDArray[Any]:
     if ring_dim < SMALLEST_RING_DIM:  # every kernel wants roots; with fewer points they would leave masks unwritten
-        raise SecurityError(f"the kernels are for ring_dim {SMALLEST_RING_DIM} or more, not {ring_dim}")
+        raise SecurityError(f"the kernels are for ring_dim {SMALLEST_RING_DIM} or more, not {ring_dim}: take a larger ring")
     omega = complex(0.5, math.sqrt(0.75)) if of_trinomial else 1j
     parts = [np.array([omega, complex(1 / omega.imag, omega.real / omega.imag)])]
     size, thirds = ring_dim // 2, _TOP[of_trinomial]

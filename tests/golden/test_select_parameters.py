@@ -11,7 +11,7 @@ import torch
 
 from hecompile.costs import CostModel
 from hecompile.errors import InputError, LegalityError
-from hecompile.he.parameters import CATALOGUE, LinearParameters
+from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
 from hecompile.he.weight_norms import measure_norms
 from hecompile.ir import GRADIENT_RANGE, PLACEMENT, RANGE, attributes_of, print_model
 from hecompile.plan import effective_bits
@@ -128,6 +128,15 @@ def test_the_ring_follows_the_number_of_tokens() -> None:
     assert list(chosen.values()) == sorted(chosen.values())
     assert chosen[32] == 128 and chosen[8192] >= 512
     assert choose_ring(8192, circuits, CostModel()).lattice_dim == 1536  # 2048x1 costs about as much
+
+
+def test_of_rings_that_cost_about_the_same_the_more_secure_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    circuits, costs = [LinearParameters.from_norms(NORMS)], CostModel()
+    weaker, stronger = RingParameters(256, 5), RingParameters(256, 6)  # 133 and 161 bits
+    assert costs.encrypt(weaker, 1024, 64) < costs.encrypt(stronger, 1024, 64)
+    for catalogue, chosen in (({"a": weaker, "b": stronger}, stronger), ({"a": weaker}, weaker)):
+        monkeypatch.setattr("passes.select_parameters.CATALOGUE", catalogue)
+        assert choose_ring(1024, circuits, costs) == chosen
 
 
 def test_who_is_slow_decides_between_a_limb_and_a_reply_byte() -> None:
