@@ -171,10 +171,9 @@ class SecretRandom(Unsharable):
 
 
 _PIECE = 1 << 20
-"""Samples drawn at a time. Threads take turns at the cipher, which holds Python's lock: few long turns cost the least."""
+"""Samples drawn at a time: what a second-level cache may hold, and enough that calls of the cipher cost little."""
 _ROOM = 15
 """Bytes more than wanted that the cipher asks room for."""
-_ZEROS = bytes(1 << 15)
 
 
 class _Keystream(Unsharable):
@@ -188,13 +187,12 @@ class _Keystream(Unsharable):
 
     def fill(self, target: NDArray[np.uint8]) -> None:
         """Overwrites all but the last _ROOM bytes of `target` with fresh uniform bytes."""
-        zeros, into = memoryview(_ZEROS), target.data
-        end = target.size - _ROOM
-        for start in range(0, end, len(_ZEROS)):
-            size = min(len(_ZEROS), end - start)
-            written = self._encryptor.update_into(zeros[:size], into[start:])
-            if written != size:  # what was there before would pass for fresh randomness
-                raise SecurityError(f"the cipher wrote {written} of {size} random bytes: reinstall `cryptography`")
+        # In place: the keystream plus whatever was there is as uniform as the keystream. One call, for the cipher lets go
+        # of Python's lock while it works, and to take it back may mean to wait for another thread.
+        size = target.size - _ROOM
+        written = self._encryptor.update_into(target.data[:size], target.data)
+        if written != size:  # what was there before would pass for fresh randomness
+            raise SecurityError(f"the cipher wrote {written} of {size} random bytes: reinstall `cryptography`")
 
     def take(self, count: int) -> NDArray[np.uint8]:
         """Fresh uniform bytes: uint8 `[count]`."""
