@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from hecompile.errors import InputError
+from hecompile.memory import keep_freed_memory
 from runtime.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterModel, load_adapter, save_adapter
 from runtime.data import Examples, PadToBucket, eos_and_pad, load_examples, smallest_bucket
 from runtime.functions import check_functions
@@ -93,6 +94,7 @@ def run_training(
             section = section.model_copy(update={"eval_on_start": False})  # this is not the start
         collate = PadToBucket(model.sequence_buckets, eos_and_pad(tokenizer)[1])
         parts = (model, section, settings, train, heldout, collate, recipe.range_loss)
+        keep_freed_memory()
         trainer = AdapterTrainer(*parts) if private is None else PrivateTrainer(private, *parts)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         adapter_dir = save_adapter(model, section.output_dir / ADAPTER_DIR)
