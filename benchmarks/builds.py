@@ -23,6 +23,9 @@ from models import TINY_LLAMA
 PRECISION, WEIGHT_BITS = 8.0, 8
 """Effective bits and bits of the weights of every plan here; the precision section shows how training follows plaintext."""
 
+FOLLOWING = (6.5, 10)
+"""The same of a plan that follows plaintext at every step (precision section), at two bytes a weight on the worker."""
+
 ONE_B = "HECOMPILE_BENCHMARK_1B"
 
 
@@ -47,9 +50,11 @@ def options(batch_size: int, length: int, precision: float = PRECISION, weight_b
 
 
 @contextmanager
-def llama_1b(layers: int, batch_size: int, length: int) -> Iterator[Built]:
+def llama_1b(
+    layers: int, batch_size: int, length: int, precision: float = PRECISION, weight_bits: int = WEIGHT_BITS
+) -> Iterator[Built]:
     """The 1B shape with `layers` layers: the folders `checkpoint` and `build` of $HECOMPILE_BENCHMARK_1B where that is set
-    (made for at least that batch), or newly made under build/ and removed afterwards (15 GB)."""
+    (made for at least that batch, in any precision), or newly made under build/ and removed afterwards (15 GB)."""
     given = os.environ.get(ONE_B)
     if given:
         built = Built(Path(given) / "checkpoint", Path(given) / "build")
@@ -60,7 +65,7 @@ def llama_1b(layers: int, batch_size: int, length: int) -> Iterator[Built]:
         return
     with _scratch() as scratch:
         checkpoint = make_checkpoint(scratch / "checkpoint", layers)
-        compile_checkpoint(str(checkpoint), scratch / "build", options(batch_size, length))
+        compile_checkpoint(str(checkpoint), scratch / "build", options(batch_size, length, precision, weight_bits))
         yield Built(checkpoint, scratch / "build")
 
 

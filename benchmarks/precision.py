@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.builds import Built, options
+from benchmarks.builds import FOLLOWING, Built, options
 from benchmarks.report import new_figure, save_plot, section_main, table
 from hecompile.client_bundle import ClientBundle
 from hecompile.compiler import CLIENT, WORKER, compile_checkpoint
@@ -38,8 +38,9 @@ from runtime.transports import InProcessTransport
 from runtime.worker import Worker
 
 LENGTH, BATCH_SIZE = 48, 16
-GRADIENT_SETTINGS = [(weights, bits) for weights in (8, 10) for bits in (4.0, 6.0, 8.0, 10.0)] + [(9, 7.5), (12, 8.0)]
-TRAINING_SETTINGS = [(8, 8.0), (9, 7.5), (10, 8.0)]
+GRADIENT_SETTINGS = [(weights, bits) for weights in (8, 10) for bits in (4.0, 6.0, 8.0, 10.0)]
+GRADIENT_SETTINGS += [(FOLLOWING[1], FOLLOWING[0]), (12, 8.0)]
+TRAINING_SETTINGS = [(8, 8.0), (FOLLOWING[1], FOLLOWING[0]), (10, 8.0)]
 SEEDS = (1, 2, 3)
 SCHEDULE = ("training.learning_rate=1e-3", "training.warmup_steps=20")
 QUIETLY = ("training.save_strategy=no", "training.disable_tqdm=true")
