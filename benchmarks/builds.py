@@ -23,8 +23,8 @@ from models import TINY_LLAMA
 PRECISION, WEIGHT_BITS = 8.0, 8
 """Effective bits and bits of the weights of every plan here; the precision section shows how training follows plaintext."""
 
-FOLLOWING = (6.5, 10)
-"""The same of a plan that follows plaintext at every step (precision section), at two bytes a weight on the worker."""
+DEFAULTS = (CompileOptions().effective_bits, CompileOptions().weight_bits)
+"""The same of a plan for which nothing was chosen."""
 
 ONE_B = "HECOMPILE_BENCHMARK_1B"
 

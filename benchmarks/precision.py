@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.builds import FOLLOWING, Built, options
+from benchmarks.builds import Built, options
 from benchmarks.report import new_figure, save_plot, section_main, table
 from hecompile.client_bundle import ClientBundle
 from hecompile.compiler import CLIENT, WORKER, compile_checkpoint
@@ -38,14 +38,14 @@ from runtime.transports import InProcessTransport
 from runtime.worker import Worker
 
 LENGTH, BATCH_SIZE = 48, 16
-GRADIENT_SETTINGS = [(weights, bits) for weights in (8, 10) for bits in (4.0, 6.0, 8.0, 10.0)]
-GRADIENT_SETTINGS += [(FOLLOWING[1], FOLLOWING[0]), (12, 8.0)]
-TRAINING_SETTINGS = [(8, 8.0), (FOLLOWING[1], FOLLOWING[0]), (10, 8.0)]
+GRADIENT_SETTINGS = [(weights, bits) for weights in (8, 10) for bits in (4.0, 6.0, 8.0, 10.0)] + [(12, 8.0)]
+TRAINING_SETTINGS = [(8, 8.0), (10, 8.0), (12, 8.0)]
 SEEDS = (1, 2, 3)
 SCHEDULE = ("training.learning_rate=1e-3", "training.warmup_steps=20")
 QUIETLY = ("training.save_strategy=no", "training.disable_tqdm=true")
 STEPS, QUICK_STEPS = 120, 2
 WINDOW = 10
+_SMOOTHED = 7  # its column in the table of training curves
 GRADIENT_PROSE = """\
 ## Precision against bytes, on the small Llama
 
@@ -56,8 +56,8 @@ TRAINING_PROSE = """\
 Training curves: models/recipes/demo.yaml with {changes}, {steps} steps,
 encrypted and in plaintext from the same initial adapter in the same order, for some seeds of adapter, order and dropout.
 *In nats*, *in %*: the largest deviation of the loss at any step; *smoothed*: in %, of its mean over {window} steps.
-*Follows*: it is within 1 % of plaintext, or 0.01 nats where that is more, at every step; *worst* is the largest deviation in
-units of that tolerance.
+*Every step*: the loss of each step's batch of {batch} lines is within 1 % of plaintext, or 0.01 nats where that is more;
+*worst* is the largest deviation in units of that tolerance. Runs of one setting differ, for encryption errors do.
 """
 
 
@@ -81,13 +81,14 @@ def run(quick: bool) -> str:
     gradient_headings = ["weight bits", "precision", "bytes/token up", "down", "loss difference", "worst cosine", "median"]
     training_headings = [
         "seed", "weight bits", "precision", "bytes/token up", "down", "in nats", "in %", "smoothed", "worst",
-        "follows",
+        "every step",
     ]  # fmt: skip
+    schedule = ", ".join(f"`{change}`" for change in SCHEDULE)
     return "\n\n".join(
         [
             GRADIENT_PROSE.format(batch=batch),
             table(gradient_headings, gradient_rows),
-            TRAINING_PROSE.format(changes=", ".join(f"`{change}`" for change in SCHEDULE), steps=steps, window=WINDOW),
+            TRAINING_PROSE.format(batch=batch, changes=schedule, steps=steps, window=WINDOW),
             table(training_headings, training_rows),
             _verdict(training_rows),
             save_plot(figure, "precision", "difference of the training loss to plaintext by step"),
@@ -96,13 +97,20 @@ def run(quick: bool) -> str:
 
 
 def _verdict(rows: list[list[object]]) -> str:
-    """Which setting follows for every seed with the fewest bytes."""
+    """Which settings stay within 1 % for every seed, smoothed and at every step, and what the cheapest of them sends."""
     settings = {(row[1], row[2]): int(str(row[3])) + int(str(row[4])) for row in rows}
-    following = [key for key in settings if all(row[-1] == "yes" for row in rows if (row[1], row[2]) == key)]
-    if not following:
-        return "No setting follows at every step for every seed."
-    fewest = min(following, key=lambda key: settings[key])
-    return f"Fewest bytes among those that follow for every seed: {fewest[0]}-bit weights, precision {fewest[1]}."
+
+    def cheapest(follows: Callable[[list[object]], bool]) -> str:
+        having = [key for key in settings if all(follows(row) for row in rows if (row[1], row[2]) == key)]
+        if not having:
+            return "no setting"
+        fewest = min(having, key=lambda key: settings[key])
+        return f"{fewest[0]}-bit weights, precision {fewest[1]}, {settings[fewest]} bytes per token"
+
+    return (
+        f"Fewest bytes with which the curve stays within 1 % for every seed: smoothed, "
+        f"{cheapest(lambda row: float(str(row[_SMOOTHED])) <= 1)}; at every step, {cheapest(lambda row: row[-1] == 'yes')}."
+    )
 
 
 @contextmanager

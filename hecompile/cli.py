@@ -198,7 +198,12 @@ def train(
     policy = [] if on_bad_worker is None else [f"connection.on_bad_worker={on_bad_worker}"]
     loaded = load_recipe(recipe, [*(overrides or ()), *policy])
     with open_session(loaded) as session:
-        result = run_training(session.model, session.tokenizer, loaded, resume=resume)
+        try:
+            result = run_training(session.model, session.tokenizer, loaded, resume=resume)
+        except KeyboardInterrupt:
+            if any(loaded.training.output_dir.glob("checkpoint-*")):
+                _console().print("interrupted; the same command with --resume goes on from here", soft_wrap=True)
+            raise
     figures = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     _console().print(f"{result.steps} steps, {figures}\nadapter: {result.adapter_dir}", soft_wrap=True)
     if result.privacy is not None:

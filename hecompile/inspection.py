@@ -74,7 +74,8 @@ def circuit_table(bundle: ClientBundle) -> Table:
         "security",
         "effective",
     ):
-        table.add_column(heading, justify="left" if heading in ("linear", "direction") else "right")
+        named = heading in ("linear", "direction")
+        table.add_column(heading, justify="left" if named else "right", overflow="fold" if named else "ellipsis")
     for heading in ("noise std", "unseen error / noise std", "input bound", "bytes/token up", "down"):
         table.add_column(heading, justify="right")
     for name, record in bundle.plan.circuits.items():

@@ -91,6 +91,20 @@ def test_a_client_that_is_killed_twice_ends_with_the_same_bits(build: Build, tmp
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_an_interrupt_says_how_to_go_on(build: Build, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    arguments = command(build, output, *cleartext(build), "training.max_steps=100000")
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        wait_for_step(output, 2, process)  # so that the checkpoint of step 1 is there
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert b"interrupted; the same command with --resume goes on from here" in said
+
+
 @contextmanager
 def worker_on(build: Build, port: int) -> Iterator[subprocess.Popen[str]]:
     arguments = [
