@@ -174,6 +174,9 @@ _PIECE = 1 << 20
 """Samples drawn at a time: what a second-level cache may hold, and enough that calls of the cipher cost little."""
 _ROOM = 15
 """Bytes more than wanted that the cipher asks room for."""
+_ZEROS = bytes(2 * _PIECE)
+"""What is encrypted, at once where it can be: the cipher lets go of Python's lock, and to get it back may mean to wait. The
+system backs zeros that nobody wrote with a single page, so that reading them costs no cache."""
 
 
 class _Keystream(Unsharable):
@@ -187,12 +190,13 @@ class _Keystream(Unsharable):
 
     def fill(self, target: NDArray[np.uint8]) -> None:
         """Overwrites all but the last _ROOM bytes of `target` with fresh uniform bytes."""
-        # In place: the keystream plus whatever was there is as uniform as the keystream. One call, for the cipher lets go
-        # of Python's lock while it works, and to take it back may mean to wait for another thread.
-        size = target.size - _ROOM
-        written = self._encryptor.update_into(target.data[:size], target.data)
-        if written != size:  # what was there before would pass for fresh randomness
-            raise SecurityError(f"the cipher wrote {written} of {size} random bytes: reinstall `cryptography`")
+        zeros, into = memoryview(_ZEROS), target.data
+        end = target.size - _ROOM
+        for start in range(0, end, len(_ZEROS)):
+            size = min(len(_ZEROS), end - start)
+            written = self._encryptor.update_into(zeros[:size], into[start:])
+            if written != size:  # what was there before would pass for fresh randomness
+                raise SecurityError(f"the cipher wrote {written} of {size} random bytes: reinstall `cryptography`")
 
     def take(self, count: int) -> NDArray[np.uint8]:
         """Fresh uniform bytes: uint8 `[count]`."""
