@@ -21,7 +21,7 @@ from hecompile.inspection import Traffic, circuits_without_gradient, predicted_t
 from models import TINY_LLAMA
 
 PRECISION, WEIGHT_BITS = 8.0, 8
-"""Effective bits and bits of the weights of every plan here; the precision section shows how training follows plaintext."""
+"""Effective bits and bits of the weights where nothing else is asked for; the precision section shows what they cost."""
 
 DEFAULTS = (CompileOptions().effective_bits, CompileOptions().weight_bits)
 """The same of a plan for which nothing was chosen."""

@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -45,7 +46,6 @@ SCHEDULE = ("training.learning_rate=1e-3", "training.warmup_steps=20")
 QUIETLY = ("training.save_strategy=no", "training.disable_tqdm=true")
 STEPS, QUICK_STEPS = 120, 2
 WINDOW = 10
-_SMOOTHED = 7  # its column in the table of training curves
 GRADIENT_PROSE = """\
 ## Precision against bytes, on the small Llama
 
@@ -69,9 +69,11 @@ def run(quick: bool) -> str:
     gradient_rows = [gradient_row(weights, bits, batch) for weights, bits in gradient_settings]
     changes = [*SCHEDULE, *QUIETLY, f"training.max_steps={steps}", f"training.per_device_train_batch_size={batch}"]
     training_rows: list[list[object]] = []
+    runs: list[Run] = []
     curves: dict[str, list[float]] = {}
     for seed in SEEDS[: 1 if quick else None]:
-        rows, found = training(training_settings, [*changes, f"training.seed={seed}"], batch)
+        rows, found, made = training(training_settings, [*changes, f"training.seed={seed}"], batch)
+        runs += made
         training_rows += [[seed, *row] for row in rows]
         curves |= {f"{name}, seed {seed}": curve for name, curve in found.items()}
     figure, axes = new_figure("loss of encrypted training against plaintext", "step", "difference, nats")
@@ -90,26 +92,37 @@ def run(quick: bool) -> str:
             table(gradient_headings, gradient_rows),
             TRAINING_PROSE.format(batch=batch, changes=schedule, steps=steps, window=WINDOW),
             table(training_headings, training_rows),
-            _verdict(training_rows),
+            _verdict(runs),
             save_plot(figure, "precision", "difference of the training loss to plaintext by step"),
         ]
     )
 
 
-def _verdict(rows: list[list[object]]) -> str:
-    """Which settings stay within 1 % for every seed, smoothed and at every step, and what the cheapest of them sends."""
-    settings = {(row[1], row[2]): int(str(row[3])) + int(str(row[4])) for row in rows}
+@dataclass(frozen=True)
+class Run:
+    """An encrypted run beside plaintext: the setting, bytes per token, and the largest deviations of the loss, smoothed (a
+    fraction) and of any step (in units of the tolerance)."""
 
-    def cheapest(follows: Callable[[list[object]], bool]) -> str:
-        having = [key for key in settings if all(follows(row) for row in rows if (row[1], row[2]) == key)]
-        if not having:
+    setting: tuple[int, float]
+    bytes_per_token: int
+    smoothed: float
+    worst: float
+
+
+def _verdict(runs: list[Run]) -> str:
+    """Which settings follow for every seed, smoothed and at every step, and what the cheapest of them sends."""
+
+    def cheapest(follows: Callable[[Run], bool]) -> str:
+        failing = {run.setting for run in runs if not follows(run)}
+        following = [run for run in runs if run.setting not in failing]
+        if not following:
             return "no setting"
-        fewest = min(having, key=lambda key: settings[key])
-        return f"{fewest[0]}-bit weights, precision {fewest[1]}, {settings[fewest]} bytes per token"
+        best = min(following, key=lambda run: run.bytes_per_token)
+        return f"{best.setting[0]}-bit weights, precision {best.setting[1]:g}, {best.bytes_per_token} bytes per token"
 
     return (
-        f"Fewest bytes with which the curve stays within 1 % for every seed: smoothed, "
-        f"{cheapest(lambda row: float(str(row[_SMOOTHED])) <= 1)}; at every step, {cheapest(lambda row: row[-1] == 'yes')}."
+        f"Fewest bytes for every seed: smoothed within 1 %, {cheapest(lambda run: run.smoothed <= 0.01)}; "
+        f"at every step within 1 % or 0.01 nats, {cheapest(lambda run: run.worst <= 1)}."
     )
 
 
@@ -165,8 +178,9 @@ def _gradients(model: AdapterModel, batch: dict[str, Tensor]) -> tuple[float, di
 
 def training(
     settings: list[tuple[int, float]], changes: list[str], batch_size: int
-) -> tuple[list[list[object]], dict[str, list[float]]]:
-    """Rows of the table, and the differences of the loss by step for each setting."""
+) -> tuple[list[list[object]], dict[str, list[float]], list[Run]]:
+    """Rows of the table, the differences of the loss by step for each setting, and what the verdict is made of."""
+    runs: list[Run] = []
     rows: list[list[object]] = []
     curves: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -183,13 +197,14 @@ def training(
             comparison = compare_losses(run_directory / METRICS_FILE, plain_metrics)
             differences = [a - b for a, b in zip(own, reference, strict=True)]
             relative = 100 * max(abs(d) / b for d, b in zip(differences, reference, strict=True))
-            smooth = 100 * max(abs(a / b - 1) for a, b in zip(_smoothed(own), _smoothed(reference), strict=True))
-            deviation = [f"{comparison.largest_difference:.4f}", f"{relative:.2f}", f"{smooth:.2f}"]
+            smooth = max(abs(a / b - 1) for a, b in zip(_smoothed(own), _smoothed(reference), strict=True))
+            runs.append(Run((weight_bits, precision), traffic.total, smooth, comparison.worst_ratio))
+            deviation = [f"{comparison.largest_difference:.4f}", f"{relative:.2f}", f"{100 * smooth:.2f}"]
             deviation.append(f"{comparison.worst_ratio:.2f}")
             follows = "yes" if comparison.follows else "no"
             rows.append([weight_bits, precision, traffic.bytes_up, traffic.bytes_down, *deviation, follows])
             curves[f"{weight_bits} / {precision:g}"] = differences
-    return rows, curves
+    return rows, curves, runs
 
 
 def _smoothed(losses: list[float]) -> list[float]:

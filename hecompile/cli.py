@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -191,18 +192,23 @@ def train(
     ] = None,
 ) -> None:
     """LoRA fine-tuning with encrypted products. Writes checkpoints, metrics.jsonl and the adapter in PEFT's format."""
+    from transformers.trainer_utils import get_last_checkpoint
+
     from runtime.recipe import load_recipe
     from runtime.session import open_session
     from runtime.train import run_training
 
     policy = [] if on_bad_worker is None else [f"connection.on_bad_worker={on_bad_worker}"]
     loaded = load_recipe(recipe, [*(overrides or ()), *policy])
+    output_dir, started = loaded.training.output_dir, time.time()
     with open_session(loaded) as session:
         try:
             result = run_training(session.model, session.tokenizer, loaded, resume=resume)
         except KeyboardInterrupt:
-            if any(loaded.training.output_dir.glob("checkpoint-*")):
-                _console().print("interrupted; the same command with --resume goes on from here", soft_wrap=True)
+            last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+            if last is not None and (resume or Path(last).stat().st_mtime >= started):  # not one of an earlier run
+                said = f"interrupted; the same command with --resume goes on from {Path(last).name}"
+                _console().print(said, soft_wrap=True)
             raise
     figures = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     _console().print(f"{result.steps} steps, {figures}\nadapter: {result.adapter_dir}", soft_wrap=True)

@@ -74,10 +74,9 @@ def circuit_table(bundle: ClientBundle) -> Table:
         "security",
         "effective",
     ):
-        named = heading in ("linear", "direction")
-        table.add_column(heading, justify="left" if named else "right", overflow="fold" if named else "ellipsis")
+        table.add_column(heading, justify="left" if heading in ("linear", "direction") else "right", overflow="fold")
     for heading in ("noise std", "unseen error / noise std", "input bound", "bytes/token up", "down"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for name, record in bundle.plan.circuits.items():
         table.add_row(*_row(record, bundle.circuits[name], f"{ring.ring_dim} x {ring.rank}", ring.security_bits))
     return table

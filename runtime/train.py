@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from hecompile.errors import InputError
-from hecompile.memory import keep_freed_memory
+from hecompile.memory import freed_memory_kept
 from runtime.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterModel, load_adapter, save_adapter
 from runtime.data import Examples, PadToBucket, eos_and_pad, load_examples, smallest_bucket
 from runtime.functions import check_functions
@@ -62,7 +62,7 @@ def run_training(
     as if it had not stopped, data order and dropout included. Raises `InputError` before anything is written if the
     recipe, the data or the checkpoint do not fit the model, and `NotFiniteError` if a loss, a gradient or a value to
     encrypt is not finite, which names what left the domains of a polynomial plan; the checkpoints saved before that are
-    kept.
+    kept. Meanwhile the process keeps freed memory (`hecompile.memory`).
     """
     section = recipe.training
     check_lora(recipe.lora, model.peft_config)
@@ -94,9 +94,9 @@ def run_training(
             section = section.model_copy(update={"eval_on_start": False})  # this is not the start
         collate = PadToBucket(model.sequence_buckets, eos_and_pad(tokenizer)[1])
         parts = (model, section, settings, train, heldout, collate, recipe.range_loss)
-        keep_freed_memory()
         trainer = AdapterTrainer(*parts) if private is None else PrivateTrainer(private, *parts)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with freed_memory_kept():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         adapter_dir = save_adapter(model, section.output_dir / ADAPTER_DIR)
         metrics = _final_metrics(trainer, section.output_dir)
         described = None if private is None else private.describe()

@@ -171,12 +171,12 @@ class SecretRandom(Unsharable):
 
 
 _PIECE = 1 << 20
-"""Samples drawn at a time: what a second-level cache may hold, and enough that calls of the cipher cost little."""
+"""Samples drawn at a time."""
 _ROOM = 15
 """Bytes more than wanted that the cipher asks room for."""
-_ZEROS = bytes(2 * _PIECE)
-"""What is encrypted, at once where it can be: the cipher lets go of Python's lock, and to get it back may mean to wait. The
-system backs zeros that nobody wrote with a single page, so that reading them costs no cache."""
+_ZEROS = bytes(1 << 18)
+"""What is encrypted at a time: enough that threads seldom wait for Python's lock, which the cipher lets go of while it
+works and then wants back, and few enough that they stay in a cache."""
 
 
 class _Keystream(Unsharable):

@@ -11,6 +11,9 @@ import threading
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES256
+from cryptography.hazmat.primitives.ciphers.modes import GCM
 
 from hecompile.errors import InputError, SecurityError
 from hecompile.he import bytewise, comparisons, sampling
@@ -41,6 +44,15 @@ def two_bytes(top: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def chi_square_limit(freedom: int) -> float:
     """Exceeded with probability at most e^-21.5 < 5e-10 (Laurent and Massart, Ann. Statist. 28, 2000, lemma 1)."""
     return freedom + 2 * math.sqrt(freedom * 21.5) + 2 * 21.5
+
+
+def test_a_keystream_of_several_calls_is_the_cipher_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = bytes(range(32))
+    monkeypatch.setattr(sampling.os, "urandom", lambda count: key[:count])
+    count = 3 * len(sampling._ZEROS) + 7
+    wanted = Cipher(AES256(key), mode=GCM(bytes(12))).encryptor().update(bytes(2 * count))
+    keystream = sampling._Keystream()
+    assert keystream.take(count).tobytes() + keystream.take(count).tobytes() == wanted
 
 
 def test_ternary_is_uniform() -> None:
