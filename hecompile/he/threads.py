@@ -20,7 +20,7 @@ def for_each(work: Callable[[Part], None], parts: Sequence[Part]) -> None:
     each other's free places would wait for ever.
     """
     threads = 1 if getattr(_LOCAL, "working", False) else min(torch.get_num_threads(), len(parts))
-    remaining, lock = iter(parts), threading.Lock()
+    remaining, lock, todo = iter(parts), threading.Lock(), [work]
 
     def share() -> None:
         while True:
@@ -28,18 +28,21 @@ def for_each(work: Callable[[Part], None], parts: Sequence[Part]) -> None:
                 part = next(remaining, None)
             if part is None:
                 return
-            work(part)
+            todo[0](part)
 
     # The caller works too: waking a thread takes as long as a small part, and one that comes late finds nothing left.
     helpers = [_pool(torch.get_num_threads()).submit(share) for _ in range(threads - 1)]
     try:
         share()
     finally:
-        with lock:
-            remaining = iter(())  # after an exception the others stop as well
-        for helper in helpers:
-            if not helper.cancel():
-                helper.result()
+        try:
+            with lock:
+                remaining = iter(())  # after an exception the others stop as well
+            for helper in helpers:
+                if not helper.cancel():
+                    helper.result()
+        finally:
+            todo.clear()  # a thread that comes late lets go of `share` late, and of what `work` refers to it would too
 
 
 def slices(total: int, step: int) -> list[slice]:
