@@ -15,6 +15,7 @@ from hecompile.client_bundle import ClientBundle
 from hecompile.compiler import CompileOptions, compile_checkpoint
 from hecompile.errors import InputError, LegalityError, NotFiniteError
 from hecompile.frontend import export_onnx, load_checkpoint
+from hecompile.he.sampling import PublicSeed
 from hecompile.ir import attribute, nodes_of_type
 from hecompile.polynomial_options import PolynomialOptions
 from models import REDUCED_LLAMA
@@ -94,7 +95,8 @@ def test_the_result_is_a_checkpoint_that_says_what_it_was_trained_for(converted:
 
 
 def test_it_exports_with_the_form_of_inference(converted: Converted, tmp_path: Path) -> None:
-    options = CompileOptions(batch_size=2, sequence_buckets=(14,))
+    # Calibration text is drawn from the seed, and text of some leaves the domains of a model converted in so few steps.
+    options = CompileOptions(batch_size=2, sequence_buckets=(14,), public_seed=PublicSeed(bytes(32)))
     compile_checkpoint(str(converted.out), tmp_path / "build", options)
     graph = ClientBundle.open(tmp_path / "build" / "client").graph()
     assert functions_of(graph) == converted.functions
