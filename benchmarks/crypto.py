@@ -30,7 +30,7 @@ Time of encrypting (scaling, rounding, drawing the secret, product with the publ
 of decrypting (unpacking, product of hint and secret, centring, scaling back), over the elements (tokens × features) of the
 side that is encrypted or decrypted, times the threads used; `CPU`: the CPU time of all threads instead, in which those that
 wait for others have no part. `trained` is what training calls. Error: relative rms error of the decrypted product to the
-exact one. Target: at most {TARGET_NS:g} ns per element and core, by either measure.
+exact one. Target: at most {TARGET_NS:g} ns per element and core.
 """
 
 
