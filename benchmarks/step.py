@@ -37,7 +37,7 @@ def run(quick: bool) -> str:
     """Markdown: seconds and their split, CPU seconds and memory by process, bytes per token and their prediction."""
     layers, batch = (QUICK_LAYERS, QUICK_BATCH) if quick else (LAYERS, BATCH)
     rounds, steps = (1, 1) if quick else (2, 2)
-    plans = [(PRECISION, WEIGHT_BITS)] if os.environ.get(ONE_B) else [(PRECISION, WEIGHT_BITS), DEFAULTS]
+    plans = [(PRECISION, WEIGHT_BITS)] if quick or os.environ.get(ONE_B) else [(PRECISION, WEIGHT_BITS), DEFAULTS]
     parts = []
     for precision, weight_bits in plans:
         with llama_1b(layers, batch.micro_batch or batch.sequences, batch.length, precision, weight_bits) as built:
