@@ -36,6 +36,10 @@ _TOKENS = 2048
 _CHUNK = 2**20
 """Words encrypted or decrypted by one call of a kernel: large against the cost of the call, small against all of it."""
 
+_PAST_CACHES = 2**20
+"""Bytes of a ciphertext from which on they are written past the caches: a store to a line that no cache has reads it from
+memory first, which is what two threads wait for. Of smaller ciphertexts much is in a cache still when they are sent."""
+
 
 class RealKey(DecryptionKey):
     """A `DecryptionKey` that also knows the scale of each token, and which rows were zero and not sent."""
@@ -135,6 +139,7 @@ def _encrypt_part(
             secrets[piece.start * per_token :], count, rows.numpy().reshape(-1), piece.start * features + part.start,
             features, inverse[piece], factors[part], error.reshape(-1)[piece.start * width :], planes.numpy().reshape(-1),
             piece.start * features + part.start, tokens * features, features, linear.upload_limbs,
+            planes.numel() >= _PAST_CACHES,
             scratch("tile", tiles.tile_words(count), np.int32), scratch("work float64", 16 * n, np.float64),
             images, checks, variants[piece], sums.reshape(-1),
         )  # fmt: skip

@@ -20,6 +20,9 @@ from hecompile.he.vectors import I8, LANES, intrinsic
 GROUPS = 8
 """Groups of eight features in a line."""
 
+LINE_BYTES = 64
+"""Of one plane: a cache line."""
+
 SUM_LANES = 4
 """int32 that the sum of one check is kept in: adding up a whole vector takes as long as the products in it."""
 
@@ -100,22 +103,45 @@ def line_shifted_up(typing_context, line, bits):  # type: ignore[no-untyped-def]
     return LINE(LINE, types.int64), generate
 
 
-@intrinsic(prefer_literal=True)
-def pack_line(typing_context, limbs, line, out, plane):  # type: ignore[no-untyped-def]
-    """The lowest `limbs` bytes of the words: 64 bytes in each of as many planes.
+def _pack_line(align: int, past_the_caches: bool) -> Any:
+    @intrinsic(prefer_literal=True)
+    def pack_line(typing_context, limbs, line, out, plane):  # type: ignore[no-untyped-def]
+        count = limbs.literal_value
 
-    limbs: compile-time constant. out: address of the first plane's bytes, the next plane's `plane` bytes further.
-    """
-    count = limbs.literal_value
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _, line, out, plane = args
+            for limb in range(count):
+                octets = builder.trunc(builder.lshr(line, _constant(8 * limb)), _BYTES)
+                store = builder.store(octets, _at(builder, out, plane, limb, _BYTES), align=align)
+                if past_the_caches:
+                    store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+            return context.get_dummy_value()
+
+        return types.void(limbs, LINE, types.int64, types.int64), generate
+
+    return pack_line
+
+
+pack_line = _pack_line(align=1, past_the_caches=False)
+"""The lowest `limbs` bytes of the words: 64 bytes in each of as many planes.
+
+limbs: compile-time constant. out: address of the first plane's bytes, the next plane's `plane` bytes further.
+"""
+
+pack_line_past_caches = _pack_line(align=LINE_BYTES, past_the_caches=True)
+"""The same where both are multiples of LINE_BYTES: whole lines go to memory, which need not be read first. Other threads may
+read them after `stores_done`."""
+
+
+@intrinsic
+def stores_done(typing_context):  # type: ignore[no-untyped-def]
+    """Waits for all stores of this thread: those past the caches are in no order with others."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, line, out, plane = args
-        for limb in range(count):
-            octets = builder.trunc(builder.lshr(line, _constant(8 * limb)), _BYTES)
-            builder.store(octets, _at(builder, out, plane, limb, _BYTES), align=1)
+        builder.fence("seq_cst")
         return context.get_dummy_value()
 
-    return types.void(limbs, LINE, types.int64, types.int64), generate
+    return types.void(), generate
 
 
 @intrinsic(prefer_literal=True)

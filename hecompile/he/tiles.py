@@ -20,16 +20,17 @@ from hecompile.he.inverse import inner_product, last_join4, prefetch_lines
 from hecompile.he.kernels import compiled, forward_at, inlined
 from hecompile.he.lines import (
     GROUPS,
+    LINE_BYTES,
     SUM_LANES,
     add_dot,
     group_of,
     line_of,
     line_shifted_up,
     load_line,
-    pack_line,
+    stores_done,
     top_of_line,
-    unpack_line,
 )
+from hecompile.he.octets import pack, pack_past_caches, unpack
 from hecompile.he.scratch import second_level_cache
 from hecompile.he.simd import round_mod_2_32, to_f64
 from hecompile.he.vectors import (
@@ -109,31 +110,6 @@ def lines_per_step(size, tokens, n):
 
 
 @inlined
-def _pack(limbs, line, out, plane):
-    if limbs == 1:
-        pack_line(1, line, out, plane)
-    elif limbs == 2:
-        pack_line(2, line, out, plane)
-    elif limbs == 3:
-        pack_line(3, line, out, plane)
-    else:
-        pack_line(4, line, out, plane)
-
-
-@inlined
-def _unpack(limbs, source, plane):
-    if limbs == 1:
-        line = unpack_line(1, source, plane)
-    elif limbs == 2:
-        line = unpack_line(2, source, plane)
-    elif limbs == 3:
-        line = unpack_line(3, source, plane)
-    else:
-        line = unpack_line(4, source, plane)
-    return line
-
-
-@inlined
 def _plain(x, at, factor, k, scale, error, e):
     """Eight features of a token: x times factor times scale, rounded, plus the error."""
     real = load_f32(x, at + k) * load_f64(factor, k) * scale
@@ -156,7 +132,7 @@ def _prefetch_factors(start, rows):
 @compiled
 def encrypt(
     matrix, first, features, rank, packing, n, roots, secrets, tokens, x, x_at, x_row, inverse_scale, factors,
-    error, planes, p_at, plane, p_row, limbs, tile, work, images, checks, variants, sums
+    error, planes, p_at, plane, p_row, limbs, past_caches, tile, work, images, checks, variants, sums
 ):  # fmt: skip
     """Encrypts `tokens` tokens of `features` features, of which the first is in group `first` of the matrix.
 
@@ -164,8 +140,9 @@ def encrypt(
     each, one after the other. secrets: float64 `[blocks, rank, n, 2]`, divided by n, or extended by `extend_secrets`: of an
     element a, group k gets Σ_i a_i times number rank - 1 + k - i of them. x: float32, feature j of token t at
     `x_at + t·x_row + j`; times factors `[features]` and inverse_scale `[tokens]`, float64, it is rounded to an integer.
-    error: int8, at `t·features + j`. planes: uint8, byte l of a word at `p_at + l·plane + t·p_row + j`. tile: int32,
-    exactly `tile_words(tokens)` of scratch; work: float64, 16·n of scratch.
+    error: int8, at `t·features + j`. planes: uint8, byte l of a word at `p_at + l·plane + t·p_row + j`,
+    written past the caches if past_caches says so and whole lines of it are cache lines. tile: int32, exactly
+    `tile_words(tokens)` of scratch; work: float64, 16·n of scratch.
     For verification, images: int32 `[lines, variants · checks, 64]`, from the first feature on, as `Checks` has them by
     lines; sums `[checks, tokens, SUM_LANES]` int32 grows, all lanes together, by Σ_j top_j times image j of variant
     variants[t], where top_j is what is sent: the word without the bytes that are not.
@@ -183,6 +160,8 @@ def encrypt(
     group_size = rank * 16 * n
     per_block, step = (rank, 1) if packing == 1 else (2 * rank - 1, -1)
     ahead_size = 8 * group_size // packing
+    aligned = (planes_ + p_at) % LINE_BYTES == 0 and plane % LINE_BYTES == 0 and p_row % LINE_BYTES == 0
+    past_caches = past_caches and aligned
     for j in range(0, features, WIDTH * lines):
         columns = min(WIDTH * lines, features - j)
         for g in range((columns + 7) // 8):
@@ -204,8 +183,9 @@ def encrypt(
                     for k in range(0, 256, 64):
                         prefetch(x_, 4 * (row + ahead * x_row) + k)
                     prefetch(error_, e + ahead * features)
-                    for limb in range(limbs):
-                        prefetch_to_write(planes_, out + limb * plane + ahead * p_row)
+                    if not past_caches:
+                        for limb in range(limbs):
+                            prefetch_to_write(planes_, out + limb * plane + ahead * p_row)
                     to = factor_ + 8 * i
                     plain = line_of(
                         _plain(x_, row, to, 0, scale, error_, e), _plain(x_, row, to, 8, scale, error_, e),
@@ -214,7 +194,10 @@ def encrypt(
                         _plain(x_, row, to, 48, scale, error_, e), _plain(x_, row, to, 56, scale, error_, e),
                     )  # fmt: skip
                     top = top_of_line(plain + load_line(tile_ + masks + 32 * t, 4 * stride), half, dropped)
-                    _pack(limbs, top, planes_ + out, plane)
+                    if past_caches:
+                        pack_past_caches(limbs, top, planes_ + out, plane)
+                    else:
+                        pack(limbs, top, planes_ + out, plane)
                     for check in range(checks):
                         sum_at = SUM_LANES * (check * tokens + t)
                         add_dot(top, images_ + 4 * (image + WIDTH * check), sums_ + 4 * sum_at)
@@ -228,6 +211,7 @@ def encrypt(
                     for check in range(checks):
                         factor = images_flat[image + WIDTH * check + k]
                         sums[SUM_LANES * (check * tokens + t)] += word * factor
+    stores_done()
 
 
 @compiled
@@ -282,7 +266,7 @@ def decrypt(
                     prefetch(planes_, at + limb * plane + _AHEAD * p_row)
                 for k in range(0, 256, 64):
                     prefetch_to_write(result_, 4 * (r + _AHEAD * r_row) + k)
-                top = _unpack(limbs, planes_ + at, plane)
+                top = unpack(limbs, planes_ + at, plane)
                 if vector_rows > 0:
                     add_dot(top, vectors_ + 4 * vector, sums_ + 4 * SUM_LANES * (check * tokens + t))
                 line = line_shifted_up(top, dropped) - load_line(tile_ + 32 * t, 4 * stride)

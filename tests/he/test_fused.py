@@ -125,6 +125,14 @@ def test_every_ring_dim_from_the_smallest_on(ring_dim: int, rank: int, packed: b
     check_against_the_simple_path(params, 2 * ring_dim + 3, (5, 70), 3, 2)
 
 
+@pytest.mark.parametrize("features", [64, 192, 200, 32])
+@pytest.mark.parametrize("limbs", [2, 3, 4])
+def test_wire_bytes_past_the_caches(monkeypatch: pytest.MonkeyPatch, features: int, limbs: int) -> None:
+    """As large ciphertexts are written where their lines are cache lines, and as others where they are not."""
+    monkeypatch.setattr(fused, "_PAST_CACHES", 0)
+    check_against_the_simple_path(TOY, 55, (5, features), limbs, 2)
+
+
 def test_a_ring_too_small_for_the_kernels_is_refused() -> None:
     """At ring_dim 8 and below they would leave words of the masks unwritten, and so send them in the clear."""
     for ring_dim in (4, 8):

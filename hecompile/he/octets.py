@@ -1,0 +1,44 @@
+"""A line's words to wire bytes and back, for a number of limbs that is known only when the kernel runs."""
+
+# mypy: disallow-untyped-defs = False
+from __future__ import annotations
+
+from hecompile.he.kernels import inlined
+from hecompile.he.lines import pack_line, pack_line_past_caches, unpack_line
+
+
+@inlined
+def pack(limbs, line, out, plane):
+    if limbs == 1:
+        pack_line(1, line, out, plane)
+    elif limbs == 2:
+        pack_line(2, line, out, plane)
+    elif limbs == 3:
+        pack_line(3, line, out, plane)
+    else:
+        pack_line(4, line, out, plane)
+
+
+@inlined
+def pack_past_caches(limbs, line, out, plane):
+    if limbs == 1:
+        pack_line_past_caches(1, line, out, plane)
+    elif limbs == 2:
+        pack_line_past_caches(2, line, out, plane)
+    elif limbs == 3:
+        pack_line_past_caches(3, line, out, plane)
+    else:
+        pack_line_past_caches(4, line, out, plane)
+
+
+@inlined
+def unpack(limbs, source, plane):
+    if limbs == 1:
+        line = unpack_line(1, source, plane)
+    elif limbs == 2:
+        line = unpack_line(2, source, plane)
+    elif limbs == 3:
+        line = unpack_line(3, source, plane)
+    else:
+        line = unpack_line(4, source, plane)
+    return line
