@@ -78,6 +78,8 @@ def infer(
             f"{plan} is a polynomial plan: give one --worker, where `hecompile ckks serve` listens, and leave out "
             f"{', '.join(given or others)}; an adapter is merged by `hecompile ckks export --adapter`"
         )
+    if not polynomial and not worker and worker_bundle is None:
+        raise InputError("name who multiplies: --worker, an address, or --worker-bundle to run a worker in this process")
     if bool(prompts) == (prompts_file is not None):
         raise InputError("give prompts as arguments or in --prompts-file, one or the other")
     if prompts_file is None:

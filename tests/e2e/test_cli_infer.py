@@ -109,3 +109,9 @@ def test_an_adapter_of_another_model_is_refused(build: Build, adapter_directory:
     path.write_text(json.dumps(config | {"r": 4}))
     with pytest.raises(HecompileError, match="r is 4 but the model's is 8"):
         infer(build, "A", "--adapter", str(adapter_directory))
+
+
+def test_no_worker_named(build: Build) -> None:
+    result = CliRunner().invoke(app, ["infer", str(build.client.directory), "The"])
+    assert isinstance(result.exception, HecompileError)
+    assert "--worker, an address, or --worker-bundle" in str(result.exception)
