@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecompile.ckks.transform import backward, compiled, forward, inlined
+from hecompile.ckks.transform import backward, forward, inlined
+from hecompile.jit import compiled
 
 _LAZY = 8  # products below 2^60 are summed so often before a reduction
 

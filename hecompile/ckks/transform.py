@@ -15,7 +15,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-compiled = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
+from hecompile.jit import compiled
+
 inlined = numba.njit(nogil=True, inline="always", boundscheck=False, error_model="numpy")
 
 

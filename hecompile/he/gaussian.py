@@ -6,7 +6,6 @@ from collections.abc import Callable
 from decimal import Decimal, localcontext
 from functools import cache
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,6 +13,7 @@ from hecompile.errors import SecurityError
 from hecompile.he import bytewise, comparisons
 from hecompile.he.scratch import scratch
 from hecompile.he.vectors import address
+from hecompile.jit import compiled
 
 SIGMA = 3.2
 """Standard deviation of the error."""
@@ -141,7 +141,7 @@ def gaussian_from_uniform(
     return samples
 
 
-@numba.njit(nogil=True, cache=True, boundscheck=False)
+@compiled
 def _look_up_vectors(top, second, steps, fine, samples, low, places, undecided):  # type: ignore[no-untyped-def]
     """Fills all of `samples` and `low` that is whole vectors; the places left open go to `undecided`. Returns how many bytes
     of `second` were used (more than there are if it has too few) and the number of places."""
@@ -171,7 +171,7 @@ def _look_up_vectors(top, second, steps, fine, samples, low, places, undecided):
 _top_byte_samples = comparisons.top_byte_samples(step_tables()[0].view(np.int8).tolist(), wants_second().tolist())
 
 
-@numba.njit(nogil=True, cache=True, boundscheck=False)
+@compiled
 def _compare_vectors(top, second, fine, samples, low, undecided):  # type: ignore[no-untyped-def]
     """The same where the processor lacks what `bytewise` is made of.
 
@@ -197,7 +197,7 @@ def _compare_vectors(top, second, fine, samples, low, undecided):  # type: ignor
     return used, left_open
 
 
-@numba.njit(nogil=True, cache=True, boundscheck=False)
+@compiled
 def _look_up(top, second, start, used, wanted, steps, fine, samples, low, undecided, left_open):  # type: ignore[no-untyped-def]
     """The same from place `start` on, one by one."""
     for i in range(start, top.size):
@@ -217,7 +217,7 @@ def _look_up(top, second, start, used, wanted, steps, fine, samples, low, undeci
     return used, left_open
 
 
-@numba.njit(nogil=True, cache=True, boundscheck=False)
+@compiled
 def _decide(top, low, undecided, tail, cdf, samples):  # type: ignore[no-untyped-def]
     """Fills the open places with the number of steps of the CDF that are at most u, of which `tail` has the low 6 bytes."""
     for k in range(undecided.size):

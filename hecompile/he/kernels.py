@@ -32,10 +32,10 @@ from hecompile.errors import SecurityError
 from hecompile.he.ring import SMALLEST_RING_DIM, HasRing, trinomial
 from hecompile.he.simd import fma, fnma
 from hecompile.he.vectors import LANES, address, broadcast, load_i32, load_real, real_address, store_real, to_real
+from hecompile.jit import compiled
 
 _LINE = 64
 
-compiled = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 inlined = numba.njit(forceinline=True, nogil=True, boundscheck=False, error_model="numpy")
 
 

@@ -135,7 +135,8 @@ read them after `stores_done`."""
 
 @intrinsic
 def stores_done(typing_context):  # type: ignore[no-untyped-def]
-    """Waits for all stores of this thread: those past the caches are in no order with others."""
+    """Waits for all stores of this thread: those past the caches are in no order with others. (On x86 this is MFENCE or an
+    instruction with LOCK, and either drains the buffers that combine such stores.)"""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.fence("seq_cst")

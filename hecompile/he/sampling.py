@@ -13,7 +13,6 @@ import threading
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import numba
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256, ChaCha20
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from hecompile.errors import InputError, SecurityError
 from hecompile.he.gaussian import ERROR_BOUND, SIGMA, gaussian_from_uniform, second_bytes
 from hecompile.he.scratch import scratch
+from hecompile.jit import compiled
 
 __all__ = ["ERROR_BOUND", "SIGMA", "OneTimeSecret", "PublicSeed", "PublicStream", "SecretRandom", "Unsharable"]
 
@@ -205,7 +205,7 @@ class _Keystream(Unsharable):
         return target[:count]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _ternary_from_bits(raw, samples, filled):  # type: ignore[no-untyped-def]
     """Fills `samples` from place `filled` on with pairs of bits, less 1, that are not 3; returns how many it has then."""
     for byte in raw:

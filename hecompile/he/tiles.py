@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from hecompile.he.inverse import inner_product, last_join4, prefetch_lines
-from hecompile.he.kernels import compiled, forward_at, inlined
+from hecompile.he.kernels import forward_at, inlined
 from hecompile.he.lines import (
     GROUPS,
     LINE_BYTES,
@@ -47,6 +47,7 @@ from hecompile.he.vectors import (
     store_f32,
     store_i32,
 )
+from hecompile.jit import compiled
 
 WIDTH = LANES * GROUPS
 """Features of a line: 64, whose bytes of one plane are one cache line. A tile has whole lines of every token."""

@@ -48,10 +48,14 @@ def key_of(params: RingParameters, linear: LinearParameters, scale: np.ndarray, 
 
 
 def check_against_the_simple_path(
-    params: RingParameters, tokens: int, shape: tuple[int, int], limbs: int, reply_bytes: int, extreme: bool = False
-) -> None:
+    params: RingParameters, tokens: int, shape: tuple[int, int], limbs: int, reply_bytes: int, extreme: bool = False,
+    offset: int = 0,
+) -> None:  # fmt: skip
+    """offset: bytes from a cache line to where the ciphertext begins."""
     out_features, in_features = shape
     weight = weights(out_features, in_features)
+    if limbs == 1:
+        weight = weight.sign()  # larger ones leave no room for an input
     linear = LinearParameters.from_weight(weight, limbs, reply_bytes)
     public = PublicMatrix(params, SEED, in_features + 3)
     rng = np.random.default_rng(7)
@@ -73,7 +77,7 @@ def check_against_the_simple_path(
 
     wanted, simple_key = _encrypt_with(public, list(secrets), error, integers, linear)
     key = key_of(params, linear, scale, secrets)
-    planes = torch.full(wanted.planes.shape, 99, dtype=torch.uint8)
+    planes = torch.full((wanted.planes.numel() + offset,), 99, dtype=torch.uint8)[offset:].reshape(wanted.planes.shape)
     secrets_now = key.secrets_extended() if params.packed else key.secrets_transformed()
     for part in fused._parts(in_features, tokens):
         own_error = np.ascontiguousarray(error[:, part])
@@ -125,12 +129,14 @@ def test_every_ring_dim_from_the_smallest_on(ring_dim: int, rank: int, packed: b
     check_against_the_simple_path(params, 2 * ring_dim + 3, (5, 70), 3, 2)
 
 
-@pytest.mark.parametrize("features", [64, 192, 200, 32])
-@pytest.mark.parametrize("limbs", [2, 3, 4])
-def test_wire_bytes_past_the_caches(monkeypatch: pytest.MonkeyPatch, features: int, limbs: int) -> None:
+@pytest.mark.parametrize(("features", "offset"), [(64, 0), (192, 0), (200, 0), (32, 0), (192, 32), (192, 1)])
+@pytest.mark.parametrize(("limbs", "reply_bytes"), [(1, 1), (2, 2), (3, 2), (4, 2)])
+def test_wire_bytes_past_the_caches(
+    monkeypatch: pytest.MonkeyPatch, features: int, offset: int, limbs: int, reply_bytes: int
+) -> None:
     """As large ciphertexts are written where their lines are cache lines, and as others where they are not."""
     monkeypatch.setattr(fused, "_PAST_CACHES", 0)
-    check_against_the_simple_path(TOY, 55, (5, features), limbs, 2)
+    check_against_the_simple_path(TOY, 55, (5, features), limbs, reply_bytes, offset=offset)
 
 
 def test_a_ring_too_small_for_the_kernels_is_refused() -> None:
