@@ -3,32 +3,31 @@
 # mypy: disallow-untyped-defs = False
 from __future__ import annotations
 
+from typing import Any
+
 from hecompile.he.kernels import inlined
 from hecompile.he.lines import pack_line, pack_line_past_caches, unpack_line
 
 
-@inlined
-def pack(limbs, line, out, plane):
-    if limbs == 1:
-        pack_line(1, line, out, plane)
-    elif limbs == 2:
-        pack_line(2, line, out, plane)
-    elif limbs == 3:
-        pack_line(3, line, out, plane)
-    else:
-        pack_line(4, line, out, plane)
+def _by_limbs(pack_line: Any) -> Any:
+    """The function of that name in `lines`, or its like, with `limbs` no constant."""
+
+    @inlined
+    def pack(limbs, line, out, plane):
+        if limbs == 1:
+            pack_line(1, line, out, plane)
+        elif limbs == 2:
+            pack_line(2, line, out, plane)
+        elif limbs == 3:
+            pack_line(3, line, out, plane)
+        else:
+            pack_line(4, line, out, plane)
+
+    return pack
 
 
-@inlined
-def pack_past_caches(limbs, line, out, plane):
-    if limbs == 1:
-        pack_line_past_caches(1, line, out, plane)
-    elif limbs == 2:
-        pack_line_past_caches(2, line, out, plane)
-    elif limbs == 3:
-        pack_line_past_caches(3, line, out, plane)
-    else:
-        pack_line_past_caches(4, line, out, plane)
+pack = _by_limbs(pack_line)
+pack_past_caches = _by_limbs(pack_line_past_caches)
 
 
 @inlined
