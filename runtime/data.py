@@ -110,7 +110,7 @@ def eos_and_pad(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Return the token ids that `prompt` begins an example with: bos if the tokenizer adds one, and no eos."""
-    ids: list[int] = list(tokenizer(prompt)["input_ids"])
+    ids: list[int] = list(tokenizer(prompt, verbose=False)["input_ids"])
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     return ids
@@ -179,7 +179,7 @@ def _encode(
         lengths, prompt_length = f"text has {len(ids) - 1} tokens", 1
     else:
         start = encode_prompt(tokenizer, prompt)
-        answer: list[int] = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+        answer: list[int] = list(tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"])
         ids = [*start, *answer, eos]
         lengths, prompt_length = f"prompt has {len(start)} tokens and completion {len(answer)}", max(1, len(start))
     if len(ids) > limit:

@@ -20,14 +20,14 @@ def complete(
     alone.
     """
     plan, tokenizer = session.plan, session.tokenizer
-    rows = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
-    for prompt, row in zip(prompts, rows, strict=True):
+    rows = [list(tokenizer(prompt, verbose=False)["input_ids"]) for prompt in prompts]
+    for number, row in enumerate(rows, 1):
         if not row:
-            raise InputError("a prompt has no tokens")
+            raise InputError(f"prompt {number} has no tokens: give it some text")
         if len(row) + new_tokens - 1 > plan.sequence_length:
             raise InputError(
-                f"a prompt of {len(row)} tokens and {new_tokens} new ones are more than the plan's {plan.sequence_length}: "
-                f"{prompt[:20]!r}…"
+                f"prompt {number} has {len(row)} tokens, with {new_tokens} new ones more than the plan's "
+                f"{plan.sequence_length}: shorten it, ask for fewer or export with a larger --sequence-length"
             )
         if plan.last_only and (len(row) != plan.sequence_length or new_tokens > 1):
             raise InputError(f"the plan has logits of the last position alone: prompts need {plan.sequence_length} tokens")

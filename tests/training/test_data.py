@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,18 @@ def test_an_example_may_fill_the_largest_bucket_and_not_exceed_it(tmp_path: Path
     assert SECRET not in str(caught.value)
     with pytest.raises(InputError, match="line 1: text has 3 tokens, with eos 4, over the limit of 3"):
         load_examples(path, TOKENIZER, BUCKETS, max_length=3)
+
+
+def test_a_long_line_has_one_message_and_no_warning_of_transformers_besides(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = 8
+    for record in ({"text": "a" * 40}, {"prompt": "a" * 40, "completion": "b" * 40}):
+        with pytest.raises(InputError, match="over the limit of 32"):
+            load_examples(write_jsonl(tmp_path / "a.jsonl", [record]), tokenizer, BUCKETS)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
