@@ -29,7 +29,7 @@ def _mask_group(words, rank, n, roots, secret, values, work, mask):
     for k in range(rank):
         forward_at(words_, 16 * n * k, n, roots_, values_, 16 * n * k)
     # Nothing is asked for ahead: the words of the next group are not there yet.
-    h, _ = inner_product(values_, 0, address(secret), 0, 2 * n, rank, n, roots_, roots.size, work_, values_, 0)
+    h, _ = inner_product(values_, 0, address(secret), 0, 2 * n, rank, n, n, roots_, roots.size, work_, values_, 0)
     for p in range(h):
         r0, i0, r1, i1, r2, i2, r3, i3 = last_join4(work_, 16 * p, 16 * h, roots_)
         store_i32(to, 8 * p, round_mod_2_32(r0))

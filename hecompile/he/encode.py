@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.errors import InputError, NotFiniteError
-from hecompile.he.parameters import LinearParameters
 
-_SMALLEST_SCALE = torch.finfo(torch.float64).tiny
+SMALLEST_SCALE = torch.finfo(torch.float64).tiny
+"""Of a token; one with a smaller one is encoded as zeros."""
 
 
 def encode(x: Tensor, bound: int, norm_bound: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -42,28 +40,11 @@ def encode(x: Tensor, bound: int, norm_bound: float = 0.0) -> tuple[Tensor, Tens
     if norm_bound > 0:
         length = torch.linalg.vector_norm(exact, dim=1, keepdim=True)  # [T, 1]
         scale = torch.minimum(scale, length / norm_bound)
-    dark = scale < _SMALLEST_SCALE  # below, scale would have lost precision and its inverse could be infinite
+    dark = scale < SMALLEST_SCALE  # below, scale would have lost precision and its inverse could be infinite
     scale = scale.masked_fill(dark, 0.0)
     inverse = (1 / scale).masked_fill(dark, 0.0)
     # A largest value of bound · (1 + 2^-51) at most rounds to bound; the norm bound has slack of its own.
     return torch.mul(exact, inverse).round_().to(torch.int32), scale
-
-
-def token_scales(
-    largest: NDArray[np.float64], length: NDArray[np.float64], linear: LinearParameters
-) -> NDArray[np.float64]:
-    """The scales that `encode` chooses for `linear`, from the largest magnitude and Euclidean length of each token.
-
-    Args:
-        largest, length: float64 `[T]`, finite.
-
-    Returns:
-        float64 `[T]`; 0 for a token that is to be encoded as zeros.
-    """
-    scale = largest / linear.input_bound
-    if linear.norm_bound > 0:
-        scale = np.minimum(scale, length / linear.norm_bound)
-    return np.where(scale < _SMALLEST_SCALE, 0.0, scale)
 
 
 def decode(y: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from hecompile.errors import InputError, NotFiniteError, SecurityError
 from hecompile.he import tiles
-from hecompile.he.encode import token_scales
 from hecompile.he.hints import Hint
 from hecompile.he.kernels import roots
 from hecompile.he.lines import SUM_LANES
-from hecompile.he.norms import row_norms
+from hecompile.he.norms import row_scales
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.sampling import SecretRandom
@@ -35,6 +34,10 @@ _TOKENS = 2048
 
 _CHUNK = 2**20
 """Words encrypted or decrypted by one call of a kernel: large against the cost of the call, small against all of it."""
+
+_SHARED_FROM = 2**20
+"""Masks of a ciphertext or reply from which on two threads share them. Waking a thread takes a tenth of a millisecond, and
+as long again to wait for it where it is late: smaller ones are done sooner by one."""
 
 _PAST_CACHES = 2**20
 """Bytes of a ciphertext from which on they are written past the caches: a store to a line that no cache has reads it from
@@ -90,14 +93,14 @@ def encrypt_reals(
         raise SecurityError(f"ring_dim {public.params.ring_dim} does not divide {_TOKENS}: choose a ring of the catalogue")
     factors = _factors(column_scale, linear.in_features)
     rows = x.detach().contiguous()
-    scale = token_scales(*_norms(rows, factors), linear)  # float64 [T]
+    scale = _scales(rows, factors, linear)
     live = None
     if not scale.all():
         live = torch.from_numpy(np.flatnonzero(scale))
         rows, scale = rows[live], scale[live.numpy()]
     params = public.params
     secrets = [keygen(params).spend() for _ in blocks(len(rows), params.ring_dim)]
-    stacked = np.stack(secrets) if secrets else np.empty((0, params.rank, params.ring_dim), dtype=np.int8)
+    stacked = np.array(secrets, dtype=np.int8).reshape(-1, params.rank, params.ring_dim)
     random = SecretRandom()
     expectation = None if checks is None else Expectation.of(checks, len(rows), random)
     key = RealKey(params, linear, stacked, scale, live, len(x), expectation)
@@ -111,7 +114,7 @@ def encrypt_reals(
             lambda part: _encrypt_part(
                 matrix, transformed, rows, factors, key, planes, part, _errors(random, len(rows), part)
             ),
-            _parts(linear.in_features, len(rows)),
+            _parts(linear.in_features, len(rows), params),
         )
     return Ciphertext(planes), key
 
@@ -176,7 +179,7 @@ def decrypt_reals(
         received = Received(key.expectation, key.tokens)
         for_each(
             lambda part: _decrypt_part(key, hint, planes, linear, factors, result, part, received),
-            _parts(linear.out_features, key.tokens),
+            _parts(linear.out_features, key.tokens, key.params),
         )
         received.refuse_unless_right(linear)
     if key.live is None:
@@ -223,24 +226,25 @@ def _checking(
     return factors, key.expectation.sums.shape[1], key.expectation.variants
 
 
-def _norms(rows: Tensor, factors: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Of each row times `factors`: the largest magnitude and the Euclidean length, float64 `[T]` each.
+def _scales(rows: Tensor, factors: NDArray[np.float64], linear: LinearParameters) -> NDArray[np.float64]:
+    """Of each row times `factors`, as `encode` chooses it: float64 `[T]`, 0 for a row of zeros.
 
     Raises:
         NotFiniteError: a value is infinite or NaN.
     """
     tokens, features = rows.shape
-    largest, squares = np.empty(tokens), np.empty(tokens)
+    scales = np.empty(tokens)
     flat = rows.numpy().reshape(-1)
 
     def measure(part: slice) -> None:
         piece = flat[part.start * features : part.stop * features]
-        row_norms(piece, features, features, part.stop - part.start, factors, largest[part], squares[part])
+        count = part.stop - part.start
+        row_scales(piece, features, features, count, factors, linear.input_bound, linear.norm_bound, scales[part])
 
-    for_each(measure, slices(tokens, max(1, min(_CHUNK // features, math.ceil(tokens / 2)))))
-    if not np.isfinite(squares).all():
+    for_each(measure, slices(tokens, max(1, _CHUNK // features)))
+    if math.isnan(scales.min(initial=1.0)):
         raise NotFiniteError("a value to encrypt is infinite or NaN: training has diverged or the model has overflowed")
-    return largest, np.sqrt(squares)
+    return scales
 
 
 def _factors(scale: Tensor | None, features: int) -> NDArray[np.float64]:
@@ -251,8 +255,9 @@ def _factors(scale: Tensor | None, features: int) -> NDArray[np.float64]:
     return scale.detach().double().contiguous().numpy()
 
 
-def _parts(features: int, tokens: int) -> list[slice]:
-    """Pieces of whole tiles, at least two where there are threads to share them."""
-    shared = math.ceil(features / min(2, torch.get_num_threads()))
+def _parts(features: int, tokens: int, params: RingParameters) -> list[slice]:
+    """Pieces of whole tiles, at least two where there are threads to share them and they take long enough."""
+    masks = features * params.ring_dim * math.ceil(tokens / params.ring_dim)  # those beyond the tokens are not read
+    shared = math.ceil(features / (2 if masks >= _SHARED_FROM and torch.get_num_threads() > 1 else 1))
     step = max(1, min(_CHUNK // max(1, tokens), shared) // tiles.WIDTH) * tiles.WIDTH
     return slices(features, step)

@@ -39,8 +39,10 @@ def inner(matrix, a, rank_step, secret, s, secret_step, rank):
 
 
 @inlined
-def inner_product(matrix, at, secret, s, secret_step, rank, n, roots, root_count, work, ahead, lines):
+def inner_product(matrix, at, secret, s, secret_step, rank, n, wanted, roots, root_count, work, ahead, lines):
     """The product with the secret and all passes of the inverse transform but the last: `work` gets `[n, 2, 8]`.
+
+    Of each quarter that the last pass joins it gets the first `wanted` points, at least.
 
     Σ_k matrix[at + 16·n·k] · secret[s + k·secret_step], each of these n points, the second's step in numbers.
     The first pass waits for memory and the others do not: while they compute, `lines` cache lines per four points are asked
@@ -78,7 +80,7 @@ def inner_product(matrix, at, secret, s, secret_step, rank, n, roots, root_count
         r -= 6 * nodes
         step = 16 * h
         for node in range(nodes):
-            for p in range(h):
+            for p in range(min(h, wanted)):
                 a = 64 * h * node + 16 * p
                 _store4(work, a, step, *load_and_join4(work, a, step, roots, r + 6 * node))
                 ahead = prefetch_lines(ahead, lines)

@@ -1,20 +1,22 @@
-"""What the scale of a token is chosen from: the largest value and the length of its row, in one pass over memory."""
+"""The scale of a token, from the largest value and the length of its row, in one pass over memory."""
 
 # mypy: disallow-untyped-defs = False
 from __future__ import annotations
 
 import numpy as np
 
+from hecompile.he.encode import SMALLEST_SCALE
 from hecompile.he.simd import absolute, fma, maximum
 from hecompile.he.vectors import address, load_f32, load_f64, splat, store_f64
 from hecompile.jit import compiled
 
 
 @compiled
-def row_norms(x, x_row, features, tokens, factors, largest, squares):
-    """Of each row of x · factors: the largest magnitude and the sum of squares, both float64 `[tokens]`.
+def row_scales(x, x_row, features, tokens, factors, input_bound, norm_bound, scales):
+    """The scale that `encode` chooses for each row of x · factors: float64 `[tokens]`.
 
-    The sum is not finite where an x is not; the maximum may then be anything.
+    x: float32, feature k of token t at `t·x_row + k`; factors: float64 `[features]`. 0 for a row that is to be encoded as
+    zeros; NaN where a value is not finite, or the sum of squares.
     """
     x_, factor_ = address(x), address(factors)
     whole, vectors = features // 32 * 32, features // 8 * 8
@@ -46,4 +48,11 @@ def row_norms(x, x_row, features, tokens, factors, largest, squares):
             last = np.float64(x[row + k]) * factors[k]
             peak = max(peak, abs(last))
             length += last * last
-        largest[t], squares[t] = peak, length
+        scale = peak / input_bound
+        if norm_bound > 0:
+            scale = min(scale, np.sqrt(length) / norm_bound)
+        if not np.isfinite(length):  # the maximum of vectors may then be anything
+            scale = np.nan
+        elif scale < SMALLEST_SCALE:
+            scale = 0.0
+        scales[t] = scale

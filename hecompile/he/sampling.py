@@ -8,6 +8,7 @@ a test: tests use the deterministic functions below these types instead.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from dataclasses import dataclass
@@ -158,8 +159,11 @@ class SecretRandom(Unsharable):
 
         `out`: int8, flat, of as many elements, to be filled and returned in that shape.
         """
-        count = int(np.prod(shape, dtype=np.int64))
+        count = math.prod(shape)
         samples = np.empty(count, dtype=np.int8) if out is None else out
+        if count <= _FEW:
+            drawn = np.frombuffer(bytearray(os.urandom(count + second_bytes(count))), dtype=np.uint8)
+            return gaussian_from_uniform(drawn[:count], drawn[count:], os.urandom, samples).reshape(shape)
         keystream = _Keystream()
         for start in range(0, count, _PIECE):
             piece = samples[start : min(start + _PIECE, count)]
@@ -170,6 +174,8 @@ class SecretRandom(Unsharable):
         return samples.reshape(shape)
 
 
+_FEW = 1 << 10
+"""Samples whose random bits the operating system draws sooner than a cipher is set up."""
 _PIECE = 1 << 20
 """Samples drawn at a time."""
 _ROOM = 15

@@ -20,6 +20,10 @@ def for_each(work: Callable[[Part], None], parts: Sequence[Part]) -> None:
     each other's free places would wait for ever.
     """
     threads = 1 if getattr(_LOCAL, "working", False) else min(torch.get_num_threads(), len(parts))
+    if threads <= 1:
+        for part in parts:
+            work(part)
+        return
     remaining, lock, todo = iter(parts), threading.Lock(), [work]
 
     def share() -> None:

@@ -80,12 +80,12 @@ def _inner_product(
     lines = lines_per_step(size, tokens, n)
     for token in range(0, tokens, 2 * n):
         secret = token * per_block + 2 * n * first
-        h, ahead = inner_product(
-            matrix, base, secrets, secret, 2 * n * step, rank, n, roots, root_count, work, ahead, lines
-        )
         m = min(2 * n, tokens - token)
+        h, ahead = inner_product(
+            matrix, base, secrets, secret, 2 * n * step, rank, n, m, roots, root_count, work, ahead, lines
+        )
         to = tile + 4 * (at + 8 * token)
-        for p in range(h):
+        for p in range(min(h, m)):
             r0, i0, r1, i1, r2, i2, r3, i3 = last_join4(work, 16 * p, 16 * h, roots)
             _store_mask(r0, to, p, m)
             _store_mask(r1, to, p + h, m)
@@ -101,12 +101,11 @@ def _inner_product(
 @inlined
 def lines_per_step(size, tokens, n):
     """Cache lines per four points that passes after the first ask for, to have asked for `size` bytes at the end."""
-    passes = 0
-    left = n
-    while left > 4:
-        left //= 4
-        passes += 1
-    steps = passes * (n // 4) * ((tokens + 2 * n - 1) // (2 * n))
+    steps, quarter = 0, n // 4
+    while quarter > 1:
+        of_quarters = min(quarter, tokens % (2 * n)) + tokens // (2 * n) * quarter
+        steps += n // (4 * quarter) * of_quarters
+        quarter //= 4
     return (size + 64 * steps - 1) // (64 * steps)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from hecompile.errors import InputError, SecurityError, WorkerError
 from hecompile.he import fused
-from hecompile.he.encode import decode
+from hecompile.he.encode import decode, encode
 from hecompile.he.fused import RealKey, decrypt_reals, encrypt_reals
 from hecompile.he.hints import Hint
 from hecompile.he.kernels import interleave, transform
@@ -67,11 +67,10 @@ def check_against_the_simple_path(
         secrets[:], error[:] = 1, ERROR_BOUND
         x = x.sign() * 7.0
     column, row = torch.rand(in_features) + 0.5, torch.rand(out_features) + 0.5
-    largest, length = fused._norms(x, column.double().numpy())
     exact = x.double() * column.double()
-    assert np.array_equal(largest, exact.abs().amax(dim=1).numpy())
-    assert np.allclose(length, exact.norm(dim=1).numpy(), rtol=1e-12, atol=0)
-    scale = fused.token_scales(largest, length, linear)
+    scale = fused._scales(x, column.double().numpy(), linear)
+    by_encode = encode(exact, linear.input_bound, linear.norm_bound)[1][:, 0].numpy()
+    assert np.allclose(scale, by_encode, rtol=1e-12, atol=0)
     integers = (exact * torch.from_numpy(1 / scale)[:, None]).round().long()
     assert bool(linear.admits(integers).all())
 
@@ -79,7 +78,7 @@ def check_against_the_simple_path(
     key = key_of(params, linear, scale, secrets)
     planes = torch.full((wanted.planes.numel() + offset,), 99, dtype=torch.uint8)[offset:].reshape(wanted.planes.shape)
     secrets_now = key.secrets_extended() if params.packed else key.secrets_transformed()
-    for part in fused._parts(in_features, tokens):
+    for part in fused._parts(in_features, tokens, params):
         own_error = np.ascontiguousarray(error[:, part])
         fused._encrypt_part(
             public.transformed(in_features), secrets_now, x, column.double().numpy(), key, planes, part, own_error
@@ -126,7 +125,8 @@ def test_packed_rings(rank: int, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize(("rank", "packed"), [(1, False), (3, False), (2, True), (6, True)])
 def test_every_ring_dim_from_the_smallest_on(ring_dim: int, rank: int, packed: bool) -> None:
     params = test_insecure_parameters(ring_dim, rank, packed=packed)
-    check_against_the_simple_path(params, 2 * ring_dim + 3, (5, 70), 3, 2)
+    for more in (1, ring_dim // 8 - 1, ring_dim // 8, ring_dim // 8 + 1, ring_dim // 2 + 1):  # a quarter of the points
+        check_against_the_simple_path(params, 2 * ring_dim + more, (5, 70), 3, 2)
 
 
 @pytest.mark.parametrize(("features", "offset"), [(64, 0), (192, 0), (200, 0), (32, 0), (192, 32), (192, 1)])

@@ -75,9 +75,10 @@ def test_ternary_draws_again_after_rejections(monkeypatch: pytest.MonkeyPatch) -
     assert drawn == []
 
 
-def test_gaussian_has_its_distribution() -> None:
+@pytest.mark.parametrize("at_once", [1, 1024], ids=["many", "few"])
+def test_gaussian_has_its_distribution(at_once: int) -> None:
     count, edge = 1 << 20, 12
-    samples = SecretRandom().discrete_gaussian((1024, count // 1024))
+    samples = np.concatenate([SecretRandom().discrete_gaussian((1024 // at_once, 1024)) for _ in range(at_once)])
     assert samples.shape == (1024, 1024)
     assert samples.dtype == np.int8
     weight = {k: math.exp(-(k**2) / (2 * SIGMA**2)) for k in range(-60, 61)}
@@ -262,7 +263,7 @@ def test_a_cipher_that_writes_too_little_is_noticed(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(sampling, "Cipher", Short)
     with pytest.raises(SecurityError, match="random bytes"):
-        SecretRandom().discrete_gaussian((8,))
+        SecretRandom().discrete_gaussian((4096,))
 
 
 def test_comparisons_refuse_a_table_that_does_not_grow_by_ones() -> None:
