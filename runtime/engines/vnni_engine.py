@@ -16,8 +16,14 @@ from runtime.engines.weights import Weights
 PIECES_PER_THREAD = 16
 """Pieces of work for each thread, so that none waits long for the last; wide layers have so many panels anyway."""
 
+PACKING_TOKENS = 10
+"""Packing a panel takes about as long as multiplying so many tokens."""
+
 SMALLEST_BLOCK = 256
-"""Tokens that packing a panel must be worth: it takes about as long as 10 tokens."""
+"""Tokens that packing a panel must be worth."""
+
+WORK_PER_THREAD = 10_000_000
+"""Products of a weight digit and a token, packing included, that a thread is worth waking for: about 0.15 ms."""
 
 
 class VnniEngine:
@@ -46,7 +52,8 @@ class VnniEngine:
         digits = tuple(digit.view(np.uint8) for digit in weight.digits)
         quads = -(-spec.in_features // 4)
         planes = _in_quads(planes, quads)
-        block = block_tokens(tokens, spec.out_features, limbs, self._threads)
+        threads = min(self._threads, threads_worth(spec.in_features * spec.out_features * len(digits), tokens))
+        block = block_tokens(tokens, spec.out_features, limbs, threads)
         reply = np.empty((spec.reply_bytes, tokens, spec.out_features), dtype=np.uint8)
         counter = np.zeros(1, dtype=np.int64)
         work = product_kernel(limbs, len(digits))
@@ -55,12 +62,17 @@ class VnniEngine:
             packed = aligned((len(digits), quads, PANEL))
             work(planes, digits, weight.transposed, block, counter, packed, reply)
 
-        helpers: list[Future[None]] = [self._pool.submit(share) for _ in range(self._threads - 1)]
+        helpers: list[Future[None]] = [self._pool.submit(share) for _ in range(threads - 1)]
         share()
         for helper in helpers:
             if not helper.cancel():  # one that has not begun has nothing left to do
                 helper.result()
         return reply
+
+
+def threads_worth(weight_digits: int, tokens: int) -> int:
+    """Threads for a request; waking more would take longer than they save."""
+    return max(1, weight_digits * (tokens + PACKING_TOKENS) // WORK_PER_THREAD)
 
 
 def block_tokens(tokens: int, out_features: int, limbs: int, threads: int) -> int:

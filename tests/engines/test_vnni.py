@@ -13,7 +13,7 @@ from hecompile.worker_bundle import WorkerBundle
 from passes.lower_worker import encrypted_linear_reference
 from runtime import engines
 from runtime.engines import create_engine, vnni_engine, vnni_kernel
-from runtime.engines.vnni_engine import SMALLEST_BLOCK, VnniEngine, aligned, block_tokens
+from runtime.engines.vnni_engine import SMALLEST_BLOCK, VnniEngine, aligned, block_tokens, threads_worth
 from tests.worker.bundles import extreme_planes, extreme_weight, write_bundle
 
 needs_vnni = pytest.mark.skipif(not vnni_kernel.supported(), reason="this CPU has no AVX512-VNNI")
@@ -26,7 +26,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> WorkerBundle:
     return write_bundle(tmp_path_factory.mktemp("vnni") / "worker", linears)
 
 
+@pytest.fixture
+def _every_thread_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vnni_engine, "WORK_PER_THREAD", 1)
+
+
 @needs_vnni
+@pytest.mark.usefixtures("_every_thread_takes_part")
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("tokens", [1, 2, 2 * SMALLEST_BLOCK + 1])
 @pytest.mark.parametrize("name", SHAPES)
@@ -51,6 +57,7 @@ def test_sums_beyond_32_bits_wrap_as_the_scheme_wants(tmp_path: Path) -> None:
 
 
 @needs_vnni
+@pytest.mark.usefixtures("_every_thread_takes_part")
 def test_many_callers_at_once_get_their_own_replies(bundle: WorkerBundle) -> None:
     engine = VnniEngine(bundle, threads=2)
 
@@ -93,6 +100,12 @@ def test_blocks_are_whole_tiles_and_cover_every_token(limbs: int, tokens: int, o
         assert block >= min(tokens, SMALLEST_BLOCK)
     assert block_tokens(4096, 64, limbs, 64) < 4096  # one panel for 64 threads: the tokens are shared out
     assert block_tokens(4096, 64 * 64, limbs, 2) >= 4096  # panels enough
+
+
+def test_threads_are_woken_for_work_that_is_worth_it() -> None:
+    assert threads_worth(256 * 256, 1) == threads_worth(0, 0) == 1
+    assert threads_worth(2048 * 2048, 512) > 2
+    assert threads_worth(2048 * 2048, 4096) > threads_worth(2048 * 2048, 512)
 
 
 @pytest.mark.parametrize(("fast", "name"), [(True, "torch"), (False, "onnxruntime")])

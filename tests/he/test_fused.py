@@ -5,6 +5,7 @@ Where decryption is in float32 the results are those of the simple path within t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -166,6 +167,20 @@ def test_one_thread_and_several_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             check_against_the_simple_path(TOY, 30, (150, 210), 3, 2)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_share_what_is_worth_waking_them_for() -> None:
+    ring = next(iter(CATALOGUE.values()))
+    blocks_of_2048 = math.ceil(fused._SHARED_FROM / (2048 * ring.ring_dim))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert len(fused._parts(64, 1, ring)) == 1
+        assert len(fused._parts(2048, ring.ring_dim * (blocks_of_2048 - 1) + 1, ring)) == 2  # the last block counts whole
+        torch.set_num_threads(1)
+        assert len(fused._parts(2048, ring.ring_dim * (blocks_of_2048 - 1) + 1, ring)) == 1
     finally:
         torch.set_num_threads(before)
 
