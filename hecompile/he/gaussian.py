@@ -99,6 +99,12 @@ def second_bytes(count: int) -> int:
     return min(count, count // 8 + 1024) + _LANES
 
 
+def tail_bytes(count: int) -> int:
+    """How many of the remaining bytes to hold ready: 6 for each of one in 1024 samples and 16 more, of which one in 2300 is
+    undecided; where that is too few more are drawn."""
+    return 6 * (count // 1024 + 16)
+
+
 def gaussian_from_uniform(
     top: NDArray[np.uint8],
     second: NDArray[np.uint8],
@@ -132,7 +138,8 @@ def gaussian_from_uniform(
     elif count >= _LANES:
         done = count // _LANES * _LANES
         used, left_open = _compare_vectors(top, second, fine, samples, low, undecided)
-    used, left_open = _look_up(top, second, done, used, wanted, tables, fine, samples, low, undecided, left_open)
+    if done < count:
+        used, left_open = _look_up(top, second, done, used, wanted, tables, fine, samples, low, undecided, left_open)
     if used > second.size:
         raise SecurityError("too few random bytes were drawn for the errors: this is a defect, please report it")
     if left_open:

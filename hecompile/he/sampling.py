@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from numpy.typing import NDArray
 
 from hecompile.errors import InputError, SecurityError
-from hecompile.he.gaussian import ERROR_BOUND, SIGMA, gaussian_from_uniform, second_bytes
+from hecompile.he.gaussian import ERROR_BOUND, SIGMA, gaussian_from_uniform, second_bytes, tail_bytes
 from hecompile.he.scratch import scratch
 from hecompile.jit import compiled
 
@@ -166,11 +166,7 @@ class SecretRandom(Unsharable):
             return gaussian_from_uniform(drawn[:count], drawn[count:], os.urandom, samples).reshape(shape)
         keystream = _Keystream()
         for start in range(0, count, _PIECE):
-            piece = samples[start : min(start + _PIECE, count)]
-            size = piece.size + second_bytes(piece.size)
-            uniform = scratch("keystream", size + _ROOM, np.uint8)
-            keystream.fill(uniform)
-            gaussian_from_uniform(uniform[: piece.size], uniform[piece.size : size], keystream.take, piece)
+            _draw_gaussian(keystream, samples[start : min(start + _PIECE, count)])
         return samples.reshape(shape)
 
 
@@ -180,9 +176,9 @@ _PIECE = 1 << 20
 """Samples drawn at a time."""
 _ROOM = 15
 """Bytes more than wanted that the cipher asks room for."""
-_ZEROS = bytes(1 << 18)
+_ZEROS = bytes(1 << 20)
 """What is encrypted at a time: enough that threads seldom wait for Python's lock, which the cipher lets go of while it
-works and then wants back, and few enough that they stay in a cache."""
+works and then wants back."""
 
 
 class _Keystream(Unsharable):
@@ -209,6 +205,20 @@ class _Keystream(Unsharable):
         target = np.empty(count + _ROOM, dtype=np.uint8)
         self.fill(target)
         return target[:count]
+
+
+def _draw_gaussian(keystream: _Keystream, samples: NDArray[np.int8]) -> None:
+    """Fills them. All bytes that are likely to be wanted are drawn in one turn, for threads that wait for Python's lock."""
+    count = samples.size
+    known = count + second_bytes(count)
+    uniform = scratch("keystream", known + tail_bytes(count) + _ROOM, np.uint8)
+    keystream.fill(uniform)
+    tail = uniform[known:-_ROOM]
+
+    def more_bytes(wanted: int) -> NDArray[np.uint8]:
+        return tail[:wanted] if wanted <= tail.size else keystream.take(wanted)
+
+    gaussian_from_uniform(uniform[:count], uniform[count:known], more_bytes, samples)
 
 
 @compiled
