@@ -115,7 +115,8 @@ def infer(
         text = str(tokenizer.decode(list(answer.tokens), skip_special_tokens=True))
         match = None
         if wanted is not None:
-            match = list(answer.tokens) == [*tokenizer(wanted, add_special_tokens=False)["input_ids"], eos]
+            encoded = tokenizer(wanted, add_special_tokens=False, verbose=False)
+            match = list(answer.tokens) == [*encoded["input_ids"], eos]
         replies[number] = Reply(text, len(answer.tokens), answer.finish, match)
         if partial is not None:
             partial.add(number, replies[number])

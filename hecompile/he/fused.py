@@ -35,9 +35,9 @@ _TOKENS = 2048
 _CHUNK = 2**20
 """Words encrypted or decrypted by one call of a kernel: large against the cost of the call, small against all of it."""
 
-_SHARED_FROM = 3 * 2**18
-"""Masks of a ciphertext or reply from which on threads share them. To wake one and to wait for it takes 0.1 to 0.3 ms, and a
-million masks 1 to 2.5: fewer are done sooner by one thread."""
+_SHARED_FROM = 9 * 2**18
+"""Products of a number of the matrix and one of a secret, at n points, from which on threads share them. To wake one and to
+wait for it takes 0.1 to 0.3 ms, and a million of these 0.3 to 0.8: fewer are done sooner by one thread."""
 
 _PAST_CACHES = 2**20
 """Bytes of a ciphertext from which on they are written past the caches: a store to a line that no cache has reads it from
@@ -257,7 +257,7 @@ def _factors(scale: Tensor | None, features: int) -> NDArray[np.float64]:
 
 def _parts(features: int, tokens: int, params: RingParameters) -> list[slice]:
     """Pieces of whole tiles, at least two where there are threads to share them and they take long enough."""
-    masks = features * params.ring_dim * math.ceil(tokens / params.ring_dim)  # those beyond the tokens are not read
-    shared = math.ceil(features / (2 if masks >= _SHARED_FROM and torch.get_num_threads() > 1 else 1))
+    products = features * params.lattice_dim * math.ceil(tokens / params.ring_dim)  # of few tokens as of a whole block
+    shared = math.ceil(features / (2 if products >= _SHARED_FROM and torch.get_num_threads() > 1 else 1))
     step = max(1, min(_CHUNK // max(1, tokens), shared) // tiles.WIDTH) * tiles.WIDTH
     return slices(features, step)

@@ -99,10 +99,10 @@ def extend_secrets(values: NDArray[np.float64], params: HasRing) -> NDArray[np.f
 
     Y·s_1, …, Y·s_{m-1}, s_0, …, s_{m-1}: of these, m one after the other are a row of the matrix of multiplication by s.
     """
-    n, rank = params.ring_dim // 2, params.rank
-    result = np.empty(values.size // rank * (2 * rank - 1))
-    _extend_rows(values, rank, n, _points(params.ring_dim, trinomial(params)).view(np.float64), result)
-    return result
+    n = params.ring_dim // 2
+    secrets = values.view(np.complex128).reshape(-1, params.rank, n)
+    shifted = secrets[:, 1:] * _points(params.ring_dim, trinomial(params))
+    return np.concatenate([shifted, secrets], axis=1).reshape(-1).view(np.float64)
 
 
 FOLD = 4
@@ -216,20 +216,6 @@ def _transform_rows(rows, n, roots, words, values, result):
         for lane in range(lanes):
             for k in range(width):
                 result[start + lane * width + k] = values[LANES * k + lane] / n
-
-
-@compiled
-def _extend_rows(values, rank, n, points, result):
-    """`extend_secrets`: values `[blocks, rank, n, 2]`, points `[n, 2]`, result `[blocks, 2·rank - 1, n, 2]`, all flat."""
-    size = 2 * n
-    for block in range(values.size // (rank * size)):
-        source, to = block * rank * size, block * (2 * rank - 1) * size
-        for k in range(size, rank * size, 2):
-            re, im, y_re, y_im = values[source + k], values[source + k + 1], points[k % size], points[k % size + 1]
-            result[to + k - size] = re * y_re - im * y_im
-            result[to + k - size + 1] = re * y_im + im * y_re
-        for k in range(rank * size):
-            result[to + (rank - 1) * size + k] = values[source + k]
 
 
 @inlined

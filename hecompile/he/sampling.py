@@ -162,8 +162,8 @@ class SecretRandom(Unsharable):
         count = math.prod(shape)
         samples = np.empty(count, dtype=np.int8) if out is None else out
         if count <= _FEW:
-            drawn = np.frombuffer(bytearray(os.urandom(count + second_bytes(count))), dtype=np.uint8)
-            return gaussian_from_uniform(drawn[:count], drawn[count:], os.urandom, samples).reshape(shape)
+            drawn = _system_bytes(count + second_bytes(count))
+            return gaussian_from_uniform(drawn[:count], drawn[count:], _system_bytes, samples).reshape(shape)
         keystream = _Keystream()
         for start in range(0, count, _PIECE):
             _draw_gaussian(keystream, samples[start : min(start + _PIECE, count)])
@@ -176,9 +176,9 @@ _PIECE = 1 << 20
 """Samples drawn at a time."""
 _ROOM = 15
 """Bytes more than wanted that the cipher asks room for."""
-_ZEROS = bytes(1 << 20)
-"""What is encrypted at a time: enough that threads seldom wait for Python's lock, which the cipher lets go of while it
-works and then wants back."""
+_ZEROS = bytes((1 << 20) + (1 << 18))
+"""What is encrypted at a time: as much as a piece of samples wants. The cipher lets go of Python's lock while it works, and
+then waits for it."""
 
 
 class _Keystream(Unsharable):
@@ -207,15 +207,21 @@ class _Keystream(Unsharable):
         return target[:count]
 
 
+def _system_bytes(count: int) -> NDArray[np.uint8]:
+    """Uniform bytes of the operating system's generator: uint8 `[count]`."""
+    return np.frombuffer(bytearray(os.urandom(count)), dtype=np.uint8)  # writable: kernels are compiled for such arrays
+
+
 def _draw_gaussian(keystream: _Keystream, samples: NDArray[np.int8]) -> None:
     """Fills them. All bytes that are likely to be wanted are drawn in one turn, for threads that wait for Python's lock."""
     count = samples.size
     known = count + second_bytes(count)
     uniform = scratch("keystream", known + tail_bytes(count) + _ROOM, np.uint8)
     keystream.fill(uniform)
-    tail = uniform[known:-_ROOM]
+    spare = [uniform[known:-_ROOM]]
 
     def more_bytes(wanted: int) -> NDArray[np.uint8]:
+        tail = spare.pop()  # once: no byte serves two samples
         return tail[:wanted] if wanted <= tail.size else keystream.take(wanted)
 
     gaussian_from_uniform(uniform[:count], uniform[count:known], more_bytes, samples)

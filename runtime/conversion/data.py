@@ -27,7 +27,7 @@ def load_rows(data: ConversionData, tokenizer: PreTrainedTokenizerBase) -> tuple
         texts = documents(data.generated_documents, data.seed)
         seen = set(texts)
         heldout = [text for text in documents(data.generated_heldout, data.seed, heldout=True) if text not in seen]
-        parts = [[[*ids, eos] for ids in tokenizer(found)["input_ids"]] for found in (texts, heldout)]
+        parts = [[[*ids, eos] for ids in tokenizer(found, verbose=False)["input_ids"]] for found in (texts, heldout)]
     else:
         assert data.train_file is not None and data.validation_file is not None  # the recipe was validated
         examples = [load_examples(path, tokenizer, (_UNLIMITED,)) for path in (data.train_file, data.validation_file)]

@@ -27,7 +27,7 @@ WORK_PER_THREAD = 10_000_000
 
 
 class VnniEngine:
-    """threads: for one request; 0 takes every core that this process may use.
+    """threads: for one request at most; 0 takes every core that this process may use.
 
     Requests from several threads at once share the pool, and each gets on with its caller's thread alone. Memory beside
     the mapped weights: the request, the reply, and 64 · in_features bytes a weight digit and thread.

@@ -102,6 +102,19 @@ def test_blocks_are_whole_tiles_and_cover_every_token(limbs: int, tokens: int, o
     assert block_tokens(4096, 64 * 64, limbs, 2) >= 4096  # panels enough
 
 
+@needs_vnni
+def test_small_requests_wake_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = write_bundle(tmp_path / "worker", {"wide": (extreme_weight(256, 512), 3, 2)})
+    engine = VnniEngine(bundle, threads=3)
+    woken = []
+    submit = engine._pool.submit
+    monkeypatch.setattr(engine._pool, "submit", lambda work: (woken.append(work), submit(work))[1])
+    engine.evaluate("wide.forward", extreme_planes(3, 1, 256, seed=1))
+    assert woken == []
+    engine.evaluate("wide.forward", extreme_planes(3, 1024, 256, seed=1))
+    assert len(woken) == 2
+
+
 def test_threads_are_woken_for_work_that_is_worth_it() -> None:
     assert threads_worth(256 * 256, 1) == threads_worth(0, 0) == 1
     assert threads_worth(2048 * 2048, 512) > 2

@@ -173,7 +173,7 @@ def test_one_thread_and_several_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_threads_share_what_is_worth_waking_them_for() -> None:
     ring = next(iter(CATALOGUE.values()))
-    blocks_of_2048 = math.ceil(fused._SHARED_FROM / (2048 * ring.ring_dim))
+    blocks_of_2048 = math.ceil(fused._SHARED_FROM / (2048 * ring.lattice_dim))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)

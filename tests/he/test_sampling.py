@@ -24,6 +24,7 @@ from hecompile.he.gaussian import (
     gaussian_table,
     second_bytes,
     step_tables,
+    tail_bytes,
     wants_second,
 )
 from hecompile.he.parameters import RingParameters, test_insecure_parameters
@@ -88,6 +89,58 @@ def test_gaussian_has_its_distribution(at_once: int) -> None:
         expected[min(max(k, -edge), edge) + edge] += count * w / total  # the two outer bins hold the tails
     observed = np.bincount(np.clip(samples.ravel(), -edge, edge).astype(int) + edge, minlength=2 * edge + 1)
     assert ((observed - expected) ** 2 / expected).sum() < chi_square_limit(2 * edge)
+
+
+def keystream_of(key: bytes, *sizes: int) -> list[np.ndarray]:
+    encryptor = Cipher(AES256(key), mode=GCM(bytes(12))).encryptor()
+    return [np.frombuffer(encryptor.update(bytes(size)), dtype=np.uint8) for size in sizes]
+
+
+@pytest.mark.parametrize("count", [1025, 300_000, (1 << 20) + 5000])
+def test_every_byte_of_many_errors_is_of_one_fresh_keystream(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Top, second and last bytes are the keystream's own, one after the other: none is left over from an earlier call."""
+    key = bytes(range(32))
+    pieces = [min(1 << 20, count - start) for start in range(0, count, 1 << 20)]
+    sizes = [size for piece in pieces for size in (piece, second_bytes(piece), tail_bytes(piece))]
+    drawn = iter(keystream_of(key, *sizes))
+    wanted = []
+    for _ in pieces:
+        top, second, tail = next(drawn), next(drawn), next(drawn)
+        wanted.append(gaussian_from_uniform(top, second, lambda size, tail=tail: tail[:size]))  # type: ignore[misc]
+    SecretRandom().discrete_gaussian((count,))  # fills the buffers with other bytes
+    monkeypatch.setattr(sampling.os, "urandom", lambda size: key[:size])
+    assert np.array_equal(SecretRandom().discrete_gaussian((count,)), np.concatenate(wanted))
+
+
+def test_more_undecided_samples_than_expected_draw_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    key, count = bytes(range(32)), 100_000
+    monkeypatch.setattr(sampling, "tail_bytes", lambda _: 0)
+    monkeypatch.setattr(sampling.os, "urandom", lambda size: key[:size])
+    top, second, later = keystream_of(key, count, second_bytes(count), 6 * 1000)
+    wanted = gaussian_from_uniform(top, second, lambda size: later[:size])
+    assert np.array_equal(SecretRandom().discrete_gaussian((count,)), wanted)
+
+
+def test_every_byte_of_few_errors_is_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    count, asked = 1024, []
+    stream = np.random.default_rng(3).integers(0, 256, 20_000, dtype=np.uint8)
+    for start in range(0, len(stream) - 4096, 64):  # until some sample is undecided, which is one in 2300
+        left = [stream[start:].tobytes()]
+        asked.clear()
+
+        def draw(size: int, left: list[bytes] = left) -> bytes:
+            asked.append(size)
+            taken, left[0] = left[0][:size], left[0][size:]
+            return taken
+
+        monkeypatch.setattr(sampling.os, "urandom", draw)
+        found = SecretRandom().discrete_gaussian((count,))
+        top = stream[start : start + count]
+        second, later = np.split(stream[start + count :], [second_bytes(count)])
+        assert np.array_equal(found, gaussian_from_uniform(top, second, lambda size, later=later: later[:size]))  # type: ignore[misc]
+        if len(asked) > 1:
+            return
+    pytest.fail("no sample was undecided")
 
 
 def test_gaussian_inverts_the_cdf_at_every_step() -> None:
