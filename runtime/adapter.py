@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -17,8 +19,12 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from hecompile.errors import InputError
 
+_LOG = logging.getLogger(__name__)
+
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+BASE_FILE = "base.sha256"
+"""The digest of the model that the matrices were trained on. PEFT looks past it; an adapter need not have it."""
 # The settings besides the matrices that change what an adapter computes (`lora_dropout` acts in training only).
 _DEFINING = (
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern"
@@ -47,6 +53,10 @@ class AdapterModel(Protocol):
     @property
     def peft_config(self) -> peft.LoraConfig:
         """The LoRA settings, fixed when the model was exported."""
+
+    @property
+    def digest(self) -> str:
+        """What tells models of one shape apart: `head_digest` of its output head. The same with and without encryption."""
 
     @property
     def concurrent(self) -> bool:
@@ -86,6 +96,13 @@ class AdapterModel(Protocol):
         of its row need not)."""
 
 
+def head_digest(head: torch.Tensor) -> str:
+    """Hexadecimal SHA-256 of the shape and some rows, evenly spaced, of a head's float32 weight [V, H]."""
+    rows = head.detach()[:: max(1, len(head) // 256)]
+    values = rows.to(torch.float32).contiguous().numpy()
+    return hashlib.sha256(repr(tuple(head.shape)).encode() + values.tobytes()).hexdigest()
+
+
 def save_adapter(model: AdapterModel, directory: str | Path, base_model_name_or_path: str | Path | None = None) -> Path:
     """Write the adapter for `PeftModel.from_pretrained(base, directory)`; same adapter, same bytes.
 
@@ -108,6 +125,7 @@ def save_adapter(model: AdapterModel, directory: str | Path, base_model_name_or_
         staged.mkdir()
         (staged / CONFIG_FILE).write_text(text, encoding="utf-8")
         save_file(tensors, staged / WEIGHTS_FILE, metadata={"format": "pt"})
+        (staged / BASE_FILE).write_text(model.digest + "\n", encoding="ascii")
         replace_directory(staged, directory)
     return directory
 
@@ -116,12 +134,14 @@ def load_adapter(model: AdapterModel, directory: str | Path) -> None:
     """Copy the values of the adapter in `directory` into the model's parameters.
 
     Raises `InputError` if files are missing or unreadable, or if the adapter differs from the model in the settings
-    that define what it computes, in its matrices or in their shapes; the message names what differs.
+    that define what it computes, in its matrices or in their shapes; the message names what differs. Warns of one that was
+    trained on another model of the same shape.
     """
     directory = Path(directory)
     try:
         config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
         state = load_file(directory / WEIGHTS_FILE)
+        base = (directory / BASE_FILE).read_text(encoding="ascii").strip() if (directory / BASE_FILE).is_file() else None
     except OSError as error:
         raise InputError(f"no PEFT adapter in {directory}: {error.strerror or error}") from None
     except (ValueError, SafetensorError):
@@ -140,6 +160,12 @@ def load_adapter(model: AdapterModel, directory: str | Path) -> None:
             raise InputError(f"adapter {directory}: the shape of {key} is {shapes}")
         if not torch.isfinite(value).all():
             raise InputError(f"adapter {directory}: {key} has values that are not finite")
+    if base is not None and base != model.digest:
+        # Not refused: a copy of the model in another precision has another digest, too.
+        _LOG.warning(
+            "adapter %s was trained on another model (%s): what it answers here may mean nothing",
+            directory, config.get("base_model_name_or_path"),
+        )  # fmt: skip
     model.load_adapter_state({key: value.to(torch.float32) for key, value in state.items()})
 
 

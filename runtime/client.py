@@ -24,6 +24,7 @@ from hecompile.mapped import release
 from hecompile.operators import Context
 from hecompile.range_watch import DomainWatch, Outside
 from passes.fuse import Fuse
+from runtime.adapter import head_digest
 from runtime.head import linear_cross_entropy, scored_positions, scored_targets
 from runtime.privacy.per_example import GradientCollector, PerExample
 from runtime.products import Products
@@ -106,6 +107,10 @@ class EncryptedCausalLM(torch.nn.Module):
             task_type="CAUSAL_LM",
             base_model_name_or_path=self.bundle.plan.base_model,
         )
+
+    @property
+    def digest(self) -> str:
+        return head_digest(self._head)
 
     @property
     def concurrent(self) -> bool:

@@ -6,6 +6,7 @@ eos ends each example. The loss is taken on the completion and eos; of a `text` 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,14 @@ class Examples(Dataset[dict[str, list[int]]]):
     def longest(self) -> int:
         """Tokens of the longest example."""
         return max(len(example.input_ids) for example in self.examples)
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal SHA-256 of all examples, in order."""
+        found = hashlib.sha256()
+        for example in self.examples:
+            found.update(repr((example.input_ids, example.prompt_length, example.has_prompt)).encode())
+        return found.hexdigest()
 
 
 @dataclass(frozen=True)

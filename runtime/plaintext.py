@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from hecompile.errors import InputError
+from runtime.adapter import head_digest
 from runtime.head import linear_cross_entropy, scored_positions, scored_targets
 from runtime.privacy.per_example import GradientCollector, PerExample
 
@@ -60,6 +61,10 @@ class PlaintextPeftModel(torch.nn.Module):
     def peft_config(self) -> peft.LoraConfig:
         """The LoRA settings, with `target_modules` as PEFT resolved them."""
         return cast("peft.LoraConfig", self._peft.peft_config["default"])
+
+    @property
+    def digest(self) -> str:
+        return head_digest(self._head.weight)
 
     @property
     def concurrent(self) -> bool:

@@ -6,34 +6,29 @@ schedule and random generators, and the settings) and `adapter/`.
 
 from __future__ import annotations
 
-import json
+import errno
 import math
+import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 
 from hecompile.errors import InputError
 from hecompile.memory import freed_memory_kept
-from runtime.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterModel, load_adapter, save_adapter
+from runtime.adapter import AdapterModel, load_adapter, save_adapter
 from runtime.data import Examples, PadToBucket, eos_and_pad, load_examples, smallest_bucket
 from runtime.functions import check_functions
 from runtime.metrics import METRICS_FILE, forget_after, read_metrics
 from runtime.privacy.promise import check_same_promise, private_steps
 from runtime.privacy.trainer import PrivateTrainer
 from runtime.recipe import Recipe, check_lora
-from runtime.trainer import SETTINGS_FILE, AdapterTrainer
+from runtime.resume import check_resumable, checkpoint_to_resume
+from runtime.trainer import AdapterTrainer
 
 ADAPTER_DIR = "adapter"
-_STATE_FILE = "trainer_state.json"
-_CHECKPOINT_FILES = (
-    CONFIG_FILE, WEIGHTS_FILE, SETTINGS_FILE, _STATE_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth"
-)  # fmt: skip
-# A run that resumes with another value of one of these would not take up where the checkpoint stopped.
-_FIXED = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "train_examples")
 
 
 @dataclass(frozen=True)
@@ -73,12 +68,15 @@ def run_training(
         heldout = load_examples(recipe.data.validation_file, tokenizer, model.sequence_buckets, recipe.data.max_length)
     _check_batches_fit(model, recipe, train, heldout)
     settings = section.model_dump(mode="json") | {"data_seed": section.order_seed, "train_examples": len(train)}
+    settings["model"] = model.digest
+    if recipe.privacy is None:  # else the ledger knows the data, and a checkpoint should tell nothing of them
+        settings["train_data"] = train.digest
     if recipe.range_loss is not None:
         settings["range_loss"] = recipe.range_loss.model_dump(mode="json")
-    checkpoint = _checkpoint_to_resume(section.output_dir, resume) if resume else None
+    checkpoint = checkpoint_to_resume(section.output_dir, resume) if resume else None
     step, total = 0, _total_steps(recipe, len(train))
     if checkpoint is not None:
-        step = _check_resumable(checkpoint, section.output_dir, settings, total)
+        step = check_resumable(checkpoint, section.output_dir, settings, total)
         check_same_promise(checkpoint, recipe.privacy)
     batch = section.per_device_train_batch_size * section.gradient_accumulation_steps
     promise = recipe.privacy and private_steps(
@@ -89,7 +87,7 @@ def run_training(
             _claim(section.output_dir, section.overwrite_output_dir)
         else:
             load_adapter(model, checkpoint)
-            section.output_dir.mkdir(parents=True, exist_ok=True)
+            _make(section.output_dir)
             forget_after(section.output_dir / METRICS_FILE, step)  # the steps after it are taken again
             section = section.model_copy(update={"eval_on_start": False})  # this is not the start
         collate = PadToBucket(model.sequence_buckets, eos_and_pad(tokenizer)[1])
@@ -155,47 +153,15 @@ def _claim(output_dir: Path, overwrite: bool) -> None:
             f"training.output_dir {output_dir} already holds a run ({earlier[0].name}); resume it, choose another "
             f"directory, or set training.overwrite_output_dir=true to replace it"
         )
+    _make(output_dir)
     for path in earlier:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _checkpoint_to_resume(output_dir: Path, resume: bool | str | Path) -> Path:
-    if resume is True:
-        last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-        if last is None:
-            raise InputError(f"nothing to resume: {output_dir} has no checkpoint; start the run without resuming")
-        return Path(last)
-    checkpoint = Path(str(resume))
-    if not checkpoint.is_dir():
-        raise InputError(f"no checkpoint directory {checkpoint}")
-    return checkpoint
-
-
-def _check_resumable(checkpoint: Path, output_dir: Path, settings: dict[str, object], total_steps: int) -> int:
-    """Return the checkpoint's step; refuse one that is incomplete, of a finished run or of another data order, and one
-    that has later checkpoints beside it, which would be mistaken for those of the resumed run."""
-    missing = [name for name in _CHECKPOINT_FILES if not (checkpoint / name).is_file()]
-    if missing:
-        raise InputError(f"checkpoint {checkpoint} lacks {', '.join(missing)}; resume from another one")
+def _make(output_dir: Path) -> None:
     try:
-        step = int(json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))["global_step"])
-        started = dict(json.loads((checkpoint / SETTINGS_FILE).read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"checkpoint {checkpoint} is damaged; resume from another one") from None
-    for name in _FIXED:
-        if started.get(name) != settings[name]:
-            raise InputError(
-                f"cannot resume {checkpoint}: {name} was {started.get(name)} and is now {settings[name]}, which "
-                f"changes the data order; restore it or start a new run"
-            )
-    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-    if last is not None and int(last.rpartition("-")[2]) > step:
-        raise InputError(
-            f"cannot resume step {step}: {last} is later; resume from that one, delete it, or give another output_dir"
-        )
-    if step >= total_steps:
-        raise InputError(
-            f"the run of {checkpoint} is complete (step {step} of {total_steps}), there is nothing to resume; raise "
-            f"training.max_steps or training.num_train_epochs to train further"
-        )
-    return step
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(output_dir, os.W_OK):
+            raise PermissionError(errno.EACCES, "it cannot be written to")
+    except OSError as error:
+        raise InputError(f"training.output_dir {output_dir} cannot be used: {error.strerror}; name another") from None

@@ -63,6 +63,18 @@ def test_saving_refuses_a_directory_that_is_not_an_adapter(tmp_path: Path) -> No
     assert contents(tmp_path) == {"precious/thesis.txt": b"x"}
 
 
+def test_an_adapter_of_another_model_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_adapter(make_model(), tmp_path / "a", "first/model")
+    load_adapter(make_model(), tmp_path / "a")
+    assert not caplog.records
+    load_adapter(make_model(seed=3), tmp_path / "a")
+    assert "was trained on another model (first/model)" in caplog.text
+    caplog.clear()
+    (tmp_path / "a/base.sha256").unlink()  # as PEFT wrote it
+    load_adapter(make_model(seed=3), tmp_path / "a")
+    assert not caplog.records
+
+
 def test_loading_restores_every_value_in_place(tmp_path: Path) -> None:
     saved, model = make_model(), make_model(seed=3)
     parameters = model.adapter_state()

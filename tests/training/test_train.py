@@ -19,7 +19,7 @@ from runtime import trainer as trainer_module
 from runtime.metrics import read_metrics
 from runtime.plaintext import PlaintextPeftModel
 from runtime.train import run_training
-from tests.training.support import RECORDS, SECRET, make_model, make_recipe, make_tokenizer
+from tests.training.support import RECORDS, SECRET, make_model, make_recipe, make_tokenizer, write_jsonl
 
 TOKENIZER = make_tokenizer()
 STEP_KEYS = {
@@ -260,10 +260,62 @@ def test_what_cannot_be_resumed_is_refused_and_left_as_it_was(tmp_path: Path) ->
     (first / "optimizer.pt").unlink()
     with pytest.raises(InputError, match=r"checkpoint-3 lacks optimizer\.pt"):
         run_training(make_model(), TOKENIZER, make_recipe(tmp_path), resume=first)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        path = tmp_path / "run/checkpoint-6" / name
+        whole = path.read_bytes()
+        for damaged in (whole[:-100], whole[: len(whole) // 2], b""):
+            path.write_bytes(damaged)
+            with pytest.raises(InputError, match=rf"checkpoint-6 is damaged \({name}\); resume from another one"):
+                run_training(make_model(), TOKENIZER, make_recipe(tmp_path, max_steps=7), resume=True)
+        path.write_bytes(whole)
     (tmp_path / "run/checkpoint-6/trainer_state.json").write_text("{")
     with pytest.raises(InputError, match="checkpoint-6 is damaged"):
         run_training(make_model(), TOKENIZER, make_recipe(tmp_path), resume=True)
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == metrics
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"learning_rate": 1e-4}, r"learning_rate was 0\.005 and is now 0\.0001, which the checkpoint's optimizer"),
+        ({"weight_decay": 0.1}, r"weight_decay was 0\.0 and is now 0\.1"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type was linear and is now cosine, which changes the steps"),
+        ({"warmup_steps": 1}, "warmup_steps was 2"),
+    ],
+)
+def test_settings_that_a_resumed_run_would_not_heed_are_refused(
+    tmp_path: Path, training: dict[str, Any], message: str
+) -> None:
+    run_training(make_model(), TOKENIZER, make_recipe(tmp_path))
+    with pytest.raises(InputError, match=message):
+        run_training(make_model(), TOKENIZER, make_recipe(tmp_path, max_steps=9, **training), resume=True)
+    assert run_training(make_model(), TOKENIZER, make_recipe(tmp_path, max_steps=9), resume=True).steps == 9
+
+
+def test_a_run_does_not_go_on_with_another_model_or_other_data(tmp_path: Path) -> None:
+    run_training(make_model(), TOKENIZER, make_recipe(tmp_path))
+    metrics = (tmp_path / "run/metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match="checkpoint-6: the run began with another model"):
+        run_training(make_model(seed=5), TOKENIZER, make_recipe(tmp_path, max_steps=7), resume=True)
+    recipe = make_recipe(tmp_path, max_steps=7)
+    changed = [RECORDS[0] | {"completion": " other"}, *RECORDS[1:]]
+    write_jsonl(recipe.data.train_file, changed)
+    with pytest.raises(InputError, match=r"data\.train_file has other examples than it had"):
+        run_training(make_model(), TOKENIZER, recipe, resume=True)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == metrics
+    settings = tmp_path / "run/checkpoint-6/training_settings.json"
+    kept = json.loads(settings.read_text())
+    assert SECRET not in settings.read_text()
+    settings.write_text(json.dumps({key: value for key, value in kept.items() if key not in ("model", "train_data")}))
+    assert run_training(make_model(), TOKENIZER, recipe, resume=True).steps == 7  # as a version without them wrote it
+
+
+def test_an_output_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"output_dir .*file/run cannot be used: Not a directory; name another"):
+        run_training(make_model(), TOKENIZER, make_recipe(tmp_path, output_dir=tmp_path / "file/run"))
+    with pytest.raises(InputError, match=r"output_dir /proc/run cannot be used: .*; name another"):
+        run_training(make_model(), TOKENIZER, make_recipe(tmp_path, output_dir=Path("/proc/run")))
 
 
 def test_a_run_opens_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
