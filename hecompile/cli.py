@@ -19,7 +19,7 @@ from hecompile.cli_infer import infer
 from hecompile.cli_inspect import inspect
 from hecompile.cli_privacy import privacy
 from hecompile.cli_worker import worker_app
-from hecompile.errors import HecompileError
+from hecompile.errors import HecompileError, WorkerError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -172,7 +172,7 @@ def export_llama(
             plan_id = compile_checkpoint(model, out, options, report)
         except KeyboardInterrupt:
             if staging_path(out).exists():
-                bar.console.print("interrupted; the same command goes on from here", soft_wrap=True)
+                raise KeyboardInterrupt("the same command goes on from here") from None
             raise
     console.print(clock.summary(), soft_wrap=True)
     console.print(f"plan {plan_id}\nclient bundle: {out / 'client'}\nworker bundle: {out / 'worker'}", soft_wrap=True)
@@ -204,12 +204,14 @@ def train(
     with open_session(loaded) as session:
         try:
             result = run_training(session.model, session.tokenizer, loaded, resume=resume)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, WorkerError) as error:
             last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-            if last is not None and (resume or Path(last).stat().st_mtime >= started):  # not one of an earlier run
-                said = f"interrupted; the same command with --resume goes on from {Path(last).name}"
-                _console().print(said, soft_wrap=True)
-            raise
+            if last is None or not (resume or Path(last).stat().st_mtime >= started):  # none, or one of an earlier run
+                raise
+            on = f"the same command with --resume goes on from {Path(last).name}"
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(on) from None
+            raise type(error)(f"{error}. The steps up to there are kept: {on}") from None
     figures = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     _console().print(f"{result.steps} steps, {figures}\nadapter: {result.adapter_dir}", soft_wrap=True)
     if result.privacy is not None:
@@ -306,6 +308,12 @@ def main() -> None:
     except HecompileError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except SystemExit as ended:
+        # typer makes status 130 of an interrupt. What a command raised it with says how to go on.
+        stopped = ended.__context__ and ended.__context__.__cause__
+        if isinstance(stopped, KeyboardInterrupt):
+            print("; ".join(["interrupted", *map(str, stopped.args)]), file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -80,6 +80,8 @@ def infer(
         )
     if not polynomial and not worker and worker_bundle is None:
         raise InputError("name who multiplies: --worker, an address, or --worker-bundle to run a worker in this process")
+    if worker and worker_bundle is not None:
+        raise InputError("give --worker or --worker-bundle, not both")
     if bool(prompts) == (prompts_file is not None):
         raise InputError("give prompts as arguments or in --prompts-file, one or the other")
     if prompts_file is None:
@@ -114,7 +116,12 @@ def infer(
                 print(f"{asked[number].text}\t{reply.answer}" if len(asked) > 1 else reply.answer, flush=True)
 
         started = time.perf_counter()
-        replies = answer(session, asked, max_new_tokens, sampling, out, show)
+        try:
+            replies = answer(session, asked, max_new_tokens, sampling, out, show)
+        except KeyboardInterrupt:
+            if out is None:
+                raise
+            raise KeyboardInterrupt("the answers that are there are kept: the same command goes on from them") from None
         seconds, stats = time.perf_counter() - started, session.model.stats()
     matches = [reply.match for reply in replies if reply.match is not None]
     if matches:

@@ -95,3 +95,9 @@ class ProgressBar(ProgressCallback):
         if self.training_bar is not None and logs and ("eval_loss" in logs or ("loss" in logs and due)):
             shown = {key: f"{logs[key]:.4g}" for key in ("loss", "eval_loss", "eval_exact_match") if key in logs}
             self.training_bar.set_postfix(shown)
+
+    def close(self) -> None:
+        """End the bar's line, so that what is printed next has one of its own. To be called however the training ends."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None

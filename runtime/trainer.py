@@ -95,8 +95,9 @@ class AdapterTrainer(Trainer):
         self._rows = section.per_device_train_batch_size
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
-        if not section.disable_tqdm:
-            self.add_callback(ProgressBar(section.logging_steps))
+        self._bar = None if section.disable_tqdm else ProgressBar(section.logging_steps)
+        if self._bar is not None:
+            self.add_callback(self._bar)
 
     def training_step(
         self,
@@ -153,6 +154,8 @@ class AdapterTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             self._micro_batches.close()
+            if self._bar is not None:
+                self._bar.close()
 
     def _figures(self) -> dict[str, float]:
         return self._adapter_model.stats() | {"overlapped_seconds": self._micro_batches.overlapped_seconds}
@@ -203,10 +206,13 @@ class AdapterTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # the last two: how torch and safetensors report it
             shutil.rmtree(staging, ignore_errors=True)
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            reason = getattr(error, "strerror", None) or f"is the disk full? ({str(error).splitlines()[0]})"
+            earlier = any(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+            advice = "There is no earlier one: make room and start again"
+            if earlier:
+                advice = "The earlier ones are whole: make room and go on with --resume"
             raise InputError(
-                f"the checkpoint of step {self.state.global_step} cannot be written to {output_dir}: {reason}. The earlier "
-                "ones are whole: make room and go on with --resume"
+                f"the checkpoint of step {self.state.global_step} cannot be written to {output_dir}: {reason}. {advice}"
             ) from error
         finally:
             self.args.output_dir = str(output_dir)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -150,6 +151,56 @@ def test_a_worker_that_is_killed_and_replaced_and_then_the_client(build: Build, 
     steps = [line for line in (output / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
     assert len(steps) == STEPS
     assert all(bool(torch.isfinite(value).all()) for value in adapter(output).values())
+
+
+def test_a_worker_that_stays_away_ends_the_run_with_where_to_go_on_from(build: Build, tmp_path: Path) -> None:
+    port, output = free_port(), tmp_path / "run"
+    shown = "training.disable_tqdm=false"
+    arguments = [*command(build, output, f"worker=tcp://127.0.0.1:{port}", "connection.attempts=1"), shown]
+    with worker_on(build, port) as worker:
+        client = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            wait_for_step(output, 2, client)
+            worker.kill()
+            _, said = client.communicate(timeout=60)
+        finally:
+            client.kill()
+            client.wait()
+    assert client.returncode == 2
+    last = said.splitlines()[-1]  # of its own: the progress bar's line has ended
+    assert re.fullmatch(r"error: .*\. The steps up to there are kept: .* with --resume goes on from checkpoint-\d+", last)
+
+
+@pytest.mark.parametrize("out", [True, False])
+def test_an_interrupt_of_answering_is_answered(build: Build, tmp_path: Path, out: bool) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Question: Who?\n" * 200)
+    kept = tmp_path / "answers.jsonl"
+    arguments = [
+        sys.executable, "-W", "ignore", "-m", "hecompile.cli", "infer", str(build.directory / CLIENT), "--worker-bundle",
+        str(build.directory / WORKER), "--engine", "cleartext", "--prompts-file", str(prompts), "--max-new-tokens", "2",
+        *(["--out", str(kept)] if out else []),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        partial = kept.with_name(kept.name + ".partial")
+        if out:
+            while not (partial.exists() and len(partial.read_text().splitlines()) > 2):
+                assert process.poll() is None
+                time.sleep(0.01)
+        else:
+            assert process.stdout is not None and process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
+    more = "; the answers that are there are kept: the same command goes on from them" if out else ""
+    assert said.splitlines()[-1] == f"interrupted{more}"
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

@@ -345,7 +345,7 @@ model = make_model()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
 def fill(module, args, kwargs):
-    if len(list((directory / "run").glob("checkpoint-*"))) == 3:
+    if len(list((directory / "run").glob("checkpoint-*"))) == int(sys.argv[2]):
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
 model.register_forward_pre_hook(fill, with_kwargs=True)
@@ -363,7 +363,7 @@ def test_a_disk_that_is_full_leaves_the_earlier_checkpoint_to_resume_from(tmp_pa
     straight = make_model()
     run_training(straight, TOKENIZER, recipe)
     shutil.rmtree(tmp_path / "run")
-    arguments = [sys.executable, "-W", "ignore", "-c", FULL, str(tmp_path)]
+    arguments = [sys.executable, "-W", "ignore", "-c", FULL, str(tmp_path), "3"]
     run = subprocess.run(arguments, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2])
     assert re.search(r"checkpoint of step 4 cannot be written to .*--resume", run.stdout), run.stdout + run.stderr
     names = {path.name for path in (tmp_path / "run").iterdir()}
@@ -371,3 +371,9 @@ def test_a_disk_that_is_full_leaves_the_earlier_checkpoint_to_resume_from(tmp_pa
     resumed = make_model()
     assert run_training(resumed, TOKENIZER, recipe, resume=True).steps == 6
     assert_same_adapter(straight, resumed)
+
+
+def test_a_disk_that_is_full_at_once_leaves_nothing_to_resume_from(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-W", "ignore", "-c", FULL, str(tmp_path), "0"]
+    run = subprocess.run(arguments, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2])
+    assert re.search(r"checkpoint of step 1 cannot .*There is no earlier one: make room and start again", run.stdout), run
