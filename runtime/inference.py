@@ -49,7 +49,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     Empty lines are skipped. Raises InputError, naming file and line and no text, for what cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from None
     except OSError as error:

@@ -85,6 +85,13 @@ def test_an_example_may_fill_the_largest_bucket_and_not_exceed_it(tmp_path: Path
         load_examples(path, TOKENIZER, BUCKETS, max_length=3)
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "ab", "completion": "c"}])
+    plain = load_examples(path, TOKENIZER, BUCKETS).examples
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_examples(path, TOKENIZER, BUCKETS).examples == plain
+
+
 def test_a_long_line_has_one_message_and_no_warning_of_transformers_besides(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
