@@ -87,9 +87,9 @@ def test_an_example_may_fill_the_largest_bucket_and_not_exceed_it(tmp_path: Path
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "ab", "completion": "c"}])
-    plain = load_examples(path, TOKENIZER, BUCKETS).examples
+    plain = load_examples(path, TOKENIZER, BUCKETS).digest
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert load_examples(path, TOKENIZER, BUCKETS).examples == plain
+    assert load_examples(path, TOKENIZER, BUCKETS).digest == plain
 
 
 def test_a_long_line_has_one_message_and_no_warning_of_transformers_besides(
