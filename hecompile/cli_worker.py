@@ -27,8 +27,8 @@ def worker_serve(
     engine: Annotated[
         str,
         typer.Option(
-            help="auto (vnni where the CPU has AVX512-VNNI, else torch), vnni, torch, torch-cuda, onnxruntime, or "
-            "concrete (TFHE, tiny circuits)."
+            help="auto (vnni where the CPU has AVX512-VNNI, else torch where it has AVX-VNNI or is not x86, else "
+            "onnxruntime), vnni, torch, torch-cuda, onnxruntime, or concrete (TFHE, tiny circuits)."
         ),
     ] = "auto",
     tls_certificate: Annotated[

@@ -46,6 +46,15 @@ def test_help_names_every_option(command: str) -> None:
     assert [word for word in HELP[command] if word not in text.lower()] == []
 
 
+def test_help_says_what_auto_chooses() -> None:
+    environment = {"COLUMNS": "400", "TERM": "dumb", "NO_COLOR": "1"}
+    text = CliRunner().invoke(app, ["worker", "serve", "--help"], env=environment).output
+    chosen = re.search(r"auto \(([^)]*)\)", " ".join(text.split()))
+    assert chosen is not None
+    order = ["vnni where", "torch where", "else onnxruntime"]
+    assert re.findall("|".join(order), chosen[1]) == order
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
