@@ -11,11 +11,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from hecompile.bundle_kinds import MANIFEST, WORKER_FORMAT, BundleKind, mistaken
 from hecompile.errors import InputError
 from hecompile.model_repository import config_path, model_path, weight_path
 
-MANIFEST = "manifest.json"
-FORMAT = "hecompile-worker-bundle"
 VERSION = 2
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 PLAN_ID = re.compile(r"[0-9a-f]{8,128}")
@@ -81,13 +80,15 @@ class Manifest(_Record):
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of the bundle in `directory`. Raises InputError when it is none, of another version, or damaged."""
     path = directory / MANIFEST
+    if (said := mistaken(directory, BundleKind.WORKER)) is not None:
+        raise InputError(said)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{directory} is not a worker bundle: {MANIFEST} is missing; {_REMEDY}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise damaged(path, f"it cannot be read ({type(error).__name__})") from error
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+    if not isinstance(raw, dict) or raw.get("format") != WORKER_FORMAT:
         raise InputError(f"{path} is not the manifest of a worker bundle; {_REMEDY}")
     if raw.get("version") != VERSION:
         found = raw.get("version")

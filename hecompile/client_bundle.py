@@ -23,6 +23,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
+from hecompile.bundle_kinds import CLIENT_FORMAT, MANIFEST, BundleKind, mistaken
 from hecompile.errors import HecompileError, InputError
 from hecompile.he.parameters import LinearParameters, RingParameters, RingParametersLiteral
 from hecompile.he.sampling import PublicSeed
@@ -31,11 +32,11 @@ from hecompile.ir import print_model
 
 LOGGER = logging.getLogger(__name__)
 
-FORMAT, VERSION = "hecompile-client", 4
+VERSION = 4
 READABLE = (3, 4)
 """Version 3 had neither packed rings nor transformed hints, and is read as it is."""
 
-MANIFEST, PLAN, PLAN_DATA = "manifest.json", "plan.onnx", "plan.onnx.data"
+PLAN, PLAN_DATA = "plan.onnx", "plan.onnx.data"
 HINTS, CHECKS, TOKENIZER = "hints", "checks", "tokenizer"
 _REMEDY = "make the bundle again with `hecompile export llama`"
 _HASH_CHUNK = 1 << 22
@@ -215,7 +216,7 @@ def write_manifest(directory: Path, plan: PlanRecord, hashed: Iterable[FileRecor
     known = {record.path: record for record in hashed}
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     files = [known.get(path.relative_to(directory).as_posix()) or describe_file(directory, path) for path in paths]
-    manifest = _Manifest(format=FORMAT, version=VERSION, plan_id=plan.plan_id(), plan=plan, files=files)
+    manifest = _Manifest(format=CLIENT_FORMAT, version=VERSION, plan_id=plan.plan_id(), plan=plan, files=files)
     (directory / MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=1) + "\n", encoding="utf-8")
 
 
@@ -235,11 +236,13 @@ def file_sha256(path: Path) -> str:
 
 def _read_manifest(directory: Path) -> _Manifest:
     path = directory / MANIFEST
+    if (said := mistaken(directory, BundleKind.CLIENT)) is not None:
+        raise InputError(said)
     if not path.is_file():
         raise InputError(f"{directory} is not a client bundle: {MANIFEST} is missing; {_REMEDY}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        if not isinstance(raw, dict) or raw.get("format") != CLIENT_FORMAT:
             raise InputError(f"{path} is not the manifest of a client bundle; {_REMEDY}")
         if raw.get("version") not in READABLE:
             raise InputError(f"{path} has format version {raw.get('version')}, this program reads {READABLE}; {_REMEDY}")

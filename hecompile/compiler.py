@@ -318,3 +318,7 @@ def _check_target(out: Path) -> None:
         raise InputError(f"{out} is a file; give a directory for the bundles")
     if any(out.iterdir()) and not (out / CLIENT / MANIFEST).is_file():
         raise InputError(f"{out} is not empty and holds no earlier build; give another directory")
+    if others := sorted(path.name for path in out.iterdir() if path.name not in (CLIENT, WORKER)):
+        raise InputError(  # a build takes the place of the whole folder
+            f"{out} holds {others[0]} beside an earlier build and would lose it with that; move it or give another directory"
+        )

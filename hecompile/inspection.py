@@ -11,7 +11,7 @@ from rich.table import Table
 
 from hecompile.client_bundle import CircuitRecord, ClientBundle
 from hecompile.costs import hint_bytes
-from hecompile.errors import InputError
+from hecompile.errors import InputError, reason_of
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.verification import tolerance
 from hecompile.ir import DOMAIN, module_path
@@ -164,7 +164,7 @@ def draw(bundle: ClientBundle, path: Path) -> None:
     try:
         figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+        raise InputError(f"cannot write {path}: {reason_of(error)}") from error
     finally:
         plt.close(figure)
 

@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hecompile.errors import InputError
+from hecompile.errors import InputError, reason_of
 from hecompile.he.sampling import PublicSeed
 
 FORMAT, VERSION = "hecompile-export", 1
@@ -144,7 +144,7 @@ def staging(out: Path, request: str, drawn: PublicSeed) -> Iterator[Staging]:
                 if not keep:
                     shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
+        raise InputError(f"cannot write {out}: {reason_of(error)}") from error
     finally:
         for parent in made:
             with contextlib.suppress(OSError):

@@ -25,9 +25,8 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from hecompile.bundle_kinds import MANIFEST, WORKER_FORMAT
 from hecompile.bundle_manifest import (
-    FORMAT,
-    MANIFEST,
     NAME,
     PLAN_ID,
     VERSION,
@@ -39,7 +38,7 @@ from hecompile.bundle_manifest import (
     describe_bundle_file,
     read_manifest,
 )
-from hecompile.errors import InputError, LegalityError
+from hecompile.errors import InputError, LegalityError, reason_of
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.integers import from_balanced_bytes
 from hecompile.known_answer import (
@@ -144,7 +143,7 @@ class WorkerBundleWriter:
         names = [*order, *(name for name in self._circuits if name not in set(order))]
         circuits = [self._circuits[name] for name in names]
         manifest = Manifest(
-            format=FORMAT, version=VERSION, plan_id=self._plan_id, circuits=circuits, public_rows=self._public_rows
+            format=WORKER_FORMAT, version=VERSION, plan_id=self._plan_id, circuits=circuits, public_rows=self._public_rows
         )
         with _writing(self._target):
             text = json.dumps(manifest.model_dump(exclude_none=True), indent=1) + "\n"
@@ -263,4 +262,4 @@ def _writing(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot write worker bundle {target}: {error.strerror or error}") from error
+        raise InputError(f"cannot write worker bundle {target}: {reason_of(error)}") from error

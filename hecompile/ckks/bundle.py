@@ -24,20 +24,22 @@ import transformers
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
+from hecompile.bundle_kinds import CIRCUIT, PLAN, TABLE, BundleKind, mistaken
 from hecompile.ckks.circuit import PolynomialCircuit
 from hecompile.ckks.parameters import CkksLiteral, CkksParameters, select
 from hecompile.compiler import CompileOptions, calibration_for
-from hecompile.errors import InputError
+from hecompile.errors import InputError, LegalityError, reason_of
 from hecompile.frontend import Checkpoint, export_onnx, load_checkpoint
 from hecompile.he.sampling import PublicSeed
 from hecompile.pipeline import approximate_steps, polynomial_steps, raise_steps, refresh_steps, run_steps
+from hecompile.polynomial_options import PolynomialOptions
+from passes.approximate_silu import ApproximateSiLU
 from passes.calibrate import Calibrate
 from passes.depth import METADATA as DEPTH
 from passes.expand_polynomials import ExpandPolynomials
 from passes.place_refreshes import PlaceRefreshes
 
 FORMAT = "hecompile-ckks-1"
-PLAN, CIRCUIT, TABLE = "plan.json", "circuit.onnx", "embeddings.npy"
 _CALIBRATION_SEED = PublicSeed(hashlib.sha256(b"hecompile ckks calibration").digest())
 
 
@@ -87,9 +89,9 @@ class CkksPlan:
             cls(**found)  # no field is missing or unknown; their types are checked next
             return TypeAdapter(cls).validate_json(json.dumps(found), strict=True)
         except OSError:
-            raise InputError(
-                f"{directory} is no polynomial bundle (no {PLAN}); make one with `hecompile ckks export`"
-            ) from None
+            said = mistaken(Path(directory), BundleKind.CKKS_CLIENT)
+            none = f"{directory} is no polynomial bundle (no {PLAN}); make one with `hecompile ckks export`"
+            raise InputError(said or none) from None
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{path} is not a plan of this version; export again") from None
 
@@ -153,6 +155,7 @@ def lower_polynomial(
     """The graph at stage `refreshed`, the parameters that have its levels, and the depth of the graph without refreshes."""
     chosen = CompileOptions(attention=options.attention, norm=options.norm, activation=options.activation)
     polynomials = chosen.polynomials(checkpoint.model.config)
+    _require_polynomials(checkpoint.name, polynomials)
     progress("export")
     model = run_steps(export_onnx(checkpoint.model), raise_steps(polynomials))
     progress("calibrate")
@@ -168,6 +171,34 @@ def lower_polynomial(
     return model, parameters, depth
 
 
+def _require_polynomials(model: str, chosen: PolynomialOptions) -> None:
+    """Raises LegalityError naming each part that is none and the option that makes it one. The pass that expands them would
+    stop at the first such node, and knows neither options nor commands."""
+    exact, remedies = [], []
+    if chosen.attention is None:
+        exact.append("attention (softmax)")
+        remedies.append("--attention chebyshev")
+    if chosen.norm is None:
+        exact.append("norm (RMSNorm)")
+        remedies.append("--norm polynomial")
+    if not isinstance(chosen.activation, ApproximateSiLU):
+        exact.append("activation (SiLU)" if chosen.activation is None else "activation (a table)")
+        remedies.append("--activation polynomial")
+    if exact:
+        raise LegalityError(
+            f"{model}: no polynomial stands for its {', '.join(exact)}, and ciphertexts know sums and products only. Export "
+            f"it with {' '.join(remedies)}, or take a checkpoint that `hecompile convert` has trained for polynomials and "
+            "that, as a rule, needs fewer levels (docs/conversion.md)"
+        )
+    attention = chosen.attention
+    if attention is not None and attention.variant == "power" and attention.division == "exact":
+        raise LegalityError(
+            f"{model}: its power attention divides exactly, which is no polynomial. Convert the checkpoint by a recipe with "
+            "variant power and division goldschmidt, as models/recipes/convert-power.yaml has it (docs/conversion.md), or "
+            "export with --attention chebyshev where the model was trained with softmax"
+        )
+
+
 def merged_checkpoint(checkpoint: Checkpoint, adapter: Path) -> Checkpoint:
     """W + scaling·B·A in place of W, by PEFT. Raises InputError where the adapter is none or does not fit."""
     if not (adapter / "adapter_config.json").is_file():
@@ -181,19 +212,23 @@ def merged_checkpoint(checkpoint: Checkpoint, adapter: Path) -> Checkpoint:
 
 
 def _write(out: Path, plan: CkksPlan, circuit: bytes, table: NDArray[Any], tokenizer: Any) -> None:
-    """Written beside `out` and renamed."""
+    """Written beside `out` and renamed. Raises InputError where it cannot be written; nothing is left beside it then."""
     staged = out.with_name(out.name + ".new")
     shutil.rmtree(staged, ignore_errors=True)
     client, worker = staged / "client", staged / "worker"
-    for directory in (client, worker):
-        directory.mkdir(parents=True)
-        plan.write(directory)
-    (worker / CIRCUIT).write_bytes(circuit)
-    np.save(client / TABLE, np.ascontiguousarray(table, dtype=np.float32))
-    tokenizer.save_pretrained(client)
-    if out.exists():
-        shutil.rmtree(out)
-    staged.rename(out)
+    try:
+        for directory in (client, worker):
+            directory.mkdir(parents=True)
+            plan.write(directory)
+        (worker / CIRCUIT).write_bytes(circuit)
+        np.save(client / TABLE, np.ascontiguousarray(table, dtype=np.float32))
+        tokenizer.save_pretrained(client)
+        if out.exists():
+            shutil.rmtree(out)
+        staged.rename(out)
+    except OSError as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise InputError(f"cannot write {out}: {reason_of(error)}") from error
 
 
 def read_table(directory: str | Path, plan: CkksPlan) -> NDArray[np.float32]:
@@ -202,7 +237,8 @@ def read_table(directory: str | Path, plan: CkksPlan) -> NDArray[np.float32]:
     try:
         table: NDArray[np.float32] = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} cannot be read; export again") from error
+        said = mistaken(Path(directory), BundleKind.CKKS_CLIENT)
+        raise InputError(said or f"{path} cannot be read; export again") from error
     if table.shape != (plan.vocabulary, plan.hidden) or table.dtype != np.float32:
         raise InputError(f"{path} is not the table of the plan; export again")
     return table
@@ -210,6 +246,8 @@ def read_table(directory: str | Path, plan: CkksPlan) -> NDArray[np.float32]:
 
 def open_worker(directory: str | Path) -> tuple[CkksPlan, PolynomialCircuit, CkksParameters]:
     """The worker's half. Raises InputError when the circuit is not the one of the plan, SecurityError under 128 bits."""
+    if (said := mistaken(Path(directory), BundleKind.CKKS_WORKER)) is not None:
+        raise InputError(said)
     plan = CkksPlan.read(directory)
     path = Path(directory) / CIRCUIT
     try:

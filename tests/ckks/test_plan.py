@@ -33,6 +33,7 @@ from hecompile.errors import HecompileError, InputError, LegalityError, WorkerEr
 from hecompile.frontend import load_checkpoint
 from hecompile.interpreter import Interpreter
 from hecompile.ir import ORIGIN
+from hecompile.polynomial_options import CONFIG_KEY
 from passes.expand_polynomials import EMBEDDINGS, ExpandPolynomials
 from passes.place_refreshes import PlaceRefreshes
 from runtime.ckks.answers import complete
@@ -101,12 +102,40 @@ def test_a_circuit_that_is_not_the_plans_is_refused(build: Path, tmp_path: Path)
 
 
 def test_what_cannot_be_compiled_is_refused_with_the_reason(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(LegalityError, match="run approximate_softmax"):
+    with pytest.raises(LegalityError, match=r"its attention \(softmax\), and .* Export it with --attention chebyshev, or"):
         export_polynomial(str(checkpoint), tmp_path / "exact", CkksOptions(3, attention="softmax"))
+    wrong = CkksOptions(3, attention="softmax", norm="exact", activation="quantized")
+    named = r"its attention \(softmax\), norm \(RMSNorm\), activation \(a table\), and"
+    asked = "--attention chebyshev --norm polynomial --activation polynomial, or .*`hecompile convert`"
+    with pytest.raises(LegalityError, match=f"{named} .*{asked}"):
+        export_polynomial(str(checkpoint), tmp_path / "exact", wrong)
+    with pytest.raises(LegalityError, match=r"its power attention divides exactly.*division goldschmidt"):
+        export_polynomial(str(checkpoint), tmp_path / "power", CkksOptions(3, attention="power"))
     with pytest.raises(InputError, match="16 positions"):
         export_polynomial(str(checkpoint), tmp_path / "long", CkksOptions(17))
     with pytest.raises(InputError, match="no PEFT adapter"):
         export_polynomial(str(checkpoint), tmp_path / "adapter", OPTIONS, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_the_refusal_asks_for_is_accepted(checkpoint: Path) -> None:
+    asked = CkksOptions(3, LEVELS, attention="chebyshev", norm="polynomial", activation="polynomial")
+    plain = load_checkpoint(str(checkpoint))
+    delattr(plain.model.config, CONFIG_KEY)
+    with pytest.raises(LegalityError, match="--attention chebyshev --norm polynomial --activation polynomial"):
+        lower_polynomial(plain, CkksOptions(3, LEVELS))
+    assert lower_polynomial(plain, asked)[2] > 0
+
+
+def test_a_disk_that_is_full_is_named_and_nothing_is_left(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise OSError("2072 requested and 1024 written")  # as `ndarray.tofile` says it
+
+    monkeypatch.setattr(np, "save", failing)
+    with pytest.raises(InputError, match=r"cannot write .*out: the disk may be full"):
+        export_polynomial(str(checkpoint), tmp_path / "out", OPTIONS)
     assert not any(tmp_path.iterdir())
 
 

@@ -75,6 +75,17 @@ def test_a_directory_that_holds_something_else_is_refused_and_untouched(tmp_path
     assert hashes(tmp_path) == {"thesis.tex": hashlib.sha256(b"the only copy").hexdigest()}
 
 
+def test_a_build_with_something_else_beside_it_is_not_replaced(tmp_path: Path) -> None:
+    """A converted checkpoint in the folder would go with the build that is replaced."""
+    (tmp_path / "client").mkdir()
+    (tmp_path / "client" / "manifest.json").touch()
+    (tmp_path / "converted").mkdir()
+    (tmp_path / "converted" / "model.safetensors").write_text("the only copy")
+    with pytest.raises(InputError, match=r"holds converted beside an earlier build"):
+        compile_checkpoint("unused", tmp_path, OPTIONS)
+    assert (tmp_path / "converted" / "model.safetensors").read_text() == "the only copy"
+
+
 def test_a_file_is_refused_and_untouched(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.write_text("a file")
@@ -107,6 +118,22 @@ def test_a_failure_midway_leaves_everything_as_it_was(
     assert len(written) == 5
     assert hashes(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if earlier else [])
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_a_disk_that_fills_while_numpy_writes_is_called_full(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ndarray.tofile` raises without errno where a write ends early."""
+
+    def failing(*_: object) -> Path:
+        raise OSError("393216 requested and 128992 written")
+
+    monkeypatch.setattr(circuit_writer, "write_hint", failing)
+    message = r"cannot write .*out: the disk may be full \(393216 requested and 128992 written\); make room"
+    with pytest.raises(InputError, match=message):
+        compile_checkpoint(str(checkpoint), tmp_path / "out", OPTIONS)
+    assert not any(tmp_path.iterdir())
 
 
 def test_bad_input_leaves_no_empty_folders(tmp_path: Path, checkpoint: Path) -> None:
