@@ -34,4 +34,4 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:
-	rm -rf build runs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build build-private build-gaussian build-ckks build-converted runs .pytest_cache .ruff_cache .mypy_cache
