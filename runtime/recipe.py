@@ -6,7 +6,6 @@ relative path in an override is relative to the working directory, as on any com
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +16,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hecompile.errors import InputError
 from runtime.privacy.recipe import PrivacySection
-from runtime.workplace import ConnectionSection, Positive, Section, Workplace, resolve_address
+from runtime.recipe_keys import explain, suggest
+from runtime.workplace import Positive, Section, Workplace, resolve_address
 
 _PATH_KEYS = (
     ("model",),
@@ -178,17 +178,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     The right-hand side of an override is read as YAML. Raises `InputError`, with one message that names the key, for a
     missing or malformed file, an unknown or repeated key, and a value of the wrong type or out of range.
     """
-    document = read_document(path, overrides, tuple(Recipe.model_fields), _resolve_paths)
+    document = read_document(path, overrides, Recipe, _resolve_paths)
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        raise InputError(f"recipe {path}: {explain(error)}") from None
+        raise InputError(f"recipe {path}: {explain(error, Recipe)}") from None
 
 
 def read_document(
-    path: str | Path, overrides: Sequence[str], keys: Sequence[str], resolve: Callable[[dict[str, Any], Path], None]
+    path: str | Path, overrides: Sequence[str], kind: type[Section], resolve: Callable[[dict[str, Any], Path], None]
 ) -> dict[str, Any]:
-    """The mapping in the YAML file `path` (of recipes of any kind, with the top-level `keys`) after overrides.
+    """The mapping in the YAML file `path` of a recipe of some `kind` after overrides.
 
     `resolve` makes relative paths of a mapping, or of a part of one, relative to a directory: to that of the file, or, in an
     override, to the working directory. Raises InputError as `load_recipe` does, but for what its sections say.
@@ -201,10 +201,10 @@ def read_document(
     except yaml.YAMLError as error:
         raise InputError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
-        raise InputError(f"the recipe {path} must be a YAML mapping with the keys {', '.join(keys)}")
+        raise InputError(f"the recipe {path} must be a YAML mapping with the keys {', '.join(kind.model_fields)}")
     resolve(document, path.resolve().parent)
     for override in overrides:
-        _apply_override(document, override, resolve)
+        _apply_override(document, override, kind, resolve)
     return document
 
 
@@ -235,7 +235,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _apply_override(
-    document: dict[str, Any], override: str, resolve: Callable[[dict[str, Any], Path], None]
+    document: dict[str, Any], override: str, kind: type[Section], resolve: Callable[[dict[str, Any], Path], None]
 ) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.split(".")
@@ -254,7 +254,7 @@ def _apply_override(
         change = change[key]
         target = target.setdefault(key, {})
         if not isinstance(target, dict):
-            raise InputError(f"override {dotted}: {key} is not a section of the recipe{_suggest(dotted)}")
+            raise InputError(f"override {dotted}: {key} is not a section of the recipe{suggest(keys, kind)}")
     target[keys[-1]] = change[keys[-1]]
 
 
@@ -271,39 +271,3 @@ def _resolve_paths(document: dict[str, Any], directory: Path) -> None:
         document["worker"] = resolve_address(worker, directory)
     elif isinstance(worker, list):
         document["worker"] = [resolve_address(one, directory) if isinstance(one, str) else one for one in worker]
-
-
-def _known_keys() -> list[str]:
-    sections: dict[str, type[Section]] = {
-        "data": DataSection,
-        "training": TrainingSection,
-        "lora": LoraSection,
-        "privacy": PrivacySection,
-        "connection": ConnectionSection,
-    }
-    inner = [f"{name}.{field}" for name, section in sections.items() for field in section.model_fields]
-    return [*Recipe.model_fields, *inner]
-
-
-def _suggest(dotted: str) -> str:
-    """Return "; did you mean X?" for the nearest known key, first in the same section and then by its last part."""
-    section, _, leaf = dotted.rpartition(".")
-    known = _known_keys()
-    same = [key for key in known if key.rpartition(".")[0] == section]
-    by_leaf = {key.rpartition(".")[2]: key for key in reversed(known)}
-    match = difflib.get_close_matches(dotted, same, n=1, cutoff=0.7)
-    match = match or [by_leaf[near] for near in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
-    return f"; did you mean {match[0]}?" if match else ""
-
-
-def explain(error: ValidationError) -> str:
-    """Return the one message that helps most: an unknown key comes before the missing key that it was meant to be."""
-    details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
-    detail = details[0]
-    dotted = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        return f"unknown key {dotted}{_suggest(dotted)}"
-    if detail["type"] == "missing":
-        return f"the key {dotted} is missing"
-    message = detail["msg"].removeprefix("Value error, ")
-    return f"{dotted}: {message}" if dotted else message

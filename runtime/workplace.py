@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hecompile.errors import InputError
 from runtime.directory import SCHEMES as DIRECTORY_SCHEMES
@@ -64,6 +64,15 @@ class Workplace(Section):
         """How many requests may be under way at once."""
         return 1
 
+    @field_validator("worker", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        # pydantic has an error for each kind that the value is not, and the first alone says half of it
+        several = isinstance(value, list) and value and all(isinstance(one, str) for one in value)
+        if not (isinstance(value, str) or several):
+            raise ValueError("needs an address, such as tcp://127.0.0.1:7700, or a list of addresses, or inprocess")
+        return value
+
     @model_validator(mode="after")
     def _reachable(self) -> Workplace:
         if self.worker == "inprocess":
@@ -90,7 +99,7 @@ def make_workplace(settings: dict[str, Any]) -> Workplace:
         return Workplace.model_validate(settings)
     except ValidationError as error:
         detail = error.errors()[0]
-        dotted = ".".join(str(part) for part in detail["loc"] if not str(part).startswith(("str", "list[")))
+        dotted = ".".join(str(part) for part in detail["loc"])
         message = detail["msg"].removeprefix("Value error, ")
         raise InputError(f"{dotted}: {message}" if dotted else message) from None
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from hecompile.errors import InputError
-from runtime.recipe import RangeLossSection, explain, read_document
+from runtime.recipe import RangeLossSection, read_document
+from runtime.recipe_keys import explain
 from runtime.workplace import Positive, Section
 
 _PATHS = ((None, "out"), ("data", "train_file"), ("data", "validation_file"))
@@ -143,11 +144,11 @@ class ConversionRecipe(Section):
 def load_conversion(path: str | Path, overrides: Sequence[str] = ()) -> ConversionRecipe:
     """Read a conversion recipe; relative paths and overrides as in `runtime.recipe.load_recipe`. A `model` that is no
     directory beside the recipe is a hub id. Raises InputError with one message that names the key."""
-    document = read_document(path, overrides, tuple(ConversionRecipe.model_fields), _resolve_paths)
+    document = read_document(path, overrides, ConversionRecipe, _resolve_paths)
     try:
         return ConversionRecipe.model_validate(document)
     except ValidationError as error:
-        raise InputError(f"recipe {path}: {explain(error)}") from None
+        raise InputError(f"recipe {path}: {explain(error, ConversionRecipe)}") from None
 
 
 def _resolve_paths(document: dict[str, Any], base: Path) -> None:

@@ -13,6 +13,7 @@ from hecompile.errors import InputError
 from runtime.federation.settings import Agreement, FederationSection
 from runtime.privacy.recipe import PrivacySection
 from runtime.recipe import TrainingSection, read_document
+from runtime.recipe_keys import explain
 from runtime.workplace import Positive, Section, Workplace, resolve_address
 
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -101,14 +102,11 @@ class FederationRecipe(Section):
 def load_federation(path: str | Path, overrides: Sequence[str] = ()) -> FederationRecipe:
     """Read, override (`federation.rounds=3`) and check. Relative paths are relative to the recipe's folder, those of
     overrides to the working directory. Raises InputError with one message that names the key."""
-    document = read_document(path, overrides, tuple(FederationRecipe.model_fields), _resolve)
+    document = read_document(path, overrides, FederationRecipe, _resolve)
     try:
         return FederationRecipe.model_validate(document)
     except ValidationError as error:
-        details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
-        where = ".".join(str(part) for part in details[0]["loc"])
-        message = details[0]["msg"].removeprefix("Value error, ")
-        raise InputError(f"recipe {path}: {where + ': ' if where else ''}{message}") from None
+        raise InputError(f"recipe {path}: {explain(error, FederationRecipe)}") from None
 
 
 def _resolve(document: dict[str, Any], folder: Path) -> None:

@@ -9,8 +9,9 @@ import threading
 from pathlib import Path
 
 import pytest
+import yaml
 
-from hecompile.errors import FederationError
+from hecompile.errors import FederationError, InputError
 from models import TINY_LLAMA
 from runtime.federation.channels import Identity
 from runtime.federation.launch import Processes, _end_if_an_owner_fails, read_roster, write_roster
@@ -61,6 +62,30 @@ def test_what_an_owner_released_is_kept_beside_its_data_whatever_the_federation(
     with owner_ledger(plain, plain.owners[0]) as ledger:
         assert ledger is None
     assert [path.name for path in tmp_path.iterdir() if path.is_file()].count("data.jsonl.rounds.ledger") == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.max_stepz=1", "unknown key training.max_stepz; did you mean training.max_steps?"),
+        ("federation.mask=shared", "unknown key federation.mask; did you mean federation.pruning.mask?"),
+        ("rounds=1", "unknown key rounds; did you mean federation.rounds?"),
+        ("train_file=x", "unknown key train_file; did you mean owners.0.train_file?"),
+    ],
+)
+def test_a_wrong_key_of_a_federation_is_named_with_the_one_that_was_meant(override: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_federation(RECIPE, [override])
+    assert str(caught.value) == f"recipe {RECIPE}: {message}"
+
+
+def test_a_wrong_key_of_an_owner_is_named_with_its_place(tmp_path: Path) -> None:
+    document = yaml.safe_load(RECIPE.read_text())
+    document["owners"][1]["trian_file"] = document["owners"][1].pop("train_file")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(document))
+    with pytest.raises(InputError, match=r"unknown key owners.1.trian_file; did you mean owners.1.train_file\?$"):
+        load_federation(path)
 
 
 def test_a_roster_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import peft
 import pytest
 
 from hecompile.errors import InputError
+from runtime.conversion.recipe import load_conversion
 from runtime.recipe import LoraSection, check_lora, load_recipe
 from runtime.trainer import training_arguments
 
@@ -89,6 +90,10 @@ def test_training_arguments_have_the_recipes_values(recipe_file: Path) -> None:
         ("worker=ftp://x:1", "needs tcp://, grpc://, grpcs://, flight:// or flights://host:port"),
         ("worker=[tcp://a:1,tcp://a:1]", "worker names an address twice"),
         ("worker=unix://", "or unix:///path, or inprocess"),
+        ("worker=[]", "yaml: worker: needs an address, such as tcp://127.0.0.1:7700, or a list of addresses"),
+        ("worker=[tcp://a:1,2]", "yaml: worker: needs an address"),
+        ("worker=7700", "yaml: worker: needs an address"),
+        ("range_loss.alhpa=1", "unknown key range_loss.alhpa; did you mean range_loss.alpha?"),
         ("worker=inprocess", "worker: inprocess needs worker_bundle"),
         ("engine=torch", "engine is the worker's own choice"),
         ("engine=cuda", "engine: Input should be 'auto', 'vnni', 'torch', 'torch-cuda', 'onnxruntime' or 'cleartext'"),
@@ -99,6 +104,23 @@ def test_a_wrong_override_gives_one_line_that_names_the_key(recipe_file: Path, o
         load_recipe(recipe_file, [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_suggested_is_another_key_and_one_of_that_kind_of_recipe(recipe_file: Path) -> None:
+    power = DEMO.with_name("convert-power.yaml")
+    for path, overrides, message in (
+        (DEMO, [], "unknown key training.output_dir"),  # a key of training recipes
+        (power, ["training.step=1"], "unknown key training.step; did you mean training.steps?"),
+    ):
+        with pytest.raises(InputError) as caught:
+            load_conversion(path, overrides)
+        assert str(caught.value) == f"recipe {path}: {message}"
+    with pytest.raises(InputError) as caught:
+        load_recipe(recipe_file, ["training.steps=1"])  # a key of conversion recipes
+    assert str(caught.value).endswith("unknown key training.steps; did you mean training.max_steps?")
+    recipe_file.write_text(MINIMAL.replace("data:\n  train_file: train.jsonl", "data:"))
+    with pytest.raises(InputError, match=r"override data\.train_file: data is not a section of the recipe$"):
+        load_recipe(recipe_file, ["data.train_file=x"])
 
 
 def test_conflicting_warmups_are_refused(recipe_file: Path) -> None:
