@@ -31,8 +31,9 @@ from hecompile.errors import FederationError, InputError
 from runtime.federation.channels import Identity
 from runtime.federation.client import Participant
 from runtime.federation.keyring import DirectoryKeys
-from runtime.federation.launch import ADAPTER_DIR, RoundLog, read_roster
+from runtime.federation.launch import RoundLog, read_roster
 from runtime.federation.messages import Finished, Message, Start, from_bytes, read_header, to_bytes
+from runtime.federation.output import ADAPTER_DIR, require_free
 from runtime.federation.owner import local_trainer, owner_ledger, owner_model, owner_promise, plaintext_model
 from runtime.federation.recipe import FederationRecipe, load_federation
 from runtime.federation.rounds import Federation
@@ -134,6 +135,7 @@ class GridExchange:
 def main(grid: Grid, context: Context) -> None:
     """All rounds of the recipe."""
     recipe = _server_recipe(context)
+    require_free(recipe.training, server=True)
     roster = read_roster(Path(str(context.run_config["roster"])))
     local = plaintext_model(recipe)
     exchange = GridExchange(grid, recipe.names, recipe.reply_timeout)

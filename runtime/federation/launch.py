@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -22,16 +21,25 @@ from safetensors.torch import load_file
 from hecompile.errors import FederationError
 from runtime.adapter import WEIGHTS_FILE
 from runtime.federation.channels import Identity, Roster
-from runtime.federation.client import Participant
+from runtime.federation.client import LocalUpdate, Participant
 from runtime.federation.keyring import MemoryKeys
+from runtime.federation.output import (
+    ADAPTER_DIR,
+    KEYS_DIR,
+    ROSTER_FILE,
+    ROUNDS_FILE,
+    clear_owner,
+    clear_server,
+    require_free,
+)
 from runtime.federation.owner import local_trainer, owner_ledger, owner_model, owner_promise, plaintext_model
 from runtime.federation.recipe import FederationRecipe, load_federation
 from runtime.federation.rounds import Federation
 from runtime.federation.server import RoundResult
+from runtime.federation.settings import RoundHeader
 from runtime.federation.sockets import FederationServer, take_part
 
 LISTENING = "listening on "
-ROUNDS_FILE, ROSTER_FILE, ADAPTER_DIR = "rounds.jsonl", "roster.json", "adapter"
 _STOP_SECONDS, _JOIN_SECONDS = 20.0, 180.0
 
 
@@ -51,10 +59,12 @@ class RoundRecord:
 
 
 class RoundLog:
-    """Writes rounds.jsonl, says a line per round, and keeps the adapter of the last good one. A context manager."""
+    """Writes rounds.jsonl, says a line per round, and keeps the adapter of the last good one. A context manager. It takes
+    the place of an earlier federation's: make it when nothing but the rounds is left to go wrong."""
 
     def __init__(self, out: Path, adapter: NDArray[np.float32], say: Callable[[str], None]) -> None:
         out.mkdir(parents=True, exist_ok=True)
+        clear_server(out)
         self.adapter = adapter
         self._file = (out / ROUNDS_FILE).open("w", encoding="utf-8")
         self._say = say
@@ -103,29 +113,30 @@ def read_roster(path: Path) -> Roster:
 def serve(recipe: FederationRecipe, roster: Roster, port: int, say: Callable[[str], None]) -> Path:
     """The server's process: wait for the owners, all rounds, write rounds.jsonl and the adapter; returns its directory.
 
-    Raises FederationError where a round fails; the adapter of the last good round is written all the same.
+    Raises FederationError where a round fails; the adapter of the last good round is written all the same. Raises
+    InputError where the output directory holds a federation and the recipe does not allow to replace it.
     """
+    require_free(recipe.training, server=True)
     local = plaintext_model(recipe)
     out = recipe.training.output_dir
     adapter = local.layout.flatten(local.model.adapter_state())
     federation = Federation(recipe.agreement(), roster, local.layout)
-    with (
-        FederationServer(roster, port=port, reply_timeout=recipe.reply_timeout) as server,
-        RoundLog(out, adapter, say) as log,
-    ):
+    with FederationServer(roster, port=port, reply_timeout=recipe.reply_timeout) as server:
         say(LISTENING + server.address)
         server.wait_for(len(recipe.owners), _JOIN_SECONDS)
-        log.start()
-        try:
-            federation.run(adapter, server, log.report)
-        finally:
-            directory = local.save(log.adapter, out / ADAPTER_DIR, recipe.model)
+        with RoundLog(out, adapter, say) as log:
+            try:
+                federation.run(adapter, server, log.report)
+            finally:
+                directory = local.save(log.adapter, out / ADAPTER_DIR, recipe.model)
     return directory
 
 
 def join(recipe: FederationRecipe, name: str, roster: Roster, keys: Path, address: str) -> Path:
-    """An owner's process: take part until the end, then save the global adapter; returns its directory."""
+    """An owner's process: take part until the end, then save the global adapter; returns its directory. Raises InputError
+    as `serve` does, for the owner's own copy."""
     owner = recipe.owner(name)
+    replaces = require_free(recipe.training, owners=[name])
     identity = Identity.load_or_create(name, keys / "identity.key")
     with (
         owner_model(recipe, owner) as local,
@@ -133,7 +144,15 @@ def join(recipe: FederationRecipe, name: str, roster: Roster, keys: Path, addres
         owner_ledger(recipe, owner) as ledger,
     ):
         trainer = local_trainer(recipe, owner, local, private)
-        participant = Participant(identity, roster, recipe.agreement(), local.layout, MemoryKeys(), trainer, ledger)
+
+        def train(header: RoundHeader, adapter: NDArray[np.float32], mask: NDArray[np.bool_]) -> LocalUpdate:
+            nonlocal replaces
+            if replaces or header.number == 1:  # an owner that comes back in the middle keeps the metrics that it has
+                clear_owner(recipe.training.output_dir, name)
+                replaces = False
+            return trainer(header, adapter, mask)
+
+        participant = Participant(identity, roster, recipe.agreement(), local.layout, MemoryKeys(), train, ledger)
         finished = take_part(participant, identity, address)
         adapter = np.frombuffer(finished.adapter, dtype="<f4")
         return local.save(adapter, recipe.training.output_dir / name / ADAPTER_DIR, recipe.model)
@@ -149,14 +168,12 @@ class Processes:
 
 @contextmanager
 def processes(recipe_file: Path, overrides: Sequence[str]) -> Iterator[Processes]:
-    """Start the server and all owners of the recipe, with fresh identities; all are ended at the end."""
+    """Start the server and all owners of the recipe, with the identities that the output directory has, or fresh ones; all
+    are ended at the end. What an earlier federation wrote stays until all owners have come to this one."""
     recipe = load_federation(recipe_file, overrides)
     out = recipe.training.output_dir
-    for name in (ROUNDS_FILE, ROSTER_FILE):
-        (out / name).unlink(missing_ok=True)
-    for directory in (ADAPTER_DIR, "keys", *recipe.names):
-        shutil.rmtree(out / directory, ignore_errors=True)
-    folders = {name: out / "keys" / name for name in recipe.names}
+    require_free(recipe.training, server=True, owners=recipe.names)
+    folders = {name: out / KEYS_DIR / name for name in recipe.names}
     write_roster(
         out / ROSTER_FILE, [Identity.load_or_create(name, path / "identity.key") for name, path in folders.items()]
     )
@@ -197,6 +214,8 @@ def processes(recipe_file: Path, overrides: Sequence[str]) -> Iterator[Processes
 def run_processes(recipe_file: Path, overrides: Sequence[str], say: Callable[[str], None]) -> list[RoundRecord]:
     """The whole federation; the records of its rounds. Raises FederationError with the server's last words when it fails."""
     recipe = load_federation(recipe_file, overrides)
+    if require_free(recipe.training, server=True, owners=recipe.names):
+        say(f"replacing the federation in {recipe.training.output_dir} (training.overwrite_output_dir)")
     with processes(recipe_file, overrides) as running:
         assert running.server.stdout is not None
         begun = threading.Event()

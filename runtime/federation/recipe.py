@@ -59,8 +59,9 @@ class LoraShape(Section):
 
 class FederationRecipe(Section):
     """`model` is the checkpoint that all owners start from; `training` one round at one owner (`max_steps` local steps or
-    `num_train_epochs` passes), its `output_dir` holds everybody's files in this command. `reply_timeout`: seconds an
-    owner may be silent before the round goes on without it."""
+    `num_train_epochs` passes), its `output_dir` holds everybody's files in this command, and an earlier federation's
+    are replaced with `overwrite_output_dir` only. `reply_timeout`: seconds an owner may be silent before the round goes on
+    without it."""
 
     model: Path
     owners: Annotated[list[OwnerSection], Field(min_length=2)]

@@ -1,0 +1,58 @@
+"""The output directory of a federation: what is where, and that a finished one is not lost to the next by accident."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from hecompile.errors import InputError
+from runtime.recipe import TrainingSection
+
+ROUNDS_FILE, ROSTER_FILE, ADAPTER_DIR, KEYS_DIR = "rounds.jsonl", "roster.json", "adapter", "keys"
+
+
+def require_free(section: TrainingSection, *, server: bool = False, owners: Sequence[str] = ()) -> bool:
+    """Return whether the output directory holds a federation, which is then to be replaced.
+
+    Looks for what the server wrote, and for the copies of the adapter that `owners` have. Nothing is written or removed yet:
+    a federation that cannot begin after all is not to cost anybody the one before. Raises InputError where the recipe does
+    not allow to replace it.
+    """
+    out = section.output_dir
+    if out.exists() and not out.is_dir():
+        raise InputError(f"training.output_dir {out} is a file; name a directory")
+    earlier = [*(_of_server(out) if server else ()), *(path for name in owners for path in _of_owner(out, name))]
+    if earlier and not section.overwrite_output_dir:
+        raise InputError(
+            f"training.output_dir {out} already holds a federation ({earlier[0].relative_to(out)}), which cannot be gone on "
+            f"with; choose another directory, or set training.overwrite_output_dir=true to replace it"
+        )
+    return bool(earlier)
+
+
+def clear_server(out: Path) -> None:
+    """Remove what the server of an earlier federation wrote."""
+    _remove(_of_server(out))
+
+
+def clear_owner(out: Path, name: str) -> None:
+    """Remove what an owner of an earlier federation wrote, and nothing else that is in its folder."""
+    _remove([*_of_owner(out, name), *(out / name).glob("round-*")])
+
+
+def _of_server(out: Path) -> list[Path]:
+    rounds = out / ROUNDS_FILE
+    if rounds.is_file() and not rounds.stat().st_size:
+        return []  # it ended in its first round: the adapter is the untrained one
+    return [path for path in (rounds, out / ADAPTER_DIR) if path.exists()]
+
+
+def _of_owner(out: Path, name: str) -> list[Path]:
+    adapter = out / name / ADAPTER_DIR
+    return [adapter] if adapter.exists() else []
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
