@@ -109,8 +109,9 @@ def owner_promise(
     a_round = (
         section.max_steps if section.max_steps > 0 else math.ceil(section.num_train_epochs * math.ceil(count / batch))
     )
-    steps = a_round * (rounds or recipe.federation.rounds)
-    with private_steps(owner.privacy, owner.train_file, count, batch, steps, None) as private:
+    planned = a_round * recipe.federation.rounds
+    steps = planned if rounds is None else a_round * rounds
+    with private_steps(owner.privacy, owner.train_file, count, batch, steps, None, planned) as private:
         yield private
 
 

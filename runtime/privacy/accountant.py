@@ -81,7 +81,8 @@ def calibrate_noise(epsilon: float, delta: float, sampling_rate: float, releases
     before = spent_epsilon(history, delta)
     if before >= epsilon:
         raise InputError(
-            f"the privacy budget epsilon {epsilon:g} (delta {delta:g}) is spent: releases so far cost {before:.4g}"
+            f"the privacy budget epsilon {epsilon:g} (delta {delta:g}) is spent: releases so far cost {before:.4g}; raise "
+            f"epsilon above that, which promises less, or train on other data"
         )
 
     def gap(noise: float, discretization: float = _COARSE) -> float:
@@ -93,7 +94,7 @@ def calibrate_noise(epsilon: float, delta: float, sampling_rate: float, releases
         if high > LARGEST_NOISE:
             raise InputError(
                 f"no noise gives epsilon {epsilon:g} at delta {delta:g} for {releases} releases at sampling rate "
-                f"{sampling_rate:.3g} on top of the {before:.4g} already spent; ask for more or take fewer steps"
+                f"{sampling_rate:.3g} on top of the {before:.4g} already spent; raise epsilon or take fewer steps"
             )
     low = high / 2
     while gap(low) <= 0:

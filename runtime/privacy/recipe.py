@@ -14,8 +14,9 @@ class PrivacySection(Section):
     """A promise about what the adapter may tell of any one example (line) of `data.train_file`: (ε, δ)-differential privacy.
 
     * `epsilon` with `delta`: the noise is calibrated so that all steps of the run, with everything that the ledger has from
-      earlier ones, stay within. `noise_multiplier` with `delta`: that noise, and ε is reported. All three: that noise, and a
-      run that would exceed epsilon is refused.
+      earlier ones, stay within; a run for which they left too little to learn anything is refused. `noise_multiplier` with
+      `delta`: that noise, and ε is reported. All three: that noise, however much, and a run that would exceed epsilon is
+      refused.
     * `noise_multiplier` is the noise's standard deviation in units of `max_grad_norm`; 0 is for experiments and promises
       nothing.
     * `max_grad_norm` (strict: of an example's gradient over all LoRA matrices together; `training.max_grad_norm` is not
