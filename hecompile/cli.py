@@ -211,7 +211,7 @@ def train(
             on = f"the same command with --resume goes on from {Path(last).name}"
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(on) from None
-            raise type(error)(f"{error}. The steps up to there are kept: {on}") from None
+            raise type(error)(f"{str(error).rstrip('.')}. The steps up to there are kept: {on}") from None
     figures = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     _console().print(f"{result.steps} steps, {figures}\nadapter: {result.adapter_dir}", soft_wrap=True)
     if result.privacy is not None:

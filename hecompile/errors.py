@@ -6,6 +6,7 @@ import re
 
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 
+
 class HecompileError(Exception):
     """Base class: the command line prints its message and exits with status 2, without a traceback."""
 

@@ -86,7 +86,8 @@ def _whole(archive: Path) -> bool:
 def _refuse_changes(checkpoint: Path, started: dict[str, object], settings: dict[str, object]) -> None:
     for names, why in _FIXED.items():
         for name in names:
-            # A checkpoint of an earlier version has fewer of them.
-            if name in settings and name in started and started[name] != settings[name]:
-                change = _DIGESTS.get(name) or f"{name} was {started[name]} and is now {settings[name]}"
+            if name in _DIGESTS and not (name in settings and name in started):
+                continue  # a checkpoint of an earlier version has none, nor has one of private training that of its data
+            if started.get(name) != settings[name]:
+                change = _DIGESTS.get(name) or f"{name} was {started.get(name)} and is now {settings[name]}"
                 raise InputError(f"cannot resume {checkpoint}: {change}, {why}; restore it or start a new run")

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -92,23 +92,29 @@ def test_a_client_that_is_killed_twice_ends_with_the_same_bits(build: Build, tmp
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_an_interrupt_says_how_to_go_on(build: Build, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    arguments = command(build, output, *cleartext(build))
+def interrupt(arguments: list[str], wait: Callable[[subprocess.Popen[bytes]], object]) -> bytes:
+    """Start, send SIGINT once `wait` returns, and return the last line of standard error."""
     # Where this process ignores SIGINT, as in the background of a shell script, its children would too.
     process = subprocess.Popen(
-        [*arguments, "training.max_steps=100000"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
-        wait_for_step(output, 2, process)  # so that the checkpoint of step 1 is there
+        wait(process)
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
     assert process.returncode == 130
-    assert b"interrupted; the same command with --resume goes on from checkpoint-" in said
+    return said.splitlines()[-1]
+
+
+def test_an_interrupt_says_how_to_go_on(build: Build, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    arguments = command(build, output, *cleartext(build))
+    said = interrupt([*arguments, "training.max_steps=100000"], lambda process: wait_for_step(output, 2, process))
+    assert re.fullmatch(rb"interrupted; the same command with --resume goes on from checkpoint-\d+", said)
 
 
 @contextmanager
@@ -181,26 +187,16 @@ def test_an_interrupt_of_answering_is_answered(build: Build, tmp_path: Path, out
         str(build.directory / WORKER), "--engine", "cleartext", "--prompts-file", str(prompts), "--max-new-tokens", "2",
         *(["--out", str(kept)] if out else []),
     ]  # fmt: skip
-    process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    try:
+
+    def wait(process: subprocess.Popen[bytes]) -> None:
         partial = kept.with_name(kept.name + ".partial")
-        if out:
-            while not (partial.exists() and len(partial.read_text().splitlines()) > 2):
-                assert process.poll() is None
-                time.sleep(0.01)
-        else:
-            assert process.stdout is not None and process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 130
-    more = "; the answers that are there are kept: the same command goes on from them" if out else ""
-    assert said.splitlines()[-1] == f"interrupted{more}"
+        while out and not (partial.exists() and len(partial.read_text().splitlines()) > 2):
+            assert process.poll() is None
+            time.sleep(0.01)
+        assert out or (process.stdout is not None and process.stdout.readline())
+
+    more = b"; the answers that are there are kept: the same command goes on from them" if out else b""
+    assert interrupt(arguments, wait) == b"interrupted" + more
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
