@@ -71,10 +71,14 @@ def trained(build: Path, out: Path, rate: float, steps: int, **changes: Any) -> 
 
 
 def test_range_loss_keeps_the_adapted_model_within_the_domains(build: Path, tmp_path: Path) -> None:
-    """What is merged can be exported as a graph of polynomials; at the same rate without it, it can not."""
+    """What is merged can be exported as a graph of polynomials; at the same rate without it, it can not.
+
+    At this rate every run does so: in 30 with it the variance before the head stayed below 3.2, in 16 without it it passed
+    4.2, and the domain ends at 3.9. At twice the rate a run now and then leaves it in spite of the range loss.
+    """
     options = CkksOptions(14)
     for name, section in (("without", {}), ("with", {"range_loss": {"alpha": 100.0, "beta": 100.0}})):
-        adapter = trained(build, tmp_path / name, 1e-2, 40, **section)
+        adapter = trained(build, tmp_path / name, 5e-3, 40, **section)
         merged = merged_checkpoint(load_checkpoint(str(REDUCED_POLYNOMIAL)), adapter)
         if name == "without":
             with pytest.raises(LegalityError, match=r"was seen between .* outside the domain"):
