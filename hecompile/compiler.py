@@ -46,6 +46,7 @@ from hecompile.pipeline import graph_steps, raise_steps, run_steps
 from hecompile.plan import RemoteCircuit, SplitPlan
 from hecompile.polynomial_options import PolynomialOptions, sample_tokens
 from hecompile.staging import staging
+from hecompile.target import check_target
 from hecompile.worker_bundle import VERSION as WORKER_VERSION
 from passes.approximate_rmsnorm import ApproximateRMSNorm
 from passes.approximate_silu import ApproximateSiLU
@@ -101,6 +102,7 @@ class CompileOptions:
             raise InputError(f"effective bits must be a positive number, got {self.effective_bits}")
         if self.ring is not None and self.ring not in CATALOGUE:
             raise InputError(f"ring {self.ring!r} cannot be selected; choose from {', '.join(CATALOGUE)}")
+        Quantize(self.weight_bits, self.remote_head)  # refuses bits that it does not make, before a model is read
         self.polynomials()
 
     def polynomials(self, config: Any = None) -> PolynomialOptions:
@@ -122,7 +124,7 @@ def compile_checkpoint(
     hints, it keeps those that are complete beside `out`, and the next call with the same arguments goes on from there
     (`hecompile.staging`). Raises HecompileError.
     """
-    _check_target(out)
+    check_target(out, MANIFEST)
     progress("load", 0, 1)
     checkpoint = load_checkpoint(model_name_or_path)
     name, tokenizer = checkpoint.name, checkpoint.tokenizer
@@ -309,16 +311,3 @@ def _write_client(
     ir.save(plan.client, directory / PLAN, external_data=PLAN_DATA)
     tokenizer.save_pretrained(directory / TOKENIZER)
     write_manifest(directory, record, hints)
-
-
-def _check_target(out: Path) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise InputError(f"{out} is a file; give a directory for the bundles")
-    if any(out.iterdir()) and not (out / CLIENT / MANIFEST).is_file():
-        raise InputError(f"{out} is not empty and holds no earlier build; give another directory")
-    if others := sorted(path.name for path in out.iterdir() if path.name not in (CLIENT, WORKER)):
-        raise InputError(  # a build takes the place of the whole folder
-            f"{out} holds {others[0]} beside an earlier build and would lose it with that; move it or give another directory"
-        )

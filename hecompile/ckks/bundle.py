@@ -33,6 +33,7 @@ from hecompile.frontend import Checkpoint, export_onnx, load_checkpoint
 from hecompile.he.sampling import PublicSeed
 from hecompile.pipeline import approximate_steps, polynomial_steps, raise_steps, refresh_steps, run_steps
 from hecompile.polynomial_options import PolynomialOptions
+from hecompile.target import check_target
 from passes.approximate_silu import ApproximateSiLU
 from passes.calibrate import Calibrate
 from passes.depth import METADATA as DEPTH
@@ -122,8 +123,7 @@ def export_polynomial(
     Raises InputError for options, adapter or directory that do not fit, and where no parameters of 128 bits have the levels;
     LegalityError where a part of the model is no polynomial, or calibration leaves a domain. `out` is then as it was.
     """
-    if out.exists() and any(out.iterdir()) and not (out / "client" / PLAN).is_file():
-        raise InputError(f"{out} holds something else than a polynomial bundle; give another directory")
+    check_target(out, PLAN)
     progress("load")
     checkpoint = load_checkpoint(model)
     if options.sequence_length > checkpoint.model.config.max_position_embeddings:

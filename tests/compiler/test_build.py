@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -66,32 +65,6 @@ def test_an_empty_directory_is_a_good_target(checkpoint: Path, tmp_path: Path) -
     out.mkdir()
     compile_checkpoint(str(checkpoint), out, OPTIONS)
     assert sorted(path.name for path in out.iterdir()) == ["client", "worker"]
-
-
-def test_a_directory_that_holds_something_else_is_refused_and_untouched(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("the only copy")
-    with pytest.raises(InputError, match=f"{re.escape(str(tmp_path))} is not empty and holds no earlier build"):
-        compile_checkpoint("unused", tmp_path, OPTIONS)
-    assert hashes(tmp_path) == {"thesis.tex": hashlib.sha256(b"the only copy").hexdigest()}
-
-
-def test_a_build_with_something_else_beside_it_is_not_replaced(tmp_path: Path) -> None:
-    """A converted checkpoint in the folder would go with the build that is replaced."""
-    (tmp_path / "client").mkdir()
-    (tmp_path / "client" / "manifest.json").touch()
-    (tmp_path / "converted").mkdir()
-    (tmp_path / "converted" / "model.safetensors").write_text("the only copy")
-    with pytest.raises(InputError, match=r"holds converted beside an earlier build"):
-        compile_checkpoint("unused", tmp_path, OPTIONS)
-    assert (tmp_path / "converted" / "model.safetensors").read_text() == "the only copy"
-
-
-def test_a_file_is_refused_and_untouched(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.write_text("a file")
-    with pytest.raises(InputError, match="is a file; give a directory"):
-        compile_checkpoint("unused", out, OPTIONS)
-    assert out.read_text() == "a file"
 
 
 @pytest.mark.usefixtures("quick_export")

@@ -24,6 +24,7 @@ from tests.compiler.tiny import OPTIONS
         ({"sequence_buckets": (16, 8)}, r"got \[16, 8\]"),
         ({"sequence_buckets": (8, 8)}, r"got \[8, 8\]"),
         ({"effective_bits": 0.0}, "effective bits must be a positive number, got 0.0"),
+        ({"weight_bits": 7}, "weights can have 8, 9, 10, 11, 12 bits, got 7"),
         ({"effective_bits": float("nan")}, "effective bits must be a positive number, got nan"),
         ({"ring": "128x8"}, "ring '128x8' cannot be selected; choose from 128x12"),
         ({"ring": "1024x1"}, "ring '1024x1' cannot be selected"),
