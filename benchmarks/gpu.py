@@ -25,8 +25,8 @@ from torch import Tensor
 from benchmarks.report import section_main, table
 from benchmarks.timing import paired, ratio
 from benchmarks.worker import LAYER, REPLY_BYTES, random_planes, write_bundle
+from hecompile.encrypted_linear import encrypted_linear_reference
 from hecompile.worker_bundle import WorkerBundle
-from passes.lower_worker import encrypted_linear_reference
 from runtime.engines.cuda_engine import CudaEngine
 from runtime.engines.torch_engine import readable
 

@@ -22,7 +22,7 @@ from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.sampling import PublicSeed
 from hecompile.he.setup import setup
-from hecompile.worker_bundle import WorkerBundleWriter
+from hecompile.worker_bundle_writer import WorkerBundleWriter
 from passes.lower_worker import LowerWorker, encrypted_linear_model
 from passes.quantize import quantize_weight
 from runtime.engines import Engine, create_engine

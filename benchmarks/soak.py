@@ -17,8 +17,9 @@ import numpy as np
 from benchmarks.report import section_main, table
 from benchmarks.stepping import serving
 from benchmarks.timing import resident_bytes
-from hecompile.worker_bundle import WorkerBundleWriter
-from passes.lower_worker import LowerWorker, encrypted_linear_model, encrypted_linear_reference
+from hecompile.encrypted_linear import encrypted_linear_reference
+from hecompile.worker_bundle_writer import WorkerBundleWriter
+from passes.lower_worker import LowerWorker, encrypted_linear_model
 from runtime.transports import connect, open_connection
 
 CLIENTS, SECONDS, QUICK_SECONDS = 8, 60.0, 2.0

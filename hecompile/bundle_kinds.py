@@ -28,9 +28,13 @@ class BundleKind(Enum):
         """The folder's name in what the command wrote."""
         return self.value[0]
 
+    @property
+    def command(self) -> str:
+        """Of `hecompile`, that writes it."""
+        return self.value[1]
+
     def __str__(self) -> str:
-        _, command, _ = self.value
-        return f"{'CKKS ' if command == 'ckks export' else ''}{self.half} bundle"
+        return f"{'CKKS ' if self.command == 'ckks export' else ''}{self.half} bundle"
 
     def used(self, directory: Path) -> str:
         """What it is, and what takes it."""
@@ -70,4 +74,4 @@ def mistaken(directory: Path, wanted: BundleKind) -> str | None:
 
 
 def _made(wanted: BundleKind) -> str:
-    return f": the directory `{wanted.half}` of what `hecompile {wanted.value[1]}` wrote"
+    return f": the directory `{wanted.half}` of what `hecompile {wanted.command}` wrote"

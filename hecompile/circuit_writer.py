@@ -24,7 +24,8 @@ from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.setup import PreparedMatrix
 from hecompile.plan import RemoteCircuit, SplitPlan
 from hecompile.staging import Staging
-from hecompile.worker_bundle import CircuitSpec, WorkerBundleWriter
+from hecompile.worker_bundle import CircuitSpec
+from hecompile.worker_bundle_writer import WorkerBundleWriter
 from passes.lower_worker import LowerWorker
 
 CLIENT, WORKER = "client", "worker"

@@ -20,7 +20,7 @@ ckks_app = typer.Typer(
 @ckks_app.command("export")
 def export(
     model: Annotated[str, typer.Option(help="Checkpoint, as a rule one made by `hecompile convert`.")],
-    out: Annotated[Path, typer.Option(help="Where to write client/ and worker/.")],
+    out: Annotated[Path, typer.Option(help="Where to write client/ and worker/. An earlier build there is replaced.")],
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of a prompt at most.")],
     adapter: Annotated[Optional[Path], typer.Option(help="A PEFT adapter, merged into the weights.")] = None,  # noqa: UP045
     levels: Annotated[

@@ -16,12 +16,12 @@ import onnx_ir as ir
 import torch
 import transformers
 
+from hecompile.bundle_kinds import BundleKind
 from hecompile.circuit_writer import CLIENT as CLIENT
 from hecompile.circuit_writer import WORKER as WORKER
 from hecompile.circuit_writer import Progress, write_circuits, write_circuits_without_hints
 from hecompile.client_bundle import (
     CHECKS,
-    MANIFEST,
     PLAN,
     PLAN_DATA,
     TOKENIZER,
@@ -124,7 +124,7 @@ def compile_checkpoint(
     hints, it keeps those that are complete beside `out`, and the next call with the same arguments goes on from there
     (`hecompile.staging`). Raises HecompileError.
     """
-    check_target(out, MANIFEST)
+    check_target(out, BundleKind.CLIENT)
     progress("load", 0, 1)
     checkpoint = load_checkpoint(model_name_or_path)
     name, tokenizer = checkpoint.name, checkpoint.tokenizer

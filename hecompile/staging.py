@@ -139,7 +139,7 @@ def staging(out: Path, request: str, drawn: PublicSeed) -> Iterator[Staging]:
                 except (KeyboardInterrupt, SystemExit):
                     keep = stage.worth_keeping
                     raise
-                _publish(stage.build, out)
+                publish(stage.build, out)
             finally:
                 if not keep:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -186,8 +186,8 @@ def _locked(folder: Path, out: Path) -> Iterator[IO[str]]:
         yield lock
 
 
-def _publish(build: Path, out: Path) -> None:
-    """Rename into place; an earlier build is put aside until that has worked."""
+def publish(build: Path, out: Path) -> None:
+    """Rename `build` into the place of `out`; an earlier build there is put aside until that has worked."""
     old = out.parent / f".{out.name}.{os.getpid()}.old"
     try:
         if out.exists():

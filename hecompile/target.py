@@ -4,24 +4,41 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hecompile.bundle_kinds import BundleKind, kind_of
 from hecompile.circuit_writer import CLIENT, WORKER
-from hecompile.errors import InputError
+from hecompile.errors import InputError, reason_of
 
 
-def check_target(out: Path, marker: str) -> None:
-    """Refuses a target that a build must not replace: InputError, with nothing touched.
+def check_target(out: Path, wanted: BundleKind) -> None:
+    """Refuses a target that a build must not replace, or can not: InputError, with nothing touched.
 
     Args:
         out: may be missing, an empty folder, or a folder of nothing but an earlier build of the same kind.
-        marker: the file that the client's half of such a build has.
+        wanted: what the client's half of the build will be.
     """
+    if not out.name:
+        raise InputError(f"{out} can not be replaced as a whole; give the bundles a directory of their own")
+    if out.is_symlink():
+        raise InputError(f"{out} is a symbolic link; give the directory itself")
+    try:
+        _check_folder(out, wanted)
+    except OSError as error:
+        raise InputError(f"cannot look into {out}: {reason_of(error)}") from error
+
+
+def _check_folder(out: Path, wanted: BundleKind) -> None:
     if not out.exists():
         return
     if not out.is_dir():
         raise InputError(f"{out} is a file; give a directory for the bundles")
-    if any(out.iterdir()) and not (out / CLIENT / marker).is_file():
-        raise InputError(f"{out} is not empty and holds no earlier build of this kind; give another directory")
-    if others := sorted(path.name for path in out.iterdir() if path.name not in (CLIENT, WORKER)):
+    found = kind_of(out / CLIENT)
+    inside = sorted(path.name for path in out.iterdir())
+    if inside and found is not wanted:
+        other = "" if found is None else f", but one of `hecompile {found.command}`"
+        raise InputError(
+            f"{out} is not empty and holds no earlier build of `hecompile {wanted.command}`{other}; give another directory"
+        )
+    if others := [name for name in inside if name not in (CLIENT, WORKER)]:
         raise InputError(
             f"{out} holds {others[0]} beside an earlier build and would lose it with that; move it or give another directory"
         )

@@ -107,23 +107,6 @@ def encrypted_linear_model(weight: np.ndarray, upload_limbs: int, reply_bytes: i
     return ir.Model(graph, ir_version=ONNX_IR_VERSION, producer_name="hecompile")
 
 
-def encrypted_linear_reference(planes: np.ndarray, weight: np.ndarray, reply_bytes: int) -> np.ndarray:
-    """What `EncryptedLinear` means, in int64: slow and plain, for the tests and the known answer.
-
-    planes: uint8 [upload_limbs, T, in]; weight: int8 or int16 [in, out]. Returns uint8 [reply_bytes, T, out]:
-    Y = W·word mod 2^(8L), rounded to nearest by adding 2^(8(L-R)-1), then its top R bytes, lowest first. |Y| stays
-    below 2^32 · 2^15 · in, so int64 holds it for every in < 2^16.
-    """
-    limbs = planes.shape[0]
-    scales = np.int64(256) ** np.arange(limbs, dtype=np.int64)
-    word = np.tensordot(scales, planes.astype(np.int64), axes=1)  # [T, in]
-    dropped_bits = 8 * (limbs - reply_bytes)
-    half = 1 << (dropped_bits - 1) if dropped_bits else 0
-    product = word @ weight.astype(np.int64) + np.int64(half)  # [T, out]
-    kept = [(product >> (dropped_bits + 8 * r)) & 255 for r in range(reply_bytes)]
-    return np.stack(kept).astype(np.uint8)  # [reply_bytes, T, out]
-
-
 def check_encrypted_linear(node: ir.Node) -> None:
     """Say why `node` cannot be lowered. Raises LegalityError with the node's name and the numbers."""
     where = f"EncryptedLinear {node.name}"

@@ -14,12 +14,29 @@ Price of a product of T tokens, with rank · ring_dim = d·m: worker time (L·T 
 
 from __future__ import annotations
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from hecompile.errors import WorkerError
 from hecompile.he.hints import Hint
 from hecompile.he.parameters import LinearParameters, RingParameters
-from hecompile.public_rows import hint_from_planes
+from hecompile.public_rows import WORD_BYTES
 from runtime.transports import Answer
 
 
 def hint_of(answer: Answer, ring: RingParameters, parameters: LinearParameters) -> Hint:
     """The hint in a worker's answer to `Transport.setup`. Raises WorkerError when it is something else."""
     return Hint.from_coefficients(ring, hint_from_planes(answer.planes, ring, parameters.out_features))
+
+
+def hint_from_planes(planes: np.ndarray, ring: RingParameters, rows: int) -> Tensor:
+    """What the worker returned, uint8 `[4, rank · ring_dim, rows]`, as `setup` makes it: int32 `[rows, rank · ring_dim]`.
+
+    Raises WorkerError when the shape is another.
+    """
+    shape = (WORD_BYTES, ring.lattice_dim, rows)
+    if planes.dtype != np.uint8 or planes.shape != shape:
+        raise WorkerError(f"a hint of uint8 {list(shape)} was asked for, got {planes.dtype} {list(planes.shape)}")
+    octets = np.ascontiguousarray(planes.transpose(2, 1, 0))  # [rows, rank · d, 4]
+    return torch.from_numpy(octets.view(np.int32)[..., 0])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ from hecompile.frontend import Checkpoint, export_onnx, load_checkpoint
 from hecompile.he.sampling import PublicSeed
 from hecompile.pipeline import approximate_steps, polynomial_steps, raise_steps, refresh_steps, run_steps
 from hecompile.polynomial_options import PolynomialOptions
+from hecompile.staging import publish
 from hecompile.target import check_target
 from passes.approximate_silu import ApproximateSiLU
 from passes.calibrate import Calibrate
@@ -123,7 +125,7 @@ def export_polynomial(
     Raises InputError for options, adapter or directory that do not fit, and where no parameters of 128 bits have the levels;
     LegalityError where a part of the model is no polynomial, or calibration leaves a domain. `out` is then as it was.
     """
-    check_target(out, PLAN)
+    check_target(out, BundleKind.CKKS_CLIENT)
     progress("load")
     checkpoint = load_checkpoint(model)
     if options.sequence_length > checkpoint.model.config.max_position_embeddings:
@@ -212,9 +214,8 @@ def merged_checkpoint(checkpoint: Checkpoint, adapter: Path) -> Checkpoint:
 
 
 def _write(out: Path, plan: CkksPlan, circuit: bytes, table: NDArray[Any], tokenizer: Any) -> None:
-    """Written beside `out` and renamed. Raises InputError where it cannot be written; nothing is left beside it then."""
-    staged = out.with_name(out.name + ".new")
-    shutil.rmtree(staged, ignore_errors=True)
+    """Written beside `out` and renamed. Raises InputError where it cannot be written; all is then as it was."""
+    staged = out.parent / f".{out.name}.{os.getpid()}.partial"  # a name that nobody else has anything at
     client, worker = staged / "client", staged / "worker"
     try:
         for directory in (client, worker):
@@ -223,12 +224,11 @@ def _write(out: Path, plan: CkksPlan, circuit: bytes, table: NDArray[Any], token
         (worker / CIRCUIT).write_bytes(circuit)
         np.save(client / TABLE, np.ascontiguousarray(table, dtype=np.float32))
         tokenizer.save_pretrained(client)
-        if out.exists():
-            shutil.rmtree(out)
-        staged.rename(out)
+        publish(staged, out)
     except OSError as error:
-        shutil.rmtree(staged, ignore_errors=True)
         raise InputError(f"cannot write {out}: {reason_of(error)}") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def read_table(directory: str | Path, plan: CkksPlan) -> NDArray[np.float32]:

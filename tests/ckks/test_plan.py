@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -137,6 +138,32 @@ def test_a_disk_that_is_full_is_named_and_nothing_is_left(
     with pytest.raises(InputError, match=r"cannot write .*out: the disk may be full"):
         export_polynomial(str(checkpoint), tmp_path / "out", OPTIONS)
     assert not any(tmp_path.iterdir())
+
+
+def test_an_earlier_build_is_replaced_or_left_as_it_was_and_its_neighbours_stay(
+    build: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, neighbour = tmp_path / "out", tmp_path / "out.new"
+    shutil.copytree(build, out)
+    (out / "client" / "left-over").touch()
+    neighbour.mkdir()
+    (neighbour / "thesis.tex").write_text("the only copy")
+
+    def refused(self: Path, target: Path) -> Path:
+        if target == out and self.name.endswith(".partial"):
+            raise PermissionError(13, "Permission denied")
+        return rename(self, target)
+
+    rename = Path.rename
+    with monkeypatch.context() as context:
+        context.setattr(Path, "rename", refused)
+        with pytest.raises(InputError, match=r"cannot write .*out"):
+            export_polynomial(str(checkpoint), out, OPTIONS)
+    assert (out / "client" / "left-over").exists() and CkksPlan.read(out / "client") == CkksPlan.read(build / "client")
+    export_polynomial(str(checkpoint), out, OPTIONS)
+    assert not (out / "client" / "left-over").exists() and CkksPlan.read(out / "client") == CkksPlan.read(build / "client")
+    assert (neighbour / "thesis.tex").read_text() == "the only copy"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.new"]
 
 
 @pytest.mark.parametrize("stage", ["polynomial", "refreshed"])

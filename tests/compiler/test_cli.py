@@ -60,6 +60,7 @@ def test_help_says_what_auto_chooses() -> None:
     [
         (("--target-modules", "q_proj,q_porj"), "target module 'q_porj' does not exist"),
         (("--lora-r", "0"), "LoRA r must be at least 1"),
+        (("--weight-bits", "7"), "weights can have 8, 9, 10, 11, 12 bits, got 7"),
         (("--ring", "128x8"), "ring '128x8' cannot be selected"),
         (("--sequence-buckets", "8,x"), "--sequence-buckets must be whole numbers"),
         (("--public-seed", "abc"), "seed"),

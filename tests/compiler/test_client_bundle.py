@@ -19,7 +19,8 @@ from hecompile.errors import InputError, SecurityError, WorkerError
 from hecompile.he.parameters import RingParameters
 from hecompile.interpreter import Interpreter
 from hecompile.ir import print_model
-from hecompile.worker_bundle import WorkerBundle, WorkerBundleWriter
+from hecompile.worker_bundle import WorkerBundle
+from hecompile.worker_bundle_writer import WorkerBundleWriter
 from passes.lower_worker import LowerWorker, encrypted_linear_model
 from runtime.products import CleartextProducts, EncryptedProducts
 from runtime.transports import InProcessTransport

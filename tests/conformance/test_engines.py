@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hecompile.encrypted_linear import encrypted_linear_reference
 from hecompile.errors import InputError, WorkerError
 from hecompile.integers import MAX_INT16_WEIGHT
-from hecompile.worker_bundle import KNOWN_ANSWER, WorkerBundle, WorkerBundleWriter, known_answer_vector
-from passes.lower_worker import LowerWorker, encrypted_linear_model, encrypted_linear_reference
+from hecompile.worker_bundle import KNOWN_ANSWER, WorkerBundle, known_answer_vector
+from hecompile.worker_bundle_writer import WorkerBundleWriter
+from passes.lower_worker import LowerWorker, encrypted_linear_model
 from runtime.engines import ENGINES, Engine, create_engine, vnni_kernel
 from runtime.engines.cuda_engine import CudaEngine
 from runtime.engines.torch_engine import TorchEngine

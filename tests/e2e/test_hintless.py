@@ -19,10 +19,10 @@ from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.sampling import PublicSeed
 from hecompile.he.setup import setup
 from hecompile.inspection import circuits_without_gradient, hint_traffic, predicted_traffic
-from hecompile.public_rows import hint_from_planes
 from hecompile.worker_bundle import WorkerBundle
 from models import TINY_LLAMA
 from runtime.client import EncryptedCausalLM
+from runtime.hintless import hint_from_planes
 from runtime.products import EncryptedProducts
 from runtime.transports import InProcessTransport, connect, open_connection
 from runtime.worker import Worker

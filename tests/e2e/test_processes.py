@@ -12,7 +12,7 @@ import pytest
 from hecompile.compiler import CLIENT, WORKER
 from hecompile.demo import RECIPE, worker_process
 from hecompile.errors import WorkerError
-from hecompile.worker_bundle import WorkerBundleWriter
+from hecompile.worker_bundle_writer import WorkerBundleWriter
 from runtime.comparison import compare_losses, step_split
 from runtime.metrics import METRICS_FILE
 from runtime.recipe import Recipe, load_recipe

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from hecompile.encrypted_linear import encrypted_linear_reference
 from hecompile.errors import WorkerError
 from hecompile.worker_bundle import KNOWN_ANSWER, WorkerBundle, known_answer_vector
-from passes.lower_worker import encrypted_linear_reference
 from runtime.engines import create_engine, torch_engine
 from runtime.engines.cuda_engine import CudaEngine
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hecompile.encrypted_linear import encrypted_linear_reference
 from hecompile.errors import WorkerError
 from hecompile.worker_bundle import WorkerBundle
-from passes.lower_worker import encrypted_linear_reference
 from runtime import engines
 from runtime.engines import create_engine, vnni_engine, vnni_kernel
 from runtime.engines.vnni_engine import SMALLEST_BLOCK, VnniEngine, aligned, block_tokens, threads_worth

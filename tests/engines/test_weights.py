@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hecompile.worker_bundle import WorkerBundle, WorkerBundleWriter
+from hecompile.worker_bundle import WorkerBundle
+from hecompile.worker_bundle_writer import WorkerBundleWriter
 from passes.lower_worker import LowerWorker, encrypted_linear_model
 from runtime.engines.weights import Weights
 from tests.worker.bundles import PLAN_ID, extreme_weight, write_bundle

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hecompile.worker_bundle import WorkerBundle, WorkerBundleWriter
+from hecompile.worker_bundle import WorkerBundle
+from hecompile.worker_bundle_writer import WorkerBundleWriter
 from passes.lower_worker import LowerWorker, encrypted_linear_model
 from runtime.transports import credentials
 from runtime.transports.credentials import ClientCredentials, ServerCredentials, make_development_certificates

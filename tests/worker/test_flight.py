@@ -12,9 +12,9 @@ from contextlib import closing, suppress
 import numpy as np
 import pytest
 
+from hecompile.encrypted_linear import encrypted_linear_reference
 from hecompile.errors import WorkerError
 from hecompile.worker_bundle import WorkerBundle
-from passes.lower_worker import encrypted_linear_reference
 from runtime.engines import Engine, create_engine
 from runtime.transports import Transport, connect, open_connection
 from runtime.worker import Worker

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hecompile.encrypted_linear import encrypted_linear_reference
 from hecompile.worker_bundle import WorkerBundle
-from passes.lower_worker import encrypted_linear_reference
 from runtime.transports import Transport, connect, open_connection
 from runtime.worker import Worker
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from benchmarks.timing import resident_bytes as _resident
+from hecompile.encrypted_linear import encrypted_linear_reference
 from hecompile.errors import WorkerError, WorkerUnavailableError
-from passes.lower_worker import encrypted_linear_reference
 from runtime import connections, protocol
 from runtime.protocol import ErrorReply, EvaluateReply, EvaluateRequest, Frame, HelloRequest, SetupRequest, WorkerInfo
 from runtime.transports import connect, open_connection

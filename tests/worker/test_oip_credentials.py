@@ -11,9 +11,9 @@ import pytest
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
+from hecompile.encrypted_linear import encrypted_linear_reference
 from hecompile.errors import InputError, WorkerError
 from hecompile.worker_bundle import KNOWN_ANSWER, WorkerBundle
-from passes.lower_worker import encrypted_linear_reference
 from runtime.servers import open_server
 from runtime.transports import connect, open_connection
 from runtime.transports.credentials import (

@@ -15,9 +15,9 @@ import pytest
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput, service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
+from hecompile.encrypted_linear import encrypted_linear_reference
 from hecompile.errors import InputError, WorkerUnavailableError
 from hecompile.worker_bundle import KNOWN_ANSWER, WorkerBundle, known_answer_vector
-from passes.lower_worker import encrypted_linear_reference
 from runtime.servers import open_server
 from runtime.servers.oip import OipServer
 from runtime.transports.address import TcpAddress

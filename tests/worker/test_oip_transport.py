@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2
 
+from hecompile.encrypted_linear import encrypted_linear_reference
 from hecompile.errors import WorkerError
 from hecompile.public_rows import PUBLIC_ROWS, exact_name
-from hecompile.worker_bundle import KNOWN_ANSWER, WorkerBundle, WorkerBundleWriter
-from passes.lower_worker import LowerWorker, encrypted_linear_model, encrypted_linear_reference
+from hecompile.worker_bundle import KNOWN_ANSWER, WorkerBundle
+from hecompile.worker_bundle_writer import WorkerBundleWriter
+from passes.lower_worker import LowerWorker, encrypted_linear_model
 from runtime.servers import open_server
 from runtime.transports import connect, connect_for, open_connection
 from runtime.transports.oip import OipTransport

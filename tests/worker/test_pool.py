@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from hecompile.encrypted_linear import encrypted_linear_reference
 from hecompile.errors import WorkerError
 from hecompile.worker_bundle import KNOWN_ANSWER
-from passes.lower_worker import encrypted_linear_reference
 from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 from runtime.protocol import WorkerInfo
 from runtime.transports import Answer, InProcessTransport, TransportPool, connect, open_connection

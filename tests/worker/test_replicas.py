@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hecompile.encrypted_linear import encrypted_linear_reference
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
 from hecompile.worker_bundle import KNOWN_ANSWER
-from passes.lower_worker import encrypted_linear_reference
 from runtime.protocol import CircuitInfo, WorkerInfo
 from runtime.shards import parse_layers, shard, split_layers
 from runtime.transports import (

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hecompile.encrypted_linear import encrypted_linear_reference
 from hecompile.errors import InputError, WorkerError
 from hecompile.worker_bundle import KNOWN_ANSWER, WorkerBundle
-from passes.lower_worker import encrypted_linear_reference
 from runtime import protocol
 from runtime.protocol import ErrorReply, EvaluateRequest, Frame, HelloRequest
 from runtime.transports import InProcessTransport, SocketTransport, connect, open_connection

@@ -9,17 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from hecompile.errors import InputError, LegalityError
-from hecompile.worker_bundle import (
-    KNOWN_ANSWER,
-    MANIFEST,
-    WorkerBundle,
-    WorkerBundleWriter,
-    known_answer_vector,
-    known_answer_weight,
-)
+from hecompile.worker_bundle import KNOWN_ANSWER, MANIFEST, WorkerBundle, known_answer_vector, known_answer_weight
+from hecompile.worker_bundle_writer import WorkerBundleWriter
 from passes.lower_worker import LowerWorker, encrypted_linear_model
 from tests.worker.bundles import PLAN_ID, write_bundle
 
@@ -146,6 +141,21 @@ def test_damage_is_refused_with_the_file_and_the_remedy(directory: Path, tamperi
         WorkerBundle.open(directory)
     assert message in str(caught.value)
     assert "compile" in str(caught.value)
+
+
+@pytest.mark.parametrize("location", ["../../../../outside.bin", "/etc/hostname"])
+def test_a_weight_outside_the_bundle_is_not_read(directory: Path, location: str) -> None:
+    """Files may be exchanged after they were hashed: those of this process stay out of reach all the same."""
+    bundle = WorkerBundle.open(directory)
+    (directory.parent / "outside.bin").write_bytes(bytes(LARGE.size))
+    path = bundle.circuit_path("layers.0.large.forward")
+    model = onnx.load(path, load_external_data=False)
+    places = [entry for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"]
+    assert len(places) == 1
+    places[0].value = location
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match=r"refers to .*, outside the bundle; copy the worker bundle again"):
+        bundle.weight("layers.0.large.forward")
 
 
 def test_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,212 @@
+"""Writing the worker bundle (`worker_bundle`), where a model is compiled.
+
+One circuit is written at a time, so memory holds one weight however large the model is. A bundle is written beside its
+destination and renamed into place whole. Its bytes are a function of its circuits and its plan_id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from hecompile.bundle_kinds import MANIFEST, WORKER_FORMAT
+from hecompile.bundle_manifest import (
+    NAME,
+    PLAN_ID,
+    VERSION,
+    BundleFile,
+    CircuitSpec,
+    Manifest,
+    check_bundle_file,
+    describe_bundle_file,
+)
+from hecompile.errors import InputError, LegalityError, reason_of
+from hecompile.he.public_matrix import PublicMatrix
+from hecompile.known_answer import KNOWN_ANSWER, KNOWN_ANSWER_LIMBS, KNOWN_ANSWER_REPLY_BYTES, known_answer_weight
+from hecompile.model_repository import WEIGHT_FILE, config_path, model_path, triton_config, weight_path
+from hecompile.public_rows import PUBLIC_ROWS, WORD_BYTES, base_name
+from hecompile.worker_bundle import WorkerBundle
+from passes.lower_worker import LowerWorker, encrypted_linear_model
+
+EXTERNAL_DATA_THRESHOLD = 65536
+"""Weights above this many bytes go to a file of their own, which the engines can map into memory."""
+
+_CHUNK = 256
+"""Rows of A expanded at a time: 1.5 MiB of words at lattice dimension 1536."""
+
+
+class WorkerBundleWriter:
+    """Writes a bundle into a temporary sibling of `directory`; `commit` renames it into place.
+
+    Use as a context manager: leaving it without `commit` (an error, a kill of the process apart) removes everything.
+    Raises InputError when `directory` already exists and is not empty, or cannot be written.
+
+    With `keep`, what was written stays where it is, complete circuits being `take_up`-able by the next writer of the same
+    directory: for a caller that looks after the folder itself.
+    """
+
+    def __init__(self, directory: str | Path, plan_id: str, keep: bool = False) -> None:
+        if not PLAN_ID.fullmatch(plan_id):
+            raise InputError(f"plan_id {plan_id!r} is not 8 to 128 lowercase hex digits")
+        self._target = Path(directory)
+        self._keep = keep
+        self._temporary = self._target.parent / f".{self._target.name}.{'kept' if keep else os.getpid()}.partial"
+        if keep and self._target.exists() and not self._temporary.exists():
+            self._target.rename(self._temporary)  # committed, but what it is a part of was interrupted after that
+        if self._target.exists() and (not self._target.is_dir() or any(self._target.iterdir())):
+            raise InputError(f"worker bundle {self._target} exists already; remove it or choose another directory")
+        self._plan_id = plan_id
+        self._circuits: dict[str, CircuitSpec] = {}
+        self._public_rows: BundleFile | None = None
+        with _writing(self._target):
+            self._temporary.mkdir(parents=True, exist_ok=keep)
+
+    def __enter__(self) -> WorkerBundleWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._keep:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def take_up(self, spec: CircuitSpec) -> list[Path] | None:
+        """Count a circuit that an earlier writer with `keep` completed as added: its files, or None if one is not intact."""
+        files = []
+        for file, path in spec.files():
+            try:
+                check_bundle_file(self._temporary, file, path)
+            except InputError:
+                return None
+            files.append(self._temporary / path)
+        self._circuits[spec.name] = spec
+        return files
+
+    def add(self, model: ir.Model) -> CircuitSpec:
+        """Write one lowered circuit, named `<linear>.<direction>` by its graph's name; the model can be freed after.
+
+        One that is named `<linear>.<direction>.exact` is written without its weight and shares that of the first, which must
+        be there. Raises LegalityError when it is not a lowered circuit or its name is not of that form or is taken.
+        """
+        name = model.graph.name or ""
+        linear, _, direction = base_name(name).rpartition(".")
+        if not NAME.fullmatch(name) or not linear or direction not in ("forward", "backward"):
+            raise LegalityError(f"circuit name {name!r} is not <linear>.forward or <linear>.backward")
+        return self._add(model, name, linear, "forward" if direction == "forward" else "backward")
+
+    def add_public_rows(self, public: PublicMatrix, features: int) -> None:
+        """Write the first `features` rows of A, for circuits of so many inputs at most."""
+        with _writing(self._target):
+            write_public_rows(self._temporary / PUBLIC_ROWS, public, features)
+            self._public_rows = describe_bundle_file(self._temporary, PUBLIC_ROWS)
+
+    def commit(self, order: Sequence[str] = ()) -> WorkerBundle:
+        """Add the known-answer circuit, write the manifest, rename the bundle into place and return it.
+
+        The manifest has the circuits named in `order` first, then the others as they were added.
+        """
+        weight = known_answer_weight(self._plan_id)
+        model = encrypted_linear_model(weight, KNOWN_ANSWER_LIMBS, KNOWN_ANSWER_REPLY_BYTES, KNOWN_ANSWER)
+        self._add(LowerWorker()(model).model, KNOWN_ANSWER, KNOWN_ANSWER, "forward")
+        names = [*order, *(name for name in self._circuits if name not in set(order))]
+        circuits = [self._circuits[name] for name in names]
+        manifest = Manifest(
+            format=WORKER_FORMAT, version=VERSION, plan_id=self._plan_id, circuits=circuits, public_rows=self._public_rows
+        )
+        with _writing(self._target):
+            text = json.dumps(manifest.model_dump(exclude_none=True), indent=1) + "\n"
+            (self._temporary / MANIFEST).write_text(text, encoding="utf-8")
+            self._temporary.rename(self._target)
+        return WorkerBundle(self._target, self._plan_id, dict(self._circuits), self._public_rows is not None)
+
+    def _add(self, model: ir.Model, name: str, linear: str, direction: Literal["forward", "backward"]) -> CircuitSpec:
+        if name in self._circuits:
+            raise LegalityError(f"circuit {name} is in the bundle already")
+        LowerWorker().ensures(model)
+        (upload_limbs, in_features), (reply_bytes, out_features) = _dimensions(model)
+        path, base = self._temporary / model_path(name), base_name(name)
+        with _writing(self._target):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            has_data = in_features * out_features > EXTERNAL_DATA_THRESHOLD
+            external = WEIGHT_FILE if has_data else None
+            if has_data and base != name:
+                if base not in self._circuits:
+                    raise LegalityError(f"circuit {name} needs {base} to be written first")
+                share_weight(model, self._temporary / model_path(base))
+                external = None
+            ir.save(model, path, external_data=external, size_threshold_bytes=EXTERNAL_DATA_THRESHOLD)
+            file = describe_bundle_file(self._temporary, model_path(name))
+            data = describe_bundle_file(self._temporary, weight_path(name)) if has_data else None
+            config = None
+            if (config_file := config_path(name)) is not None:
+                text = triton_config(name, upload_limbs, in_features, reply_bytes, out_features, self._plan_id)
+                (self._temporary / config_file).write_text(text, encoding="utf-8")
+                config = describe_bundle_file(self._temporary, config_file)
+        self._circuits[name] = CircuitSpec(
+            name=name,
+            linear=linear,
+            direction=direction,
+            in_features=in_features,
+            out_features=out_features,
+            upload_limbs=upload_limbs,
+            reply_bytes=reply_bytes,
+            file=file,
+            data=data,
+            config=config,
+        )
+        return self._circuits[name]
+
+
+def _dimensions(model: ir.Model) -> tuple[tuple[int, int], tuple[int, int]]:
+    """((upload_limbs, in_features), (reply_bytes, out_features)) from the shapes of the graph's input and output."""
+    sides = []
+    for values in (model.graph.inputs, model.graph.outputs):
+        shape = values[0].shape if len(values) == 1 else None
+        if shape is None or len(shape) != 3 or not isinstance(shape[0], int) or not isinstance(shape[2], int):
+            raise LegalityError(f"circuit {model.graph.name} has no single input and output of rank 3 with known sizes")
+        sides.append((shape[0], shape[2]))
+    return sides[0], sides[1]
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write worker bundle {target}: {reason_of(error)}") from error
+
+
+def share_weight(exact: ir.Model, base: Path) -> None:
+    """Makes the lowered circuit `exact` refer to the weight file of the circuit in `base`, of which it is the exact form."""
+    own, stored = _weight_digits(exact), _weight_digits(ir.load(base))
+    for value, other in zip(own, stored, strict=True):
+        assert value.const_value is not None and other.const_value is not None
+        if value.const_value.shape != other.const_value.shape or value.dtype != other.dtype:
+            raise LegalityError(f"circuit {exact.graph.name}: its weight is not that of {base.name}")
+        value.const_value = other.const_value
+
+
+def _weight_digits(model: ir.Model) -> list[ir.Value]:
+    """The int8 constants of a lowered circuit, lowest digit first."""
+    digits = [node.inputs[1] for node in model.graph if node.op_type == "MatMulInteger"]
+    return list(dict.fromkeys(digit for digit in digits if digit is not None))
+
+
+def write_public_rows(path: Path, public: PublicMatrix, features: int) -> None:
+    """Writes uint8 `[4, rank · ring_dim, features]` of the first `features` rows of A. Raises OSError as files do."""
+    if features > public.rows:
+        raise InputError(f"the public matrix has {public.rows} rows, {features} are wanted")
+    shape = (WORD_BYTES, public.params.lattice_dim, features)
+    planes = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    for start in range(0, features, _CHUNK):
+        rows = slice(start, min(start + _CHUNK, features))
+        words = public.coefficients(rows).reshape(rows.stop - start, -1).numpy()  # int32 [rows, rank · d], little-endian
+        octets = words.view(np.uint8).reshape(*words.shape, WORD_BYTES)
+        planes[:, :, rows] = octets.transpose(2, 1, 0)  # [4, rank · d, rows]
+    planes.flush()

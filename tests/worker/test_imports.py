@@ -1,0 +1,44 @@
+"""A worker process has no cryptographic code in it, and none of the libraries that only the client and the compiler need."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime.engines.vnni_kernel import supported
+from tests.worker.bundles import extreme_weight, write_bundle
+
+SERVES = """
+import sys
+import runtime.servers
+from hecompile.worker_bundle import WorkerBundle, known_answer_vector
+from runtime.engines import create_engine
+from runtime.worker import Worker
+
+bundle = WorkerBundle.open(sys.argv[1])
+worker = Worker(bundle, create_engine(sys.argv[2], bundle))
+planes, expected = known_answer_vector(bundle.plan_id)
+assert (worker.engine.evaluate("known_answer", planes) == expected).all()
+print(*sorted(sys.modules))
+"""
+
+
+def modules_of(bundle: Path, engine: str) -> set[str]:
+    command = [sys.executable, "-c", SERVES, str(bundle), engine]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return set(ran.stdout.split())
+
+
+@pytest.mark.parametrize("engine", ["vnni", "onnxruntime"])
+def test_a_worker_loads_no_cryptographic_code_and_no_torch(engine: str, tmp_path: Path) -> None:
+    """Torch alone is 240 MB that a worker would hold beside the weights."""
+    if engine == "vnni" and not supported():
+        pytest.skip("this CPU has no AVX512-VNNI")
+    bundle = write_bundle(tmp_path / "worker", {"layers.0.wide": (extreme_weight(512, 256), 3, 2)})
+    loaded = modules_of(bundle.directory, engine)
+    assert "runtime.worker" in loaded and "onnx" in loaded
+    for unwanted in ("hecompile.he", "hecompile.worker_bundle_writer", "passes", "torch", "transformers", "onnx_ir"):
+        assert unwanted not in loaded
