@@ -10,14 +10,14 @@ from hecompile.errors import InputError, reason_of
 
 
 def check_target(out: Path, wanted: BundleKind) -> None:
-    """Refuses a target that a build must not replace, or can not: InputError, with nothing touched.
+    """Refuses a target that a build must not replace, or cannot: InputError, with nothing touched.
 
     Args:
         out: may be missing, an empty folder, or a folder of nothing but an earlier build of the same kind.
         wanted: what the client's half of the build will be.
     """
     if not out.name:
-        raise InputError(f"{out} can not be replaced as a whole; give the bundles a directory of their own")
+        raise InputError(f"{out} cannot be replaced as a whole; give the bundles a directory of their own")
     if out.is_symlink():
         raise InputError(f"{out} is a symbolic link; give the directory itself")
     try:

@@ -90,7 +90,7 @@ class WorkerBundle:
 
     def _constant(self, tensor: onnx.TensorProto, circuit: Path) -> np.ndarray:
         """Its values, mapped from the file that it refers to if it has none in itself. Raises InputError for a file that is
-        not of the bundle."""
+        not of the bundle, or no longer what it was when the bundle was opened."""
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             return onnx.numpy_helper.to_array(tensor)
         place = {entry.key: entry.value for entry in tensor.external_data}
@@ -99,4 +99,7 @@ class WorkerBundle:
             raise InputError(f"{circuit} refers to {place['location']}, outside the bundle; copy the worker bundle again")
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         offset, shape = int(place.get("offset", 0)), tuple(tensor.dims)
-        return np.memmap(file, dtype, mode="r", offset=offset, shape=shape).view(np.ndarray)
+        try:
+            return np.memmap(file, dtype, mode="r", offset=offset, shape=shape).view(np.ndarray)
+        except (OSError, ValueError) as error:  # ValueError: the file is too short
+            raise InputError(f"{file} cannot be read ({error}); copy the worker bundle again") from error

@@ -93,7 +93,7 @@ def test_what_cannot_be_replaced_as_a_whole_is_refused_before_anything_is_made(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"^\. can not be replaced as a whole; give the bundles a directory of their own"):
+    with pytest.raises(InputError, match=r"^\. cannot be replaced as a whole; give the bundles a directory of their own"):
         EXPORTS[kind][0](Path())
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match="link is a symbolic link; give the directory itself"):

@@ -1,4 +1,4 @@
-"""A worker process has no cryptographic code in it, and none of the libraries that only the client and the compiler need."""
+"""A worker process has no code of the encryption scheme in it, and nothing that only a client or compiler needs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tests.worker.bundles import extreme_weight, write_bundle
 
 SERVES = """
 import sys
+import hecompile.cli, hecompile.cli_worker  # the command `hecompile worker serve`
 import runtime.servers
 from hecompile.worker_bundle import WorkerBundle, known_answer_vector
 from runtime.engines import create_engine
@@ -33,7 +34,7 @@ def modules_of(bundle: Path, engine: str) -> set[str]:
 
 
 @pytest.mark.parametrize("engine", ["vnni", "onnxruntime"])
-def test_a_worker_loads_no_cryptographic_code_and_no_torch(engine: str, tmp_path: Path) -> None:
+def test_a_worker_loads_no_code_of_the_scheme_and_no_torch(engine: str, tmp_path: Path) -> None:
     """Torch alone is 240 MB that a worker would hold beside the weights."""
     if engine == "vnni" and not supported():
         pytest.skip("this CPU has no AVX512-VNNI")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,14 @@ def test_a_weight_outside_the_bundle_is_not_read(directory: Path, location: str)
     path.write_bytes(model.SerializeToString())
     with pytest.raises(InputError, match=r"refers to .*, outside the bundle; copy the worker bundle again"):
         bundle.weight("layers.0.large.forward")
+
+
+@pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: f.write_bytes(f.read_bytes()[:1000])])
+def test_a_weight_that_went_after_the_bundle_was_opened_is_named(directory: Path, damage: Callable[[Path], object]) -> None:
+    bundle = WorkerBundle.open(directory)
+    damage(directory / DATA)
+    with pytest.raises(InputError, match=rf"{re.escape(DATA)} cannot be read \(.*\); copy the worker bundle again"):
+        bundle.weight("layers.0.large.backward")
 
 
 def test_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
