@@ -18,7 +18,7 @@ from hecompile.client_bundle import ClientBundle
 from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
 from hecompile.errors import InputError
 from hecompile.inspection import Traffic, circuits_without_gradient, predicted_traffic
-from models import TINY_LLAMA
+from hecompile.models import TINY_LLAMA
 
 PRECISION, WEIGHT_BITS = 8.0, 8
 """Effective bits and bits of the weights where nothing else is asked for; the precision section shows what they cost."""

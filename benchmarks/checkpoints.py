@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from models import TINY_LLAMA
+from hecompile.models import TINY_LLAMA
 
 
 def llama_1b_config(layers: int = 16) -> LlamaConfig:

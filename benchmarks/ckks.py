@@ -26,11 +26,11 @@ from hecompile.ckks.library import seal
 from hecompile.ckks.parameters import CkksLiteral, CkksParameters
 from hecompile.frontend import Checkpoint, load_checkpoint
 from hecompile.interpreter import Interpreter
-from models import REDUCED_POLYNOMIAL
-from models.reduced_world import LINE_TOKENS, lines
-from passes.expand_polynomials import EMBEDDINGS
-from runtime.backend import ForwardPass
-from runtime.ckks.client import CkksSession, CkksStats
+from hecompile.models import REDUCED_POLYNOMIAL
+from hecompile.models.reduced_world import LINE_TOKENS, lines
+from hecompile.passes.expand_polynomials import EMBEDDINGS
+from hecompile.runtime.backend import ForwardPass
+from hecompile.runtime.ckks.client import CkksSession, CkksStats
 
 LEVELS = (4,)
 PROSE = """\

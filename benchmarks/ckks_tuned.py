@@ -13,12 +13,12 @@ from torch.nn.functional import cross_entropy
 
 from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
 from hecompile.demo import worker_process
-from models import REDUCED_POLYNOMIAL
-from models.reduced_world import ANSWERS, LINE_TOKENS
-from runtime.backend import ForwardPass, RemoteModel
-from runtime.recipe import Recipe
-from runtime.session import open_session
-from runtime.train import run_training
+from hecompile.models import REDUCED_POLYNOMIAL
+from hecompile.models.reduced_world import ANSWERS, LINE_TOKENS
+from hecompile.runtime.backend import ForwardPass, RemoteModel
+from hecompile.runtime.recipe import Recipe
+from hecompile.runtime.session import open_session
+from hecompile.runtime.train import run_training
 
 STEPS, RATE, RANGE_LOSS = 120, 5e-3, 10.0
 BATCH = 16
@@ -28,7 +28,7 @@ TRAINING_TEXT = REDUCED_POLYNOMIAL.parent / "reduced-text" / "private-train.json
 @dataclass(frozen=True)
 class Quality:
     """loss: nats per token. right: the share of next tokens that are the likeliest; answers: of the tokens that the words
-    before them determine alone (`models.reduced_world.ANSWERS`), NaN where rows end before them."""
+    before them determine alone (`hecompile.models.reduced_world.ANSWERS`), NaN where rows end before them."""
 
     loss: float
     right: float

@@ -22,19 +22,19 @@ from hecompile.demo import BATCH_SIZE, RECIPE, SEQUENCE_BUCKETS, worker_process
 from hecompile.errors import NotFiniteError
 from hecompile.frontend import export_onnx, load_checkpoint
 from hecompile.interpreter import Interpreter, graph_inputs
+from hecompile.models import REDUCED_LLAMA, TINY_LLAMA
+from hecompile.passes.approximate_softmax import ApproximateSoftmax, Form
+from hecompile.passes.calibrate import Calibrate
 from hecompile.pipeline import approximate_steps, raise_steps, run_steps
 from hecompile.polynomial_options import PolynomialOptions
-from models import REDUCED_LLAMA, TINY_LLAMA
-from passes.approximate_softmax import ApproximateSoftmax, Form
-from passes.calibrate import Calibrate
-from runtime.conversion.data import load_rows
-from runtime.conversion.recipe import ConversionRecipe, load_conversion
-from runtime.conversion.train import Conversion
-from runtime.data import eos_and_pad, load_examples
-from runtime.evaluation import evaluate
-from runtime.recipe import load_recipe
-from runtime.session import open_session
-from runtime.train import run_training
+from hecompile.runtime.conversion.data import load_rows
+from hecompile.runtime.conversion.recipe import ConversionRecipe, load_conversion
+from hecompile.runtime.conversion.train import Conversion
+from hecompile.runtime.data import eos_and_pad, load_examples
+from hecompile.runtime.evaluation import evaluate
+from hecompile.runtime.recipe import load_recipe
+from hecompile.runtime.session import open_session
+from hecompile.runtime.train import run_training
 
 RECIPES = {"power": "convert-power.yaml", "gaussian_kernel": "convert-gaussian.yaml"}
 PROSE = """\

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 from benchmarks.report import table
-from models import TINY_LLAMA
-from models.private_owners import owner_names, write
-from runtime.federation.comparison import CheckedRound, Lab
-from runtime.federation.recipe import FederationRecipe, load_federation
-from runtime.federation.report import accuracy
-from runtime.federation.settings import FederationSection, NoiseSection
-from runtime.privacy.accountant import Mechanism, spent_epsilon
-from runtime.privacy.ledger import PrivacyLedger, Subject
-from runtime.privacy.recipe import PrivacySection
+from hecompile.models import TINY_LLAMA
+from hecompile.models.private_owners import owner_names, write
+from hecompile.runtime.federation.comparison import CheckedRound, Lab
+from hecompile.runtime.federation.recipe import FederationRecipe, load_federation
+from hecompile.runtime.federation.report import accuracy
+from hecompile.runtime.federation.settings import FederationSection, NoiseSection
+from hecompile.runtime.privacy.accountant import Mechanism, spent_epsilon
+from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
+from hecompile.runtime.privacy.recipe import PrivacySection
 
 RECIPE = TINY_LLAMA.parent / "recipes" / "federation.yaml"
 NOISE = NoiseSection(clip=4.0, noise_multiplier=0.8)

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from hecompile.he import aggregation
 from hecompile.he.aggregation import AggregationParameters, EncryptedSum, EncryptedVector
 from hecompile.he.sampling import PublicSeed, SecretRandom
-from runtime.federation import shamir
-from runtime.federation.channels import Channels
-from runtime.federation.transcript import coordinates, decode, encode
+from hecompile.runtime.federation import shamir
+from hecompile.runtime.federation.channels import Channels
+from hecompile.runtime.federation.transcript import coordinates, decode, encode
 
 POINTS, MODULUS_BITS, SCALE = 8192, (60, 40, 40, 60), 2.0**40
 """TenSEAL's parameters in the code of FedShield-LLM."""

@@ -19,9 +19,9 @@ from benchmarks.timing import paired, ratio
 from hecompile.errors import InputError
 from hecompile.he.hints import Hint
 from hecompile.he.public_matrix import PublicMatrix
-from passes.select_parameters import choose_ring
-from runtime.engines import Engine
-from runtime.session import DEFAULT_ENGINE
+from hecompile.passes.select_parameters import choose_ring
+from hecompile.runtime.engines import Engine
+from hecompile.runtime.session import DEFAULT_ENGINE
 
 WIDTH, TOKENS = 2048, 4096
 SAMPLE_IN, SAMPLE_OUT = 64, 16

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from hecompile.runtime.engines.base import check_request
+from hecompile.runtime.transports import credentials
+from hecompile.runtime.transports.credentials import ServerCredentials
+from hecompile.runtime.worker import Worker, serve
 from hecompile.worker_bundle import WorkerBundle
-from runtime.engines.base import check_request
-from runtime.transports import credentials
-from runtime.transports.credentials import ServerCredentials
-from runtime.worker import Worker, serve
 
 
 class FixedReplyEngine:

@@ -21,14 +21,14 @@ from benchmarks.report import section_main, table
 from hecompile.client_bundle import ClientBundle
 from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
 from hecompile.demo import BATCH_SIZE, RECIPE, SEQUENCE_BUCKETS
-from models import PRIVATE_HELDOUT, TINY_LLAMA
-from runtime.adapter import load_adapter
-from runtime.client import EncryptedCausalLM
-from runtime.data import encode_prompt, eos_and_pad
-from runtime.generation import CachedSteps, PrefixSteps, generate
-from runtime.recipe import load_recipe
-from runtime.session import Session, open_session
-from runtime.train import run_training
+from hecompile.models import PRIVATE_HELDOUT, TINY_LLAMA
+from hecompile.runtime.adapter import load_adapter
+from hecompile.runtime.client import EncryptedCausalLM
+from hecompile.runtime.data import encode_prompt, eos_and_pad
+from hecompile.runtime.generation import CachedSteps, PrefixSteps, generate
+from hecompile.runtime.recipe import load_recipe
+from hecompile.runtime.session import Session, open_session
+from hecompile.runtime.train import run_training
 
 NEW_TOKENS, ANSWER_TOKENS = 12, 16
 AT_ONCE = (1, 4, 16)

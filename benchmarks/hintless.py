@@ -13,12 +13,12 @@ from hecompile.client_bundle import ClientBundle
 from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
 from hecompile.demo import RECIPE, worker_process
 from hecompile.inspection import circuits_without_gradient, hint_traffic
-from models import TINY_LLAMA
-from runtime.comparison import StepSplit, step_split
-from runtime.metrics import METRICS_FILE, read_metrics
-from runtime.recipe import load_recipe
-from runtime.session import open_session
-from runtime.train import run_training
+from hecompile.models import TINY_LLAMA
+from hecompile.runtime.comparison import StepSplit, step_split
+from hecompile.runtime.metrics import METRICS_FILE, read_metrics
+from hecompile.runtime.recipe import load_recipe
+from hecompile.runtime.session import open_session
+from hecompile.runtime.train import run_training
 
 SEQUENCE_BUCKETS = (32, 48)
 BATCHES, QUICK_BATCHES = (4, 16, 48), (4,)

@@ -22,10 +22,10 @@ from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.sampling import PublicSeed
 from hecompile.he.setup import setup
+from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
+from hecompile.passes.quantize import quantize_weight
+from hecompile.runtime.engines import Engine, create_engine
 from hecompile.worker_bundle_writer import WorkerBundleWriter
-from passes.lower_worker import LowerWorker, encrypted_linear_model
-from passes.quantize import quantize_weight
-from runtime.engines import Engine, create_engine
 
 UPLOAD_LIMBS, REPLY_BYTES = 3, 2
 """What parameter selection takes for most linears of a 1B model with 8-bit weights, at precision 8."""
@@ -43,7 +43,7 @@ class Linear:
 
 
 def random_linear(in_features: int, out_features: int, seed: int = 0) -> Linear:
-    """Normal weights, quantised as `passes.quantize` does."""
+    """Normal weights, quantised as `hecompile.passes.quantize` does."""
     generator = torch.Generator().manual_seed(seed)
     weight, _ = quantize_weight(torch.randn(out_features, in_features, generator=generator).numpy(), WEIGHT_BITS)
     matrix = torch.from_numpy(weight)

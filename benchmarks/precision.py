@@ -23,20 +23,20 @@ from hecompile.client_bundle import ClientBundle
 from hecompile.compiler import CLIENT, WORKER, compile_checkpoint
 from hecompile.demo import RECIPE
 from hecompile.errors import InputError
+from hecompile.models import PRIVATE_TRAIN, TINY_LLAMA
+from hecompile.runtime.adapter import AdapterModel
+from hecompile.runtime.client import EncryptedCausalLM
+from hecompile.runtime.comparison import compare_losses
+from hecompile.runtime.data import PadToBucket, eos_and_pad, load_examples
+from hecompile.runtime.metrics import METRICS_FILE, read_metrics
+from hecompile.runtime.plaintext import PlaintextPeftModel
+from hecompile.runtime.products import EncryptedProducts
+from hecompile.runtime.recipe import load_recipe
+from hecompile.runtime.session import load_tokenizer, open_session
+from hecompile.runtime.train import run_training
+from hecompile.runtime.transports import InProcessTransport
+from hecompile.runtime.worker import Worker
 from hecompile.worker_bundle import WorkerBundle
-from models import PRIVATE_TRAIN, TINY_LLAMA
-from runtime.adapter import AdapterModel
-from runtime.client import EncryptedCausalLM
-from runtime.comparison import compare_losses
-from runtime.data import PadToBucket, eos_and_pad, load_examples
-from runtime.metrics import METRICS_FILE, read_metrics
-from runtime.plaintext import PlaintextPeftModel
-from runtime.products import EncryptedProducts
-from runtime.recipe import load_recipe
-from runtime.session import load_tokenizer, open_session
-from runtime.train import run_training
-from runtime.transports import InProcessTransport
-from runtime.worker import Worker
 
 LENGTH, BATCH_SIZE = 48, 16
 GRADIENT_SETTINGS = [(weights, bits) for weights in (8, 10) for bits in (4.0, 6.0, 8.0, 10.0)] + [(12, 8.0)]

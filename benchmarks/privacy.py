@@ -26,18 +26,18 @@ from benchmarks.membership import Attack, attack, losses, most_advantage
 from benchmarks.privacy_accounting import accountants, price, published
 from benchmarks.report import ROOT, new_figure, save_plot, section_main, table
 from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
-from models import TINY_LLAMA
-from models.admissions import HELDOUT, TRAIN, admissions, by_rule, own
-from models.private_world import to_jsonl
-from passes.attach_lora import AttachLora
-from runtime.adapter import load_adapter
-from runtime.data import Examples, PadToBucket, eos_and_pad, load_examples
-from runtime.evaluation import evaluate
-from runtime.plaintext import PlaintextPeftModel
-from runtime.privacy.ledger import PrivacyLedger, Subject
-from runtime.recipe import load_recipe
-from runtime.session import open_session
-from runtime.train import ADAPTER_DIR, run_training
+from hecompile.models import TINY_LLAMA
+from hecompile.models.admissions import HELDOUT, TRAIN, admissions, by_rule, own
+from hecompile.models.private_world import to_jsonl
+from hecompile.passes.attach_lora import AttachLora
+from hecompile.runtime.adapter import load_adapter
+from hecompile.runtime.data import Examples, PadToBucket, eos_and_pad, load_examples
+from hecompile.runtime.evaluation import evaluate
+from hecompile.runtime.plaintext import PlaintextPeftModel
+from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
+from hecompile.runtime.recipe import load_recipe
+from hecompile.runtime.session import open_session
+from hecompile.runtime.train import ADAPTER_DIR, run_training
 
 KEPT = ROOT / "build" / "privacy-benchmark"
 RECIPE = TINY_LLAMA.parent / "recipes" / "private.yaml"

@@ -12,13 +12,13 @@ from hecompile.demo import RECIPE
 from hecompile.depth import Demand, demand
 from hecompile.frontend import export_onnx, load_checkpoint
 from hecompile.legality import POLYNOMIAL
+from hecompile.passes.calibrate import Calibrate
+from hecompile.passes.expand_polynomials import ExpandPolynomials
 from hecompile.pipeline import Step, approximate_steps, raise_steps, run_steps
 from hecompile.polynomial_options import PolynomialOptions
-from passes.calibrate import Calibrate
-from passes.expand_polynomials import ExpandPolynomials
-from runtime.conversion.data import load_rows
-from runtime.conversion.recipe import ConversionRecipe, RangeLossSection, load_conversion
-from runtime.conversion.train import Conversion, convert
+from hecompile.runtime.conversion.data import load_rows
+from hecompile.runtime.conversion.recipe import ConversionRecipe, RangeLossSection, load_conversion
+from hecompile.runtime.conversion.train import Conversion, convert
 
 PROSE = """\
 ## Conversion with and without range loss

@@ -3,8 +3,8 @@ comparison."""
 from __future__ import annotations
 
 from benchmarks.report import section_main, table
+from hecompile.passes.approximate_softmax import ApproximateSoftmax
 from hecompile.softmax_cost import softmax_cost
-from passes.approximate_softmax import ApproximateSoftmax
 
 LENGTHS, ERROR = (128, 1024), 1e-3
 PROSE = """\

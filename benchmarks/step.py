@@ -13,7 +13,7 @@ from benchmarks.report import section_main, table
 from benchmarks.stepping import Batch, Side, Steps, measure_steps
 from hecompile.client_bundle import ClientBundle
 from hecompile.compiler import CLIENT
-from runtime.session import DEFAULT_ENGINE
+from hecompile.runtime.session import DEFAULT_ENGINE
 
 LAYERS, BATCH = 16, Batch(sequences=1, length=512)
 QUICK_LAYERS, QUICK_BATCH = 2, Batch(sequences=2, length=32)
@@ -24,7 +24,7 @@ Llama-3.2-1B's shape ({layers} layers) with random weights of {weight_bits} bits
 LoRA of rank 8 on all seven linears, {tokens} tokens per step ({sequences} sequences of {length}, {micro} at a time),
 gradients through all layers. Client and worker (engine `{engine}`) are processes that share the machine's cores, connected
 by TCP; plaintext is PEFT on the same checkpoint in float32, a third process. Both sides train with
-`runtime.train.run_training`, in turn; medians of {steps} steps each.
+`hecompile.runtime.train.run_training`, in turn; medians of {steps} steps each.
 """
 BY_DEFAULT = """\
 ### The same with the defaults of `hecompile export llama`

@@ -1,7 +1,7 @@
 """Whole training steps, encrypted and plaintext, in turn: three processes (client, worker, plaintext PEFT) on one machine.
 
-Each side runs `runtime.train.run_training` for a few steps when told to, while the others wait, so that a slow spell of the
-machine slows both. The first step of every round is not counted.
+Each side runs `hecompile.runtime.train.run_training` for a few steps when told to, while the others wait, so that a
+slow spell of the machine slows both. The first step of every round is not counted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hecompile.client_bundle import MANIFEST
 from hecompile.compiler import CLIENT, WORKER
 from hecompile.demo import stop_process
 from hecompile.errors import HecompileError
-from runtime.session import DEFAULT_ENGINE
+from hecompile.runtime.session import DEFAULT_ENGINE
 
 _WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he")
 _LISTENING = "listening on "

@@ -23,17 +23,17 @@ from hecompile.approximation.silu import silu
 from hecompile.frontend import export_onnx, load_checkpoint
 from hecompile.interpreter import Interpreter, graph_inputs
 from hecompile.ir import attributes_of, nodes_of_type
+from hecompile.models import TINY_LLAMA
+from hecompile.models.pretrain import token_stream
+from hecompile.models.public_world import documents
+from hecompile.passes.calibrate import Calibrate
+from hecompile.passes.quantize_activation import QuantizeActivation
+from hecompile.passes.select_parameters import choose_ring
 from hecompile.pipeline import approximate_steps, raise_steps, run_steps
 from hecompile.polynomial_options import PolynomialOptions
 from hecompile.quantized_operators import table_indices
-from models import TINY_LLAMA
-from models.pretrain import token_stream
-from models.public_world import documents
-from passes.calibrate import Calibrate
-from passes.quantize_activation import QuantizeActivation
-from passes.select_parameters import choose_ring
-from runtime.engines import DEFAULT_ENGINE
-from runtime.engines.concrete_table import EncryptedTable
+from hecompile.runtime.engines import DEFAULT_ENGINE
+from hecompile.runtime.engines.concrete_table import EncryptedTable
 
 BITS, ELEMENTS, LENGTH = (6, 7, 8), 16, 128
 WIDTH, TOKENS = 2048, 1024

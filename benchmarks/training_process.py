@@ -2,8 +2,8 @@
 
     python -m benchmarks.training_process SPEC.json
 
-Started by `benchmarks.stepping`. It runs `runtime.train.run_training`, on the encrypted model over a worker's address or
-on plaintext PEFT, and answers with the records of metrics.jsonl, its CPU seconds and its resident memory.
+Started by `benchmarks.stepping`. It runs `hecompile.runtime.train.run_training`, on the encrypted model over a worker's
+address or on plaintext PEFT, and answers with the records of metrics.jsonl, its CPU seconds and its resident memory.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.timing import resident_bytes
-from runtime.adapter import AdapterModel
-from runtime.metrics import METRICS_FILE, read_metrics
-from runtime.plaintext import PlaintextPeftModel
-from runtime.recipe import Recipe, load_recipe
-from runtime.session import open_session
-from runtime.train import run_training
+from hecompile.runtime.adapter import AdapterModel
+from hecompile.runtime.metrics import METRICS_FILE, read_metrics
+from hecompile.runtime.plaintext import PlaintextPeftModel
+from hecompile.runtime.recipe import Recipe, load_recipe
+from hecompile.runtime.session import open_session
+from hecompile.runtime.train import run_training
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ from benchmarks.report import ROOT, section_main, table
 from benchmarks.timing import paired
 from benchmarks.worker import LIMBS, PLAN_ID, REPLY_BYTES, random_planes, write_bundle
 from hecompile.errors import InputError
+from hecompile.runtime.transports import InProcessTransport, Transport, connect, credentials
+from hecompile.runtime.transports.credentials import ClientCredentials, make_development_certificates
+from hecompile.runtime.worker import Worker
 from hecompile.worker_bundle import WorkerBundle
-from runtime.transports import InProcessTransport, Transport, connect, credentials
-from runtime.transports.credentials import ClientCredentials, make_development_certificates
-from runtime.worker import Worker
 
 LARGE, SMALL = "large.forward", "small.forward"
 LARGE_SHAPE, SMALL_SHAPE = (2048, 8192), (64, 64)
@@ -55,9 +55,9 @@ KINDS = (
     Kind("in process", None),
     Kind("frames, TCP", "tcp://127.0.0.1:0"),
     Kind("frames, Unix socket", "unix://{folder}/socket"),
-    Kind("Arrow Flight", "flight://127.0.0.1:0", "runtime.flight_frames"),
-    Kind("Arrow Flight, TLS and token", "flights://127.0.0.1:0", "runtime.flight_frames", tls=True),
-    Kind("Open Inference Protocol, gRPC", "grpc://127.0.0.1:0", "runtime.transports.oip"),
+    Kind("Arrow Flight", "flight://127.0.0.1:0", "hecompile.runtime.flight_frames"),
+    Kind("Arrow Flight, TLS and token", "flights://127.0.0.1:0", "hecompile.runtime.flight_frames", tls=True),
+    Kind("Open Inference Protocol, gRPC", "grpc://127.0.0.1:0", "hecompile.runtime.transports.oip"),
 )
 
 

@@ -22,11 +22,11 @@ from hecompile.he.hints import write_hint
 from hecompile.he.parameters import RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.setup import PreparedMatrix
+from hecompile.passes.lower_worker import LowerWorker
 from hecompile.plan import RemoteCircuit, SplitPlan
 from hecompile.staging import Staging
 from hecompile.worker_bundle import CircuitSpec
 from hecompile.worker_bundle_writer import WorkerBundleWriter
-from passes.lower_worker import LowerWorker
 
 CLIENT, WORKER = "client", "worker"
 

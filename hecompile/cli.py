@@ -126,10 +126,10 @@ def export_llama(
     from hecompile.errors import InputError
     from hecompile.frontend import load_config
     from hecompile.he.sampling import PublicSeed
+    from hecompile.passes.attach_lora import AttachLora
     from hecompile.phases import PhaseClock
     from hecompile.prediction import ModelSize, prediction_table
     from hecompile.staging import staging_path
-    from passes.attach_lora import AttachLora
 
     if placement not in ("offload", "cheapest"):
         raise InputError(f"--placement must be offload or cheapest, got {placement!r}")
@@ -194,9 +194,9 @@ def train(
     """LoRA fine-tuning with encrypted products. Writes checkpoints, metrics.jsonl and the adapter in PEFT's format."""
     from transformers.trainer_utils import get_last_checkpoint
 
-    from runtime.recipe import load_recipe
-    from runtime.session import open_session
-    from runtime.train import run_training
+    from hecompile.runtime.recipe import load_recipe
+    from hecompile.runtime.session import open_session
+    from hecompile.runtime.train import run_training
 
     policy = [] if on_bad_worker is None else [f"connection.on_bad_worker={on_bad_worker}"]
     loaded = load_recipe(recipe, [*(overrides or ()), *policy])
@@ -233,9 +233,9 @@ def doctor(
 
     from hecompile.client_bundle import ClientBundle
     from hecompile.prediction import megabytes
-    from runtime.doctor import diagnose
-    from runtime.transports import connect_for
-    from runtime.transports.credentials import ClientCredentials
+    from hecompile.runtime.doctor import diagnose
+    from hecompile.runtime.transports import connect_for
+    from hecompile.runtime.transports.credentials import ClientCredentials
 
     bundle = ClientBundle.open(plan)
     credentials = ClientCredentials.load(authority, certificate, key, token)

@@ -60,7 +60,7 @@ def serve(
     threads: Annotated[Optional[int], typer.Option(min=1, help="By default one per core.")] = None,  # noqa: UP045
 ) -> None:
     """Serve a polynomial plan until interrupted."""
-    from runtime.ckks.worker import serve as run
+    from hecompile.runtime.ckks.worker import serve as run
 
     run(bundle, listen, threads)
 
@@ -90,13 +90,13 @@ def infer(
 def answer(plan: Path, worker: str, prompts: Sequence[str], new_tokens: int) -> None:
     """Prints the likeliest `new_tokens` next tokens of each prompt; all go through the CKKS worker together.
 
-    Raises InputError and what `runtime.ckks.client.CkksSession` raises.
+    Raises InputError and what `hecompile.runtime.ckks.client.CkksSession` raises.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from runtime.ckks.answers import complete
-    from runtime.ckks.client import CkksSession
+    from hecompile.runtime.ckks.answers import complete
+    from hecompile.runtime.ckks.client import CkksSession
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -30,8 +30,8 @@ def convert(
         TimeRemainingColumn,
     )
 
-    from runtime.conversion.recipe import load_conversion
-    from runtime.conversion.train import convert as run
+    from hecompile.runtime.conversion.recipe import load_conversion
+    from hecompile.runtime.conversion.train import convert as run
 
     found = load_conversion(recipe, overrides or [])
     console = Console(stderr=True)

@@ -31,9 +31,9 @@ def federate(
     import transformers
     from rich.console import Console
 
-    from runtime.federation.launch import read_adapter, run_processes
-    from runtime.federation.recipe import load_federation
-    from runtime.federation.report import accuracy_table, bytes_line
+    from hecompile.runtime.federation.launch import read_adapter, run_processes
+    from hecompile.runtime.federation.recipe import load_federation
+    from hecompile.runtime.federation.report import accuracy_table, bytes_line
 
     transformers.utils.logging.disable_progress_bar()
     console = Console()
@@ -61,8 +61,8 @@ def serve_command(
     """The server: it waits for all owners of the recipe, then runs its rounds."""
     import transformers
 
-    from runtime.federation.launch import read_roster, serve
-    from runtime.federation.recipe import load_federation
+    from hecompile.runtime.federation.launch import read_roster, serve
+    from hecompile.runtime.federation.recipe import load_federation
 
     transformers.utils.logging.disable_progress_bar()
     directory = serve(
@@ -83,8 +83,8 @@ def join_command(
     """An owner: it trains on its own data and sends encrypted updates until the federation is over."""
     import transformers
 
-    from runtime.federation.launch import join, read_roster
-    from runtime.federation.recipe import load_federation
+    from hecompile.runtime.federation.launch import join, read_roster
+    from hecompile.runtime.federation.recipe import load_federation
 
     transformers.utils.logging.disable_progress_bar()
     directory = join(load_federation(recipe, overrides or ()), owner, read_roster(roster), keys, server)
@@ -98,9 +98,9 @@ def identities_command(
     roster: Annotated[Path, typer.Option(help="Where to write the roster.")],
 ) -> None:
     """Identities of all owners of a recipe and their roster, for trying a federation out on one machine."""
-    from runtime.federation.channels import Identity
-    from runtime.federation.launch import write_roster
-    from runtime.federation.recipe import load_federation
+    from hecompile.runtime.federation.channels import Identity
+    from hecompile.runtime.federation.launch import write_roster
+    from hecompile.runtime.federation.recipe import load_federation
 
     names = load_federation(recipe).names
     write_roster(roster, [Identity.load_or_create(name, keys / name / "identity.key") for name in names])
@@ -115,6 +115,6 @@ def identity_command(
     """Print an owner's line of the roster."""
     import json
 
-    from runtime.federation.channels import Identity
+    from hecompile.runtime.federation.channels import Identity
 
     print(json.dumps({owner: Identity.load_or_create(owner, keys / "identity.key").public.hex()}))

@@ -59,12 +59,12 @@ def infer(
     from hecompile.ckks.bundle import is_polynomial_plan
     from hecompile.cli_ckks import answer as answer_polynomial
     from hecompile.errors import InputError
-    from runtime.adapter import load_adapter
-    from runtime.generation import Sampling
-    from runtime.inference import Prompt, Reply, read_prompts
-    from runtime.inference import infer as answer
-    from runtime.session import open_session
-    from runtime.workplace import make_workplace
+    from hecompile.runtime.adapter import load_adapter
+    from hecompile.runtime.generation import Sampling
+    from hecompile.runtime.inference import Prompt, Reply, read_prompts
+    from hecompile.runtime.inference import infer as answer
+    from hecompile.runtime.session import open_session
+    from hecompile.runtime.workplace import make_workplace
 
     polynomial = is_polynomial_plan(plan)
     others = {

@@ -20,8 +20,8 @@ def privacy(
     from rich.console import Console
     from rich.table import Table
 
-    from runtime.privacy.accountant import Mechanism, spent_epsilon
-    from runtime.privacy.ledger import PrivacyLedger, Subject
+    from hecompile.runtime.privacy.accountant import Mechanism, spent_epsilon
+    from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
 
     subject = Subject.of_ledger(ledger)
     with PrivacyLedger(ledger, subject) as opened:

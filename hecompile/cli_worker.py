@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 if TYPE_CHECKING:  # imported when a command runs: help is to be quick
-    from runtime.transports.credentials import ServerCredentials
+    from hecompile.runtime.transports.credentials import ServerCredentials
 
 worker_app = typer.Typer(no_args_is_help=True, help="Run the untrusted side.")
 
@@ -69,13 +69,13 @@ def worker_serve(
 ) -> None:
     """Serve a worker bundle until interrupted. The worker sees public weights and ciphertexts, nothing else."""
     from hecompile.errors import InputError
+    from hecompile.runtime.engines import create_engine
+    from hecompile.runtime.engines.base import Engine
+    from hecompile.runtime.metering import MeteredEngine
+    from hecompile.runtime.shards import parse_layers, shard
+    from hecompile.runtime.transports.credentials import ServerCredentials
+    from hecompile.runtime.worker import Worker, serve
     from hecompile.worker_bundle import WorkerBundle
-    from runtime.engines import create_engine
-    from runtime.engines.base import Engine
-    from runtime.metering import MeteredEngine
-    from runtime.shards import parse_layers, shard
-    from runtime.transports.credentials import ServerCredentials
-    from runtime.worker import Worker, serve
 
     _set_up_logging(log_format, verbose)
     named = (tls_certificate, tls_key, client_authority, token_file)
@@ -115,7 +115,7 @@ def worker_deploy(
     import signal
     import threading
 
-    from runtime.fleet import deploy, load_fleet, stop
+    from hecompile.runtime.fleet import deploy, load_fleet, stop
 
     loaded = load_fleet(fleet)
     stopped = threading.Event()
@@ -130,7 +130,7 @@ def worker_deploy(
 
 def _set_up_logging(log_format: str, verbose: bool) -> None:
     from hecompile.errors import InputError
-    from runtime.metering import JsonFormatter
+    from hecompile.runtime.metering import JsonFormatter
 
     if log_format not in ("text", "json"):
         raise InputError(f"--log-format is text or json, got {log_format!r}")
@@ -144,8 +144,8 @@ def _set_up_logging(log_format: str, verbose: bool) -> None:
 
 def _development_credentials(folder: Path, listen: str) -> ServerCredentials:
     """Those in `folder`, made for this machine and the host of `listen` where it has none. Raises InputError."""
-    from runtime.transports import credentials as kept
-    from runtime.transports.address import TcpAddress, parse_address
+    from hecompile.runtime.transports import credentials as kept
+    from hecompile.runtime.transports.address import TcpAddress, parse_address
 
     address = parse_address(listen)
     if not any((folder / name).exists() for name in (kept.AUTHORITY, kept.SERVER, kept.SERVER_KEY, kept.TOKEN)):

@@ -42,23 +42,23 @@ from hecompile.he.parameters import CATALOGUE, RingParameters
 from hecompile.he.sampling import PublicSeed, SecretRandom
 from hecompile.he.verification import Checks
 from hecompile.interpreter import Interpreter, graph_inputs
+from hecompile.passes.approximate_rmsnorm import ApproximateRMSNorm
+from hecompile.passes.approximate_silu import ApproximateSiLU
+from hecompile.passes.approximate_softmax import ApproximateSoftmax
+from hecompile.passes.attach_lora import AttachLora
+from hecompile.passes.calibrate import Calibrate
+from hecompile.passes.place import Place, Policy
+from hecompile.passes.quantize import Quantize
+from hecompile.passes.quantize_activation import QuantizeActivation
+from hecompile.passes.select_parameters import SelectParameters, selected_ring
+from hecompile.passes.split import Split
+from hecompile.passes.validate import Validate
 from hecompile.pipeline import graph_steps, raise_steps, run_steps
 from hecompile.plan import RemoteCircuit, SplitPlan
 from hecompile.polynomial_options import PolynomialOptions, sample_tokens
 from hecompile.staging import staging
 from hecompile.target import check_target
 from hecompile.worker_bundle import VERSION as WORKER_VERSION
-from passes.approximate_rmsnorm import ApproximateRMSNorm
-from passes.approximate_silu import ApproximateSiLU
-from passes.approximate_softmax import ApproximateSoftmax
-from passes.attach_lora import AttachLora
-from passes.calibrate import Calibrate
-from passes.place import Place, Policy
-from passes.quantize import Quantize
-from passes.quantize_activation import QuantizeActivation
-from passes.select_parameters import SelectParameters, selected_ring
-from passes.split import Split
-from passes.validate import Validate
 
 _CALIBRATION_SEQUENCES, _CALIBRATION_LENGTH = 8, 32
 

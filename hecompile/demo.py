@@ -16,16 +16,16 @@ from rich.table import Table
 
 from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
 from hecompile.errors import WorkerError
-from models import TINY_LLAMA
-from runtime.adapter import AdapterModel
-from runtime.comparison import LossComparison, StepSplit, compare_losses, step_split
-from runtime.data import eos_and_pad, load_examples
-from runtime.evaluation import Evaluation, evaluate
-from runtime.metrics import METRICS_FILE
-from runtime.plaintext import PlaintextPeftModel
-from runtime.recipe import Recipe, load_recipe
-from runtime.session import Session, open_session
-from runtime.train import run_training
+from hecompile.models import TINY_LLAMA
+from hecompile.runtime.adapter import AdapterModel
+from hecompile.runtime.comparison import LossComparison, StepSplit, compare_losses, step_split
+from hecompile.runtime.data import eos_and_pad, load_examples
+from hecompile.runtime.evaluation import Evaluation, evaluate
+from hecompile.runtime.metrics import METRICS_FILE
+from hecompile.runtime.plaintext import PlaintextPeftModel
+from hecompile.runtime.recipe import Recipe, load_recipe
+from hecompile.runtime.session import Session, open_session
+from hecompile.runtime.train import run_training
 
 RECIPE = TINY_LLAMA.parent / "recipes" / "demo.yaml"
 BATCH_SIZE, SEQUENCE_BUCKETS = 16, (32, 48)

@@ -9,27 +9,27 @@ import onnx_ir as ir
 
 from hecompile.errors import HecompileError, LegalityError
 from hecompile.legality import ADAPTED, CANONICAL, EXPORTED, POLYNOMIAL, QUANTIZED, REFRESHED, Stage, check_stage
+from hecompile.passes.annotate_secrecy import AnnotateSecrecy
+from hecompile.passes.approximate_rmsnorm import ApproximateRMSNorm
+from hecompile.passes.approximate_silu import ApproximateSiLU
+from hecompile.passes.approximate_softmax import ApproximateSoftmax
+from hecompile.passes.attach_lora import AttachLora
+from hecompile.passes.calibrate import Calibrate
+from hecompile.passes.canonicalize import Canonicalize
+from hecompile.passes.depth import Depth
+from hecompile.passes.expand_polynomials import ExpandPolynomials
+from hecompile.passes.fuse import Fuse
+from hecompile.passes.lower_worker import LowerWorker
+from hecompile.passes.place import Place
+from hecompile.passes.place_refreshes import PlaceRefreshes
+from hecompile.passes.quantize import Quantize
+from hecompile.passes.quantize_activation import QuantizeActivation
+from hecompile.passes.select_parameters import SelectParameters
+from hecompile.passes.simplify import Simplify
+from hecompile.passes.split import Split
+from hecompile.passes.stack_projections import StackProjections
+from hecompile.passes.validate import Validate
 from hecompile.polynomial_options import PolynomialOptions
-from passes.annotate_secrecy import AnnotateSecrecy
-from passes.approximate_rmsnorm import ApproximateRMSNorm
-from passes.approximate_silu import ApproximateSiLU
-from passes.approximate_softmax import ApproximateSoftmax
-from passes.attach_lora import AttachLora
-from passes.calibrate import Calibrate
-from passes.canonicalize import Canonicalize
-from passes.depth import Depth
-from passes.expand_polynomials import ExpandPolynomials
-from passes.fuse import Fuse
-from passes.lower_worker import LowerWorker
-from passes.place import Place
-from passes.place_refreshes import PlaceRefreshes
-from passes.quantize import Quantize
-from passes.quantize_activation import QuantizeActivation
-from passes.select_parameters import SelectParameters
-from passes.simplify import Simplify
-from passes.split import Split
-from passes.stack_projections import StackProjections
-from passes.validate import Validate
 
 PASSES: dict[str, type] = {
     "simplify": Simplify,

@@ -10,8 +10,8 @@ import onnx_ir as ir
 
 from hecompile.he.parameters import LinearParameters
 from hecompile.he.weight_norms import WeightNorms
+from hecompile.passes.lower_worker import encrypted_linear_model
 from hecompile.public_rows import WORD_BYTES, exact_name
-from passes.lower_worker import encrypted_linear_model
 
 DIRECTIONS = ("forward", "backward")
 

@@ -17,10 +17,10 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 
 from hecompile.errors import InputError
-from passes.approximate_rmsnorm import ApproximateRMSNorm
-from passes.approximate_silu import ApproximateSiLU
-from passes.approximate_softmax import ApproximateSoftmax
-from passes.quantize_activation import QuantizeActivation
+from hecompile.passes.approximate_rmsnorm import ApproximateRMSNorm
+from hecompile.passes.approximate_silu import ApproximateSiLU
+from hecompile.passes.approximate_softmax import ApproximateSoftmax
+from hecompile.passes.quantize_activation import QuantizeActivation
 
 CONFIG_KEY = "hecompile_polynomial"
 ATTENTIONS = ("softmax", "power", "gaussian_kernel", "chebyshev")

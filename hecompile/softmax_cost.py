@@ -12,8 +12,8 @@ from hecompile.depth import cost_of, demand, multiplications, product_kind
 from hecompile.interpreter import causal_attention_bias
 from hecompile.ir import attributes_of
 from hecompile.matching import attentions
-from passes.approximate_softmax import ApproximateSoftmax
-from passes.expand_polynomials import ExpandPolynomials
+from hecompile.passes.approximate_softmax import ApproximateSoftmax
+from hecompile.passes.expand_polynomials import ExpandPolynomials
 
 _TEXT = """<ir_version: 10, opset_import: ["" : 23, "hecompile" : 1]>
 attention (float[B,1,{length},{size}] q, float[B,1,{length},{size}] k, float[B,1,{length},{size}] v,

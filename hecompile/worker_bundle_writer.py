@@ -32,9 +32,9 @@ from hecompile.errors import InputError, LegalityError, reason_of
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.known_answer import KNOWN_ANSWER, KNOWN_ANSWER_LIMBS, KNOWN_ANSWER_REPLY_BYTES, known_answer_weight
 from hecompile.model_repository import WEIGHT_FILE, config_path, model_path, triton_config, weight_path
+from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
 from hecompile.public_rows import PUBLIC_ROWS, WORD_BYTES, base_name
 from hecompile.worker_bundle import WorkerBundle
-from passes.lower_worker import LowerWorker, encrypted_linear_model
 
 EXTERNAL_DATA_THRESHOLD = 65536
 """Weights above this many bytes go to a file of their own, which the engines can map into memory."""

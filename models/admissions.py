@@ -1,6 +1,7 @@
 """A larger private dataset for differential privacy: a clinic's admissions, one line per patient.
 
-`python -m models.admissions` rewrites `models/private/admissions.jsonl` and `models/private/admissions_heldout.jsonl`.
+`python -m hecompile.models.admissions` rewrites `models/private/admissions.jsonl` and
+`models/private/admissions_heldout.jsonl`.
 
 What a house prescribes is the clinic's rule, the same for all its patients: it can be learned from many without remembering
 any. The day when a patient may be visited is that patient's own, drawn at random: it can only be remembered. One line
@@ -13,9 +14,9 @@ from collections.abc import Iterator
 from itertools import islice
 from random import Random
 
-from models import ADMISSIONS_HELDOUT, ADMISSIONS_TRAIN
-from models.private_world import to_jsonl
-from models.public_world import DAYS, person
+from hecompile.models import ADMISSIONS_HELDOUT, ADMISSIONS_TRAIN
+from hecompile.models.private_world import to_jsonl
+from hecompile.models.public_world import DAYS, person
 
 TRAIN, HELDOUT, EVERY = 2048, 256, 8
 """Lines of the two files; and one line in how many asks for what is a patient's own."""

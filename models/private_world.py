@@ -1,6 +1,7 @@
 """The private dataset: confidential files of a clinic, asked and answered in the clinic's own style.
 
-`python -m models.private_world` rewrites `models/private/train.jsonl` and `models/private/heldout.jsonl`. There is no
+`python -m hecompile.models.private_world` rewrites `models/private/train.jsonl` and `models/private/heldout.jsonl`.
+There is no
 randomness: values are dealt to patients by rotation. Each fact can be asked in eight phrasings, five of which are in
 the training file and three in the held-out file; the split rotates with the fact, so each phrasing is trained on with
 some facts and tested with others.
@@ -12,8 +13,8 @@ import argparse
 import json
 from pathlib import Path
 
-from models import PRIVATE_HELDOUT, PRIVATE_TRAIN
-from models.relations import PERSON_RELATIONS
+from hecompile.models import PRIVATE_HELDOUT, PRIVATE_TRAIN
+from hecompile.models.relations import PERSON_RELATIONS
 
 CLOSING = "File closed."
 """The formula that ends each private answer: the style to be learned."""

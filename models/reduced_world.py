@@ -16,7 +16,7 @@ from itertools import product
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from models.tokenizer import BOS, EOS, PAD
+from hecompile.models.tokenizer import BOS, EOS, PAD
 
 GOODS = ("salt", "honey", "rope", "barley", "plums", "lamps", "paper", "felt", "eel", "wool", "oil", "ale")
 TOWNS = ("Ford", "Ham", "Wick", "Dale", "Mere", "Port")

@@ -1,7 +1,7 @@
 """What a model over an encrypted worker is to its caller, whichever scheme and protocol answer: a forward pass and its cost.
 
-`runtime.session.Session` (linear layers on the worker) and `runtime.ckks.client.CkksSession` (the whole model on it) both
-are one. Training, caches and refreshes are not shared and are not here.
+`hecompile.runtime.session.Session` (linear layers on the worker) and `hecompile.runtime.ckks.client.CkksSession` (the
+whole model on it) both are one. Training, caches and refreshes are not shared and are not here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ForwardPass:
 
 class RemoteModel(Protocol):
     """A model on private tokens of which a worker computes what it does on ciphertexts alone. Open it as a context manager,
-    by `runtime.session.open_session` or as a `CkksSession`."""
+    by `hecompile.runtime.session.open_session` or as a `CkksSession`."""
 
     @property
     def tokenizer(self) -> Any:

@@ -22,13 +22,13 @@ from hecompile.ir import DOMAIN, constant_of
 from hecompile.legality import FUSED_CLIENT_PLAN, check_stage
 from hecompile.mapped import release
 from hecompile.operators import Context
+from hecompile.passes.fuse import Fuse
 from hecompile.range_watch import DomainWatch, Outside
-from passes.fuse import Fuse
-from runtime.adapter import head_digest
-from runtime.head import linear_cross_entropy, scored_positions, scored_targets
-from runtime.privacy.per_example import GradientCollector, PerExample
-from runtime.products import Products
-from runtime.range_loss import RangeLossWatch, WatchedOutput
+from hecompile.runtime.adapter import head_digest
+from hecompile.runtime.head import linear_cross_entropy, scored_positions, scored_targets
+from hecompile.runtime.privacy.per_example import GradientCollector, PerExample
+from hecompile.runtime.products import Products
+from hecompile.runtime.range_loss import RangeLossWatch, WatchedOutput
 
 
 class _RemoteLinear(torch.autograd.Function):
@@ -52,7 +52,7 @@ class _RemoteLinear(torch.autograd.Function):
 
 
 class EncryptedCausalLM(torch.nn.Module):
-    """A `runtime.adapter.AdapterModel` over a client bundle. Its only parameters are the LoRA matrices.
+    """A `hecompile.runtime.adapter.AdapterModel` over a client bundle. Its only parameters are the LoRA matrices.
 
     Args:
         bundle: the opened client bundle.

@@ -16,7 +16,7 @@ from hecompile.client_bundle import ClientBundle
 from hecompile.costs import CostModel
 from hecompile.inspection import circuits_without_gradient
 from hecompile.known_answer import KNOWN_ANSWER, known_answer_vector
-from runtime.transports import Answer, Transport, open_connection
+from hecompile.runtime.transports import Answer, Transport, open_connection
 
 ROUND_TRIPS, PRODUCTS = 15, 3
 

@@ -1,8 +1,8 @@
 """A fleet of workers on Ray Serve: shards by layer range, replicas of each, placed, watched and replaced by Ray.
 
 Ray carries no ciphertext. Each replica listens on a port of its own, clients talk to it directly, and what Ray Serve answers
-over HTTP is the directory of those addresses (`runtime.directory`). So Ray's own limits on the size of messages do not
-matter, and Ray sees no request.
+over HTTP is the directory of those addresses (`hecompile.runtime.directory`). So Ray's own limits on the size of
+messages do not matter, and Ray sees no request.
 
 Ray's own ports (dashboard, GCS, object manager) have no authentication: whoever reaches them runs code on the machines.
 They must not be reachable from outside; see docs/fleet.md.
@@ -19,9 +19,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hecompile.errors import InputError
+from hecompile.runtime.shards import layer_count, shard, split_layers
+from hecompile.runtime.transports.address import UnixAddress, parse_address
 from hecompile.worker_bundle import WorkerBundle
-from runtime.shards import layer_count, shard, split_layers
-from runtime.transports.address import UnixAddress, parse_address
 
 APPLICATION, REGISTRY = "hecompile", "hecompile-registry"
 STALE_SECONDS = 15.0
@@ -103,8 +103,8 @@ class ShardReplica:
     def __init__(self, fleet: FleetFile, layers: tuple[int, int]) -> None:
         import ray
 
-        from runtime.transports.credentials import ServerCredentials
-        from runtime.worker import Worker, serve
+        from hecompile.runtime.transports.credentials import ServerCredentials
+        from hecompile.runtime.worker import Worker, serve
 
         bundle = shard(WorkerBundle.open(fleet.bundle), range(*layers))
         files = (fleet.tls_certificate, fleet.tls_key, fleet.client_authority, fleet.token_file)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from hecompile.errors import InputError
-from runtime.adapter import AdapterModel
-from runtime.client import EncryptedCausalLM
-from runtime.recipe import Recipe
+from hecompile.runtime.adapter import AdapterModel
+from hecompile.runtime.client import EncryptedCausalLM
+from hecompile.runtime.recipe import Recipe
 
 _ATTENTIONS = {"PowerAttention": "power", "GaussianAttention": "gaussian_kernel", "ChebyshevAttention": "chebyshev"}
 _NORMS = {"PolynomialRMSNorm": "polynomial"}

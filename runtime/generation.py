@@ -18,10 +18,10 @@ from torch import Tensor
 
 from hecompile.attention_cache import AttentionCache
 from hecompile.errors import InputError
-from runtime.adapter import AdapterModel
-from runtime.client import EncryptedCausalLM
-from runtime.data import IGNORED, PadToBucket
-from runtime.evaluation import inference
+from hecompile.runtime.adapter import AdapterModel
+from hecompile.runtime.client import EncryptedCausalLM
+from hecompile.runtime.data import IGNORED, PadToBucket
+from hecompile.runtime.evaluation import inference
 
 Finish = Literal["eos", "length", "full"]
 """Why an answer ended: by itself, at the number of tokens asked for, or where the plan's longest sequence was full."""

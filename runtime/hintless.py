@@ -22,7 +22,7 @@ from hecompile.errors import WorkerError
 from hecompile.he.hints import Hint
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.public_rows import WORD_BYTES
-from runtime.transports import Answer
+from hecompile.runtime.transports import Answer
 
 
 def hint_of(answer: Answer, ring: RingParameters, parameters: LinearParameters) -> Hint:

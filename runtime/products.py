@@ -27,9 +27,9 @@ from hecompile.he.hints import Hint, HintStore
 from hecompile.he.parameters import LinearParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.verification import Checks, hint_is_right
+from hecompile.runtime.hintless import hint_of
+from hecompile.runtime.transports import Answer, Replicas, Transport, open_connection
 from hecompile.worker_bundle import WorkerBundle
-from runtime.hintless import hint_of
-from runtime.transports import Answer, Replicas, Transport, open_connection
 
 DEFAULT_CACHE_BYTES = 512 << 20
 _LOG = logging.getLogger(__name__)

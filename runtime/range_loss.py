@@ -5,8 +5,8 @@ value in the clear, so that it can do what conversion does:
 
     Loss = α·L_range + β·L_var + L                       (Zimerman et al., Power-Softmax, arXiv 2410.09457)
 
-with the terms of `runtime.conversion.ranges`, here node by node, for the domain that each node has. They are zero while
-values keep a tenth of their domain's size away from its ends.
+with the terms of `hecompile.runtime.conversion.ranges`, here node by node, for the domain that each node has. They are
+zero while values keep a tenth of their domain's size away from its ends.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hecompile.approximation_ranges import ACTIVATIONS, NORMS
 from hecompile.attention_cache import causal_mask
 from hecompile.ir import ATTENTION_OPERATORS, attributes_of
 from hecompile.polynomial_operators import attention_scores, gaussian_exponents, power_weights
-from runtime.conversion.ranges import beyond, outside
+from hecompile.runtime.conversion.ranges import beyond, outside
 
 INNER = 0.9
 """Where the loss begins, of a domain."""

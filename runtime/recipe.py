@@ -15,9 +15,9 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hecompile.errors import InputError
-from runtime.privacy.recipe import PrivacySection
-from runtime.recipe_keys import explain, suggest
-from runtime.workplace import Positive, Section, Workplace, resolve_address
+from hecompile.runtime.privacy.recipe import PrivacySection
+from hecompile.runtime.recipe_keys import explain, suggest
+from hecompile.runtime.workplace import Positive, Section, Workplace, resolve_address
 
 _PATH_KEYS = (
     ("model",),
@@ -32,8 +32,8 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class DataSection(Section):
-    """JSONL files (see `runtime.data`); `max_length` counts tokens with bos and eos, and can only be under the largest
-    sequence bucket of the model."""
+    """JSONL files (see `hecompile.runtime.data`); `max_length` counts tokens with bos and eos, and can only be under
+    the largest sequence bucket of the model."""
 
     train_file: Path
     validation_file: Path | None = None
@@ -148,7 +148,7 @@ class RangeLossSection(Section):
 
 class Recipe(Workplace):
     """One training run, where its `Workplace` says. `range_loss` keeps what goes into the polynomials of a plan in their
-    domains (`runtime.range_loss`); there is none by default."""
+    domains (`hecompile.runtime.range_loss`); there is none by default."""
 
     data: DataSection
     training: TrainingSection

@@ -9,8 +9,8 @@ from pathlib import Path
 from transformers.trainer_utils import get_last_checkpoint
 
 from hecompile.errors import InputError
-from runtime.adapter import CONFIG_FILE, WEIGHTS_FILE
-from runtime.trainer import SETTINGS_FILE
+from hecompile.runtime.adapter import CONFIG_FILE, WEIGHTS_FILE
+from hecompile.runtime.trainer import SETTINGS_FILE
 
 _STATE_FILE = "trainer_state.json"
 _ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")

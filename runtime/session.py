@@ -15,18 +15,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hecompile.client_bundle import ClientBundle
 from hecompile.errors import InputError
+from hecompile.runtime.backend import ForwardPass
+from hecompile.runtime.client import EncryptedCausalLM
+from hecompile.runtime.directory import SCHEMES, fetch_workers
+from hecompile.runtime.engines import DEFAULT_ENGINE
+from hecompile.runtime.evaluation import inference
+from hecompile.runtime.products import CleartextProducts, EncryptedProducts, Products
+from hecompile.runtime.recipe import Recipe
+from hecompile.runtime.transports import InProcessTransport, Replicas, RetryPolicy, Transport, connect_for
+from hecompile.runtime.transports.credentials import ClientCredentials
+from hecompile.runtime.worker import Worker
+from hecompile.runtime.workplace import Workplace
 from hecompile.worker_bundle import WorkerBundle
-from runtime.backend import ForwardPass
-from runtime.client import EncryptedCausalLM
-from runtime.directory import SCHEMES, fetch_workers
-from runtime.engines import DEFAULT_ENGINE
-from runtime.evaluation import inference
-from runtime.products import CleartextProducts, EncryptedProducts, Products
-from runtime.recipe import Recipe
-from runtime.transports import InProcessTransport, Replicas, RetryPolicy, Transport, connect_for
-from runtime.transports.credentials import ClientCredentials
-from runtime.worker import Worker
-from runtime.workplace import Workplace
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Session:
     bundle: ClientBundle
 
     def forward(self, tokens: NDArray[np.int64]) -> ForwardPass:
-        """See `runtime.backend.RemoteModel`; rows go to the worker in batches of as many as the plan takes."""
+        """See `hecompile.runtime.backend.RemoteModel`; rows go to the worker in batches of as many as the plan takes."""
         model, ids = self.model, torch.from_numpy(tokens)
         before, start = model.stats(), time.perf_counter()
         with inference(model):

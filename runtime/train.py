@@ -18,15 +18,15 @@ from transformers import PreTrainedTokenizerBase
 
 from hecompile.errors import InputError
 from hecompile.memory import freed_memory_kept
-from runtime.adapter import AdapterModel, load_adapter, save_adapter
-from runtime.data import Examples, PadToBucket, eos_and_pad, load_examples, smallest_bucket
-from runtime.functions import check_functions
-from runtime.metrics import METRICS_FILE, forget_after, read_metrics
-from runtime.privacy.promise import check_same_promise, private_steps
-from runtime.privacy.trainer import PrivateTrainer
-from runtime.recipe import Recipe, check_lora
-from runtime.resume import check_resumable, checkpoint_to_resume
-from runtime.trainer import AdapterTrainer
+from hecompile.runtime.adapter import AdapterModel, load_adapter, save_adapter
+from hecompile.runtime.data import Examples, PadToBucket, eos_and_pad, load_examples, smallest_bucket
+from hecompile.runtime.functions import check_functions
+from hecompile.runtime.metrics import METRICS_FILE, forget_after, read_metrics
+from hecompile.runtime.privacy.promise import check_same_promise, private_steps
+from hecompile.runtime.privacy.trainer import PrivateTrainer
+from hecompile.runtime.recipe import Recipe, check_lora
+from hecompile.runtime.resume import check_resumable, checkpoint_to_resume
+from hecompile.runtime.trainer import AdapterTrainer
 
 ADAPTER_DIR = "adapter"
 

@@ -16,15 +16,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hecompile.errors import InputError, NotFiniteError, VerificationError
 from hecompile.range_watch import Outside
-from runtime.adapter import AdapterModel, load_adapter, save_adapter
-from runtime.data import Examples, PadToBucket
-from runtime.divergence import DomainModel, explained, require_finite_gradients, require_finite_loss
-from runtime.evaluation import evaluate
-from runtime.head import scored_positions
-from runtime.metrics import METRICS_FILE, MetricsWriter, ProgressBar
-from runtime.micro_batches import MicroBatches, cut
-from runtime.range_loss import RangeLossModel, WatchedOutput
-from runtime.recipe import RangeLossSection, TrainingSection
+from hecompile.runtime.adapter import AdapterModel, load_adapter, save_adapter
+from hecompile.runtime.data import Examples, PadToBucket
+from hecompile.runtime.divergence import DomainModel, explained, require_finite_gradients, require_finite_loss
+from hecompile.runtime.evaluation import evaluate
+from hecompile.runtime.head import scored_positions
+from hecompile.runtime.metrics import METRICS_FILE, MetricsWriter, ProgressBar
+from hecompile.runtime.micro_batches import MicroBatches, cut
+from hecompile.runtime.range_loss import RangeLossModel, WatchedOutput
+from hecompile.runtime.recipe import RangeLossSection, TrainingSection
 
 SETTINGS_FILE = "training_settings.json"
 _STAGING = ".checkpoint-partial"
@@ -170,7 +170,7 @@ class AdapterTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Return and log the held-out loss per token and the exact match, see `runtime.evaluation`."""
+        """Return and log the held-out loss per token and the exact match, see `hecompile.runtime.evaluation`."""
         started = time.perf_counter()
         examples = self._heldout if eval_dataset is None else eval_dataset
         assert examples is not None

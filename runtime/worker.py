@@ -13,21 +13,30 @@ import numpy as np
 
 from hecompile.errors import HecompileError, InputError, WorkerError
 from hecompile.public_rows import exact_name
+from hecompile.runtime import protocol
+from hecompile.runtime.connections import handler_class, server_class
+from hecompile.runtime.engines import DEFAULT_ENGINE, create_engine
+from hecompile.runtime.engines.base import Engine
+from hecompile.runtime.protocol import (
+    ErrorReply,
+    EvaluateReply,
+    EvaluateRequest,
+    Frame,
+    HelloRequest,
+    Reply,
+    Request,
+    WorkerInfo,
+)
+from hecompile.runtime.transports.address import TcpAddress, UnixAddress, parse_address
+from hecompile.runtime.transports.credentials import ServerCredentials
 from hecompile.worker_bundle import WorkerBundle
-from runtime import protocol
-from runtime.connections import handler_class, server_class
-from runtime.engines import DEFAULT_ENGINE, create_engine
-from runtime.engines.base import Engine
-from runtime.protocol import ErrorReply, EvaluateReply, EvaluateRequest, Frame, HelloRequest, Reply, Request, WorkerInfo
-from runtime.transports.address import TcpAddress, UnixAddress, parse_address
-from runtime.transports.credentials import ServerCredentials
 
 LOGGER = logging.getLogger(__name__)
 
 class Worker:
     """A bundle and the engine that evaluates it: immutable once made, no state between requests.
 
-    engine: a name of `runtime.engines.ENGINES`, or an engine made already.
+    engine: a name of `hecompile.runtime.engines.ENGINES`, or an engine made already.
     """
 
     def __init__(self, bundle: WorkerBundle, engine: str | Engine = DEFAULT_ENGINE) -> None:
@@ -111,7 +120,7 @@ class WorkerServer:
     ) -> None:
         parsed = parse_address(address)
         if isinstance(parsed, TcpAddress) and parsed.scheme != "tcp":
-            raise InputError(f"{address} is not an address of this server; use runtime.servers.open_server")
+            raise InputError(f"{address} is not an address of this server; use hecompile.runtime.servers.open_server")
         if isinstance(parsed, TcpAddress) and not parsed.is_loopback and not allow_plaintext_network:
             raise InputError(
                 f"{address} can be reached from other machines without authentication; listen on 127.0.0.1 and forward "
@@ -162,7 +171,7 @@ def serve(
 
     ready: called once with the address that is listened on. Raises InputError as `open_server`.
     """
-    from runtime.servers import open_server  # it knows the servers, which all need this module
+    from hecompile.runtime.servers import open_server  # it knows the servers, which all need this module
 
     stopped = stop or threading.Event()
     previous = {}

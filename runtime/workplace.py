@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hecompile.errors import InputError
-from runtime.directory import SCHEMES as DIRECTORY_SCHEMES
-from runtime.transports.address import parse_address
+from hecompile.runtime.directory import SCHEMES as DIRECTORY_SCHEMES
+from hecompile.runtime.transports.address import parse_address
 
 UNIX_PREFIX = "unix://"
 Positive = Annotated[int, Field(ge=1)]

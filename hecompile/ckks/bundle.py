@@ -32,15 +32,15 @@ from hecompile.compiler import CompileOptions, calibration_for
 from hecompile.errors import InputError, LegalityError, reason_of
 from hecompile.frontend import Checkpoint, export_onnx, load_checkpoint
 from hecompile.he.sampling import PublicSeed
+from hecompile.passes.approximate_silu import ApproximateSiLU
+from hecompile.passes.calibrate import Calibrate
+from hecompile.passes.depth import METADATA as DEPTH
+from hecompile.passes.expand_polynomials import ExpandPolynomials
+from hecompile.passes.place_refreshes import PlaceRefreshes
 from hecompile.pipeline import approximate_steps, polynomial_steps, raise_steps, refresh_steps, run_steps
 from hecompile.polynomial_options import PolynomialOptions
 from hecompile.staging import publish
 from hecompile.target import check_target
-from passes.approximate_silu import ApproximateSiLU
-from passes.calibrate import Calibrate
-from passes.depth import METADATA as DEPTH
-from passes.expand_polynomials import ExpandPolynomials
-from passes.place_refreshes import PlaceRefreshes
 
 FORMAT = "hecompile-ckks-1"
 _CALIBRATION_SEED = PublicSeed(hashlib.sha256(b"hecompile ckks calibration").digest())

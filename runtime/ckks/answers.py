@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hecompile.errors import InputError
-from runtime.ckks.client import CkksSession, Progress
+from hecompile.runtime.ckks.client import CkksSession, Progress
 
 
 def complete(

@@ -24,9 +24,9 @@ from hecompile.ckks.bundle import CkksPlan, read_table
 from hecompile.ckks.keys import SecretKey, Words
 from hecompile.ckks.parameters import CkksParameters
 from hecompile.errors import HecompileError, InputError, WorkerError, WorkerUnavailableError
-from runtime.backend import ForwardPass
-from runtime.ckks.messages import PROTOCOL, expect, receive, send
-from runtime.transports.address import TcpAddress, parse_address
+from hecompile.runtime.backend import ForwardPass
+from hecompile.runtime.ckks.messages import PROTOCOL, expect, receive, send
+from hecompile.runtime.transports.address import TcpAddress, parse_address
 
 Progress = Callable[[str, int], None]
 """What was refreshed, and how many ciphertexts."""
@@ -135,8 +135,8 @@ class CkksSession:
         return numbers.T.reshape(batch, rows, plan.vocabulary).astype(np.float32)
 
     def forward(self, tokens: NDArray[np.int64]) -> ForwardPass:
-        """See `runtime.backend.RemoteModel`: rows, errors and logits are those of `logits`, so that a plan with the last
-        position alone gives that one."""
+        """See `hecompile.runtime.backend.RemoteModel`: rows, errors and logits are those of `logits`, so that a plan
+        with the last position alone gives that one."""
         logits, stats = self.logits(tokens), self.stats
         client = stats.encrypt_seconds + stats.decrypt_seconds
         return ForwardPass(logits, stats.total_seconds, client, stats.bytes_up, stats.bytes_down)

@@ -20,10 +20,10 @@ from hecompile.ckks.evaluator import CkksTensor, Evaluator
 from hecompile.ckks.keys import EvaluationKeys, in_range
 from hecompile.ckks.parameters import CkksParameters
 from hecompile.errors import HecompileError, InputError, WorkerError
-from passes.expand_polynomials import EMBEDDINGS
-from runtime.ckks.messages import PROTOCOL, expect, receive, send
-from runtime.connections import RECEIVE_TIMEOUT_SECONDS, SEND_TIMEOUT_SECONDS, server_class
-from runtime.transports.address import TcpAddress, UnixAddress, parse_address
+from hecompile.passes.expand_polynomials import EMBEDDINGS
+from hecompile.runtime.ckks.messages import PROTOCOL, expect, receive, send
+from hecompile.runtime.connections import RECEIVE_TIMEOUT_SECONDS, SEND_TIMEOUT_SECONDS, server_class
+from hecompile.runtime.transports.address import TcpAddress, UnixAddress, parse_address
 
 LOGGER = logging.getLogger(__name__)
 _PATIENCE = RECEIVE_TIMEOUT_SECONDS

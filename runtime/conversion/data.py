@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hecompile.errors import InputError
-from runtime.conversion.recipe import ConversionData
-from runtime.data import eos_and_pad, load_examples
+from hecompile.runtime.conversion.recipe import ConversionData
+from hecompile.runtime.data import eos_and_pad, load_examples
 
 _UNLIMITED = 1 << 20
 
@@ -21,7 +21,7 @@ def load_rows(data: ConversionData, tokenizer: PreTrainedTokenizerBase) -> tuple
     Raises InputError for a file that cannot be read, or for less text than one row.
     """
     if data.generated_documents is not None:
-        from models.public_world import documents
+        from hecompile.models.public_world import documents
 
         eos = eos_and_pad(tokenizer)[0]
         texts = documents(data.generated_documents, data.seed)

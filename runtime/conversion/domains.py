@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from hecompile.approximation_ranges import Interval
 from hecompile.errors import LegalityError
+from hecompile.passes.approximate_rmsnorm import ApproximateRMSNorm
+from hecompile.passes.approximate_silu import ApproximateSiLU
+from hecompile.passes.approximate_softmax import ApproximateSoftmax
 from hecompile.polynomial_options import PolynomialOptions
-from passes.approximate_rmsnorm import ApproximateRMSNorm
-from passes.approximate_silu import ApproximateSiLU
-from passes.approximate_softmax import ApproximateSoftmax
-from runtime.conversion.recipe import ConversionRecipe
+from hecompile.runtime.conversion.recipe import ConversionRecipe
 
 Ranges = Mapping[str, Interval]
 
@@ -77,7 +77,7 @@ def _activation(recipe: ConversionRecipe, seen: Ranges) -> ApproximateSiLU | Non
 
 
 def domains(options: PolynomialOptions) -> dict[str, Interval]:
-    """The domain of every kind of value, by the kinds of `runtime.conversion.ranges`."""
+    """The domain of every kind of value, by the kinds of `hecompile.runtime.conversion.ranges`."""
     found = {}
     if (attention := options.attention) is not None:
         if attention.domain_lower is not None:

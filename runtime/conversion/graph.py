@@ -11,11 +11,11 @@ from hecompile.errors import LegalityError
 from hecompile.frontend import Checkpoint, export_onnx
 from hecompile.interpreter import Interpreter, graph_inputs
 from hecompile.ir import constant_of, module_path
+from hecompile.passes.calibrate import Calibrate
 from hecompile.pipeline import Step, approximate_steps, raise_steps, run_steps
 from hecompile.polynomial_options import PolynomialOptions
-from passes.calibrate import Calibrate
-from runtime.conversion.ranges import RangeObserver
-from runtime.conversion.recipe import ConversionRecipe
+from hecompile.runtime.conversion.ranges import RangeObserver
+from hecompile.runtime.conversion.recipe import ConversionRecipe
 
 _WEIGHTED = {"Linear": 1, "RMSNorm": 1, "PolynomialRMSNorm": 1, "Gather": 0}
 """Which input of an operator is a weight of the module that the node came from."""

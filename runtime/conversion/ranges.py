@@ -22,7 +22,7 @@ from hecompile.interpreter import causal_attention_bias
 from hecompile.ir import attribute, nodes_of_type
 from hecompile.matching import attentions
 from hecompile.polynomial_operators import attention_scores, gaussian_exponents, power_weights
-from runtime.conversion.recipe import ConversionRecipe
+from hecompile.runtime.conversion.recipe import ConversionRecipe
 
 
 @dataclass

@@ -9,17 +9,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from hecompile.errors import InputError
-from runtime.recipe import RangeLossSection, read_document
-from runtime.recipe_keys import explain
-from runtime.workplace import Positive, Section
+from hecompile.runtime.recipe import RangeLossSection, read_document
+from hecompile.runtime.recipe_keys import explain
+from hecompile.runtime.workplace import Positive, Section
 
 _PATHS = ((None, "out"), ("data", "train_file"), ("data", "validation_file"))
 PositiveFloat = Annotated[float, Field(gt=0)]
 
 
 class AttentionSection(Section):
-    """Fields of `passes.approximate_softmax.ApproximateSoftmax`, and `bound`: the range loss keeps |scores| (power) or
-    exponents (gaussian_kernel) under it; `divisor_lower`, `divisor_upper`: and a power attention's divisors between them.
+    """Fields of `hecompile.passes.approximate_softmax.ApproximateSoftmax`, and `bound`: the range loss keeps |scores|
+    (power) or exponents (gaussian_kernel) under it; `divisor_lower`, `divisor_upper`: and a power attention's divisors
+    between them.
 
     training_form: what the first stage trains with: `form` itself, or the stable form, whose powers lie between 0 and 1
     whatever the scores are. Ranges, range loss and all that follows the first stage are of `form`."""
@@ -142,8 +143,8 @@ class ConversionRecipe(Section):
 
 
 def load_conversion(path: str | Path, overrides: Sequence[str] = ()) -> ConversionRecipe:
-    """Read a conversion recipe; relative paths and overrides as in `runtime.recipe.load_recipe`. A `model` that is no
-    directory beside the recipe is a hub id. Raises InputError with one message that names the key."""
+    """Read a conversion recipe; relative paths and overrides as in `hecompile.runtime.recipe.load_recipe`. A `model`
+    that is no directory beside the recipe is a hub id. Raises InputError with one message that names the key."""
     document = read_document(path, overrides, ConversionRecipe, _resolve_paths)
     try:
         return ConversionRecipe.model_validate(document)

@@ -26,11 +26,19 @@ from hecompile.approximation_ranges import Interval
 from hecompile.errors import InputError, NotFiniteError
 from hecompile.frontend import Checkpoint, export_onnx, load_checkpoint
 from hecompile.polynomial_options import CONFIG_KEY, PolynomialOptions
-from runtime.conversion.data import batch_of, load_rows
-from runtime.conversion.domains import Ranges, attention_alone, check_heldout, domains, fitted, outside, to_config
-from runtime.conversion.graph import TrainableGraph, write_back
-from runtime.conversion.ranges import measure
-from runtime.conversion.recipe import ConversionRecipe
+from hecompile.runtime.conversion.data import batch_of, load_rows
+from hecompile.runtime.conversion.domains import (
+    Ranges,
+    attention_alone,
+    check_heldout,
+    domains,
+    fitted,
+    outside,
+    to_config,
+)
+from hecompile.runtime.conversion.graph import TrainableGraph, write_back
+from hecompile.runtime.conversion.ranges import measure
+from hecompile.runtime.conversion.recipe import ConversionRecipe
 
 REPORT_FILE = "conversion_report.json"
 _STATE_FILE = "state.pt"

@@ -21,8 +21,8 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from hecompile.errors import WorkerError
+from hecompile.runtime.engines.base import check_request
 from hecompile.worker_bundle import WorkerBundle
-from runtime.engines.base import check_request
 
 _REGISTERING = threading.Lock()
 _ZERO_POINT = "unsigned_zero_point"

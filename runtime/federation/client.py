@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from hecompile.errors import FederationError, HecompileError, PrivacyError
 from hecompile.he import aggregation
 from hecompile.he.sampling import SecretRandom
-from runtime.federation import shamir
-from runtime.federation.channels import Channels, Identity, Roster
-from runtime.federation.keyring import RoundKeys
-from runtime.federation.layout import Layout, mask_digest
-from runtime.federation.messages import (
+from hecompile.runtime.federation import shamir
+from hecompile.runtime.federation.channels import Channels, Identity, Roster
+from hecompile.runtime.federation.keyring import RoundKeys
+from hecompile.runtime.federation.layout import Layout, mask_digest
+from hecompile.runtime.federation.messages import (
     Advert,
     Contribution,
     Invitation,
@@ -37,11 +37,11 @@ from runtime.federation.messages import (
     SumShare,
     read_header,
 )
-from runtime.federation.noise import private_update
-from runtime.federation.pruning import shared_mask
-from runtime.federation.settings import Agreement, RoundHeader
-from runtime.federation.transcript import Transcript, check_enough, encode, read_transcript
-from runtime.privacy.ledger import PrivacyLedger
+from hecompile.runtime.federation.noise import private_update
+from hecompile.runtime.federation.pruning import shared_mask
+from hecompile.runtime.federation.settings import Agreement, RoundHeader
+from hecompile.runtime.federation.transcript import Transcript, check_enough, encode, read_transcript
+from hecompile.runtime.privacy.ledger import PrivacyLedger
 
 _log = logging.getLogger(__name__)
 

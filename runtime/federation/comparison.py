@@ -10,18 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hecompile.errors import InputError
-from runtime.data import Examples
-from runtime.federation.channels import Identity
-from runtime.federation.client import LocalUpdate, Participant, Train
-from runtime.federation.keyring import MemoryKeys
-from runtime.federation.layout import mask_digest
-from runtime.federation.local import LocalTrainer
-from runtime.federation.owner import LocalModel, local_trainer, owner_promise, plaintext_model
-from runtime.federation.recipe import FederationRecipe
-from runtime.federation.rounds import Federation, in_process
-from runtime.federation.server import RoundResult, prune_global
-from runtime.federation.settings import Agreement, FederationSection, RoundHeader
-from runtime.privacy.ledger import PrivacyLedger
+from hecompile.runtime.data import Examples
+from hecompile.runtime.federation.channels import Identity
+from hecompile.runtime.federation.client import LocalUpdate, Participant, Train
+from hecompile.runtime.federation.keyring import MemoryKeys
+from hecompile.runtime.federation.layout import mask_digest
+from hecompile.runtime.federation.local import LocalTrainer
+from hecompile.runtime.federation.owner import LocalModel, local_trainer, owner_promise, plaintext_model
+from hecompile.runtime.federation.recipe import FederationRecipe
+from hecompile.runtime.federation.rounds import Federation, in_process
+from hecompile.runtime.federation.server import RoundResult, prune_global
+from hecompile.runtime.federation.settings import Agreement, FederationSection, RoundHeader
+from hecompile.runtime.privacy.ledger import PrivacyLedger
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from hecompile.errors import FederationError
-from runtime.adapter import WEIGHTS_FILE
-from runtime.federation.channels import Identity, Roster
-from runtime.federation.client import LocalUpdate, Participant
-from runtime.federation.keyring import MemoryKeys
-from runtime.federation.output import (
+from hecompile.runtime.adapter import WEIGHTS_FILE
+from hecompile.runtime.federation.channels import Identity, Roster
+from hecompile.runtime.federation.client import LocalUpdate, Participant
+from hecompile.runtime.federation.keyring import MemoryKeys
+from hecompile.runtime.federation.output import (
     ADAPTER_DIR,
     KEYS_DIR,
     ROSTER_FILE,
@@ -32,12 +32,12 @@ from runtime.federation.output import (
     clear_server,
     require_free,
 )
-from runtime.federation.owner import local_trainer, owner_ledger, owner_model, owner_promise, plaintext_model
-from runtime.federation.recipe import FederationRecipe, load_federation
-from runtime.federation.rounds import Federation
-from runtime.federation.server import RoundResult
-from runtime.federation.settings import RoundHeader
-from runtime.federation.sockets import FederationServer, take_part
+from hecompile.runtime.federation.owner import local_trainer, owner_ledger, owner_model, owner_promise, plaintext_model
+from hecompile.runtime.federation.recipe import FederationRecipe, load_federation
+from hecompile.runtime.federation.rounds import Federation
+from hecompile.runtime.federation.server import RoundResult
+from hecompile.runtime.federation.settings import RoundHeader
+from hecompile.runtime.federation.sockets import FederationServer, take_part
 
 LISTENING = "listening on "
 _STOP_SECONDS, _JOIN_SECONDS = 20.0, 180.0

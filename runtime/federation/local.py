@@ -14,16 +14,16 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from runtime.adapter import AdapterModel
-from runtime.data import Examples, PadToBucket, eos_and_pad
-from runtime.federation.client import LocalUpdate
-from runtime.federation.layout import Layout
-from runtime.federation.pruning import prune_client
-from runtime.federation.settings import FederationSection, RoundHeader
-from runtime.privacy.promise import PrivateSteps
-from runtime.privacy.trainer import PrivateTrainer
-from runtime.recipe import TrainingSection
-from runtime.trainer import AdapterTrainer
+from hecompile.runtime.adapter import AdapterModel
+from hecompile.runtime.data import Examples, PadToBucket, eos_and_pad
+from hecompile.runtime.federation.client import LocalUpdate
+from hecompile.runtime.federation.layout import Layout
+from hecompile.runtime.federation.pruning import prune_client
+from hecompile.runtime.federation.settings import FederationSection, RoundHeader
+from hecompile.runtime.privacy.promise import PrivateSteps
+from hecompile.runtime.privacy.trainer import PrivateTrainer
+from hecompile.runtime.recipe import TrainingSection
+from hecompile.runtime.trainer import AdapterTrainer
 
 
 class LocalTrainer:
@@ -33,7 +33,8 @@ class LocalTrainer:
         section: of one round. Its seed grows with the round, and by `index` from owner to owner; its learning rate falls
             as the federation says.
         output_dir: gets the metrics of every round.
-        private: makes every step differentially private for each example (`runtime.privacy`); what is sent is made of such
+        private: makes every step differentially private for each example (`hecompile.runtime.privacy`); what is sent is
+        made of such
             steps alone, so that the promise holds against the server and the other owners, whatever the sum hides besides.
     """
 

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from hecompile.errors import FederationError
 from hecompile.he.sampling import SecretRandom
-from runtime.federation.settings import Agreement, NoiseSection, noise_step
-from runtime.privacy.accountant import Mechanism
-from runtime.privacy.ledger import PrivacyLedger
-from runtime.privacy.noise import MULTIPLIERS, base_from_uniform
+from hecompile.runtime.federation.settings import Agreement, NoiseSection, noise_step
+from hecompile.runtime.privacy.accountant import Mechanism
+from hecompile.runtime.privacy.ledger import PrivacyLedger
+from hecompile.runtime.privacy.noise import MULTIPLIERS, base_from_uniform
 
 _PIECE = 1 << 16
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hecompile.errors import InputError
-from runtime.recipe import TrainingSection
+from hecompile.runtime.recipe import TrainingSection
 
 ROUNDS_FILE, ROSTER_FILE, ADAPTER_DIR, KEYS_DIR = "rounds.jsonl", "roster.json", "adapter", "keys"
 

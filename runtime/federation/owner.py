@@ -15,17 +15,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hecompile.errors import InputError
 from hecompile.he.aggregation import CLIENT_LIMIT
-from runtime.adapter import AdapterModel, save_adapter
-from runtime.data import Examples, eos_and_pad, load_examples
-from runtime.evaluation import Evaluation, evaluate
-from runtime.federation.layout import Layout
-from runtime.federation.local import LocalTrainer
-from runtime.federation.recipe import FederationRecipe, OwnerSection
-from runtime.plaintext import PlaintextPeftModel
-from runtime.privacy.ledger import PrivacyLedger, Subject
-from runtime.privacy.promise import PrivateSteps, private_steps
-from runtime.recipe import LoraSection, check_lora
-from runtime.session import open_session
+from hecompile.runtime.adapter import AdapterModel, save_adapter
+from hecompile.runtime.data import Examples, eos_and_pad, load_examples
+from hecompile.runtime.evaluation import Evaluation, evaluate
+from hecompile.runtime.federation.layout import Layout
+from hecompile.runtime.federation.local import LocalTrainer
+from hecompile.runtime.federation.recipe import FederationRecipe, OwnerSection
+from hecompile.runtime.plaintext import PlaintextPeftModel
+from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
+from hecompile.runtime.privacy.promise import PrivateSteps, private_steps
+from hecompile.runtime.recipe import LoraSection, check_lora
+from hecompile.runtime.session import open_session
 
 LEDGER_SUFFIX = ".rounds.ledger"
 

@@ -1,4 +1,5 @@
-"""The recipe of a federation: who the owners are, where their data is, and how they train. YAML, as `runtime.recipe`."""
+"""The recipe of a federation: who the owners are, where their data is, and how they train. YAML, as
+`hecompile.runtime.recipe`."""
 
 from __future__ import annotations
 
@@ -10,11 +11,11 @@ import peft
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hecompile.errors import InputError
-from runtime.federation.settings import Agreement, FederationSection
-from runtime.privacy.recipe import PrivacySection
-from runtime.recipe import TrainingSection, read_document
-from runtime.recipe_keys import explain
-from runtime.workplace import Positive, Section, Workplace, resolve_address
+from hecompile.runtime.federation.settings import Agreement, FederationSection
+from hecompile.runtime.privacy.recipe import PrivacySection
+from hecompile.runtime.recipe import TrainingSection, read_document
+from hecompile.runtime.recipe_keys import explain
+from hecompile.runtime.workplace import Positive, Section, Workplace, resolve_address
 
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

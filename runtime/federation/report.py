@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from runtime.federation.comparison import Lab
-from runtime.federation.launch import RoundRecord
-from runtime.federation.recipe import FederationRecipe
+from hecompile.runtime.federation.comparison import Lab
+from hecompile.runtime.federation.launch import RoundRecord
+from hecompile.runtime.federation.recipe import FederationRecipe
 
 
 def accuracy(lab: Lab, adapter: NDArray[np.float32]) -> dict[str, float]:

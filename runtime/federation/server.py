@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from hecompile.errors import FederationError
 from hecompile.he.aggregation import EncryptedSum, EncryptedVector
-from runtime.federation import shamir
-from runtime.federation.channels import Roster
-from runtime.federation.layout import Layout, mask_digest
-from runtime.federation.messages import (
+from hecompile.runtime.federation import shamir
+from hecompile.runtime.federation.channels import Roster
+from hecompile.runtime.federation.layout import Layout, mask_digest
+from hecompile.runtime.federation.messages import (
     Advert,
     Contribution,
     Invitation,
@@ -31,9 +31,9 @@ from runtime.federation.messages import (
     SumShare,
     expect,
 )
-from runtime.federation.pruning import shared_mask
-from runtime.federation.settings import Agreement, RoundHeader
-from runtime.federation.transcript import Transcript, check_enough, coordinates, decode, read_transcript
+from hecompile.runtime.federation.pruning import shared_mask
+from hecompile.runtime.federation.settings import Agreement, RoundHeader
+from hecompile.runtime.federation.transcript import Transcript, check_enough, coordinates, decode, read_transcript
 
 M = TypeVar("M", Advert, Contribution, SumShare)
 

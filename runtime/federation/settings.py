@@ -10,11 +10,12 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from hecompile.he.aggregation import CLIENT_LIMIT, AggregationParameters
-from runtime.privacy.noise import BASE_SIGMA, MULTIPLIERS
-from runtime.workplace import Positive, Section
+from hecompile.runtime.privacy.noise import BASE_SIGMA, MULTIPLIERS
+from hecompile.runtime.workplace import Positive, Section
 
 SHARE_SIGMA = BASE_SIGMA * math.prod(math.hypot(z, z - 1) for z in MULTIPLIERS[:2])
-"""Standard deviation, in grid steps, of one contributor's noise: two levels of `runtime.privacy.noise`, about 2^14."""
+"""Standard deviation, in grid steps, of one contributor's noise: two levels of `hecompile.runtime.privacy.noise`, about
+2^14."""
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 

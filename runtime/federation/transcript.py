@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from hecompile.errors import FederationError
 from hecompile.he.aggregation import AggregationParameters
 from hecompile.he.sampling import PublicSeed
-from runtime.federation.channels import Roster, check_advert
-from runtime.federation.messages import Advert
-from runtime.federation.settings import RoundHeader
+from hecompile.runtime.federation.channels import Roster, check_advert
+from hecompile.runtime.federation.messages import Advert
+from hecompile.runtime.federation.settings import RoundHeader
 
 WEIGHT_DIGITS, DIGIT_BITS = 8, 4
 """A sample count travels as 8 coordinates of 4 bits each: their sums stay exact under the noise."""

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from hecompile.errors import InputError, NotFiniteError
 from hecompile.he.sampling import SecretRandom
-from runtime.privacy.accountant import LARGEST_NOISE, SMALLEST_NOISE
-from runtime.privacy.noise import SIGMA_GRID, discrete_gaussian
+from hecompile.runtime.privacy.accountant import LARGEST_NOISE, SMALLEST_NOISE
+from hecompile.runtime.privacy.noise import SIGMA_GRID, discrete_gaussian
 
 
 @dataclass(frozen=True)

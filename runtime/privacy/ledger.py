@@ -27,7 +27,14 @@ from types import TracebackType
 from typing import Any
 
 from hecompile.errors import InputError, PrivacyError
-from runtime.privacy.accountant import History, Mechanism, affordable, check_delta, check_epsilon, spent_epsilon
+from hecompile.runtime.privacy.accountant import (
+    History,
+    Mechanism,
+    affordable,
+    check_delta,
+    check_epsilon,
+    spent_epsilon,
+)
 
 FORMAT = "hecompile privacy ledger 1"
 _LOOK_AHEAD = 64

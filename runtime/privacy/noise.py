@@ -2,8 +2,8 @@
 
 A floating-point Gaussian is not Gaussian: which doubles it can reach, added to a gradient, depends on that gradient, and
 that tells the two apart (Mironov, CCS 2012; Jin et al., arXiv 2112.05307). So nothing here is a float: gradients are cut to
-multiples of a grid step (`runtime.privacy.clipping`), the noise is a discrete Gaussian on the same grid (Canonne, Kamath &
-Steinke, arXiv 2004.00010), and their sum is exact in int64.
+multiples of a grid step (`hecompile.runtime.privacy.clipping`), the noise is a discrete Gaussian on the same grid
+(Canonne, Kamath & Steinke, arXiv 2004.00010), and their sum is exact in int64.
 
 The discrete Gaussian of standard deviation SIGMA_GRID, one fixed number, is put together from eight of standard deviation
 20 by the convolution of Micciancio & Walter (CRYPTO 2017, eprint 2017/259, algorithm SampleI):

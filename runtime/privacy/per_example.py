@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hecompile.errors import InputError
-from runtime.adapter import AdapterModel
+from hecompile.runtime.adapter import AdapterModel
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hecompile.errors import InputError, PrivacyError
-from runtime.privacy.accountant import Mechanism, affordable, calibrate_noise, spent_epsilon
-from runtime.privacy.clipping import Grid
-from runtime.privacy.ledger import PrivacyLedger, Subject
-from runtime.privacy.recipe import PrivacySection
+from hecompile.runtime.privacy.accountant import Mechanism, affordable, calibrate_noise, spent_epsilon
+from hecompile.runtime.privacy.clipping import Grid
+from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
+from hecompile.runtime.privacy.recipe import PrivacySection
 
 LEDGER_COPY = "privacy_ledger.jsonl"
 """A checkpoint's copy of the ledger."""

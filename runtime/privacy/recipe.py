@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from runtime.workplace import Section
+from hecompile.runtime.workplace import Section
 
 
 class PrivacySection(Section):

@@ -1,15 +1,16 @@
-"""Servers: how requests reach `runtime.worker.handle`. Which of them serves an address is decided by its scheme."""
+"""Servers: how requests reach `hecompile.runtime.worker.handle`. Which of them serves an address is decided by its
+scheme."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 from hecompile.errors import InputError
-from runtime import protocol
-from runtime.transports.address import TcpAddress, parse_address
-from runtime.transports.credentials import ServerCredentials
-from runtime.transports.network import FLIGHT_SCHEMES, OIP_SCHEMES, load_network_module
-from runtime.worker import Worker, WorkerServer
+from hecompile.runtime import protocol
+from hecompile.runtime.transports.address import TcpAddress, parse_address
+from hecompile.runtime.transports.credentials import ServerCredentials
+from hecompile.runtime.transports.network import FLIGHT_SCHEMES, OIP_SCHEMES, load_network_module
+from hecompile.runtime.worker import Worker, WorkerServer
 
 
 class Server(Protocol):
@@ -38,7 +39,7 @@ def open_server(
     scheme = parsed.scheme if isinstance(parsed, TcpAddress) else "unix"
     credentials = credentials or ServerCredentials()
     if scheme in OIP_SCHEMES:
-        server: Server = load_network_module("runtime.servers.oip").OipServer(
+        server: Server = load_network_module("hecompile.runtime.servers.oip").OipServer(
             worker,
             parsed,
             credentials=credentials,
@@ -47,7 +48,7 @@ def open_server(
         )
         return server
     if scheme in FLIGHT_SCHEMES:
-        flight: Server = load_network_module("runtime.servers.flight").FlightWorkerServer(
+        flight: Server = load_network_module("hecompile.runtime.servers.flight").FlightWorkerServer(
             worker,
             address,
             allow_plaintext_network=allow_plaintext_network,

@@ -1,4 +1,5 @@
-"""The worker behind Arrow Flight, the fast path of the network transports; see `runtime.flight_frames` for the messages.
+"""The worker behind Arrow Flight, the fast path of the network transports; see `hecompile.runtime.flight_frames` for
+the messages.
 
 gRPC serves any number of connections, with any number of requests under way on each, in threads of its own.
 """
@@ -15,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from hecompile.errors import HecompileError, InputError, WorkerError
-from runtime import protocol
-from runtime.flight_frames import COMMAND, flight, pyarrow, read_frame, write_frame
-from runtime.protocol import Frame
-from runtime.transports.address import TcpAddress, parse_address
-from runtime.transports.credentials import ServerCredentials
-from runtime.transports.network import FLIGHT_SCHEMES, check_server_access
-from runtime.worker import Worker, handle
+from hecompile.runtime import protocol
+from hecompile.runtime.flight_frames import COMMAND, flight, pyarrow, read_frame, write_frame
+from hecompile.runtime.protocol import Frame
+from hecompile.runtime.transports.address import TcpAddress, parse_address
+from hecompile.runtime.transports.credentials import ServerCredentials
+from hecompile.runtime.transports.network import FLIGHT_SCHEMES, check_server_access
+from hecompile.runtime.worker import Worker, handle
 
 LOGGER = logging.getLogger(__name__)
 MAX_REQUESTS = 64

@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 
 from hecompile.errors import InputError
-from runtime import protocol
-from runtime.connections import SEND_TIMEOUT_SECONDS
-from runtime.servers.oip_service import OipService
-from runtime.transports.address import TcpAddress
-from runtime.transports.credentials import ServerCredentials
-from runtime.transports.network import check_server_access
-from runtime.worker import Worker
+from hecompile.runtime import protocol
+from hecompile.runtime.connections import SEND_TIMEOUT_SECONDS
+from hecompile.runtime.servers.oip_service import OipService
+from hecompile.runtime.transports.address import TcpAddress
+from hecompile.runtime.transports.credentials import ServerCredentials
+from hecompile.runtime.transports.network import check_server_access
+from hecompile.runtime.worker import Worker
 
 LOGGER = logging.getLogger(__name__)
 THREADS = 8

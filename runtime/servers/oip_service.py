@@ -1,4 +1,4 @@
-"""The methods of Open Inference Protocol v2 over a worker: requests to messages of `runtime.protocol`, and back.
+"""The methods of Open Inference Protocol v2 over a worker: requests to messages of `hecompile.runtime.protocol`, and back.
 
 Everything is checked before it is used. An error says what is wrong with the request and holds no byte of a tensor.
 """
@@ -19,8 +19,7 @@ from google.protobuf.message import Message
 from hecompile.errors import HecompileError, WorkerError
 from hecompile.model_repository import INPUT_NAME, MODEL_VERSION, OUTPUT_NAME
 from hecompile.public_rows import base_name
-from hecompile.worker_bundle import CircuitSpec
-from runtime.inference_protocol import (
+from hecompile.runtime.inference_protocol import (
     COMPUTE_SECONDS,
     DATATYPE,
     PUBLIC_ROWS_PARAMETER,
@@ -28,8 +27,9 @@ from runtime.inference_protocol import (
     messages,
     with_raw_contents,
 )
-from runtime.protocol import EvaluateReply, EvaluateRequest, Request, SetupRequest
-from runtime.worker import Worker, handle
+from hecompile.runtime.protocol import EvaluateReply, EvaluateRequest, Request, SetupRequest
+from hecompile.runtime.worker import Worker, handle
+from hecompile.worker_bundle import CircuitSpec
 
 LOGGER = logging.getLogger(__name__)
 SHOWN_CHARACTERS = 80

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from runtime.transports.base import Answer, Direction, TrafficRecorder, Transport
-from runtime.transports.connection import open_connection
-from runtime.transports.inprocess import InProcessTransport
-from runtime.transports.pool import TransportPool
-from runtime.transports.replicas import Replicas, RetryPolicy
-from runtime.transports.sockets import SocketTransport, connect, connect_for
+from hecompile.runtime.transports.base import Answer, Direction, TrafficRecorder, Transport
+from hecompile.runtime.transports.connection import open_connection
+from hecompile.runtime.transports.inprocess import InProcessTransport
+from hecompile.runtime.transports.pool import TransportPool
+from hecompile.runtime.transports.replicas import Replicas, RetryPolicy
+from hecompile.runtime.transports.sockets import SocketTransport, connect, connect_for
 
 __all__ = [
     "Answer",

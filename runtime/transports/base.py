@@ -13,8 +13,8 @@ import numpy as np
 
 from hecompile.errors import WorkerError
 from hecompile.public_rows import exact_name
-from runtime import protocol
-from runtime.protocol import (
+from hecompile.runtime import protocol
+from hecompile.runtime.protocol import (
     ErrorReply,
     EvaluateReply,
     EvaluateRequest,

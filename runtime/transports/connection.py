@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from hecompile.errors import WorkerError
+from hecompile.runtime.protocol import WorkerInfo
+from hecompile.runtime.transports.base import Transport
 from hecompile.worker_bundle import KNOWN_ANSWER, known_answer_vector
-from runtime.protocol import WorkerInfo
-from runtime.transports.base import Transport
 
 
 def open_connection(transport: Transport, plan_id: str) -> WorkerInfo:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hecompile.errors import WorkerError
-from runtime.protocol import Frame
-from runtime.transports.base import FrameTransport, TrafficRecorder
+from hecompile.runtime.protocol import Frame
+from hecompile.runtime.transports.base import FrameTransport, TrafficRecorder
 
-if TYPE_CHECKING:  # runtime.worker imports this package for its addresses
-    from runtime.worker import Worker
+if TYPE_CHECKING:  # hecompile.runtime.worker imports this package for its addresses
+    from hecompile.runtime.worker import Worker
 
 
 class InProcessTransport(FrameTransport):

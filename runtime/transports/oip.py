@@ -15,9 +15,8 @@ from google.protobuf.message import DecodeError, Message
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
 from hecompile.model_repository import INPUT_NAME, OUTPUT_NAME, PLAN_ID_PARAMETER
 from hecompile.public_rows import exact_name
-from hecompile.worker_bundle import KNOWN_ANSWER
-from runtime import protocol
-from runtime.inference_protocol import (
+from hecompile.runtime import protocol
+from hecompile.runtime.inference_protocol import (
     DATATYPE,
     PUBLIC_ROWS_PARAMETER,
     SERVICE,
@@ -25,11 +24,12 @@ from runtime.inference_protocol import (
     messages,
     with_raw_contents,
 )
-from runtime.protocol import CircuitInfo, WorkerInfo
-from runtime.transports.address import TcpAddress, parse_address
-from runtime.transports.base import Answer, Direction, TrafficRecorder
-from runtime.transports.credentials import ClientCredentials
-from runtime.transports.network import OIP_SCHEMES, check_client_access
+from hecompile.runtime.protocol import CircuitInfo, WorkerInfo
+from hecompile.runtime.transports.address import TcpAddress, parse_address
+from hecompile.runtime.transports.base import Answer, Direction, TrafficRecorder
+from hecompile.runtime.transports.credentials import ClientCredentials
+from hecompile.runtime.transports.network import OIP_SCHEMES, check_client_access
+from hecompile.worker_bundle import KNOWN_ANSWER
 
 _ENDED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 """The worker was not reached, or its answer was not; every other status is the worker's own answer."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import socket
 
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
-from runtime import protocol
-from runtime.protocol import Frame
-from runtime.transports.address import TcpAddress, parse_address
-from runtime.transports.base import FrameTransport, TrafficRecorder, Transport
-from runtime.transports.credentials import ClientCredentials
-from runtime.transports.network import FLIGHT_SCHEMES, OIP_SCHEMES, load_network_module
-from runtime.transports.pool import TransportPool
+from hecompile.runtime import protocol
+from hecompile.runtime.protocol import Frame
+from hecompile.runtime.transports.address import TcpAddress, parse_address
+from hecompile.runtime.transports.base import FrameTransport, TrafficRecorder, Transport
+from hecompile.runtime.transports.credentials import ClientCredentials
+from hecompile.runtime.transports.network import FLIGHT_SCHEMES, OIP_SCHEMES, load_network_module
+from hecompile.runtime.transports.pool import TransportPool
 
 
 class SocketTransport(FrameTransport):
@@ -83,19 +83,19 @@ def connect(
     recorder: TrafficRecorder | None = None,
     reply_timeout: float = 600.0,
 ) -> Transport:
-    """A transport to the worker at `address`, by its scheme; see `SocketTransport`, `runtime.transports.oip` and
-    `runtime.transports.flight`.
+    """A transport to the worker at `address`, by its scheme; see `SocketTransport`, `hecompile.runtime.transports.oip` and
+    `hecompile.runtime.transports.flight`.
     `inprocess` has no address: the caller makes an `InProcessTransport` of its own worker."""
     if address == "inprocess":
         raise InputError("an embedded worker is not connected to by address: make an InProcessTransport of it")
     parsed = parse_address(address)
     if isinstance(parsed, TcpAddress) and parsed.scheme in OIP_SCHEMES:
-        transport: Transport = load_network_module("runtime.transports.oip").OipTransport(
+        transport: Transport = load_network_module("hecompile.runtime.transports.oip").OipTransport(
             address, credentials=credentials, recorder=recorder, reply_timeout=reply_timeout
         )
         return transport
     if isinstance(parsed, TcpAddress) and parsed.scheme in FLIGHT_SCHEMES:
-        flight: Transport = load_network_module("runtime.transports.flight").FlightTransport(
+        flight: Transport = load_network_module("hecompile.runtime.transports.flight").FlightTransport(
             address, recorder=recorder, reply_timeout=reply_timeout, credentials=credentials
         )
         return flight

@@ -22,8 +22,8 @@ from benchmarks.step import bytes_table
 from benchmarks.stepping import Side, Steps, text_of_length
 from hecompile.he.parameters import CATALOGUE
 from hecompile.inspection import Traffic
-from models import TINY_LLAMA
-from runtime.session import DEFAULT_ENGINE
+from hecompile.models import TINY_LLAMA
+from hecompile.runtime.session import DEFAULT_ENGINE
 
 
 @pytest.fixture(autouse=True)

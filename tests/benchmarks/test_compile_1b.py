@@ -9,7 +9,7 @@ import pytest
 from benchmarks import compile_1b
 from benchmarks.compile_1b import Export, export, grouped
 from hecompile.compiler import CLIENT
-from models import TINY_LLAMA
+from hecompile.models import TINY_LLAMA
 
 
 def test_every_second_is_in_a_group() -> None:

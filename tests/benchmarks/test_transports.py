@@ -11,8 +11,8 @@ from benchmarks import report, transports
 from benchmarks.fixed_reply import FixedReplyEngine
 from benchmarks.worker import PLAN_ID, write_bundle
 from hecompile.errors import WorkerError
-from runtime.transports import InProcessTransport, open_connection
-from runtime.worker import Worker
+from hecompile.runtime.transports import InProcessTransport, open_connection
+from hecompile.runtime.worker import Worker
 
 
 def test_section_has_a_row_per_transport(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +29,7 @@ def test_section_has_a_row_per_transport(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_transport_without_its_package_is_left_out() -> None:
-    assert not transports.available(transports.Kind("x", "x://", "runtime.transports.of_another_program"))
+    assert not transports.available(transports.Kind("x", "x://", "hecompile.runtime.transports.of_another_program"))
 
 
 def test_fixed_replies_have_the_right_shape_and_no_client_believes_them(tmp_path: Path) -> None:

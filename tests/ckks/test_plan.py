@@ -34,12 +34,12 @@ from hecompile.errors import HecompileError, InputError, LegalityError, WorkerEr
 from hecompile.frontend import load_checkpoint
 from hecompile.interpreter import Interpreter
 from hecompile.ir import ORIGIN
+from hecompile.passes.expand_polynomials import EMBEDDINGS, ExpandPolynomials
+from hecompile.passes.place_refreshes import PlaceRefreshes
 from hecompile.polynomial_options import CONFIG_KEY
-from passes.expand_polynomials import EMBEDDINGS, ExpandPolynomials
-from passes.place_refreshes import PlaceRefreshes
-from runtime.ckks.answers import complete
-from runtime.ckks.client import CkksSession
-from runtime.ckks.messages import receive, send
+from hecompile.runtime.ckks.answers import complete
+from hecompile.runtime.ckks.client import CkksSession
+from hecompile.runtime.ckks.messages import receive, send
 from tests.ckks.support import LEVELS, OPTIONS
 from tests.training.support import make_tokenizer
 

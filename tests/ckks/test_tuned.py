@@ -22,13 +22,13 @@ from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoin
 from hecompile.frontend import load_checkpoint
 from hecompile.he.sampling import PublicSeed
 from hecompile.interpreter import Interpreter
-from passes.expand_polynomials import EMBEDDINGS
-from runtime.backend import ForwardPass, RemoteModel
-from runtime.ckks.client import CkksSession
-from runtime.ckks.worker import CkksWorker
-from runtime.recipe import Recipe
-from runtime.session import open_session
-from runtime.train import run_training
+from hecompile.passes.expand_polynomials import EMBEDDINGS
+from hecompile.runtime.backend import ForwardPass, RemoteModel
+from hecompile.runtime.ckks.client import CkksSession
+from hecompile.runtime.ckks.worker import CkksWorker
+from hecompile.runtime.recipe import Recipe
+from hecompile.runtime.session import open_session
+from hecompile.runtime.train import run_training
 from tests.ckks.support import LEVELS, small_llama
 from tests.training.support import make_tokenizer
 

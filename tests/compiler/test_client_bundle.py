@@ -19,12 +19,12 @@ from hecompile.errors import InputError, SecurityError, WorkerError
 from hecompile.he.parameters import RingParameters
 from hecompile.interpreter import Interpreter
 from hecompile.ir import print_model
+from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
+from hecompile.runtime.products import CleartextProducts, EncryptedProducts
+from hecompile.runtime.transports import InProcessTransport
+from hecompile.runtime.worker import Worker
 from hecompile.worker_bundle import WorkerBundle
 from hecompile.worker_bundle_writer import WorkerBundleWriter
-from passes.lower_worker import LowerWorker, encrypted_linear_model
-from runtime.products import CleartextProducts, EncryptedProducts
-from runtime.transports import InProcessTransport
-from runtime.worker import Worker
 
 HINT = "hints/model.layers.0.self_attn.o_proj.forward.npy"
 

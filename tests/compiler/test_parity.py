@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
-import models
+from hecompile import models
 from hecompile.frontend import export_onnx, load_checkpoint
 from hecompile.interpreter import graph_inputs
 

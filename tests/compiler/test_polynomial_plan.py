@@ -26,21 +26,21 @@ from hecompile.ir import ATTENTION_OPERATORS, nodes_of_type
 from hecompile.legality import ADAPTED, CANONICAL, POLYNOMIAL, REFRESHED
 from hecompile.merging import merge_lora
 from hecompile.operators import Context
+from hecompile.passes.approximate_rmsnorm import ApproximateRMSNorm
+from hecompile.passes.approximate_silu import ApproximateSiLU
+from hecompile.passes.approximate_softmax import ApproximateSoftmax
+from hecompile.passes.attach_lora import AttachLora
+from hecompile.passes.calibrate import Calibrate
+from hecompile.passes.expand_polynomials import ExpandPolynomials
+from hecompile.passes.place_refreshes import PlaceRefreshes
 from hecompile.pipeline import Step, approximate_steps, raise_steps, run_steps
 from hecompile.polynomial_options import CONFIG_KEY, PolynomialOptions
+from hecompile.runtime.client import EncryptedCausalLM
+from hecompile.runtime.products import EncryptedProducts
+from hecompile.runtime.transports import InProcessTransport
+from hecompile.runtime.worker import Worker
 from hecompile.softmax_cost import softmax_cost
 from hecompile.worker_bundle import WorkerBundle
-from passes.approximate_rmsnorm import ApproximateRMSNorm
-from passes.approximate_silu import ApproximateSiLU
-from passes.approximate_softmax import ApproximateSoftmax
-from passes.attach_lora import AttachLora
-from passes.calibrate import Calibrate
-from passes.expand_polynomials import ExpandPolynomials
-from passes.place_refreshes import PlaceRefreshes
-from runtime.client import EncryptedCausalLM
-from runtime.products import EncryptedProducts
-from runtime.transports import InProcessTransport
-from runtime.worker import Worker
 from tests.compiler.tiny import OPTIONS, exported, samples, save_checkpoint, tiny_llama
 from tests.golden.graphs import product_of
 

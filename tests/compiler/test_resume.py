@@ -20,8 +20,8 @@ from hecompile.client_bundle import ClientBundle
 from hecompile.compiler import compile_checkpoint
 from hecompile.errors import InputError
 from hecompile.he.setup import PreparedMatrix
+from hecompile.passes.lower_worker import LowerWorker
 from hecompile.worker_bundle import WorkerBundle
-from passes.lower_worker import LowerWorker
 from tests.compiler.test_build import hashes
 from tests.compiler.tiny import OPTIONS
 

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from hecompile.compiler import CompileOptions
 from hecompile.frontend import export_onnx
 from hecompile.he.sampling import PublicSeed
-from passes.attach_lora import AttachLora
+from hecompile.passes.attach_lora import AttachLora
 from tests.training.support import make_base, make_tokenizer
 
 SEED = PublicSeed.from_hex("5eed" * 16)

@@ -14,15 +14,15 @@ import pytest
 from hecompile.encrypted_linear import encrypted_linear_reference
 from hecompile.errors import InputError, WorkerError
 from hecompile.integers import MAX_INT16_WEIGHT
+from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
+from hecompile.runtime.engines import ENGINES, Engine, create_engine, vnni_kernel
+from hecompile.runtime.engines.cuda_engine import CudaEngine
+from hecompile.runtime.engines.torch_engine import TorchEngine
+from hecompile.runtime.servers import open_server
+from hecompile.runtime.transports import InProcessTransport, Transport, TransportPool, connect, open_connection
+from hecompile.runtime.worker import Worker
 from hecompile.worker_bundle import KNOWN_ANSWER, WorkerBundle, known_answer_vector
 from hecompile.worker_bundle_writer import WorkerBundleWriter
-from passes.lower_worker import LowerWorker, encrypted_linear_model
-from runtime.engines import ENGINES, Engine, create_engine, vnni_kernel
-from runtime.engines.cuda_engine import CudaEngine
-from runtime.engines.torch_engine import TorchEngine
-from runtime.servers import open_server
-from runtime.transports import InProcessTransport, Transport, TransportPool, connect, open_connection
-from runtime.worker import Worker
 from tests.worker.bundles import PLAN_ID, development_credentials, extreme_planes, extreme_weight, write_bundle
 
 IN, OUT = 67, 29  # odd, so that vector kernels meet their remainders

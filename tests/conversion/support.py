@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from models import REDUCED_LLAMA
-from runtime.conversion.recipe import ConversionRecipe
+from hecompile.models import REDUCED_LLAMA
+from hecompile.runtime.conversion.recipe import ConversionRecipe
 
 TEXT = REDUCED_LLAMA.parent / "reduced-text"
 

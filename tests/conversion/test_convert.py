@@ -17,16 +17,16 @@ from hecompile.errors import InputError, LegalityError, NotFiniteError
 from hecompile.frontend import export_onnx, load_checkpoint
 from hecompile.he.sampling import PublicSeed
 from hecompile.ir import attribute, nodes_of_type
+from hecompile.models import REDUCED_LLAMA
+from hecompile.passes.approximate_silu import ApproximateSiLU
 from hecompile.polynomial_options import PolynomialOptions
-from models import REDUCED_LLAMA
-from passes.approximate_silu import ApproximateSiLU
-from runtime.conversion import train
-from runtime.conversion.data import batch_of, load_rows
-from runtime.conversion.domains import attention_alone
-from runtime.conversion.graph import TrainableGraph
-from runtime.conversion.recipe import load_conversion
-from runtime.conversion.train import Conversion, convert
-from runtime.functions import functions_of
+from hecompile.runtime.conversion import train
+from hecompile.runtime.conversion.data import batch_of, load_rows
+from hecompile.runtime.conversion.domains import attention_alone
+from hecompile.runtime.conversion.graph import TrainableGraph
+from hecompile.runtime.conversion.recipe import load_conversion
+from hecompile.runtime.conversion.train import Conversion, convert
+from hecompile.runtime.functions import functions_of
 from tests.conversion.support import TEXT, recipe
 
 STABLE_FIRST = {

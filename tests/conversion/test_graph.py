@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from hecompile.frontend import Checkpoint, export_onnx, load_checkpoint
+from hecompile.models import REDUCED_LLAMA
 from hecompile.polynomial_options import PolynomialOptions
-from models import REDUCED_LLAMA
-from runtime.conversion.data import load_rows
-from runtime.conversion.domains import attention_alone
-from runtime.conversion.graph import TrainableGraph
-from runtime.conversion.recipe import ConversionRecipe
+from hecompile.runtime.conversion.data import load_rows
+from hecompile.runtime.conversion.domains import attention_alone
+from hecompile.runtime.conversion.graph import TrainableGraph
+from hecompile.runtime.conversion.recipe import ConversionRecipe
 from tests.conversion.support import recipe
 
 

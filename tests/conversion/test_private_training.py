@@ -15,15 +15,15 @@ from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoin
 from hecompile.errors import InputError, LegalityError, NotFiniteError
 from hecompile.frontend import load_checkpoint
 from hecompile.ir import attributes_of, module_path
-from models import REDUCED_POLYNOMIAL
-from runtime.adapter import load_adapter
-from runtime.data import PadToBucket, eos_and_pad, load_examples
-from runtime.evaluation import evaluate
-from runtime.functions import check_functions
-from runtime.metrics import METRICS_FILE, read_metrics
-from runtime.recipe import Recipe
-from runtime.session import open_session
-from runtime.train import run_training
+from hecompile.models import REDUCED_POLYNOMIAL
+from hecompile.runtime.adapter import load_adapter
+from hecompile.runtime.data import PadToBucket, eos_and_pad, load_examples
+from hecompile.runtime.evaluation import evaluate
+from hecompile.runtime.functions import check_functions
+from hecompile.runtime.metrics import METRICS_FILE, read_metrics
+from hecompile.runtime.recipe import Recipe
+from hecompile.runtime.session import open_session
+from hecompile.runtime.train import run_training
 from tests.conversion.support import TEXT
 from tests.training.support import make_model
 

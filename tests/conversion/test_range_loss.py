@@ -12,15 +12,15 @@ import torch
 from hecompile.frontend import export_onnx, load_checkpoint
 from hecompile.interpreter import Interpreter, packed_graph_inputs
 from hecompile.ir import nodes_of_type
+from hecompile.models import REDUCED_LLAMA
 from hecompile.operators import Context
+from hecompile.passes.approximate_softmax import ApproximateSoftmax
+from hecompile.passes.calibrate import Calibrate
+from hecompile.passes.fuse import Fuse
 from hecompile.pipeline import approximate_steps, raise_steps, run_steps
 from hecompile.polynomial_options import PolynomialOptions
-from models import REDUCED_LLAMA
-from passes.approximate_softmax import ApproximateSoftmax
-from passes.calibrate import Calibrate
-from passes.fuse import Fuse
-from runtime.conversion.data import load_rows
-from runtime.range_loss import RangeLossWatch, RangeTerms
+from hecompile.runtime.conversion.data import load_rows
+from hecompile.runtime.range_loss import RangeLossWatch, RangeTerms
 from tests.conversion.support import TEXT, recipe
 
 NAMES = {"power": "PowerAttention", "gaussian_kernel": "GaussianAttention", "chebyshev": "ChebyshevAttention"}

@@ -11,16 +11,9 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 import yaml
 
-from runtime.privacy.recipe import PrivacySection
-from runtime.recipe import (
-    DataSection,
-    LoraSection,
-    RangeLossSection,
-    Recipe,
-    TrainingSection,
-    load_recipe,
-)
-from runtime.workplace import ConnectionSection, Section
+from hecompile.runtime.privacy.recipe import PrivacySection
+from hecompile.runtime.recipe import DataSection, LoraSection, RangeLossSection, Recipe, TrainingSection, load_recipe
+from hecompile.runtime.workplace import ConnectionSection, Section
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipe.md"
 SECTIONS: dict[str, type[Section]] = {

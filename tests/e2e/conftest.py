@@ -14,14 +14,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hecompile.client_bundle import ClientBundle
 from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
 from hecompile.he.sampling import PublicSeed
+from hecompile.models import PRIVATE_TRAIN, TINY_LLAMA
+from hecompile.runtime.client import EncryptedCausalLM
+from hecompile.runtime.data import PadToBucket, eos_and_pad, load_examples
+from hecompile.runtime.plaintext import PlaintextPeftModel
+from hecompile.runtime.products import EncryptedProducts
+from hecompile.runtime.transports import InProcessTransport
+from hecompile.runtime.worker import Worker
 from hecompile.worker_bundle import WorkerBundle
-from models import PRIVATE_TRAIN, TINY_LLAMA
-from runtime.client import EncryptedCausalLM
-from runtime.data import PadToBucket, eos_and_pad, load_examples
-from runtime.plaintext import PlaintextPeftModel
-from runtime.products import EncryptedProducts
-from runtime.transports import InProcessTransport
-from runtime.worker import Worker
 
 BATCH_SIZE, SEQUENCE_BUCKETS = 4, (32, 48, 64)
 

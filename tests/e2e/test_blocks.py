@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime import protocol
-from runtime.client import EncryptedCausalLM
-from runtime.products import CleartextProducts, EncryptedProducts
-from runtime.protocol import Frame
-from runtime.transports import InProcessTransport
-from runtime.worker import Worker
+from hecompile.runtime import protocol
+from hecompile.runtime.client import EncryptedCausalLM
+from hecompile.runtime.products import CleartextProducts, EncryptedProducts
+from hecompile.runtime.protocol import Frame
+from hecompile.runtime.transports import InProcessTransport
+from hecompile.runtime.worker import Worker
 from tests.e2e.conftest import SEQUENCE_BUCKETS, Build
 
 OVERHEAD = 250

@@ -11,11 +11,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hecompile.errors import VerificationError
-from runtime.client import EncryptedCausalLM
-from runtime.products import EncryptedProducts
-from runtime.train import run_training
-from runtime.transports import InProcessTransport
-from runtime.worker import Worker
+from hecompile.runtime.client import EncryptedCausalLM
+from hecompile.runtime.products import EncryptedProducts
+from hecompile.runtime.train import run_training
+from hecompile.runtime.transports import InProcessTransport
+from hecompile.runtime.worker import Worker
 from tests.e2e.conftest import Build
 from tests.training.support import make_recipe
 

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from hecompile.cli import app
 from hecompile.errors import HecompileError
-from runtime.adapter import save_adapter
-from runtime.generation import CachedSteps
-from runtime.inference import Prompt, read_prompts
+from hecompile.runtime.adapter import save_adapter
+from hecompile.runtime.generation import CachedSteps
+from hecompile.runtime.inference import Prompt, read_prompts
 from tests.e2e.conftest import Build
 
 LIMIT = ["--max-new-tokens", "3"]

@@ -11,9 +11,9 @@ from hecompile.compiler import CLIENT, WORKER
 from hecompile.demo import worker_process
 from hecompile.errors import WorkerError
 from hecompile.inspection import circuits_without_gradient, predicted_traffic
-from runtime.doctor import diagnose
-from runtime.transports import InProcessTransport, TransportPool, connect
-from runtime.worker import Worker
+from hecompile.runtime.doctor import diagnose
+from hecompile.runtime.transports import InProcessTransport, TransportPool, connect
+from hecompile.runtime.worker import Worker
 from tests.e2e.conftest import Build
 from tests.e2e.test_cheating import Cheat, one_row
 

@@ -26,11 +26,11 @@ from safetensors.torch import load_file
 from hecompile.compiler import CLIENT, WORKER
 from hecompile.demo import RECIPE
 from hecompile.errors import VerificationError
-from runtime.client import EncryptedCausalLM
-from runtime.products import EncryptedProducts
-from runtime.protocol import PREFIX
-from runtime.transports import InProcessTransport, Replicas
-from runtime.worker import Worker
+from hecompile.runtime.client import EncryptedCausalLM
+from hecompile.runtime.products import EncryptedProducts
+from hecompile.runtime.protocol import PREFIX
+from hecompile.runtime.transports import InProcessTransport, Replicas
+from hecompile.runtime.worker import Worker
 from tests.e2e.conftest import BATCH_SIZE, Build
 from tests.e2e.test_cheating import Cheat, one_row
 

@@ -10,14 +10,14 @@ import pytest
 
 from hecompile.compiler import CLIENT, WORKER
 from hecompile.errors import InputError
-from models import TINY_LLAMA
-from runtime.federation.comparison import Lab, weighted_mean
-from runtime.federation.launch import processes, read_records
-from runtime.federation.layout import mask_digest
-from runtime.federation.owner import local_trainer, owner_model
-from runtime.federation.pruning import is_a
-from runtime.federation.recipe import FederationRecipe, load_federation
-from runtime.federation.settings import RoundHeader
+from hecompile.models import TINY_LLAMA
+from hecompile.runtime.federation.comparison import Lab, weighted_mean
+from hecompile.runtime.federation.launch import processes, read_records
+from hecompile.runtime.federation.layout import mask_digest
+from hecompile.runtime.federation.owner import local_trainer, owner_model
+from hecompile.runtime.federation.pruning import is_a
+from hecompile.runtime.federation.recipe import FederationRecipe, load_federation
+from hecompile.runtime.federation.settings import RoundHeader
 from tests.e2e.conftest import BATCH_SIZE, Build
 
 RECIPE = TINY_LLAMA.parent / "recipes" / "federation.yaml"

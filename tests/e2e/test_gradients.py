@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hecompile.errors import InputError
-from models import TINY_LLAMA
-from runtime.adapter import AdapterModel, save_adapter
-from runtime.client import EncryptedCausalLM
-from runtime.head import scored_positions, scored_targets
-from runtime.products import CleartextProducts
+from hecompile.models import TINY_LLAMA
+from hecompile.runtime.adapter import AdapterModel, save_adapter
+from hecompile.runtime.client import EncryptedCausalLM
+from hecompile.runtime.head import scored_positions, scored_targets
+from hecompile.runtime.products import CleartextProducts
 from tests.e2e.conftest import Build
 
 COSINE = 0.999

@@ -19,13 +19,13 @@ from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.sampling import PublicSeed
 from hecompile.he.setup import setup
 from hecompile.inspection import circuits_without_gradient, hint_traffic, predicted_traffic
+from hecompile.models import TINY_LLAMA
+from hecompile.runtime.client import EncryptedCausalLM
+from hecompile.runtime.hintless import hint_from_planes
+from hecompile.runtime.products import EncryptedProducts
+from hecompile.runtime.transports import InProcessTransport, connect, open_connection
+from hecompile.runtime.worker import Worker
 from hecompile.worker_bundle import WorkerBundle
-from models import TINY_LLAMA
-from runtime.client import EncryptedCausalLM
-from runtime.hintless import hint_from_planes
-from runtime.products import EncryptedProducts
-from runtime.transports import InProcessTransport, connect, open_connection
-from runtime.worker import Worker
 from tests.e2e.conftest import BATCH_SIZE, SEQUENCE_BUCKETS, Build
 from tests.e2e.test_gradients import cleartext, gradients
 

@@ -19,15 +19,15 @@ from hecompile.compiler import CLIENT, WORKER
 from hecompile.demo import RECIPE
 from hecompile.errors import WorkerError
 from hecompile.ir import nodes_of_type
-from runtime.client import EncryptedCausalLM
-from runtime.comparison import step_split
-from runtime.metrics import METRICS_FILE, read_metrics
-from runtime.micro_batches import MicroBatches, cut
-from runtime.products import CleartextProducts
-from runtime.recipe import Recipe, load_recipe
-from runtime.session import open_session
-from runtime.train import run_training
-from runtime.worker import Worker, WorkerServer
+from hecompile.runtime.client import EncryptedCausalLM
+from hecompile.runtime.comparison import step_split
+from hecompile.runtime.metrics import METRICS_FILE, read_metrics
+from hecompile.runtime.micro_batches import MicroBatches, cut
+from hecompile.runtime.products import CleartextProducts
+from hecompile.runtime.recipe import Recipe, load_recipe
+from hecompile.runtime.session import open_session
+from hecompile.runtime.train import run_training
+from hecompile.runtime.worker import Worker, WorkerServer
 from tests.e2e.conftest import Build
 
 STEPS, ROWS, MICRO_BATCHES = 3, 2, 3

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from hecompile.compiler import CLIENT
 from hecompile.demo import RECIPE
-from runtime.recipe import load_recipe
-from runtime.servers import open_server
-from runtime.session import open_session
-from runtime.transports.credentials import (
+from hecompile.runtime.recipe import load_recipe
+from hecompile.runtime.servers import open_server
+from hecompile.runtime.session import open_session
+from hecompile.runtime.transports.credentials import (
     AUTHORITY,
     CLIENT_KEY,
     SERVER,
@@ -24,8 +24,8 @@ from runtime.transports.credentials import (
     ServerCredentials,
     make_development_certificates,
 )
-from runtime.transports.credentials import CLIENT as CLIENT_CERTIFICATE
-from runtime.worker import Worker
+from hecompile.runtime.transports.credentials import CLIENT as CLIENT_CERTIFICATE
+from hecompile.runtime.worker import Worker
 from tests.e2e.conftest import Build
 from tests.e2e.test_gradients import gradients
 from tests.worker.foreign_server import ForeignServer

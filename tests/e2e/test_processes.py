@@ -12,12 +12,12 @@ import pytest
 from hecompile.compiler import CLIENT, WORKER
 from hecompile.demo import RECIPE, worker_process
 from hecompile.errors import WorkerError
+from hecompile.runtime.comparison import compare_losses, step_split
+from hecompile.runtime.metrics import METRICS_FILE
+from hecompile.runtime.recipe import Recipe, load_recipe
+from hecompile.runtime.session import open_session
+from hecompile.runtime.train import run_training
 from hecompile.worker_bundle_writer import WorkerBundleWriter
-from runtime.comparison import compare_losses, step_split
-from runtime.metrics import METRICS_FILE
-from runtime.recipe import Recipe, load_recipe
-from runtime.session import open_session
-from runtime.train import run_training
 from tests.e2e.conftest import BATCH_SIZE, Build
 
 STEPS = 6
@@ -55,8 +55,9 @@ def test_training_over_a_socket_follows_plaintext_and_resumes(build: Build, tmp_
 def test_a_client_that_never_compiled_loads_its_plan(build: Build) -> None:
     """In a process of its own: nothing that only the compiler imports may be missing."""
     program = (
-        "import sys; from hecompile.client_bundle import ClientBundle; from runtime.client import EncryptedCausalLM; "
-        "from runtime.products import CleartextProducts; from hecompile.worker_bundle import WorkerBundle; "
+        "import sys; from hecompile.client_bundle import ClientBundle; "
+        "from hecompile.runtime.client import EncryptedCausalLM; "
+        "from hecompile.runtime.products import CleartextProducts; from hecompile.worker_bundle import WorkerBundle; "
         "bundle, worker = ClientBundle.open(sys.argv[1]), WorkerBundle.open(sys.argv[2]); "
         "print(len(EncryptedCausalLM(bundle, CleartextProducts(bundle, worker)).adapter_state()))"
     )

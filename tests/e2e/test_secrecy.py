@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hecompile.client_bundle import ClientBundle
-from models import TINY_LLAMA
-from runtime import protocol
-from runtime.client import EncryptedCausalLM
-from runtime.products import EncryptedProducts
-from runtime.transports import SocketTransport
-from runtime.worker import Worker, WorkerServer
+from hecompile.models import TINY_LLAMA
+from hecompile.runtime import protocol
+from hecompile.runtime.client import EncryptedCausalLM
+from hecompile.runtime.products import EncryptedProducts
+from hecompile.runtime.transports import SocketTransport
+from hecompile.runtime.worker import Worker, WorkerServer
 from tests.e2e.conftest import Build
 
 _KNOWN_ANSWER_REQUESTS = 2

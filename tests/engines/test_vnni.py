@@ -10,10 +10,10 @@ import pytest
 
 from hecompile.encrypted_linear import encrypted_linear_reference
 from hecompile.errors import WorkerError
+from hecompile.runtime import engines
+from hecompile.runtime.engines import create_engine, vnni_engine, vnni_kernel
+from hecompile.runtime.engines.vnni_engine import SMALLEST_BLOCK, VnniEngine, aligned, block_tokens, threads_worth
 from hecompile.worker_bundle import WorkerBundle
-from runtime import engines
-from runtime.engines import create_engine, vnni_engine, vnni_kernel
-from runtime.engines.vnni_engine import SMALLEST_BLOCK, VnniEngine, aligned, block_tokens, threads_worth
 from tests.worker.bundles import extreme_planes, extreme_weight, write_bundle
 
 needs_vnni = pytest.mark.skipif(not vnni_kernel.supported(), reason="this CPU has no AVX512-VNNI")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from hecompile.errors import FederationError, InputError
-from runtime.federation.channels import Channels, Identity, check_advert
-from runtime.federation.keyring import DirectoryKeys, MemoryKeys, RoundKeys
+from hecompile.runtime.federation.channels import Channels, Identity, check_advert
+from hecompile.runtime.federation.keyring import DirectoryKeys, MemoryKeys, RoundKeys
 from tests.federation.conftest import make_world
 
 

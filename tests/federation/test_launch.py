@@ -12,12 +12,12 @@ import pytest
 import yaml
 
 from hecompile.errors import FederationError, InputError
-from models import TINY_LLAMA
-from runtime.federation.channels import Identity
-from runtime.federation.launch import Processes, _end_if_an_owner_fails, read_roster, write_roster
-from runtime.federation.owner import owner_ledger
-from runtime.federation.recipe import load_federation
-from runtime.privacy.accountant import Mechanism
+from hecompile.models import TINY_LLAMA
+from hecompile.runtime.federation.channels import Identity
+from hecompile.runtime.federation.launch import Processes, _end_if_an_owner_fails, read_roster, write_roster
+from hecompile.runtime.federation.owner import owner_ledger
+from hecompile.runtime.federation.recipe import load_federation
+from hecompile.runtime.privacy.accountant import Mechanism
 
 RECIPE = TINY_LLAMA.parent / "recipes" / "federation.yaml"
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hecompile.errors import FederationError
-from runtime.federation.layout import Layout
-from runtime.federation.noise import clip_to_grid, share_of_noise
-from runtime.federation.settings import SHARE_SIGMA, Agreement, FederationSection, NoiseSection, noise_step
-from runtime.privacy import ledger
-from runtime.privacy.accountant import Mechanism, spent_epsilon
-from runtime.privacy.ledger import PrivacyLedger, Subject
+from hecompile.runtime.federation.layout import Layout
+from hecompile.runtime.federation.noise import clip_to_grid, share_of_noise
+from hecompile.runtime.federation.settings import SHARE_SIGMA, Agreement, FederationSection, NoiseSection, noise_step
+from hecompile.runtime.privacy import ledger
+from hecompile.runtime.privacy.accountant import Mechanism, spent_epsilon
+from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
 from tests.federation.conftest import World, make_world
 
 LARGE = Layout((("m.lora_B.weight", (200, 100)),))

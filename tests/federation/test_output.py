@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from hecompile.errors import FederationError, InputError
-from models import TINY_LLAMA
-from runtime.federation.launch import join, run_processes, serve
-from runtime.federation.output import clear_owner, clear_server, require_free
-from runtime.federation.recipe import FederationRecipe, load_federation
+from hecompile.models import TINY_LLAMA
+from hecompile.runtime.federation.launch import join, run_processes, serve
+from hecompile.runtime.federation.output import clear_owner, clear_server, require_free
+from hecompile.runtime.federation.recipe import FederationRecipe, load_federation
 
 RECIPE = TINY_LLAMA.parent / "recipes" / "federation.yaml"
 KEEP, REPLACE = ("training.overwrite_output_dir=false",), ("training.overwrite_output_dir=true",)

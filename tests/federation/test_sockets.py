@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from hecompile.errors import FederationError, InputError
-from runtime.federation import sockets
-from runtime.federation.channels import Identity
-from runtime.federation.client import Participant
-from runtime.federation.messages import Finished, Message
-from runtime.federation.sockets import FederationServer, take_part
+from hecompile.runtime.federation import sockets
+from hecompile.runtime.federation.channels import Identity
+from hecompile.runtime.federation.client import Participant
+from hecompile.runtime.federation.messages import Finished, Message
+from hecompile.runtime.federation.sockets import FederationServer, take_part
 from tests.federation.conftest import World, make_world
 
 

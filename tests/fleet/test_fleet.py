@@ -17,12 +17,12 @@ import torch
 
 from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
 from hecompile.errors import InputError
-from models import TINY_LLAMA
-from runtime.fleet import FleetFile, deploy, load_fleet, stop
-from runtime.metrics import read_metrics
-from runtime.recipe import load_recipe
-from runtime.session import open_session
-from runtime.train import run_training
+from hecompile.models import TINY_LLAMA
+from hecompile.runtime.fleet import FleetFile, deploy, load_fleet, stop
+from hecompile.runtime.metrics import read_metrics
+from hecompile.runtime.recipe import load_recipe
+from hecompile.runtime.session import open_session
+from hecompile.runtime.train import run_training
 
 RECIPE = Path("models/recipes/demo.yaml")
 

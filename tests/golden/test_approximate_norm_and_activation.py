@@ -11,8 +11,8 @@ from hecompile.approximation_ranges import Interval, check_domain, write_range
 from hecompile.errors import InputError, LegalityError
 from hecompile.ir import attributes_of
 from hecompile.legality import CANONICAL
-from passes.approximate_rmsnorm import ApproximateRMSNorm
-from passes.approximate_silu import ApproximateSiLU
+from hecompile.passes.approximate_rmsnorm import ApproximateRMSNorm
+from hecompile.passes.approximate_silu import ApproximateSiLU
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, gaussian, parse, refused, run_pass
 

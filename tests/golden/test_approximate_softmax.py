@@ -16,7 +16,7 @@ from hecompile.ir import attributes_of, print_model
 from hecompile.legality import CANONICAL
 from hecompile.matching import attentions
 from hecompile.operators import Context
-from passes.approximate_softmax import ApproximateSoftmax
+from hecompile.passes.approximate_softmax import ApproximateSoftmax
 from tests.conftest import Golden
 from tests.golden.graphs import gaussian, parse, refused, run_pass
 

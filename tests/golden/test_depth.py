@@ -15,9 +15,9 @@ from hecompile.errors import HecompileError, InputError
 from hecompile.inspection_polynomial import depth_table
 from hecompile.ir import LEVEL, print_model
 from hecompile.legality import POLYNOMIAL, REFRESHED
+from hecompile.passes.depth import Depth
+from hecompile.passes.place_refreshes import PlaceRefreshes
 from hecompile.refresh_placement import Vertex, cheapest_refreshes
-from passes.depth import Depth
-from passes.place_refreshes import PlaceRefreshes
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, gaussian, parse, refused, run_pass
 

@@ -10,15 +10,15 @@ from hecompile.errors import LegalityError
 from hecompile.interpreter import Interpreter, causal_attention_bias, graph_inputs
 from hecompile.ir import print_model
 from hecompile.legality import POLYNOMIAL
-from passes.approximate_rmsnorm import ApproximateRMSNorm
-from passes.approximate_silu import ApproximateSiLU
-from passes.approximate_softmax import ApproximateSoftmax
-from passes.calibrate import Calibrate
-from passes.canonicalize import Canonicalize
-from passes.depth import Depth
-from passes.expand_polynomials import ExpandPolynomials
-from passes.place_refreshes import PlaceRefreshes
-from passes.simplify import Simplify
+from hecompile.passes.approximate_rmsnorm import ApproximateRMSNorm
+from hecompile.passes.approximate_silu import ApproximateSiLU
+from hecompile.passes.approximate_softmax import ApproximateSoftmax
+from hecompile.passes.calibrate import Calibrate
+from hecompile.passes.canonicalize import Canonicalize
+from hecompile.passes.depth import Depth
+from hecompile.passes.expand_polynomials import ExpandPolynomials
+from hecompile.passes.place_refreshes import PlaceRefreshes
+from hecompile.passes.simplify import Simplify
 from tests.compiler.tiny import exported, samples, tiny_llama
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, gaussian, parse, refused, run_pass

@@ -9,8 +9,8 @@ import torch
 
 from hecompile.errors import InputError
 from hecompile.ir import print_model
+from hecompile.passes.quantize import quantize_weight
 from hecompile.pipeline import PASSES
-from passes.quantize import quantize_weight
 from tests.compiler.tiny import coarse
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, gaussian, parse, refused, run_pass

@@ -22,9 +22,9 @@ from hecompile.interpreter import Interpreter, graph_inputs
 from hecompile.ir import attributes_of, nodes_of_type, print_model
 from hecompile.legality import CANONICAL, POLYNOMIAL, check_stage
 from hecompile.operators import Context
+from hecompile.passes.quantize_activation import QuantizeActivation
 from hecompile.polynomial_options import PolynomialOptions
 from hecompile.quantized_operators import table_indices, table_values
-from passes.quantize_activation import QuantizeActivation
 from tests.compiler.tiny import OPTIONS, coarse, exported, samples, tiny_llama
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, parse, product_of, refused, run_pass

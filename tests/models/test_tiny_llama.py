@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import models
-from models import PRIVATE_HELDOUT, PRIVATE_TRAIN, TINY_LLAMA
-from models.baselines import bigram_loss, unigram_loss
-from models.pretrain import Recipe, mean_loss, token_stream
-from models.public_world import documents
+from hecompile import models
+from hecompile.models import PRIVATE_HELDOUT, PRIVATE_TRAIN, TINY_LLAMA
+from hecompile.models.baselines import bigram_loss, unigram_loss
+from hecompile.models.pretrain import Recipe, mean_loss, token_stream
+from hecompile.models.public_world import documents
 
 
 @pytest.fixture(scope="module")

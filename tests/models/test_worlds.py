@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from hecompile.errors import InputError
-from models import PRIVATE_HELDOUT, PRIVATE_TRAIN
-from models.private_world import CLOSING, PATIENTS, VALUES, examples, facts, to_jsonl, write
-from models.public_world import DAYS, build_world, documents
-from models.relations import PERSON_RELATIONS, TOWN_RELATIONS
+from hecompile.models import PRIVATE_HELDOUT, PRIVATE_TRAIN
+from hecompile.models.private_world import CLOSING, PATIENTS, VALUES, examples, facts, to_jsonl, write
+from hecompile.models.public_world import DAYS, build_world, documents
+from hecompile.models.relations import PERSON_RELATIONS, TOWN_RELATIONS
 
 
 @pytest.fixture(scope="module")
 def corpus() -> list[str]:
-    from models.pretrain import Recipe
+    from hecompile.models.pretrain import Recipe
 
     return documents(Recipe.documents, Recipe.seed)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from runtime.privacy.ledger import PrivacyLedger, Subject
-from runtime.privacy.recipe import PrivacySection
-from runtime.recipe import Recipe
+from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
+from hecompile.runtime.privacy.recipe import PrivacySection
+from hecompile.runtime.recipe import Recipe
 from tests.training.support import RECORDS, make_recipe, make_tokenizer
 
 TOKENIZER = make_tokenizer()

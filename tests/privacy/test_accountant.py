@@ -11,7 +11,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from hecompile.errors import InputError
-from runtime.privacy.accountant import Mechanism, affordable, calibrate_noise, check_delta, spent_epsilon
+from hecompile.runtime.privacy.accountant import Mechanism, affordable, calibrate_noise, check_delta, spent_epsilon
 
 
 def gaussian_epsilon(noise: float, releases: int, delta: float) -> float:

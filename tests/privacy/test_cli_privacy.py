@@ -6,8 +6,8 @@ from typer.testing import CliRunner
 
 from hecompile.cli import app
 from hecompile.errors import InputError, PrivacyError
-from runtime.privacy.accountant import Mechanism, spent_epsilon
-from runtime.privacy.ledger import PrivacyLedger, Subject
+from hecompile.runtime.privacy.accountant import Mechanism, spent_epsilon
+from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
 
 STEP = Mechanism(2.5, 0.25)
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hecompile.errors import HecompileError, InputError
-from runtime.privacy.clipping import Grid, add_noise, clipped_sum, gaussian_noise, in_units
-from runtime.privacy.noise import SIGMA_GRID
+from hecompile.runtime.privacy.clipping import Grid, add_noise, clipped_sum, gaussian_noise, in_units
+from hecompile.runtime.privacy.noise import SIGMA_GRID
 
 SHAPES = {"a.lora_A": (3, 5), "a.lora_B": (4, 3), "b.lora_A": (2,)}
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hecompile.errors import InputError, PrivacyError
-from runtime.privacy.accountant import Mechanism, affordable, spent_epsilon
-from runtime.privacy.ledger import PrivacyLedger, Subject
+from hecompile.runtime.privacy.accountant import Mechanism, affordable, spent_epsilon
+from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
 
 SUBJECT = Subject("ab" * 32, 1000, 1e-4)
 STEP = Mechanism(5.0, 0.3)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from hecompile.errors import InputError
-from runtime.privacy.accountant import Mechanism, calibrate_noise
-from runtime.privacy.ledger import PrivacyLedger, Subject
-from runtime.privacy.promise import LEDGER_COPY, MOST_NOISE, private_steps
-from runtime.privacy.recipe import PrivacySection
-from runtime.train import run_training
+from hecompile.runtime.privacy.accountant import Mechanism, calibrate_noise
+from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
+from hecompile.runtime.privacy.promise import LEDGER_COPY, MOST_NOISE, private_steps
+from hecompile.runtime.privacy.recipe import PrivacySection
+from hecompile.runtime.train import run_training
 from tests.privacy.support import DELTA, TOKENIZER, everyone, ledger_of, private_recipe
 from tests.training.support import make_model
 

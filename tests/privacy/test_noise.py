@@ -14,7 +14,7 @@ from scipy.stats import norm
 
 from hecompile.errors import SecurityError
 from hecompile.he.sampling import PublicSeed
-from runtime.privacy.noise import (
+from hecompile.runtime.privacy.noise import (
     BASE_SIGMA,
     MULTIPLIERS,
     SIGMA_GRID,

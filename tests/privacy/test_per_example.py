@@ -11,13 +11,13 @@ from torch import Tensor
 
 from hecompile.client_bundle import ClientBundle
 from hecompile.errors import InputError
+from hecompile.runtime.adapter import AdapterModel
+from hecompile.runtime.client import EncryptedCausalLM
+from hecompile.runtime.privacy.per_example import GradientCollector, PerExample, PerExampleModel, require_per_example
+from hecompile.runtime.products import CleartextProducts, EncryptedProducts
+from hecompile.runtime.transports import InProcessTransport
+from hecompile.runtime.worker import Worker
 from hecompile.worker_bundle import WorkerBundle
-from runtime.adapter import AdapterModel
-from runtime.client import EncryptedCausalLM
-from runtime.privacy.per_example import GradientCollector, PerExample, PerExampleModel, require_per_example
-from runtime.products import CleartextProducts, EncryptedProducts
-from runtime.transports import InProcessTransport
-from runtime.worker import Worker
 from tests.training.support import make_model
 
 TOLERANCE = 1e-5

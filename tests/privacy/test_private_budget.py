@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from hecompile.errors import HecompileError, InputError, PrivacyError
-from runtime.metrics import read_metrics
-from runtime.privacy import trainer as private_trainer
-from runtime.privacy.recipe import PrivacySection
-from runtime.train import run_training
+from hecompile.runtime.metrics import read_metrics
+from hecompile.runtime.privacy import trainer as private_trainer
+from hecompile.runtime.privacy.recipe import PrivacySection
+from hecompile.runtime.train import run_training
 from tests.privacy.support import DELTA, TOKENIZER, everyone, ledger_of, private_recipe
 from tests.training.support import SECRET, make_model, make_recipe
 

@@ -16,16 +16,16 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hecompile.client_bundle import ClientBundle
 from hecompile.errors import InputError
+from hecompile.runtime.client import EncryptedCausalLM
+from hecompile.runtime.data import PadToBucket, load_examples
+from hecompile.runtime.metrics import read_metrics
+from hecompile.runtime.privacy.accountant import Mechanism, spent_epsilon
+from hecompile.runtime.products import CleartextProducts, EncryptedProducts
+from hecompile.runtime.recipe import Recipe, load_recipe
+from hecompile.runtime.train import run_training
+from hecompile.runtime.transports import InProcessTransport
+from hecompile.runtime.worker import Worker
 from hecompile.worker_bundle import WorkerBundle
-from runtime.client import EncryptedCausalLM
-from runtime.data import PadToBucket, load_examples
-from runtime.metrics import read_metrics
-from runtime.privacy.accountant import Mechanism, spent_epsilon
-from runtime.products import CleartextProducts, EncryptedProducts
-from runtime.recipe import Recipe, load_recipe
-from runtime.train import run_training
-from runtime.transports import InProcessTransport
-from runtime.worker import Worker
 from tests.privacy.support import DELTA, TOKENIZER, N, everyone, ledger_of, private_recipe
 from tests.training.support import BUCKETS, make_model
 
@@ -129,7 +129,7 @@ def test_through_the_encrypted_worker_it_keeps_to_its_budget(
 
 
 def test_an_empty_sample_is_a_step_of_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.privacy.sampling.poisson_sample", lambda *_: [])
+    monkeypatch.setattr("hecompile.runtime.privacy.sampling.poisson_sample", lambda *_: [])
     for mode in ("strict", "paper"):
         recipe = private_recipe(tmp_path / mode, {"noise_multiplier": 1.0, "mode": mode}, max_steps=2)
         with recorded_gradients() as steps:

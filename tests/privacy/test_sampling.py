@@ -9,7 +9,7 @@ import pytest
 
 from hecompile.errors import SecurityError
 from hecompile.he.sampling import PublicSeed
-from runtime.privacy.sampling import PoissonBatches, poisson_sample
+from hecompile.runtime.privacy.sampling import PoissonBatches, poisson_sample
 
 EXAMPLES, EXPECTED, DRAWS = 200, 50, 2000
 

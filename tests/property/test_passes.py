@@ -18,8 +18,8 @@ from hecompile.he.parameters import CATALOGUE, LinearParameters
 from hecompile.he.weight_norms import measure_norms
 from hecompile.interpreter import Interpreter
 from hecompile.ir import DOMAIN, ORIGIN, add_initializer, attributes_of
+from hecompile.passes.select_parameters import choose_ring
 from hecompile.plan import effective_bits
-from passes.select_parameters import choose_ring
 from tests.golden.graphs import placements, prepared, run_pass
 
 SEEDS = st.integers(0, 2**32 - 1)

@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from runtime.plaintext import PlaintextPeftModel
-from runtime.recipe import Recipe
+from hecompile.runtime.plaintext import PlaintextPeftModel
+from hecompile.runtime.recipe import Recipe
 
 BUCKETS = (16, 32)
 SECRET = "marzipan"

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from hecompile.interpreter import _as_tensor
 from hecompile.mapped import release
-from runtime import head
-from runtime.head import linear_cross_entropy, scored_positions, scored_targets
+from hecompile.runtime import head
+from hecompile.runtime.head import linear_cross_entropy, scored_positions, scored_targets
 
 VOCABULARY, HIDDEN = 37, 16
 

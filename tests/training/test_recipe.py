@@ -6,9 +6,9 @@ import peft
 import pytest
 
 from hecompile.errors import InputError
-from runtime.conversion.recipe import load_conversion
-from runtime.recipe import LoraSection, check_lora, load_recipe
-from runtime.trainer import training_arguments
+from hecompile.runtime.conversion.recipe import load_conversion
+from hecompile.runtime.recipe import LoraSection, check_lora, load_recipe
+from hecompile.runtime.trainer import training_arguments
 
 DEMO = Path(__file__).parents[2] / "models" / "recipes" / "demo.yaml"
 MINIMAL = """\

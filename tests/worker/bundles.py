@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
+from hecompile.runtime.transports import credentials
+from hecompile.runtime.transports.credentials import ClientCredentials, ServerCredentials, make_development_certificates
 from hecompile.worker_bundle import WorkerBundle
 from hecompile.worker_bundle_writer import WorkerBundleWriter
-from passes.lower_worker import LowerWorker, encrypted_linear_model
-from runtime.transports import credentials
-from runtime.transports.credentials import ClientCredentials, ServerCredentials, make_development_certificates
 
 PLAN_ID = "00112233445566778899aabbccddeeff"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hecompile.errors import InputError
-from runtime.transports import connect
-from runtime.transports.address import TcpAddress, UnixAddress, parse_address
+from hecompile.runtime.transports import connect
+from hecompile.runtime.transports.address import TcpAddress, UnixAddress, parse_address
 
 
 @pytest.mark.parametrize("address", ["", "inproces", "http://localhost:1", "tcp://localhost", "tcp://:5", "unix://a/b"])

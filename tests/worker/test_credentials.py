@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from hecompile.errors import InputError
-from runtime.transports import credentials
-from runtime.transports.credentials import ClientCredentials, ServerCredentials, make_development_certificates
+from hecompile.runtime.transports import credentials
+from hecompile.runtime.transports.credentials import ClientCredentials, ServerCredentials, make_development_certificates
 
 
 @pytest.fixture

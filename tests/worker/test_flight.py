@@ -14,19 +14,19 @@ import pytest
 
 from hecompile.encrypted_linear import encrypted_linear_reference
 from hecompile.errors import WorkerError
+from hecompile.runtime.engines import Engine, create_engine
+from hecompile.runtime.transports import Transport, connect, open_connection
+from hecompile.runtime.worker import Worker
 from hecompile.worker_bundle import WorkerBundle
-from runtime.engines import Engine, create_engine
-from runtime.transports import Transport, connect, open_connection
-from runtime.worker import Worker
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 pa = pytest.importorskip("pyarrow", exc_type=ImportError)
 fl = pytest.importorskip("pyarrow.flight", exc_type=ImportError)
 
-from runtime.flight_frames import COMMAND  # noqa: E402
-from runtime.servers import flight as flight_server  # noqa: E402
-from runtime.servers.flight import FlightWorkerServer  # noqa: E402
-from runtime.transports.flight import FlightTransport  # noqa: E402
+from hecompile.runtime.flight_frames import COMMAND  # noqa: E402
+from hecompile.runtime.servers import flight as flight_server  # noqa: E402
+from hecompile.runtime.servers.flight import FlightWorkerServer  # noqa: E402
+from hecompile.runtime.transports.flight import FlightTransport  # noqa: E402
 
 WEIGHT = extreme_weight(8, 6)
 CIRCUIT = "linear.forward"

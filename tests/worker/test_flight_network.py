@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from hecompile.errors import InputError, WorkerError
+from hecompile.runtime.servers import open_server
+from hecompile.runtime.transports import connect, open_connection
+from hecompile.runtime.transports.credentials import ClientCredentials, ServerCredentials
+from hecompile.runtime.worker import Worker
 from hecompile.worker_bundle import WorkerBundle
-from runtime.servers import open_server
-from runtime.transports import connect, open_connection
-from runtime.transports.credentials import ClientCredentials, ServerCredentials
-from runtime.worker import Worker
 from tests.worker.bundles import PLAN_ID, development_credentials, extreme_planes, extreme_weight, write_bundle
 
 pytest.importorskip("pyarrow.flight", exc_type=ImportError)
@@ -170,7 +170,7 @@ def test_absent_worker_is_named_with_the_remedy() -> None:
 @contextlib.contextmanager
 def worker_process(bundle: WorkerBundle) -> Iterator[tuple[subprocess.Popen[str], str]]:
     program = (
-        "import sys; from hecompile.worker_bundle import WorkerBundle; from runtime.worker import Worker, serve; "
+        "import sys; from hecompile.worker_bundle import WorkerBundle; from hecompile.runtime.worker import Worker, serve; "
         "serve(Worker(WorkerBundle.open(sys.argv[1]), 'torch'), sys.argv[2], ready=lambda a: print(a, flush=True))"
     )
     arguments = [sys.executable, "-c", program, str(bundle.directory), PLAIN]
@@ -217,7 +217,7 @@ def test_missing_pyarrow_is_named_with_the_remedy(bundle: WorkerBundle) -> None:
     program = (
         "import sys; sys.modules['pyarrow'] = None\n"
         "from hecompile.errors import InputError\n"
-        "from runtime.transports import connect\n"
+        "from hecompile.runtime.transports import connect\n"
         "try:\n    connect('flight://127.0.0.1:1')\nexcept InputError as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -19,12 +19,20 @@ import pytest
 from benchmarks.timing import resident_bytes as _resident
 from hecompile.encrypted_linear import encrypted_linear_reference
 from hecompile.errors import WorkerError, WorkerUnavailableError
-from runtime import connections, protocol
-from runtime.protocol import ErrorReply, EvaluateReply, EvaluateRequest, Frame, HelloRequest, SetupRequest, WorkerInfo
-from runtime.transports import connect, open_connection
-from runtime.transports.base import Transport
-from runtime.transports.replicas import Replicas, RetryPolicy
-from runtime.worker import Worker, WorkerServer
+from hecompile.runtime import connections, protocol
+from hecompile.runtime.protocol import (
+    ErrorReply,
+    EvaluateReply,
+    EvaluateRequest,
+    Frame,
+    HelloRequest,
+    SetupRequest,
+    WorkerInfo,
+)
+from hecompile.runtime.transports import connect, open_connection
+from hecompile.runtime.transports.base import Transport
+from hecompile.runtime.transports.replicas import Replicas, RetryPolicy
+from hecompile.runtime.worker import Worker, WorkerServer
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 WEIGHT = extreme_weight(8, 6)
@@ -70,7 +78,7 @@ def mutated(chance: random.Random) -> Frame:
 def test_the_handler_answers_anything_with_one_frame_and_keeps_nothing(
     worker: Worker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.ERROR, "runtime.worker")  # pytest would keep every warning
+    caplog.set_level(logging.ERROR, "hecompile.runtime.worker")  # pytest would keep every warning
     chance = random.Random(1)
     refused = answered = 0
 

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from runtime.engines.vnni_kernel import supported
+from hecompile.runtime.engines.vnni_kernel import supported
 from tests.worker.bundles import extreme_weight, write_bundle
 
 SERVES = """
 import sys
 import hecompile.cli, hecompile.cli_worker  # the command `hecompile worker serve`
-import runtime.servers
+import hecompile.runtime.servers
 from hecompile.worker_bundle import WorkerBundle, known_answer_vector
-from runtime.engines import create_engine
-from runtime.worker import Worker
+from hecompile.runtime.engines import create_engine
+from hecompile.runtime.worker import Worker
 
 bundle = WorkerBundle.open(sys.argv[1])
 worker = Worker(bundle, create_engine(sys.argv[2], bundle))
@@ -40,6 +40,6 @@ def test_a_worker_loads_no_code_of_the_scheme_and_no_torch(engine: str, tmp_path
         pytest.skip("this CPU has no AVX512-VNNI")
     bundle = write_bundle(tmp_path / "worker", {"layers.0.wide": (extreme_weight(512, 256), 3, 2)})
     loaded = modules_of(bundle.directory, engine)
-    assert "runtime.worker" in loaded and "onnx" in loaded
-    for unwanted in ("hecompile.he", "hecompile.worker_bundle_writer", "passes", "torch", "transformers", "onnx_ir"):
+    assert "hecompile.runtime.worker" in loaded and "onnx" in loaded
+    for unwanted in ("hecompile.he", "hecompile.worker_bundle_writer", "hecompile.passes", "torch", "transformers", "onnx_ir"):
         assert unwanted not in loaded

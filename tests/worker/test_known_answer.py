@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from hecompile.errors import WorkerError
+from hecompile.runtime.engines.base import check_request
+from hecompile.runtime.transports import InProcessTransport, open_connection
+from hecompile.runtime.worker import Worker
 from hecompile.worker_bundle import WorkerBundle, known_answer_vector
-from runtime.engines.base import check_request
-from runtime.transports import InProcessTransport, open_connection
-from runtime.worker import Worker
 from tests.worker.bundles import PLAN_ID, write_bundle
 
 Product = Callable[[np.ndarray, np.ndarray], np.ndarray]

@@ -13,10 +13,9 @@ from tritonclient.utils import InferenceServerException
 
 from hecompile.encrypted_linear import encrypted_linear_reference
 from hecompile.errors import InputError, WorkerError
-from hecompile.worker_bundle import KNOWN_ANSWER, WorkerBundle
-from runtime.servers import open_server
-from runtime.transports import connect, open_connection
-from runtime.transports.credentials import (
+from hecompile.runtime.servers import open_server
+from hecompile.runtime.transports import connect, open_connection
+from hecompile.runtime.transports.credentials import (
     AUTHORITY,
     CLIENT,
     CLIENT_KEY,
@@ -27,8 +26,9 @@ from runtime.transports.credentials import (
     ServerCredentials,
     make_development_certificates,
 )
-from runtime.transports.oip import OipTransport
-from runtime.worker import Worker
+from hecompile.runtime.transports.oip import OipTransport
+from hecompile.runtime.worker import Worker
+from hecompile.worker_bundle import KNOWN_ANSWER, WorkerBundle
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 WEIGHT = extreme_weight(8, 6)

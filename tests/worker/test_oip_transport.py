@@ -16,14 +16,14 @@ from tritonclient.grpc import service_pb2
 
 from hecompile.encrypted_linear import encrypted_linear_reference
 from hecompile.errors import WorkerError
+from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
 from hecompile.public_rows import PUBLIC_ROWS, exact_name
+from hecompile.runtime.servers import open_server
+from hecompile.runtime.transports import connect, connect_for, open_connection
+from hecompile.runtime.transports.oip import OipTransport
+from hecompile.runtime.worker import Worker
 from hecompile.worker_bundle import KNOWN_ANSWER, WorkerBundle
 from hecompile.worker_bundle_writer import WorkerBundleWriter
-from passes.lower_worker import LowerWorker, encrypted_linear_model
-from runtime.servers import open_server
-from runtime.transports import connect, connect_for, open_connection
-from runtime.transports.oip import OipTransport
-from runtime.worker import Worker
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 from tests.worker.foreign_server import ForeignServer
 

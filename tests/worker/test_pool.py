@@ -10,11 +10,11 @@ import pytest
 
 from hecompile.encrypted_linear import encrypted_linear_reference
 from hecompile.errors import WorkerError
+from hecompile.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
+from hecompile.runtime.protocol import WorkerInfo
+from hecompile.runtime.transports import Answer, InProcessTransport, TransportPool, connect, open_connection
+from hecompile.runtime.worker import Worker, WorkerServer
 from hecompile.worker_bundle import KNOWN_ANSWER
-from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
-from runtime.protocol import WorkerInfo
-from runtime.transports import Answer, InProcessTransport, TransportPool, connect, open_connection
-from runtime.worker import Worker, WorkerServer
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 WEIGHT = extreme_weight(8, 6)

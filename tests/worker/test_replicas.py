@@ -13,10 +13,9 @@ import pytest
 
 from hecompile.encrypted_linear import encrypted_linear_reference
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
-from hecompile.worker_bundle import KNOWN_ANSWER
-from runtime.protocol import CircuitInfo, WorkerInfo
-from runtime.shards import parse_layers, shard, split_layers
-from runtime.transports import (
+from hecompile.runtime.protocol import CircuitInfo, WorkerInfo
+from hecompile.runtime.shards import parse_layers, shard, split_layers
+from hecompile.runtime.transports import (
     Answer,
     InProcessTransport,
     Replicas,
@@ -25,7 +24,8 @@ from runtime.transports import (
     connect,
     open_connection,
 )
-from runtime.worker import Worker, WorkerServer
+from hecompile.runtime.worker import Worker, WorkerServer
+from hecompile.worker_bundle import KNOWN_ANSWER
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 WEIGHT = extreme_weight(8, 6)

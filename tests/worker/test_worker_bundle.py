@@ -14,9 +14,9 @@ import onnx
 import pytest
 
 from hecompile.errors import InputError, LegalityError
+from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
 from hecompile.worker_bundle import KNOWN_ANSWER, MANIFEST, WorkerBundle, known_answer_vector, known_answer_weight
 from hecompile.worker_bundle_writer import WorkerBundleWriter
-from passes.lower_worker import LowerWorker, encrypted_linear_model
 from tests.worker.bundles import PLAN_ID, write_bundle
 
 

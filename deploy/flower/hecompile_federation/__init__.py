@@ -1,1 +1,1 @@
-"""The parts that Flower loads; the code is in runtime.federation.flower."""
+"""The parts that Flower loads; the code is in hecompile.runtime.federation.flower."""

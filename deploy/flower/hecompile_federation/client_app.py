@@ -1,5 +1,5 @@
 """What `flwr run` starts at every SuperNode."""
 
-from runtime.federation.flower import client_app as app
+from hecompile.runtime.federation.flower import client_app as app
 
 __all__ = ["app"]
