@@ -1,4 +1,4 @@
-"""How kernels are compiled, and when what numba keeps of them on disk is out of date."""
+"""Compile kernels and decide when what numba keeps of them on disk is out of date."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ from typing import Any
 import numba
 
 _jit: Any = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
+_SHARED = Path(__file__).parent / "he"
+"""The folder whose code every kernel may inline, wherever the kernel itself stands."""
 
 
 def compiled(function: Any) -> Any:
-    """Compiles `function` at its first call and keeps the result on disk until a file of its package changes.
+    """Compile `function` at its first call and keep the result on disk until a file that it may inline changes.
 
-    numba by itself compiles again when the file of the function changes, and not when what it inlines from others does: an
-    update of those would never have run.
+    Those files are all that stand in the kernel's own folder or in `hecompile/he`, and below them. numba by itself compiles
+    again when the file of the function changes, and not when what it inlines from others does: an update of those would
+    never have run.
     """
     kernel = _jit(function)
     source = Path(function.__code__.co_filename)
-    discard_older_than(_newest(source.parent), Path(kernel.stats.cache_path), f"{source.stem}.{function.__qualname__}")
+    newest = max(_newest(source.parent), _newest(_SHARED))
+    discard_older_than(newest, Path(kernel.stats.cache_path), f"{source.stem}.{function.__qualname__}")
     return kernel
 
 
 def discard_older_than(seconds: float, directory: Path, name: str) -> None:
-    """Deletes what numba lists in `directory` for the kernel `name`, where it is older than that time of the epoch."""
+    """Delete what numba lists in `directory` for the kernel `name`, where it is older than that time of the epoch."""
     for index in directory.glob(f"{name}-*.nbi"):
         try:
             if index.stat().st_mtime < seconds:
@@ -34,6 +38,6 @@ def discard_older_than(seconds: float, directory: Path, name: str) -> None:
 
 
 @cache
-def _newest(package: Path) -> float:
-    """When the file of it that changed last did so: seconds since the epoch; 0 where there are no sources to look at."""
-    return max((path.stat().st_mtime for path in package.glob("*.py")), default=0.0)
+def _newest(folder: Path) -> float:
+    """Return when a Python file in `folder` or below last changed: seconds since the epoch; 0 where there are none."""
+    return max((path.stat().st_mtime for path in folder.rglob("*.py")), default=0.0)

@@ -6,6 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hecompile import jit
 
 INNER = """
 import numba
@@ -44,3 +50,19 @@ def test_a_change_of_what_is_inlined_is_seen_and_nothing_else_compiles_again(tmp
     assert run() == "41 1"  # from the disk
     (package / "inner.py").write_text(INNER.format(22))
     assert run() == "62 0"
+
+
+def test_a_change_below_the_schemes_folder_is_one_of_every_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of CKKS and of the random generators inline code of `hecompile/he/kernels`."""
+    room = tmp_path / "he" / "kernels"
+    room.mkdir(parents=True)
+    (room / "inlined.py").write_text("")
+    os.utime(room / "inlined.py", (2e9, 2e9))
+    index = tmp_path / "module.kernel-1.nbi"
+    index.write_text("")
+    monkeypatch.setattr(jit, "_SHARED", tmp_path / "he")
+    monkeypatch.setattr(jit, "_jit", lambda function: SimpleNamespace(stats=SimpleNamespace(cache_path=str(tmp_path))))
+    namespace: dict[str, Any] = {}
+    exec(compile("def kernel(): ...", str(tmp_path / "module.py"), "exec"), namespace)
+    jit.compiled(namespace["kernel"])
+    assert not index.exists()
