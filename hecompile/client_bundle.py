@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from hecompile.bundle_kinds import CLIENT_FORMAT, MANIFEST, BundleKind, mistaken
 from hecompile.errors import HecompileError, InputError
+from hecompile.files import file_sha256
 from hecompile.he.parameters import LinearParameters, RingParameters, RingParametersLiteral
 from hecompile.he.sampling import PublicSeed
 from hecompile.he.security import AMPLE_BITS, MINIMUM_BITS
@@ -39,7 +40,6 @@ READABLE = (3, 4)
 PLAN, PLAN_DATA = "plan.onnx", "plan.onnx.data"
 HINTS, CHECKS, TOKENIZER = "hints", "checks", "tokenizer"
 _REMEDY = "make the bundle again with `hecompile export llama`"
-_HASH_CHUNK = 1 << 22
 
 
 class _Record(BaseModel):
@@ -223,15 +223,6 @@ def write_manifest(directory: Path, plan: PlanRecord, hashed: Iterable[FileRecor
 def graph_sha256(model: ir.Model) -> str:
     """SHA-256 of the printed graph, in hex: its operators, names, shapes and small constants."""
     return hashlib.sha256(print_model(model).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _read_manifest(directory: Path) -> _Manifest:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
-_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
-
 
 class HecompileError(Exception):
     """Base class: the command line prints its message and exits with status 2, without a traceback."""
@@ -62,11 +58,3 @@ class FederationError(HecompileError):
 class PrivacyError(HecompileError):
     """A release would break the differential-privacy promise made about a dataset, or the record of what was released cannot
     be relied on."""
-
-
-def reason_of(error: OSError) -> str:
-    """Why a file could not be written. numpy says only how many numbers it wrote of how many, without errno, where a write
-    ends early: that is a disk with no space left, or a quota that is used up."""
-    if error.strerror is None and _SHORT_WRITE.search(str(error)):
-        return f"the disk may be full ({error}); make room and run the command again"
-    return error.strerror or str(error)

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from hecompile.client_bundle import CircuitRecord, ClientBundle
 from hecompile.costs import hint_bytes
-from hecompile.errors import InputError, reason_of
+from hecompile.errors import InputError
+from hecompile.files import reason_of
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.verification import tolerance
 from hecompile.ir import DOMAIN, module_path

@@ -24,7 +24,8 @@ from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hecompile.errors import InputError, reason_of
+from hecompile.errors import InputError
+from hecompile.files import publish, reason_of
 from hecompile.he.sampling import PublicSeed
 
 FORMAT, VERSION = "hecompile-export", 1
@@ -184,16 +185,3 @@ def _locked(folder: Path, out: Path) -> Iterator[IO[str]]:
         except BlockingIOError:
             raise InputError(f"another export is writing {out} at this moment; wait for it or choose another") from None
         yield lock
-
-
-def publish(build: Path, out: Path) -> None:
-    """Rename `build` into the place of `out`; an earlier build there is put aside until that has worked."""
-    old = out.parent / f".{out.name}.{os.getpid()}.old"
-    try:
-        if out.exists():
-            out.rename(old)
-        build.rename(out)
-    finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        shutil.rmtree(old, ignore_errors=True)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from hecompile.bundle_kinds import BundleKind, kind_of
 from hecompile.circuit_writer import CLIENT, WORKER
-from hecompile.errors import InputError, reason_of
+from hecompile.errors import InputError
+from hecompile.files import reason_of
 
 
 def check_target(out: Path, wanted: BundleKind) -> None:

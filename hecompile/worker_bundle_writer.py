@@ -28,7 +28,8 @@ from hecompile.bundle_manifest import (
     check_bundle_file,
     describe_bundle_file,
 )
-from hecompile.errors import InputError, LegalityError, reason_of
+from hecompile.errors import InputError, LegalityError
+from hecompile.files import reason_of
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.known_answer import KNOWN_ANSWER, KNOWN_ANSWER_LIMBS, KNOWN_ANSWER_REPLY_BYTES, known_answer_weight
 from hecompile.model_repository import WEIGHT_FILE, config_path, model_path, triton_config, weight_path

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers.modeling_outputs import CausalLMOutput
 
 from hecompile.errors import InputError
+from hecompile.files import replace_directory
 
 _LOG = logging.getLogger(__name__)
 
@@ -167,17 +167,6 @@ def load_adapter(model: AdapterModel, directory: str | Path) -> None:
             directory, config.get("base_model_name_or_path"),
         )  # fmt: skip
     model.load_adapter_state({key: value.to(torch.float32) for key, value in state.items()})
-
-
-def replace_directory(source: Path, target: Path) -> None:
-    """Rename `source` to `target`; a directory that is there already is moved aside first and deleted last."""
-    if target.exists():
-        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-        target.rename(aside / target.name)
-        source.rename(target)
-        shutil.rmtree(aside)
-    else:
-        source.rename(target)
 
 
 def _refuse(directory: Path, what: str, keys: list[str]) -> None:

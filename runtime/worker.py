@@ -33,6 +33,7 @@ from hecompile.worker_bundle import WorkerBundle
 
 LOGGER = logging.getLogger(__name__)
 
+
 class Worker:
     """A bundle and the engine that evaluates it: immutable once made, no state between requests.
 

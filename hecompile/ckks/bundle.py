@@ -29,7 +29,8 @@ from hecompile.bundle_kinds import CIRCUIT, PLAN, TABLE, BundleKind, mistaken
 from hecompile.ckks.circuit import PolynomialCircuit
 from hecompile.ckks.parameters import CkksLiteral, CkksParameters, select
 from hecompile.compiler import CompileOptions, calibration_for
-from hecompile.errors import InputError, LegalityError, reason_of
+from hecompile.errors import InputError, LegalityError
+from hecompile.files import publish, reason_of
 from hecompile.frontend import Checkpoint, export_onnx, load_checkpoint
 from hecompile.he.sampling import PublicSeed
 from hecompile.passes.approximate_silu import ApproximateSiLU
@@ -39,7 +40,6 @@ from hecompile.passes.expand_polynomials import ExpandPolynomials
 from hecompile.passes.place_refreshes import PlaceRefreshes
 from hecompile.pipeline import approximate_steps, polynomial_steps, raise_steps, refresh_steps, run_steps
 from hecompile.polynomial_options import PolynomialOptions
-from hecompile.staging import publish
 from hecompile.target import check_target
 
 FORMAT = "hecompile-ckks-1"

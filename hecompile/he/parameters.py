@@ -28,7 +28,6 @@ _NORM_SLACK = 1e-9
 """Far above the rounding of the float64 norms that the two sides of the comparison are made of."""
 
 
-
 def _can_be_packed(rank: int) -> bool:
     """Whether there is a ring of which `rank` features share an element: see `ring.py`."""
     odd_part = rank // (rank & -rank)

@@ -165,5 +165,3 @@ def _where(server: socketserver.BaseServer, parsed: TcpAddress | UnixAddress) ->
         return f"unix://{parsed.path}"
     address: Any = server.server_address
     return f"tcp://{address[0]}:{address[1]}"
-
-
