@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from benchmarks.checkpoints import llama_1b_config, make_checkpoint
 from benchmarks.report import ROOT
-from hecompile.client_bundle import ClientBundle
+from hecompile.bundles.client import ClientBundle
 from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
 from hecompile.errors import InputError
 from hecompile.inspection import Traffic, circuits_without_gradient, predicted_traffic

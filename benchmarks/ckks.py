@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from benchmarks.ckks_tuned import BATCH, RANGE_LOSS, RATE, STEPS, Quality, Trial, Tuned, fine_tune, quality, tried
 from benchmarks.report import section_main, table
 from benchmarks.timing import paired, ratio
-from hecompile.ckks.bundle import CkksOptions, CkksPlan, export_polynomial, lower_polynomial, merged_checkpoint
+from hecompile.bundles.ckks import CkksPlan
+from hecompile.ckks.bundle import CkksOptions, export_polynomial, lower_polynomial, merged_checkpoint
 from hecompile.ckks.evaluator import CkksTensor, Evaluator
 from hecompile.ckks.keys import SecretKey
 from hecompile.ckks.library import seal

@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks.builds import ONE_B
 from benchmarks.checkpoints import make_checkpoint
 from benchmarks.report import ROOT, section_main, table
-from hecompile.client_bundle import ClientBundle
+from hecompile.bundles.client import ClientBundle
 from hecompile.compiler import CLIENT, WORKER
 from hecompile.frontend import load_config
 from hecompile.phases import parse_summary

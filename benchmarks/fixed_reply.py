@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from hecompile.bundles.worker import WorkerBundle
 from hecompile.runtime.engines.base import check_request
 from hecompile.runtime.transports import credentials
 from hecompile.runtime.transports.credentials import ServerCredentials
 from hecompile.runtime.worker import Worker, serve
-from hecompile.worker_bundle import WorkerBundle
 
 
 class FixedReplyEngine:

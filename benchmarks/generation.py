@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from benchmarks.builds import PRECISION
 from benchmarks.report import section_main, table
-from hecompile.client_bundle import ClientBundle
+from hecompile.bundles.client import ClientBundle
 from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
 from hecompile.demo import BATCH_SIZE, RECIPE, SEQUENCE_BUCKETS
 from hecompile.models import PRIVATE_HELDOUT, TINY_LLAMA

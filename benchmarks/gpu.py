@@ -25,10 +25,10 @@ from torch import Tensor
 from benchmarks.report import section_main, table
 from benchmarks.timing import paired, ratio
 from benchmarks.worker import LAYER, REPLY_BYTES, random_planes, write_bundle
-from hecompile.encrypted_linear import encrypted_linear_reference
+from hecompile.bundles.circuit_reference import encrypted_linear_reference
+from hecompile.bundles.worker import WorkerBundle
 from hecompile.runtime.engines.cuda_engine import CudaEngine
 from hecompile.runtime.engines.torch_engine import readable
-from hecompile.worker_bundle import WorkerBundle
 
 TOKENS, QUICK_TOKENS = (512, 2048, 8192), (64,)
 ROUNDS, QUICK_ROUNDS = 15, 3

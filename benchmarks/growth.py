@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from benchmarks.builds import llama_of
 from benchmarks.report import new_figure, save_plot, section_main, table
 from benchmarks.stepping import Batch, measure_steps
-from hecompile.client_bundle import ClientBundle
+from hecompile.bundles.client import ClientBundle
 from hecompile.compiler import CLIENT
 
 HIDDEN, LAYERS, TOKENS, LENGTH = 1024, 2, 512, 64

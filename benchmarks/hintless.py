@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.report import section_main
-from hecompile.client_bundle import ClientBundle
+from hecompile.bundles.client import ClientBundle
 from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
 from hecompile.demo import RECIPE, worker_process
 from hecompile.inspection import circuits_without_gradient, hint_traffic

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from benchmarks.builds import Built, options
 from benchmarks.report import new_figure, save_plot, section_main, table
-from hecompile.client_bundle import ClientBundle
+from hecompile.bundles.client import ClientBundle
+from hecompile.bundles.worker import WorkerBundle
 from hecompile.compiler import CLIENT, WORKER, compile_checkpoint
 from hecompile.demo import RECIPE
 from hecompile.errors import InputError
@@ -36,7 +37,6 @@ from hecompile.runtime.session import load_tokenizer, open_session
 from hecompile.runtime.train import run_training
 from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.worker import Worker
-from hecompile.worker_bundle import WorkerBundle
 
 LENGTH, BATCH_SIZE = 48, 16
 GRADIENT_SETTINGS = [(weights, bits) for weights in (8, 10) for bits in (4.0, 6.0, 8.0, 10.0)] + [(12, 8.0)]

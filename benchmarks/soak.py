@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.report import section_main, table
 from benchmarks.stepping import serving
 from benchmarks.timing import resident_bytes
-from hecompile.encrypted_linear import encrypted_linear_reference
+from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
 from hecompile.runtime.transports import connect, open_connection
 from hecompile.worker_bundle_writer import WorkerBundleWriter

@@ -11,7 +11,7 @@ import os
 from benchmarks.builds import DEFAULTS, ONE_B, PRECISION, WEIGHT_BITS, Built, llama_1b
 from benchmarks.report import section_main, table
 from benchmarks.stepping import Batch, Side, Steps, measure_steps
-from hecompile.client_bundle import ClientBundle
+from hecompile.bundles.client import ClientBundle
 from hecompile.compiler import CLIENT
 from hecompile.runtime.session import DEFAULT_ENGINE
 

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from benchmarks.report import ROOT
 from benchmarks.timing import available_bytes, cpu_seconds, resident_bytes
 from benchmarks.training_process import Spec
-from hecompile.client_bundle import MANIFEST
+from hecompile.bundles.client import MANIFEST
 from hecompile.compiler import CLIENT, WORKER
 from hecompile.demo import stop_process
 from hecompile.errors import HecompileError

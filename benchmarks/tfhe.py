@@ -18,8 +18,8 @@ from benchmarks.client_path import TRAINED
 from benchmarks.linears import engine_of, public_matrix, random_linear, random_rows, stored_hint
 from benchmarks.report import section_main, table
 from benchmarks.timing import paired, threads
-from hecompile.activation_table import ActivationTable
 from hecompile.approximation.silu import silu
+from hecompile.approximation.silu_table import ActivationTable
 from hecompile.frontend import export_onnx, load_checkpoint
 from hecompile.interpreter import Interpreter, graph_inputs
 from hecompile.ir import attributes_of, nodes_of_type

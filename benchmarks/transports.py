@@ -27,11 +27,11 @@ from benchmarks.fixed_reply import FixedReplyEngine
 from benchmarks.report import ROOT, section_main, table
 from benchmarks.timing import paired
 from benchmarks.worker import LIMBS, PLAN_ID, REPLY_BYTES, random_planes, write_bundle
+from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
 from hecompile.runtime.transports import InProcessTransport, Transport, connect, credentials
 from hecompile.runtime.transports.credentials import ClientCredentials, make_development_certificates
 from hecompile.runtime.worker import Worker
-from hecompile.worker_bundle import WorkerBundle
 
 LARGE, SMALL = "large.forward", "small.forward"
 LARGE_SHAPE, SMALL_SHAPE = (2048, 8192), (64, 64)

@@ -17,7 +17,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from hecompile.client_bundle import HINTS, FileRecord, describe_file, is_intact
+from hecompile.bundles.client import HINTS, FileRecord, describe_file, is_intact
+from hecompile.bundles.kinds import CLIENT, WORKER
+from hecompile.bundles.worker import CircuitSpec
 from hecompile.he.hints import write_hint
 from hecompile.he.parameters import RingParameters
 from hecompile.he.public_matrix import PublicMatrix
@@ -25,10 +27,7 @@ from hecompile.he.setup import PreparedMatrix
 from hecompile.passes.lower_worker import LowerWorker
 from hecompile.plan import RemoteCircuit, SplitPlan
 from hecompile.staging import Staging
-from hecompile.worker_bundle import CircuitSpec
 from hecompile.worker_bundle_writer import WorkerBundleWriter
-
-CLIENT, WORKER = "client", "worker"
 
 Progress = Callable[[str, int, int], None]
 """Hears (what is being done, how much of it is done, of how much)."""
@@ -86,7 +85,7 @@ def write_circuits(
 def write_circuits_without_hints(
     stage: Staging, plan: SplitPlan, ring: RingParameters, plan_id: str, progress: Progress
 ) -> tuple[FileRecord, ...]:
-    """Write a worker bundle that can compute hints (`hecompile.public_rows`), and no hint; returns no records.
+    """Write a worker bundle that can compute hints (`hecompile.bundles.public_rows`), and no hint; returns no records.
 
     It takes as long as the weights take to write, and always starts anew.
     """

@@ -231,7 +231,7 @@ def doctor(
     """What to expect of a worker before training with it: protocol, exactness, link speed, predicted seconds per step."""
     from rich.table import Table
 
-    from hecompile.client_bundle import ClientBundle
+    from hecompile.bundles.client import ClientBundle
     from hecompile.prediction import megabytes
     from hecompile.runtime.doctor import diagnose
     from hecompile.runtime.transports import connect_for

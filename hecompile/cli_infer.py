@@ -56,7 +56,7 @@ def infer(
     from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from hecompile.ckks.bundle import is_polynomial_plan
+    from hecompile.bundles.ckks import is_polynomial_plan
     from hecompile.cli_ckks import answer as answer_polynomial
     from hecompile.errors import InputError
     from hecompile.runtime.adapter import load_adapter

@@ -31,8 +31,8 @@ def inspect(
 ) -> None:
     """Show what was compiled: per linear its shape, ring, limbs, security, predicted noise and bytes per token; totals.
     Of a polynomial graph its depth and refreshes, under CKKS also parameters and bytes per evaluation."""
-    from hecompile.ckks.bundle import is_polynomial_bundle
-    from hecompile.client_bundle import ClientBundle
+    from hecompile.bundles.ckks import is_polynomial_bundle
+    from hecompile.bundles.client import ClientBundle
     from hecompile.compiler import CompileOptions
     from hecompile.frontend import load_config
     from hecompile.inspection import circuit_table, totals_table

@@ -68,6 +68,7 @@ def worker_serve(
     ] = False,
 ) -> None:
     """Serve a worker bundle until interrupted. The worker sees public weights and ciphertexts, nothing else."""
+    from hecompile.bundles.worker import WorkerBundle
     from hecompile.errors import InputError
     from hecompile.runtime.engines import create_engine
     from hecompile.runtime.engines.base import Engine
@@ -75,7 +76,6 @@ def worker_serve(
     from hecompile.runtime.shards import parse_layers, shard
     from hecompile.runtime.transports.credentials import ServerCredentials
     from hecompile.runtime.worker import Worker, serve
-    from hecompile.worker_bundle import WorkerBundle
 
     _set_up_logging(log_format, verbose)
     named = (tls_certificate, tls_key, client_authority, token_file)

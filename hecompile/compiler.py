@@ -16,11 +16,7 @@ import onnx_ir as ir
 import torch
 import transformers
 
-from hecompile.bundle_kinds import BundleKind
-from hecompile.circuit_writer import CLIENT as CLIENT
-from hecompile.circuit_writer import WORKER as WORKER
-from hecompile.circuit_writer import Progress, write_circuits, write_circuits_without_hints
-from hecompile.client_bundle import (
+from hecompile.bundles.client import (
     CHECKS,
     PLAN,
     PLAN_DATA,
@@ -33,7 +29,12 @@ from hecompile.client_bundle import (
     graph_sha256,
     write_manifest,
 )
-from hecompile.client_bundle import VERSION as CLIENT_VERSION
+from hecompile.bundles.client import VERSION as CLIENT_VERSION
+from hecompile.bundles.kinds import CLIENT as CLIENT
+from hecompile.bundles.kinds import WORKER as WORKER
+from hecompile.bundles.kinds import BundleKind
+from hecompile.bundles.worker import VERSION as WORKER_VERSION
+from hecompile.circuit_writer import Progress, write_circuits, write_circuits_without_hints
 from hecompile.costs import CostModel
 from hecompile.errors import InputError
 from hecompile.frontend import Checkpoint, export_onnx, load_checkpoint
@@ -58,7 +59,6 @@ from hecompile.plan import RemoteCircuit, SplitPlan
 from hecompile.polynomial_options import PolynomialOptions, sample_tokens
 from hecompile.staging import staging
 from hecompile.target import check_target
-from hecompile.worker_bundle import VERSION as WORKER_VERSION
 
 _CALIBRATION_SEQUENCES, _CALIBRATION_LENGTH = 8, 32
 
@@ -85,7 +85,8 @@ class CompileOptions:
     costs: CostModel = field(default_factory=CostModel)
     remote_head: bool = False
     stored_hints: bool = True
-    """False: the client stores no hints, and the worker computes them with every product (`hecompile.public_rows`)."""
+    """False: the client stores no hints, and the worker computes them with every product
+    (`hecompile.bundles.public_rows`)."""
     attention: str | ApproximateSoftmax | None = None
     norm: str | ApproximateRMSNorm | None = None
     activation: str | ApproximateSiLU | QuantizeActivation | None = None

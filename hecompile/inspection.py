@@ -9,7 +9,7 @@ import networkx as nx
 import onnx_ir as ir
 from rich.table import Table
 
-from hecompile.client_bundle import CircuitRecord, ClientBundle
+from hecompile.bundles.client import CircuitRecord, ClientBundle
 from hecompile.costs import hint_bytes
 from hecompile.errors import InputError
 from hecompile.files import reason_of

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 from rich.table import Table
 
-from hecompile.ckks.bundle import CkksPlan, open_worker, read_table
+from hecompile.bundles.ckks import CkksPlan, open_worker, read_table
 from hecompile.ckks.circuit import PolynomialCircuit
 from hecompile.ckks.parameters import MAX_MODULUS_BITS, CkksParameters
 from hecompile.ckks.traffic import CkksTraffic, predicted_traffic

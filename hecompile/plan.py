@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from hecompile.bundles.public_rows import WORD_BYTES, exact_name
 from hecompile.he.parameters import LinearParameters
 from hecompile.he.weight_norms import WeightNorms
 from hecompile.passes.lower_worker import encrypted_linear_model
-from hecompile.public_rows import WORD_BYTES, exact_name
 
 DIRECTIONS = ("forward", "backward")
 

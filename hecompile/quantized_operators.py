@@ -1,8 +1,8 @@
 """The operators that compute on integers of few bits.
 
 * `QuantizedSiLU(x; bits, lower, input_scale, output_scale, zero, entries, domain_lower, domain_upper, error_bound)`: SiLU by
-  a table of 2^bits integers (`hecompile.activation_table`). Its gradient is that of SiLU where the input is not clamped at
-  the upper end, and zero there (straight-through, Bengio et al., arXiv 1308.3432).
+  a table of 2^bits integers (`hecompile.approximation.silu_table`). Its gradient is that of SiLU where the input is not
+  clamped at the upper end, and zero there (straight-through, Bengio et al., arXiv 1308.3432).
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hecompile.bundle_kinds import BundleKind, kind_of
-from hecompile.circuit_writer import CLIENT, WORKER
+from hecompile.bundles.kinds import CLIENT, WORKER, BundleKind, kind_of
 from hecompile.errors import InputError
 from hecompile.files import reason_of
 

@@ -17,8 +17,17 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from hecompile.bundle_kinds import MANIFEST, WORKER_FORMAT
-from hecompile.bundle_manifest import (
+from hecompile.bundles.kinds import MANIFEST, WORKER_FORMAT
+from hecompile.bundles.known_answer import (
+    KNOWN_ANSWER,
+    KNOWN_ANSWER_LIMBS,
+    KNOWN_ANSWER_REPLY_BYTES,
+    known_answer_weight,
+)
+from hecompile.bundles.public_rows import PUBLIC_ROWS, WORD_BYTES, base_name
+from hecompile.bundles.triton_repository import WEIGHT_FILE, config_path, model_path, triton_config, weight_path
+from hecompile.bundles.worker import WorkerBundle
+from hecompile.bundles.worker_manifest import (
     NAME,
     PLAN_ID,
     VERSION,
@@ -31,11 +40,7 @@ from hecompile.bundle_manifest import (
 from hecompile.errors import InputError, LegalityError
 from hecompile.files import reason_of
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.known_answer import KNOWN_ANSWER, KNOWN_ANSWER_LIMBS, KNOWN_ANSWER_REPLY_BYTES, known_answer_weight
-from hecompile.model_repository import WEIGHT_FILE, config_path, model_path, triton_config, weight_path
 from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
-from hecompile.public_rows import PUBLIC_ROWS, WORD_BYTES, base_name
-from hecompile.worker_bundle import WorkerBundle
 
 EXTERNAL_DATA_THRESHOLD = 65536
 """Weights above this many bytes go to a file of their own, which the engines can map into memory."""

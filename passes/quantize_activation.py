@@ -4,7 +4,7 @@
 
 The table covers what calibration saw, up to U = margin · largest input; the error is at most 1.1·s_in/2 + s_out/2 with
 s_in = (U - lower) / (2^bits - 1) and s_out about (SiLU(U) + 0.28) / (2^bits - 2) (derived, with sources, in
-`hecompile.activation_table`). It is the form of a non-linearity that TFHE evaluates without any error
+`hecompile.approximation.silu_table`). It is the form of a non-linearity that TFHE evaluates without any error
 (`runtime/engines/concrete_table.py`).
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from hecompile.activation_table import TABLE_BITS, ActivationTable, silu_table
+from hecompile.approximation.silu_table import TABLE_BITS, ActivationTable, silu_table
 from hecompile.approximation_ranges import Interval, interval_of
 from hecompile.errors import InputError, LegalityError
 from hecompile.ir import DOMAIN, ORIGIN, module_path, nodes_of_type, replace_node, single

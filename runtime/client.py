@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
 from hecompile.attention_cache import AttentionCache
-from hecompile.client_bundle import ClientBundle
+from hecompile.bundles.client import ClientBundle
 from hecompile.errors import HecompileError, InputError, LegalityError
 from hecompile.interpreter import Interpreter, Observer, packed_graph_inputs
 from hecompile.ir import DOMAIN, constant_of

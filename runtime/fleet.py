@@ -18,10 +18,10 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
 from hecompile.runtime.shards import layer_count, shard, split_layers
 from hecompile.runtime.transports.address import UnixAddress, parse_address
-from hecompile.worker_bundle import WorkerBundle
 
 APPLICATION, REGISTRY = "hecompile", "hecompile-registry"
 STALE_SECONDS = 15.0

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hecompile.bundles.public_rows import WORD_BYTES
 from hecompile.errors import WorkerError
 from hecompile.he.hints import Hint
 from hecompile.he.parameters import LinearParameters, RingParameters
-from hecompile.public_rows import WORD_BYTES
 from hecompile.runtime.transports import Answer
 
 

@@ -2,12 +2,12 @@
 
     ModelInfer <circuit>          ciphertext UINT8 [limbs, T, in] → reply UINT8 [bytes, T, out], raw contents
     ModelInfer <circuit>.exact    without an input but with the parameter `public_rows`: the hint of the circuit (a worker of
-                                  this program only, see hecompile/public_rows.py)
+                                  this program only, see hecompile/bundles/public_rows.py)
     ModelMetadata, ModelConfig    the shapes; the parameter `plan_id` of every model's configuration
     ServerReady, ModelReady, RepositoryIndex
 
-Names and shapes are those of the model repository in a worker bundle (hecompile/model_repository.py), so that any server of
-this protocol that reads it can be the worker. This module needs the packages of the extra `network`.
+Names and shapes are those of the model repository in a worker bundle (hecompile/bundles/triton_repository.py), so that
+any server of this protocol that reads it can be the worker. This module needs the packages of the extra `network`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from hecompile.client_bundle import ClientBundle
+from hecompile.bundles.client import ClientBundle
+from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError, VerificationError, WorkerError
 from hecompile.he.check_store import CheckStore
 from hecompile.he.encode import decode, encode
@@ -29,7 +30,6 @@ from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.verification import Checks, hint_is_right
 from hecompile.runtime.hintless import hint_of
 from hecompile.runtime.transports import Answer, Replicas, Transport, open_connection
-from hecompile.worker_bundle import WorkerBundle
 
 DEFAULT_CACHE_BYTES = 512 << 20
 _LOG = logging.getLogger(__name__)

@@ -56,7 +56,8 @@ class EvaluateRequest:
 
 @dataclass(frozen=True)
 class SetupRequest:
-    """The product of a circuit's weight and the public rows that the worker's bundle holds; see hecompile/public_rows.py."""
+    """The product of a circuit's weight and the public rows that the worker's bundle holds; see
+    hecompile/bundles/public_rows.py."""
 
     circuit: str
 

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hecompile.client_bundle import ClientBundle
+from hecompile.bundles.client import ClientBundle
+from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
 from hecompile.runtime.backend import ForwardPass
 from hecompile.runtime.client import EncryptedCausalLM
@@ -26,7 +27,6 @@ from hecompile.runtime.transports import InProcessTransport, Replicas, RetryPoli
 from hecompile.runtime.transports.credentials import ClientCredentials
 from hecompile.runtime.worker import Worker
 from hecompile.runtime.workplace import Workplace
-from hecompile.worker_bundle import WorkerBundle
 
 
 @dataclass(frozen=True)

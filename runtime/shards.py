@@ -6,8 +6,8 @@ import dataclasses
 import itertools
 import re
 
+from hecompile.bundles.worker import KNOWN_ANSWER, WorkerBundle
 from hecompile.errors import InputError
-from hecompile.worker_bundle import KNOWN_ANSWER, WorkerBundle
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from hecompile.bundles.public_rows import exact_name
+from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import HecompileError, InputError, WorkerError
-from hecompile.public_rows import exact_name
 from hecompile.runtime import protocol
 from hecompile.runtime.connections import handler_class, server_class
 from hecompile.runtime.engines import DEFAULT_ENGINE, create_engine
@@ -29,7 +30,6 @@ from hecompile.runtime.protocol import (
 )
 from hecompile.runtime.transports.address import TcpAddress, UnixAddress, parse_address
 from hecompile.runtime.transports.credentials import ServerCredentials
-from hecompile.worker_bundle import WorkerBundle
 
 LOGGER = logging.getLogger(__name__)
 

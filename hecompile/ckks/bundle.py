@@ -13,19 +13,18 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import peft
 import transformers
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 
-from hecompile.bundle_kinds import CIRCUIT, PLAN, TABLE, BundleKind, mistaken
+from hecompile.bundles.ckks import CkksPlan
+from hecompile.bundles.kinds import CIRCUIT, TABLE, BundleKind
 from hecompile.ckks.circuit import PolynomialCircuit
 from hecompile.ckks.parameters import CkksLiteral, CkksParameters, select
 from hecompile.compiler import CompileOptions, calibration_for
@@ -42,7 +41,6 @@ from hecompile.pipeline import approximate_steps, polynomial_steps, raise_steps,
 from hecompile.polynomial_options import PolynomialOptions
 from hecompile.target import check_target
 
-FORMAT = "hecompile-ckks-1"
 _CALIBRATION_SEED = PublicSeed(hashlib.sha256(b"hecompile ckks calibration").digest())
 
 
@@ -65,53 +63,6 @@ class CkksOptions:
             raise InputError(f"levels must be at least 1, or 0 for no refreshes, got {self.levels}")
         if self.sequence_length < 2:
             raise InputError(f"the sequence length must be at least 2, got {self.sequence_length}")
-
-
-@dataclass(frozen=True)
-class CkksPlan:
-    """plan.json. refreshes: name of each refreshed value → its shape, the batch axis being 1."""
-
-    model: str
-    plan_id: str
-    parameters: dict[str, int]
-    sequence_length: int
-    last_only: bool
-    hidden: int
-    vocabulary: int
-    depth: int
-    refreshes: dict[str, list[int]]
-
-    @classmethod
-    def read(cls, directory: str | Path) -> CkksPlan:
-        """Raises InputError naming what is wrong."""
-        path = Path(directory) / PLAN
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found.pop("format") != FORMAT:
-                raise ValueError
-            cls(**found)  # no field is missing or unknown; their types are checked next
-            return TypeAdapter(cls).validate_json(json.dumps(found), strict=True)
-        except OSError:
-            said = mistaken(Path(directory), BundleKind.CKKS_CLIENT)
-            none = f"{directory} is no polynomial bundle (no {PLAN}); make one with `hecompile ckks export`"
-            raise InputError(said or none) from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{path} is not a plan of this version; export again") from None
-
-    def write(self, directory: Path) -> None:
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
-        (directory / PLAN).write_text(text, encoding="utf-8")
-
-
-def is_polynomial_plan(directory: str | Path) -> bool:
-    """Whether a client's bundle is one of `export_polynomial`, of any version."""
-    return (Path(directory) / PLAN).is_file()
-
-
-def is_polynomial_bundle(directory: str | Path) -> bool:
-    """Whether a directory is what `export_polynomial` wrote, or one half of it, of any version."""
-    parts = (Path(directory), Path(directory) / "client", Path(directory) / "worker")
-    return any(is_polynomial_plan(part) for part in parts)
 
 
 Progress = Callable[[str], None]
@@ -229,33 +180,3 @@ def _write(out: Path, plan: CkksPlan, circuit: bytes, table: NDArray[Any], token
         raise InputError(f"cannot write {out}: {reason_of(error)}") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-
-
-def read_table(directory: str | Path, plan: CkksPlan) -> NDArray[np.float32]:
-    """The client's embeddings, float32 [V, H]. Raises InputError when they are not those of the plan."""
-    path = Path(directory) / TABLE
-    try:
-        table: NDArray[np.float32] = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        said = mistaken(Path(directory), BundleKind.CKKS_CLIENT)
-        raise InputError(said or f"{path} cannot be read; export again") from error
-    if table.shape != (plan.vocabulary, plan.hidden) or table.dtype != np.float32:
-        raise InputError(f"{path} is not the table of the plan; export again")
-    return table
-
-
-def open_worker(directory: str | Path) -> tuple[CkksPlan, PolynomialCircuit, CkksParameters]:
-    """The worker's half. Raises InputError when the circuit is not the one of the plan, SecurityError under 128 bits."""
-    if (said := mistaken(Path(directory), BundleKind.CKKS_WORKER)) is not None:
-        raise InputError(said)
-    plan = CkksPlan.read(directory)
-    path = Path(directory) / CIRCUIT
-    try:
-        serialized = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); copy the worker bundle again") from None
-    found = hashlib.sha256(serialized + json.dumps(plan.parameters, sort_keys=True).encode()).hexdigest()
-    if found != plan.plan_id:
-        raise InputError(f"{path} is not the circuit of {PLAN}; copy the worker bundle again")
-    circuit = PolynomialCircuit(ir.from_proto(onnx.ModelProto.FromString(serialized)))
-    return plan, circuit, CkksParameters.from_fields(plan.parameters)

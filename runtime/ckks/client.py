@@ -20,7 +20,7 @@ import numpy as np
 import transformers
 from numpy.typing import NDArray
 
-from hecompile.ckks.bundle import CkksPlan, read_table
+from hecompile.bundles.ckks import CkksPlan, read_table
 from hecompile.ckks.keys import SecretKey, Words
 from hecompile.ckks.parameters import CkksParameters
 from hecompile.errors import HecompileError, InputError, WorkerError, WorkerUnavailableError

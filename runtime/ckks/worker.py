@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from hecompile.ckks.bundle import open_worker
+from hecompile.bundles.ckks import open_worker
 from hecompile.ckks.evaluator import CkksTensor, Evaluator
 from hecompile.ckks.keys import EvaluationKeys, in_range
 from hecompile.ckks.parameters import CkksParameters

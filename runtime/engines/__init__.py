@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
 from hecompile.integers import int8_products_are_fast
 from hecompile.runtime.engines.base import Engine
-from hecompile.worker_bundle import WorkerBundle
 
 
 def _onnxruntime(bundle: WorkerBundle) -> Engine:

@@ -6,8 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
+from hecompile.bundles.worker import CircuitSpec, WorkerBundle
 from hecompile.errors import WorkerError
-from hecompile.worker_bundle import CircuitSpec, WorkerBundle
 
 
 class Engine(Protocol):

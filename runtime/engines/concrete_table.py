@@ -15,7 +15,7 @@ import time
 import numpy as np
 from concrete import fhe
 
-from hecompile.activation_table import ActivationTable
+from hecompile.approximation.silu_table import ActivationTable
 from hecompile.errors import InputError, WorkerError
 from hecompile.runtime.engines.concrete_engine import P_ERROR
 

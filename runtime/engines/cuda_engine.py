@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hecompile.bundles.worker import CircuitSpec, WorkerBundle
 from hecompile.errors import WorkerError
 from hecompile.runtime.engines import torch_engine
 from hecompile.runtime.engines.base import check_request
 from hecompile.runtime.engines.torch_engine import readable
 from hecompile.runtime.engines.weights import Weight, Weights
-from hecompile.worker_bundle import CircuitSpec, WorkerBundle
 
 ROW_GRANULE, FEATURE_GRANULE = 32, 16
 """Products are padded with zeros to multiples of these; 16 features so that every row starts at 16 bytes."""

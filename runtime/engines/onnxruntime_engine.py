@@ -20,9 +20,9 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
+from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import WorkerError
 from hecompile.runtime.engines.base import check_request
-from hecompile.worker_bundle import WorkerBundle
 
 _REGISTERING = threading.Lock()
 _ZERO_POINT = "unsigned_zero_point"

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hecompile.bundles.worker import WorkerBundle
 from hecompile.runtime.engines.base import check_request
 from hecompile.runtime.engines.weights import Weights
-from hecompile.worker_bundle import WorkerBundle
 
 
 class TorchEngine:

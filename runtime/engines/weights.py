@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hecompile.worker_bundle import CircuitSpec, WorkerBundle
+from hecompile.bundles.worker import CircuitSpec, WorkerBundle
 
 COMPARED_ROWS = 256
 """Rows compared at a time: what is read of a second copy is let go at once, and the comparison itself stays small."""

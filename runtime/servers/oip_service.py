@@ -16,9 +16,10 @@ import numpy as np
 from google.protobuf import text_format
 from google.protobuf.message import Message
 
+from hecompile.bundles.public_rows import base_name
+from hecompile.bundles.triton_repository import INPUT_NAME, MODEL_VERSION, OUTPUT_NAME
+from hecompile.bundles.worker import CircuitSpec
 from hecompile.errors import HecompileError, WorkerError
-from hecompile.model_repository import INPUT_NAME, MODEL_VERSION, OUTPUT_NAME
-from hecompile.public_rows import base_name
 from hecompile.runtime.inference_protocol import (
     COMPUTE_SECONDS,
     DATATYPE,
@@ -29,7 +30,6 @@ from hecompile.runtime.inference_protocol import (
 )
 from hecompile.runtime.protocol import EvaluateReply, EvaluateRequest, Request, SetupRequest
 from hecompile.runtime.worker import Worker, handle
-from hecompile.worker_bundle import CircuitSpec
 
 LOGGER = logging.getLogger(__name__)
 SHOWN_CHARACTERS = 80

@@ -11,8 +11,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from hecompile.bundles.public_rows import exact_name
 from hecompile.errors import WorkerError
-from hecompile.public_rows import exact_name
 from hecompile.runtime import protocol
 from hecompile.runtime.protocol import (
     ErrorReply,

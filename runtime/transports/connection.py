@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from hecompile.bundles.worker import KNOWN_ANSWER, known_answer_vector
 from hecompile.errors import WorkerError
 from hecompile.runtime.protocol import WorkerInfo
 from hecompile.runtime.transports.base import Transport
-from hecompile.worker_bundle import KNOWN_ANSWER, known_answer_vector
 
 
 def open_connection(transport: Transport, plan_id: str) -> WorkerInfo:

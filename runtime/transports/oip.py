@@ -12,9 +12,10 @@ import grpc
 import numpy as np
 from google.protobuf.message import DecodeError, Message
 
+from hecompile.bundles.public_rows import exact_name
+from hecompile.bundles.triton_repository import INPUT_NAME, OUTPUT_NAME, PLAN_ID_PARAMETER
+from hecompile.bundles.worker import KNOWN_ANSWER
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
-from hecompile.model_repository import INPUT_NAME, OUTPUT_NAME, PLAN_ID_PARAMETER
-from hecompile.public_rows import exact_name
 from hecompile.runtime import protocol
 from hecompile.runtime.inference_protocol import (
     DATATYPE,
@@ -29,7 +30,6 @@ from hecompile.runtime.transports.address import TcpAddress, parse_address
 from hecompile.runtime.transports.base import Answer, Direction, TrafficRecorder
 from hecompile.runtime.transports.credentials import ClientCredentials
 from hecompile.runtime.transports.network import OIP_SCHEMES, check_client_access
-from hecompile.worker_bundle import KNOWN_ANSWER
 
 _ENDED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 """The worker was not reached, or its answer was not; every other status is the worker's own answer."""

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hecompile.ckks.bundle import CIRCUIT, PLAN, TABLE, open_worker
+from hecompile.bundles.ckks import open_worker
+from hecompile.ckks.bundle import CIRCUIT, PLAN, TABLE
 from hecompile.ckks.traffic import predicted_traffic
 from hecompile.cli import app
 from hecompile.errors import InputError

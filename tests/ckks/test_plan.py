@@ -19,16 +19,8 @@ import peft
 import pytest
 import torch
 
-from hecompile.ckks.bundle import (
-    CIRCUIT,
-    PLAN,
-    TABLE,
-    CkksOptions,
-    CkksPlan,
-    export_polynomial,
-    lower_polynomial,
-    open_worker,
-)
+from hecompile.bundles.ckks import CkksPlan, open_worker
+from hecompile.ckks.bundle import CIRCUIT, PLAN, TABLE, CkksOptions, export_polynomial, lower_polynomial
 from hecompile.ckks.traffic import predicted_traffic
 from hecompile.errors import HecompileError, InputError, LegalityError, WorkerError, WorkerUnavailableError
 from hecompile.frontend import load_checkpoint

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from hecompile import circuit_writer, compiler
-from hecompile.client_bundle import ClientBundle
+from hecompile.bundles.client import ClientBundle
+from hecompile.bundles.worker import WorkerBundle
 from hecompile.compiler import compile_checkpoint
 from hecompile.errors import InputError
 from hecompile.he.sampling import PublicSeed
-from hecompile.worker_bundle import WorkerBundle
 from tests.compiler.tiny import OPTIONS
 
 ROWS = 2 * (64 + 32 + 96 + 32 + 32 + 32 + 32 + 48)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from hecompile.bundle_kinds import BundleKind, kind_of, mistaken
-from hecompile.ckks.bundle import CkksPlan, open_worker, read_table
-from hecompile.client_bundle import ClientBundle
+from hecompile.bundles.ckks import CkksPlan, open_worker, read_table
+from hecompile.bundles.client import ClientBundle
+from hecompile.bundles.kinds import BundleKind, kind_of, mistaken
+from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
-from hecompile.worker_bundle import WorkerBundle
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ import torch
 from typer.testing import CliRunner
 
 from hecompile.approximation_report import approximation_report
+from hecompile.bundles.client import ClientBundle
+from hecompile.bundles.worker import WorkerBundle
 from hecompile.ckks.parameters import MAX_MODULUS_BITS, select
 from hecompile.cli import app
-from hecompile.client_bundle import ClientBundle
 from hecompile.compiler import CompileOptions, compile_checkpoint, lower
 from hecompile.depth import levels
 from hecompile.errors import InputError, LegalityError
@@ -40,7 +41,6 @@ from hecompile.runtime.products import EncryptedProducts
 from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.worker import Worker
 from hecompile.softmax_cost import softmax_cost
-from hecompile.worker_bundle import WorkerBundle
 from tests.compiler.tiny import OPTIONS, exported, samples, save_checkpoint, tiny_llama
 from tests.golden.graphs import product_of
 

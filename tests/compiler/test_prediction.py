@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from hecompile.client_bundle import ClientBundle
+from hecompile.bundles.client import ClientBundle
 from hecompile.frontend import load_config
 from hecompile.he.parameters import CATALOGUE
 from hecompile.he.vectors import LANES

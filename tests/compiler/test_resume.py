@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from hecompile import circuit_writer
+from hecompile.bundles.client import ClientBundle
+from hecompile.bundles.worker import WorkerBundle
 from hecompile.circuit_writer import RESUMED
-from hecompile.client_bundle import ClientBundle
 from hecompile.compiler import compile_checkpoint
 from hecompile.errors import InputError
 from hecompile.he.setup import PreparedMatrix
 from hecompile.passes.lower_worker import LowerWorker
-from hecompile.worker_bundle import WorkerBundle
 from tests.compiler.test_build import hashes
 from tests.compiler.tiny import OPTIONS
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hecompile.bundle_kinds import CLIENT_FORMAT, MANIFEST, PLAN, TABLE
+from hecompile.bundles.kinds import CLIENT_FORMAT, MANIFEST, PLAN, TABLE
 from hecompile.ckks.bundle import CkksOptions, export_polynomial
 from hecompile.compiler import CompileOptions, compile_checkpoint
 from hecompile.errors import InputError

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hecompile.client_bundle import ClientBundle
+from hecompile.bundles.client import ClientBundle
 from hecompile.compiler import CompileOptions, compile_checkpoint
 from hecompile.errors import InputError, LegalityError, NotFiniteError
 from hecompile.frontend import export_onnx, load_checkpoint

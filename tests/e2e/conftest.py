@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hecompile.client_bundle import ClientBundle
+from hecompile.bundles.client import ClientBundle
+from hecompile.bundles.worker import WorkerBundle
 from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
 from hecompile.he.sampling import PublicSeed
 from hecompile.models import PRIVATE_TRAIN, TINY_LLAMA
@@ -21,7 +22,6 @@ from hecompile.runtime.plaintext import PlaintextPeftModel
 from hecompile.runtime.products import EncryptedProducts
 from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.worker import Worker
-from hecompile.worker_bundle import WorkerBundle
 
 BATCH_SIZE, SEQUENCE_BUCKETS = 4, (32, 48, 64)
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hecompile.client_bundle import ClientBundle
+from hecompile.bundles.client import ClientBundle
+from hecompile.bundles.worker import WorkerBundle
 from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
 from hecompile.demo import worker_process
 from hecompile.errors import InputError, VerificationError, WorkerError
@@ -25,7 +26,6 @@ from hecompile.runtime.hintless import hint_from_planes
 from hecompile.runtime.products import EncryptedProducts
 from hecompile.runtime.transports import InProcessTransport, connect, open_connection
 from hecompile.runtime.worker import Worker
-from hecompile.worker_bundle import WorkerBundle
 from tests.e2e.conftest import BATCH_SIZE, SEQUENCE_BUCKETS, Build
 from tests.e2e.test_gradients import cleartext, gradients
 

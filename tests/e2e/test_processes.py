@@ -55,9 +55,9 @@ def test_training_over_a_socket_follows_plaintext_and_resumes(build: Build, tmp_
 def test_a_client_that_never_compiled_loads_its_plan(build: Build) -> None:
     """In a process of its own: nothing that only the compiler imports may be missing."""
     program = (
-        "import sys; from hecompile.client_bundle import ClientBundle; "
+        "import sys; from hecompile.bundles.client import ClientBundle; "
         "from hecompile.runtime.client import EncryptedCausalLM; "
-        "from hecompile.runtime.products import CleartextProducts; from hecompile.worker_bundle import WorkerBundle; "
+        "from hecompile.runtime.products import CleartextProducts; from hecompile.bundles.worker import WorkerBundle; "
         "bundle, worker = ClientBundle.open(sys.argv[1]), WorkerBundle.open(sys.argv[2]); "
         "print(len(EncryptedCausalLM(bundle, CleartextProducts(bundle, worker)).adapter_state()))"
     )

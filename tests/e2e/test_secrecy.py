@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hecompile.client_bundle import ClientBundle
+from hecompile.bundles.client import ClientBundle
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime import protocol
 from hecompile.runtime.client import EncryptedCausalLM

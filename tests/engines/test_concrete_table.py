@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hecompile.activation_table import ActivationTable, silu_table
+from hecompile.approximation.silu_table import ActivationTable, silu_table
 from hecompile.errors import InputError, WorkerError
 from hecompile.interpreter import Interpreter, graph_inputs
 from hecompile.ir import attributes_of, nodes_of_type

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hecompile.bundles.worker import WorkerBundle
 from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
 from hecompile.runtime.engines.weights import Weights
-from hecompile.worker_bundle import WorkerBundle
 from hecompile.worker_bundle_writer import WorkerBundleWriter
 from tests.worker.bundles import PLAN_ID, extreme_weight, write_bundle
 

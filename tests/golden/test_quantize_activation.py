@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hecompile.activation_table import TABLE_BITS, ActivationTable, silu_table
 from hecompile.approximation.silu import silu
+from hecompile.approximation.silu_table import TABLE_BITS, ActivationTable, silu_table
 from hecompile.approximation_ranges import Interval, check_domain, write_range
 from hecompile.compiler import lower
 from hecompile.errors import InputError, LegalityError

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from hecompile.client_bundle import ClientBundle
+from hecompile.bundles.client import ClientBundle
+from hecompile.bundles.worker import WorkerBundle
 from hecompile.compiler import CLIENT, WORKER, compile_checkpoint
-from hecompile.worker_bundle import WorkerBundle
 from tests.compiler.tiny import OPTIONS, save_checkpoint
 from tests.training.support import BUCKETS
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hecompile.client_bundle import ClientBundle
+from hecompile.bundles.client import ClientBundle
+from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
 from hecompile.runtime.adapter import AdapterModel
 from hecompile.runtime.client import EncryptedCausalLM
@@ -17,7 +18,6 @@ from hecompile.runtime.privacy.per_example import GradientCollector, PerExample,
 from hecompile.runtime.products import CleartextProducts, EncryptedProducts
 from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.worker import Worker
-from hecompile.worker_bundle import WorkerBundle
 from tests.training.support import make_model
 
 TOLERANCE = 1e-5

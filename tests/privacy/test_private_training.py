@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from hecompile.client_bundle import ClientBundle
+from hecompile.bundles.client import ClientBundle
+from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
 from hecompile.runtime.client import EncryptedCausalLM
 from hecompile.runtime.data import PadToBucket, load_examples
@@ -25,7 +26,6 @@ from hecompile.runtime.recipe import Recipe, load_recipe
 from hecompile.runtime.train import run_training
 from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.worker import Worker
-from hecompile.worker_bundle import WorkerBundle
 from tests.privacy.support import DELTA, TOKENIZER, N, everyone, ledger_of, private_recipe
 from tests.training.support import BUCKETS, make_model
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from benchmarks.timing import resident_bytes as _resident
-from hecompile.encrypted_linear import encrypted_linear_reference
+from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.errors import WorkerError, WorkerUnavailableError
 from hecompile.runtime import connections, protocol
 from hecompile.runtime.protocol import (

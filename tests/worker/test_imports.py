@@ -15,7 +15,7 @@ SERVES = """
 import sys
 import hecompile.cli, hecompile.cli_worker  # the command `hecompile worker serve`
 import hecompile.runtime.servers
-from hecompile.worker_bundle import WorkerBundle, known_answer_vector
+from hecompile.bundles.worker import WorkerBundle, known_answer_vector
 from hecompile.runtime.engines import create_engine
 from hecompile.runtime.worker import Worker
 

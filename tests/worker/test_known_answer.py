@@ -7,11 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from hecompile.bundles.worker import WorkerBundle, known_answer_vector
 from hecompile.errors import WorkerError
 from hecompile.runtime.engines.base import check_request
 from hecompile.runtime.transports import InProcessTransport, open_connection
 from hecompile.runtime.worker import Worker
-from hecompile.worker_bundle import WorkerBundle, known_answer_vector
 from tests.worker.bundles import PLAN_ID, write_bundle
 
 Product = Callable[[np.ndarray, np.ndarray], np.ndarray]

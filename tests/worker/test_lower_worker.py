@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hecompile.encrypted_linear import encrypted_linear_reference
+from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.errors import LegalityError
 from hecompile.ir import ORIGIN, add_initializer, print_model
 from hecompile.passes.lower_worker import MAX_FEATURES_IN, LowerWorker, encrypted_linear_model

@@ -11,11 +11,11 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as triton
 
-from hecompile.encrypted_linear import encrypted_linear_reference
+from hecompile.bundles.circuit_reference import encrypted_linear_reference
+from hecompile.bundles.public_rows import exact_name
+from hecompile.bundles.worker import KNOWN_ANSWER, WorkerBundle
 from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
-from hecompile.public_rows import exact_name
 from hecompile.runtime.engines.onnxruntime_engine import exact_here, signed_product_is_exact
-from hecompile.worker_bundle import KNOWN_ANSWER, WorkerBundle
 from hecompile.worker_bundle_writer import WorkerBundleWriter
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight
 

@@ -11,7 +11,8 @@ import pytest
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
-from hecompile.encrypted_linear import encrypted_linear_reference
+from hecompile.bundles.circuit_reference import encrypted_linear_reference
+from hecompile.bundles.worker import KNOWN_ANSWER, WorkerBundle
 from hecompile.errors import InputError, WorkerError
 from hecompile.runtime.servers import open_server
 from hecompile.runtime.transports import connect, open_connection
@@ -28,7 +29,6 @@ from hecompile.runtime.transports.credentials import (
 )
 from hecompile.runtime.transports.oip import OipTransport
 from hecompile.runtime.worker import Worker
-from hecompile.worker_bundle import KNOWN_ANSWER, WorkerBundle
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 WEIGHT = extreme_weight(8, 6)

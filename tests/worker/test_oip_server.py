@@ -15,14 +15,14 @@ import pytest
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput, service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-from hecompile.encrypted_linear import encrypted_linear_reference
+from hecompile.bundles.circuit_reference import encrypted_linear_reference
+from hecompile.bundles.worker import KNOWN_ANSWER, WorkerBundle, known_answer_vector
 from hecompile.errors import InputError, WorkerUnavailableError
 from hecompile.runtime.servers import open_server
 from hecompile.runtime.servers.oip import OipServer
 from hecompile.runtime.transports.address import TcpAddress
 from hecompile.runtime.transports.oip import OipTransport
 from hecompile.runtime.worker import Worker
-from hecompile.worker_bundle import KNOWN_ANSWER, WorkerBundle, known_answer_vector
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 WEIGHT = extreme_weight(8, 6)

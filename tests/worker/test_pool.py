@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from hecompile.encrypted_linear import encrypted_linear_reference
+from hecompile.bundles.circuit_reference import encrypted_linear_reference
+from hecompile.bundles.worker import KNOWN_ANSWER
 from hecompile.errors import WorkerError
 from hecompile.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 from hecompile.runtime.protocol import WorkerInfo
 from hecompile.runtime.transports import Answer, InProcessTransport, TransportPool, connect, open_connection
 from hecompile.runtime.worker import Worker, WorkerServer
-from hecompile.worker_bundle import KNOWN_ANSWER
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 WEIGHT = extreme_weight(8, 6)

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hecompile.encrypted_linear import encrypted_linear_reference
+from hecompile.bundles.circuit_reference import encrypted_linear_reference
+from hecompile.bundles.worker import KNOWN_ANSWER
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
 from hecompile.runtime.protocol import CircuitInfo, WorkerInfo
 from hecompile.runtime.shards import parse_layers, shard, split_layers
@@ -25,7 +26,6 @@ from hecompile.runtime.transports import (
     open_connection,
 )
 from hecompile.runtime.worker import Worker, WorkerServer
-from hecompile.worker_bundle import KNOWN_ANSWER
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 WEIGHT = extreme_weight(8, 6)

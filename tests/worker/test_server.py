@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hecompile.encrypted_linear import encrypted_linear_reference
+from hecompile.bundles.circuit_reference import encrypted_linear_reference
+from hecompile.bundles.worker import KNOWN_ANSWER, WorkerBundle
 from hecompile.errors import InputError, WorkerError
 from hecompile.runtime import protocol
 from hecompile.runtime.protocol import ErrorReply, EvaluateRequest, Frame, HelloRequest
 from hecompile.runtime.transports import InProcessTransport, SocketTransport, connect, open_connection
 from hecompile.runtime.transports.address import TcpAddress, parse_address
 from hecompile.runtime.worker import Worker, WorkerServer, handle, serve
-from hecompile.worker_bundle import KNOWN_ANSWER, WorkerBundle
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 WEIGHT = extreme_weight(8, 6)
@@ -283,7 +283,7 @@ def test_serve_reports_its_address_and_stops(worker: Worker) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_ends_the_worker_cleanly(bundle: WorkerBundle, tmp_path: Path, number: signal.Signals) -> None:
     program = (
-        "import sys; from hecompile.worker_bundle import WorkerBundle; from hecompile.runtime.worker import Worker, serve; "
+        "import sys; from hecompile.bundles.worker import WorkerBundle; from hecompile.runtime.worker import Worker, serve; "
         "serve(Worker(WorkerBundle.open(sys.argv[1])), sys.argv[2], ready=lambda a: print(a, flush=True))"
     )
     path = tmp_path / "socket"

@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 import pytest
 
+from hecompile.bundles.worker import KNOWN_ANSWER, MANIFEST, WorkerBundle, known_answer_vector, known_answer_weight
 from hecompile.errors import InputError, LegalityError
 from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
-from hecompile.worker_bundle import KNOWN_ANSWER, MANIFEST, WorkerBundle, known_answer_vector, known_answer_weight
 from hecompile.worker_bundle_writer import WorkerBundleWriter
 from tests.worker.bundles import PLAN_ID, write_bundle
 

@@ -12,7 +12,7 @@ Triton takes `model.onnx` and passes over the other files of a version's folder.
 
 from __future__ import annotations
 
-from hecompile.public_rows import base_name
+from hecompile.bundles.public_rows import base_name
 
 CIRCUITS = "circuits"
 MODEL_VERSION = "1"

@@ -10,7 +10,7 @@ import hashlib
 
 import numpy as np
 
-from hecompile.encrypted_linear import encrypted_linear_reference
+from hecompile.bundles.circuit_reference import encrypted_linear_reference
 
 KNOWN_ANSWER = "known_answer"
 KNOWN_ANSWER_LIMBS = 4

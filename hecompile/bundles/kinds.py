@@ -75,3 +75,6 @@ def mistaken(directory: Path, wanted: BundleKind) -> str | None:
 
 def _made(wanted: BundleKind) -> str:
     return f": the directory `{wanted.half}` of what `hecompile {wanted.command}` wrote"
+
+
+CLIENT, WORKER = "client", "worker"

@@ -11,9 +11,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from hecompile.bundle_kinds import MANIFEST, WORKER_FORMAT, BundleKind, mistaken
+from hecompile.bundles.kinds import MANIFEST, WORKER_FORMAT, BundleKind, mistaken
+from hecompile.bundles.triton_repository import config_path, model_path, weight_path
 from hecompile.errors import InputError
-from hecompile.model_repository import config_path, model_path, weight_path
 
 VERSION = 2
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")

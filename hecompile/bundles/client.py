@@ -23,7 +23,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
-from hecompile.bundle_kinds import CLIENT_FORMAT, MANIFEST, BundleKind, mistaken
+from hecompile.bundles.kinds import CLIENT_FORMAT, MANIFEST, BundleKind, mistaken
 from hecompile.errors import HecompileError, InputError
 from hecompile.files import file_sha256
 from hecompile.he.parameters import LinearParameters, RingParameters, RingParametersLiteral

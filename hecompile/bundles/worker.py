@@ -1,14 +1,15 @@
 """The worker bundle: the directory that is given to the worker, with nothing secret in it.
 
     manifest.json       format, version, plan_id, and for each circuit its dimensions and its files' SHA-256
-    circuits/           one lowered circuit per folder, together a Triton model repository (hecompile/model_repository.py)
-    public_rows.npy     only in a plan without stored hints: the matrix A in byte planes (hecompile/public_rows.py), and
+    circuits/           one lowered circuit per folder, together a Triton model repository
+    (hecompile/bundles/triton_repository.py) public_rows.npy     only in a plan without stored hints: the matrix A in
+    byte planes (hecompile/bundles/public_rows.py), and
                         beside each circuit `<name>.exact`, the same weight file with four bytes in and out
 
 This module reads it, on the worker's machine: it and what it imports know ONNX files and numbers, and neither torch nor
 `hecompile.he`. `worker_bundle_writer` writes it.
 
-Every bundle also holds the circuit `known_answer` (hecompile/known_answer.py), asked for at every connection.
+Every bundle also holds the circuit `known_answer` (hecompile/bundles/known_answer.py), asked for at every connection.
 """
 
 from __future__ import annotations
@@ -19,12 +20,19 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from hecompile.bundle_kinds import MANIFEST
-from hecompile.bundle_manifest import VERSION, BundleFile, CircuitSpec, check_bundle_file, damaged, read_manifest
+from hecompile.bundles.kinds import MANIFEST
+from hecompile.bundles.known_answer import KNOWN_ANSWER, KNOWN_ANSWER_SHAPE, known_answer_vector, known_answer_weight
+from hecompile.bundles.public_rows import PUBLIC_ROWS, open_public_rows
+from hecompile.bundles.worker_manifest import (
+    VERSION,
+    BundleFile,
+    CircuitSpec,
+    check_bundle_file,
+    damaged,
+    read_manifest,
+)
 from hecompile.errors import InputError
 from hecompile.integers import from_balanced_bytes
-from hecompile.known_answer import KNOWN_ANSWER, KNOWN_ANSWER_SHAPE, known_answer_vector, known_answer_weight
-from hecompile.public_rows import PUBLIC_ROWS, open_public_rows
 
 __all__ = [
     "KNOWN_ANSWER",
