@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
+from hecompile.cli.demo_run import worker_process
 from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
-from hecompile.demo import worker_process
 from hecompile.models import REDUCED_POLYNOMIAL
 from hecompile.models.reduced_world import ANSWERS, LINE_TOKENS
 from hecompile.runtime.backend import ForwardPass, RemoteModel

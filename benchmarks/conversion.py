@@ -17,8 +17,8 @@ from torch.nn.functional import cross_entropy
 from benchmarks.report import ROOT, section_main, table
 from hecompile.approximation_ranges import Interval
 from hecompile.approximation_report import ApproximationError, approximation_report
+from hecompile.cli.demo_run import BATCH_SIZE, RECIPE, SEQUENCE_BUCKETS, worker_process
 from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
-from hecompile.demo import BATCH_SIZE, RECIPE, SEQUENCE_BUCKETS, worker_process
 from hecompile.errors import NotFiniteError
 from hecompile.frontend import export_onnx, load_checkpoint
 from hecompile.interpreter import Interpreter, graph_inputs

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.report import section_main, table
 from hecompile.approximation_ranges import Interval
-from hecompile.demo import RECIPE
+from hecompile.cli.demo_run import RECIPE
 from hecompile.depth import Demand, demand
 from hecompile.frontend import export_onnx, load_checkpoint
 from hecompile.legality import POLYNOMIAL

@@ -17,7 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 from hecompile.ckks.bundle import CkksOptions, lower_polynomial
-from hecompile.cli import app
+from hecompile.cli.main import app
 from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
 from hecompile.frontend import load_checkpoint
 from hecompile.he.sampling import PublicSeed

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hecompile.cli import app
+from hecompile.cli.main import app
 from hecompile.errors import HecompileError, InputError
 from tests.compiler.tiny import SEED
 

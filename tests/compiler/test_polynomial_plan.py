@@ -18,7 +18,7 @@ from hecompile.approximation_report import approximation_report
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.ckks.parameters import MAX_MODULUS_BITS, select
-from hecompile.cli import app
+from hecompile.cli.main import app
 from hecompile.compiler import CompileOptions, compile_checkpoint, lower
 from hecompile.depth import levels
 from hecompile.errors import InputError, LegalityError

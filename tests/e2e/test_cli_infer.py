@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 from typer.testing import CliRunner
 
-from hecompile.cli import app
+from hecompile.cli.main import app
 from hecompile.errors import HecompileError
 from hecompile.runtime.adapter import save_adapter
 from hecompile.runtime.generation import CachedSteps

@@ -23,8 +23,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hecompile.cli.demo_run import RECIPE
 from hecompile.compiler import CLIENT, WORKER
-from hecompile.demo import RECIPE
 from hecompile.errors import VerificationError
 from hecompile.runtime.client import EncryptedCausalLM
 from hecompile.runtime.products import EncryptedProducts

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hecompile.bundles.client import ClientBundle
+from hecompile.cli.demo_run import RECIPE
 from hecompile.compiler import CLIENT, WORKER
-from hecompile.demo import RECIPE
 from hecompile.errors import WorkerError
 from hecompile.ir import nodes_of_type
 from hecompile.runtime.client import EncryptedCausalLM

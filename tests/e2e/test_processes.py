@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hecompile.cli.demo_run import RECIPE, worker_process
 from hecompile.compiler import CLIENT, WORKER
-from hecompile.demo import RECIPE, worker_process
 from hecompile.errors import WorkerError
 from hecompile.runtime.comparison import compare_losses, step_split
 from hecompile.runtime.metrics import METRICS_FILE

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from hecompile.cli import app
+from hecompile.cli.main import app
 
 FOLDER = Path(__file__).parents[2] / "docs" / "kubernetes"
 FILES = sorted(FOLDER.glob("*.yaml"))

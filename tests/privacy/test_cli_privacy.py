@@ -4,7 +4,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from hecompile.cli import app
+from hecompile.cli.main import app
 from hecompile.errors import InputError, PrivacyError
 from hecompile.runtime.privacy.accountant import Mechanism, spent_epsilon
 from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject

@@ -13,7 +13,7 @@ from tests.worker.bundles import extreme_weight, write_bundle
 
 SERVES = """
 import sys
-import hecompile.cli, hecompile.cli_worker  # the command `hecompile worker serve`
+import hecompile.cli.main, hecompile.cli.worker  # the command `hecompile worker serve`
 import hecompile.runtime.servers
 from hecompile.bundles.worker import WorkerBundle, known_answer_vector
 from hecompile.runtime.engines import create_engine

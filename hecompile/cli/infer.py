@@ -57,7 +57,7 @@ def infer(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from hecompile.bundles.ckks import is_polynomial_plan
-    from hecompile.cli_ckks import answer as answer_polynomial
+    from hecompile.cli.ckks import answer as answer_polynomial
     from hecompile.errors import InputError
     from hecompile.runtime.adapter import load_adapter
     from hecompile.runtime.generation import Sampling

@@ -1,0 +1,51 @@
+"""Run `hecompile train`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from hecompile.cli.options import wide_console
+from hecompile.errors import WorkerError
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe; models/recipes/demo.yaml is a commented example.")],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="Changes to the recipe, e.g. training.max_steps=20 worker=tcp://127.0.0.1:7700"),
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in training.output_dir.")] = False,
+    on_bad_worker: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="After a wrong reply: stop, or retry-elsewhere (the recipe then names several workers)."),
+    ] = None,
+) -> None:
+    """LoRA fine-tuning with encrypted products. Writes checkpoints, metrics.jsonl and the adapter in PEFT's format."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from hecompile.runtime.recipe import load_recipe
+    from hecompile.runtime.session import open_session
+    from hecompile.runtime.train import run_training
+
+    policy = [] if on_bad_worker is None else [f"connection.on_bad_worker={on_bad_worker}"]
+    loaded = load_recipe(recipe, [*(overrides or ()), *policy])
+    output_dir, started = loaded.training.output_dir, time.time()
+    with open_session(loaded) as session:
+        try:
+            result = run_training(session.model, session.tokenizer, loaded, resume=resume)
+        except (KeyboardInterrupt, WorkerError) as error:
+            last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+            if last is None or not (resume or Path(last).stat().st_mtime >= started):  # none, or one of an earlier run
+                raise
+            on = f"the same command with --resume goes on from {Path(last).name}"
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(on) from None
+            raise type(error)(f"{str(error).rstrip('.')}. The steps up to there are kept: {on}") from None
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+    wide_console().print(f"{result.steps} steps, {figures}\nadapter: {result.adapter_dir}", soft_wrap=True)
+    if result.privacy is not None:
+        wide_console().print(result.privacy, soft_wrap=True)
