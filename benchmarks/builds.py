@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from benchmarks.checkpoints import llama_1b_config, make_checkpoint
 from benchmarks.report import ROOT
 from hecompile.bundles.client import ClientBundle
-from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
+from hecompile.bundles.kinds import CLIENT, WORKER
+from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.errors import InputError
 from hecompile.inspection import Traffic, circuits_without_gradient, predicted_traffic
 from hecompile.models import TINY_LLAMA

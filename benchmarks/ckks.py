@@ -20,12 +20,12 @@ from benchmarks.ckks_tuned import BATCH, RANGE_LOSS, RATE, STEPS, Quality, Trial
 from benchmarks.report import section_main, table
 from benchmarks.timing import paired, ratio
 from hecompile.bundles.ckks import CkksPlan
-from hecompile.ckks.bundle import CkksOptions, export_polynomial, lower_polynomial, merged_checkpoint
 from hecompile.ckks.evaluator import CkksTensor, Evaluator
 from hecompile.ckks.keys import SecretKey
 from hecompile.ckks.library import seal
 from hecompile.ckks.parameters import CkksLiteral, CkksParameters
-from hecompile.frontend import Checkpoint, load_checkpoint
+from hecompile.compiler.ckks import CkksOptions, export_polynomial, lower_polynomial, merged_checkpoint
+from hecompile.compiler.frontend import Checkpoint, load_checkpoint
 from hecompile.interpreter import Interpreter
 from hecompile.models import REDUCED_POLYNOMIAL
 from hecompile.models.reduced_world import LINE_TOKENS, lines

@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
+from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.cli.demo_run import worker_process
-from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
+from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.models import REDUCED_POLYNOMIAL
 from hecompile.models.reduced_world import ANSWERS, LINE_TOKENS
 from hecompile.runtime.backend import ForwardPass, RemoteModel

@@ -23,9 +23,9 @@ from benchmarks.builds import ONE_B
 from benchmarks.checkpoints import make_checkpoint
 from benchmarks.report import ROOT, section_main, table
 from hecompile.bundles.client import ClientBundle
-from hecompile.compiler import CLIENT, WORKER
-from hecompile.frontend import load_config
-from hecompile.phases import parse_summary
+from hecompile.bundles.kinds import CLIENT, WORKER
+from hecompile.compiler.frontend import load_config
+from hecompile.compiler.phases import parse_summary
 from hecompile.prediction import ModelSize
 
 OPTIONS = ("--weight-bits", "8", "--batch-size", "1", "--sequence-buckets", "512")

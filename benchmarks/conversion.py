@@ -17,16 +17,17 @@ from torch.nn.functional import cross_entropy
 from benchmarks.report import ROOT, section_main, table
 from hecompile.approximation_ranges import Interval
 from hecompile.approximation_report import ApproximationError, approximation_report
+from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.cli.demo_run import BATCH_SIZE, RECIPE, SEQUENCE_BUCKETS, worker_process
-from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
+from hecompile.compiler.frontend import export_onnx, load_checkpoint
+from hecompile.compiler.linear import CompileOptions, compile_checkpoint
+from hecompile.compiler.pipeline import approximate_steps, raise_steps, run_steps
+from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import NotFiniteError
-from hecompile.frontend import export_onnx, load_checkpoint
 from hecompile.interpreter import Interpreter, graph_inputs
 from hecompile.models import REDUCED_LLAMA, TINY_LLAMA
 from hecompile.passes.approximate_softmax import ApproximateSoftmax, Form
 from hecompile.passes.calibrate import Calibrate
-from hecompile.pipeline import approximate_steps, raise_steps, run_steps
-from hecompile.polynomial_options import PolynomialOptions
 from hecompile.runtime.conversion.data import load_rows
 from hecompile.runtime.conversion.recipe import ConversionRecipe, load_conversion
 from hecompile.runtime.conversion.train import Conversion

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from benchmarks.builds import PRECISION
 from benchmarks.report import section_main, table
 from hecompile.bundles.client import ClientBundle
+from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.cli.demo_run import BATCH_SIZE, RECIPE, SEQUENCE_BUCKETS
-from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
+from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.models import PRIVATE_HELDOUT, TINY_LLAMA
 from hecompile.runtime.adapter import load_adapter
 from hecompile.runtime.client import EncryptedCausalLM

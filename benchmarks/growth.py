@@ -8,7 +8,7 @@ from benchmarks.builds import llama_of
 from benchmarks.report import new_figure, save_plot, section_main, table
 from benchmarks.stepping import Batch, measure_steps
 from hecompile.bundles.client import ClientBundle
-from hecompile.compiler import CLIENT
+from hecompile.bundles.kinds import CLIENT
 
 HIDDEN, LAYERS, TOKENS, LENGTH = 1024, 2, 512, 64
 BY_TOKENS = (64, 128, 256, 512, 1024, 2048, 4096)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from benchmarks.report import section_main
 from hecompile.bundles.client import ClientBundle
+from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.cli.demo_run import RECIPE, worker_process
-from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
+from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.inspection import circuits_without_gradient, hint_traffic
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime.comparison import StepSplit, step_split

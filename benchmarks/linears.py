@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.he.hints import Hint, HintStore, write_hint
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
@@ -25,7 +26,6 @@ from hecompile.he.setup import setup
 from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
 from hecompile.passes.quantize import quantize_weight
 from hecompile.runtime.engines import Engine, create_engine
-from hecompile.worker_bundle_writer import WorkerBundleWriter
 
 UPLOAD_LIMBS, REPLY_BYTES = 3, 2
 """What parameter selection takes for most linears of a 1B model with 8-bit weights, at precision 8."""

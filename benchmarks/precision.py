@@ -20,9 +20,10 @@ from torch import Tensor
 from benchmarks.builds import Built, options
 from benchmarks.report import new_figure, save_plot, section_main, table
 from hecompile.bundles.client import ClientBundle
+from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.cli.demo_run import RECIPE
-from hecompile.compiler import CLIENT, WORKER, compile_checkpoint
+from hecompile.compiler.linear import compile_checkpoint
 from hecompile.errors import InputError
 from hecompile.models import PRIVATE_TRAIN, TINY_LLAMA
 from hecompile.runtime.adapter import AdapterModel

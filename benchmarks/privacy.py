@@ -25,7 +25,8 @@ from benchmarks.builds import PRECISION
 from benchmarks.membership import Attack, attack, losses, most_advantage
 from benchmarks.privacy_accounting import accountants, price, published
 from benchmarks.report import ROOT, new_figure, save_plot, section_main, table
-from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
+from hecompile.bundles.kinds import CLIENT, WORKER
+from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.models import TINY_LLAMA
 from hecompile.models.admissions import HELDOUT, TRAIN, admissions, by_rule, own
 from hecompile.models.private_world import to_jsonl

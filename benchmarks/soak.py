@@ -18,9 +18,9 @@ from benchmarks.report import section_main, table
 from benchmarks.stepping import serving
 from benchmarks.timing import resident_bytes
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
+from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
 from hecompile.runtime.transports import connect, open_connection
-from hecompile.worker_bundle_writer import WorkerBundleWriter
 
 CLIENTS, SECONDS, QUICK_SECONDS = 8, 60.0, 2.0
 PLAN_ID = "50ac" * 16

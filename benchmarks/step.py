@@ -12,7 +12,7 @@ from benchmarks.builds import DEFAULTS, ONE_B, PRECISION, WEIGHT_BITS, Built, ll
 from benchmarks.report import section_main, table
 from benchmarks.stepping import Batch, Side, Steps, measure_steps
 from hecompile.bundles.client import ClientBundle
-from hecompile.compiler import CLIENT
+from hecompile.bundles.kinds import CLIENT
 from hecompile.runtime.session import DEFAULT_ENGINE
 
 LAYERS, BATCH = 16, Batch(sequences=1, length=512)

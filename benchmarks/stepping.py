@@ -26,8 +26,8 @@ from benchmarks.report import ROOT
 from benchmarks.timing import available_bytes, cpu_seconds, resident_bytes
 from benchmarks.training_process import Spec
 from hecompile.bundles.client import MANIFEST
+from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.cli.demo_run import stop_process
-from hecompile.compiler import CLIENT, WORKER
 from hecompile.errors import HecompileError
 from hecompile.runtime.session import DEFAULT_ENGINE
 

@@ -20,7 +20,9 @@ from benchmarks.report import section_main, table
 from benchmarks.timing import paired, threads
 from hecompile.approximation.silu import silu
 from hecompile.approximation.silu_table import ActivationTable
-from hecompile.frontend import export_onnx, load_checkpoint
+from hecompile.compiler.frontend import export_onnx, load_checkpoint
+from hecompile.compiler.pipeline import approximate_steps, raise_steps, run_steps
+from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.interpreter import Interpreter, graph_inputs
 from hecompile.ir import attributes_of, nodes_of_type
 from hecompile.models import TINY_LLAMA
@@ -29,8 +31,6 @@ from hecompile.models.public_world import documents
 from hecompile.passes.calibrate import Calibrate
 from hecompile.passes.quantize_activation import QuantizeActivation
 from hecompile.passes.select_parameters import choose_ring
-from hecompile.pipeline import approximate_steps, raise_steps, run_steps
-from hecompile.polynomial_options import PolynomialOptions
 from hecompile.quantized_operators import table_indices
 from hecompile.runtime.engines import DEFAULT_ENGINE
 from hecompile.runtime.engines.concrete_table import EncryptedTable

@@ -38,7 +38,7 @@ def export(
     from rich.console import Console
     from rich.markup import escape
 
-    from hecompile.ckks.bundle import CkksOptions, export_polynomial
+    from hecompile.compiler.ckks import CkksOptions, export_polynomial
 
     options = CkksOptions(sequence_length, levels, ring_dim, attention, norm, activation, last_only)
     console = Console(stderr=True)

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
+from hecompile.bundles.kinds import CLIENT, WORKER
+from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.errors import WorkerError
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime.adapter import AdapterModel

@@ -86,15 +86,15 @@ def export_llama(
 ) -> None:
     """Export a Hugging Face Llama to ONNX and compile it: a client bundle (plan, hints, tokenizer) and a worker bundle
     (integer circuits). Both are public; the secrets are drawn at training time and never stored."""
-    from hecompile.circuit_writer import RESUMED
-    from hecompile.compiler import CompileOptions, compile_checkpoint
+    from hecompile.compiler.circuit_writer import RESUMED
+    from hecompile.compiler.frontend import load_config
+    from hecompile.compiler.linear import CompileOptions, compile_checkpoint
+    from hecompile.compiler.phases import PhaseClock
+    from hecompile.compiler.staging import staging_path
     from hecompile.errors import InputError
-    from hecompile.frontend import load_config
     from hecompile.he.sampling import PublicSeed
     from hecompile.passes.attach_lora import AttachLora
-    from hecompile.phases import PhaseClock
     from hecompile.prediction import ModelSize, prediction_table
-    from hecompile.staging import staging_path
 
     if placement not in ("offload", "cheapest"):
         raise InputError(f"--placement must be offload or cheapest, got {placement!r}")

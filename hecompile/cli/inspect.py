@@ -33,8 +33,8 @@ def inspect(
     Of a polynomial graph its depth and refreshes, under CKKS also parameters and bytes per evaluation."""
     from hecompile.bundles.ckks import is_polynomial_bundle
     from hecompile.bundles.client import ClientBundle
-    from hecompile.compiler import CompileOptions
-    from hecompile.frontend import load_config
+    from hecompile.compiler.frontend import load_config
+    from hecompile.compiler.linear import CompileOptions
     from hecompile.inspection import circuit_table, totals_table
     from hecompile.inspection import draw as draw_plan
     from hecompile.inspection_polynomial import approximation_table, depth_table, node_table, polynomial_file

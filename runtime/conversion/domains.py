@@ -7,11 +7,11 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 from hecompile.approximation_ranges import Interval
+from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import LegalityError
 from hecompile.passes.approximate_rmsnorm import ApproximateRMSNorm
 from hecompile.passes.approximate_silu import ApproximateSiLU
 from hecompile.passes.approximate_softmax import ApproximateSoftmax
-from hecompile.polynomial_options import PolynomialOptions
 from hecompile.runtime.conversion.recipe import ConversionRecipe
 
 Ranges = Mapping[str, Interval]

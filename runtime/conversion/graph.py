@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from hecompile.compiler.frontend import Checkpoint, export_onnx
+from hecompile.compiler.pipeline import Step, approximate_steps, raise_steps, run_steps
+from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import LegalityError
-from hecompile.frontend import Checkpoint, export_onnx
 from hecompile.interpreter import Interpreter, graph_inputs
 from hecompile.ir import constant_of, module_path
 from hecompile.passes.calibrate import Calibrate
-from hecompile.pipeline import Step, approximate_steps, raise_steps, run_steps
-from hecompile.polynomial_options import PolynomialOptions
 from hecompile.runtime.conversion.ranges import RangeObserver
 from hecompile.runtime.conversion.recipe import ConversionRecipe
 

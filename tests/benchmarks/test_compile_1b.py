@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import compile_1b
 from benchmarks.compile_1b import Export, export, grouped
-from hecompile.compiler import CLIENT
+from hecompile.bundles.kinds import CLIENT
 from hecompile.models import TINY_LLAMA
 
 

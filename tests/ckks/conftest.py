@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hecompile.ckks.bundle import export_polynomial
+from hecompile.compiler.ckks import export_polynomial
 from tests.ckks.support import OPTIONS, small_llama
 
 

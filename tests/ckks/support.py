@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hecompile.ckks.bundle import CkksOptions
 from hecompile.ckks.evaluator import CkksTensor, Evaluator
 from hecompile.ckks.keys import SecretKey
 from hecompile.ckks.parameters import CkksLiteral, CkksParameters
-from hecompile.polynomial_options import CONFIG_KEY
+from hecompile.compiler.ckks import CkksOptions
+from hecompile.compiler.polynomial_options import CONFIG_KEY
 from tests.training.support import make_tokenizer
 
 LEVELS = 4

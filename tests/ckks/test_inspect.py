@@ -12,9 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from hecompile.bundles.ckks import open_worker
-from hecompile.ckks.bundle import CIRCUIT, PLAN, TABLE
 from hecompile.ckks.traffic import predicted_traffic
 from hecompile.cli.main import app
+from hecompile.compiler.ckks import CIRCUIT, PLAN, TABLE
 from hecompile.errors import InputError
 from tests.ckks.support import LEVELS
 

@@ -20,15 +20,15 @@ import pytest
 import torch
 
 from hecompile.bundles.ckks import CkksPlan, open_worker
-from hecompile.ckks.bundle import CIRCUIT, PLAN, TABLE, CkksOptions, export_polynomial, lower_polynomial
 from hecompile.ckks.traffic import predicted_traffic
+from hecompile.compiler.ckks import CIRCUIT, PLAN, TABLE, CkksOptions, export_polynomial, lower_polynomial
+from hecompile.compiler.frontend import load_checkpoint
+from hecompile.compiler.polynomial_options import CONFIG_KEY
 from hecompile.errors import HecompileError, InputError, LegalityError, WorkerError, WorkerUnavailableError
-from hecompile.frontend import load_checkpoint
 from hecompile.interpreter import Interpreter
 from hecompile.ir import ORIGIN
 from hecompile.passes.expand_polynomials import EMBEDDINGS, ExpandPolynomials
 from hecompile.passes.place_refreshes import PlaceRefreshes
-from hecompile.polynomial_options import CONFIG_KEY
 from hecompile.runtime.ckks.answers import complete
 from hecompile.runtime.ckks.client import CkksSession
 from hecompile.runtime.ckks.messages import receive, send

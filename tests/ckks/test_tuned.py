@@ -16,10 +16,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hecompile.ckks.bundle import CkksOptions, lower_polynomial
+from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.cli.main import app
-from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
-from hecompile.frontend import load_checkpoint
+from hecompile.compiler.ckks import CkksOptions, lower_polynomial
+from hecompile.compiler.frontend import load_checkpoint
+from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.he.sampling import PublicSeed
 from hecompile.interpreter import Interpreter
 from hecompile.passes.expand_polynomials import EMBEDDINGS

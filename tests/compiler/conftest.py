@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hecompile import compiler
-from hecompile.compiler import compile_checkpoint
+from hecompile.compiler import linear as compiler
+from hecompile.compiler.linear import compile_checkpoint
 from tests.compiler.tiny import OPTIONS, exported, save_checkpoint
 
 

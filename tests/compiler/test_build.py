@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from hecompile import circuit_writer, compiler
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.worker import WorkerBundle
-from hecompile.compiler import compile_checkpoint
+from hecompile.compiler import circuit_writer
+from hecompile.compiler import linear as compiler
+from hecompile.compiler.linear import compile_checkpoint
 from hecompile.errors import InputError
 from hecompile.he.sampling import PublicSeed
 from tests.compiler.tiny import OPTIONS

@@ -16,6 +16,7 @@ import torch
 
 from hecompile.bundles.client import ClientBundle, PlanRecord
 from hecompile.bundles.worker import WorkerBundle
+from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.errors import InputError, SecurityError, WorkerError
 from hecompile.he.parameters import RingParameters
 from hecompile.interpreter import Interpreter
@@ -24,7 +25,6 @@ from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
 from hecompile.runtime.products import CleartextProducts, EncryptedProducts
 from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.worker import Worker
-from hecompile.worker_bundle_writer import WorkerBundleWriter
 
 HINT = "hints/model.layers.0.self_attn.o_proj.forward.npy"
 

@@ -10,8 +10,8 @@ import pytest
 import safetensors.torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from hecompile.compiler.frontend import load_checkpoint
 from hecompile.errors import InputError
-from hecompile.frontend import load_checkpoint
 
 
 @pytest.fixture

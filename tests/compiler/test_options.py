@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hecompile.compiler import CompileOptions, compile_checkpoint
+from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.errors import HecompileError, InputError, SecurityError
 from hecompile.he.parameters import CATALOGUE, RingParametersLiteral
 from hecompile.he.parameters import RingParameters as Ring

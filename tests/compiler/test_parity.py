@@ -10,7 +10,7 @@ import onnxruntime
 import torch
 
 from hecompile import models
-from hecompile.frontend import export_onnx, load_checkpoint
+from hecompile.compiler.frontend import export_onnx, load_checkpoint
 from hecompile.interpreter import graph_inputs
 
 MODEL = Path(models.__file__).parent / "tiny-llama"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hecompile.phases import PhaseClock, parse_summary
+from hecompile.compiler.phases import PhaseClock, parse_summary
 
 
 def test_phases_add_up_and_parse_back() -> None:

@@ -19,7 +19,9 @@ from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.ckks.parameters import MAX_MODULUS_BITS, select
 from hecompile.cli.main import app
-from hecompile.compiler import CompileOptions, compile_checkpoint, lower
+from hecompile.compiler.linear import CompileOptions, compile_checkpoint, lower
+from hecompile.compiler.pipeline import Step, approximate_steps, raise_steps, run_steps
+from hecompile.compiler.polynomial_options import CONFIG_KEY, PolynomialOptions
 from hecompile.depth import levels
 from hecompile.errors import InputError, LegalityError
 from hecompile.interpreter import Interpreter, graph_inputs
@@ -34,8 +36,6 @@ from hecompile.passes.attach_lora import AttachLora
 from hecompile.passes.calibrate import Calibrate
 from hecompile.passes.expand_polynomials import ExpandPolynomials
 from hecompile.passes.place_refreshes import PlaceRefreshes
-from hecompile.pipeline import Step, approximate_steps, raise_steps, run_steps
-from hecompile.polynomial_options import CONFIG_KEY, PolynomialOptions
 from hecompile.runtime.client import EncryptedCausalLM
 from hecompile.runtime.products import EncryptedProducts
 from hecompile.runtime.transports import InProcessTransport

@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaConfig
 
 from hecompile.bundles.client import ClientBundle
-from hecompile.frontend import load_config
+from hecompile.compiler.frontend import load_config
 from hecompile.he.parameters import CATALOGUE
 from hecompile.he.vectors import LANES
 from hecompile.prediction import HINT_ROW_GROUP, ModelSize, hint_bytes, megabytes, prediction_table, total_hint_bytes

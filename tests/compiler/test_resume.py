@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hecompile import circuit_writer
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.worker import WorkerBundle
-from hecompile.circuit_writer import RESUMED
-from hecompile.compiler import compile_checkpoint
+from hecompile.compiler import circuit_writer
+from hecompile.compiler.circuit_writer import RESUMED
+from hecompile.compiler.linear import compile_checkpoint
 from hecompile.errors import InputError
 from hecompile.he.setup import PreparedMatrix
 from hecompile.passes.lower_worker import LowerWorker
@@ -31,7 +31,7 @@ FRESH = dataclasses.replace(OPTIONS, public_seed=None)
 _KILLED_MIDWAY = """
 import os, pathlib, signal, sys
 from hecompile import circuit_writer
-from hecompile.compiler import compile_checkpoint
+from hecompile.compiler.linear import compile_checkpoint
 from tests.compiler import test_resume
 
 write_hint, written = circuit_writer.write_hint, []

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hecompile.bundles.kinds import CLIENT_FORMAT, MANIFEST, PLAN, TABLE
-from hecompile.ckks.bundle import CkksOptions, export_polynomial
-from hecompile.compiler import CompileOptions, compile_checkpoint
+from hecompile.compiler.ckks import CkksOptions, export_polynomial
+from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.errors import InputError
 
 Export = Callable[[Path], object]

@@ -11,8 +11,8 @@ import onnx_ir as ir
 import torch
 from transformers import LlamaForCausalLM
 
-from hecompile.compiler import CompileOptions
-from hecompile.frontend import export_onnx
+from hecompile.compiler.frontend import export_onnx
+from hecompile.compiler.linear import CompileOptions
 from hecompile.he.sampling import PublicSeed
 from hecompile.passes.attach_lora import AttachLora
 from tests.training.support import make_base, make_tokenizer

@@ -13,6 +13,7 @@ import pytest
 
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.bundles.worker import KNOWN_ANSWER, WorkerBundle, known_answer_vector
+from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.errors import InputError, WorkerError
 from hecompile.integers import MAX_INT16_WEIGHT
 from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
@@ -22,7 +23,6 @@ from hecompile.runtime.engines.torch_engine import TorchEngine
 from hecompile.runtime.servers import open_server
 from hecompile.runtime.transports import InProcessTransport, Transport, TransportPool, connect, open_connection
 from hecompile.runtime.worker import Worker
-from hecompile.worker_bundle_writer import WorkerBundleWriter
 from tests.worker.bundles import PLAN_ID, development_credentials, extreme_planes, extreme_weight, write_bundle
 
 IN, OUT = 67, 29  # odd, so that vector kernels meet their remainders

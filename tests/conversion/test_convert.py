@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from hecompile.bundles.client import ClientBundle
-from hecompile.compiler import CompileOptions, compile_checkpoint
+from hecompile.compiler.frontend import export_onnx, load_checkpoint
+from hecompile.compiler.linear import CompileOptions, compile_checkpoint
+from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import InputError, LegalityError, NotFiniteError
-from hecompile.frontend import export_onnx, load_checkpoint
 from hecompile.he.sampling import PublicSeed
 from hecompile.ir import attribute, nodes_of_type
 from hecompile.models import REDUCED_LLAMA
 from hecompile.passes.approximate_silu import ApproximateSiLU
-from hecompile.polynomial_options import PolynomialOptions
 from hecompile.runtime.conversion import train
 from hecompile.runtime.conversion.data import batch_of, load_rows
 from hecompile.runtime.conversion.domains import attention_alone

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hecompile.frontend import Checkpoint, export_onnx, load_checkpoint
+from hecompile.compiler.frontend import Checkpoint, export_onnx, load_checkpoint
+from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.models import REDUCED_LLAMA
-from hecompile.polynomial_options import PolynomialOptions
 from hecompile.runtime.conversion.data import load_rows
 from hecompile.runtime.conversion.domains import attention_alone
 from hecompile.runtime.conversion.graph import TrainableGraph

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hecompile.ckks.bundle import CkksOptions, lower_polynomial, merged_checkpoint
-from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
+from hecompile.bundles.kinds import CLIENT, WORKER
+from hecompile.compiler.ckks import CkksOptions, lower_polynomial, merged_checkpoint
+from hecompile.compiler.frontend import load_checkpoint
+from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.errors import InputError, LegalityError, NotFiniteError
-from hecompile.frontend import load_checkpoint
 from hecompile.ir import attributes_of, module_path
 from hecompile.models import REDUCED_POLYNOMIAL
 from hecompile.runtime.adapter import load_adapter

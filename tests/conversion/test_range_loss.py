@@ -9,7 +9,9 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from hecompile.frontend import export_onnx, load_checkpoint
+from hecompile.compiler.frontend import export_onnx, load_checkpoint
+from hecompile.compiler.pipeline import approximate_steps, raise_steps, run_steps
+from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.interpreter import Interpreter, packed_graph_inputs
 from hecompile.ir import nodes_of_type
 from hecompile.models import REDUCED_LLAMA
@@ -17,8 +19,6 @@ from hecompile.operators import Context
 from hecompile.passes.approximate_softmax import ApproximateSoftmax
 from hecompile.passes.calibrate import Calibrate
 from hecompile.passes.fuse import Fuse
-from hecompile.pipeline import approximate_steps, raise_steps, run_steps
-from hecompile.polynomial_options import PolynomialOptions
 from hecompile.runtime.conversion.data import load_rows
 from hecompile.runtime.range_loss import RangeLossWatch, RangeTerms
 from tests.conversion.support import TEXT, recipe

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hecompile.bundles.client import ClientBundle
+from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.bundles.worker import WorkerBundle
-from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
+from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.he.sampling import PublicSeed
 from hecompile.models import PRIVATE_TRAIN, TINY_LLAMA
 from hecompile.runtime.client import EncryptedCausalLM

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.cli.demo_run import worker_process
-from hecompile.compiler import CLIENT, WORKER
 from hecompile.errors import WorkerError
 from hecompile.inspection import circuits_without_gradient, predicted_traffic
 from hecompile.runtime.doctor import diagnose

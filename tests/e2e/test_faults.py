@@ -23,8 +23,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.cli.demo_run import RECIPE
-from hecompile.compiler import CLIENT, WORKER
 from hecompile.errors import VerificationError
 from hecompile.runtime.client import EncryptedCausalLM
 from hecompile.runtime.products import EncryptedProducts

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hecompile.compiler import CLIENT, WORKER
+from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.errors import InputError
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime.federation.comparison import Lab, weighted_mean

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hecompile.bundles.client import ClientBundle
+from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.cli.demo_run import worker_process
-from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
+from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.errors import InputError, VerificationError, WorkerError
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.sampling import PublicSeed

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hecompile.bundles.client import ClientBundle
+from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.cli.demo_run import RECIPE
-from hecompile.compiler import CLIENT, WORKER
 from hecompile.errors import WorkerError
 from hecompile.ir import nodes_of_type
 from hecompile.runtime.client import EncryptedCausalLM

@@ -10,8 +10,8 @@ import pytest
 import torch.nn.functional as F
 from torch import Tensor
 
+from hecompile.bundles.kinds import CLIENT
 from hecompile.cli.demo_run import RECIPE
-from hecompile.compiler import CLIENT
 from hecompile.runtime.recipe import load_recipe
 from hecompile.runtime.servers import open_server
 from hecompile.runtime.session import open_session

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.cli.demo_run import RECIPE, worker_process
-from hecompile.compiler import CLIENT, WORKER
+from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.errors import WorkerError
 from hecompile.runtime.comparison import compare_losses, step_split
 from hecompile.runtime.metrics import METRICS_FILE
 from hecompile.runtime.recipe import Recipe, load_recipe
 from hecompile.runtime.session import open_session
 from hecompile.runtime.train import run_training
-from hecompile.worker_bundle_writer import WorkerBundleWriter
 from tests.e2e.conftest import BATCH_SIZE, Build
 
 STEPS = 6

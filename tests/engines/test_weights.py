@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from hecompile.bundles.worker import WorkerBundle
+from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
 from hecompile.runtime.engines.weights import Weights
-from hecompile.worker_bundle_writer import WorkerBundleWriter
 from tests.worker.bundles import PLAN_ID, extreme_weight, write_bundle
 
 LARGE = extreme_weight(300, 260)  # above the 64 KiB from which a weight has a file of its own

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hecompile.compiler import CLIENT, WORKER, CompileOptions, compile_checkpoint
+from hecompile.bundles.kinds import CLIENT, WORKER
+from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.errors import InputError
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime.fleet import FleetFile, deploy, load_fleet, stop

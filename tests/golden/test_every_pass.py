@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hecompile.pipeline import PASSES
+from hecompile.compiler.pipeline import PASSES
 
 ROOT = Path(__file__).parents[2]
 POLYNOMIAL = ("approximate_softmax", "approximate_rmsnorm", "approximate_silu")

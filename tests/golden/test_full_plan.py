@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from hecompile.compiler import lower
+from hecompile.compiler.linear import lower
 from hecompile.he.parameters import LinearParameters
 from hecompile.interpreter import Interpreter, graph_inputs
 from hecompile.operators import Context

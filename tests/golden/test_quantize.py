@@ -7,10 +7,10 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from hecompile.compiler.pipeline import PASSES
 from hecompile.errors import InputError
 from hecompile.ir import print_model
 from hecompile.passes.quantize import quantize_weight
-from hecompile.pipeline import PASSES
 from tests.compiler.tiny import coarse
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, gaussian, parse, refused, run_pass

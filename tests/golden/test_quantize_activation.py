@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from hecompile.approximation.silu import silu
 from hecompile.approximation.silu_table import TABLE_BITS, ActivationTable, silu_table
 from hecompile.approximation_ranges import Interval, check_domain, write_range
-from hecompile.compiler import lower
+from hecompile.compiler.linear import lower
+from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import InputError, LegalityError
 from hecompile.interpreter import Interpreter, graph_inputs
 from hecompile.ir import attributes_of, nodes_of_type, print_model
 from hecompile.legality import CANONICAL, POLYNOMIAL, check_stage
 from hecompile.operators import Context
 from hecompile.passes.quantize_activation import QuantizeActivation
-from hecompile.polynomial_options import PolynomialOptions
 from hecompile.quantized_operators import table_indices, table_values
 from tests.compiler.tiny import OPTIONS, coarse, exported, samples, tiny_llama
 from tests.conftest import Golden

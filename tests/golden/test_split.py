@@ -6,10 +6,10 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from hecompile.compiler.pipeline import PASSES
 from hecompile.errors import LegalityError, SecurityError
 from hecompile.ir import PLACEMENT, SECRECY, print_model
 from hecompile.operators import Context
-from hecompile.pipeline import PASSES
 from hecompile.plan import SplitPlan
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, integers, parse, prepared, product_of, run_pass, text_of

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from hecompile.compiler.pipeline import PASSES
 from hecompile.errors import HecompileError, LegalityError, SecurityError
 from hecompile.he.parameters import (
     CATALOGUE,
@@ -19,7 +20,6 @@ from hecompile.he.parameters import (
     test_insecure_parameters,
 )
 from hecompile.ir import PLACEMENT, SECRECY, add_initializer
-from hecompile.pipeline import PASSES
 from hecompile.plan import RemoteCircuit, SplitPlan
 from tests.golden.graphs import text_of
 from tests.golden.test_split import UP, selected, split

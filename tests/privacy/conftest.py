@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from hecompile.bundles.client import ClientBundle
+from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.bundles.worker import WorkerBundle
-from hecompile.compiler import CLIENT, WORKER, compile_checkpoint
+from hecompile.compiler.linear import compile_checkpoint
 from tests.compiler.tiny import OPTIONS, save_checkpoint
 from tests.training.support import BUCKETS
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from hecompile.bundles.worker import WorkerBundle
+from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
 from hecompile.runtime.transports import credentials
 from hecompile.runtime.transports.credentials import ClientCredentials, ServerCredentials, make_development_certificates
-from hecompile.worker_bundle_writer import WorkerBundleWriter
 
 PLAN_ID = "00112233445566778899aabbccddeeff"
 

@@ -14,9 +14,9 @@ from tritonclient.grpc import model_config_pb2 as triton
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.bundles.public_rows import exact_name
 from hecompile.bundles.worker import KNOWN_ANSWER, WorkerBundle
+from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
 from hecompile.runtime.engines.onnxruntime_engine import exact_here, signed_product_is_exact
-from hecompile.worker_bundle_writer import WorkerBundleWriter
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight
 
 SHAPES = {"layers.0.small-linear": (6, 4), "layers.0.large": (300, 256)}

@@ -17,13 +17,13 @@ from tritonclient.grpc import service_pb2
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.bundles.public_rows import PUBLIC_ROWS, exact_name
 from hecompile.bundles.worker import KNOWN_ANSWER, WorkerBundle
+from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.errors import WorkerError
 from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
 from hecompile.runtime.servers import open_server
 from hecompile.runtime.transports import connect, connect_for, open_connection
 from hecompile.runtime.transports.oip import OipTransport
 from hecompile.runtime.worker import Worker
-from hecompile.worker_bundle_writer import WorkerBundleWriter
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 from tests.worker.foreign_server import ForeignServer
 

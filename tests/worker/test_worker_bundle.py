@@ -14,9 +14,9 @@ import onnx
 import pytest
 
 from hecompile.bundles.worker import KNOWN_ANSWER, MANIFEST, WorkerBundle, known_answer_vector, known_answer_weight
+from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.errors import InputError, LegalityError
 from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
-from hecompile.worker_bundle_writer import WorkerBundleWriter
 from tests.worker.bundles import PLAN_ID, write_bundle
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import HecompileError, LegalityError
 from hecompile.legality import ADAPTED, CANONICAL, EXPORTED, POLYNOMIAL, QUANTIZED, REFRESHED, Stage, check_stage
 from hecompile.passes.annotate_secrecy import AnnotateSecrecy
@@ -29,7 +30,6 @@ from hecompile.passes.simplify import Simplify
 from hecompile.passes.split import Split
 from hecompile.passes.stack_projections import StackProjections
 from hecompile.passes.validate import Validate
-from hecompile.polynomial_options import PolynomialOptions
 
 PASSES: dict[str, type] = {
     "simplify": Simplify,

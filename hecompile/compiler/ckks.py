@@ -27,19 +27,19 @@ from hecompile.bundles.ckks import CkksPlan
 from hecompile.bundles.kinds import CIRCUIT, TABLE, BundleKind
 from hecompile.ckks.circuit import PolynomialCircuit
 from hecompile.ckks.parameters import CkksLiteral, CkksParameters, select
-from hecompile.compiler import CompileOptions, calibration_for
+from hecompile.compiler.calibration import calibration_for
+from hecompile.compiler.frontend import Checkpoint, export_onnx, load_checkpoint
+from hecompile.compiler.pipeline import approximate_steps, polynomial_steps, raise_steps, refresh_steps, run_steps
+from hecompile.compiler.polynomial_options import PolynomialOptions
+from hecompile.compiler.target import check_target
 from hecompile.errors import InputError, LegalityError
 from hecompile.files import publish, reason_of
-from hecompile.frontend import Checkpoint, export_onnx, load_checkpoint
 from hecompile.he.sampling import PublicSeed
 from hecompile.passes.approximate_silu import ApproximateSiLU
 from hecompile.passes.calibrate import Calibrate
 from hecompile.passes.depth import METADATA as DEPTH
 from hecompile.passes.expand_polynomials import ExpandPolynomials
 from hecompile.passes.place_refreshes import PlaceRefreshes
-from hecompile.pipeline import approximate_steps, polynomial_steps, raise_steps, refresh_steps, run_steps
-from hecompile.polynomial_options import PolynomialOptions
-from hecompile.target import check_target
 
 _CALIBRATION_SEED = PublicSeed(hashlib.sha256(b"hecompile ckks calibration").digest())
 
@@ -106,8 +106,8 @@ def lower_polynomial(
     checkpoint: Checkpoint, options: CkksOptions, progress: Progress = lambda _: None
 ) -> tuple[ir.Model, CkksParameters, int]:
     """The graph at stage `refreshed`, the parameters that have its levels, and the depth of the graph without refreshes."""
-    chosen = CompileOptions(attention=options.attention, norm=options.norm, activation=options.activation)
-    polynomials = chosen.polynomials(checkpoint.model.config)
+    converted = PolynomialOptions.from_config(checkpoint.model.config)
+    polynomials = converted.choosing(options.attention, options.norm, options.activation)
     _require_polynomials(checkpoint.name, polynomials)
     progress("export")
     model = run_steps(export_onnx(checkpoint.model), raise_steps(polynomials))

@@ -20,14 +20,14 @@ from torch import Tensor
 from hecompile.bundles.client import HINTS, FileRecord, describe_file, is_intact
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.bundles.worker import CircuitSpec
+from hecompile.compiler.staging import Staging
+from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.he.hints import write_hint
 from hecompile.he.parameters import RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.setup import PreparedMatrix
 from hecompile.passes.lower_worker import LowerWorker
 from hecompile.plan import RemoteCircuit, SplitPlan
-from hecompile.staging import Staging
-from hecompile.worker_bundle_writer import WorkerBundleWriter
 
 Progress = Callable[[str, int, int], None]
 """Hears (what is being done, how much of it is done, of how much)."""

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -30,19 +30,26 @@ from hecompile.bundles.client import (
     write_manifest,
 )
 from hecompile.bundles.client import VERSION as CLIENT_VERSION
-from hecompile.bundles.kinds import CLIENT as CLIENT
-from hecompile.bundles.kinds import WORKER as WORKER
-from hecompile.bundles.kinds import BundleKind
+from hecompile.bundles.kinds import CLIENT, BundleKind
 from hecompile.bundles.worker import VERSION as WORKER_VERSION
-from hecompile.circuit_writer import Progress, write_circuits, write_circuits_without_hints
+from hecompile.compiler.calibration import (
+    _CALIBRATION_LENGTH,
+    Samples,
+    _self_sampler,
+    sample_calibration_tokens,
+)
+from hecompile.compiler.circuit_writer import Progress, write_circuits, write_circuits_without_hints
+from hecompile.compiler.frontend import export_onnx, load_checkpoint
+from hecompile.compiler.pipeline import graph_steps, raise_steps, run_steps
+from hecompile.compiler.polynomial_options import PolynomialOptions
+from hecompile.compiler.staging import staging
+from hecompile.compiler.target import check_target
 from hecompile.costs import CostModel
 from hecompile.errors import InputError
-from hecompile.frontend import Checkpoint, export_onnx, load_checkpoint
 from hecompile.he.check_store import write_checks
 from hecompile.he.parameters import CATALOGUE, RingParameters
 from hecompile.he.sampling import PublicSeed, SecretRandom
 from hecompile.he.verification import Checks
-from hecompile.interpreter import Interpreter, graph_inputs
 from hecompile.passes.approximate_rmsnorm import ApproximateRMSNorm
 from hecompile.passes.approximate_silu import ApproximateSiLU
 from hecompile.passes.approximate_softmax import ApproximateSoftmax
@@ -54,16 +61,7 @@ from hecompile.passes.quantize_activation import QuantizeActivation
 from hecompile.passes.select_parameters import SelectParameters, selected_ring
 from hecompile.passes.split import Split
 from hecompile.passes.validate import Validate
-from hecompile.pipeline import graph_steps, raise_steps, run_steps
 from hecompile.plan import RemoteCircuit, SplitPlan
-from hecompile.polynomial_options import PolynomialOptions, sample_tokens
-from hecompile.staging import staging
-from hecompile.target import check_target
-
-_CALIBRATION_SEQUENCES, _CALIBRATION_LENGTH = 8, 32
-
-
-Samples = tuple[tuple[int, ...], ...] | Callable[[ir.Model], tuple[tuple[int, ...], ...]]
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -90,8 +88,8 @@ class CompileOptions:
     attention: str | ApproximateSoftmax | None = None
     norm: str | ApproximateRMSNorm | None = None
     activation: str | ApproximateSiLU | QuantizeActivation | None = None
-    """What stands for attention, RMSNorm and SiLU, by name (`hecompile.polynomial_options`) or with options; None: what the
-    checkpoint was converted for, else the exact ones."""
+    """What stands for attention, RMSNorm and SiLU, by name (`hecompile.compiler.polynomial_options`) or with options;
+    None: what the checkpoint was converted for, else the exact ones."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -123,7 +121,7 @@ def compile_checkpoint(
     Deterministic for a given `options.public_seed`, but for the client's check vectors, which are secret. `out` may be
     missing, empty or an earlier build, which is replaced; it is left as it was if anything fails. Interrupted while it makes
     hints, it keeps those that are complete beside `out`, and the next call with the same arguments goes on from there
-    (`hecompile.staging`). Raises HecompileError.
+    (`hecompile.compiler.staging`). Raises HecompileError.
     """
     check_target(out, BundleKind.CLIENT)
     progress("load", 0, 1)
@@ -201,63 +199,6 @@ def lower(
     on_step("validate")
     Validate(ring, options.effective_bits)(plan)
     return plan, ring
-
-
-def sample_calibration_tokens(
-    checkpoint: Checkpoint, seed: PublicSeed, length: int = _CALIBRATION_LENGTH
-) -> tuple[tuple[int, ...], ...]:
-    """Text that the model itself writes: in its own language, without any private data, the same for the same seed."""
-    config = checkpoint.model.config
-    length = min(length, config.max_position_embeddings)
-    start = _start_token(checkpoint)
-    prompts = torch.full((_CALIBRATION_SEQUENCES, 1), int(start))
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(_calibration_seed(seed))
-        tokens = cast("Any", checkpoint.model).generate(
-            input_ids=prompts,
-            attention_mask=torch.ones_like(prompts),
-            do_sample=True,
-            top_k=0,
-            max_length=length,
-            min_length=length,
-            pad_token_id=int(start),
-        )
-    return tuple(tuple(int(token) for token in row) for row in tokens)
-
-
-def _self_sampler(
-    checkpoint: Checkpoint, seed: PublicSeed, length: int
-) -> Callable[[ir.Model], tuple[tuple[int, ...], ...]]:
-    """The same by the canonical graph, for a model that the Hugging Face class no longer computes."""
-    start, number = _start_token(checkpoint), _calibration_seed(seed)
-
-    def sample(model: ir.Model) -> tuple[tuple[int, ...], ...]:
-        interpreter = Interpreter(model)
-
-        def logits_of(tokens: torch.Tensor) -> torch.Tensor:
-            return interpreter.run(graph_inputs(tokens, torch.ones_like(tokens)))["logits"]
-
-        return sample_tokens(logits_of, start, _CALIBRATION_SEQUENCES, length, number)
-
-    return sample
-
-
-def calibration_for(
-    checkpoint: Checkpoint, polynomials: PolynomialOptions, raised: ir.Model, seed: PublicSeed, length: int
-) -> tuple[tuple[int, ...], ...]:
-    """Text that the model writes, by whichever computes its function; `raised`: its graph after `raise_steps`."""
-    if polynomials.retrained:
-        return _self_sampler(checkpoint, seed, length)(raised)
-    return sample_calibration_tokens(checkpoint, seed, length)
-
-
-def _start_token(checkpoint: Checkpoint) -> int:
-    start = checkpoint.model.config.bos_token_id
-    return int(start) if start is not None else 0
-
-
-def _calibration_seed(seed: PublicSeed) -> int:
-    return int(seed.derive("calibration").stream("tokens").uint32(0, 1)[0])
 
 
 def _plan_record(

@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar, cast
 
-import torch
-
 from hecompile.errors import InputError
 from hecompile.passes.approximate_rmsnorm import ApproximateRMSNorm
 from hecompile.passes.approximate_silu import ApproximateSiLU
@@ -123,17 +121,3 @@ def _activation(
 def _check(what: str, wanted: str, choices: tuple[str, ...]) -> None:
     if wanted not in choices:
         raise InputError(f"{what} must be one of {', '.join(choices)}, got {wanted!r}")
-
-
-def sample_tokens(
-    logits_of: Any, start: int, sequences: int, length: int, seed: int
-) -> tuple[tuple[int, ...], ...]:
-    """Text that a model writes, `sequences` of `length` tokens from `start` at temperature 1: `logits_of` maps token ids
-    i64 [B, S] to logits f32 [B, S, V]."""
-    tokens = torch.full((sequences, 1), start, dtype=torch.int64)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        while tokens.shape[1] < length:
-            probabilities = torch.softmax(logits_of(tokens)[:, -1], dim=-1)  # [B, V]
-            tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
-    return tuple(tuple(row) for row in tokens.tolist())
