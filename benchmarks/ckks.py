@@ -26,7 +26,7 @@ from hecompile.ckks.library import seal
 from hecompile.ckks.parameters import CkksLiteral, CkksParameters
 from hecompile.compiler.ckks import CkksOptions, export_polynomial, lower_polynomial, merged_checkpoint
 from hecompile.compiler.frontend import Checkpoint, load_checkpoint
-from hecompile.interpreter import Interpreter
+from hecompile.graph.interpreter import Interpreter
 from hecompile.models import REDUCED_POLYNOMIAL
 from hecompile.models.reduced_world import LINE_TOKENS, lines
 from hecompile.passes.expand_polynomials import EMBEDDINGS

@@ -24,7 +24,7 @@ from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.compiler.pipeline import approximate_steps, raise_steps, run_steps
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import NotFiniteError
-from hecompile.interpreter import Interpreter, graph_inputs
+from hecompile.graph.interpreter import Interpreter, graph_inputs
 from hecompile.models import REDUCED_LLAMA, TINY_LLAMA
 from hecompile.passes.approximate_softmax import ApproximateSoftmax, Form
 from hecompile.passes.calibrate import Calibrate

@@ -11,8 +11,8 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 
-from hecompile.he import aggregation
-from hecompile.he.aggregation import AggregationParameters, EncryptedSum, EncryptedVector
+from hecompile.he.aggregation import scheme as aggregation
+from hecompile.he.aggregation.scheme import AggregationParameters, EncryptedSum, EncryptedVector
 from hecompile.he.sampling import PublicSeed, SecretRandom
 from hecompile.runtime.federation import shamir
 from hecompile.runtime.federation.channels import Channels

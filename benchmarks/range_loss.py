@@ -13,7 +13,7 @@ from hecompile.compiler.frontend import export_onnx, load_checkpoint
 from hecompile.compiler.pipeline import Step, approximate_steps, raise_steps, run_steps
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.depth import Demand, demand
-from hecompile.legality import POLYNOMIAL
+from hecompile.graph.legality import POLYNOMIAL
 from hecompile.passes.calibrate import Calibrate
 from hecompile.passes.expand_polynomials import ExpandPolynomials
 from hecompile.runtime.conversion.data import load_rows

@@ -23,15 +23,15 @@ from hecompile.approximation.silu_table import ActivationTable
 from hecompile.compiler.frontend import export_onnx, load_checkpoint
 from hecompile.compiler.pipeline import approximate_steps, raise_steps, run_steps
 from hecompile.compiler.polynomial_options import PolynomialOptions
-from hecompile.interpreter import Interpreter, graph_inputs
-from hecompile.ir import attributes_of, nodes_of_type
+from hecompile.graph.interpreter import Interpreter, graph_inputs
+from hecompile.graph.ir import attributes_of, nodes_of_type
+from hecompile.graph.quantized_operators import table_indices
 from hecompile.models import TINY_LLAMA
 from hecompile.models.pretrain import token_stream
 from hecompile.models.public_world import documents
 from hecompile.passes.calibrate import Calibrate
 from hecompile.passes.quantize_activation import QuantizeActivation
 from hecompile.passes.select_parameters import choose_ring
-from hecompile.quantized_operators import table_indices
 from hecompile.runtime.engines import DEFAULT_ENGINE
 from hecompile.runtime.engines.concrete_table import EncryptedTable
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hecompile.errors import LegalityError
-from hecompile.ir import APPROXIMATION_RANGE, attributes_of, module_path
-from hecompile.polynomial_operators import attention_scores, gaussian_exponents
+from hecompile.graph.ir import APPROXIMATION_RANGE, attributes_of, module_path
+from hecompile.graph.polynomial_operators import attention_scores, gaussian_exponents
 
 POWERS = (2, 4, 6, 8)
 NORMS, ACTIVATIONS = ("RMSNorm", "PolynomialRMSNorm"), ("SiLU", "PolynomialSiLU", "ComposedSiLU", "QuantizedSiLU")

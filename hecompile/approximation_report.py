@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hecompile.approximation import exponential, goldschmidt
 from hecompile.approximation_ranges import ACTIVATIONS, NORMS
-from hecompile.interpreter import Interpreter, graph_inputs
-from hecompile.ir import ATTENTION_OPERATORS, DOMAIN, attributes_of, module_path
-from hecompile.operators import OPERATORS, Context
+from hecompile.graph.interpreter import Interpreter, graph_inputs
+from hecompile.graph.ir import ATTENTION_OPERATORS, DOMAIN, attributes_of, module_path
+from hecompile.graph.operators import OPERATORS, Context
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from hecompile.ckks.parameters import MAX_SCALE_BITS, modulus_bits
 from hecompile.errors import LegalityError
-from hecompile.ir import DOMAIN, constant_of
+from hecompile.graph.ir import DOMAIN, constant_of
 
 
 def product_kind(node: ir.Node) -> str | None:

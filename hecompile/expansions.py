@@ -18,8 +18,8 @@ from hecompile.approximation.arithmetic import power, squared
 from hecompile.approximation.chebyshev import evaluate
 from hecompile.approximation.inverse_sqrt import newton
 from hecompile.errors import LegalityError
+from hecompile.graph.operators import Attributes
 from hecompile.graph_values import GraphValue, concatenated
-from hecompile.operators import Attributes
 
 
 def query_factor(op_type: str, attributes: Attributes, mask: np.ndarray) -> np.ndarray:

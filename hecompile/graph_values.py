@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from hecompile.ir import DOMAIN, ORIGIN, add_initializer
+from hecompile.graph.ir import DOMAIN, ORIGIN, add_initializer
 
 Dim = int | str
 _MILD = 4.0

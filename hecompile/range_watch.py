@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hecompile.approximation_ranges import ACTIVATIONS, NORMS, AttentionRange, Interval, demands
-from hecompile.interpreter import causal_attention_bias
-from hecompile.ir import attribute, module_path, nodes_of_type
-from hecompile.matching import AttentionParts, attentions
+from hecompile.graph.interpreter import causal_attention_bias
+from hecompile.graph.ir import attribute, module_path, nodes_of_type
+from hecompile.graph.matching import AttentionParts, attentions
 
 Hear = Callable[[ir.Node, "Interval | AttentionRange"], None]
 """A node, and what went into it: variances of a norm, inputs of an activation, or all that is measured of an attention."""
@@ -41,7 +41,7 @@ class RangeWatch:
         self._seen: dict[ir.Value, Tensor] = {}
 
     def observe(self, value: ir.Value, result: Tensor) -> None:
-        """An observer of `hecompile.interpreter.Interpreter.run`."""
+        """An observer of `hecompile.graph.interpreter.Interpreter.run`."""
         if value in self._needed:
             self._seen[value] = result.detach()
         if value in self._attentions:

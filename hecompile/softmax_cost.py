@@ -9,9 +9,9 @@ import torch
 
 from hecompile.approximation_ranges import AttentionRange, write_range
 from hecompile.depth import cost_of, demand, multiplications, product_kind
-from hecompile.interpreter import causal_attention_bias
-from hecompile.ir import attributes_of
-from hecompile.matching import attentions
+from hecompile.graph.interpreter import causal_attention_bias
+from hecompile.graph.ir import attributes_of
+from hecompile.graph.matching import attentions
 from hecompile.passes.approximate_softmax import ApproximateSoftmax
 from hecompile.passes.expand_polynomials import ExpandPolynomials
 

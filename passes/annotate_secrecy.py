@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from hecompile.ir import SECRECY
+from hecompile.graph.ir import SECRECY
 
 PUBLIC_INPUTS = frozenset({"position_ids"})
 """Graph inputs that say nothing of the data: every other input is secret."""

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from hecompile.approximation import silu
 from hecompile.approximation_ranges import Interval, interval_of, require_within
 from hecompile.errors import InputError, LegalityError
-from hecompile.ir import DOMAIN, ORIGIN, module_path, nodes_of_type, replace_node, single
+from hecompile.graph.ir import DOMAIN, ORIGIN, module_path, nodes_of_type, replace_node, single
 
 Form = Literal["series", "composed"]
 

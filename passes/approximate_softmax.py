@@ -37,8 +37,17 @@ from hecompile.approximation_ranges import (
     require_within,
 )
 from hecompile.errors import InputError, LegalityError
-from hecompile.ir import DOMAIN, ORIGIN, attribute, module_path, nodes_of_type, remove_unused, replace_node, single
-from hecompile.matching import AttentionParts, attentions
+from hecompile.graph.ir import (
+    DOMAIN,
+    ORIGIN,
+    attribute,
+    module_path,
+    nodes_of_type,
+    remove_unused,
+    replace_node,
+    single,
+)
+from hecompile.graph.matching import AttentionParts, attentions
 
 Variant = Literal["power", "gaussian_kernel", "chebyshev"]
 Form = Literal["stable", "lipschitz", "length_agnostic"]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from hecompile.errors import InputError
-from hecompile.ir import DOMAIN, ORIGIN, module_path, nodes_of_type, replace_node
+from hecompile.graph.ir import DOMAIN, ORIGIN, module_path, nodes_of_type, replace_node
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from hecompile.approximation_ranges import check_domain, write_range
 from hecompile.errors import InputError
-from hecompile.interpreter import Interpreter, graph_inputs
-from hecompile.ir import DOMAIN, GRADIENT_RANGE, RANGE, nodes_of_type
+from hecompile.graph.interpreter import Interpreter, graph_inputs
+from hecompile.graph.ir import DOMAIN, GRADIENT_RANGE, RANGE, nodes_of_type
 from hecompile.range_watch import RangeWatch
 
 

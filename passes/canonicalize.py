@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript.rewriter import pattern
 
-from hecompile.ir import DOMAIN, ORIGIN, constant_of, module_path, source_of
+from hecompile.graph.ir import DOMAIN, ORIGIN, constant_of, module_path, source_of
 
 MatchResult = pattern.MatchResult
 

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from hecompile.ckks.parameters import MAX_SCALE_BITS, MIN_SCALE_BITS
 from hecompile.depth import demand, levels
 from hecompile.errors import InputError
-from hecompile.ir import LEVEL
+from hecompile.graph.ir import LEVEL
 
 METADATA = "hecompile.depth"
 

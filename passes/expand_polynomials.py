@@ -8,7 +8,7 @@ The sequence length is fixed, positions are 0 … S - 1: cos and sin are constan
 ones [S, S]. The embedding is cut off: the client looks tokens up. Constants are folded so that they cost no level: gains and
 scales into the next Linear, the factors of the scores into the rotary tables, others onto the shallower operand of a product
 (`hecompile.graph_values`). The function is that of the approximated graph on sequences of S tokens, up to the rounding of
-float32. LoRA matrices that are graph inputs stay inputs; `hecompile.merging.merge_lora` merges an adapter before.
+float32. LoRA matrices that are graph inputs stay inputs; `hecompile.graph.merging.merge_lora` merges an adapter before.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import torch
 
 from hecompile import expansions
 from hecompile.errors import InputError, LegalityError
+from hecompile.graph.ir import ATTENTION_OPERATORS, DOMAIN, attributes_of, constant_of, module_path, remove_unused
+from hecompile.graph.operators import OPERATORS, Context
 from hecompile.graph_values import GraphBuilder, GraphValue, concatenated
-from hecompile.ir import ATTENTION_OPERATORS, DOMAIN, attributes_of, constant_of, module_path, remove_unused
-from hecompile.operators import OPERATORS, Context
 
 EMBEDDINGS = "inputs_embeds"
 

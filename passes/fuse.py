@@ -20,8 +20,17 @@ from typing import Any
 
 import onnx_ir as ir
 
-from hecompile.ir import DOMAIN, ORIGIN, PLACEMENT, attribute, module_path, nodes_of_type, remove_unused, replace_node
-from hecompile.matching import either_order, producer_of, softmax_attentions
+from hecompile.graph.ir import (
+    DOMAIN,
+    ORIGIN,
+    PLACEMENT,
+    attribute,
+    module_path,
+    nodes_of_type,
+    remove_unused,
+    replace_node,
+)
+from hecompile.graph.matching import either_order, producer_of, softmax_attentions
 
 
 @dataclass(frozen=True)

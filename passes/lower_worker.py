@@ -20,8 +20,8 @@ import numpy as np
 import onnx_ir as ir
 
 from hecompile.errors import LegalityError
+from hecompile.graph.ir import DOMAIN, ORIGIN, add_initializer, nodes_of_type, replace_node
 from hecompile.integers import WEIGHT_DTYPES, balanced_bytes
-from hecompile.ir import DOMAIN, ORIGIN, add_initializer, nodes_of_type, replace_node
 
 ENCRYPTED_LINEAR = "EncryptedLinear"
 MAX_LIMBS = 4

@@ -20,8 +20,8 @@ import onnx_ir as ir
 
 from hecompile.costs import CostModel
 from hecompile.errors import InputError
-from hecompile.ir import PLACEMENT, SECRECY
-from hecompile.secrecy import WORKER_OPERATORS, check_placement
+from hecompile.graph.ir import PLACEMENT, SECRECY
+from hecompile.graph.secrecy import WORKER_OPERATORS, check_placement
 
 Policy = Literal["offload", "cheapest"]
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from hecompile.depth import cost_of, elements, levels
 from hecompile.errors import InputError
-from hecompile.ir import DOMAIN, ORIGIN, module_path
+from hecompile.graph.ir import DOMAIN, ORIGIN, module_path
 from hecompile.refresh_placement import Vertex, cheapest_refreshes
 
 METADATA = "hecompile.refreshes"

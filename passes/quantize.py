@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from hecompile.errors import InputError
-from hecompile.ir import DOMAIN, ORIGIN, add_initializer, constant_of, module_path, nodes_of_type, replace_node
+from hecompile.graph.ir import DOMAIN, ORIGIN, add_initializer, constant_of, module_path, nodes_of_type, replace_node
 
 WEIGHT_BITS = (8, 9, 10, 11, 12)
 """Up to 8 bits are one byte a weight on the worker; up to 12 are two, and the worker has up to twice the work."""

@@ -35,11 +35,11 @@ import torch
 
 from hecompile.costs import CostModel
 from hecompile.errors import HecompileError, InputError, LegalityError
+from hecompile.graph.ir import GRADIENT_RANGE, PLACEMENT, RANGE, constant_of, module_path, nodes_of_type
 from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
 from hecompile.he.security import AMPLE_BITS
 from hecompile.he.verification import can_be_verified
 from hecompile.he.weight_norms import WeightNorms, measure_norms
-from hecompile.ir import GRADIENT_RANGE, PLACEMENT, RANGE, constant_of, module_path, nodes_of_type
 from hecompile.plan import DIRECTIONS, effective_bits
 
 RING_DIM, RANK, PACKED = "hecompile.ring_dim", "hecompile.rank", "hecompile.packed"

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from hecompile.ir import ORIGIN, attribute, constant_of, module_path, replace_node, source_of
+from hecompile.graph.ir import ORIGIN, attribute, constant_of, module_path, replace_node, source_of
 
 _INT64_MAX = np.iinfo(np.int64).max
 

@@ -19,9 +19,7 @@ import torch
 from onnx_ir.passes import common
 
 from hecompile.errors import LegalityError, SecurityError
-from hecompile.he.parameters import LinearParameters
-from hecompile.he.weight_norms import measure_norms
-from hecompile.ir import (
+from hecompile.graph.ir import (
     DOMAIN,
     ORIGIN,
     PLACEMENT,
@@ -32,8 +30,10 @@ from hecompile.ir import (
     nodes_of_type,
     replace_node,
 )
+from hecompile.graph.secrecy import check_placement
+from hecompile.he.parameters import LinearParameters
+from hecompile.he.weight_norms import measure_norms
 from hecompile.plan import DIRECTIONS, RemoteCircuit, SplitPlan
-from hecompile.secrecy import check_placement
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,16 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from hecompile.errors import LegalityError
-from hecompile.ir import DOMAIN, ORIGIN, PLACEMENT, SECRECY, add_initializer, constant_of, module_path, nodes_of_type
+from hecompile.graph.ir import (
+    DOMAIN,
+    ORIGIN,
+    PLACEMENT,
+    SECRECY,
+    add_initializer,
+    constant_of,
+    module_path,
+    nodes_of_type,
+)
 
 
 @dataclass(frozen=True)

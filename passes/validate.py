@@ -13,11 +13,11 @@ import onnx_ir as ir
 import torch
 
 from hecompile.errors import LegalityError, SecurityError
+from hecompile.graph.ir import PLACEMENT, attributes_of, nodes_of_type
+from hecompile.graph.legality import CLIENT_PLAN, check_stage
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.security import MINIMUM_BITS
 from hecompile.he.weight_norms import measure_norms
-from hecompile.ir import PLACEMENT, attributes_of, nodes_of_type
-from hecompile.legality import CLIENT_PLAN, check_stage
 from hecompile.plan import DIRECTIONS, RemoteCircuit, SplitPlan, effective_bits
 
 _ACCUMULATOR_LIMIT = 2**31

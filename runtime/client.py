@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
-from hecompile.attention_cache import AttentionCache
 from hecompile.bundles.client import ClientBundle
 from hecompile.errors import HecompileError, InputError, LegalityError
-from hecompile.interpreter import Interpreter, Observer, packed_graph_inputs
-from hecompile.ir import DOMAIN, constant_of
-from hecompile.legality import FUSED_CLIENT_PLAN, check_stage
+from hecompile.graph.attention_cache import AttentionCache
+from hecompile.graph.interpreter import Interpreter, Observer, packed_graph_inputs
+from hecompile.graph.ir import DOMAIN, constant_of
+from hecompile.graph.legality import FUSED_CLIENT_PLAN, check_stage
+from hecompile.graph.operators import Context
 from hecompile.mapped import release
-from hecompile.operators import Context
 from hecompile.passes.fuse import Fuse
 from hecompile.range_watch import DomainWatch, Outside
 from hecompile.runtime.adapter import head_digest

@@ -2,7 +2,7 @@
 
 As soon as an answer ends, the next prompt takes its place, so that requests to the worker stay as wide as the plan allows.
 A step sends one row per live answer (and a new prompt's rows once); keys and values of what went before are kept on the
-client (`hecompile.attention_cache`).
+client (`hecompile.graph.attention_cache`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Literal, Protocol, cast
 import torch
 from torch import Tensor
 
-from hecompile.attention_cache import AttentionCache
 from hecompile.errors import InputError
+from hecompile.graph.attention_cache import AttentionCache
 from hecompile.runtime.adapter import AdapterModel
 from hecompile.runtime.client import EncryptedCausalLM
 from hecompile.runtime.data import IGNORED, PadToBucket

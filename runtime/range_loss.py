@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
 from hecompile.approximation_ranges import ACTIVATIONS, NORMS
-from hecompile.attention_cache import causal_mask
-from hecompile.ir import ATTENTION_OPERATORS, attributes_of
-from hecompile.polynomial_operators import attention_scores, gaussian_exponents, power_weights
+from hecompile.graph.attention_cache import causal_mask
+from hecompile.graph.ir import ATTENTION_OPERATORS, attributes_of
+from hecompile.graph.polynomial_operators import attention_scores, gaussian_exponents, power_weights
 from hecompile.runtime.conversion.ranges import beyond, outside
 
 INNER = 0.9
@@ -62,7 +62,7 @@ class RangeTerms:
         return alpha * self.range_term + beta * self.variance_term
 
     def observe(self, value: ir.Value, result: Tensor) -> None:
-        """An observer of `hecompile.interpreter.Interpreter.run`."""
+        """An observer of `hecompile.graph.interpreter.Interpreter.run`."""
         if value in self._watch.needed:
             self._values[value] = result
         node = self._watch.nodes.get(value)

@@ -26,10 +26,10 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from hecompile.bundles.kinds import CLIENT_FORMAT, MANIFEST, BundleKind, mistaken
 from hecompile.errors import HecompileError, InputError
 from hecompile.files import file_sha256
+from hecompile.graph.ir import print_model
 from hecompile.he.parameters import LinearParameters, RingParameters, RingParametersLiteral
 from hecompile.he.sampling import PublicSeed
 from hecompile.he.security import AMPLE_BITS, MINIMUM_BITS
-from hecompile.ir import print_model
 
 LOGGER = logging.getLogger(__name__)
 

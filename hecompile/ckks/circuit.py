@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from hecompile.ckks.evaluator import CkksTensor, Evaluator, summed
 from hecompile.errors import InputError, LegalityError
-from hecompile.ir import DOMAIN, attributes_of, constant_of
-from hecompile.legality import REFRESHED, check_stage
+from hecompile.graph.ir import DOMAIN, attributes_of, constant_of
+from hecompile.graph.legality import REFRESHED, check_stage
 
 Constant = NDArray[Any]
 Value = CkksTensor | Constant

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 
 from hecompile.errors import InputError
-from hecompile.ir import NAME_SCOPES
+from hecompile.graph.ir import NAME_SCOPES
 
 SUPPORTED_MODEL_TYPES = ("llama",)
 OPSET = 23

@@ -11,8 +11,8 @@ from hecompile.compiler.frontend import Checkpoint, export_onnx
 from hecompile.compiler.pipeline import Step, approximate_steps, raise_steps, run_steps
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import LegalityError
-from hecompile.interpreter import Interpreter, graph_inputs
-from hecompile.ir import constant_of, module_path
+from hecompile.graph.interpreter import Interpreter, graph_inputs
+from hecompile.graph.ir import constant_of, module_path
 from hecompile.passes.calibrate import Calibrate
 from hecompile.runtime.conversion.ranges import RangeObserver
 from hecompile.runtime.conversion.recipe import ConversionRecipe

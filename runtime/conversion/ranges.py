@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from hecompile.approximation_ranges import ACTIVATIONS, NORMS, Interval
-from hecompile.interpreter import causal_attention_bias
-from hecompile.ir import attribute, nodes_of_type
-from hecompile.matching import attentions
-from hecompile.polynomial_operators import attention_scores, gaussian_exponents, power_weights
+from hecompile.graph.interpreter import causal_attention_bias
+from hecompile.graph.ir import attribute, nodes_of_type
+from hecompile.graph.matching import attentions
+from hecompile.graph.polynomial_operators import attention_scores, gaussian_exponents, power_weights
 from hecompile.runtime.conversion.recipe import ConversionRecipe
 
 
@@ -66,7 +66,7 @@ class RangeObserver:
         self.measured = Measured(torch.zeros(()), torch.zeros(()))
 
     def observe(self, value: ir.Value, result: Tensor) -> None:
-        """An observer of `hecompile.interpreter.Interpreter.run`, for rows without padding."""
+        """An observer of `hecompile.graph.interpreter.Interpreter.run`, for rows without padding."""
         if value in self._needed:
             self._values[value] = result
         if value in self._attentions:

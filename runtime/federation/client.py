@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hecompile.errors import FederationError, HecompileError, PrivacyError
-from hecompile.he import aggregation
+from hecompile.he.aggregation import scheme as aggregation
 from hecompile.he.sampling import SecretRandom
 from hecompile.runtime.federation import shamir
 from hecompile.runtime.federation.channels import Channels, Identity, Roster

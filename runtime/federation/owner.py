@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hecompile.errors import InputError
-from hecompile.he.aggregation import CLIENT_LIMIT
+from hecompile.he.aggregation.scheme import CLIENT_LIMIT
 from hecompile.runtime.adapter import AdapterModel, save_adapter
 from hecompile.runtime.data import Examples, eos_and_pad, load_examples
 from hecompile.runtime.evaluation import Evaluation, evaluate

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hecompile.errors import FederationError
-from hecompile.he.aggregation import EncryptedSum, EncryptedVector
+from hecompile.he.aggregation.scheme import EncryptedSum, EncryptedVector
 from hecompile.runtime.federation import shamir
 from hecompile.runtime.federation.channels import Roster
 from hecompile.runtime.federation.layout import Layout, mask_digest

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hecompile.errors import FederationError
-from hecompile.he.aggregation import AggregationParameters
+from hecompile.he.aggregation.scheme import AggregationParameters
 from hecompile.he.sampling import PublicSeed
 from hecompile.runtime.federation.channels import Roster, check_advert
 from hecompile.runtime.federation.messages import Advert

@@ -25,8 +25,8 @@ from hecompile.compiler.ckks import CIRCUIT, PLAN, TABLE, CkksOptions, export_po
 from hecompile.compiler.frontend import load_checkpoint
 from hecompile.compiler.polynomial_options import CONFIG_KEY
 from hecompile.errors import HecompileError, InputError, LegalityError, WorkerError, WorkerUnavailableError
-from hecompile.interpreter import Interpreter
-from hecompile.ir import ORIGIN
+from hecompile.graph.interpreter import Interpreter
+from hecompile.graph.ir import ORIGIN
 from hecompile.passes.expand_polynomials import EMBEDDINGS, ExpandPolynomials
 from hecompile.passes.place_refreshes import PlaceRefreshes
 from hecompile.runtime.ckks.answers import complete

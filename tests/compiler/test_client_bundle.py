@@ -18,9 +18,9 @@ from hecompile.bundles.client import ClientBundle, PlanRecord
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.errors import InputError, SecurityError, WorkerError
+from hecompile.graph.interpreter import Interpreter
+from hecompile.graph.ir import print_model
 from hecompile.he.parameters import RingParameters
-from hecompile.interpreter import Interpreter
-from hecompile.ir import print_model
 from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
 from hecompile.runtime.products import CleartextProducts, EncryptedProducts
 from hecompile.runtime.transports import InProcessTransport

@@ -11,7 +11,7 @@ import torch
 
 from hecompile import models
 from hecompile.compiler.frontend import export_onnx, load_checkpoint
-from hecompile.interpreter import graph_inputs
+from hecompile.graph.interpreter import graph_inputs
 
 MODEL = Path(models.__file__).parent / "tiny-llama"
 

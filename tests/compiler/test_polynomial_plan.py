@@ -24,11 +24,11 @@ from hecompile.compiler.pipeline import Step, approximate_steps, raise_steps, ru
 from hecompile.compiler.polynomial_options import CONFIG_KEY, PolynomialOptions
 from hecompile.depth import levels
 from hecompile.errors import InputError, LegalityError
-from hecompile.interpreter import Interpreter, graph_inputs
-from hecompile.ir import ATTENTION_OPERATORS, nodes_of_type
-from hecompile.legality import ADAPTED, CANONICAL, POLYNOMIAL, REFRESHED
-from hecompile.merging import merge_lora
-from hecompile.operators import Context
+from hecompile.graph.interpreter import Interpreter, graph_inputs
+from hecompile.graph.ir import ATTENTION_OPERATORS, nodes_of_type
+from hecompile.graph.legality import ADAPTED, CANONICAL, POLYNOMIAL, REFRESHED
+from hecompile.graph.merging import merge_lora
+from hecompile.graph.operators import Context
 from hecompile.passes.approximate_rmsnorm import ApproximateRMSNorm
 from hecompile.passes.approximate_silu import ApproximateSiLU
 from hecompile.passes.approximate_softmax import ApproximateSoftmax

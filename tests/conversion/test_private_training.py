@@ -15,7 +15,7 @@ from hecompile.compiler.ckks import CkksOptions, lower_polynomial, merged_checkp
 from hecompile.compiler.frontend import load_checkpoint
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.errors import InputError, LegalityError, NotFiniteError
-from hecompile.ir import attributes_of, module_path
+from hecompile.graph.ir import attributes_of, module_path
 from hecompile.models import REDUCED_POLYNOMIAL
 from hecompile.runtime.adapter import load_adapter
 from hecompile.runtime.data import PadToBucket, eos_and_pad, load_examples

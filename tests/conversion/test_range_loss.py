@@ -12,10 +12,10 @@ import torch
 from hecompile.compiler.frontend import export_onnx, load_checkpoint
 from hecompile.compiler.pipeline import approximate_steps, raise_steps, run_steps
 from hecompile.compiler.polynomial_options import PolynomialOptions
-from hecompile.interpreter import Interpreter, packed_graph_inputs
-from hecompile.ir import nodes_of_type
+from hecompile.graph.interpreter import Interpreter, packed_graph_inputs
+from hecompile.graph.ir import nodes_of_type
+from hecompile.graph.operators import Context
 from hecompile.models import REDUCED_LLAMA
-from hecompile.operators import Context
 from hecompile.passes.approximate_softmax import ApproximateSoftmax
 from hecompile.passes.calibrate import Calibrate
 from hecompile.passes.fuse import Fuse

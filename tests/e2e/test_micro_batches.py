@@ -18,7 +18,7 @@ from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.cli.demo_run import RECIPE
 from hecompile.errors import WorkerError
-from hecompile.ir import nodes_of_type
+from hecompile.graph.ir import nodes_of_type
 from hecompile.runtime.client import EncryptedCausalLM
 from hecompile.runtime.comparison import step_split
 from hecompile.runtime.metrics import METRICS_FILE, read_metrics

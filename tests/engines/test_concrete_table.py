@@ -10,11 +10,11 @@ from hecompile.approximation.silu_table import ActivationTable, silu_table
 from hecompile.compiler.pipeline import approximate_steps, raise_steps, run_steps
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import InputError, WorkerError
-from hecompile.interpreter import Interpreter, graph_inputs
-from hecompile.ir import attributes_of, nodes_of_type
+from hecompile.graph.interpreter import Interpreter, graph_inputs
+from hecompile.graph.ir import attributes_of, nodes_of_type
+from hecompile.graph.quantized_operators import table_indices, table_values
 from hecompile.passes.calibrate import Calibrate
 from hecompile.passes.quantize_activation import QuantizeActivation
-from hecompile.quantized_operators import table_indices, table_values
 from hecompile.runtime.engines.concrete_table import EncryptedTable
 from tests.compiler.tiny import exported, samples
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from hecompile.compiler.pipeline import PASSES, Step, run_steps
 from hecompile.errors import HecompileError
-from hecompile.interpreter import Interpreter
-from hecompile.ir import ORIGIN, PLACEMENT, print_model
-from hecompile.legality import QUANTIZED, Stage, check_stage
-from hecompile.operators import Context, RemoteProduct
+from hecompile.graph.interpreter import Interpreter
+from hecompile.graph.ir import ORIGIN, PLACEMENT, print_model
+from hecompile.graph.legality import QUANTIZED, Stage, check_stage
+from hecompile.graph.operators import Context, RemoteProduct
 from hecompile.plan import SplitPlan
 from tests.compiler.tiny import coarse
 

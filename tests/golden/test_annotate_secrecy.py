@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hecompile.errors import LegalityError
-from hecompile.ir import print_model
+from hecompile.graph.ir import print_model
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, integers, parse, refused, run_pass
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from hecompile.approximation_ranges import Interval, check_domain, write_range
 from hecompile.errors import InputError, LegalityError
-from hecompile.ir import attributes_of
-from hecompile.legality import CANONICAL
+from hecompile.graph.ir import attributes_of
+from hecompile.graph.legality import CANONICAL
 from hecompile.passes.approximate_rmsnorm import ApproximateRMSNorm
 from hecompile.passes.approximate_silu import ApproximateSiLU
 from tests.conftest import Golden

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from hecompile.approximation_ranges import AttentionRange, attention_range_of, check_domain, write_range
 from hecompile.errors import InputError, LegalityError
-from hecompile.interpreter import Interpreter, causal_attention_bias
-from hecompile.ir import attributes_of, print_model
-from hecompile.legality import CANONICAL
-from hecompile.matching import attentions
-from hecompile.operators import Context
+from hecompile.graph.interpreter import Interpreter, causal_attention_bias
+from hecompile.graph.ir import attributes_of, print_model
+from hecompile.graph.legality import CANONICAL
+from hecompile.graph.matching import attentions
+from hecompile.graph.operators import Context
 from hecompile.passes.approximate_softmax import ApproximateSoftmax
 from tests.conftest import Golden
 from tests.golden.graphs import gaussian, parse, refused, run_pass

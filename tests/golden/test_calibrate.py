@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hecompile.errors import InputError
-from hecompile.ir import GRADIENT_RANGE, RANGE, print_model
-from hecompile.legality import ADAPTED
+from hecompile.graph.ir import GRADIENT_RANGE, RANGE, print_model
+from hecompile.graph.legality import ADAPTED
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, parse, refused, run_pass
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from hecompile.errors import LegalityError
-from hecompile.interpreter import Interpreter, graph_inputs
-from hecompile.ir import print_model
-from hecompile.legality import CANONICAL, EXPORTED
+from hecompile.graph.interpreter import Interpreter, graph_inputs
+from hecompile.graph.ir import print_model
+from hecompile.graph.legality import CANONICAL, EXPORTED
 from tests.compiler.tiny import coarse, exported, tiny_llama
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, gaussian, integers, parse, refused, run_pass

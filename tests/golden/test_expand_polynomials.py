@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from hecompile.errors import LegalityError
-from hecompile.interpreter import Interpreter, causal_attention_bias, graph_inputs
-from hecompile.ir import print_model
-from hecompile.legality import POLYNOMIAL
+from hecompile.graph.interpreter import Interpreter, causal_attention_bias, graph_inputs
+from hecompile.graph.ir import print_model
+from hecompile.graph.legality import POLYNOMIAL
 from hecompile.passes.approximate_rmsnorm import ApproximateRMSNorm
 from hecompile.passes.approximate_silu import ApproximateSiLU
 from hecompile.passes.approximate_softmax import ApproximateSoftmax

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hecompile.compiler.linear import lower
+from hecompile.graph.interpreter import Interpreter, graph_inputs
+from hecompile.graph.operators import Context
 from hecompile.he.parameters import LinearParameters
-from hecompile.interpreter import Interpreter, graph_inputs
-from hecompile.operators import Context
 from hecompile.plan import effective_bits
 from tests.compiler.tiny import OPTIONS, exported, samples, tiny_llama
 from tests.conftest import Golden

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from hecompile.errors import InputError
-from hecompile.interpreter import Interpreter, causal_attention_bias
-from hecompile.ir import print_model
-from hecompile.legality import FUSED_CLIENT_PLAN
-from hecompile.operators import Context
+from hecompile.graph.interpreter import Interpreter, causal_attention_bias
+from hecompile.graph.ir import print_model
+from hecompile.graph.legality import FUSED_CLIENT_PLAN
+from hecompile.graph.operators import Context
 from tests.conftest import Golden
 from tests.golden.graphs import gaussian, parse, run_pass
 

@@ -11,10 +11,10 @@ import torch
 
 from hecompile.costs import CostModel
 from hecompile.errors import InputError, LegalityError, SecurityError
-from hecompile.ir import PLACEMENT, print_model
+from hecompile.graph.ir import PLACEMENT, print_model
+from hecompile.graph.secrecy import check_placement
 from hecompile.passes.place import Place
 from hecompile.passes.split import Split
-from hecompile.secrecy import check_placement
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, integers, parse, placements, prepared, refused, run_pass
 

@@ -9,7 +9,7 @@ import torch
 
 from hecompile.compiler.pipeline import PASSES
 from hecompile.errors import InputError
-from hecompile.ir import print_model
+from hecompile.graph.ir import print_model
 from hecompile.passes.quantize import quantize_weight
 from tests.compiler.tiny import coarse
 from tests.conftest import Golden

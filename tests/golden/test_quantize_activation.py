@@ -19,12 +19,12 @@ from hecompile.approximation_ranges import Interval, check_domain, write_range
 from hecompile.compiler.linear import lower
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import InputError, LegalityError
-from hecompile.interpreter import Interpreter, graph_inputs
-from hecompile.ir import attributes_of, nodes_of_type, print_model
-from hecompile.legality import CANONICAL, POLYNOMIAL, check_stage
-from hecompile.operators import Context
+from hecompile.graph.interpreter import Interpreter, graph_inputs
+from hecompile.graph.ir import attributes_of, nodes_of_type, print_model
+from hecompile.graph.legality import CANONICAL, POLYNOMIAL, check_stage
+from hecompile.graph.operators import Context
+from hecompile.graph.quantized_operators import table_indices, table_values
 from hecompile.passes.quantize_activation import QuantizeActivation
-from hecompile.quantized_operators import table_indices, table_values
 from tests.compiler.tiny import OPTIONS, coarse, exported, samples, tiny_llama
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, parse, product_of, refused, run_pass

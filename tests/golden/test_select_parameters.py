@@ -11,9 +11,9 @@ import torch
 
 from hecompile.costs import CostModel
 from hecompile.errors import InputError, LegalityError
+from hecompile.graph.ir import GRADIENT_RANGE, PLACEMENT, RANGE, attributes_of, print_model
 from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
 from hecompile.he.weight_norms import measure_norms
-from hecompile.ir import GRADIENT_RANGE, PLACEMENT, RANGE, attributes_of, print_model
 from hecompile.passes.select_parameters import choose_ring, selected_ring
 from hecompile.plan import effective_bits
 from tests.conftest import Golden

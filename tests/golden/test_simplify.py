@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from hecompile.errors import LegalityError
-from hecompile.interpreter import Interpreter, graph_inputs
-from hecompile.ir import print_model
-from hecompile.legality import EXPORTED
+from hecompile.graph.interpreter import Interpreter, graph_inputs
+from hecompile.graph.ir import print_model
+from hecompile.graph.legality import EXPORTED
 from tests.compiler.tiny import exported
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, gaussian, parse, refused, run_pass

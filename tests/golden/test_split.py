@@ -8,8 +8,8 @@ import torch
 
 from hecompile.compiler.pipeline import PASSES
 from hecompile.errors import LegalityError, SecurityError
-from hecompile.ir import PLACEMENT, SECRECY, print_model
-from hecompile.operators import Context
+from hecompile.graph.ir import PLACEMENT, SECRECY, print_model
+from hecompile.graph.operators import Context
 from hecompile.plan import SplitPlan
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, integers, parse, prepared, product_of, run_pass, text_of

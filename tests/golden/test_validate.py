@@ -12,6 +12,7 @@ import torch
 
 from hecompile.compiler.pipeline import PASSES
 from hecompile.errors import HecompileError, LegalityError, SecurityError
+from hecompile.graph.ir import PLACEMENT, SECRECY, add_initializer
 from hecompile.he.parameters import (
     CATALOGUE,
     LinearParameters,
@@ -19,7 +20,6 @@ from hecompile.he.parameters import (
     measure_norms,
     test_insecure_parameters,
 )
-from hecompile.ir import PLACEMENT, SECRECY, add_initializer
 from hecompile.plan import RemoteCircuit, SplitPlan
 from tests.golden.graphs import text_of
 from tests.golden.test_split import UP, selected, split

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hecompile.errors import FederationError, InputError, SecurityError
-from hecompile.he import aggregation
-from hecompile.he.aggregation import (
+from hecompile.he.aggregation import scheme as aggregation
+from hecompile.he.aggregation.masks import masks
+from hecompile.he.aggregation.scheme import (
     SMALL_BOUND,
     AggregationKey,
     AggregationParameters,
@@ -22,7 +23,6 @@ from hecompile.he.aggregation import (
     encrypt,
     keygen,
 )
-from hecompile.he.aggregation_kernels import masks
 from hecompile.he.kernels import transform_secrets
 from hecompile.he.parameters import RingParameters, test_insecure_parameters
 from hecompile.he.ring import trinomial

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from hecompile.costs import CostModel
 from hecompile.errors import HecompileError
+from hecompile.graph.interpreter import Interpreter
+from hecompile.graph.ir import DOMAIN, ORIGIN, add_initializer, attributes_of
 from hecompile.he.parameters import CATALOGUE, LinearParameters
 from hecompile.he.weight_norms import measure_norms
-from hecompile.interpreter import Interpreter
-from hecompile.ir import DOMAIN, ORIGIN, add_initializer, attributes_of
 from hecompile.passes.select_parameters import choose_ring
 from hecompile.plan import effective_bits
 from tests.golden.graphs import placements, prepared, run_pass

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hecompile.interpreter import _as_tensor
+from hecompile.graph.interpreter import _as_tensor
 from hecompile.mapped import release
 from hecompile.runtime import head
 from hecompile.runtime.head import linear_cross_entropy, scored_positions, scored_targets

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from hecompile.errors import InputError, LegalityError
-from hecompile.ir import add_initializer, attribute, constant_of, module_path, nodes_of_type, remove_unused
+from hecompile.graph.ir import add_initializer, attribute, constant_of, module_path, nodes_of_type, remove_unused
 
 
 def merge_lora(model: ir.Model, adapter: Mapping[str, np.ndarray]) -> ir.Model:

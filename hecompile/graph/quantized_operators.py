@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hecompile.ir import DOMAIN
-from hecompile.operators import Attributes, Context, operator
+from hecompile.graph.ir import DOMAIN
+from hecompile.graph.operators import Attributes, Context, operator
 
 
 def table_indices(x: Tensor, attributes: Attributes) -> Tensor:

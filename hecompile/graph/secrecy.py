@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from hecompile.errors import SecurityError
-from hecompile.ir import DOMAIN, PLACEMENT, SECRECY, module_path
+from hecompile.graph.ir import DOMAIN, PLACEMENT, SECRECY, module_path
 
 WORKER_OPERATORS = frozenset({(DOMAIN, "QuantizedLinear")})
 """What the worker can evaluate on ciphertexts: products by public integer matrices, nothing else."""

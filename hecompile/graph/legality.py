@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from hecompile.errors import LegalityError
-from hecompile.ir import DOMAIN, module_path
+from hecompile.graph.ir import DOMAIN, module_path
 
 _SHAPE_OPERATORS = frozenset({"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Concat", "Split", "Slice", "Constant"})
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Neg", "Cos", "Sin", "Cast"})

@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hecompile.errors import FederationError, InputError, SecurityError
-from hecompile.he.aggregation_kernels import masks
+from hecompile.he.aggregation.masks import masks
 from hecompile.he.kernels import transform_secrets
 from hecompile.he.parameters import CATALOGUE, LOG_Q, RingParameters
 from hecompile.he.ring import rounding_error_bound

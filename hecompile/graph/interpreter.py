@@ -12,10 +12,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from hecompile import polynomial_operators, quantized_operators  # noqa: F401  they register their operators
 from hecompile.errors import InputError, LegalityError
-from hecompile.ir import ATTENTION_OPERATORS, attributes_of, constant_of
-from hecompile.operators import OPERATORS, Context, Operator
+from hecompile.graph import polynomial_operators, quantized_operators  # noqa: F401  they register their operators
+from hecompile.graph.ir import ATTENTION_OPERATORS, attributes_of, constant_of
+from hecompile.graph.operators import OPERATORS, Context, Operator
 
 Observer = Callable[[ir.Value, Tensor], None]
 

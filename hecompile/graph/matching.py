@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from hecompile.ir import ATTENTION_OPERATORS, DOMAIN, attribute, constant_of, nodes_of_type
+from hecompile.graph.ir import ATTENTION_OPERATORS, DOMAIN, attribute, constant_of, nodes_of_type
 
 _TRANSPOSED = (0, 1, 3, 2)
 """The permutation that turns k [B, heads, S, D] into kᵀ."""

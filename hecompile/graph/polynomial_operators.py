@@ -32,9 +32,9 @@ from torch import Tensor
 from hecompile.approximation import exponential, goldschmidt, silu
 from hecompile.approximation.arithmetic import power, squared
 from hecompile.approximation.inverse_sqrt import inverse_sqrt
-from hecompile.attention_cache import causal_mask
-from hecompile.ir import DOMAIN
-from hecompile.operators import Attributes, Context, attend_packed, operator
+from hecompile.graph.attention_cache import causal_mask
+from hecompile.graph.ir import DOMAIN
+from hecompile.graph.operators import Attributes, Context, attend_packed, operator
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(q, k, v, mask) → result [B, heads, S, D]; the mask [.., S, S] holds factors between 0 and 1."""

@@ -1,8 +1,8 @@
 """What every pass shares: the custom operator domain, metadata keys, small graph helpers and the text form of a model.
 
 The container is `onnx_ir`; nothing here wraps it. The custom domain `hecompile` holds the operators that have no
-standard ONNX counterpart (`Linear` with a frozen weight, `RemoteLinear`, ...); `hecompile/operators.py` is the table of
-what each of them computes.
+standard ONNX counterpart (`Linear` with a frozen weight, `RemoteLinear`, ...); `hecompile/graph/operators.py` is the
+table of what each of them computes.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ defined here:
 * `GatedLora(x, A, B, gate, up; scaling, dropout)`: Lora(x, A, B) for x = SwiGLU(gate, up), of which it does not keep x.
 * `Refresh(x)`: x; on ciphertexts, where the noise budget is renewed.
 
-Those that stand for attention, normalisation and activation by polynomials are in `hecompile.polynomial_operators`, those on
-integers of few bits in `hecompile.quantized_operators`.
+Those that stand for attention, normalisation and activation by polynomials are in
+`hecompile.graph.polynomial_operators`, those on integers of few bits in `hecompile.graph.quantized_operators`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hecompile.attention_cache import AttentionCache, causal_mask
-from hecompile.ir import DOMAIN
+from hecompile.graph.attention_cache import AttentionCache, causal_mask
+from hecompile.graph.ir import DOMAIN
 
 Attributes = Mapping[str, Any]
 OperatorKey = tuple[str, str]
