@@ -13,7 +13,7 @@ from benchmarks.client_path import PATHS, REFERENCE, TRAINED, ClientPath
 from benchmarks.linears import Linear, public_matrix, random_linear, random_rows, relative_error, stored_hint
 from benchmarks.report import section_main, table
 from benchmarks.timing import Samples, paired, thread_counts, threads
-from hecompile.he.kernels import transform_secrets
+from hecompile.he.kernels.transform import transform_secrets
 from hecompile.he.parameters import CATALOGUE, RingParameters
 from hecompile.he.sampling import SecretRandom
 from hecompile.he.scheme import blocks, evaluate, keygen

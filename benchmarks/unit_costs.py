@@ -20,11 +20,11 @@ from benchmarks.report import section_main
 from hecompile.costs import CostModel, hint_bytes
 from hecompile.he.fused import decrypt_reals, encrypt_reals
 from hecompile.he.hints import Hint
-from hecompile.he.kernels import interleave, transform
+from hecompile.he.kernels.transform import interleave, transform
+from hecompile.he.kernels.vectors import LANES
 from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.sampling import PublicSeed
-from hecompile.he.vectors import LANES
 
 FEATURES = 1024
 POINTS = (

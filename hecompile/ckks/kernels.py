@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from hecompile.ckks.transform import backward, forward, inlined
-from hecompile.jit import compiled
+from hecompile.he.kernels.jit import compiled
 
 _LAZY = 8  # products below 2^60 are summed so often before a reduction
 

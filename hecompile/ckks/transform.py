@@ -15,7 +15,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from hecompile.jit import compiled
+from hecompile.he.kernels.jit import compiled
 
 inlined = numba.njit(nogil=True, inline="always", boundscheck=False, error_model="numpy")
 

@@ -9,7 +9,7 @@ import llvmlite.binding
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from hecompile.he.vectors import intrinsic
+from hecompile.he.kernels.vectors import intrinsic
 
 LANES = 64
 

@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba.core import types
 
 from hecompile.he.bytewise import LANES
-from hecompile.he.vectors import intrinsic
+from hecompile.he.kernels.vectors import intrinsic
 
 _I64 = ir.IntType(64)
 _BYTES = ir.VectorType(ir.IntType(8), LANES)

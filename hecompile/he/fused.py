@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.errors import InputError, NotFiniteError, SecurityError
-from hecompile.he import tiles
 from hecompile.he.hints import Hint
-from hecompile.he.kernels import roots
-from hecompile.he.lines import SUM_LANES
-from hecompile.he.norms import row_scales
+from hecompile.he.kernels import tiles
+from hecompile.he.kernels.lines import SUM_LANES
+from hecompile.he.kernels.norms import row_scales
+from hecompile.he.kernels.scratch import result_of, scratch
+from hecompile.he.kernels.threads import for_each, slices
+from hecompile.he.kernels.transform import roots
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.sampling import SecretRandom
 from hecompile.he.scheme import Ciphertext, DecryptionKey, blocks, keygen
-from hecompile.he.scratch import result_of, scratch
-from hecompile.he.threads import for_each, slices
 from hecompile.he.verification import GROUP, Checks, Expectation, Received
 
 _TOKENS = 2048

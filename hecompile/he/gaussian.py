@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from hecompile.errors import SecurityError
 from hecompile.he import bytewise, comparisons
-from hecompile.he.scratch import scratch
-from hecompile.he.vectors import address
-from hecompile.jit import compiled
+from hecompile.he.kernels.jit import compiled
+from hecompile.he.kernels.scratch import scratch
+from hecompile.he.kernels.vectors import address
 
 SIGMA = 3.2
 """Standard deviation of the error."""

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.errors import InputError
-from hecompile.he.kernels import deinterleave, interleave, transform
+from hecompile.he.kernels.transform import deinterleave, interleave, transform
+from hecompile.he.kernels.vectors import LANES
 from hecompile.he.parameters import RingParameters
 from hecompile.he.ring import folded_fft
-from hecompile.he.vectors import LANES
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 Precision = type[np.floating]

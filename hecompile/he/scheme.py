@@ -30,7 +30,7 @@ from torch import Tensor
 
 from hecompile.errors import InputError, SecurityError, WorkerError
 from hecompile.he.hints import Hint
-from hecompile.he.kernels import extend_secrets, transform_secrets
+from hecompile.he.kernels.transform import extend_secrets, transform_secrets
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.ring import folded_fft, row_chunks

@@ -46,7 +46,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.errors import InputError, SecurityError, VerificationError
-from hecompile.he.kernels import aligned
+from hecompile.he.kernels.transform import aligned
 from hecompile.he.parameters import LOG_Q, LinearParameters
 from hecompile.he.sampling import SecretRandom, Unsharable
 

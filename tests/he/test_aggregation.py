@@ -23,7 +23,7 @@ from hecompile.he.aggregation.scheme import (
     encrypt,
     keygen,
 )
-from hecompile.he.kernels import transform_secrets
+from hecompile.he.kernels.transform import transform_secrets
 from hecompile.he.parameters import RingParameters, test_insecure_parameters
 from hecompile.he.ring import trinomial
 from hecompile.he.sampling import ERROR_BOUND, PublicSeed, SecretRandom

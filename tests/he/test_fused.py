@@ -17,7 +17,8 @@ from hecompile.he import fused
 from hecompile.he.encode import decode, encode
 from hecompile.he.fused import RealKey, decrypt_reals, encrypt_reals
 from hecompile.he.hints import Hint
-from hecompile.he.kernels import interleave, transform
+from hecompile.he.kernels.threads import for_each
+from hecompile.he.kernels.transform import interleave, transform
 from hecompile.he.parameters import (
     CATALOGUE,
     SINGLE_ERROR_STD,
@@ -29,7 +30,6 @@ from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.ring import SINGLE, rounding_error_bound, trinomial
 from hecompile.he.sampling import ERROR_BOUND, PublicSeed, SecretRandom
 from hecompile.he.scheme import DecryptionKey, _encrypt_with, blocks, decrypt, evaluate, setup
-from hecompile.he.threads import for_each
 from tests.he.exact import inner_products, words
 
 SEED = PublicSeed(bytes(range(32)))

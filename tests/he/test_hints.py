@@ -13,7 +13,7 @@ from hecompile.errors import InputError
 from hecompile.he import hints as hints_module
 from hecompile.he import setup as setup_code  # `setup_module` would be a hook of pytest
 from hecompile.he.hints import Hint, HintStore, write_hint
-from hecompile.he.kernels import deinterleave, interleave
+from hecompile.he.kernels.transform import deinterleave, interleave
 from hecompile.he.parameters import CATALOGUE, test_insecure_parameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.sampling import PublicSeed

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hecompile import jit
+from hecompile.he.kernels import jit
 
 INNER = """
 import numba
@@ -22,7 +22,7 @@ def inner(x):
 """
 OUTER = """
 import sys
-from hecompile.jit import compiled
+from hecompile.he.kernels.jit import compiled
 from pieces.inner import inner
 
 @compiled

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from hecompile.he import scratch
 from hecompile.he.fused import encrypt_reals
+from hecompile.he.kernels import scratch
+from hecompile.he.kernels.scratch import result_of
 from hecompile.he.parameters import CATALOGUE, LinearParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.sampling import PublicSeed
-from hecompile.he.scratch import result_of
 
 SHAPE = (3, 100, 50)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hecompile.he.threads import for_each
+from hecompile.he.kernels.threads import for_each
 
 
 @pytest.fixture(autouse=True)

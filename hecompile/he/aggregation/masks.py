@@ -10,15 +10,15 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hecompile.he.inverse import inner_product, last_join4
-from hecompile.he.kernels import aligned, forward_at, roots
+from hecompile.he.kernels.inverse_transform import inner_product, last_join4
+from hecompile.he.kernels.jit import compiled
+from hecompile.he.kernels.scratch import scratch
+from hecompile.he.kernels.simd import round_mod_2_32
+from hecompile.he.kernels.threads import for_each
+from hecompile.he.kernels.transform import aligned, forward_at, roots
+from hecompile.he.kernels.vectors import LANES, address, store_i32
 from hecompile.he.parameters import RingParameters
 from hecompile.he.sampling import PublicStream
-from hecompile.he.scratch import scratch
-from hecompile.he.simd import round_mod_2_32
-from hecompile.he.threads import for_each
-from hecompile.he.vectors import LANES, address, store_i32
-from hecompile.jit import compiled
 
 
 @compiled

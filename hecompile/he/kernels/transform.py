@@ -29,10 +29,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.errors import SecurityError
+from hecompile.he.kernels.jit import compiled
+from hecompile.he.kernels.simd import fma, fnma
+from hecompile.he.kernels.vectors import (
+    LANES,
+    address,
+    broadcast,
+    load_i32,
+    load_real,
+    real_address,
+    store_real,
+    to_real,
+)
 from hecompile.he.ring import SMALLEST_RING_DIM, HasRing, trinomial
-from hecompile.he.simd import fma, fnma
-from hecompile.he.vectors import LANES, address, broadcast, load_i32, load_real, real_address, store_real, to_real
-from hecompile.jit import compiled
 
 _LINE = 64
 

@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.extending import overload
 
-from hecompile.he.vectors import DOUBLES, F8, I8, LANES, S8, SINGLES, WORDS, intrinsic
+from hecompile.he.kernels.vectors import DOUBLES, F8, I8, LANES, S8, SINGLES, WORDS, intrinsic
 
 
 def _ternary(emit: Callable[..., Any]) -> Any:

@@ -15,7 +15,7 @@ from numba.core import types
 from numba.core.datamodel import models
 from numba.core.extending import overload, register_model
 
-from hecompile.he.vectors import I8, LANES, intrinsic
+from hecompile.he.kernels.vectors import I8, LANES, intrinsic
 
 GROUPS = 8
 """Groups of eight features in a line."""

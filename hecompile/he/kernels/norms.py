@@ -6,9 +6,9 @@ from __future__ import annotations
 import numpy as np
 
 from hecompile.he.encode import SMALLEST_SCALE
-from hecompile.he.simd import absolute, fma, maximum
-from hecompile.he.vectors import address, load_f32, load_f64, splat, store_f64
-from hecompile.jit import compiled
+from hecompile.he.kernels.jit import compiled
+from hecompile.he.kernels.simd import absolute, fma, maximum
+from hecompile.he.kernels.vectors import address, load_f32, load_f64, splat, store_f64
 
 
 @compiled

@@ -9,8 +9,8 @@ from typing import Any
 import numba
 
 _jit: Any = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
-_SHARED = Path(__file__).parent / "he"
-"""The folder whose code every kernel may inline, wherever the kernel itself stands."""
+_SHARED = Path(__file__).parents[1]
+"""hecompile/he, whose code every kernel may inline, wherever the kernel itself stands."""
 
 
 def compiled(function: Any) -> Any:

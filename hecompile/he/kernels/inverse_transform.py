@@ -3,9 +3,9 @@
 # mypy: disallow-untyped-defs = False
 from __future__ import annotations
 
-from hecompile.he.kernels import FOLD, inlined
-from hecompile.he.simd import fma, fnma
-from hecompile.he.vectors import broadcast, load_real, prefetch, store_real
+from hecompile.he.kernels.simd import fma, fnma
+from hecompile.he.kernels.transform import FOLD, inlined
+from hecompile.he.kernels.vectors import broadcast, load_real, prefetch, store_real
 
 
 @inlined

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecompile.he.inverse import inner_product, last_join4, prefetch_lines
-from hecompile.he.kernels import forward_at, inlined
-from hecompile.he.lines import (
+from hecompile.he.kernels.inverse_transform import inner_product, last_join4, prefetch_lines
+from hecompile.he.kernels.jit import compiled
+from hecompile.he.kernels.line_bytes import pack, pack_past_caches, unpack
+from hecompile.he.kernels.lines import (
     GROUPS,
     LINE_BYTES,
     SUM_LANES,
@@ -30,10 +31,10 @@ from hecompile.he.lines import (
     stores_done,
     top_of_line,
 )
-from hecompile.he.octets import pack, pack_past_caches, unpack
-from hecompile.he.scratch import second_level_cache
-from hecompile.he.simd import round_mod_2_32, to_f64
-from hecompile.he.vectors import (
+from hecompile.he.kernels.scratch import second_level_cache
+from hecompile.he.kernels.simd import round_mod_2_32, to_f64
+from hecompile.he.kernels.transform import forward_at, inlined
+from hecompile.he.kernels.vectors import (
     LANES,
     address,
     broadcast,
@@ -47,7 +48,6 @@ from hecompile.he.vectors import (
     store_f32,
     store_i32,
 )
-from hecompile.jit import compiled
 
 WIDTH = LANES * GROUPS
 """Features of a line: 64, whose bytes of one plane are one cache line. A tile has whole lines of every token."""

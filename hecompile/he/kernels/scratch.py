@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hecompile.he.kernels import aligned
+from hecompile.he.kernels.transform import aligned
 
 _LOCAL = threading.local()
 
