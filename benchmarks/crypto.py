@@ -15,7 +15,7 @@ from benchmarks.report import section_main, table
 from benchmarks.timing import Samples, paired, thread_counts, threads
 from hecompile.he.kernels.transform import transform_secrets
 from hecompile.he.parameters import CATALOGUE, RingParameters
-from hecompile.he.sampling import SecretRandom
+from hecompile.he.random.sampling import SecretRandom
 from hecompile.he.scheme import blocks, evaluate, keygen
 from hecompile.passes.select_parameters import choose_ring
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hecompile.he.aggregation import scheme as aggregation
 from hecompile.he.aggregation.scheme import AggregationParameters, EncryptedSum, EncryptedVector
-from hecompile.he.sampling import PublicSeed, SecretRandom
+from hecompile.he.random.sampling import PublicSeed, SecretRandom
 from hecompile.runtime.federation import shamir
 from hecompile.runtime.federation.channels import Channels
 from hecompile.runtime.federation.transcript import coordinates, decode, encode

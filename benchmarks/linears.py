@@ -21,7 +21,7 @@ from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.he.hints import Hint, HintStore, write_hint
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.he.sampling import PublicSeed
+from hecompile.he.random.sampling import PublicSeed
 from hecompile.he.setup import setup
 from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
 from hecompile.passes.quantize import quantize_weight

@@ -24,7 +24,7 @@ from hecompile.he.kernels.transform import interleave, transform
 from hecompile.he.kernels.vectors import LANES
 from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.he.sampling import PublicSeed
+from hecompile.he.random.sampling import PublicSeed
 
 FEATURES = 1024
 POINTS = (

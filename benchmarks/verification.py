@@ -12,7 +12,7 @@ from benchmarks.report import section_main, table
 from benchmarks.timing import Samples, paired, ratio, threads
 from benchmarks.worker import LAYER
 from hecompile.he.fused import decrypt_reals, encrypt_reals
-from hecompile.he.sampling import SecretRandom
+from hecompile.he.random.sampling import SecretRandom
 from hecompile.he.scheme import evaluate
 from hecompile.he.verification import Checks, check_count, tolerance
 from hecompile.passes.select_parameters import choose_ring

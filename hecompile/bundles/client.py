@@ -28,7 +28,7 @@ from hecompile.errors import HecompileError, InputError
 from hecompile.files import file_sha256
 from hecompile.graph.ir import print_model
 from hecompile.he.parameters import LinearParameters, RingParameters, RingParametersLiteral
-from hecompile.he.sampling import PublicSeed
+from hecompile.he.random.sampling import PublicSeed
 from hecompile.he.security import AMPLE_BITS, MINIMUM_BITS
 
 LOGGER = logging.getLogger(__name__)

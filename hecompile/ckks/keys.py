@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hecompile.ckks.library import MemoryFile, fields_and_words, load_words, seal
 from hecompile.ckks.parameters import CkksParameters
 from hecompile.errors import InputError, SecurityError, WorkerError
-from hecompile.he.sampling import Unsharable
+from hecompile.he.random.sampling import Unsharable
 
 Words = NDArray[np.uint32]
 

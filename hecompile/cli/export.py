@@ -92,7 +92,7 @@ def export_llama(
     from hecompile.compiler.phases import PhaseClock
     from hecompile.compiler.staging import staging_path
     from hecompile.errors import InputError
-    from hecompile.he.sampling import PublicSeed
+    from hecompile.he.random.sampling import PublicSeed
     from hecompile.passes.attach_lora import AttachLora
     from hecompile.prediction import ModelSize, prediction_table
 

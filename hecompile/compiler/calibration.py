@@ -11,7 +11,7 @@ import torch
 from hecompile.compiler.frontend import Checkpoint
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.graph.interpreter import Interpreter, graph_inputs
-from hecompile.he.sampling import PublicSeed
+from hecompile.he.random.sampling import PublicSeed
 
 _CALIBRATION_SEQUENCES, _CALIBRATION_LENGTH = 8, 32
 Samples = tuple[tuple[int, ...], ...] | Callable[[ir.Model], tuple[tuple[int, ...], ...]]

@@ -34,7 +34,7 @@ from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.compiler.target import check_target
 from hecompile.errors import InputError, LegalityError
 from hecompile.files import publish, reason_of
-from hecompile.he.sampling import PublicSeed
+from hecompile.he.random.sampling import PublicSeed
 from hecompile.passes.approximate_silu import ApproximateSiLU
 from hecompile.passes.calibrate import Calibrate
 from hecompile.passes.depth import METADATA as DEPTH

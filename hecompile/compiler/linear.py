@@ -48,7 +48,7 @@ from hecompile.costs import CostModel
 from hecompile.errors import InputError
 from hecompile.he.check_store import write_checks
 from hecompile.he.parameters import CATALOGUE, RingParameters
-from hecompile.he.sampling import PublicSeed, SecretRandom
+from hecompile.he.random.sampling import PublicSeed, SecretRandom
 from hecompile.he.verification import Checks
 from hecompile.passes.approximate_rmsnorm import ApproximateRMSNorm
 from hecompile.passes.approximate_silu import ApproximateSiLU

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hecompile.errors import InputError
 from hecompile.files import publish, reason_of
-from hecompile.he.sampling import PublicSeed
+from hecompile.he.random.sampling import PublicSeed
 
 FORMAT, VERSION = "hecompile-export", 1
 RECORD, LOCK, JOURNAL, BUILD = "export.json", "lock", "circuits.jsonl", "build"

@@ -25,7 +25,7 @@ from hecompile.he.kernels.threads import for_each, slices
 from hecompile.he.kernels.transform import roots
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.he.sampling import SecretRandom
+from hecompile.he.random.sampling import SecretRandom
 from hecompile.he.scheme import Ciphertext, DecryptionKey, blocks, keygen
 from hecompile.he.verification import GROUP, Checks, Expectation, Received
 

@@ -33,8 +33,8 @@ from hecompile.he.hints import Hint
 from hecompile.he.kernels.transform import extend_secrets, transform_secrets
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
+from hecompile.he.random.sampling import OneTimeSecret, SecretRandom, Unsharable
 from hecompile.he.ring import folded_fft, row_chunks
-from hecompile.he.sampling import OneTimeSecret, SecretRandom, Unsharable
 from hecompile.he.setup import setup
 
 __all__ = ["Ciphertext", "DecryptionKey", "decrypt", "encrypt", "encrypt_tokens", "evaluate", "keygen", "setup"]

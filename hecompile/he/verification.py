@@ -48,7 +48,7 @@ from torch import Tensor
 from hecompile.errors import InputError, SecurityError, VerificationError
 from hecompile.he.kernels.transform import aligned
 from hecompile.he.parameters import LOG_Q, LinearParameters
-from hecompile.he.sampling import SecretRandom, Unsharable
+from hecompile.he.random.sampling import SecretRandom, Unsharable
 
 VARIANTS = 8
 GROUP = 2048

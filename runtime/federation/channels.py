@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from hecompile.errors import FederationError, InputError
-from hecompile.he.sampling import Unsharable
+from hecompile.he.random.sampling import Unsharable
 
 _NONCE_BYTES = 12
 _SHARE, _ADVERT = b"hecompile/federation/share/1", b"hecompile/federation/advert/1"

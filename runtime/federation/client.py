@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from hecompile.errors import FederationError, HecompileError, PrivacyError
 from hecompile.he.aggregation import scheme as aggregation
-from hecompile.he.sampling import SecretRandom
+from hecompile.he.random.sampling import SecretRandom
 from hecompile.runtime.federation import shamir
 from hecompile.runtime.federation.channels import Channels, Identity, Roster
 from hecompile.runtime.federation.keyring import RoundKeys

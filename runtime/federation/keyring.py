@@ -16,7 +16,7 @@ from typing import Protocol
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from hecompile.errors import FederationError, InputError
-from hecompile.he.sampling import Unsharable
+from hecompile.he.random.sampling import Unsharable
 from hecompile.runtime.federation.channels import write_private
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hecompile.errors import FederationError
-from hecompile.he.sampling import SecretRandom
+from hecompile.he.random.sampling import SecretRandom
 from hecompile.runtime.federation.settings import Agreement, NoiseSection, noise_step
 from hecompile.runtime.privacy.accountant import Mechanism
 from hecompile.runtime.privacy.ledger import PrivacyLedger

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hecompile.errors import FederationError, InputError
-from hecompile.he.sampling import SecretRandom
+from hecompile.he.random.sampling import SecretRandom
 
 PRIME = 65521
 """The largest below 2^16: a share of a coordinate is two bytes."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hecompile.errors import FederationError
 from hecompile.he.aggregation.scheme import AggregationParameters
-from hecompile.he.sampling import PublicSeed
+from hecompile.he.random.sampling import PublicSeed
 from hecompile.runtime.federation.channels import Roster, check_advert
 from hecompile.runtime.federation.messages import Advert
 from hecompile.runtime.federation.settings import RoundHeader

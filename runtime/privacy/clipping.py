@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.errors import InputError, NotFiniteError
-from hecompile.he.sampling import SecretRandom
+from hecompile.he.random.sampling import SecretRandom
 from hecompile.runtime.privacy.accountant import LARGEST_NOISE, SMALLEST_NOISE
 from hecompile.runtime.privacy.noise import SIGMA_GRID, discrete_gaussian
 

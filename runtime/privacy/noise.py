@@ -17,7 +17,7 @@ distance below 2^-115 each. Over 10^7 parameters and 10^5 releases that is below
 notices. Against the continuous Gaussian that the accountant assumes, a coordinate's log-probability differs by at most
 (t² + 1) / (24 SIGMA_GRID²) at t standard deviations, below 10^-15.
 
-Sampling is by table look-up and not in constant time, as in `hecompile.he.sampling`, for the same reason.
+Sampling is by table look-up and not in constant time, as in `hecompile.he.random.sampling`, for the same reason.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hecompile.errors import SecurityError
-from hecompile.he.sampling import SecretRandom
+from hecompile.he.random.sampling import SecretRandom
 
 Bytes = Callable[[int], NDArray[np.uint8]]
 """A source of that many uniform bytes."""

@@ -8,7 +8,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from hecompile.errors import SecurityError
-from hecompile.he.sampling import SecretRandom
+from hecompile.he.random.sampling import SecretRandom
 
 
 def poisson_sample(examples: int, expected: int, random: SecretRandom | None = None) -> list[int]:

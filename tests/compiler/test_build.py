@@ -15,7 +15,7 @@ from hecompile.compiler import circuit_writer
 from hecompile.compiler import linear as compiler
 from hecompile.compiler.linear import compile_checkpoint
 from hecompile.errors import InputError
-from hecompile.he.sampling import PublicSeed
+from hecompile.he.random.sampling import PublicSeed
 from tests.compiler.tiny import OPTIONS
 
 ROWS = 2 * (64 + 32 + 96 + 32 + 32 + 32 + 32 + 48)

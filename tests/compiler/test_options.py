@@ -11,7 +11,7 @@ from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.errors import HecompileError, InputError, SecurityError
 from hecompile.he.parameters import CATALOGUE, RingParametersLiteral
 from hecompile.he.parameters import RingParameters as Ring
-from hecompile.he.sampling import PublicSeed
+from hecompile.he.random.sampling import PublicSeed
 from tests.compiler.tiny import OPTIONS
 
 

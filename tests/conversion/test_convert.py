@@ -17,7 +17,7 @@ from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import InputError, LegalityError, NotFiniteError
 from hecompile.graph.ir import attribute, nodes_of_type
-from hecompile.he.sampling import PublicSeed
+from hecompile.he.random.sampling import PublicSeed
 from hecompile.models import REDUCED_LLAMA
 from hecompile.passes.approximate_silu import ApproximateSiLU
 from hecompile.runtime.conversion import train

@@ -15,7 +15,7 @@ from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
-from hecompile.he.sampling import PublicSeed
+from hecompile.he.random.sampling import PublicSeed
 from hecompile.models import PRIVATE_TRAIN, TINY_LLAMA
 from hecompile.runtime.client import EncryptedCausalLM
 from hecompile.runtime.data import PadToBucket, eos_and_pad, load_examples

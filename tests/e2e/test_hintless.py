@@ -18,7 +18,7 @@ from hecompile.cli.demo_run import worker_process
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.errors import InputError, VerificationError, WorkerError
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.he.sampling import PublicSeed
+from hecompile.he.random.sampling import PublicSeed
 from hecompile.he.setup import setup
 from hecompile.inspection import circuits_without_gradient, hint_traffic, predicted_traffic
 from hecompile.models import TINY_LLAMA

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hecompile.errors import FederationError, InputError
-from hecompile.he.sampling import SecretRandom
+from hecompile.he.random.sampling import SecretRandom
 from hecompile.runtime.federation import shamir
 from hecompile.runtime.federation.shamir import PRIME
 

@@ -25,8 +25,8 @@ from hecompile.he.aggregation.scheme import (
 )
 from hecompile.he.kernels.transform import transform_secrets
 from hecompile.he.parameters import RingParameters, test_insecure_parameters
+from hecompile.he.random.sampling import ERROR_BOUND, PublicSeed, SecretRandom
 from hecompile.he.ring import trinomial
-from hecompile.he.sampling import ERROR_BOUND, PublicSeed, SecretRandom
 from tests.he.exact import product
 
 SEED = PublicSeed(bytes(range(32)))

@@ -27,8 +27,8 @@ from hecompile.he.parameters import (
     test_insecure_parameters,
 )
 from hecompile.he.public_matrix import PublicMatrix
+from hecompile.he.random.sampling import ERROR_BOUND, PublicSeed, SecretRandom
 from hecompile.he.ring import SINGLE, rounding_error_bound, trinomial
-from hecompile.he.sampling import ERROR_BOUND, PublicSeed, SecretRandom
 from hecompile.he.scheme import DecryptionKey, _encrypt_with, blocks, decrypt, evaluate, setup
 from tests.he.exact import inner_products, words
 

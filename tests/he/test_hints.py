@@ -16,7 +16,7 @@ from hecompile.he.hints import Hint, HintStore, write_hint
 from hecompile.he.kernels.transform import deinterleave, interleave
 from hecompile.he.parameters import CATALOGUE, test_insecure_parameters
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.he.sampling import PublicSeed
+from hecompile.he.random.sampling import PublicSeed
 from hecompile.he.setup import limb_product_is_exact, multiply_by_limbs, multiply_in_float64, setup
 
 SEED = PublicSeed(bytes(range(32)))

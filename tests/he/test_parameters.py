@@ -15,8 +15,8 @@ from hecompile.he.parameters import (
     RingParametersLiteral,
     test_insecure_parameters,
 )
+from hecompile.he.random.sampling import ERROR_BOUND
 from hecompile.he.ring import rounding_error_bound
-from hecompile.he.sampling import ERROR_BOUND
 from hecompile.he.security import security_bits
 
 

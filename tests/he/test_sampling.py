@@ -16,8 +16,12 @@ from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import GCM
 
 from hecompile.errors import InputError, SecurityError
-from hecompile.he import bytewise, comparisons, sampling
-from hecompile.he.gaussian import (
+from hecompile.he.parameters import RingParameters, test_insecure_parameters
+from hecompile.he.public_matrix import PublicMatrix
+from hecompile.he.random import sampling
+from hecompile.he.random import table_comparison as comparisons
+from hecompile.he.random import table_lookup as bytewise
+from hecompile.he.random.gaussian import (
     _STRADDLES,
     gaussian_cdf,
     gaussian_from_uniform,
@@ -27,9 +31,7 @@ from hecompile.he.gaussian import (
     tail_bytes,
     wants_second,
 )
-from hecompile.he.parameters import RingParameters, test_insecure_parameters
-from hecompile.he.public_matrix import PublicMatrix
-from hecompile.he.sampling import ERROR_BOUND, SIGMA, OneTimeSecret, PublicSeed, SecretRandom
+from hecompile.he.random.sampling import ERROR_BOUND, SIGMA, OneTimeSecret, PublicSeed, SecretRandom
 from hecompile.he.scheme import keygen
 
 SEED = PublicSeed(bytes(range(32)))

@@ -16,7 +16,7 @@ from hecompile.he.encode import decode, encode
 from hecompile.he.hints import Hint
 from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters, test_insecure_parameters
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.he.sampling import ERROR_BOUND, PublicSeed
+from hecompile.he.random.sampling import ERROR_BOUND, PublicSeed
 from hecompile.he.scheme import _encrypt_with, decrypt, encrypt, encrypt_tokens, evaluate, keygen, setup
 from tests.he.exact import encryption, words
 

@@ -15,7 +15,7 @@ from hecompile.he.kernels import scratch
 from hecompile.he.kernels.scratch import result_of
 from hecompile.he.parameters import CATALOGUE, LinearParameters
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.he.sampling import PublicSeed
+from hecompile.he.random.sampling import PublicSeed
 
 SHAPE = (3, 100, 50)
 

@@ -16,7 +16,7 @@ from hecompile.he.fused import RealKey, decrypt_reals, encrypt_reals
 from hecompile.he.hints import Hint
 from hecompile.he.parameters import LinearParameters, test_insecure_parameters
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.he.sampling import PublicSeed, SecretRandom
+from hecompile.he.random.sampling import PublicSeed, SecretRandom
 from hecompile.he.scheme import evaluate, setup
 from hecompile.he.verification import VARIANTS, Checks, check_count, hint_is_right, tolerance
 

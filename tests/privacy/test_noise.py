@@ -13,7 +13,7 @@ import pytest
 from scipy.stats import norm
 
 from hecompile.errors import SecurityError
-from hecompile.he.sampling import PublicSeed
+from hecompile.he.random.sampling import PublicSeed
 from hecompile.runtime.privacy.noise import (
     BASE_SIGMA,
     MULTIPLIERS,

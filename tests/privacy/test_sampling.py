@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hecompile.errors import SecurityError
-from hecompile.he.sampling import PublicSeed
+from hecompile.he.random.sampling import PublicSeed
 from hecompile.runtime.privacy.sampling import PoissonBatches, poisson_sample
 
 EXAMPLES, EXPECTED, DRAWS = 200, 50, 2000

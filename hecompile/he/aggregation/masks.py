@@ -18,7 +18,7 @@ from hecompile.he.kernels.threads import for_each
 from hecompile.he.kernels.transform import aligned, forward_at, roots
 from hecompile.he.kernels.vectors import LANES, address, store_i32
 from hecompile.he.parameters import RingParameters
-from hecompile.he.sampling import PublicStream
+from hecompile.he.random.sampling import PublicStream
 
 
 @compiled

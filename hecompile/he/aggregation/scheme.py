@@ -39,8 +39,8 @@ from hecompile.errors import FederationError, InputError, SecurityError
 from hecompile.he.aggregation.masks import masks
 from hecompile.he.kernels.transform import transform_secrets
 from hecompile.he.parameters import CATALOGUE, LOG_Q, RingParameters
+from hecompile.he.random.sampling import ERROR_BOUND, SIGMA, PublicSeed, SecretRandom, Unsharable
 from hecompile.he.ring import rounding_error_bound
-from hecompile.he.sampling import ERROR_BOUND, SIGMA, PublicSeed, SecretRandom, Unsharable
 from hecompile.he.security import MINIMUM_BITS, security_bits
 
 SAMPLES = 4

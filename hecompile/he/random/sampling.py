@@ -23,9 +23,9 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from numpy.typing import NDArray
 
 from hecompile.errors import InputError, SecurityError
-from hecompile.he.gaussian import ERROR_BOUND, SIGMA, gaussian_from_uniform, second_bytes, tail_bytes
 from hecompile.he.kernels.jit import compiled
 from hecompile.he.kernels.scratch import scratch
+from hecompile.he.random.gaussian import ERROR_BOUND, SIGMA, gaussian_from_uniform, second_bytes, tail_bytes
 
 __all__ = ["ERROR_BOUND", "SIGMA", "OneTimeSecret", "PublicSeed", "PublicStream", "SecretRandom", "Unsharable"]
 

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hecompile.errors import SecurityError
-from hecompile.he import bytewise, comparisons
 from hecompile.he.kernels.jit import compiled
 from hecompile.he.kernels.scratch import scratch
 from hecompile.he.kernels.vectors import address
+from hecompile.he.random import table_comparison as comparisons
+from hecompile.he.random import table_lookup as bytewise
 
 SIGMA = 3.2
 """Standard deviation of the error."""

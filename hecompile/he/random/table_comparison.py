@@ -11,8 +11,8 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 
-from hecompile.he.bytewise import LANES
 from hecompile.he.kernels.vectors import intrinsic
+from hecompile.he.random.table_lookup import LANES
 
 _I64 = ir.IntType(64)
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
