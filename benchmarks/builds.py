@@ -18,7 +18,7 @@ from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.errors import InputError
-from hecompile.inspection import Traffic, circuits_without_gradient, predicted_traffic
+from hecompile.inspection.linear import Traffic, circuits_without_gradient, predicted_traffic
 from hecompile.models import TINY_LLAMA
 
 PRECISION, WEIGHT_BITS = 8.0, 8

@@ -26,7 +26,7 @@ from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.compiler.frontend import load_config
 from hecompile.compiler.phases import parse_summary
-from hecompile.prediction import ModelSize
+from hecompile.inspection.prediction import ModelSize
 
 OPTIONS = ("--weight-bits", "8", "--batch-size", "1", "--sequence-buckets", "512")
 PASSES = "passes, parameter selection, validation"

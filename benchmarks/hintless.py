@@ -13,7 +13,7 @@ from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.cli.demo_run import RECIPE, worker_process
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
-from hecompile.inspection import circuits_without_gradient, hint_traffic
+from hecompile.inspection.linear import circuits_without_gradient, hint_traffic
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime.comparison import StepSplit, step_split
 from hecompile.runtime.metrics import METRICS_FILE, read_metrics

@@ -23,7 +23,7 @@ def doctor(
     from rich.table import Table
 
     from hecompile.bundles.client import ClientBundle
-    from hecompile.prediction import megabytes
+    from hecompile.inspection.prediction import megabytes
     from hecompile.runtime.doctor import diagnose
     from hecompile.runtime.transports import connect_for
     from hecompile.runtime.transports.credentials import ClientCredentials

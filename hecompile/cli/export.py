@@ -93,8 +93,8 @@ def export_llama(
     from hecompile.compiler.staging import staging_path
     from hecompile.errors import InputError
     from hecompile.he.random.sampling import PublicSeed
+    from hecompile.inspection.prediction import ModelSize, prediction_table
     from hecompile.passes.attach_lora import AttachLora
-    from hecompile.prediction import ModelSize, prediction_table
 
     if placement not in ("offload", "cheapest"):
         raise InputError(f"--placement must be offload or cheapest, got {placement!r}")

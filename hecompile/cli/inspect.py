@@ -35,10 +35,10 @@ def inspect(
     from hecompile.bundles.client import ClientBundle
     from hecompile.compiler.frontend import load_config
     from hecompile.compiler.linear import CompileOptions
-    from hecompile.inspection import circuit_table, totals_table
-    from hecompile.inspection import draw as draw_plan
-    from hecompile.inspection_polynomial import approximation_table, depth_table, node_table, polynomial_file
-    from hecompile.prediction import ModelSize, prediction_table
+    from hecompile.inspection.linear import circuit_table, totals_table
+    from hecompile.inspection.linear import draw as draw_plan
+    from hecompile.inspection.polynomial import approximation_table, depth_table, node_table, polynomial_file
+    from hecompile.inspection.prediction import ModelSize, prediction_table
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     polynomial = build.is_file() or is_polynomial_bundle(build)
@@ -55,7 +55,7 @@ def inspect(
             console.print(node_table(model))
         return
     if polynomial:
-        from hecompile.inspection_ckks import bundle_tables
+        from hecompile.inspection.ckks import bundle_tables
 
         for table in bundle_tables(build, nodes):
             console.print(table)

@@ -21,7 +21,7 @@ from benchmarks.linears import engine_of, public_matrix, random_linear, random_r
 from benchmarks.step import bytes_table
 from benchmarks.stepping import Side, Steps, text_of_length
 from hecompile.he.parameters import CATALOGUE
-from hecompile.inspection import Traffic
+from hecompile.inspection.linear import Traffic
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime.session import DEFAULT_ENGINE
 

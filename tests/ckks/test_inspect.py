@@ -12,10 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from hecompile.bundles.ckks import open_worker
-from hecompile.ckks.traffic import predicted_traffic
 from hecompile.cli.main import app
 from hecompile.compiler.ckks import CIRCUIT, PLAN, TABLE
 from hecompile.errors import InputError
+from hecompile.inspection.ckks_traffic import predicted_traffic
 from tests.ckks.support import LEVELS
 
 

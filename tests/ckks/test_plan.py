@@ -20,13 +20,13 @@ import pytest
 import torch
 
 from hecompile.bundles.ckks import CkksPlan, open_worker
-from hecompile.ckks.traffic import predicted_traffic
 from hecompile.compiler.ckks import CIRCUIT, PLAN, TABLE, CkksOptions, export_polynomial, lower_polynomial
 from hecompile.compiler.frontend import load_checkpoint
 from hecompile.compiler.polynomial_options import CONFIG_KEY
 from hecompile.errors import HecompileError, InputError, LegalityError, WorkerError, WorkerUnavailableError
 from hecompile.graph.interpreter import Interpreter
 from hecompile.graph.ir import ORIGIN
+from hecompile.inspection.ckks_traffic import predicted_traffic
 from hecompile.passes.expand_polynomials import EMBEDDINGS, ExpandPolynomials
 from hecompile.passes.place_refreshes import PlaceRefreshes
 from hecompile.runtime.ckks.answers import complete

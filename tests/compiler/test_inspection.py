@@ -11,7 +11,7 @@ from rich.table import Table
 
 from hecompile.bundles.client import ClientBundle
 from hecompile.errors import InputError
-from hecompile.inspection import (
+from hecompile.inspection.linear import (
     circuit_table,
     circuits_without_gradient,
     draw,

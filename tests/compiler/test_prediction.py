@@ -11,7 +11,14 @@ from hecompile.bundles.client import ClientBundle
 from hecompile.compiler.frontend import load_config
 from hecompile.he.kernels.vectors import LANES
 from hecompile.he.parameters import CATALOGUE
-from hecompile.prediction import HINT_ROW_GROUP, ModelSize, hint_bytes, megabytes, prediction_table, total_hint_bytes
+from hecompile.inspection.prediction import (
+    HINT_ROW_GROUP,
+    ModelSize,
+    hint_bytes,
+    megabytes,
+    prediction_table,
+    total_hint_bytes,
+)
 from tests.compiler.tiny import OPTIONS
 
 _HEADER = 256

@@ -20,7 +20,7 @@ from hecompile.errors import InputError, VerificationError, WorkerError
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.random.sampling import PublicSeed
 from hecompile.he.setup import setup
-from hecompile.inspection import circuits_without_gradient, hint_traffic, predicted_traffic
+from hecompile.inspection.linear import circuits_without_gradient, hint_traffic, predicted_traffic
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime.client import EncryptedCausalLM
 from hecompile.runtime.hintless import hint_from_planes

@@ -9,7 +9,7 @@ from hecompile.he.fused import decrypt_reals, encrypt_reals
 from hecompile.he.hints import Hint, HintStore
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.scheme import decrypt, encrypt_tokens, setup
-from hecompile.inspection import circuits_without_gradient, predicted_traffic
+from hecompile.inspection.linear import circuits_without_gradient, predicted_traffic
 from hecompile.runtime.engines import create_engine
 from tests.e2e.conftest import Build
 

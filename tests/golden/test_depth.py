@@ -14,7 +14,7 @@ from hecompile.depth import demand, levels
 from hecompile.errors import HecompileError, InputError
 from hecompile.graph.ir import LEVEL, print_model
 from hecompile.graph.legality import POLYNOMIAL, REFRESHED
-from hecompile.inspection_polynomial import depth_table
+from hecompile.inspection.polynomial import depth_table
 from hecompile.passes.depth import Depth
 from hecompile.passes.place_refreshes import PlaceRefreshes
 from hecompile.refresh_placement import Vertex, cheapest_refreshes

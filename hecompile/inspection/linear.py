@@ -16,7 +16,7 @@ from hecompile.files import reason_of
 from hecompile.graph.ir import DOMAIN, module_path
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.verification import tolerance
-from hecompile.prediction import megabytes, total_hint_bytes
+from hecompile.inspection.prediction import megabytes, total_hint_bytes
 
 _CLIENT_COLOUR, _WORKER_COLOUR = "#9ecae1", "#fdae6b"
 _SUFFIXES = (".svg", ".png")

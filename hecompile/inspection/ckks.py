@@ -11,10 +11,10 @@ from rich.table import Table
 from hecompile.bundles.ckks import CkksPlan, open_worker, read_table
 from hecompile.ckks.circuit import PolynomialCircuit
 from hecompile.ckks.parameters import MAX_MODULUS_BITS, CkksParameters
-from hecompile.ckks.traffic import CkksTraffic, predicted_traffic
 from hecompile.errors import InputError
-from hecompile.inspection_polynomial import depth_table, node_table
-from hecompile.prediction import megabytes
+from hecompile.inspection.ckks_traffic import CkksTraffic, predicted_traffic
+from hecompile.inspection.polynomial import depth_table, node_table
+from hecompile.inspection.prediction import megabytes
 
 
 def bundle_tables(directory: Path, nodes: bool = False) -> list[Table]:
