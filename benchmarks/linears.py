@@ -23,8 +23,9 @@ from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.random.sampling import PublicSeed
 from hecompile.he.setup import setup
-from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
+from hecompile.passes.lower_worker import LowerWorker
 from hecompile.passes.quantize import quantize_weight
+from hecompile.plan.encrypted_linear import encrypted_linear_model
 from hecompile.runtime.engines import Engine, create_engine
 
 UPLOAD_LIMBS, REPLY_BYTES = 3, 2

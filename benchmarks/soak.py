@@ -19,7 +19,8 @@ from benchmarks.stepping import serving
 from benchmarks.timing import resident_bytes
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
-from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
+from hecompile.passes.lower_worker import LowerWorker
+from hecompile.plan.encrypted_linear import encrypted_linear_model
 from hecompile.runtime.transports import connect, open_connection
 
 CLIENTS, SECONDS, QUICK_SECONDS = 8, 60.0, 2.0

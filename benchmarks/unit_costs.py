@@ -1,4 +1,5 @@
-"""The unit costs of `hecompile.costs.CostModel` on this machine: measured, fitted, and how well the model then predicts.
+"""The unit costs of `hecompile.plan.costs.CostModel` on this machine: measured, fitted, and how well the model then
+predicts.
 
     python -m benchmarks.unit_costs [--quick]
 
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 
 from benchmarks.report import section_main
-from hecompile.costs import CostModel, hint_bytes
 from hecompile.he.fused import decrypt_reals, encrypt_reals
 from hecompile.he.hints import Hint
 from hecompile.he.kernels.transform import interleave, transform
@@ -25,6 +25,7 @@ from hecompile.he.kernels.vectors import LANES
 from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.random.sampling import PublicSeed
+from hecompile.plan.costs import CostModel, hint_bytes
 
 FEATURES = 1024
 POINTS = (

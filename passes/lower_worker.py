@@ -21,19 +21,13 @@ import onnx_ir as ir
 
 from hecompile.errors import LegalityError
 from hecompile.graph.ir import DOMAIN, ORIGIN, add_initializer, nodes_of_type, replace_node
-from hecompile.integers import WEIGHT_DTYPES, balanced_bytes
+from hecompile.integers import balanced_bytes
+from hecompile.plan.encrypted_linear import (
+    ENCRYPTED_LINEAR,
+    limb_counts,
+    check_encrypted_linear,
+)
 
-ENCRYPTED_LINEAR = "EncryptedLinear"
-MAX_LIMBS = 4
-"""q = 2^32 is four bytes."""
-
-MAX_FEATURES_IN = (2**31 - 1) // (255 * 128)
-"""Largest inner dimension whose |uint8 × int8| sums stay below 2^31: 65793."""
-
-ONNX_OPSET = 18
-"""The first with BitwiseAnd."""
-
-ONNX_IR_VERSION = 10
 STANDARD_OPERATORS = frozenset({"Slice", "MatMulInteger", "Cast", "Mul", "Add", "BitShift", "BitwiseAnd", "Concat"})
 INTEGER_TYPES = frozenset(
     {ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.INT32, ir.DataType.UINT32, ir.DataType.INT64}
@@ -81,65 +75,9 @@ class LowerWorker(ir.passes.InPlacePass):
                 )
 
 
-def encrypted_linear_model(weight: np.ndarray, upload_limbs: int, reply_bytes: int, name: str) -> ir.Model:
-    """The circuit of one linear before lowering: a single `hecompile.EncryptedLinear`.
-
-    weight: int8 or int16 [features_in, features_out], the right-hand side of the product (for a module weight W [out, in]
-    that is Wᵀ forward and W backward). name: the circuit's name. Raises LegalityError on another dtype or rank.
-    """
-    if weight.dtype not in WEIGHT_DTYPES or weight.ndim != 2 or 0 in weight.shape:
-        raise LegalityError(
-            f"circuit {name}: weight is {weight.dtype} {list(weight.shape)}; needs int8 or int16 [in, out]"
-        )
-    features_in, features_out = weight.shape
-    ciphertext_shape = ir.Shape([upload_limbs, "T", features_in])
-    ciphertext = ir.Value(name="ciphertext", shape=ciphertext_shape, type=ir.TensorType(ir.DataType.UINT8))
-    graph = ir.Graph([ciphertext], [], nodes=[], opset_imports={"": ONNX_OPSET, DOMAIN: 1}, name=name)
-    constant = add_initializer(graph, "weight", np.ascontiguousarray(weight))
-    attributes = {"upload_limbs": upload_limbs, "reply_bytes": reply_bytes}
-    node = ir.node(ENCRYPTED_LINEAR, [ciphertext, constant], attributes, domain=DOMAIN, name=name)
-    node.metadata_props[ORIGIN] = name
-    reply = node.outputs[0]
-    reply.name, reply.type = "reply", ir.TensorType(ir.DataType.UINT8)
-    reply.shape = ir.Shape([reply_bytes, "T", features_out])
-    graph.append(node)
-    graph.outputs.append(reply)
-    return ir.Model(graph, ir_version=ONNX_IR_VERSION, producer_name="hecompile")
-
-
-def check_encrypted_linear(node: ir.Node) -> None:
-    """Say why `node` cannot be lowered. Raises LegalityError with the node's name and the numbers."""
-    where = f"EncryptedLinear {node.name}"
-    ciphertext, weight = node.inputs if len(node.inputs) == 2 else (None, None)
-    if ciphertext is None or weight is None:
-        raise LegalityError(f"{where} has {len(node.inputs)} inputs; it takes (ciphertext, weight)")
-    limbs, reply_bytes = _limb_counts(node)
-    if not 1 <= reply_bytes <= limbs <= MAX_LIMBS:
-        raise LegalityError(
-            f"{where}: upload_limbs {limbs}, reply_bytes {reply_bytes}; needs 1 <= reply_bytes <= upload_limbs <= 4"
-        )
-    constant = weight.const_value
-    if constant is None or constant.numpy().dtype not in WEIGHT_DTYPES or len(constant.shape) != 2:
-        raise LegalityError(
-            f"{where}: the weight {weight.name} must be a constant int8 or int16 [features_in, features_out]"
-        )
-    features_in, _ = constant.shape.numpy()
-    if ciphertext.dtype != ir.DataType.UINT8 or ciphertext.shape is None or len(ciphertext.shape) != 3:
-        raise LegalityError(f"{where}: the ciphertext must be uint8 [upload_limbs, T, features_in]")
-    if ciphertext.shape[0] != limbs or ciphertext.shape[2] != features_in:
-        raise LegalityError(
-            f"{where}: ciphertext {ciphertext.shape} does not fit {limbs} limbs and weight {constant.shape}"
-        )
-    if features_in > MAX_FEATURES_IN:
-        raise LegalityError(
-            f"{where}: {features_in} input features; the int32 accumulator holds 255 · 128 · features_in < 2^31, that "
-            f"is at most {MAX_FEATURES_IN}; split the linear by columns"
-        )
-
-
 def lower_encrypted_linear(node: ir.Node) -> tuple[list[ir.Node], ir.Value]:
     """The standard nodes that compute `node`, in order, and the value that stands for its output."""
-    limbs, reply_bytes = _limb_counts(node)
+    limbs, reply_bytes = limb_counts(node)
     ciphertext, weight = node.inputs
     assert ciphertext is not None and ciphertext.shape is not None and weight is not None
     assert weight.const_value is not None
@@ -216,15 +154,6 @@ class _Emitter:
         output.name, output.type, output.shape = full_name, ir.TensorType(ir.DataType[dtype]), shape
         self.nodes.append(node)
         return output
-
-
-def _limb_counts(node: ir.Node) -> tuple[int, int]:
-    counts = []
-    for name in ("upload_limbs", "reply_bytes"):
-        if name not in node.attributes:
-            raise LegalityError(f"EncryptedLinear {node.name} has no attribute {name}")
-        counts.append(node.attributes[name].as_int())
-    return counts[0], counts[1]
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:

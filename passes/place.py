@@ -18,10 +18,10 @@ from typing import Literal, get_args
 import networkx as nx
 import onnx_ir as ir
 
-from hecompile.costs import CostModel
 from hecompile.errors import InputError
 from hecompile.graph.ir import PLACEMENT, SECRECY
 from hecompile.graph.secrecy import WORKER_OPERATORS, check_placement
+from hecompile.plan.costs import CostModel
 
 Policy = Literal["offload", "cheapest"]
 

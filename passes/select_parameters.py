@@ -11,10 +11,10 @@ input bound X (no overflow, whatever comes), crest factor c of the encoded token
 (the first for inputs that are uncorrelated with the row, which is where precision is scarcest). The modulus is q = 2^32 for
 every linear; each rounds what travels to a modulus of its own, 2^(8·upload_limbs) up and 2^(8·reply_bytes) down.
 
-Of the byte counts that reach the bits asked for, those with the least time on wire and worker are taken (`hecompile.costs`);
-the client's work does not depend on them. The ring is that of the least client work for the whole plan: a product's
-precision does not depend on it, and a ring of its own for every linear would save at most 1 % of that work (all shapes
-of Llama-3.2-1B, 32 to 4096 tokens, default costs) for the price of several matrices A.
+Of the byte counts that reach the bits asked for, those with the least time on wire and worker are taken
+(`hecompile.plan.costs`); the client's work does not depend on them. The ring is that of the least client work for the
+whole plan: a product's precision does not depend on it, and a ring of its own for every linear would save at most 1 %
+of that work (all shapes of Llama-3.2-1B, 32 to 4096 tokens, default costs) for the price of several matrices A.
 
 A stacked backward product has many inputs, and noise in proportion to its signal grows as their number: gate and up together
 have 16384 at 1B size, and need 4 limbs for 8 bits. Uploading the two gradients apart would save a byte per input up and cost
@@ -33,14 +33,14 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from hecompile.costs import CostModel
 from hecompile.errors import HecompileError, InputError, LegalityError
 from hecompile.graph.ir import GRADIENT_RANGE, PLACEMENT, RANGE, constant_of, module_path, nodes_of_type
 from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
 from hecompile.he.security import AMPLE_BITS
 from hecompile.he.verification import can_be_verified
 from hecompile.he.weight_norms import WeightNorms, measure_norms
-from hecompile.plan import DIRECTIONS, effective_bits
+from hecompile.plan.circuits import DIRECTIONS, effective_bits
+from hecompile.plan.costs import CostModel
 
 RING_DIM, RANK, PACKED = "hecompile.ring_dim", "hecompile.rank", "hecompile.packed"
 _SIMILAR_COST = 1.2  # sets whose costs differ by less count as equal

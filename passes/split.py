@@ -33,7 +33,7 @@ from hecompile.graph.ir import (
 from hecompile.graph.secrecy import check_placement
 from hecompile.he.parameters import LinearParameters
 from hecompile.he.weight_norms import measure_norms
-from hecompile.plan import DIRECTIONS, RemoteCircuit, SplitPlan
+from hecompile.plan.circuits import DIRECTIONS, RemoteCircuit, SplitPlan
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from hecompile.graph.legality import CLIENT_PLAN, check_stage
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.security import MINIMUM_BITS
 from hecompile.he.weight_norms import measure_norms
-from hecompile.plan import DIRECTIONS, RemoteCircuit, SplitPlan, effective_bits
+from hecompile.plan.circuits import DIRECTIONS, RemoteCircuit, SplitPlan, effective_bits
 
 _ACCUMULATOR_LIMIT = 2**31
 _LARGEST_PRODUCT = 255 * 128  # of a uint8 limb and an int8 weight digit

@@ -14,8 +14,8 @@ import numpy as np
 
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.known_answer import KNOWN_ANSWER, known_answer_vector
-from hecompile.costs import CostModel
 from hecompile.inspection.linear import circuits_without_gradient
+from hecompile.plan.costs import CostModel
 from hecompile.runtime.transports import Answer, Transport, open_connection
 
 ROUND_TRIPS, PRODUCTS = 15, 3

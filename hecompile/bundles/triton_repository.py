@@ -18,7 +18,7 @@ CIRCUITS = "circuits"
 MODEL_VERSION = "1"
 WEIGHT_FILE = "weight.bin"
 INPUT_NAME, OUTPUT_NAME = "ciphertext", "reply"
-"""As in the ONNX files; see `hecompile.passes.lower_worker.encrypted_linear_model`."""
+"""As in the ONNX files; see `hecompile.plan.circuits.encrypted_linear.encrypted_linear_model`."""
 
 PLAN_ID_PARAMETER = "plan_id"
 

@@ -27,7 +27,7 @@ from hecompile.he.parameters import RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.setup import PreparedMatrix
 from hecompile.passes.lower_worker import LowerWorker
-from hecompile.plan import RemoteCircuit, SplitPlan
+from hecompile.plan.circuits import RemoteCircuit, SplitPlan
 
 Progress = Callable[[str, int, int], None]
 """Hears (what is being done, how much of it is done, of how much)."""

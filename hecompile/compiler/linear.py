@@ -44,7 +44,6 @@ from hecompile.compiler.pipeline import graph_steps, raise_steps, run_steps
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.compiler.staging import staging
 from hecompile.compiler.target import check_target
-from hecompile.costs import CostModel
 from hecompile.errors import InputError
 from hecompile.he.check_store import write_checks
 from hecompile.he.parameters import CATALOGUE, RingParameters
@@ -61,7 +60,8 @@ from hecompile.passes.quantize_activation import QuantizeActivation
 from hecompile.passes.select_parameters import SelectParameters, selected_ring
 from hecompile.passes.split import Split
 from hecompile.passes.validate import Validate
-from hecompile.plan import RemoteCircuit, SplitPlan
+from hecompile.plan.circuits import RemoteCircuit, SplitPlan
+from hecompile.plan.costs import CostModel
 
 
 def _silent(what: str, done: int, total: int) -> None:

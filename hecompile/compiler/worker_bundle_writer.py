@@ -40,7 +40,8 @@ from hecompile.bundles.worker_manifest import (
 from hecompile.errors import InputError, LegalityError
 from hecompile.files import reason_of
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
+from hecompile.passes.lower_worker import LowerWorker
+from hecompile.plan.encrypted_linear import encrypted_linear_model
 
 EXTERNAL_DATA_THRESHOLD = 65536
 """Weights above this many bytes go to a file of their own, which the engines can map into memory."""

@@ -10,13 +10,13 @@ import onnx_ir as ir
 from rich.table import Table
 
 from hecompile.bundles.client import CircuitRecord, ClientBundle
-from hecompile.costs import hint_bytes
 from hecompile.errors import InputError
 from hecompile.files import reason_of
 from hecompile.graph.ir import DOMAIN, module_path
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.verification import tolerance
 from hecompile.inspection.prediction import megabytes, total_hint_bytes
+from hecompile.plan.costs import hint_bytes
 
 _CLIENT_COLOUR, _WORKER_COLOUR = "#9ecae1", "#fdae6b"
 _SUFFIXES = (".svg", ".png")

@@ -16,7 +16,7 @@ from hecompile.graph.interpreter import Interpreter
 from hecompile.graph.ir import ORIGIN, PLACEMENT, print_model
 from hecompile.graph.legality import QUANTIZED, Stage, check_stage
 from hecompile.graph.operators import Context, RemoteProduct
-from hecompile.plan import SplitPlan
+from hecompile.plan.circuits import SplitPlan
 from tests.compiler.tiny import coarse
 
 _HEADER = '<ir_version: 10, opset_import: ["" : 23, "hecompile" : 1]>\n'

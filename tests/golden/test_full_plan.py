@@ -11,7 +11,7 @@ from hecompile.compiler.linear import lower
 from hecompile.graph.interpreter import Interpreter, graph_inputs
 from hecompile.graph.operators import Context
 from hecompile.he.parameters import LinearParameters
-from hecompile.plan import effective_bits
+from hecompile.plan.circuits import effective_bits
 from tests.compiler.tiny import OPTIONS, exported, samples, tiny_llama
 from tests.conftest import Golden
 from tests.golden.graphs import product_of, text_of

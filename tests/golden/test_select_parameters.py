@@ -9,13 +9,13 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from hecompile.costs import CostModel
 from hecompile.errors import InputError, LegalityError
 from hecompile.graph.ir import GRADIENT_RANGE, PLACEMENT, RANGE, attributes_of, print_model
 from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
 from hecompile.he.weight_norms import measure_norms
 from hecompile.passes.select_parameters import choose_ring, selected_ring
-from hecompile.plan import effective_bits
+from hecompile.plan.circuits import effective_bits
+from hecompile.plan.costs import CostModel
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, integers, parse, prepared, refused, run_pass
 

@@ -10,7 +10,7 @@ from hecompile.compiler.pipeline import PASSES
 from hecompile.errors import LegalityError, SecurityError
 from hecompile.graph.ir import PLACEMENT, SECRECY, print_model
 from hecompile.graph.operators import Context
-from hecompile.plan import SplitPlan
+from hecompile.plan.circuits import SplitPlan
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, integers, parse, prepared, product_of, run_pass, text_of
 

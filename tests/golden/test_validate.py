@@ -20,7 +20,7 @@ from hecompile.he.parameters import (
     measure_norms,
     test_insecure_parameters,
 )
-from hecompile.plan import RemoteCircuit, SplitPlan
+from hecompile.plan.circuits import RemoteCircuit, SplitPlan
 from tests.golden.graphs import text_of
 from tests.golden.test_split import UP, selected, split
 

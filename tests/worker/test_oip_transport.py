@@ -19,7 +19,8 @@ from hecompile.bundles.public_rows import PUBLIC_ROWS, exact_name
 from hecompile.bundles.worker import KNOWN_ANSWER, WorkerBundle
 from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.errors import WorkerError
-from hecompile.passes.lower_worker import LowerWorker, encrypted_linear_model
+from hecompile.passes.lower_worker import LowerWorker
+from hecompile.plan.encrypted_linear import encrypted_linear_model
 from hecompile.runtime.servers import open_server
 from hecompile.runtime.transports import connect, connect_for, open_connection
 from hecompile.runtime.transports.oip import OipTransport

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from hecompile.bundles.public_rows import WORD_BYTES, exact_name
 from hecompile.he.parameters import LinearParameters
 from hecompile.he.weight_norms import WeightNorms
-from hecompile.passes.lower_worker import encrypted_linear_model
+from hecompile.plan.encrypted_linear import encrypted_linear_model
 
 DIRECTIONS = ("forward", "backward")
 
