@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks.report import ROOT, section_main, table
-from hecompile.approximation_ranges import Interval
 from hecompile.approximation_report import ApproximationError, approximation_report
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.cli.demo_run import BATCH_SIZE, RECIPE, SEQUENCE_BUCKETS, worker_process
@@ -28,6 +27,7 @@ from hecompile.graph.interpreter import Interpreter, graph_inputs
 from hecompile.models import REDUCED_LLAMA, TINY_LLAMA
 from hecompile.passes.approximate_softmax import ApproximateSoftmax, Form
 from hecompile.passes.calibrate import Calibrate
+from hecompile.polynomial.ranges import Interval
 from hecompile.runtime.conversion.data import load_rows
 from hecompile.runtime.conversion.recipe import ConversionRecipe, load_conversion
 from hecompile.runtime.conversion.train import Conversion

@@ -7,15 +7,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.report import section_main, table
-from hecompile.approximation_ranges import Interval
 from hecompile.cli.demo_run import RECIPE
 from hecompile.compiler.frontend import export_onnx, load_checkpoint
 from hecompile.compiler.pipeline import Step, approximate_steps, raise_steps, run_steps
 from hecompile.compiler.polynomial_options import PolynomialOptions
-from hecompile.depth import Demand, demand
 from hecompile.graph.legality import POLYNOMIAL
 from hecompile.passes.calibrate import Calibrate
 from hecompile.passes.expand_polynomials import ExpandPolynomials
+from hecompile.polynomial.depth import Demand, demand
+from hecompile.polynomial.ranges import Interval
 from hecompile.runtime.conversion.data import load_rows
 from hecompile.runtime.conversion.recipe import ConversionRecipe, RangeLossSection, load_conversion
 from hecompile.runtime.conversion.train import Conversion, convert

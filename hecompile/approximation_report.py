@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from hecompile.approximation import exponential, goldschmidt
-from hecompile.approximation_ranges import ACTIVATIONS, NORMS
 from hecompile.graph.interpreter import Interpreter, graph_inputs
 from hecompile.graph.ir import ATTENTION_OPERATORS, DOMAIN, attributes_of, module_path
 from hecompile.graph.operators import OPERATORS, Context
+from hecompile.polynomial.ranges import ACTIVATIONS, NORMS
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
-from hecompile.approximation_ranges import AttentionRange, write_range
-from hecompile.depth import cost_of, demand, multiplications, product_kind
 from hecompile.graph.interpreter import causal_attention_bias
 from hecompile.graph.ir import attributes_of
 from hecompile.graph.matching import attentions
 from hecompile.passes.approximate_softmax import ApproximateSoftmax
 from hecompile.passes.expand_polynomials import ExpandPolynomials
+from hecompile.polynomial.depth import cost_of, demand, multiplications, product_kind
+from hecompile.polynomial.ranges import AttentionRange, write_range
 
 _TEXT = """<ir_version: 10, opset_import: ["" : 23, "hecompile" : 1]>
 attention (float[B,1,{length},{size}] q, float[B,1,{length},{size}] k, float[B,1,{length},{size}] v,

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from hecompile.approximation.inverse_sqrt import inverse_sqrt_for
-from hecompile.approximation_ranges import Interval, interval_of, require_within
 from hecompile.errors import InputError, LegalityError
 from hecompile.graph.ir import DOMAIN, ORIGIN, attribute, module_path, nodes_of_type, replace_node, single
+from hecompile.polynomial.ranges import Interval, interval_of, require_within
 
 
 @dataclass(frozen=True)

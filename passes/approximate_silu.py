@@ -17,9 +17,9 @@ from typing import Literal, get_args
 import onnx_ir as ir
 
 from hecompile.approximation import silu
-from hecompile.approximation_ranges import Interval, interval_of, require_within
 from hecompile.errors import InputError, LegalityError
 from hecompile.graph.ir import DOMAIN, ORIGIN, module_path, nodes_of_type, replace_node, single
+from hecompile.polynomial.ranges import Interval, interval_of, require_within
 
 Form = Literal["series", "composed"]
 

@@ -28,14 +28,6 @@ from typing import Any, Literal, get_args
 import onnx_ir as ir
 
 from hecompile.approximation import exponential, goldschmidt
-from hecompile.approximation_ranges import (
-    POWERS,
-    AttentionRange,
-    Interval,
-    attention_range_of,
-    divisor_range,
-    require_within,
-)
 from hecompile.errors import InputError, LegalityError
 from hecompile.graph.ir import (
     DOMAIN,
@@ -48,6 +40,14 @@ from hecompile.graph.ir import (
     single,
 )
 from hecompile.graph.matching import AttentionParts, attentions
+from hecompile.polynomial.ranges import (
+    POWERS,
+    AttentionRange,
+    Interval,
+    attention_range_of,
+    divisor_range,
+    require_within,
+)
 
 Variant = Literal["power", "gaussian_kernel", "chebyshev"]
 Form = Literal["stable", "lipschitz", "length_agnostic"]

@@ -8,7 +8,7 @@ magnitude and feeds the domains of polynomial approximations. The tokens need no
 language will do. Records only; the function of the graph is unchanged.
 
 Attentions, RMSNorms and SiLUs, exact or approximated, get what a polynomial in their place must cover: scores, exponents and
-divisors, variances, inputs (`hecompile.approximation_ranges`). Where a polynomial stands already and its domain does not
+divisors, variances, inputs (`hecompile.polynomial.ranges`). Where a polynomial stands already and its domain does not
 cover what was seen, the pass refuses the graph.
 """
 
@@ -21,11 +21,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from hecompile.approximation_ranges import check_domain, write_range
 from hecompile.errors import InputError
 from hecompile.graph.interpreter import Interpreter, graph_inputs
 from hecompile.graph.ir import DOMAIN, GRADIENT_RANGE, RANGE, nodes_of_type
-from hecompile.range_watch import RangeWatch
+from hecompile.polynomial.range_watch import RangeWatch
+from hecompile.polynomial.ranges import check_domain, write_range
 
 
 @dataclass(frozen=True)

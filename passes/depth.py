@@ -3,11 +3,11 @@
     value  →  the same value, with its level in its metadata
     graph  →  the same graph, with depth, modulus bits and products in the model's metadata
 
-The rule is in `hecompile.depth`. A leveled scheme rescales by one prime of `bits_per_level` bits per product, so that its
-modulus needs the primes that stay at the end, one for each level and the key-switching prime (Cheon et al., Asiacrypt 2017;
-the security standard, homomorphicencryption.org 2018, bounds its bits by the ring dimension). How many of which size is said
-in one place, `hecompile.ckks.parameters.modulus_bits`. Records only; no value changes.
-"""
+The rule is in `hecompile.polynomial.depth`. A leveled scheme rescales by one prime of `bits_per_level` bits per
+product, so that its modulus needs the primes that stay at the end, one for each level and the key-switching prime
+(Cheon et al., Asiacrypt 2017; the security standard, homomorphicencryption.org 2018, bounds its bits by the ring
+dimension). How many of which size is said in one place, `hecompile.ckks.parameters.modulus_bits`. Records only; no
+value changes. """
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from hecompile.ckks.parameters import MAX_SCALE_BITS, MIN_SCALE_BITS
-from hecompile.depth import demand, levels
 from hecompile.errors import InputError
 from hecompile.graph.ir import LEVEL
+from hecompile.polynomial.depth import demand, levels
 
 METADATA = "hecompile.depth"
 

@@ -1,15 +1,15 @@
 """Lower an approximated graph to sums, products, constants, frozen linears and moves of entries.
 
     input_ids, attention_bias, position_ids → logits          inputs_embeds f32 [B, S, H] → logits f32 [B, S, V] or [B, 1, V]
-    PowerAttention(q, k, v, bias)              →  MatMul, Mul, ReduceSum, …   (`hecompile.expansions`)
+    PowerAttention(q, k, v, bias)              →  MatMul, Mul, ReduceSum, …   (`hecompile.polynomial.expansions`)
     PolynomialRMSNorm, PolynomialSiLU, ComposedSiLU, RotaryEmbedding, RepeatKV, Lora  →  the same
 
 The sequence length is fixed, positions are 0 … S - 1: cos and sin are constants, the causal mask a constant of zeros and
 ones [S, S]. The embedding is cut off: the client looks tokens up. Constants are folded so that they cost no level: gains and
 scales into the next Linear, the factors of the scores into the rotary tables, others onto the shallower operand of a product
-(`hecompile.graph_values`). The function is that of the approximated graph on sequences of S tokens, up to the rounding of
-float32. LoRA matrices that are graph inputs stay inputs; `hecompile.graph.merging.merge_lora` merges an adapter before.
-"""
+(`hecompile.polynomial.graph_values`). The function is that of the approximated graph on sequences of S tokens, up to
+the rounding of float32. LoRA matrices that are graph inputs stay inputs; `hecompile.graph.merging.merge_lora` merges an
+adapter before. """
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from hecompile import expansions
 from hecompile.errors import InputError, LegalityError
 from hecompile.graph.ir import ATTENTION_OPERATORS, DOMAIN, attributes_of, constant_of, module_path, remove_unused
 from hecompile.graph.operators import OPERATORS, Context
-from hecompile.graph_values import GraphBuilder, GraphValue, concatenated
+from hecompile.polynomial import expansions
+from hecompile.polynomial.graph_values import GraphBuilder, GraphValue, concatenated
 
 EMBEDDINGS = "inputs_embeds"
 

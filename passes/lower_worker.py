@@ -24,8 +24,8 @@ from hecompile.graph.ir import DOMAIN, ORIGIN, add_initializer, nodes_of_type, r
 from hecompile.integers import balanced_bytes
 from hecompile.plan.encrypted_linear import (
     ENCRYPTED_LINEAR,
-    limb_counts,
     check_encrypted_linear,
+    limb_counts,
 )
 
 STANDARD_OPERATORS = frozenset({"Slice", "MatMulInteger", "Cast", "Mul", "Add", "BitShift", "BitwiseAnd", "Concat"})

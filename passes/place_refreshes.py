@@ -4,9 +4,9 @@
 
 A refresh decrypts and encrypts again, at the client of the interactive runtime (a scheme with bootstrapping would do it on
 the worker); its price is the number of entries of the tensor per entry of the batch. No value then uses more than `levels`
-levels since its last refresh, counted as in `hecompile.depth`. The placement is the cheapest one
-(`hecompile.refresh_placement`: an integer programme over cuts); where the search was cut short, the proven bound is in the
-metadata beside the price. The function of the graph is unchanged.
+levels since its last refresh, counted as in `hecompile.polynomial.depth`. The placement is the cheapest one
+(`hecompile.polynomial.refresh_placement`: an integer programme over cuts); where the search was cut short, the proven
+bound is in the metadata beside the price. The function of the graph is unchanged.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from hecompile.depth import cost_of, elements, levels
 from hecompile.errors import InputError
 from hecompile.graph.ir import DOMAIN, ORIGIN, module_path
-from hecompile.refresh_placement import Vertex, cheapest_refreshes
+from hecompile.polynomial.depth import cost_of, elements, levels
+from hecompile.polynomial.refresh_placement import Vertex, cheapest_refreshes
 
 METADATA = "hecompile.refreshes"
 

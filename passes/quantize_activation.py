@@ -16,9 +16,9 @@ import numpy as np
 import onnx_ir as ir
 
 from hecompile.approximation.silu_table import TABLE_BITS, ActivationTable, silu_table
-from hecompile.approximation_ranges import Interval, interval_of
 from hecompile.errors import InputError, LegalityError
 from hecompile.graph.ir import DOMAIN, ORIGIN, module_path, nodes_of_type, replace_node, single
+from hecompile.polynomial.ranges import Interval, interval_of
 
 _SMALLEST_RANGE = 1e-3
 

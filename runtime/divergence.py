@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hecompile.errors import NotFiniteError
-from hecompile.range_watch import Outside
+from hecompile.polynomial.range_watch import Outside
 
 _SHOWN = 3
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
-from hecompile.approximation_ranges import ACTIVATIONS, NORMS
 from hecompile.graph.attention_cache import causal_mask
 from hecompile.graph.ir import ATTENTION_OPERATORS, attributes_of
 from hecompile.graph.polynomial_operators import attention_scores, gaussian_exponents, power_weights
-from hecompile.runtime.conversion.ranges import beyond, outside
+from hecompile.polynomial.range_penalty import beyond, outside
+from hecompile.polynomial.ranges import ACTIVATIONS, NORMS
 
 INNER = 0.9
 """Where the loss begins, of a domain."""

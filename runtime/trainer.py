@@ -15,7 +15,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hecompile.errors import InputError, NotFiniteError, VerificationError
-from hecompile.range_watch import Outside
+from hecompile.polynomial.range_watch import Outside
 from hecompile.runtime.adapter import AdapterModel, load_adapter, save_adapter
 from hecompile.runtime.data import Examples, PadToBucket
 from hecompile.runtime.divergence import DomainModel, explained, require_finite_gradients, require_finite_loss

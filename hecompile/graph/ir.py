@@ -41,7 +41,7 @@ GRADIENT_RANGE = "hecompile.gradient_range"
 
 APPROXIMATION_RANGE = "hecompile.approximation_range"
 """Metadata key of the result of an attention, RMSNorm or SiLU: JSON of what calibration saw where a polynomial would stand
-(`hecompile.approximation_ranges`)."""
+(`hecompile.polynomial.ranges`)."""
 
 LEVEL = "hecompile.level"
 """Metadata key of a value: its multiplicative depth."""

@@ -8,12 +8,12 @@ from pathlib import Path
 import onnx_ir as ir
 from rich.table import Table
 
-from hecompile.approximation_ranges import NORMS
 from hecompile.ckks.parameters import MAX_MODULUS_BITS, MAX_SCALE_BITS, CkksLiteral, smallest
-from hecompile.depth import Demand, demand, elements, levels, product_kind
 from hecompile.errors import InputError
 from hecompile.graph.ir import ATTENTION_OPERATORS, DOMAIN, attributes_of, module_path
 from hecompile.graph.legality import REFRESHED, check_stage
+from hecompile.polynomial.depth import Demand, demand, elements, levels, product_kind
+from hecompile.polynomial.ranges import NORMS
 
 
 def polynomial_file(path: Path) -> ir.Model:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
-from hecompile.approximation_ranges import Interval
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import LegalityError
 from hecompile.passes.approximate_rmsnorm import ApproximateRMSNorm
 from hecompile.passes.approximate_silu import ApproximateSiLU
 from hecompile.passes.approximate_softmax import ApproximateSoftmax
+from hecompile.polynomial.ranges import Interval
 from hecompile.runtime.conversion.recipe import ConversionRecipe
 
 Ranges = Mapping[str, Interval]

@@ -17,11 +17,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from hecompile.approximation_ranges import ACTIVATIONS, NORMS, Interval
 from hecompile.graph.interpreter import causal_attention_bias
 from hecompile.graph.ir import attribute, nodes_of_type
 from hecompile.graph.matching import attentions
 from hecompile.graph.polynomial_operators import attention_scores, gaussian_exponents, power_weights
+from hecompile.polynomial.range_penalty import beyond, outside
+from hecompile.polynomial.ranges import ACTIVATIONS, NORMS, Interval
 from hecompile.runtime.conversion.recipe import ConversionRecipe
 
 
@@ -105,19 +106,6 @@ class RangeObserver:
 
     def _add(self, term: Tensor) -> None:
         self.measured.range_term = self.measured.range_term + term
-
-
-def beyond(magnitude: Tensor, bound: float) -> Tensor:
-    """Mean square of |x|/bound - 1 where that is positive."""
-    return torch.relu(magnitude / bound - 1).pow(2).mean()
-
-
-def outside(values: Tensor, lower: float, upper: float) -> Tensor:
-    """Mean square of the logarithm of the factor by which positive values are outside."""
-    logarithm = torch.log(values.clamp_min(torch.finfo(values.dtype).tiny))
-    above = torch.relu(logarithm - torch.log(torch.tensor(upper)))
-    below = torch.relu(torch.log(torch.tensor(lower)) - logarithm)
-    return (above.pow(2) + below.pow(2)).mean()
 
 
 Run = Callable[[Tensor, RangeObserver], Tensor]

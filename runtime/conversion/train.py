@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hecompile.approximation_ranges import Interval
 from hecompile.compiler.frontend import Checkpoint, export_onnx, load_checkpoint
 from hecompile.compiler.polynomial_options import CONFIG_KEY, PolynomialOptions
 from hecompile.errors import InputError, NotFiniteError
+from hecompile.polynomial.ranges import Interval
 from hecompile.runtime.conversion.data import batch_of, load_rows
 from hecompile.runtime.conversion.domains import (
     Ranges,

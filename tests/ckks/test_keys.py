@@ -12,8 +12,8 @@ import pytest
 
 from hecompile.ckks.keys import EvaluationKeys, SecretKey
 from hecompile.ckks.parameters import MAX_MODULUS_BITS, CkksLiteral, CkksParameters, select
-from hecompile.depth import Demand
 from hecompile.errors import HecompileError, InputError, SecurityError, WorkerError
+from hecompile.polynomial.depth import Demand
 from tests.ckks.support import key, parameters
 
 

@@ -22,7 +22,6 @@ from hecompile.cli.main import app
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint, lower
 from hecompile.compiler.pipeline import Step, approximate_steps, raise_steps, run_steps
 from hecompile.compiler.polynomial_options import CONFIG_KEY, PolynomialOptions
-from hecompile.depth import levels
 from hecompile.errors import InputError, LegalityError
 from hecompile.graph.interpreter import Interpreter, graph_inputs
 from hecompile.graph.ir import ATTENTION_OPERATORS, nodes_of_type
@@ -36,6 +35,7 @@ from hecompile.passes.attach_lora import AttachLora
 from hecompile.passes.calibrate import Calibrate
 from hecompile.passes.expand_polynomials import ExpandPolynomials
 from hecompile.passes.place_refreshes import PlaceRefreshes
+from hecompile.polynomial.depth import levels
 from hecompile.runtime.client import EncryptedCausalLM
 from hecompile.runtime.products import EncryptedProducts
 from hecompile.runtime.transports import InProcessTransport

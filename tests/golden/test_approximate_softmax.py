@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from hecompile.approximation_ranges import AttentionRange, attention_range_of, check_domain, write_range
 from hecompile.errors import InputError, LegalityError
 from hecompile.graph.interpreter import Interpreter, causal_attention_bias
 from hecompile.graph.ir import attributes_of, print_model
@@ -17,6 +16,7 @@ from hecompile.graph.legality import CANONICAL
 from hecompile.graph.matching import attentions
 from hecompile.graph.operators import Context
 from hecompile.passes.approximate_softmax import ApproximateSoftmax
+from hecompile.polynomial.ranges import AttentionRange, attention_range_of, check_domain, write_range
 from tests.conftest import Golden
 from tests.golden.graphs import gaussian, parse, refused, run_pass
 

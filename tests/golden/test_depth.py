@@ -10,14 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hecompile.depth import demand, levels
 from hecompile.errors import HecompileError, InputError
 from hecompile.graph.ir import LEVEL, print_model
 from hecompile.graph.legality import POLYNOMIAL, REFRESHED
 from hecompile.inspection.polynomial import depth_table
 from hecompile.passes.depth import Depth
 from hecompile.passes.place_refreshes import PlaceRefreshes
-from hecompile.refresh_placement import Vertex, cheapest_refreshes
+from hecompile.polynomial.depth import demand, levels
+from hecompile.polynomial.refresh_placement import Vertex, cheapest_refreshes
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, gaussian, parse, refused, run_pass
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from hecompile.approximation.silu import silu
 from hecompile.approximation.silu_table import TABLE_BITS, ActivationTable, silu_table
-from hecompile.approximation_ranges import Interval, check_domain, write_range
 from hecompile.compiler.linear import lower
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import InputError, LegalityError
@@ -25,6 +24,7 @@ from hecompile.graph.legality import CANONICAL, POLYNOMIAL, check_stage
 from hecompile.graph.operators import Context
 from hecompile.graph.quantized_operators import table_indices, table_values
 from hecompile.passes.quantize_activation import QuantizeActivation
+from hecompile.polynomial.ranges import Interval, check_domain, write_range
 from tests.compiler.tiny import OPTIONS, coarse, exported, samples, tiny_llama
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, parse, product_of, refused, run_pass

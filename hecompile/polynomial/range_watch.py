@@ -10,10 +10,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from hecompile.approximation_ranges import ACTIVATIONS, NORMS, AttentionRange, Interval, demands
 from hecompile.graph.interpreter import causal_attention_bias
 from hecompile.graph.ir import attribute, module_path, nodes_of_type
 from hecompile.graph.matching import AttentionParts, attentions
+from hecompile.polynomial.ranges import ACTIVATIONS, NORMS, AttentionRange, Interval, demands
 
 Hear = Callable[[ir.Node, "Interval | AttentionRange"], None]
 """A node, and what went into it: variances of a norm, inputs of an activation, or all that is measured of an attention."""

@@ -19,7 +19,7 @@ from hecompile.approximation.chebyshev import evaluate
 from hecompile.approximation.inverse_sqrt import newton
 from hecompile.errors import LegalityError
 from hecompile.graph.operators import Attributes
-from hecompile.graph_values import GraphValue, concatenated
+from hecompile.polynomial.graph_values import GraphValue, concatenated
 
 
 def query_factor(op_type: str, attributes: Attributes, mask: np.ndarray) -> np.ndarray:
