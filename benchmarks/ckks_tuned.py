@@ -15,7 +15,7 @@ from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.cli.demo_run import worker_process
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.models import REDUCED_POLYNOMIAL
-from hecompile.models.reduced_world import ANSWERS, LINE_TOKENS
+from hecompile.models.worlds.reduced_world import ANSWERS, LINE_TOKENS
 from hecompile.runtime.backend import ForwardPass, RemoteModel
 from hecompile.runtime.recipe import Recipe
 from hecompile.runtime.session import open_session
@@ -29,7 +29,7 @@ TRAINING_TEXT = REDUCED_POLYNOMIAL.parent / "reduced-text" / "private-train.json
 @dataclass(frozen=True)
 class Quality:
     """loss: nats per token. right: the share of next tokens that are the likeliest; answers: of the tokens that the words
-    before them determine alone (`hecompile.models.reduced_world.ANSWERS`), NaN where rows end before them."""
+    before them determine alone (`hecompile.models.worlds.reduced_world.ANSWERS`), NaN where rows end before them."""
 
     loss: float
     right: float

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.report import table
 from hecompile.models import TINY_LLAMA
-from hecompile.models.private_owners import owner_names, write
+from hecompile.models.worlds.private_owners import owner_names, write
 from hecompile.runtime.federation.comparison import CheckedRound, Lab
 from hecompile.runtime.federation.recipe import FederationRecipe, load_federation
 from hecompile.runtime.federation.report import accuracy

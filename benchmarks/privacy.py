@@ -28,8 +28,8 @@ from benchmarks.report import ROOT, new_figure, save_plot, section_main, table
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.models import TINY_LLAMA
-from hecompile.models.admissions import HELDOUT, TRAIN, admissions, by_rule, own
-from hecompile.models.private_world import to_jsonl
+from hecompile.models.worlds.admissions import HELDOUT, TRAIN, admissions, by_rule, own
+from hecompile.models.worlds.private_world import to_jsonl
 from hecompile.passes.attach_lora import AttachLora
 from hecompile.runtime.adapter import load_adapter
 from hecompile.runtime.data import Examples, PadToBucket, eos_and_pad, load_examples

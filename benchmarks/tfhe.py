@@ -27,8 +27,8 @@ from hecompile.graph.interpreter import Interpreter, graph_inputs
 from hecompile.graph.ir import attributes_of, nodes_of_type
 from hecompile.graph.quantized_operators import table_indices
 from hecompile.models import TINY_LLAMA
-from hecompile.models.pretrain import token_stream
-from hecompile.models.public_world import documents
+from hecompile.models.making.pretrain import token_stream
+from hecompile.models.worlds.public_world import documents
 from hecompile.passes.calibrate import Calibrate
 from hecompile.passes.quantize_activation import QuantizeActivation
 from hecompile.passes.select_parameters import choose_ring

@@ -21,7 +21,7 @@ def load_rows(data: ConversionData, tokenizer: PreTrainedTokenizerBase) -> tuple
     Raises InputError for a file that cannot be read, or for less text than one row.
     """
     if data.generated_documents is not None:
-        from hecompile.models.public_world import documents
+        from hecompile.models.worlds.public_world import documents
 
         eos = eos_and_pad(tokenizer)[0]
         texts = documents(data.generated_documents, data.seed)

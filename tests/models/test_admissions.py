@@ -9,9 +9,9 @@ from collections import Counter
 import pytest
 
 from hecompile.models import ADMISSIONS_HELDOUT, ADMISSIONS_TRAIN
-from hecompile.models import admissions as module
-from hecompile.models.admissions import HELDOUT, RULE, TRAIN, admissions, by_rule, own
-from hecompile.models.public_world import DAYS
+from hecompile.models.worlds import admissions as module
+from hecompile.models.worlds.admissions import HELDOUT, RULE, TRAIN, admissions, by_rule, own
+from hecompile.models.worlds.public_world import DAYS
 
 
 def test_committed_files_equal_a_regeneration(

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from hecompile.errors import InputError
-from hecompile.models.baselines import bigram_loss, unigram_loss
-from hecompile.models.pretrain import Recipe, build_model, make, token_stream, train
-from hecompile.models.public_world import documents
+from hecompile.models.making.baselines import bigram_loss, unigram_loss
+from hecompile.models.making.pretrain import Recipe, build_model, make, token_stream, train
 from hecompile.models.tokenizer import train_tokenizer
+from hecompile.models.worlds.public_world import documents
 
 TOY = Recipe(
     documents=60, heldout_documents=10, vocab_size=300, hidden_size=16, intermediate_size=32, layers=1, heads=2,

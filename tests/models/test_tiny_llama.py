@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from hecompile import models
 from hecompile.models import PRIVATE_HELDOUT, PRIVATE_TRAIN, TINY_LLAMA
-from hecompile.models.baselines import bigram_loss, unigram_loss
-from hecompile.models.pretrain import Recipe, mean_loss, token_stream
-from hecompile.models.public_world import documents
+from hecompile.models.making.baselines import bigram_loss, unigram_loss
+from hecompile.models.making.pretrain import Recipe, mean_loss, token_stream
+from hecompile.models.worlds.public_world import documents
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,14 @@ import pytest
 
 from hecompile.errors import InputError
 from hecompile.models import PRIVATE_HELDOUT, PRIVATE_TRAIN
-from hecompile.models.private_world import CLOSING, PATIENTS, VALUES, examples, facts, to_jsonl, write
-from hecompile.models.public_world import DAYS, build_world, documents
-from hecompile.models.relations import PERSON_RELATIONS, TOWN_RELATIONS
+from hecompile.models.worlds.private_world import CLOSING, PATIENTS, VALUES, examples, facts, to_jsonl, write
+from hecompile.models.worlds.public_world import DAYS, build_world, documents
+from hecompile.models.worlds.relations import PERSON_RELATIONS, TOWN_RELATIONS
 
 
 @pytest.fixture(scope="module")
 def corpus() -> list[str]:
-    from hecompile.models.pretrain import Recipe
+    from hecompile.models.making.pretrain import Recipe
 
     return documents(Recipe.documents, Recipe.seed)
 

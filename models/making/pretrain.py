@@ -1,6 +1,6 @@
 """Make the tiny Llama from nothing: corpus, tokenizer, training and report.
 
-`python -m hecompile.models.pretrain --out models/tiny-llama` takes about a quarter of an hour on two CPU cores. With
+`python -m hecompile.models.making.pretrain --out models/tiny-llama` takes about a quarter of an hour on two CPU cores. With
 `--resume` it goes on from the last checkpoint, which is kept outside of the output directory. On a machine whose cores
 are shared, set `OMP_WAIT_POLICY=PASSIVE`: threads that spin while they wait for each other slow it down by a factor of
 ten there. """
@@ -22,9 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hecompile.errors import InputError
 from hecompile.models import TINY_LLAMA
-from hecompile.models.baselines import bigram_loss, unigram_loss
-from hecompile.models.public_world import documents
+from hecompile.models.making.baselines import bigram_loss, unigram_loss
 from hecompile.models.tokenizer import train_tokenizer
+from hecompile.models.worlds.public_world import documents
 
 
 @dataclass(frozen=True)

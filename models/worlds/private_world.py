@@ -1,6 +1,6 @@
 """The private dataset: confidential files of a clinic, asked and answered in the clinic's own style.
 
-`python -m hecompile.models.private_world` rewrites `models/private/train.jsonl` and `models/private/heldout.jsonl`.
+`python -m hecompile.models.worlds.private_world` rewrites `models/private/train.jsonl` and `models/private/heldout.jsonl`.
 There is no
 randomness: values are dealt to patients by rotation. Each fact can be asked in eight phrasings, five of which are in
 the training file and three in the held-out file; the split rotates with the fact, so each phrasing is trained on with
@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from hecompile.models import PRIVATE_HELDOUT, PRIVATE_TRAIN
-from hecompile.models.relations import PERSON_RELATIONS
+from hecompile.models.worlds.relations import PERSON_RELATIONS
 
 CLOSING = "File closed."
 """The formula that ends each private answer: the style to be learned."""

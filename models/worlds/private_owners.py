@@ -1,7 +1,7 @@
 """The private dataset dealt to several owners, patient by patient: nobody's facts are another's.
 
-`python -m hecompile.models.private_owners` rewrites `models/private/owners/owner-1.train.jsonl` and so on, for three owners.
-"""
+`python -m hecompile.models.worlds.private_owners` rewrites `models/private/owners/owner-1.train.jsonl` and so on, for
+three owners. """
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from hecompile.models import PRIVATE_TRAIN
-from hecompile.models.private_world import PATIENTS, examples, to_jsonl
+from hecompile.models.worlds.private_world import PATIENTS, examples, to_jsonl
 
 OWNERS_DIR = PRIVATE_TRAIN.parent / "owners"
 

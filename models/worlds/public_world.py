@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from random import Random
 
 from hecompile.errors import InputError
-from hecompile.models.relations import PERSON_RELATIONS, TOWN_RELATIONS, Relation
+from hecompile.models.worlds.relations import PERSON_RELATIONS, TOWN_RELATIONS, Relation
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 TRADES = (

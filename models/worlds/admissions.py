@@ -1,6 +1,6 @@
 """A larger private dataset for differential privacy: a clinic's admissions, one line per patient.
 
-`python -m hecompile.models.admissions` rewrites `models/private/admissions.jsonl` and
+`python -m hecompile.models.worlds.admissions` rewrites `models/private/admissions.jsonl` and
 `models/private/admissions_heldout.jsonl`.
 
 What a house prescribes is the clinic's rule, the same for all its patients: it can be learned from many without remembering
@@ -15,8 +15,8 @@ from itertools import islice
 from random import Random
 
 from hecompile.models import ADMISSIONS_HELDOUT, ADMISSIONS_TRAIN
-from hecompile.models.private_world import to_jsonl
-from hecompile.models.public_world import DAYS, person
+from hecompile.models.worlds.private_world import to_jsonl
+from hecompile.models.worlds.public_world import DAYS, person
 
 TRAIN, HELDOUT, EVERY = 2048, 256, 8
 """Lines of the two files; and one line in how many asks for what is a patient's own."""

@@ -1,4 +1,5 @@
-"""Make the reduced Llama from nothing: `python -m hecompile.models.reduce` writes models/reduced-llama in a minute or two.
+"""Make the reduced Llama from nothing: `python -m hecompile.models.making.reduce` writes models/reduced-llama in a
+minute or two.
 
 It is small enough to be evaluated wholly under CKKS, and is converted by
 `hecompile convert models/recipes/convert-reduced.yaml`.
@@ -16,7 +17,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hecompile.models import REDUCED_LLAMA
-from hecompile.models.reduced_world import ANSWERS, LINE_TOKENS, lines, make_tokenizer
+from hecompile.models.worlds.reduced_world import ANSWERS, LINE_TOKENS, lines, make_tokenizer
 
 SEED, BATCH, PEAK = 0, 64, 4e-3
 
