@@ -29,7 +29,7 @@ from hecompile.compiler.frontend import Checkpoint, load_checkpoint
 from hecompile.graph.interpreter import Interpreter
 from hecompile.models import REDUCED_POLYNOMIAL
 from hecompile.models.worlds.reduced_world import LINE_TOKENS, lines
-from hecompile.passes.expand_polynomials import EMBEDDINGS
+from hecompile.passes.polynomial.expand_polynomials import EMBEDDINGS
 from hecompile.runtime.backend import ForwardPass
 from hecompile.runtime.ckks.client import CkksSession, CkksStats
 

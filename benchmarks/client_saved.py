@@ -14,7 +14,7 @@ from benchmarks.linears import parameters_of_shape, public_matrix, random_hint, 
 from benchmarks.report import new_figure, save_plot, section_main, table
 from benchmarks.timing import paired
 from hecompile.he.parameters import RingParameters
-from hecompile.passes.select_parameters import choose_ring
+from hecompile.passes.offload.select_parameters import choose_ring
 
 WIDTHS, TOKENS = (512, 1024, 2048, 4096, 8192), 512
 TARGET = 1 / 5

@@ -25,8 +25,8 @@ from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import NotFiniteError
 from hecompile.graph.interpreter import Interpreter, graph_inputs
 from hecompile.models import REDUCED_LLAMA, TINY_LLAMA
-from hecompile.passes.approximate_softmax import ApproximateSoftmax, Form
-from hecompile.passes.calibrate import Calibrate
+from hecompile.passes.approximation.approximate_softmax import ApproximateSoftmax, Form
+from hecompile.passes.approximation.calibrate import Calibrate
 from hecompile.polynomial.ranges import Interval
 from hecompile.runtime.conversion.data import load_rows
 from hecompile.runtime.conversion.recipe import ConversionRecipe, load_conversion

@@ -17,7 +17,7 @@ from hecompile.he.kernels.transform import transform_secrets
 from hecompile.he.parameters import CATALOGUE, RingParameters
 from hecompile.he.random.sampling import SecretRandom
 from hecompile.he.scheme import blocks, evaluate, keygen
-from hecompile.passes.select_parameters import choose_ring
+from hecompile.passes.offload.select_parameters import choose_ring
 
 TARGET_NS = 3.0
 SHAPES = ((2048, 2048), (2048, 8192), (8192, 2048))

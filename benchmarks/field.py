@@ -19,7 +19,7 @@ from benchmarks.timing import paired, ratio
 from hecompile.errors import InputError
 from hecompile.he.hints import Hint
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.passes.select_parameters import choose_ring
+from hecompile.passes.offload.select_parameters import choose_ring
 from hecompile.runtime.engines import Engine
 from hecompile.runtime.session import DEFAULT_ENGINE
 

@@ -23,8 +23,8 @@ from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.random.sampling import PublicSeed
 from hecompile.he.setup import setup
-from hecompile.passes.lower_worker import LowerWorker
-from hecompile.passes.quantize import quantize_weight
+from hecompile.passes.offload.lower_worker import LowerWorker
+from hecompile.passes.offload.quantize import quantize_weight
 from hecompile.plan.encrypted_linear import encrypted_linear_model
 from hecompile.runtime.engines import Engine, create_engine
 
@@ -44,7 +44,7 @@ class Linear:
 
 
 def random_linear(in_features: int, out_features: int, seed: int = 0) -> Linear:
-    """Normal weights, quantised as `hecompile.passes.quantize` does."""
+    """Normal weights, quantised as `hecompile.passes.offload.quantize` does."""
     generator = torch.Generator().manual_seed(seed)
     weight, _ = quantize_weight(torch.randn(out_features, in_features, generator=generator).numpy(), WEIGHT_BITS)
     matrix = torch.from_numpy(weight)

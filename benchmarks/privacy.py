@@ -30,7 +30,7 @@ from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.models import TINY_LLAMA
 from hecompile.models.worlds.admissions import HELDOUT, TRAIN, admissions, by_rule, own
 from hecompile.models.worlds.private_world import to_jsonl
-from hecompile.passes.attach_lora import AttachLora
+from hecompile.passes.offload.attach_lora import AttachLora
 from hecompile.runtime.adapter import load_adapter
 from hecompile.runtime.data import Examples, PadToBucket, eos_and_pad, load_examples
 from hecompile.runtime.evaluation import evaluate

@@ -12,8 +12,8 @@ from hecompile.compiler.frontend import export_onnx, load_checkpoint
 from hecompile.compiler.pipeline import Step, approximate_steps, raise_steps, run_steps
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.graph.legality import POLYNOMIAL
-from hecompile.passes.calibrate import Calibrate
-from hecompile.passes.expand_polynomials import ExpandPolynomials
+from hecompile.passes.approximation.calibrate import Calibrate
+from hecompile.passes.polynomial.expand_polynomials import ExpandPolynomials
 from hecompile.polynomial.depth import Demand, demand
 from hecompile.polynomial.ranges import Interval
 from hecompile.runtime.conversion.data import load_rows

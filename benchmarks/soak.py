@@ -19,7 +19,7 @@ from benchmarks.stepping import serving
 from benchmarks.timing import resident_bytes
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
-from hecompile.passes.lower_worker import LowerWorker
+from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.encrypted_linear import encrypted_linear_model
 from hecompile.runtime.transports import connect, open_connection
 

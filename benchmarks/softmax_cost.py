@@ -3,7 +3,7 @@ comparison."""
 from __future__ import annotations
 
 from benchmarks.report import section_main, table
-from hecompile.passes.approximate_softmax import ApproximateSoftmax
+from hecompile.passes.approximation.approximate_softmax import ApproximateSoftmax
 from hecompile.softmax_cost import softmax_cost
 
 LENGTHS, ERROR = (128, 1024), 1e-3

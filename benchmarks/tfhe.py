@@ -29,9 +29,9 @@ from hecompile.graph.quantized_operators import table_indices
 from hecompile.models import TINY_LLAMA
 from hecompile.models.making.pretrain import token_stream
 from hecompile.models.worlds.public_world import documents
-from hecompile.passes.calibrate import Calibrate
-from hecompile.passes.quantize_activation import QuantizeActivation
-from hecompile.passes.select_parameters import choose_ring
+from hecompile.passes.approximation.calibrate import Calibrate
+from hecompile.passes.approximation.quantize_activation import QuantizeActivation
+from hecompile.passes.offload.select_parameters import choose_ring
 from hecompile.runtime.engines import DEFAULT_ENGINE
 from hecompile.runtime.engines.concrete_table import EncryptedTable
 
@@ -41,12 +41,12 @@ CKKS_DEGREE, CKKS_MODULUS, CKKS_SCALE, CKKS_TERMS = 16384, (60, 40, 40, 40, 40, 
 PROSE = """\
 ## A SiLU of few bits under TFHE
 
-The small Llama with `QuantizedSiLU`, a table of 2^bits integers, in place of every SiLU (`passes/quantize_activation.py`,
-ranges from {samples} × {length} tokens of its public training corpus), in its cleartext integer form on {tokens} held-out
-tokens; and the table of its layer 0 under TFHE (`runtime/engines/concrete_table.py`, concrete-python, probability of a wrong
-look-up at most 2^-40) on {elements} inputs spread over the layer's own, one programmable bootstrapping each. *Equal*: how
-many results are the integers of the cleartext form. One run each, both cores.
-"""
+The small Llama with `QuantizedSiLU`, a table of 2^bits integers, in place of every SiLU
+(`passes/approximation/quantize_activation.py`, ranges from {samples} × {length} tokens of its public training corpus),
+in its cleartext integer form on {tokens} held-out tokens; and the table of its layer 0 under TFHE
+(`runtime/engines/concrete_table.py`, concrete-python, probability of a wrong look-up at most 2^-40) on {elements}
+inputs spread over the layer's own, one programmable bootstrapping each. *Equal*: how many results are the integers of
+the cleartext form. One run each, both cores. """
 ELEMENT_PROSE = """\
 What one element costs in each scheme, at the size that suits it. Linear RLWE: an output of a {width} × {width} linear at
 {tokens} tokens, as training computes it. CKKS (TenSEAL): a polynomial of degree {degree} in place of SiLU on [-8, 8], ring

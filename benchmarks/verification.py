@@ -15,7 +15,7 @@ from hecompile.he.fused import decrypt_reals, encrypt_reals
 from hecompile.he.random.sampling import SecretRandom
 from hecompile.he.scheme import evaluate
 from hecompile.he.verification import Checks, check_count, tolerance
-from hecompile.passes.select_parameters import choose_ring
+from hecompile.passes.offload.select_parameters import choose_ring
 
 SHAPES = [shape for there in LAYER.values() for shape in (there, there[::-1])]
 """Of the circuits of a layer of Llama-3.2-1B, forward and backward."""

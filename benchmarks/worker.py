@@ -29,7 +29,7 @@ from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.integers import int8_products_are_fast
-from hecompile.passes.lower_worker import LowerWorker
+from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.encrypted_linear import encrypted_linear_model
 from hecompile.runtime.engines import Engine, create_engine
 from hecompile.runtime.engines.vnni_kernel import supported

@@ -10,8 +10,8 @@ import torch
 from hecompile.graph.interpreter import causal_attention_bias
 from hecompile.graph.ir import attributes_of
 from hecompile.graph.matching import attentions
-from hecompile.passes.approximate_softmax import ApproximateSoftmax
-from hecompile.passes.expand_polynomials import ExpandPolynomials
+from hecompile.passes.approximation.approximate_softmax import ApproximateSoftmax
+from hecompile.passes.polynomial.expand_polynomials import ExpandPolynomials
 from hecompile.polynomial.depth import cost_of, demand, multiplications, product_kind
 from hecompile.polynomial.ranges import AttentionRange, write_range
 

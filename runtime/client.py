@@ -22,7 +22,7 @@ from hecompile.graph.ir import DOMAIN, constant_of
 from hecompile.graph.legality import FUSED_CLIENT_PLAN, check_stage
 from hecompile.graph.operators import Context
 from hecompile.mapped import release
-from hecompile.passes.fuse import Fuse
+from hecompile.passes.offload.fuse import Fuse
 from hecompile.polynomial.range_watch import DomainWatch, Outside
 from hecompile.runtime.adapter import head_digest
 from hecompile.runtime.head import linear_cross_entropy, scored_positions, scored_targets

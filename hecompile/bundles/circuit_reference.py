@@ -1,4 +1,5 @@
-"""What a circuit of the worker computes, in plain integers: the meaning of `EncryptedLinear` (passes/lower_worker.py)."""
+"""What a circuit of the worker computes, in plain integers: the meaning of `EncryptedLinear`
+(passes/offload/lower_worker.py)."""
 
 from __future__ import annotations
 

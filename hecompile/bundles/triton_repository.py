@@ -1,7 +1,7 @@
 """The circuits of a worker bundle as a model repository of NVIDIA's Triton Inference Server; one circuit is one model.
 
     circuits/<name>/config.pbtxt       its name, tensors and shapes, as protobuf text of Triton's ModelConfig
-    circuits/<name>/1/model.onnx       the lowered circuit (standard integer operators, see passes/lower_worker.py)
+    circuits/<name>/1/model.onnx       the lowered circuit (standard integer operators, see passes/offload/lower_worker.py)
     circuits/<name>/1/weight.bin       its weight in int8 digits, when that is above 64 KiB
     circuits/<name>/1/exact.onnx       only in a plan without stored hints: the circuit `<name>.exact`
 

@@ -94,7 +94,7 @@ def export_llama(
     from hecompile.errors import InputError
     from hecompile.he.random.sampling import PublicSeed
     from hecompile.inspection.prediction import ModelSize, prediction_table
-    from hecompile.passes.attach_lora import AttachLora
+    from hecompile.passes.offload.attach_lora import AttachLora
 
     if placement not in ("offload", "cheapest"):
         raise InputError(f"--placement must be offload or cheapest, got {placement!r}")

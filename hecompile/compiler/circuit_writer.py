@@ -26,7 +26,7 @@ from hecompile.he.hints import write_hint
 from hecompile.he.parameters import RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.setup import PreparedMatrix
-from hecompile.passes.lower_worker import LowerWorker
+from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.circuits import RemoteCircuit, SplitPlan
 
 Progress = Callable[[str, int, int], None]

@@ -35,11 +35,11 @@ from hecompile.compiler.target import check_target
 from hecompile.errors import InputError, LegalityError
 from hecompile.files import publish, reason_of
 from hecompile.he.random.sampling import PublicSeed
-from hecompile.passes.approximate_silu import ApproximateSiLU
-from hecompile.passes.calibrate import Calibrate
-from hecompile.passes.depth import METADATA as DEPTH
-from hecompile.passes.expand_polynomials import ExpandPolynomials
-from hecompile.passes.place_refreshes import PlaceRefreshes
+from hecompile.passes.approximation.approximate_silu import ApproximateSiLU
+from hecompile.passes.approximation.calibrate import Calibrate
+from hecompile.passes.polynomial.depth import METADATA as DEPTH
+from hecompile.passes.polynomial.expand_polynomials import ExpandPolynomials
+from hecompile.passes.polynomial.place_refreshes import PlaceRefreshes
 
 _CALIBRATION_SEED = PublicSeed(hashlib.sha256(b"hecompile ckks calibration").digest())
 

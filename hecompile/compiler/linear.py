@@ -49,17 +49,17 @@ from hecompile.he.check_store import write_checks
 from hecompile.he.parameters import CATALOGUE, RingParameters
 from hecompile.he.random.sampling import PublicSeed, SecretRandom
 from hecompile.he.verification import Checks
-from hecompile.passes.approximate_rmsnorm import ApproximateRMSNorm
-from hecompile.passes.approximate_silu import ApproximateSiLU
-from hecompile.passes.approximate_softmax import ApproximateSoftmax
-from hecompile.passes.attach_lora import AttachLora
-from hecompile.passes.calibrate import Calibrate
-from hecompile.passes.place import Place, Policy
-from hecompile.passes.quantize import Quantize
-from hecompile.passes.quantize_activation import QuantizeActivation
-from hecompile.passes.select_parameters import SelectParameters, selected_ring
-from hecompile.passes.split import Split
-from hecompile.passes.validate import Validate
+from hecompile.passes.approximation.approximate_rmsnorm import ApproximateRMSNorm
+from hecompile.passes.approximation.approximate_silu import ApproximateSiLU
+from hecompile.passes.approximation.approximate_softmax import ApproximateSoftmax
+from hecompile.passes.approximation.calibrate import Calibrate
+from hecompile.passes.approximation.quantize_activation import QuantizeActivation
+from hecompile.passes.offload.attach_lora import AttachLora
+from hecompile.passes.offload.place import Place, Policy
+from hecompile.passes.offload.quantize import Quantize
+from hecompile.passes.offload.select_parameters import SelectParameters, selected_ring
+from hecompile.passes.offload.split import Split
+from hecompile.passes.offload.validate import Validate
 from hecompile.plan.circuits import RemoteCircuit, SplitPlan
 from hecompile.plan.costs import CostModel
 

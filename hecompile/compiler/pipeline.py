@@ -10,26 +10,26 @@ import onnx_ir as ir
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import HecompileError, LegalityError
 from hecompile.graph.legality import ADAPTED, CANONICAL, EXPORTED, POLYNOMIAL, QUANTIZED, REFRESHED, Stage, check_stage
-from hecompile.passes.annotate_secrecy import AnnotateSecrecy
-from hecompile.passes.approximate_rmsnorm import ApproximateRMSNorm
-from hecompile.passes.approximate_silu import ApproximateSiLU
-from hecompile.passes.approximate_softmax import ApproximateSoftmax
-from hecompile.passes.attach_lora import AttachLora
-from hecompile.passes.calibrate import Calibrate
-from hecompile.passes.canonicalize import Canonicalize
-from hecompile.passes.depth import Depth
-from hecompile.passes.expand_polynomials import ExpandPolynomials
-from hecompile.passes.fuse import Fuse
-from hecompile.passes.lower_worker import LowerWorker
-from hecompile.passes.place import Place
-from hecompile.passes.place_refreshes import PlaceRefreshes
-from hecompile.passes.quantize import Quantize
-from hecompile.passes.quantize_activation import QuantizeActivation
-from hecompile.passes.select_parameters import SelectParameters
-from hecompile.passes.simplify import Simplify
-from hecompile.passes.split import Split
-from hecompile.passes.stack_projections import StackProjections
-from hecompile.passes.validate import Validate
+from hecompile.passes.approximation.approximate_rmsnorm import ApproximateRMSNorm
+from hecompile.passes.approximation.approximate_silu import ApproximateSiLU
+from hecompile.passes.approximation.approximate_softmax import ApproximateSoftmax
+from hecompile.passes.approximation.calibrate import Calibrate
+from hecompile.passes.approximation.quantize_activation import QuantizeActivation
+from hecompile.passes.offload.annotate_secrecy import AnnotateSecrecy
+from hecompile.passes.offload.attach_lora import AttachLora
+from hecompile.passes.offload.fuse import Fuse
+from hecompile.passes.offload.lower_worker import LowerWorker
+from hecompile.passes.offload.place import Place
+from hecompile.passes.offload.quantize import Quantize
+from hecompile.passes.offload.select_parameters import SelectParameters
+from hecompile.passes.offload.split import Split
+from hecompile.passes.offload.stack_projections import StackProjections
+from hecompile.passes.offload.validate import Validate
+from hecompile.passes.polynomial.depth import Depth
+from hecompile.passes.polynomial.expand_polynomials import ExpandPolynomials
+from hecompile.passes.polynomial.place_refreshes import PlaceRefreshes
+from hecompile.passes.raising.canonicalize import Canonicalize
+from hecompile.passes.raising.simplify import Simplify
 
 PASSES: dict[str, type] = {
     "simplify": Simplify,

@@ -15,10 +15,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar, cast
 
 from hecompile.errors import InputError
-from hecompile.passes.approximate_rmsnorm import ApproximateRMSNorm
-from hecompile.passes.approximate_silu import ApproximateSiLU
-from hecompile.passes.approximate_softmax import ApproximateSoftmax
-from hecompile.passes.quantize_activation import QuantizeActivation
+from hecompile.passes.approximation.approximate_rmsnorm import ApproximateRMSNorm
+from hecompile.passes.approximation.approximate_silu import ApproximateSiLU
+from hecompile.passes.approximation.approximate_softmax import ApproximateSoftmax
+from hecompile.passes.approximation.quantize_activation import QuantizeActivation
 
 CONFIG_KEY = "hecompile_polynomial"
 ATTENTIONS = ("softmax", "power", "gaussian_kernel", "chebyshev")

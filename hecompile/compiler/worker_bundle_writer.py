@@ -40,7 +40,7 @@ from hecompile.bundles.worker_manifest import (
 from hecompile.errors import InputError, LegalityError
 from hecompile.files import reason_of
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.passes.lower_worker import LowerWorker
+from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.encrypted_linear import encrypted_linear_model
 
 EXTERNAL_DATA_THRESHOLD = 65536

@@ -20,7 +20,7 @@ from hecompile.ckks.evaluator import CkksTensor, Evaluator
 from hecompile.ckks.keys import EvaluationKeys, in_range
 from hecompile.ckks.parameters import CkksParameters
 from hecompile.errors import HecompileError, InputError, WorkerError
-from hecompile.passes.expand_polynomials import EMBEDDINGS
+from hecompile.passes.polynomial.expand_polynomials import EMBEDDINGS
 from hecompile.runtime.ckks.messages import PROTOCOL, expect, receive, send
 from hecompile.runtime.connections import RECEIVE_TIMEOUT_SECONDS, SEND_TIMEOUT_SECONDS, server_class
 from hecompile.runtime.transports.address import TcpAddress, UnixAddress, parse_address

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import LegalityError
-from hecompile.passes.approximate_rmsnorm import ApproximateRMSNorm
-from hecompile.passes.approximate_silu import ApproximateSiLU
-from hecompile.passes.approximate_softmax import ApproximateSoftmax
+from hecompile.passes.approximation.approximate_rmsnorm import ApproximateRMSNorm
+from hecompile.passes.approximation.approximate_silu import ApproximateSiLU
+from hecompile.passes.approximation.approximate_softmax import ApproximateSoftmax
 from hecompile.polynomial.ranges import Interval
 from hecompile.runtime.conversion.recipe import ConversionRecipe
 

@@ -13,7 +13,7 @@ from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import LegalityError
 from hecompile.graph.interpreter import Interpreter, graph_inputs
 from hecompile.graph.ir import constant_of, module_path
-from hecompile.passes.calibrate import Calibrate
+from hecompile.passes.approximation.calibrate import Calibrate
 from hecompile.runtime.conversion.ranges import RangeObserver
 from hecompile.runtime.conversion.recipe import ConversionRecipe
 

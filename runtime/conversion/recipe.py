@@ -18,9 +18,9 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 
 
 class AttentionSection(Section):
-    """Fields of `hecompile.passes.approximate_softmax.ApproximateSoftmax`, and `bound`: the range loss keeps |scores|
-    (power) or exponents (gaussian_kernel) under it; `divisor_lower`, `divisor_upper`: and a power attention's divisors
-    between them.
+    """Fields of `hecompile.passes.approximation.approximate_softmax.ApproximateSoftmax`, and `bound`: the range loss
+    keeps |scores| (power) or exponents (gaussian_kernel) under it; `divisor_lower`, `divisor_upper`: and a power
+    attention's divisors between them.
 
     training_form: what the first stage trains with: `form` itself, or the stable form, whose powers lie between 0 and 1
     whatever the scores are. Ranges, range loss and all that follows the first stage are of `form`."""

@@ -27,8 +27,8 @@ from hecompile.errors import HecompileError, InputError, LegalityError, WorkerEr
 from hecompile.graph.interpreter import Interpreter
 from hecompile.graph.ir import ORIGIN
 from hecompile.inspection.ckks_traffic import predicted_traffic
-from hecompile.passes.expand_polynomials import EMBEDDINGS, ExpandPolynomials
-from hecompile.passes.place_refreshes import PlaceRefreshes
+from hecompile.passes.polynomial.expand_polynomials import EMBEDDINGS, ExpandPolynomials
+from hecompile.passes.polynomial.place_refreshes import PlaceRefreshes
 from hecompile.runtime.ckks.answers import complete
 from hecompile.runtime.ckks.client import CkksSession
 from hecompile.runtime.ckks.messages import receive, send

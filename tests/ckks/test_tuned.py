@@ -23,7 +23,7 @@ from hecompile.compiler.frontend import load_checkpoint
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.graph.interpreter import Interpreter
 from hecompile.he.random.sampling import PublicSeed
-from hecompile.passes.expand_polynomials import EMBEDDINGS
+from hecompile.passes.polynomial.expand_polynomials import EMBEDDINGS
 from hecompile.runtime.backend import ForwardPass, RemoteModel
 from hecompile.runtime.ckks.client import CkksSession
 from hecompile.runtime.ckks.worker import CkksWorker

@@ -21,7 +21,7 @@ from hecompile.errors import InputError, SecurityError, WorkerError
 from hecompile.graph.interpreter import Interpreter
 from hecompile.graph.ir import print_model
 from hecompile.he.parameters import RingParameters
-from hecompile.passes.lower_worker import LowerWorker
+from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.encrypted_linear import encrypted_linear_model
 from hecompile.runtime.products import CleartextProducts, EncryptedProducts
 from hecompile.runtime.transports import InProcessTransport

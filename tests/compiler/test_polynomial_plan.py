@@ -28,13 +28,13 @@ from hecompile.graph.ir import ATTENTION_OPERATORS, nodes_of_type
 from hecompile.graph.legality import ADAPTED, CANONICAL, POLYNOMIAL, REFRESHED
 from hecompile.graph.merging import merge_lora
 from hecompile.graph.operators import Context
-from hecompile.passes.approximate_rmsnorm import ApproximateRMSNorm
-from hecompile.passes.approximate_silu import ApproximateSiLU
-from hecompile.passes.approximate_softmax import ApproximateSoftmax
-from hecompile.passes.attach_lora import AttachLora
-from hecompile.passes.calibrate import Calibrate
-from hecompile.passes.expand_polynomials import ExpandPolynomials
-from hecompile.passes.place_refreshes import PlaceRefreshes
+from hecompile.passes.approximation.approximate_rmsnorm import ApproximateRMSNorm
+from hecompile.passes.approximation.approximate_silu import ApproximateSiLU
+from hecompile.passes.approximation.approximate_softmax import ApproximateSoftmax
+from hecompile.passes.approximation.calibrate import Calibrate
+from hecompile.passes.offload.attach_lora import AttachLora
+from hecompile.passes.polynomial.expand_polynomials import ExpandPolynomials
+from hecompile.passes.polynomial.place_refreshes import PlaceRefreshes
 from hecompile.polynomial.depth import levels
 from hecompile.runtime.client import EncryptedCausalLM
 from hecompile.runtime.products import EncryptedProducts

@@ -21,7 +21,7 @@ from hecompile.compiler.circuit_writer import RESUMED
 from hecompile.compiler.linear import compile_checkpoint
 from hecompile.errors import InputError
 from hecompile.he.setup import PreparedMatrix
-from hecompile.passes.lower_worker import LowerWorker
+from hecompile.passes.offload.lower_worker import LowerWorker
 from tests.compiler.test_build import hashes
 from tests.compiler.tiny import OPTIONS
 

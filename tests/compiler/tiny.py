@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from hecompile.compiler.frontend import export_onnx
 from hecompile.compiler.linear import CompileOptions
 from hecompile.he.random.sampling import PublicSeed
-from hecompile.passes.attach_lora import AttachLora
+from hecompile.passes.offload.attach_lora import AttachLora
 from tests.training.support import make_base, make_tokenizer
 
 SEED = PublicSeed.from_hex("5eed" * 16)

@@ -16,7 +16,7 @@ from hecompile.bundles.worker import KNOWN_ANSWER, WorkerBundle, known_answer_ve
 from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.errors import InputError, WorkerError
 from hecompile.integers import MAX_INT16_WEIGHT
-from hecompile.passes.lower_worker import LowerWorker
+from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.encrypted_linear import encrypted_linear_model
 from hecompile.runtime.engines import ENGINES, Engine, create_engine, vnni_kernel
 from hecompile.runtime.engines.cuda_engine import CudaEngine

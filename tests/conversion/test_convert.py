@@ -19,7 +19,7 @@ from hecompile.errors import InputError, LegalityError, NotFiniteError
 from hecompile.graph.ir import attribute, nodes_of_type
 from hecompile.he.random.sampling import PublicSeed
 from hecompile.models import REDUCED_LLAMA
-from hecompile.passes.approximate_silu import ApproximateSiLU
+from hecompile.passes.approximation.approximate_silu import ApproximateSiLU
 from hecompile.runtime.conversion import train
 from hecompile.runtime.conversion.data import batch_of, load_rows
 from hecompile.runtime.conversion.domains import attention_alone

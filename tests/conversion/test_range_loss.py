@@ -16,9 +16,9 @@ from hecompile.graph.interpreter import Interpreter, packed_graph_inputs
 from hecompile.graph.ir import nodes_of_type
 from hecompile.graph.operators import Context
 from hecompile.models import REDUCED_LLAMA
-from hecompile.passes.approximate_softmax import ApproximateSoftmax
-from hecompile.passes.calibrate import Calibrate
-from hecompile.passes.fuse import Fuse
+from hecompile.passes.approximation.approximate_softmax import ApproximateSoftmax
+from hecompile.passes.approximation.calibrate import Calibrate
+from hecompile.passes.offload.fuse import Fuse
 from hecompile.runtime.conversion.data import load_rows
 from hecompile.runtime.range_loss import RangeLossWatch, RangeTerms
 from tests.conversion.support import TEXT, recipe

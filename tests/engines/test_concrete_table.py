@@ -13,8 +13,8 @@ from hecompile.errors import InputError, WorkerError
 from hecompile.graph.interpreter import Interpreter, graph_inputs
 from hecompile.graph.ir import attributes_of, nodes_of_type
 from hecompile.graph.quantized_operators import table_indices, table_values
-from hecompile.passes.calibrate import Calibrate
-from hecompile.passes.quantize_activation import QuantizeActivation
+from hecompile.passes.approximation.calibrate import Calibrate
+from hecompile.passes.approximation.quantize_activation import QuantizeActivation
 from hecompile.runtime.engines.concrete_table import EncryptedTable
 from tests.compiler.tiny import exported, samples
 

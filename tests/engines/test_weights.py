@@ -9,7 +9,7 @@ import pytest
 
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
-from hecompile.passes.lower_worker import LowerWorker
+from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.encrypted_linear import encrypted_linear_model
 from hecompile.runtime.engines.weights import Weights
 from tests.worker.bundles import PLAN_ID, extreme_weight, write_bundle

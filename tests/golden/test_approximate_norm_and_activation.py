@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from hecompile.errors import InputError, LegalityError
 from hecompile.graph.ir import attributes_of
 from hecompile.graph.legality import CANONICAL
-from hecompile.passes.approximate_rmsnorm import ApproximateRMSNorm
-from hecompile.passes.approximate_silu import ApproximateSiLU
+from hecompile.passes.approximation.approximate_rmsnorm import ApproximateRMSNorm
+from hecompile.passes.approximation.approximate_silu import ApproximateSiLU
 from hecompile.polynomial.ranges import Interval, check_domain, write_range
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, gaussian, parse, refused, run_pass

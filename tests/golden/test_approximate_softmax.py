@@ -15,7 +15,7 @@ from hecompile.graph.ir import attributes_of, print_model
 from hecompile.graph.legality import CANONICAL
 from hecompile.graph.matching import attentions
 from hecompile.graph.operators import Context
-from hecompile.passes.approximate_softmax import ApproximateSoftmax
+from hecompile.passes.approximation.approximate_softmax import ApproximateSoftmax
 from hecompile.polynomial.ranges import AttentionRange, attention_range_of, check_domain, write_range
 from tests.conftest import Golden
 from tests.golden.graphs import gaussian, parse, refused, run_pass

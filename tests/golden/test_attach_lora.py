@@ -9,7 +9,7 @@ import torch
 from hecompile.errors import InputError
 from hecompile.graph.ir import print_model
 from hecompile.graph.legality import ADAPTED
-from hecompile.passes.attach_lora import LLAMA_LINEARS, AttachLora
+from hecompile.passes.offload.attach_lora import LLAMA_LINEARS, AttachLora
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, integers, parse, refused, run_pass
 

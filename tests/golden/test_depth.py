@@ -14,8 +14,8 @@ from hecompile.errors import HecompileError, InputError
 from hecompile.graph.ir import LEVEL, print_model
 from hecompile.graph.legality import POLYNOMIAL, REFRESHED
 from hecompile.inspection.polynomial import depth_table
-from hecompile.passes.depth import Depth
-from hecompile.passes.place_refreshes import PlaceRefreshes
+from hecompile.passes.polynomial.depth import Depth
+from hecompile.passes.polynomial.place_refreshes import PlaceRefreshes
 from hecompile.polynomial.depth import demand, levels
 from hecompile.polynomial.refresh_placement import Vertex, cheapest_refreshes
 from tests.conftest import Golden

@@ -10,15 +10,15 @@ from hecompile.errors import LegalityError
 from hecompile.graph.interpreter import Interpreter, causal_attention_bias, graph_inputs
 from hecompile.graph.ir import print_model
 from hecompile.graph.legality import POLYNOMIAL
-from hecompile.passes.approximate_rmsnorm import ApproximateRMSNorm
-from hecompile.passes.approximate_silu import ApproximateSiLU
-from hecompile.passes.approximate_softmax import ApproximateSoftmax
-from hecompile.passes.calibrate import Calibrate
-from hecompile.passes.canonicalize import Canonicalize
-from hecompile.passes.depth import Depth
-from hecompile.passes.expand_polynomials import ExpandPolynomials
-from hecompile.passes.place_refreshes import PlaceRefreshes
-from hecompile.passes.simplify import Simplify
+from hecompile.passes.approximation.approximate_rmsnorm import ApproximateRMSNorm
+from hecompile.passes.approximation.approximate_silu import ApproximateSiLU
+from hecompile.passes.approximation.approximate_softmax import ApproximateSoftmax
+from hecompile.passes.approximation.calibrate import Calibrate
+from hecompile.passes.polynomial.depth import Depth
+from hecompile.passes.polynomial.expand_polynomials import ExpandPolynomials
+from hecompile.passes.polynomial.place_refreshes import PlaceRefreshes
+from hecompile.passes.raising.canonicalize import Canonicalize
+from hecompile.passes.raising.simplify import Simplify
 from tests.compiler.tiny import exported, samples, tiny_llama
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, gaussian, parse, refused, run_pass

@@ -12,8 +12,8 @@ import torch
 from hecompile.errors import InputError, LegalityError, SecurityError
 from hecompile.graph.ir import PLACEMENT, print_model
 from hecompile.graph.secrecy import check_placement
-from hecompile.passes.place import Place
-from hecompile.passes.split import Split
+from hecompile.passes.offload.place import Place
+from hecompile.passes.offload.split import Split
 from hecompile.plan.costs import CostModel
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, integers, parse, placements, prepared, refused, run_pass

@@ -10,7 +10,7 @@ import torch
 from hecompile.compiler.pipeline import PASSES
 from hecompile.errors import InputError
 from hecompile.graph.ir import print_model
-from hecompile.passes.quantize import quantize_weight
+from hecompile.passes.offload.quantize import quantize_weight
 from tests.compiler.tiny import coarse
 from tests.conftest import Golden
 from tests.golden.graphs import evaluate, gaussian, parse, refused, run_pass

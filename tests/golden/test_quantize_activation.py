@@ -23,7 +23,7 @@ from hecompile.graph.ir import attributes_of, nodes_of_type, print_model
 from hecompile.graph.legality import CANONICAL, POLYNOMIAL, check_stage
 from hecompile.graph.operators import Context
 from hecompile.graph.quantized_operators import table_indices, table_values
-from hecompile.passes.quantize_activation import QuantizeActivation
+from hecompile.passes.approximation.quantize_activation import QuantizeActivation
 from hecompile.polynomial.ranges import Interval, check_domain, write_range
 from tests.compiler.tiny import OPTIONS, coarse, exported, samples, tiny_llama
 from tests.conftest import Golden

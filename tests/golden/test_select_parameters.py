@@ -13,7 +13,7 @@ from hecompile.errors import InputError, LegalityError
 from hecompile.graph.ir import GRADIENT_RANGE, PLACEMENT, RANGE, attributes_of, print_model
 from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
 from hecompile.he.weight_norms import measure_norms
-from hecompile.passes.select_parameters import choose_ring, selected_ring
+from hecompile.passes.offload.select_parameters import choose_ring, selected_ring
 from hecompile.plan.circuits import effective_bits
 from hecompile.plan.costs import CostModel
 from tests.conftest import Golden
@@ -135,7 +135,7 @@ def test_of_rings_that_cost_about_the_same_the_more_secure_is_taken(monkeypatch:
     weaker, stronger = RingParameters(256, 5), RingParameters(256, 6)  # 133 and 161 bits
     assert costs.encrypt(weaker, 1024, 64) < costs.encrypt(stronger, 1024, 64)
     for catalogue, chosen in (({"a": weaker, "b": stronger}, stronger), ({"a": weaker}, weaker)):
-        monkeypatch.setattr("hecompile.passes.select_parameters.CATALOGUE", catalogue)
+        monkeypatch.setattr("hecompile.passes.offload.select_parameters.CATALOGUE", catalogue)
         assert choose_ring(1024, circuits, costs) == chosen
 
 

@@ -9,7 +9,7 @@ import torch
 from hecompile.errors import HecompileError
 from hecompile.graph.interpreter import Interpreter
 from hecompile.graph.ir import PLACEMENT, print_model
-from hecompile.passes.stack_projections import StackProjections, stacked_name
+from hecompile.passes.offload.stack_projections import StackProjections, stacked_name
 from tests.conftest import Golden
 from tests.golden.graphs import integers, parse, prepared, run_pass
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from hecompile.he.encode import decode, encode
-from hecompile.passes.quantize import WEIGHT_BITS, quantize_weight
+from hecompile.passes.offload.quantize import WEIGHT_BITS, quantize_weight
 
 TINY = float(np.finfo(np.float32).tiny)
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)

@@ -17,7 +17,7 @@ from hecompile.graph.interpreter import Interpreter
 from hecompile.graph.ir import DOMAIN, ORIGIN, add_initializer, attributes_of
 from hecompile.he.parameters import CATALOGUE, LinearParameters
 from hecompile.he.weight_norms import measure_norms
-from hecompile.passes.select_parameters import choose_ring
+from hecompile.passes.offload.select_parameters import choose_ring
 from hecompile.plan.circuits import effective_bits
 from hecompile.plan.costs import CostModel
 from tests.golden.graphs import placements, prepared, run_pass

@@ -8,7 +8,7 @@ import numpy as np
 
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
-from hecompile.passes.lower_worker import LowerWorker
+from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.encrypted_linear import encrypted_linear_model
 from hecompile.runtime.transports import credentials
 from hecompile.runtime.transports.credentials import ClientCredentials, ServerCredentials, make_development_certificates

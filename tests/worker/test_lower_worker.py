@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.errors import LegalityError
 from hecompile.graph.ir import ORIGIN, add_initializer, print_model
-from hecompile.passes.lower_worker import LowerWorker
+from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.encrypted_linear import MAX_FEATURES_IN, encrypted_linear_model
 from hecompile.runtime.engines.onnxruntime_engine import signed_product_is_exact, with_unsigned_weights
 from tests.conftest import Golden

@@ -15,7 +15,7 @@ from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.bundles.public_rows import exact_name
 from hecompile.bundles.worker import KNOWN_ANSWER, WorkerBundle
 from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
-from hecompile.passes.lower_worker import LowerWorker
+from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.encrypted_linear import encrypted_linear_model
 from hecompile.runtime.engines.onnxruntime_engine import exact_here, signed_product_is_exact
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight

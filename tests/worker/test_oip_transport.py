@@ -19,7 +19,7 @@ from hecompile.bundles.public_rows import PUBLIC_ROWS, exact_name
 from hecompile.bundles.worker import KNOWN_ANSWER, WorkerBundle
 from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.errors import WorkerError
-from hecompile.passes.lower_worker import LowerWorker
+from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.encrypted_linear import encrypted_linear_model
 from hecompile.runtime.servers import open_server
 from hecompile.runtime.transports import connect, connect_for, open_connection

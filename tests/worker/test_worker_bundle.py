@@ -16,7 +16,7 @@ import pytest
 from hecompile.bundles.worker import KNOWN_ANSWER, MANIFEST, WorkerBundle, known_answer_vector, known_answer_weight
 from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.errors import InputError, LegalityError
-from hecompile.passes.lower_worker import LowerWorker
+from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.encrypted_linear import encrypted_linear_model
 from tests.worker.bundles import PLAN_ID, write_bundle
 
