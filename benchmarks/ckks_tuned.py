@@ -17,8 +17,8 @@ from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.models import REDUCED_POLYNOMIAL
 from hecompile.models.worlds.reduced_world import ANSWERS, LINE_TOKENS
 from hecompile.runtime.backend import ForwardPass, RemoteModel
+from hecompile.runtime.client.session import open_session
 from hecompile.runtime.recipe import Recipe
-from hecompile.runtime.session import open_session
 from hecompile.runtime.train import run_training
 
 STEPS, RATE, RANGE_LOSS = 120, 5e-3, 10.0

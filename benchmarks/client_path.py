@@ -40,7 +40,7 @@ def _reference_decrypt(
 
 
 TRAINED = ClientPath(encrypt_reals, decrypt_reals)
-"""What `hecompile.runtime.products` calls."""
+"""What `hecompile.runtime.client.products` calls."""
 
 REFERENCE = ClientPath(_reference_encrypt, _reference_decrypt)
 

@@ -28,13 +28,13 @@ from hecompile.models import REDUCED_LLAMA, TINY_LLAMA
 from hecompile.passes.approximation.approximate_softmax import ApproximateSoftmax, Form
 from hecompile.passes.approximation.calibrate import Calibrate
 from hecompile.polynomial.ranges import Interval
+from hecompile.runtime.client.session import open_session
 from hecompile.runtime.conversion.data import load_rows
 from hecompile.runtime.conversion.recipe import ConversionRecipe, load_conversion
 from hecompile.runtime.conversion.train import Conversion
 from hecompile.runtime.data import eos_and_pad, load_examples
 from hecompile.runtime.evaluation import evaluate
 from hecompile.runtime.recipe import load_recipe
-from hecompile.runtime.session import open_session
 from hecompile.runtime.train import run_training
 
 RECIPES = {"power": "convert-power.yaml", "gaussian_kernel": "convert-gaussian.yaml"}

@@ -15,10 +15,10 @@ from hecompile.cli.demo_run import RECIPE, worker_process
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.inspection.linear import circuits_without_gradient, hint_traffic
 from hecompile.models import TINY_LLAMA
+from hecompile.runtime.client.session import open_session
 from hecompile.runtime.comparison import StepSplit, step_split
 from hecompile.runtime.metrics import METRICS_FILE, read_metrics
 from hecompile.runtime.recipe import load_recipe
-from hecompile.runtime.session import open_session
 from hecompile.runtime.train import run_training
 
 SEQUENCE_BUCKETS = (32, 48)

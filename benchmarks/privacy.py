@@ -32,12 +32,12 @@ from hecompile.models.worlds.admissions import HELDOUT, TRAIN, admissions, by_ru
 from hecompile.models.worlds.private_world import to_jsonl
 from hecompile.passes.offload.attach_lora import AttachLora
 from hecompile.runtime.adapter import load_adapter
+from hecompile.runtime.client.session import open_session
 from hecompile.runtime.data import Examples, PadToBucket, eos_and_pad, load_examples
 from hecompile.runtime.evaluation import evaluate
 from hecompile.runtime.plaintext import PlaintextPeftModel
 from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
 from hecompile.runtime.recipe import load_recipe
-from hecompile.runtime.session import open_session
 from hecompile.runtime.train import ADAPTER_DIR, run_training
 
 KEPT = ROOT / "build" / "privacy-benchmark"

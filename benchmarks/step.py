@@ -13,7 +13,7 @@ from benchmarks.report import section_main, table
 from benchmarks.stepping import Batch, Side, Steps, measure_steps
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT
-from hecompile.runtime.session import DEFAULT_ENGINE
+from hecompile.runtime.client.session import DEFAULT_ENGINE
 
 LAYERS, BATCH = 16, Batch(sequences=1, length=512)
 QUICK_LAYERS, QUICK_BATCH = 2, Batch(sequences=2, length=32)

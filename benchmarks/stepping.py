@@ -29,7 +29,7 @@ from hecompile.bundles.client import MANIFEST
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.cli.demo_run import stop_process
 from hecompile.errors import HecompileError
-from hecompile.runtime.session import DEFAULT_ENGINE
+from hecompile.runtime.client.session import DEFAULT_ENGINE
 
 _WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he")
 _LISTENING = "listening on "

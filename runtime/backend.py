@@ -1,6 +1,6 @@
 """What a model over an encrypted worker is to its caller, whichever scheme and protocol answer: a forward pass and its cost.
 
-`hecompile.runtime.session.Session` (linear layers on the worker) and `hecompile.runtime.ckks.client.CkksSession` (the
+`hecompile.runtime.client.session.Session` (linear layers on the worker) and `hecompile.runtime.ckks.client.CkksSession` (the
 whole model on it) both are one. Training, caches and refreshes are not shared and are not here.
 """
 
@@ -26,7 +26,7 @@ class ForwardPass:
 
 class RemoteModel(Protocol):
     """A model on private tokens of which a worker computes what it does on ciphertexts alone. Open it as a context manager,
-    by `hecompile.runtime.session.open_session` or as a `CkksSession`."""
+    by `hecompile.runtime.client.session.open_session` or as a `CkksSession`."""
 
     @property
     def tokenizer(self) -> Any:

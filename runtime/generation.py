@@ -19,7 +19,7 @@ from torch import Tensor
 from hecompile.errors import InputError
 from hecompile.graph.attention_cache import AttentionCache
 from hecompile.runtime.adapter import AdapterModel
-from hecompile.runtime.client import EncryptedCausalLM
+from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.data import IGNORED, PadToBucket
 from hecompile.runtime.evaluation import inference
 

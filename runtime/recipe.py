@@ -148,7 +148,7 @@ class RangeLossSection(Section):
 
 class Recipe(Workplace):
     """One training run, where its `Workplace` says. `range_loss` keeps what goes into the polynomials of a plan in their
-    domains (`hecompile.runtime.range_loss`); there is none by default."""
+    domains (`hecompile.runtime.client.range_terms`); there is none by default."""
 
     data: DataSection
     training: TrainingSection

@@ -17,13 +17,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from hecompile.errors import InputError, NotFiniteError, VerificationError
 from hecompile.polynomial.range_watch import Outside
 from hecompile.runtime.adapter import AdapterModel, load_adapter, save_adapter
+from hecompile.runtime.client.range_terms import RangeLossModel, WatchedOutput
 from hecompile.runtime.data import Examples, PadToBucket
 from hecompile.runtime.divergence import DomainModel, explained, require_finite_gradients, require_finite_loss
 from hecompile.runtime.evaluation import evaluate
 from hecompile.runtime.head import scored_positions
 from hecompile.runtime.metrics import METRICS_FILE, MetricsWriter, ProgressBar
 from hecompile.runtime.micro_batches import MicroBatches, cut
-from hecompile.runtime.range_loss import RangeLossModel, WatchedOutput
 from hecompile.runtime.recipe import RangeLossSection, TrainingSection
 
 SETTINGS_FILE = "training_settings.json"

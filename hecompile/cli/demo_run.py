@@ -19,13 +19,13 @@ from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.errors import WorkerError
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime.adapter import AdapterModel
+from hecompile.runtime.client.session import Session, open_session
 from hecompile.runtime.comparison import LossComparison, StepSplit, compare_losses, step_split
 from hecompile.runtime.data import eos_and_pad, load_examples
 from hecompile.runtime.evaluation import Evaluation, evaluate
 from hecompile.runtime.metrics import METRICS_FILE
 from hecompile.runtime.plaintext import PlaintextPeftModel
 from hecompile.runtime.recipe import Recipe, load_recipe
-from hecompile.runtime.session import Session, open_session
 from hecompile.runtime.train import run_training
 
 RECIPE = TINY_LLAMA.parent / "recipes" / "demo.yaml"

@@ -24,7 +24,7 @@ def doctor(
 
     from hecompile.bundles.client import ClientBundle
     from hecompile.inspection.prediction import megabytes
-    from hecompile.runtime.doctor import diagnose
+    from hecompile.runtime.client.doctor import diagnose
     from hecompile.runtime.transports import connect_for
     from hecompile.runtime.transports.credentials import ClientCredentials
 

@@ -60,10 +60,10 @@ def infer(
     from hecompile.cli.ckks import answer as answer_polynomial
     from hecompile.errors import InputError
     from hecompile.runtime.adapter import load_adapter
+    from hecompile.runtime.client.session import open_session
     from hecompile.runtime.generation import Sampling
     from hecompile.runtime.inference import Prompt, Reply, read_prompts
     from hecompile.runtime.inference import infer as answer
-    from hecompile.runtime.session import open_session
     from hecompile.runtime.workplace import make_workplace
 
     polynomial = is_polynomial_plan(plan)

@@ -27,8 +27,8 @@ def train(
     """LoRA fine-tuning with encrypted products. Writes checkpoints, metrics.jsonl and the adapter in PEFT's format."""
     from transformers.trainer_utils import get_last_checkpoint
 
+    from hecompile.runtime.client.session import open_session
     from hecompile.runtime.recipe import load_recipe
-    from hecompile.runtime.session import open_session
     from hecompile.runtime.train import run_training
 
     policy = [] if on_bad_worker is None else [f"connection.on_bad_worker={on_bad_worker}"]

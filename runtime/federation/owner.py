@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hecompile.errors import InputError
 from hecompile.he.aggregation.scheme import CLIENT_LIMIT
 from hecompile.runtime.adapter import AdapterModel, save_adapter
+from hecompile.runtime.client.session import open_session
 from hecompile.runtime.data import Examples, eos_and_pad, load_examples
 from hecompile.runtime.evaluation import Evaluation, evaluate
 from hecompile.runtime.federation.layout import Layout
@@ -25,7 +26,6 @@ from hecompile.runtime.plaintext import PlaintextPeftModel
 from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
 from hecompile.runtime.privacy.promise import PrivateSteps, private_steps
 from hecompile.runtime.recipe import LoraSection, check_lora
-from hecompile.runtime.session import open_session
 
 LEDGER_SUFFIX = ".rounds.ledger"
 

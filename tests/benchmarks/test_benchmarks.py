@@ -23,7 +23,7 @@ from benchmarks.stepping import Side, Steps, text_of_length
 from hecompile.he.parameters import CATALOGUE
 from hecompile.inspection.linear import Traffic
 from hecompile.models import TINY_LLAMA
-from hecompile.runtime.session import DEFAULT_ENGINE
+from hecompile.runtime.client.session import DEFAULT_ENGINE
 
 
 @pytest.fixture(autouse=True)

@@ -27,8 +27,8 @@ from hecompile.passes.polynomial.expand_polynomials import EMBEDDINGS
 from hecompile.runtime.backend import ForwardPass, RemoteModel
 from hecompile.runtime.ckks.client import CkksSession
 from hecompile.runtime.ckks.worker import CkksWorker
+from hecompile.runtime.client.session import open_session
 from hecompile.runtime.recipe import Recipe
-from hecompile.runtime.session import open_session
 from hecompile.runtime.train import run_training
 from tests.ckks.support import LEVELS, small_llama
 from tests.training.support import make_tokenizer

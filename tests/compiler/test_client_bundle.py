@@ -23,7 +23,7 @@ from hecompile.graph.ir import print_model
 from hecompile.he.parameters import RingParameters
 from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.encrypted_linear import encrypted_linear_model
-from hecompile.runtime.products import CleartextProducts, EncryptedProducts
+from hecompile.runtime.client.products import CleartextProducts, EncryptedProducts
 from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.worker import Worker
 

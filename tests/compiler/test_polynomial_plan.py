@@ -36,8 +36,8 @@ from hecompile.passes.offload.attach_lora import AttachLora
 from hecompile.passes.polynomial.expand_polynomials import ExpandPolynomials
 from hecompile.passes.polynomial.place_refreshes import PlaceRefreshes
 from hecompile.polynomial.depth import levels
-from hecompile.runtime.client import EncryptedCausalLM
-from hecompile.runtime.products import EncryptedProducts
+from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
+from hecompile.runtime.client.products import EncryptedProducts
 from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.worker import Worker
 from hecompile.softmax_cost import softmax_cost

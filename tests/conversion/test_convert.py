@@ -20,13 +20,13 @@ from hecompile.graph.ir import attribute, nodes_of_type
 from hecompile.he.random.sampling import PublicSeed
 from hecompile.models import REDUCED_LLAMA
 from hecompile.passes.approximation.approximate_silu import ApproximateSiLU
+from hecompile.runtime.client.functions import functions_of
 from hecompile.runtime.conversion import train
 from hecompile.runtime.conversion.data import batch_of, load_rows
 from hecompile.runtime.conversion.domains import attention_alone
 from hecompile.runtime.conversion.graph import TrainableGraph
 from hecompile.runtime.conversion.recipe import load_conversion
 from hecompile.runtime.conversion.train import Conversion, convert
-from hecompile.runtime.functions import functions_of
 from tests.conversion.support import TEXT, recipe
 
 STABLE_FIRST = {

@@ -18,12 +18,12 @@ from hecompile.errors import InputError, LegalityError, NotFiniteError
 from hecompile.graph.ir import attributes_of, module_path
 from hecompile.models import REDUCED_POLYNOMIAL
 from hecompile.runtime.adapter import load_adapter
+from hecompile.runtime.client.functions import check_functions
+from hecompile.runtime.client.session import open_session
 from hecompile.runtime.data import PadToBucket, eos_and_pad, load_examples
 from hecompile.runtime.evaluation import evaluate
-from hecompile.runtime.functions import check_functions
 from hecompile.runtime.metrics import METRICS_FILE, read_metrics
 from hecompile.runtime.recipe import Recipe
-from hecompile.runtime.session import open_session
 from hecompile.runtime.train import run_training
 from tests.conversion.support import TEXT
 from tests.training.support import make_model

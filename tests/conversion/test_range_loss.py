@@ -19,8 +19,8 @@ from hecompile.models import REDUCED_LLAMA
 from hecompile.passes.approximation.approximate_softmax import ApproximateSoftmax
 from hecompile.passes.approximation.calibrate import Calibrate
 from hecompile.passes.offload.fuse import Fuse
+from hecompile.runtime.client.range_terms import RangeLossWatch, RangeTerms
 from hecompile.runtime.conversion.data import load_rows
-from hecompile.runtime.range_loss import RangeLossWatch, RangeTerms
 from tests.conversion.support import TEXT, recipe
 
 NAMES = {"power": "PowerAttention", "gaussian_kernel": "GaussianAttention", "chebyshev": "ChebyshevAttention"}

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hecompile.runtime import protocol
-from hecompile.runtime.client import EncryptedCausalLM
-from hecompile.runtime.products import CleartextProducts, EncryptedProducts
+from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
+from hecompile.runtime.client.products import CleartextProducts, EncryptedProducts
 from hecompile.runtime.protocol import Frame
 from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.worker import Worker

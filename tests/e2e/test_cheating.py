@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hecompile.errors import VerificationError
-from hecompile.runtime.client import EncryptedCausalLM
-from hecompile.runtime.products import EncryptedProducts
+from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
+from hecompile.runtime.client.products import EncryptedProducts
 from hecompile.runtime.train import run_training
 from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.worker import Worker

@@ -11,7 +11,7 @@ from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.cli.demo_run import worker_process
 from hecompile.errors import WorkerError
 from hecompile.inspection.linear import circuits_without_gradient, predicted_traffic
-from hecompile.runtime.doctor import diagnose
+from hecompile.runtime.client.doctor import diagnose
 from hecompile.runtime.transports import InProcessTransport, TransportPool, connect
 from hecompile.runtime.worker import Worker
 from tests.e2e.conftest import Build

@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.cli.demo_run import RECIPE
 from hecompile.errors import VerificationError
-from hecompile.runtime.client import EncryptedCausalLM
-from hecompile.runtime.products import EncryptedProducts
+from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
+from hecompile.runtime.client.products import EncryptedProducts
 from hecompile.runtime.protocol import PREFIX
 from hecompile.runtime.transports import InProcessTransport, Replicas
 from hecompile.runtime.worker import Worker

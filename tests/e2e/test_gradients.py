@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from hecompile.errors import InputError
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime.adapter import AdapterModel, save_adapter
-from hecompile.runtime.client import EncryptedCausalLM
+from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
+from hecompile.runtime.client.products import CleartextProducts
 from hecompile.runtime.head import scored_positions, scored_targets
-from hecompile.runtime.products import CleartextProducts
 from tests.e2e.conftest import Build
 
 COSINE = 0.999

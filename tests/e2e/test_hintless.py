@@ -22,9 +22,9 @@ from hecompile.he.random.sampling import PublicSeed
 from hecompile.he.setup import setup
 from hecompile.inspection.linear import circuits_without_gradient, hint_traffic, predicted_traffic
 from hecompile.models import TINY_LLAMA
-from hecompile.runtime.client import EncryptedCausalLM
-from hecompile.runtime.hintless import hint_from_planes
-from hecompile.runtime.products import EncryptedProducts
+from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
+from hecompile.runtime.client.hintless import hint_from_planes
+from hecompile.runtime.client.products import EncryptedProducts
 from hecompile.runtime.transports import InProcessTransport, connect, open_connection
 from hecompile.runtime.worker import Worker
 from tests.e2e.conftest import BATCH_SIZE, SEQUENCE_BUCKETS, Build

@@ -19,13 +19,13 @@ from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.cli.demo_run import RECIPE
 from hecompile.errors import WorkerError
 from hecompile.graph.ir import nodes_of_type
-from hecompile.runtime.client import EncryptedCausalLM
+from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
+from hecompile.runtime.client.products import CleartextProducts
+from hecompile.runtime.client.session import open_session
 from hecompile.runtime.comparison import step_split
 from hecompile.runtime.metrics import METRICS_FILE, read_metrics
 from hecompile.runtime.micro_batches import MicroBatches, cut
-from hecompile.runtime.products import CleartextProducts
 from hecompile.runtime.recipe import Recipe, load_recipe
-from hecompile.runtime.session import open_session
 from hecompile.runtime.train import run_training
 from hecompile.runtime.worker import Worker, WorkerServer
 from tests.e2e.conftest import Build

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hecompile.bundles.kinds import CLIENT
 from hecompile.cli.demo_run import RECIPE
+from hecompile.runtime.client.session import open_session
 from hecompile.runtime.recipe import load_recipe
 from hecompile.runtime.servers import open_server
-from hecompile.runtime.session import open_session
 from hecompile.runtime.transports.credentials import (
     AUTHORITY,
     CLIENT_KEY,

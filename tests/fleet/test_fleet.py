@@ -19,10 +19,10 @@ from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.errors import InputError
 from hecompile.models import TINY_LLAMA
+from hecompile.runtime.client.session import open_session
 from hecompile.runtime.fleet import FleetFile, deploy, load_fleet, stop
 from hecompile.runtime.metrics import read_metrics
 from hecompile.runtime.recipe import load_recipe
-from hecompile.runtime.session import open_session
 from hecompile.runtime.train import run_training
 
 RECIPE = Path("models/recipes/demo.yaml")

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from hecompile.graph.interpreter import _as_tensor
-from hecompile.mapped import release
 from hecompile.runtime import head
+from hecompile.runtime.client.mapped import release
 from hecompile.runtime.head import linear_cross_entropy, scored_positions, scored_targets
 
 VOCABULARY, HIDDEN = 37, 16

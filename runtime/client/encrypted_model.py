@@ -21,14 +21,14 @@ from hecompile.graph.interpreter import Interpreter, Observer, packed_graph_inpu
 from hecompile.graph.ir import DOMAIN, constant_of
 from hecompile.graph.legality import FUSED_CLIENT_PLAN, check_stage
 from hecompile.graph.operators import Context
-from hecompile.mapped import release
 from hecompile.passes.offload.fuse import Fuse
 from hecompile.polynomial.range_watch import DomainWatch, Outside
 from hecompile.runtime.adapter import head_digest
+from hecompile.runtime.client.mapped import release
+from hecompile.runtime.client.products import Products
+from hecompile.runtime.client.range_terms import RangeLossWatch, WatchedOutput
 from hecompile.runtime.head import linear_cross_entropy, scored_positions, scored_targets
 from hecompile.runtime.privacy.per_example import GradientCollector, PerExample
-from hecompile.runtime.products import Products
-from hecompile.runtime.range_loss import RangeLossWatch, WatchedOutput
 
 
 class _RemoteLinear(torch.autograd.Function):

@@ -28,7 +28,7 @@ from hecompile.he.hints import Hint, HintStore
 from hecompile.he.parameters import LinearParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.verification import Checks, hint_is_right
-from hecompile.runtime.hintless import hint_of
+from hecompile.runtime.client.hintless import hint_of
 from hecompile.runtime.transports import Answer, Replicas, Transport, open_connection
 
 DEFAULT_CACHE_BYTES = 512 << 20

@@ -17,11 +17,11 @@ from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
 from hecompile.runtime.backend import ForwardPass
-from hecompile.runtime.client import EncryptedCausalLM
+from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
+from hecompile.runtime.client.products import CleartextProducts, EncryptedProducts, Products
 from hecompile.runtime.directory import SCHEMES, fetch_workers
 from hecompile.runtime.engines import DEFAULT_ENGINE
 from hecompile.runtime.evaluation import inference
-from hecompile.runtime.products import CleartextProducts, EncryptedProducts, Products
 from hecompile.runtime.recipe import Recipe
 from hecompile.runtime.transports import InProcessTransport, Replicas, RetryPolicy, Transport, connect_for
 from hecompile.runtime.transports.credentials import ClientCredentials
