@@ -27,7 +27,7 @@ from hecompile.runtime.adapter import load_adapter
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.session import Session, open_session
 from hecompile.runtime.data import encode_prompt, eos_and_pad
-from hecompile.runtime.generation import CachedSteps, PrefixSteps, generate
+from hecompile.runtime.inference.generation import CachedSteps, PrefixSteps, generate
 from hecompile.runtime.recipe import load_recipe
 from hecompile.runtime.train import run_training
 

@@ -61,9 +61,9 @@ def infer(
     from hecompile.errors import InputError
     from hecompile.runtime.adapter import load_adapter
     from hecompile.runtime.client.session import open_session
-    from hecompile.runtime.generation import Sampling
-    from hecompile.runtime.inference import Prompt, Reply, read_prompts
-    from hecompile.runtime.inference import infer as answer
+    from hecompile.runtime.inference.answers import Prompt, Reply, read_prompts
+    from hecompile.runtime.inference.answers import infer as answer
+    from hecompile.runtime.inference.generation import Sampling
     from hecompile.runtime.workplace import make_workplace
 
     polynomial = is_polynomial_plan(plan)

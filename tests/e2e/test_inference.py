@@ -14,8 +14,8 @@ from hecompile.errors import InputError
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import CleartextProducts
 from hecompile.runtime.client.session import Session
-from hecompile.runtime.generation import CachedSteps, PrefixSteps, Sampling, generate
-from hecompile.runtime.inference import Prompt, Reply, infer, read_prompts
+from hecompile.runtime.inference.answers import Prompt, Reply, infer, read_prompts
+from hecompile.runtime.inference.generation import CachedSteps, PrefixSteps, Sampling, generate
 from tests.e2e.conftest import SEQUENCE_BUCKETS, Build
 
 TEXTS = ["Question: Who", "The", "Question: Where does the baker live?\nAnswer:", "In the", "A", "Who is it?"]

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from hecompile.errors import InputError
 from hecompile.runtime.data import Example, Examples, load_examples
 from hecompile.runtime.evaluation import evaluate
-from hecompile.runtime.generation import PrefixSteps, generate
+from hecompile.runtime.inference.generation import PrefixSteps, generate
 from hecompile.runtime.plaintext import PlaintextPeftModel
 from tests.training.support import BUCKETS, RECORDS, make_model, make_tokenizer, write_jsonl
 
