@@ -30,8 +30,8 @@ from hecompile.graph.interpreter import Interpreter
 from hecompile.models import REDUCED_POLYNOMIAL
 from hecompile.models.worlds.reduced_world import LINE_TOKENS, lines
 from hecompile.passes.polynomial.expand_polynomials import EMBEDDINGS
-from hecompile.runtime.backend import ForwardPass
 from hecompile.runtime.ckks.client import CkksSession, CkksStats
+from hecompile.runtime.model.backend import ForwardPass
 
 LEVELS = (4,)
 PROSE = """\

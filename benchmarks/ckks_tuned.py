@@ -16,8 +16,8 @@ from hecompile.cli.demo_run import worker_process
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.models import REDUCED_POLYNOMIAL
 from hecompile.models.worlds.reduced_world import ANSWERS, LINE_TOKENS
-from hecompile.runtime.backend import ForwardPass, RemoteModel
 from hecompile.runtime.client.session import open_session
+from hecompile.runtime.model.backend import ForwardPass, RemoteModel
 from hecompile.runtime.recipe import Recipe
 from hecompile.runtime.train import run_training
 

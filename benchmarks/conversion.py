@@ -32,8 +32,8 @@ from hecompile.runtime.client.session import open_session
 from hecompile.runtime.conversion.data import load_rows
 from hecompile.runtime.conversion.recipe import ConversionRecipe, load_conversion
 from hecompile.runtime.conversion.train import Conversion
-from hecompile.runtime.data import eos_and_pad, load_examples
-from hecompile.runtime.evaluation import evaluate
+from hecompile.runtime.model.data import eos_and_pad, load_examples
+from hecompile.runtime.model.evaluation import evaluate
 from hecompile.runtime.recipe import load_recipe
 from hecompile.runtime.train import run_training
 

@@ -23,11 +23,11 @@ from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.cli.demo_run import BATCH_SIZE, RECIPE, SEQUENCE_BUCKETS
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.models import PRIVATE_HELDOUT, TINY_LLAMA
-from hecompile.runtime.adapter import load_adapter
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.session import Session, open_session
-from hecompile.runtime.data import encode_prompt, eos_and_pad
 from hecompile.runtime.inference.generation import CachedSteps, PrefixSteps, generate
+from hecompile.runtime.model.adapter import load_adapter
+from hecompile.runtime.model.data import encode_prompt, eos_and_pad
 from hecompile.runtime.recipe import load_recipe
 from hecompile.runtime.train import run_training
 

@@ -16,10 +16,10 @@ import numpy as np
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from hecompile.runtime.adapter import AdapterModel
-from hecompile.runtime.data import Examples, PadToBucket
-from hecompile.runtime.evaluation import inference
-from hecompile.runtime.head import scored_positions, scored_targets
+from hecompile.runtime.model.adapter import AdapterModel
+from hecompile.runtime.model.data import Examples, PadToBucket
+from hecompile.runtime.model.evaluation import inference
+from hecompile.runtime.model.head import scored_positions, scored_targets
 
 
 @dataclass(frozen=True)

@@ -26,14 +26,14 @@ from hecompile.cli.demo_run import RECIPE
 from hecompile.compiler.linear import compile_checkpoint
 from hecompile.errors import InputError
 from hecompile.models import PRIVATE_TRAIN, TINY_LLAMA
-from hecompile.runtime.adapter import AdapterModel
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import EncryptedProducts
 from hecompile.runtime.client.session import load_tokenizer, open_session
 from hecompile.runtime.comparison import compare_losses
-from hecompile.runtime.data import PadToBucket, eos_and_pad, load_examples
 from hecompile.runtime.metrics import METRICS_FILE, read_metrics
-from hecompile.runtime.plaintext import PlaintextPeftModel
+from hecompile.runtime.model.adapter import AdapterModel
+from hecompile.runtime.model.data import PadToBucket, eos_and_pad, load_examples
+from hecompile.runtime.model.plaintext import PlaintextPeftModel
 from hecompile.runtime.recipe import load_recipe
 from hecompile.runtime.train import run_training
 from hecompile.runtime.transports import InProcessTransport

@@ -31,11 +31,11 @@ from hecompile.models import TINY_LLAMA
 from hecompile.models.worlds.admissions import HELDOUT, TRAIN, admissions, by_rule, own
 from hecompile.models.worlds.private_world import to_jsonl
 from hecompile.passes.offload.attach_lora import AttachLora
-from hecompile.runtime.adapter import load_adapter
 from hecompile.runtime.client.session import open_session
-from hecompile.runtime.data import Examples, PadToBucket, eos_and_pad, load_examples
-from hecompile.runtime.evaluation import evaluate
-from hecompile.runtime.plaintext import PlaintextPeftModel
+from hecompile.runtime.model.adapter import load_adapter
+from hecompile.runtime.model.data import Examples, PadToBucket, eos_and_pad, load_examples
+from hecompile.runtime.model.evaluation import evaluate
+from hecompile.runtime.model.plaintext import PlaintextPeftModel
 from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
 from hecompile.runtime.recipe import load_recipe
 from hecompile.runtime.train import ADAPTER_DIR, run_training

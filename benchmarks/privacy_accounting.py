@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from benchmarks.report import table
-from hecompile.runtime.plaintext import PlaintextPeftModel
+from hecompile.runtime.model.plaintext import PlaintextPeftModel
 from hecompile.runtime.privacy.accountant import Mechanism, spent_epsilon
 from hecompile.runtime.privacy.clipping import Grid, add_noise, clipped_sum
 from hecompile.runtime.privacy.promise import paper_epsilon, paper_mechanism, paper_noise

@@ -22,10 +22,10 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.timing import resident_bytes
-from hecompile.runtime.adapter import AdapterModel
 from hecompile.runtime.client.session import open_session
 from hecompile.runtime.metrics import METRICS_FILE, read_metrics
-from hecompile.runtime.plaintext import PlaintextPeftModel
+from hecompile.runtime.model.adapter import AdapterModel
+from hecompile.runtime.model.plaintext import PlaintextPeftModel
 from hecompile.runtime.recipe import Recipe, load_recipe
 from hecompile.runtime.train import run_training
 

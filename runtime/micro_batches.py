@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from hecompile.runtime.adapter import AdapterModel
+from hecompile.runtime.model.adapter import AdapterModel
 
 LossOf = Callable[[Mapping[str, Tensor], torch.Generator], Tensor]
 """A micro-batch and the generator of its dropout → its share of the step's loss, a scalar with a graph."""

@@ -32,7 +32,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class DataSection(Section):
-    """JSONL files (see `hecompile.runtime.data`); `max_length` counts tokens with bos and eos, and can only be under
+    """JSONL files (see `hecompile.runtime.model.data`); `max_length` counts tokens with bos and eos, and can only be under
     the largest sequence bucket of the model."""
 
     train_file: Path

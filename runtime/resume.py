@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers.trainer_utils import get_last_checkpoint
 
 from hecompile.errors import InputError
-from hecompile.runtime.adapter import CONFIG_FILE, WEIGHTS_FILE
+from hecompile.runtime.model.adapter import CONFIG_FILE, WEIGHTS_FILE
 from hecompile.runtime.trainer import SETTINGS_FILE
 
 _STATE_FILE = "trainer_state.json"

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from hecompile.errors import InputError
 from hecompile.memory import freed_memory_kept
-from hecompile.runtime.adapter import AdapterModel, load_adapter, save_adapter
 from hecompile.runtime.client.functions import check_functions
-from hecompile.runtime.data import Examples, PadToBucket, eos_and_pad, load_examples, smallest_bucket
 from hecompile.runtime.metrics import METRICS_FILE, forget_after, read_metrics
+from hecompile.runtime.model.adapter import AdapterModel, load_adapter, save_adapter
+from hecompile.runtime.model.data import Examples, PadToBucket, eos_and_pad, load_examples, smallest_bucket
 from hecompile.runtime.privacy.promise import check_same_promise, private_steps
 from hecompile.runtime.privacy.trainer import PrivateTrainer
 from hecompile.runtime.recipe import Recipe, check_lora

@@ -16,14 +16,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hecompile.errors import InputError, NotFiniteError, VerificationError
 from hecompile.polynomial.range_watch import Outside
-from hecompile.runtime.adapter import AdapterModel, load_adapter, save_adapter
 from hecompile.runtime.client.range_terms import RangeLossModel, WatchedOutput
-from hecompile.runtime.data import Examples, PadToBucket
-from hecompile.runtime.divergence import DomainModel, explained, require_finite_gradients, require_finite_loss
-from hecompile.runtime.evaluation import evaluate
-from hecompile.runtime.head import scored_positions
 from hecompile.runtime.metrics import METRICS_FILE, MetricsWriter, ProgressBar
 from hecompile.runtime.micro_batches import MicroBatches, cut
+from hecompile.runtime.model.adapter import AdapterModel, load_adapter, save_adapter
+from hecompile.runtime.model.data import Examples, PadToBucket
+from hecompile.runtime.model.divergence import DomainModel, explained, require_finite_gradients, require_finite_loss
+from hecompile.runtime.model.evaluation import evaluate
+from hecompile.runtime.model.head import scored_positions
 from hecompile.runtime.recipe import RangeLossSection, TrainingSection
 
 SETTINGS_FILE = "training_settings.json"
@@ -170,7 +170,7 @@ class AdapterTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Return and log the held-out loss per token and the exact match, see `hecompile.runtime.evaluation`."""
+        """Return and log the held-out loss per token and the exact match, see `hecompile.runtime.model.evaluation`."""
         started = time.perf_counter()
         examples = self._heldout if eval_dataset is None else eval_dataset
         assert examples is not None

@@ -18,13 +18,13 @@ from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.errors import WorkerError
 from hecompile.models import TINY_LLAMA
-from hecompile.runtime.adapter import AdapterModel
 from hecompile.runtime.client.session import Session, open_session
 from hecompile.runtime.comparison import LossComparison, StepSplit, compare_losses, step_split
-from hecompile.runtime.data import eos_and_pad, load_examples
-from hecompile.runtime.evaluation import Evaluation, evaluate
 from hecompile.runtime.metrics import METRICS_FILE
-from hecompile.runtime.plaintext import PlaintextPeftModel
+from hecompile.runtime.model.adapter import AdapterModel
+from hecompile.runtime.model.data import eos_and_pad, load_examples
+from hecompile.runtime.model.evaluation import Evaluation, evaluate
+from hecompile.runtime.model.plaintext import PlaintextPeftModel
 from hecompile.runtime.recipe import Recipe, load_recipe
 from hecompile.runtime.train import run_training
 

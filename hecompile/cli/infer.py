@@ -59,11 +59,11 @@ def infer(
     from hecompile.bundles.ckks import is_polynomial_plan
     from hecompile.cli.ckks import answer as answer_polynomial
     from hecompile.errors import InputError
-    from hecompile.runtime.adapter import load_adapter
     from hecompile.runtime.client.session import open_session
     from hecompile.runtime.inference.answers import Prompt, Reply, read_prompts
     from hecompile.runtime.inference.answers import infer as answer
     from hecompile.runtime.inference.generation import Sampling
+    from hecompile.runtime.model.adapter import load_adapter
     from hecompile.runtime.workplace import make_workplace
 
     polynomial = is_polynomial_plan(plan)

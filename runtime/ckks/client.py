@@ -24,8 +24,8 @@ from hecompile.bundles.ckks import CkksPlan, read_table
 from hecompile.ckks.keys import SecretKey, Words
 from hecompile.ckks.parameters import CkksParameters
 from hecompile.errors import HecompileError, InputError, WorkerError, WorkerUnavailableError
-from hecompile.runtime.backend import ForwardPass
 from hecompile.runtime.ckks.messages import PROTOCOL, expect, receive, send
+from hecompile.runtime.model.backend import ForwardPass
 from hecompile.runtime.transports.address import TcpAddress, parse_address
 
 Progress = Callable[[str, int], None]
@@ -135,7 +135,7 @@ class CkksSession:
         return numbers.T.reshape(batch, rows, plan.vocabulary).astype(np.float32)
 
     def forward(self, tokens: NDArray[np.int64]) -> ForwardPass:
-        """See `hecompile.runtime.backend.RemoteModel`: rows, errors and logits are those of `logits`, so that a plan
+        """See `hecompile.runtime.model.backend.RemoteModel`: rows, errors and logits are those of `logits`, so that a plan
         with the last position alone gives that one."""
         logits, stats = self.logits(tokens), self.stats
         client = stats.encrypt_seconds + stats.decrypt_seconds

@@ -23,12 +23,12 @@ from hecompile.graph.legality import FUSED_CLIENT_PLAN, check_stage
 from hecompile.graph.operators import Context
 from hecompile.passes.offload.fuse import Fuse
 from hecompile.polynomial.range_watch import DomainWatch, Outside
-from hecompile.runtime.adapter import head_digest
 from hecompile.runtime.client.mapped import release
 from hecompile.runtime.client.products import Products
 from hecompile.runtime.client.range_terms import RangeLossWatch, WatchedOutput
-from hecompile.runtime.head import linear_cross_entropy, scored_positions, scored_targets
-from hecompile.runtime.privacy.per_example import GradientCollector, PerExample
+from hecompile.runtime.model.adapter import head_digest
+from hecompile.runtime.model.head import linear_cross_entropy, scored_positions, scored_targets
+from hecompile.runtime.model.per_example import GradientCollector, PerExample
 
 
 class _RemoteLinear(torch.autograd.Function):
@@ -52,7 +52,7 @@ class _RemoteLinear(torch.autograd.Function):
 
 
 class EncryptedCausalLM(torch.nn.Module):
-    """A `hecompile.runtime.adapter.AdapterModel` over a client bundle. Its only parameters are the LoRA matrices.
+    """A `hecompile.runtime.model.adapter.AdapterModel` over a client bundle. Its only parameters are the LoRA matrices.
 
     Args:
         bundle: the opened client bundle.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from hecompile.errors import InputError
-from hecompile.runtime.adapter import AdapterModel
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
+from hecompile.runtime.model.adapter import AdapterModel
 from hecompile.runtime.recipe import Recipe
 
 _ATTENTIONS = {"PowerAttention": "power", "GaussianAttention": "gaussian_kernel", "ChebyshevAttention": "chebyshev"}

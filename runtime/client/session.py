@@ -16,12 +16,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
-from hecompile.runtime.backend import ForwardPass
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import CleartextProducts, EncryptedProducts, Products
 from hecompile.runtime.directory import SCHEMES, fetch_workers
 from hecompile.runtime.engines import DEFAULT_ENGINE
-from hecompile.runtime.evaluation import inference
+from hecompile.runtime.model.backend import ForwardPass
+from hecompile.runtime.model.evaluation import inference
 from hecompile.runtime.recipe import Recipe
 from hecompile.runtime.transports import InProcessTransport, Replicas, RetryPolicy, Transport, connect_for
 from hecompile.runtime.transports.credentials import ClientCredentials
@@ -38,7 +38,8 @@ class Session:
     bundle: ClientBundle
 
     def forward(self, tokens: NDArray[np.int64]) -> ForwardPass:
-        """See `hecompile.runtime.backend.RemoteModel`; rows go to the worker in batches of as many as the plan takes."""
+        """See `hecompile.runtime.model.backend.RemoteModel`; rows go to the worker in batches of as many as the plan
+        takes."""
         model, ids = self.model, torch.from_numpy(tokens)
         before, start = model.stats(), time.perf_counter()
         with inference(model):

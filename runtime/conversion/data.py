@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hecompile.errors import InputError
 from hecompile.runtime.conversion.recipe import ConversionData
-from hecompile.runtime.data import eos_and_pad, load_examples
+from hecompile.runtime.model.data import eos_and_pad, load_examples
 
 _UNLIMITED = 1 << 20
 

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hecompile.errors import InputError
-from hecompile.runtime.data import Examples
 from hecompile.runtime.federation.channels import Identity
 from hecompile.runtime.federation.client import LocalUpdate, Participant, Train
 from hecompile.runtime.federation.keyring import MemoryKeys
@@ -21,6 +20,7 @@ from hecompile.runtime.federation.recipe import FederationRecipe
 from hecompile.runtime.federation.rounds import Federation, in_process
 from hecompile.runtime.federation.server import RoundResult, prune_global
 from hecompile.runtime.federation.settings import Agreement, FederationSection, RoundHeader
+from hecompile.runtime.model.data import Examples
 from hecompile.runtime.privacy.ledger import PrivacyLedger
 
 

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from hecompile.errors import FederationError
-from hecompile.runtime.adapter import WEIGHTS_FILE
 from hecompile.runtime.federation.channels import Identity, Roster
 from hecompile.runtime.federation.client import LocalUpdate, Participant
 from hecompile.runtime.federation.keyring import MemoryKeys
@@ -38,6 +37,7 @@ from hecompile.runtime.federation.rounds import Federation
 from hecompile.runtime.federation.server import RoundResult
 from hecompile.runtime.federation.settings import RoundHeader
 from hecompile.runtime.federation.sockets import FederationServer, take_part
+from hecompile.runtime.model.adapter import WEIGHTS_FILE
 
 LISTENING = "listening on "
 _STOP_SECONDS, _JOIN_SECONDS = 20.0, 180.0

@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hecompile.runtime.adapter import AdapterModel
-from hecompile.runtime.data import Examples, PadToBucket, eos_and_pad
 from hecompile.runtime.federation.client import LocalUpdate
 from hecompile.runtime.federation.layout import Layout
 from hecompile.runtime.federation.pruning import prune_client
 from hecompile.runtime.federation.settings import FederationSection, RoundHeader
+from hecompile.runtime.model.adapter import AdapterModel
+from hecompile.runtime.model.data import Examples, PadToBucket, eos_and_pad
 from hecompile.runtime.privacy.promise import PrivateSteps
 from hecompile.runtime.privacy.trainer import PrivateTrainer
 from hecompile.runtime.recipe import TrainingSection

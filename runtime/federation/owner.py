@@ -15,14 +15,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hecompile.errors import InputError
 from hecompile.he.aggregation.scheme import CLIENT_LIMIT
-from hecompile.runtime.adapter import AdapterModel, save_adapter
 from hecompile.runtime.client.session import open_session
-from hecompile.runtime.data import Examples, eos_and_pad, load_examples
-from hecompile.runtime.evaluation import Evaluation, evaluate
 from hecompile.runtime.federation.layout import Layout
 from hecompile.runtime.federation.local import LocalTrainer
 from hecompile.runtime.federation.recipe import FederationRecipe, OwnerSection
-from hecompile.runtime.plaintext import PlaintextPeftModel
+from hecompile.runtime.model.adapter import AdapterModel, save_adapter
+from hecompile.runtime.model.data import Examples, eos_and_pad, load_examples
+from hecompile.runtime.model.evaluation import Evaluation, evaluate
+from hecompile.runtime.model.plaintext import PlaintextPeftModel
 from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
 from hecompile.runtime.privacy.promise import PrivateSteps, private_steps
 from hecompile.runtime.recipe import LoraSection, check_lora

@@ -12,8 +12,8 @@ from typing import Any
 
 from hecompile.errors import InputError
 from hecompile.runtime.client.session import Session
-from hecompile.runtime.data import encode_prompt, eos_and_pad
 from hecompile.runtime.inference.generation import Answer, CachedSteps, Sampling, generate
+from hecompile.runtime.model.data import encode_prompt, eos_and_pad
 
 JSON_SUFFIXES = (".jsonl", ".json")
 _KEYS = ("prompt", "completion")

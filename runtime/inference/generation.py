@@ -18,10 +18,10 @@ from torch import Tensor
 
 from hecompile.errors import InputError
 from hecompile.graph.attention_cache import AttentionCache
-from hecompile.runtime.adapter import AdapterModel
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
-from hecompile.runtime.data import IGNORED, PadToBucket
-from hecompile.runtime.evaluation import inference
+from hecompile.runtime.model.adapter import AdapterModel
+from hecompile.runtime.model.data import IGNORED, PadToBucket
+from hecompile.runtime.model.evaluation import inference
 
 Finish = Literal["eos", "length", "full"]
 """Why an answer ended: by itself, at the number of tokens asked for, or where the plan's longest sequence was full."""

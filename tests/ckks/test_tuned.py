@@ -24,10 +24,10 @@ from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.graph.interpreter import Interpreter
 from hecompile.he.random.sampling import PublicSeed
 from hecompile.passes.polynomial.expand_polynomials import EMBEDDINGS
-from hecompile.runtime.backend import ForwardPass, RemoteModel
 from hecompile.runtime.ckks.client import CkksSession
 from hecompile.runtime.ckks.worker import CkksWorker
 from hecompile.runtime.client.session import open_session
+from hecompile.runtime.model.backend import ForwardPass, RemoteModel
 from hecompile.runtime.recipe import Recipe
 from hecompile.runtime.train import run_training
 from tests.ckks.support import LEVELS, small_llama

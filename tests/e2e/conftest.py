@@ -19,8 +19,8 @@ from hecompile.he.random.sampling import PublicSeed
 from hecompile.models import PRIVATE_TRAIN, TINY_LLAMA
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import EncryptedProducts
-from hecompile.runtime.data import PadToBucket, eos_and_pad, load_examples
-from hecompile.runtime.plaintext import PlaintextPeftModel
+from hecompile.runtime.model.data import PadToBucket, eos_and_pad, load_examples
+from hecompile.runtime.model.plaintext import PlaintextPeftModel
 from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.worker import Worker
 

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from hecompile.cli.main import app
 from hecompile.errors import HecompileError
-from hecompile.runtime.adapter import save_adapter
 from hecompile.runtime.inference.answers import Prompt, read_prompts
 from hecompile.runtime.inference.generation import CachedSteps
+from hecompile.runtime.model.adapter import save_adapter
 from tests.e2e.conftest import Build
 
 LIMIT = ["--max-new-tokens", "3"]

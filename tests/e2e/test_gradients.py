@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from hecompile.errors import InputError
 from hecompile.models import TINY_LLAMA
-from hecompile.runtime.adapter import AdapterModel, save_adapter
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import CleartextProducts
-from hecompile.runtime.head import scored_positions, scored_targets
+from hecompile.runtime.model.adapter import AdapterModel, save_adapter
+from hecompile.runtime.model.head import scored_positions, scored_targets
 from tests.e2e.conftest import Build
 
 COSINE = 0.999

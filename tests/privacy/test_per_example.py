@@ -12,10 +12,10 @@ from torch import Tensor
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
-from hecompile.runtime.adapter import AdapterModel
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import CleartextProducts, EncryptedProducts
-from hecompile.runtime.privacy.per_example import GradientCollector, PerExample, PerExampleModel, require_per_example
+from hecompile.runtime.model.adapter import AdapterModel
+from hecompile.runtime.model.per_example import GradientCollector, PerExample, PerExampleModel, require_per_example
 from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.worker import Worker
 from tests.training.support import make_model

@@ -19,8 +19,8 @@ from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import CleartextProducts, EncryptedProducts
-from hecompile.runtime.data import PadToBucket, load_examples
 from hecompile.runtime.metrics import read_metrics
+from hecompile.runtime.model.data import PadToBucket, load_examples
 from hecompile.runtime.privacy.accountant import Mechanism, spent_epsilon
 from hecompile.runtime.recipe import Recipe, load_recipe
 from hecompile.runtime.train import run_training

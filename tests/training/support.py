@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hecompile.runtime.plaintext import PlaintextPeftModel
+from hecompile.runtime.model.plaintext import PlaintextPeftModel
 from hecompile.runtime.recipe import Recipe
 
 BUCKETS = (16, 32)

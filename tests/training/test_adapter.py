@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hecompile.errors import InputError
-from hecompile.runtime.adapter import load_adapter, save_adapter
+from hecompile.runtime.model.adapter import load_adapter, save_adapter
 from tests.training.support import make_base, make_model
 
 IDS = torch.tensor([[1, 70, 80, 90, 100, 2, 0, 0], [1, 75, 2, 0, 0, 0, 0, 0]])

@@ -8,7 +8,7 @@ import torch
 from tokenizers import normalizers, processors
 
 from hecompile.errors import InputError
-from hecompile.runtime.data import IGNORED, PadToBucket, eos_and_pad, load_examples, smallest_bucket
+from hecompile.runtime.model.data import IGNORED, PadToBucket, eos_and_pad, load_examples, smallest_bucket
 from tests.training.support import BUCKETS, SECRET, make_tokenizer, write_jsonl
 
 TOKENIZER = make_tokenizer()

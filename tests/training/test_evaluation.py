@@ -8,10 +8,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from hecompile.errors import InputError
-from hecompile.runtime.data import Example, Examples, load_examples
-from hecompile.runtime.evaluation import evaluate
 from hecompile.runtime.inference.generation import PrefixSteps, generate
-from hecompile.runtime.plaintext import PlaintextPeftModel
+from hecompile.runtime.model.data import Example, Examples, load_examples
+from hecompile.runtime.model.evaluation import evaluate
+from hecompile.runtime.model.plaintext import PlaintextPeftModel
 from tests.training.support import BUCKETS, RECORDS, make_model, make_tokenizer, write_jsonl
 
 TOKENIZER = make_tokenizer()

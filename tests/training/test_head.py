@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from hecompile.graph.interpreter import _as_tensor
-from hecompile.runtime import head
 from hecompile.runtime.client.mapped import release
-from hecompile.runtime.head import linear_cross_entropy, scored_positions, scored_targets
+from hecompile.runtime.model import head
+from hecompile.runtime.model.head import linear_cross_entropy, scored_positions, scored_targets
 
 VOCABULARY, HIDDEN = 37, 16
 

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from hecompile.errors import HecompileError, InputError
 from hecompile.runtime import trainer as trainer_module
 from hecompile.runtime.metrics import read_metrics
-from hecompile.runtime.plaintext import PlaintextPeftModel
+from hecompile.runtime.model.plaintext import PlaintextPeftModel
 from hecompile.runtime.train import run_training
 from tests.training.support import RECORDS, SECRET, make_model, make_recipe, make_tokenizer
 

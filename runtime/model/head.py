@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hecompile.runtime.data import IGNORED
+from hecompile.runtime.model.data import IGNORED
 
 Release = Callable[[slice], None]
 """Told that these rows of the weight have been used: where they lie in a mapped file they may leave memory."""

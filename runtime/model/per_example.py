@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hecompile.errors import InputError
-from hecompile.runtime.adapter import AdapterModel
+from hecompile.runtime.model.adapter import AdapterModel
 
 
 @dataclass(frozen=True)

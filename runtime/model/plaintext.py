@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from hecompile.errors import InputError
-from hecompile.runtime.adapter import head_digest
-from hecompile.runtime.head import linear_cross_entropy, scored_positions, scored_targets
-from hecompile.runtime.privacy.per_example import GradientCollector, PerExample
+from hecompile.runtime.model.adapter import head_digest
+from hecompile.runtime.model.head import linear_cross_entropy, scored_positions, scored_targets
+from hecompile.runtime.model.per_example import GradientCollector, PerExample
 
 
 class PlaintextPeftModel(torch.nn.Module):
-    """A `hecompile.runtime.adapter.AdapterModel` that encrypts nothing; encrypted runs are compared with it.
+    """A `hecompile.runtime.model.adapter.AdapterModel` that encrypts nothing; encrypted runs are compared with it.
 
     `base` must be float32; its modules are changed in place by PEFT. `peft_config` is copied.
     """

@@ -19,10 +19,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from hecompile.errors import NotFiniteError
-from hecompile.runtime.adapter import AdapterModel
-from hecompile.runtime.data import Example, Examples, PadToBucket, smallest_bucket
-from hecompile.runtime.divergence import DomainModel, explained, require_finite_loss
-from hecompile.runtime.head import scored_positions, scored_targets
+from hecompile.runtime.model.adapter import AdapterModel
+from hecompile.runtime.model.data import Example, Examples, PadToBucket, smallest_bucket
+from hecompile.runtime.model.divergence import DomainModel, explained, require_finite_loss
+from hecompile.runtime.model.head import scored_positions, scored_targets
 
 
 @dataclass(frozen=True)
