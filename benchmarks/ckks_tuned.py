@@ -18,8 +18,8 @@ from hecompile.models import REDUCED_POLYNOMIAL
 from hecompile.models.worlds.reduced_world import ANSWERS, LINE_TOKENS
 from hecompile.runtime.client.session import open_session
 from hecompile.runtime.model.backend import ForwardPass, RemoteModel
-from hecompile.runtime.recipe import Recipe
-from hecompile.runtime.train import run_training
+from hecompile.runtime.recipes.training import Recipe
+from hecompile.runtime.training.train import run_training
 
 STEPS, RATE, RANGE_LOSS = 120, 5e-3, 10.0
 BATCH = 16

@@ -34,8 +34,8 @@ from hecompile.runtime.conversion.recipe import ConversionRecipe, load_conversio
 from hecompile.runtime.conversion.train import Conversion
 from hecompile.runtime.model.data import eos_and_pad, load_examples
 from hecompile.runtime.model.evaluation import evaluate
-from hecompile.runtime.recipe import load_recipe
-from hecompile.runtime.train import run_training
+from hecompile.runtime.recipes.training import load_recipe
+from hecompile.runtime.training.train import run_training
 
 RECIPES = {"power": "convert-power.yaml", "gaussian_kernel": "convert-gaussian.yaml"}
 PROSE = """\

@@ -20,7 +20,7 @@ from hecompile.runtime.federation.report import accuracy
 from hecompile.runtime.federation.settings import FederationSection, NoiseSection
 from hecompile.runtime.privacy.accountant import Mechanism, spent_epsilon
 from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
-from hecompile.runtime.privacy.recipe import PrivacySection
+from hecompile.runtime.recipes.privacy import PrivacySection
 
 RECIPE = TINY_LLAMA.parent / "recipes" / "federation.yaml"
 NOISE = NoiseSection(clip=4.0, noise_multiplier=0.8)

@@ -14,8 +14,8 @@ import numpy as np
 
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.runtime.engines.base import check_request
-from hecompile.runtime.transports import credentials
-from hecompile.runtime.transports.credentials import ServerCredentials
+from hecompile.runtime.wire import credentials
+from hecompile.runtime.wire.credentials import ServerCredentials
 from hecompile.runtime.worker import Worker, serve
 
 

@@ -28,8 +28,8 @@ from hecompile.runtime.client.session import Session, open_session
 from hecompile.runtime.inference.generation import CachedSteps, PrefixSteps, generate
 from hecompile.runtime.model.adapter import load_adapter
 from hecompile.runtime.model.data import encode_prompt, eos_and_pad
-from hecompile.runtime.recipe import load_recipe
-from hecompile.runtime.train import run_training
+from hecompile.runtime.recipes.training import load_recipe
+from hecompile.runtime.training.train import run_training
 
 NEW_TOKENS, ANSWER_TOKENS = 12, 16
 AT_ONCE = (1, 4, 16)

@@ -16,10 +16,10 @@ from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.inspection.linear import circuits_without_gradient, hint_traffic
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime.client.session import open_session
-from hecompile.runtime.comparison import StepSplit, step_split
-from hecompile.runtime.metrics import METRICS_FILE, read_metrics
-from hecompile.runtime.recipe import load_recipe
-from hecompile.runtime.train import run_training
+from hecompile.runtime.recipes.training import load_recipe
+from hecompile.runtime.training.comparison import StepSplit, step_split
+from hecompile.runtime.training.metrics import METRICS_FILE, read_metrics
+from hecompile.runtime.training.train import run_training
 
 SEQUENCE_BUCKETS = (32, 48)
 BATCHES, QUICK_BATCHES = (4, 16, 48), (4,)

@@ -29,13 +29,13 @@ from hecompile.models import PRIVATE_TRAIN, TINY_LLAMA
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import EncryptedProducts
 from hecompile.runtime.client.session import load_tokenizer, open_session
-from hecompile.runtime.comparison import compare_losses
-from hecompile.runtime.metrics import METRICS_FILE, read_metrics
 from hecompile.runtime.model.adapter import AdapterModel
 from hecompile.runtime.model.data import PadToBucket, eos_and_pad, load_examples
 from hecompile.runtime.model.plaintext import PlaintextPeftModel
-from hecompile.runtime.recipe import load_recipe
-from hecompile.runtime.train import run_training
+from hecompile.runtime.recipes.training import load_recipe
+from hecompile.runtime.training.comparison import compare_losses
+from hecompile.runtime.training.metrics import METRICS_FILE, read_metrics
+from hecompile.runtime.training.train import run_training
 from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.worker import Worker
 
@@ -148,7 +148,7 @@ def gradient_row(weight_bits: int, precision: float, batch_size: int) -> list[ob
 def _gradient_cells(built: Built, batch_size: int) -> list[object]:
     bundle = ClientBundle.open(built.build / CLIENT)
     worker = Worker(WorkerBundle.open(built.build / WORKER))
-    encrypted = EncryptedCausalLM(bundle, EncryptedProducts(bundle, InProcessTransport(worker)))
+    encrypted = EncryptedCausalLM(bundle, EncryptedProducts(bundle, InProcessTransport(worker.exchange)))
     plain = PlaintextPeftModel.from_pretrained(TINY_LLAMA, encrypted.peft_config, (LENGTH,), batch_size)
     generator = torch.Generator().manual_seed(7)
     state = {name: 0.05 * torch.randn(p.shape, generator=generator) for name, p in encrypted.adapter_state().items()}

@@ -37,8 +37,8 @@ from hecompile.runtime.model.data import Examples, PadToBucket, eos_and_pad, loa
 from hecompile.runtime.model.evaluation import evaluate
 from hecompile.runtime.model.plaintext import PlaintextPeftModel
 from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
-from hecompile.runtime.recipe import load_recipe
-from hecompile.runtime.train import ADAPTER_DIR, run_training
+from hecompile.runtime.recipes.training import load_recipe
+from hecompile.runtime.training.train import ADAPTER_DIR, run_training
 
 KEPT = ROOT / "build" / "privacy-benchmark"
 RECIPE = TINY_LLAMA.parent / "recipes" / "private.yaml"

@@ -24,7 +24,7 @@ Llama-3.2-1B's shape ({layers} layers) with random weights of {weight_bits} bits
 LoRA of rank 8 on all seven linears, {tokens} tokens per step ({sequences} sequences of {length}, {micro} at a time),
 gradients through all layers. Client and worker (engine `{engine}`) are processes that share the machine's cores, connected
 by TCP; plaintext is PEFT on the same checkpoint in float32, a third process. Both sides train with
-`hecompile.runtime.train.run_training`, in turn; medians of {steps} steps each.
+`hecompile.runtime.training.train.run_training`, in turn; medians of {steps} steps each.
 """
 BY_DEFAULT = """\
 ### The same with the defaults of `hecompile export llama`

@@ -1,6 +1,6 @@
 """Whole training steps, encrypted and plaintext, in turn: three processes (client, worker, plaintext PEFT) on one machine.
 
-Each side runs `hecompile.runtime.train.run_training` for a few steps when told to, while the others wait, so that a
+Each side runs `hecompile.runtime.training.train.run_training` for a few steps when told to, while the others wait, so that a
 slow spell of the machine slows both. The first step of every round is not counted.
 """
 

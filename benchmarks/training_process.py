@@ -2,9 +2,9 @@
 
     python -m benchmarks.training_process SPEC.json
 
-Started by `benchmarks.stepping`. It runs `hecompile.runtime.train.run_training`, on the encrypted model over a worker's
-address or on plaintext PEFT, and answers with the records of metrics.jsonl, its CPU seconds and its resident memory.
-"""
+Started by `benchmarks.stepping`. It runs `hecompile.runtime.training.train.run_training`, on the encrypted model over a
+worker's address or on plaintext PEFT, and answers with the records of metrics.jsonl, its CPU seconds and its resident
+memory. """
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.timing import resident_bytes
 from hecompile.runtime.client.session import open_session
-from hecompile.runtime.metrics import METRICS_FILE, read_metrics
 from hecompile.runtime.model.adapter import AdapterModel
 from hecompile.runtime.model.plaintext import PlaintextPeftModel
-from hecompile.runtime.recipe import Recipe, load_recipe
-from hecompile.runtime.train import run_training
+from hecompile.runtime.recipes.training import Recipe, load_recipe
+from hecompile.runtime.training.metrics import METRICS_FILE, read_metrics
+from hecompile.runtime.training.train import run_training
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ from benchmarks.timing import paired
 from benchmarks.worker import LIMBS, PLAN_ID, REPLY_BYTES, random_planes, write_bundle
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
-from hecompile.runtime.transports import InProcessTransport, Transport, connect, credentials
-from hecompile.runtime.transports.credentials import ClientCredentials, make_development_certificates
+from hecompile.runtime.transports import InProcessTransport, Transport, connect
+from hecompile.runtime.wire import credentials
+from hecompile.runtime.wire.credentials import ClientCredentials, make_development_certificates
 from hecompile.runtime.worker import Worker
 
 LARGE, SMALL = "large.forward", "small.forward"
@@ -55,8 +56,8 @@ KINDS = (
     Kind("in process", None),
     Kind("frames, TCP", "tcp://127.0.0.1:0"),
     Kind("frames, Unix socket", "unix://{folder}/socket"),
-    Kind("Arrow Flight", "flight://127.0.0.1:0", "hecompile.runtime.flight_frames"),
-    Kind("Arrow Flight, TLS and token", "flights://127.0.0.1:0", "hecompile.runtime.flight_frames", tls=True),
+    Kind("Arrow Flight", "flight://127.0.0.1:0", "hecompile.runtime.wire.flight_frames"),
+    Kind("Arrow Flight, TLS and token", "flights://127.0.0.1:0", "hecompile.runtime.wire.flight_frames", tls=True),
     Kind("Open Inference Protocol, gRPC", "grpc://127.0.0.1:0", "hecompile.runtime.transports.oip"),
 )
 

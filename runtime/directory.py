@@ -14,10 +14,9 @@ import urllib.error
 import urllib.request
 
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
-from hecompile.runtime.transports.address import parse_address
-from hecompile.runtime.transports.credentials import ClientCredentials
+from hecompile.runtime.wire.address import parse_address
+from hecompile.runtime.wire.credentials import ClientCredentials
 
-SCHEMES = ("http://", "https://")
 TIMEOUT_SECONDS, MAX_BYTES = 10.0, 1 << 20
 
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
 from hecompile.runtime.shards import layer_count, shard, split_layers
-from hecompile.runtime.transports.address import UnixAddress, parse_address
+from hecompile.runtime.wire.address import UnixAddress, parse_address
 
 APPLICATION, REGISTRY = "hecompile", "hecompile-registry"
 STALE_SECONDS = 15.0
@@ -103,7 +103,7 @@ class ShardReplica:
     def __init__(self, fleet: FleetFile, layers: tuple[int, int]) -> None:
         import ray
 
-        from hecompile.runtime.transports.credentials import ServerCredentials
+        from hecompile.runtime.wire.credentials import ServerCredentials
         from hecompile.runtime.worker import Worker, serve
 
         bundle = shard(WorkerBundle.open(fleet.bundle), range(*layers))

@@ -14,11 +14,13 @@ import numpy as np
 from hecompile.bundles.public_rows import exact_name
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import HecompileError, InputError, WorkerError
-from hecompile.runtime import protocol
-from hecompile.runtime.connections import handler_class, server_class
 from hecompile.runtime.engines import DEFAULT_ENGINE, create_engine
 from hecompile.runtime.engines.base import Engine
-from hecompile.runtime.protocol import (
+from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire.address import TcpAddress, UnixAddress, parse_address
+from hecompile.runtime.wire.connections import handler_class, server_class
+from hecompile.runtime.wire.credentials import ServerCredentials
+from hecompile.runtime.wire.protocol import (
     ErrorReply,
     EvaluateReply,
     EvaluateRequest,
@@ -28,8 +30,6 @@ from hecompile.runtime.protocol import (
     Request,
     WorkerInfo,
 )
-from hecompile.runtime.transports.address import TcpAddress, UnixAddress, parse_address
-from hecompile.runtime.transports.credentials import ServerCredentials
 
 LOGGER = logging.getLogger(__name__)
 

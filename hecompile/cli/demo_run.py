@@ -19,14 +19,14 @@ from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.errors import WorkerError
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime.client.session import Session, open_session
-from hecompile.runtime.comparison import LossComparison, StepSplit, compare_losses, step_split
-from hecompile.runtime.metrics import METRICS_FILE
 from hecompile.runtime.model.adapter import AdapterModel
 from hecompile.runtime.model.data import eos_and_pad, load_examples
 from hecompile.runtime.model.evaluation import Evaluation, evaluate
 from hecompile.runtime.model.plaintext import PlaintextPeftModel
-from hecompile.runtime.recipe import Recipe, load_recipe
-from hecompile.runtime.train import run_training
+from hecompile.runtime.recipes.training import Recipe, load_recipe
+from hecompile.runtime.training.comparison import LossComparison, StepSplit, compare_losses, step_split
+from hecompile.runtime.training.metrics import METRICS_FILE
+from hecompile.runtime.training.train import run_training
 
 RECIPE = TINY_LLAMA.parent / "recipes" / "demo.yaml"
 BATCH_SIZE, SEQUENCE_BUCKETS = 16, (32, 48)

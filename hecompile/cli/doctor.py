@@ -26,7 +26,7 @@ def doctor(
     from hecompile.inspection.prediction import megabytes
     from hecompile.runtime.client.doctor import diagnose
     from hecompile.runtime.transports import connect_for
-    from hecompile.runtime.transports.credentials import ClientCredentials
+    from hecompile.runtime.wire.credentials import ClientCredentials
 
     bundle = ClientBundle.open(plan)
     credentials = ClientCredentials.load(authority, certificate, key, token)

@@ -64,7 +64,7 @@ def infer(
     from hecompile.runtime.inference.answers import infer as answer
     from hecompile.runtime.inference.generation import Sampling
     from hecompile.runtime.model.adapter import load_adapter
-    from hecompile.runtime.workplace import make_workplace
+    from hecompile.runtime.recipes.workplace import make_workplace
 
     polynomial = is_polynomial_plan(plan)
     others = {

@@ -28,8 +28,8 @@ def train(
     from transformers.trainer_utils import get_last_checkpoint
 
     from hecompile.runtime.client.session import open_session
-    from hecompile.runtime.recipe import load_recipe
-    from hecompile.runtime.train import run_training
+    from hecompile.runtime.recipes.training import load_recipe
+    from hecompile.runtime.training.train import run_training
 
     policy = [] if on_bad_worker is None else [f"connection.on_bad_worker={on_bad_worker}"]
     loaded = load_recipe(recipe, [*(overrides or ()), *policy])

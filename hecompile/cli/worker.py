@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 if TYPE_CHECKING:  # imported when a command runs: help is to be quick
-    from hecompile.runtime.transports.credentials import ServerCredentials
+    from hecompile.runtime.wire.credentials import ServerCredentials
 
 worker_app = typer.Typer(no_args_is_help=True, help="Run the untrusted side.")
 
@@ -74,7 +74,7 @@ def worker_serve(
     from hecompile.runtime.engines.base import Engine
     from hecompile.runtime.metering import MeteredEngine
     from hecompile.runtime.shards import parse_layers, shard
-    from hecompile.runtime.transports.credentials import ServerCredentials
+    from hecompile.runtime.wire.credentials import ServerCredentials
     from hecompile.runtime.worker import Worker, serve
 
     _set_up_logging(log_format, verbose)
@@ -144,8 +144,8 @@ def _set_up_logging(log_format: str, verbose: bool) -> None:
 
 def _development_credentials(folder: Path, listen: str) -> ServerCredentials:
     """Those in `folder`, made for this machine and the host of `listen` where it has none. Raises InputError."""
-    from hecompile.runtime.transports import credentials as kept
-    from hecompile.runtime.transports.address import TcpAddress, parse_address
+    from hecompile.runtime.wire import credentials as kept
+    from hecompile.runtime.wire.address import TcpAddress, parse_address
 
     address = parse_address(listen)
     if not any((folder / name).exists() for name in (kept.AUTHORITY, kept.SERVER, kept.SERVER_KEY, kept.TOKEN)):

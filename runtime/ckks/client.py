@@ -26,7 +26,7 @@ from hecompile.ckks.parameters import CkksParameters
 from hecompile.errors import HecompileError, InputError, WorkerError, WorkerUnavailableError
 from hecompile.runtime.ckks.messages import PROTOCOL, expect, receive, send
 from hecompile.runtime.model.backend import ForwardPass
-from hecompile.runtime.transports.address import TcpAddress, parse_address
+from hecompile.runtime.wire.address import TcpAddress, parse_address
 
 Progress = Callable[[str, int], None]
 """What was refreshed, and how many ciphertexts."""

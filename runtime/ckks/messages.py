@@ -1,4 +1,4 @@
-"""What client and worker of a polynomial plan say to each other, in the frames of `hecompile.runtime.protocol`.
+"""What client and worker of a polynomial plan say to each other, in the frames of `hecompile.runtime.wire.protocol`.
 
     client                                    worker
     open {plan_id, parameters} evaluation keys →
@@ -25,7 +25,7 @@ import numpy as np
 
 from hecompile.ckks.keys import Words
 from hecompile.errors import WorkerError
-from hecompile.runtime.protocol import PREFIX, Frame, receive_frame, send_frame
+from hecompile.runtime.wire.protocol import PREFIX, Frame, receive_frame, send_frame
 
 PROTOCOL = 1
 _HEADER_ROOM = 1 << 20

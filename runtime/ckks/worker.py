@@ -22,8 +22,8 @@ from hecompile.ckks.parameters import CkksParameters
 from hecompile.errors import HecompileError, InputError, WorkerError
 from hecompile.passes.polynomial.expand_polynomials import EMBEDDINGS
 from hecompile.runtime.ckks.messages import PROTOCOL, expect, receive, send
-from hecompile.runtime.connections import RECEIVE_TIMEOUT_SECONDS, SEND_TIMEOUT_SECONDS, server_class
-from hecompile.runtime.transports.address import TcpAddress, UnixAddress, parse_address
+from hecompile.runtime.wire.address import TcpAddress, UnixAddress, parse_address
+from hecompile.runtime.wire.connections import RECEIVE_TIMEOUT_SECONDS, SEND_TIMEOUT_SECONDS, server_class
 
 LOGGER = logging.getLogger(__name__)
 _PATIENCE = RECEIVE_TIMEOUT_SECONDS

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from hecompile.errors import InputError
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.model.adapter import AdapterModel
-from hecompile.runtime.recipe import Recipe
+from hecompile.runtime.recipes.training import Recipe
 
 _ATTENTIONS = {"PowerAttention": "power", "GaussianAttention": "gaussian_kernel", "ChebyshevAttention": "chebyshev"}
 _NORMS = {"PolynomialRMSNorm": "polynomial"}

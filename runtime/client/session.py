@@ -18,15 +18,16 @@ from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import CleartextProducts, EncryptedProducts, Products
-from hecompile.runtime.directory import SCHEMES, fetch_workers
+from hecompile.runtime.directory import fetch_workers
 from hecompile.runtime.engines import DEFAULT_ENGINE
 from hecompile.runtime.model.backend import ForwardPass
 from hecompile.runtime.model.evaluation import inference
-from hecompile.runtime.recipe import Recipe
+from hecompile.runtime.recipes.training import Recipe
+from hecompile.runtime.recipes.workplace import Workplace
 from hecompile.runtime.transports import InProcessTransport, Replicas, RetryPolicy, Transport, connect_for
-from hecompile.runtime.transports.credentials import ClientCredentials
+from hecompile.runtime.wire.address import DIRECTORY_SCHEMES
+from hecompile.runtime.wire.credentials import ClientCredentials
 from hecompile.runtime.worker import Worker
-from hecompile.runtime.workplace import Workplace
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def connect_workers(place: Workplace) -> Replicas:
         return {address: partial(pool, address) for address in fetch_workers(place.workers[0], credentials)}
 
     policy, leave_bad = RetryPolicy(section.attempts), section.on_bad_worker == "retry-elsewhere"
-    if place.workers[0].startswith(SCHEMES):
+    if place.workers[0].startswith(DIRECTORY_SCHEMES):
         return Replicas(discover(), policy, discover, leave_bad)
     return Replicas({address: partial(pool, address) for address in place.workers}, policy, leave_bad=leave_bad)
 
@@ -103,4 +104,4 @@ def open_products(bundle: ClientBundle, place: Workplace) -> Products:
     worker_bundle = WorkerBundle.open(place.worker_bundle)
     if place.engine == "cleartext":
         return CleartextProducts(bundle, worker_bundle)
-    return EncryptedProducts(bundle, InProcessTransport(Worker(worker_bundle, place.engine or DEFAULT_ENGINE)))
+    return EncryptedProducts(bundle, InProcessTransport(Worker(worker_bundle, place.engine or DEFAULT_ENGINE).exchange))

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from hecompile.errors import InputError
-from hecompile.runtime.recipe import RangeLossSection, read_document
-from hecompile.runtime.recipe_keys import explain
-from hecompile.runtime.workplace import Positive, Section
+from hecompile.runtime.recipes.document import read_document
+from hecompile.runtime.recipes.key_hints import explain
+from hecompile.runtime.recipes.section import Positive, Section
+from hecompile.runtime.recipes.training import RangeLossSection
 
 _PATHS = ((None, "out"), ("data", "train_file"), ("data", "validation_file"))
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -143,8 +144,8 @@ class ConversionRecipe(Section):
 
 
 def load_conversion(path: str | Path, overrides: Sequence[str] = ()) -> ConversionRecipe:
-    """Read a conversion recipe; relative paths and overrides as in `hecompile.runtime.recipe.load_recipe`. A `model`
-    that is no directory beside the recipe is a hub id. Raises InputError with one message that names the key."""
+    """Read a conversion recipe; relative paths and overrides as in `hecompile.runtime.recipes.training.load_recipe`. A
+    `model` that is no directory beside the recipe is a hub id. Raises InputError with one message that names the key."""
     document = read_document(path, overrides, ConversionRecipe, _resolve_paths)
     try:
         return ConversionRecipe.model_validate(document)

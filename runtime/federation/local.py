@@ -21,9 +21,9 @@ from hecompile.runtime.federation.settings import FederationSection, RoundHeader
 from hecompile.runtime.model.adapter import AdapterModel
 from hecompile.runtime.model.data import Examples, PadToBucket, eos_and_pad
 from hecompile.runtime.privacy.promise import PrivateSteps
-from hecompile.runtime.privacy.trainer import PrivateTrainer
-from hecompile.runtime.recipe import TrainingSection
-from hecompile.runtime.trainer import AdapterTrainer
+from hecompile.runtime.recipes.training import TrainingSection
+from hecompile.runtime.training.private_trainer import PrivateTrainer
+from hecompile.runtime.training.trainer import AdapterTrainer
 
 
 class LocalTrainer:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hecompile.errors import InputError
-from hecompile.runtime.recipe import TrainingSection
+from hecompile.runtime.recipes.training import TrainingSection
 
 ROUNDS_FILE, ROSTER_FILE, ADAPTER_DIR, KEYS_DIR = "rounds.jsonl", "roster.json", "adapter", "keys"
 

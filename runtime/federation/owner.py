@@ -25,7 +25,7 @@ from hecompile.runtime.model.evaluation import Evaluation, evaluate
 from hecompile.runtime.model.plaintext import PlaintextPeftModel
 from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
 from hecompile.runtime.privacy.promise import PrivateSteps, private_steps
-from hecompile.runtime.recipe import LoraSection, check_lora
+from hecompile.runtime.recipes.training import LoraSection, check_lora
 
 LEDGER_SUFFIX = ".rounds.ledger"
 

@@ -1,5 +1,5 @@
 """The recipe of a federation: who the owners are, where their data is, and how they train. YAML, as
-`hecompile.runtime.recipe`."""
+`hecompile.runtime.recipes.training`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hecompile.errors import InputError
 from hecompile.runtime.federation.settings import Agreement, FederationSection
-from hecompile.runtime.privacy.recipe import PrivacySection
-from hecompile.runtime.recipe import TrainingSection, read_document
-from hecompile.runtime.recipe_keys import explain
-from hecompile.runtime.workplace import Positive, Section, Workplace, resolve_address
+from hecompile.runtime.recipes.document import read_document
+from hecompile.runtime.recipes.key_hints import explain
+from hecompile.runtime.recipes.privacy import PrivacySection
+from hecompile.runtime.recipes.section import Positive, Section
+from hecompile.runtime.recipes.training import TrainingSection
+from hecompile.runtime.recipes.workplace import Workplace, resolve_address
 
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

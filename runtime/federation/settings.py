@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from hecompile.he.aggregation.scheme import CLIENT_LIMIT, AggregationParameters
 from hecompile.runtime.privacy.noise import BASE_SIGMA, MULTIPLIERS
-from hecompile.runtime.workplace import Positive, Section
+from hecompile.runtime.recipes.section import Positive, Section
 
 SHARE_SIGMA = BASE_SIGMA * math.prod(math.hypot(z, z - 1) for z in MULTIPLIERS[:2])
 """Standard deviation, in grid steps, of one contributor's noise: two levels of `hecompile.runtime.privacy.noise`, about

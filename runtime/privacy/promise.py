@@ -13,7 +13,7 @@ from hecompile.errors import InputError, PrivacyError
 from hecompile.runtime.privacy.accountant import Mechanism, affordable, calibrate_noise, spent_epsilon
 from hecompile.runtime.privacy.clipping import Grid
 from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
-from hecompile.runtime.privacy.recipe import PrivacySection
+from hecompile.runtime.recipes.privacy import PrivacySection
 
 LEDGER_COPY = "privacy_ledger.jsonl"
 """A checkpoint's copy of the ledger."""

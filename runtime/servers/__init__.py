@@ -6,10 +6,10 @@ from __future__ import annotations
 from typing import Protocol
 
 from hecompile.errors import InputError
-from hecompile.runtime import protocol
-from hecompile.runtime.transports.address import TcpAddress, parse_address
-from hecompile.runtime.transports.credentials import ServerCredentials
-from hecompile.runtime.transports.network import FLIGHT_SCHEMES, OIP_SCHEMES, load_network_module
+from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire.address import TcpAddress, parse_address
+from hecompile.runtime.wire.credentials import ServerCredentials
+from hecompile.runtime.wire.network import FLIGHT_SCHEMES, OIP_SCHEMES, load_network_module
 from hecompile.runtime.worker import Worker, WorkerServer
 
 

@@ -1,4 +1,4 @@
-"""The worker behind Arrow Flight, the fast path of the network transports; see `hecompile.runtime.flight_frames` for
+"""The worker behind Arrow Flight, the fast path of the network transports; see `hecompile.runtime.wire.flight_frames` for
 the messages.
 
 gRPC serves any number of connections, with any number of requests under way on each, in threads of its own.
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from hecompile.errors import HecompileError, InputError, WorkerError
-from hecompile.runtime import protocol
-from hecompile.runtime.flight_frames import COMMAND, flight, pyarrow, read_frame, write_frame
-from hecompile.runtime.protocol import Frame
-from hecompile.runtime.transports.address import TcpAddress, parse_address
-from hecompile.runtime.transports.credentials import ServerCredentials
-from hecompile.runtime.transports.network import FLIGHT_SCHEMES, check_server_access
+from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire.address import TcpAddress, parse_address
+from hecompile.runtime.wire.credentials import ServerCredentials
+from hecompile.runtime.wire.flight_frames import COMMAND, flight, pyarrow, read_frame, write_frame
+from hecompile.runtime.wire.network import FLIGHT_SCHEMES, check_server_access
+from hecompile.runtime.wire.protocol import Frame
 from hecompile.runtime.worker import Worker, handle
 
 LOGGER = logging.getLogger(__name__)

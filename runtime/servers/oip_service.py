@@ -1,4 +1,5 @@
-"""The methods of Open Inference Protocol v2 over a worker: requests to messages of `hecompile.runtime.protocol`, and back.
+"""The methods of Open Inference Protocol v2 over a worker: requests to messages of `hecompile.runtime.wire.protocol`,
+and back.
 
 Everything is checked before it is used. An error says what is wrong with the request and holds no byte of a tensor.
 """
@@ -20,7 +21,7 @@ from hecompile.bundles.public_rows import base_name
 from hecompile.bundles.triton_repository import INPUT_NAME, MODEL_VERSION, OUTPUT_NAME
 from hecompile.bundles.worker import CircuitSpec
 from hecompile.errors import HecompileError, WorkerError
-from hecompile.runtime.inference_protocol import (
+from hecompile.runtime.wire.inference_protocol import (
     COMPUTE_SECONDS,
     DATATYPE,
     PUBLIC_ROWS_PARAMETER,
@@ -28,7 +29,7 @@ from hecompile.runtime.inference_protocol import (
     messages,
     with_raw_contents,
 )
-from hecompile.runtime.protocol import EvaluateReply, EvaluateRequest, Request, SetupRequest
+from hecompile.runtime.wire.protocol import EvaluateReply, EvaluateRequest, Request, SetupRequest
 from hecompile.runtime.worker import Worker, handle
 
 LOGGER = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ import numpy as np
 
 from hecompile.bundles.public_rows import exact_name
 from hecompile.errors import WorkerError
-from hecompile.runtime import protocol
-from hecompile.runtime.protocol import (
+from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire.protocol import (
     ErrorReply,
     EvaluateReply,
     EvaluateRequest,

@@ -6,8 +6,8 @@ import numpy as np
 
 from hecompile.bundles.worker import KNOWN_ANSWER, known_answer_vector
 from hecompile.errors import WorkerError
-from hecompile.runtime.protocol import WorkerInfo
 from hecompile.runtime.transports.base import Transport
+from hecompile.runtime.wire.protocol import WorkerInfo
 
 
 def open_connection(transport: Transport, plan_id: str) -> WorkerInfo:

@@ -1,4 +1,4 @@
-"""A worker behind Arrow Flight; see `hecompile.runtime.flight_frames` for the messages."""
+"""A worker behind Arrow Flight; see `hecompile.runtime.wire.flight_frames` for the messages."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
-from hecompile.runtime import protocol
-from hecompile.runtime.flight_frames import COMMAND, flight, pyarrow, read_frame, write_frame
-from hecompile.runtime.protocol import Frame
-from hecompile.runtime.transports.address import TcpAddress, parse_address
 from hecompile.runtime.transports.base import FrameTransport, TrafficRecorder
-from hecompile.runtime.transports.credentials import ClientCredentials
-from hecompile.runtime.transports.network import FLIGHT_SCHEMES, check_client_access
+from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire.address import TcpAddress, parse_address
+from hecompile.runtime.wire.credentials import ClientCredentials
+from hecompile.runtime.wire.flight_frames import COMMAND, flight, pyarrow, read_frame, write_frame
+from hecompile.runtime.wire.network import FLIGHT_SCHEMES, check_client_access
+from hecompile.runtime.wire.protocol import Frame
 
 _MIB = 1 << 20
 _TUNING = [
@@ -33,7 +33,7 @@ class FlightTransport(FrameTransport):
     Nothing is sent before the first request. connect_timeout, reply_timeout: seconds to connect, and for a request from
     its first byte to the last of its reply. A request that fails leaves the others on the connection alone; when the
     connection itself is lost the transport is closed and stays so.
-    Bytes are counted as whole frames of `hecompile.runtime.protocol`; gRPC's own, some hundred a request, are not.
+    Bytes are counted as whole frames of `hecompile.runtime.wire.protocol`; gRPC's own, some hundred a request, are not.
 
     Raises InputError for a malformed address, or credentials that would go over it in the clear.
     """

@@ -1,32 +1,32 @@
-"""The embedded worker: same frames, no socket and no copy of the payload."""
+"""Reach an embedded worker: same frames, no socket and no copy of the payload."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from hecompile.errors import WorkerError
-from hecompile.runtime.protocol import Frame
 from hecompile.runtime.transports.base import FrameTransport, TrafficRecorder
-
-if TYPE_CHECKING:  # hecompile.runtime.worker imports this package for its addresses
-    from hecompile.runtime.worker import Worker
+from hecompile.runtime.wire.protocol import Frame
 
 
 class InProcessTransport(FrameTransport):
-    """A worker of this process; its engine runs in the calling thread, and in several at once."""
+    """Call a worker of this process; its engine runs in the calling thread, and in several at once.
+
+    exchange: answers one frame with one frame, `Worker.exchange` of the worker.
+    """
 
     concurrent = True
 
-    def __init__(self, worker: Worker, recorder: TrafficRecorder | None = None) -> None:
+    def __init__(self, exchange: Callable[[Frame], Frame], recorder: TrafficRecorder | None = None) -> None:
         super().__init__(recorder)
-        self._worker: Worker | None = worker
+        self._answer: Callable[[Frame], Frame] | None = exchange
 
     def _exchange(self, frame: Frame) -> Frame:
-        worker = self._worker
-        if worker is None:
+        answer = self._answer
+        if answer is None:
             raise WorkerError("the connection to the embedded worker is closed")
-        return worker.exchange(frame)
+        return answer(frame)
 
     def close(self) -> None:
         """See `Transport.close`."""
-        self._worker = None
+        self._answer = None

@@ -16,8 +16,11 @@ from hecompile.bundles.public_rows import exact_name
 from hecompile.bundles.triton_repository import INPUT_NAME, OUTPUT_NAME, PLAN_ID_PARAMETER
 from hecompile.bundles.worker import KNOWN_ANSWER
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
-from hecompile.runtime import protocol
-from hecompile.runtime.inference_protocol import (
+from hecompile.runtime.transports.base import Answer, Direction, TrafficRecorder
+from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire.address import TcpAddress, parse_address
+from hecompile.runtime.wire.credentials import ClientCredentials
+from hecompile.runtime.wire.inference_protocol import (
     DATATYPE,
     PUBLIC_ROWS_PARAMETER,
     SERVICE,
@@ -25,11 +28,8 @@ from hecompile.runtime.inference_protocol import (
     messages,
     with_raw_contents,
 )
-from hecompile.runtime.protocol import CircuitInfo, WorkerInfo
-from hecompile.runtime.transports.address import TcpAddress, parse_address
-from hecompile.runtime.transports.base import Answer, Direction, TrafficRecorder
-from hecompile.runtime.transports.credentials import ClientCredentials
-from hecompile.runtime.transports.network import OIP_SCHEMES, check_client_access
+from hecompile.runtime.wire.network import OIP_SCHEMES, check_client_access
+from hecompile.runtime.wire.protocol import CircuitInfo, WorkerInfo
 
 _ENDED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 """The worker was not reached, or its answer was not; every other status is the worker's own answer."""

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import numpy as np
 
 from hecompile.errors import WorkerError
-from hecompile.runtime.protocol import WorkerInfo
 from hecompile.runtime.transports.base import Answer, Transport
 from hecompile.runtime.transports.connection import open_connection
+from hecompile.runtime.wire.protocol import WorkerInfo
 
 
 class TransportPool:

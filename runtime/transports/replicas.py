@@ -20,9 +20,9 @@ from typing import TypeVar, cast
 import numpy as np
 
 from hecompile.errors import WorkerError, WorkerUnavailableError
-from hecompile.runtime.protocol import CircuitInfo, WorkerInfo
 from hecompile.runtime.transports.base import Answer, Transport
 from hecompile.runtime.transports.connection import open_connection
+from hecompile.runtime.wire.protocol import CircuitInfo, WorkerInfo
 
 Result = TypeVar("Result")
 MOST_DISTRUSTED = 2

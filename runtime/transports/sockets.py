@@ -5,13 +5,13 @@ from __future__ import annotations
 import socket
 
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
-from hecompile.runtime import protocol
-from hecompile.runtime.protocol import Frame
-from hecompile.runtime.transports.address import TcpAddress, parse_address
 from hecompile.runtime.transports.base import FrameTransport, TrafficRecorder, Transport
-from hecompile.runtime.transports.credentials import ClientCredentials
-from hecompile.runtime.transports.network import FLIGHT_SCHEMES, OIP_SCHEMES, load_network_module
 from hecompile.runtime.transports.pool import TransportPool
+from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire.address import TcpAddress, parse_address
+from hecompile.runtime.wire.credentials import ClientCredentials
+from hecompile.runtime.wire.network import FLIGHT_SCHEMES, OIP_SCHEMES, load_network_module
+from hecompile.runtime.wire.protocol import Frame
 
 
 class SocketTransport(FrameTransport):

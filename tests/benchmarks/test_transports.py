@@ -41,4 +41,4 @@ def test_fixed_replies_have_the_right_shape_and_no_client_believes_them(tmp_path
     with pytest.raises(WorkerError, match="needs uint8"):
         engine.evaluate("linear.forward", planes.astype(np.int8))
     with pytest.raises(WorkerError, match="computes wrongly"):
-        open_connection(InProcessTransport(Worker(bundle, engine)), PLAN_ID)
+        open_connection(InProcessTransport(Worker(bundle, engine).exchange), PLAN_ID)

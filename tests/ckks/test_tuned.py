@@ -28,8 +28,8 @@ from hecompile.runtime.ckks.client import CkksSession
 from hecompile.runtime.ckks.worker import CkksWorker
 from hecompile.runtime.client.session import open_session
 from hecompile.runtime.model.backend import ForwardPass, RemoteModel
-from hecompile.runtime.recipe import Recipe
-from hecompile.runtime.train import run_training
+from hecompile.runtime.recipes.training import Recipe
+from hecompile.runtime.training.train import run_training
 from tests.ckks.support import LEVELS, small_llama
 from tests.training.support import make_tokenizer
 

@@ -226,7 +226,7 @@ def test_worker_of_another_plan_is_refused(build: Path, tmp_path: Path) -> None:
     client = ClientBundle.open(build / "client")
     worker = other_worker(build, tmp_path / "worker", "0" * 64, 16)
     with pytest.raises(WorkerError, match="plan"):
-        EncryptedProducts(client, InProcessTransport(Worker(worker)))
+        EncryptedProducts(client, InProcessTransport(Worker(worker).exchange))
     with pytest.raises(InputError, match="export them together"):
         CleartextProducts(client, worker)
 
@@ -235,4 +235,4 @@ def test_worker_without_all_circuits_is_refused(build: Path, tmp_path: Path) -> 
     client = ClientBundle.open(build / "client")
     worker = other_worker(build, tmp_path / "worker", client.plan_id, 3)
     with pytest.raises(WorkerError, match="the worker lacks 13 circuits of this plan, first: model"):
-        EncryptedProducts(client, InProcessTransport(Worker(worker)))
+        EncryptedProducts(client, InProcessTransport(Worker(worker).exchange))

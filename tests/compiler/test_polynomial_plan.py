@@ -154,7 +154,7 @@ def test_a_converted_checkpoint_is_exported_and_trained_as_it_says(tmp_path: Pat
     assert any(nodes_of_type(bundle.graph(), "PolynomialRMSNorm")) and any(nodes_of_type(bundle.graph(), "SiLU"))
 
     worker = Worker(WorkerBundle.open(tmp_path / "build" / "worker"), "onnxruntime")
-    model = EncryptedCausalLM(bundle, EncryptedProducts(bundle, InProcessTransport(worker)))
+    model = EncryptedCausalLM(bundle, EncryptedProducts(bundle, InProcessTransport(worker.exchange)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     ids = torch.tensor(samples()[:2])
     losses = []

@@ -160,7 +160,7 @@ LISTEN = {
 def open_transport(kind: str, worker: Worker, directory: Path) -> Iterator[Transport]:
     with ExitStack() as stack:
         if kind == "inprocess":
-            transport: Transport = InProcessTransport(worker)
+            transport: Transport = InProcessTransport(worker.exchange)
         else:
             listen = LISTEN[kind].format(directory=directory)
             own, other = None, None

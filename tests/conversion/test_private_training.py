@@ -19,12 +19,12 @@ from hecompile.graph.ir import attributes_of, module_path
 from hecompile.models import REDUCED_POLYNOMIAL
 from hecompile.runtime.client.functions import check_functions
 from hecompile.runtime.client.session import open_session
-from hecompile.runtime.metrics import METRICS_FILE, read_metrics
 from hecompile.runtime.model.adapter import load_adapter
 from hecompile.runtime.model.data import PadToBucket, eos_and_pad, load_examples
 from hecompile.runtime.model.evaluation import evaluate
-from hecompile.runtime.recipe import Recipe
-from hecompile.runtime.train import run_training
+from hecompile.runtime.recipes.training import Recipe
+from hecompile.runtime.training.metrics import METRICS_FILE, read_metrics
+from hecompile.runtime.training.train import run_training
 from tests.conversion.support import TEXT
 from tests.training.support import make_model
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hecompile.runtime.conversion.recipe import load_conversion
-from hecompile.runtime.recipe import load_recipe
+from hecompile.runtime.recipes.training import load_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "models" / "recipes"

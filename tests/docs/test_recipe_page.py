@@ -11,9 +11,17 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 import yaml
 
-from hecompile.runtime.privacy.recipe import PrivacySection
-from hecompile.runtime.recipe import DataSection, LoraSection, RangeLossSection, Recipe, TrainingSection, load_recipe
-from hecompile.runtime.workplace import ConnectionSection, Section
+from hecompile.runtime.recipes.privacy import PrivacySection
+from hecompile.runtime.recipes.section import Section
+from hecompile.runtime.recipes.training import (
+    DataSection,
+    LoraSection,
+    RangeLossSection,
+    Recipe,
+    TrainingSection,
+    load_recipe,
+)
+from hecompile.runtime.recipes.workplace import ConnectionSection
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipe.md"
 SECTIONS: dict[str, type[Section]] = {

@@ -36,7 +36,7 @@ class Build:
     worker: WorkerBundle
 
     def encrypted(self, engine: str = "onnxruntime") -> EncryptedCausalLM:
-        transport = InProcessTransport(Worker(self.worker, engine))
+        transport = InProcessTransport(Worker(self.worker, engine).exchange)
         return EncryptedCausalLM(self.client, EncryptedProducts(self.client, transport))
 
     def plaintext(self) -> PlaintextPeftModel:

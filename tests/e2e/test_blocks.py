@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hecompile.runtime import protocol
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import CleartextProducts, EncryptedProducts
-from hecompile.runtime.protocol import Frame
 from hecompile.runtime.transports import InProcessTransport
+from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire.protocol import Frame
 from hecompile.runtime.worker import Worker
 from tests.e2e.conftest import SEQUENCE_BUCKETS, Build
 
@@ -58,7 +58,7 @@ def test_any_number_of_tokens(build: Build, adapter: dict[str, Tensor], case: st
                 requests.append((request.circuit, request.planes.shape, frame.size))
             return super().exchange(frame)
 
-    encrypted = EncryptedCausalLM(bundle, EncryptedProducts(bundle, InProcessTransport(Listening(build.worker))))
+    encrypted = EncryptedCausalLM(bundle, EncryptedProducts(bundle, InProcessTransport(Listening(build.worker).exchange)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         clear = EncryptedCausalLM(bundle, CleartextProducts(bundle, build.worker))
@@ -89,7 +89,7 @@ def test_products_across_the_ring_dimension_and_rows_of_zeros(build: Build, extr
     """Within the noise bound of the exact product; rows of zeros do not travel and come back as exact zeros."""
     circuit = "model.layers.1.mlp.down_proj.backward"
     parameters = build.client.circuits[circuit]
-    products = EncryptedProducts(build.client, InProcessTransport(Worker(build.worker)))
+    products = EncryptedProducts(build.client, InProcessTransport(Worker(build.worker).exchange))
     tokens = build.client.ring.ring_dim + extra
     x = torch.randn(tokens, parameters.in_features, generator=torch.Generator().manual_seed(tokens))
     x[{"none": slice(0), "some": slice(0, None, 3), "all": slice(None)}[zeros]] = 0.0

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from hecompile.errors import VerificationError
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import EncryptedProducts
-from hecompile.runtime.train import run_training
+from hecompile.runtime.training.train import run_training
 from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.worker import Worker
 from tests.e2e.conftest import Build
@@ -69,7 +69,7 @@ def test_a_lie_stops_the_step_and_changes_nothing(
     build: Build, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, lie: Callable[[Cheat, np.ndarray], np.ndarray]
 ) -> None:
     cheat = Cheat(build, HONEST_STEPS * CIRCUITS_PER_STEP + 5, lie)
-    products = EncryptedProducts(build.client, InProcessTransport(Worker(build.worker, cheat)))
+    products = EncryptedProducts(build.client, InProcessTransport(Worker(build.worker, cheat).exchange))
     model = EncryptedCausalLM(build.client, products)
     recipe = make_recipe(tmp_path, max_steps=3, save_steps=1, eval_strategy="no", per_device_train_batch_size=4)
     with pytest.raises(VerificationError) as caught:
@@ -89,7 +89,7 @@ def test_what_a_lie_touched_is_not_in_the_adapter(
     build: Build, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     cheat = Cheat(build, 5, one_row)
-    products = EncryptedProducts(build.client, InProcessTransport(Worker(build.worker, cheat)))
+    products = EncryptedProducts(build.client, InProcessTransport(Worker(build.worker, cheat).exchange))
     model = EncryptedCausalLM(build.client, products)
     before = {name: value.detach().clone() for name, value in model.adapter_state().items()}
     recipe = make_recipe(tmp_path, max_steps=3, eval_strategy="no", per_device_train_batch_size=4)

@@ -57,6 +57,6 @@ def test_a_worker_that_computes_wrongly_is_named(build: Build) -> None:
         def evaluate(self, circuit, planes):  # type: ignore[no-untyped-def]
             return one_row(self, self.honest.evaluate(circuit, planes).copy())
 
-    transport = InProcessTransport(Worker(build.worker, Saturating(build, 0, one_row)))
+    transport = InProcessTransport(Worker(build.worker, Saturating(build, 0, one_row)).exchange)
     with pytest.raises(WorkerError, match="computes wrongly"):
         diagnose(build.client, transport, 8)

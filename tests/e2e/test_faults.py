@@ -28,8 +28,8 @@ from hecompile.cli.demo_run import RECIPE
 from hecompile.errors import VerificationError
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import EncryptedProducts
-from hecompile.runtime.protocol import PREFIX
 from hecompile.runtime.transports import InProcessTransport, Replicas
+from hecompile.runtime.wire.protocol import PREFIX
 from hecompile.runtime.worker import Worker
 from tests.e2e.conftest import BATCH_SIZE, Build
 from tests.e2e.test_cheating import Cheat, one_row
@@ -229,7 +229,7 @@ def test_a_cheating_worker_is_left_for_an_honest_one_with_the_same_ciphertext(bu
     sent: dict[str, list[bytes]] = {"bad": [], "good": []}
 
     def transport(name: str, worker: Worker) -> InProcessTransport:
-        return InProcessTransport(worker, lambda way, frame: sent[name].append(frame) if way == "sent" else None)
+        return InProcessTransport(worker.exchange, lambda way, frame: sent[name].append(frame) if way == "sent" else None)
 
     workers = {
         "bad": lambda: transport("bad", Worker(build.worker, cheat)),
@@ -249,7 +249,7 @@ def test_a_cheating_worker_is_left_for_an_honest_one_with_the_same_ciphertext(bu
 
 
 def test_the_only_worker_cheats_and_nobody_else_is_left(build: Build) -> None:
-    workers = {"bad": lambda: InProcessTransport(Worker(build.worker, Cheat(build, 0, one_row)))}
+    workers = {"bad": lambda: InProcessTransport(Worker(build.worker, Cheat(build, 0, one_row)).exchange)}
     products = EncryptedProducts(build.client, Replicas(workers), retry_elsewhere=True)
     circuit, parameters = next(iter(build.client.circuits.items()))
     with pytest.raises(VerificationError, match=rf"{circuit}: bad: .*No other worker is left to trust"):
@@ -258,8 +258,8 @@ def test_the_only_worker_cheats_and_nobody_else_is_left(build: Build) -> None:
 
 def test_threads_that_share_the_workers_agree_on_whom_to_distrust(build: Build) -> None:
     workers = {
-        "bad": lambda: InProcessTransport(Worker(build.worker, Cheat(build, 0, one_row))),
-        "good": lambda: InProcessTransport(Worker(build.worker)),
+        "bad": lambda: InProcessTransport(Worker(build.worker, Cheat(build, 0, one_row)).exchange),
+        "good": lambda: InProcessTransport(Worker(build.worker).exchange),
     }
     products = EncryptedProducts(build.client, Replicas(workers), retry_elsewhere=True)
     model = EncryptedCausalLM(build.client, products)

@@ -48,7 +48,7 @@ def hintless(tmp_path_factory: pytest.TempPathFactory) -> Build:
 @pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
 def test_the_workers_hint_is_that_of_setup(hintless: Build, engine: str) -> None:
     bundle, ring = hintless.client, hintless.client.ring
-    transport = InProcessTransport(Worker(hintless.worker, engine))
+    transport = InProcessTransport(Worker(hintless.worker, engine).exchange)
     open_connection(transport, bundle.plan_id)
     public = PublicMatrix(ring, bundle.public_seed, max(p.in_features for p in bundle.circuits.values()))
     names = [name for name in bundle.circuits if ".layers.1." in name]
@@ -104,7 +104,7 @@ def test_the_exact_circuits_take_no_room_of_their_own(build: Build, hintless: Bu
 
 
 def test_a_worker_with_a_plan_of_stored_hints_computes_none(build: Build) -> None:
-    transport = InProcessTransport(Worker(build.worker))
+    transport = InProcessTransport(Worker(build.worker).exchange)
     open_connection(transport, build.client.plan_id)
     name = next(iter(build.client.circuits))
     with pytest.raises(WorkerError, match=r"no circuit '.*\.exact'; start it on the bundle of this plan"):
@@ -138,7 +138,7 @@ class WrongWorker:
 def test_a_wrong_hint_is_refused(hintless: Build) -> None:
     """Else a worker could choose which combination of a one-time secret the result shows."""
     worker = Worker(hintless.worker)
-    products = EncryptedProducts(hintless.client, InProcessTransport(Worker(hintless.worker, WrongWorker(worker))))
+    products = EncryptedProducts(hintless.client, InProcessTransport(Worker(hintless.worker, WrongWorker(worker)).exchange))
     circuit, parameters = next(iter(hintless.client.circuits.items()))
     x = torch.randn(5, parameters.in_features, generator=torch.Generator().manual_seed(0))
     with pytest.raises(VerificationError, match=rf"{circuit}: the worker: the worker's hint is not"):

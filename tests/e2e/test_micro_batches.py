@@ -22,11 +22,11 @@ from hecompile.graph.ir import nodes_of_type
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import CleartextProducts
 from hecompile.runtime.client.session import open_session
-from hecompile.runtime.comparison import step_split
-from hecompile.runtime.metrics import METRICS_FILE, read_metrics
-from hecompile.runtime.micro_batches import MicroBatches, cut
-from hecompile.runtime.recipe import Recipe, load_recipe
-from hecompile.runtime.train import run_training
+from hecompile.runtime.recipes.training import Recipe, load_recipe
+from hecompile.runtime.training.comparison import step_split
+from hecompile.runtime.training.metrics import METRICS_FILE, read_metrics
+from hecompile.runtime.training.micro_batches import MicroBatches, cut
+from hecompile.runtime.training.train import run_training
 from hecompile.runtime.worker import Worker, WorkerServer
 from tests.e2e.conftest import Build
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from hecompile.bundles.kinds import CLIENT
 from hecompile.cli.demo_run import RECIPE
 from hecompile.runtime.client.session import open_session
-from hecompile.runtime.recipe import load_recipe
+from hecompile.runtime.recipes.training import load_recipe
 from hecompile.runtime.servers import open_server
-from hecompile.runtime.transports.credentials import (
+from hecompile.runtime.wire.credentials import (
     AUTHORITY,
     CLIENT_KEY,
     SERVER,
@@ -24,7 +24,7 @@ from hecompile.runtime.transports.credentials import (
     ServerCredentials,
     make_development_certificates,
 )
-from hecompile.runtime.transports.credentials import CLIENT as CLIENT_CERTIFICATE
+from hecompile.runtime.wire.credentials import CLIENT as CLIENT_CERTIFICATE
 from hecompile.runtime.worker import Worker
 from tests.e2e.conftest import Build
 from tests.e2e.test_gradients import gradients

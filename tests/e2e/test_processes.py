@@ -14,10 +14,10 @@ from hecompile.cli.demo_run import RECIPE, worker_process
 from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.errors import WorkerError
 from hecompile.runtime.client.session import open_session
-from hecompile.runtime.comparison import compare_losses, step_split
-from hecompile.runtime.metrics import METRICS_FILE
-from hecompile.runtime.recipe import Recipe, load_recipe
-from hecompile.runtime.train import run_training
+from hecompile.runtime.recipes.training import Recipe, load_recipe
+from hecompile.runtime.training.comparison import compare_losses, step_split
+from hecompile.runtime.training.metrics import METRICS_FILE
+from hecompile.runtime.training.train import run_training
 from tests.e2e.conftest import BATCH_SIZE, Build
 
 STEPS = 6
@@ -57,7 +57,8 @@ def test_a_client_that_never_compiled_loads_its_plan(build: Build) -> None:
     program = (
         "import sys; from hecompile.bundles.client import ClientBundle; "
         "from hecompile.runtime.client.encrypted_model import EncryptedCausalLM; "
-        "from hecompile.runtime.client.products import CleartextProducts; from hecompile.bundles.worker import WorkerBundle; "
+        "from hecompile.runtime.client.products import CleartextProducts; "
+        "from hecompile.bundles.worker import WorkerBundle; "
         "bundle, worker = ClientBundle.open(sys.argv[1]), WorkerBundle.open(sys.argv[2]); "
         "print(len(EncryptedCausalLM(bundle, CleartextProducts(bundle, worker)).adapter_state()))"
     )

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from hecompile.bundles.client import ClientBundle
 from hecompile.models import TINY_LLAMA
-from hecompile.runtime import protocol
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import EncryptedProducts
 from hecompile.runtime.transports import SocketTransport
+from hecompile.runtime.wire import protocol
 from hecompile.runtime.worker import Worker, WorkerServer
 from tests.e2e.conftest import Build
 

@@ -21,9 +21,9 @@ from hecompile.errors import InputError
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime.client.session import open_session
 from hecompile.runtime.fleet import FleetFile, deploy, load_fleet, stop
-from hecompile.runtime.metrics import read_metrics
-from hecompile.runtime.recipe import load_recipe
-from hecompile.runtime.train import run_training
+from hecompile.runtime.recipes.training import load_recipe
+from hecompile.runtime.training.metrics import read_metrics
+from hecompile.runtime.training.train import run_training
 
 RECIPE = Path("models/recipes/demo.yaml")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
-from hecompile.runtime.privacy.recipe import PrivacySection
-from hecompile.runtime.recipe import Recipe
+from hecompile.runtime.recipes.privacy import PrivacySection
+from hecompile.runtime.recipes.training import Recipe
 from tests.training.support import RECORDS, make_recipe, make_tokenizer
 
 TOKENIZER = make_tokenizer()

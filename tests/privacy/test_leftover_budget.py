@@ -11,8 +11,8 @@ from hecompile.errors import InputError
 from hecompile.runtime.privacy.accountant import Mechanism, calibrate_noise
 from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
 from hecompile.runtime.privacy.promise import LEDGER_COPY, MOST_NOISE, private_steps
-from hecompile.runtime.privacy.recipe import PrivacySection
-from hecompile.runtime.train import run_training
+from hecompile.runtime.recipes.privacy import PrivacySection
+from hecompile.runtime.training.train import run_training
 from tests.privacy.support import DELTA, TOKENIZER, everyone, ledger_of, private_recipe
 from tests.training.support import make_model
 

@@ -119,7 +119,7 @@ def test_through_encryption_they_differ_by_its_noise(
     bundles: tuple[ClientBundle, WorkerBundle], batch: dict[str, Tensor]
 ) -> None:
     exact = one_by_one(clear(bundles, FloatProducts), batch)[1]
-    transport = InProcessTransport(Worker(bundles[1], "torch"))
+    transport = InProcessTransport(Worker(bundles[1], "torch").exchange)
     encrypted = with_adapter(EncryptedCausalLM(bundles[0], EncryptedProducts(bundles[0], transport)))
     found = require_per_example(encrypted).per_example_gradients(**batch)
     assert 1e-4 < worst(found, exact) < 0.1

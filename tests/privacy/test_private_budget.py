@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from hecompile.errors import HecompileError, InputError, PrivacyError
-from hecompile.runtime.metrics import read_metrics
-from hecompile.runtime.privacy import trainer as private_trainer
-from hecompile.runtime.privacy.recipe import PrivacySection
-from hecompile.runtime.train import run_training
+from hecompile.runtime.recipes.privacy import PrivacySection
+from hecompile.runtime.training import private_trainer as private_trainer
+from hecompile.runtime.training.metrics import read_metrics
+from hecompile.runtime.training.train import run_training
 from tests.privacy.support import DELTA, TOKENIZER, everyone, ledger_of, private_recipe
 from tests.training.support import SECRET, make_model, make_recipe
 

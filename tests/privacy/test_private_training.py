@@ -19,11 +19,11 @@ from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import CleartextProducts, EncryptedProducts
-from hecompile.runtime.metrics import read_metrics
 from hecompile.runtime.model.data import PadToBucket, load_examples
 from hecompile.runtime.privacy.accountant import Mechanism, spent_epsilon
-from hecompile.runtime.recipe import Recipe, load_recipe
-from hecompile.runtime.train import run_training
+from hecompile.runtime.recipes.training import Recipe, load_recipe
+from hecompile.runtime.training.metrics import read_metrics
+from hecompile.runtime.training.train import run_training
 from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.worker import Worker
 from tests.privacy.support import DELTA, TOKENIZER, N, everyone, ledger_of, private_recipe
@@ -115,7 +115,7 @@ def test_through_the_encrypted_worker_it_keeps_to_its_budget(
     bundles: tuple[ClientBundle, WorkerBundle], tmp_path: Path
 ) -> None:
     recipe = private_recipe(tmp_path, {"epsilon": 8.0}, max_steps=3, gradient_accumulation_steps=2)
-    products = EncryptedProducts(bundles[0], InProcessTransport(Worker(bundles[1], "torch")))
+    products = EncryptedProducts(bundles[0], InProcessTransport(Worker(bundles[1], "torch").exchange))
     model = EncryptedCausalLM(bundles[0], products)
     before = {name: value.detach().clone() for name, value in model.adapter_state().items()}
     result = run_training(model, TOKENIZER, recipe)

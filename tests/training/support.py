@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hecompile.runtime.model.plaintext import PlaintextPeftModel
-from hecompile.runtime.recipe import Recipe
+from hecompile.runtime.recipes.training import Recipe
 
 BUCKETS = (16, 32)
 SECRET = "marzipan"

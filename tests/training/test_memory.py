@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = """
 import ctypes
-from hecompile.memory import KEPT_BLOCK, freed_memory_kept
+from hecompile.runtime.training.freed_memory import KEPT_BLOCK, freed_memory_kept
 
 class Mallinfo2(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hecompile.runtime.micro_batches import MicroBatches, cut
+from hecompile.runtime.training.micro_batches import MicroBatches, cut
 
 
 class Linear:

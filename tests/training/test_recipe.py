@@ -7,8 +7,8 @@ import pytest
 
 from hecompile.errors import InputError
 from hecompile.runtime.conversion.recipe import load_conversion
-from hecompile.runtime.recipe import LoraSection, check_lora, load_recipe
-from hecompile.runtime.trainer import training_arguments
+from hecompile.runtime.recipes.training import LoraSection, check_lora, load_recipe
+from hecompile.runtime.training.trainer import training_arguments
 
 DEMO = Path(__file__).parents[2] / "models" / "recipes" / "demo.yaml"
 MINIMAL = """\

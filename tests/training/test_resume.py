@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hecompile.errors import InputError
-from hecompile.runtime.train import run_training
+from hecompile.runtime.training.train import run_training
 from tests.training.support import RECORDS, SECRET, make_model, make_recipe, make_tokenizer, write_jsonl
 from tests.training.test_train import assert_same_adapter
 
@@ -98,7 +98,7 @@ FULL = """
 import resource, signal, sys
 from pathlib import Path
 from hecompile.errors import InputError
-from hecompile.runtime.train import run_training
+from hecompile.runtime.training.train import run_training
 from tests.training.support import make_model, make_recipe, make_tokenizer
 
 directory = Path(sys.argv[1])

@@ -12,10 +12,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from hecompile.errors import HecompileError, InputError
-from hecompile.runtime import trainer as trainer_module
-from hecompile.runtime.metrics import read_metrics
 from hecompile.runtime.model.plaintext import PlaintextPeftModel
-from hecompile.runtime.train import run_training
+from hecompile.runtime.training import trainer as trainer_module
+from hecompile.runtime.training.metrics import read_metrics
+from hecompile.runtime.training.train import run_training
 from tests.training.support import RECORDS, SECRET, make_model, make_recipe, make_tokenizer
 
 TOKENIZER = make_tokenizer()

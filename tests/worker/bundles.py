@@ -10,8 +10,8 @@ from hecompile.bundles.worker import WorkerBundle
 from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.encrypted_linear import encrypted_linear_model
-from hecompile.runtime.transports import credentials
-from hecompile.runtime.transports.credentials import ClientCredentials, ServerCredentials, make_development_certificates
+from hecompile.runtime.wire import credentials
+from hecompile.runtime.wire.credentials import ClientCredentials, ServerCredentials, make_development_certificates
 
 PLAN_ID = "00112233445566778899aabbccddeeff"
 

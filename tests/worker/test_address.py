@@ -6,7 +6,7 @@ import pytest
 
 from hecompile.errors import InputError
 from hecompile.runtime.transports import connect
-from hecompile.runtime.transports.address import TcpAddress, UnixAddress, parse_address
+from hecompile.runtime.wire.address import TcpAddress, UnixAddress, parse_address
 
 
 @pytest.mark.parametrize("address", ["", "inproces", "http://localhost:1", "tcp://localhost", "tcp://:5", "unix://a/b"])

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from hecompile.errors import InputError
-from hecompile.runtime.transports import credentials
-from hecompile.runtime.transports.credentials import ClientCredentials, ServerCredentials, make_development_certificates
+from hecompile.runtime.wire import credentials
+from hecompile.runtime.wire.credentials import ClientCredentials, ServerCredentials, make_development_certificates
 
 
 @pytest.fixture

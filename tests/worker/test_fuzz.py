@@ -19,8 +19,11 @@ import pytest
 from benchmarks.timing import resident_bytes as _resident
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.errors import WorkerError, WorkerUnavailableError
-from hecompile.runtime import connections, protocol
-from hecompile.runtime.protocol import (
+from hecompile.runtime.transports import connect, open_connection
+from hecompile.runtime.transports.base import Transport
+from hecompile.runtime.transports.replicas import Replicas, RetryPolicy
+from hecompile.runtime.wire import connections, protocol
+from hecompile.runtime.wire.protocol import (
     ErrorReply,
     EvaluateReply,
     EvaluateRequest,
@@ -29,9 +32,6 @@ from hecompile.runtime.protocol import (
     SetupRequest,
     WorkerInfo,
 )
-from hecompile.runtime.transports import connect, open_connection
-from hecompile.runtime.transports.base import Transport
-from hecompile.runtime.transports.replicas import Replicas, RetryPolicy
 from hecompile.runtime.worker import Worker, WorkerServer
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hecompile.runtime.inference_protocol import compute_seconds, messages, with_raw_contents
+from hecompile.runtime.wire.inference_protocol import compute_seconds, messages, with_raw_contents
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 127), (1, 1, 128), (2, 2, 4096), (3, 1, 70_000)])

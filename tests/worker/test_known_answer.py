@@ -72,7 +72,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> WorkerBundle:
 
 
 def test_exact_worker_is_accepted(bundle: WorkerBundle) -> None:
-    info = open_connection(InProcessTransport(Worker(bundle, InexactEngine(bundle, exact))), PLAN_ID)
+    info = open_connection(InProcessTransport(Worker(bundle, InexactEngine(bundle, exact)).exchange), PLAN_ID)
     assert info.engine == "inexact"
 
 
@@ -80,7 +80,7 @@ def test_exact_worker_is_accepted(bundle: WorkerBundle) -> None:
     "product", [saturating_pairs, float32_accumulation, float16_results, signed_activations, one_wrong_result]
 )
 def test_inexact_worker_is_refused_and_the_connection_closed(bundle: WorkerBundle, product: Product) -> None:
-    transport = InProcessTransport(Worker(bundle, InexactEngine(bundle, product)))
+    transport = InProcessTransport(Worker(bundle, InexactEngine(bundle, product)).exchange)
     with pytest.raises(WorkerError, match=r"\(engine inexact\) computes wrongly: \d+ of 185 .* another machine"):
         open_connection(transport, PLAN_ID)
     with pytest.raises(WorkerError, match="is closed"):
@@ -92,7 +92,7 @@ def test_worker_that_is_wrong_for_single_tokens_only_is_refused(bundle: WorkerBu
         return float32_accumulation(plane, weight) if plane.shape[0] == 1 else exact(plane, weight)
 
     with pytest.raises(WorkerError, match=r"computes wrongly: \d+ of 37 results"):
-        open_connection(InProcessTransport(Worker(bundle, InexactEngine(bundle, product))), PLAN_ID)
+        open_connection(InProcessTransport(Worker(bundle, InexactEngine(bundle, product)).exchange), PLAN_ID)
 
 
 def test_reply_of_another_shape_is_refused(bundle: WorkerBundle) -> None:
@@ -101,7 +101,7 @@ def test_reply_of_another_shape_is_refused(bundle: WorkerBundle) -> None:
             return super().evaluate(circuit, planes)[:, :, 1:]
 
     with pytest.raises(WorkerError, match=r"the reply has shape \(3, 5, 36\); needs \(3, 5, 37\)"):
-        open_connection(InProcessTransport(Worker(bundle, Truncating(bundle, exact))), PLAN_ID)
+        open_connection(InProcessTransport(Worker(bundle, Truncating(bundle, exact)).exchange), PLAN_ID)
 
 
 def test_sums_of_the_known_answer_pass_what_float32_holds() -> None:

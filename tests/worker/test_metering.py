@@ -22,7 +22,7 @@ pytest.importorskip("prometheus_client")
 def test_metrics_count_what_was_asked_and_name_no_circuit(tmp_path: pytest.TempPathFactory) -> None:
     bundle = write_bundle(tmp_path / "worker", {"linear": (extreme_weight(8, 6), 3, 2)})  # type: ignore[operator]
     metered = MeteredEngine(Worker(bundle).engine)
-    transport = InProcessTransport(Worker(bundle, metered))
+    transport = InProcessTransport(Worker(bundle, metered).exchange)
     open_connection(transport, PLAN_ID)
     host, port = metered.serve("127.0.0.1:0")
     before = scrape(host, port)

@@ -16,7 +16,8 @@ from hecompile.bundles.worker import KNOWN_ANSWER, WorkerBundle
 from hecompile.errors import InputError, WorkerError
 from hecompile.runtime.servers import open_server
 from hecompile.runtime.transports import connect, open_connection
-from hecompile.runtime.transports.credentials import (
+from hecompile.runtime.transports.oip import OipTransport
+from hecompile.runtime.wire.credentials import (
     AUTHORITY,
     CLIENT,
     CLIENT_KEY,
@@ -27,7 +28,6 @@ from hecompile.runtime.transports.credentials import (
     ServerCredentials,
     make_development_certificates,
 )
-from hecompile.runtime.transports.oip import OipTransport
 from hecompile.runtime.worker import Worker
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 

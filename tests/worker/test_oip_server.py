@@ -20,8 +20,8 @@ from hecompile.bundles.worker import KNOWN_ANSWER, WorkerBundle, known_answer_ve
 from hecompile.errors import InputError, WorkerUnavailableError
 from hecompile.runtime.servers import open_server
 from hecompile.runtime.servers.oip import OipServer
-from hecompile.runtime.transports.address import TcpAddress
 from hecompile.runtime.transports.oip import OipTransport
+from hecompile.runtime.wire.address import TcpAddress
 from hecompile.runtime.worker import Worker
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 

@@ -12,8 +12,8 @@ from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.bundles.worker import KNOWN_ANSWER
 from hecompile.errors import WorkerError
 from hecompile.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
-from hecompile.runtime.protocol import WorkerInfo
 from hecompile.runtime.transports import Answer, InProcessTransport, TransportPool, connect, open_connection
+from hecompile.runtime.wire.protocol import WorkerInfo
 from hecompile.runtime.worker import Worker, WorkerServer
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
@@ -32,7 +32,7 @@ class Connection:
     concurrent = False
 
     def __init__(self, worker: Worker, before: Callable[[], None]) -> None:
-        self._inner, self._before = InProcessTransport(worker), before
+        self._inner, self._before = InProcessTransport(worker.exchange), before
         self.asked: list[str] = []
         self.closed = False
 
@@ -134,7 +134,7 @@ def test_a_later_connection_to_a_worker_that_computes_wrongly_is_refused(worker:
     connections: list[InProcessTransport] = []
 
     def connection() -> InProcessTransport:
-        connections.append(InProcessTransport(next(workers)))
+        connections.append(InProcessTransport(next(workers).exchange))
         return connections[-1]
 
     pool = TransportPool(connection, 2)

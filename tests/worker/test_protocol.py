@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hecompile.errors import WorkerError
-from hecompile.runtime import protocol
-from hecompile.runtime.protocol import (
+from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire.protocol import (
     MAGIC,
     PREFIX,
     CircuitInfo,

@@ -14,7 +14,6 @@ import pytest
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.bundles.worker import KNOWN_ANSWER
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
-from hecompile.runtime.protocol import CircuitInfo, WorkerInfo
 from hecompile.runtime.shards import parse_layers, shard, split_layers
 from hecompile.runtime.transports import (
     Answer,
@@ -25,6 +24,7 @@ from hecompile.runtime.transports import (
     connect,
     open_connection,
 )
+from hecompile.runtime.wire.protocol import CircuitInfo, WorkerInfo
 from hecompile.runtime.worker import Worker, WorkerServer
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
@@ -45,7 +45,7 @@ class Fragile:
     concurrent = True
 
     def __init__(self, worker: Worker, before: Callable[[], None]) -> None:
-        self._inner, self._before = InProcessTransport(worker), before
+        self._inner, self._before = InProcessTransport(worker.exchange), before
         self.sent: list[bytes] = []
         self.closed = False
 
@@ -277,7 +277,7 @@ def test_a_worker_that_refuses_is_left_for_another_where_that_is_asked_for(worke
 
 def test_a_worker_of_another_plan_among_others_is_left_or_ends_it(worker: Worker, tmp_path: Path) -> None:
     other = Worker(write_bundle(tmp_path / "other", {"linear": (WEIGHT, 3, 2)}, "ab" * 16))
-    workers = {"good": lambda: InProcessTransport(worker), "other": lambda: InProcessTransport(other)}
+    workers = {"good": lambda: InProcessTransport(worker.exchange), "other": lambda: InProcessTransport(other.exchange)}
     with pytest.raises(WorkerError, match="another plan"):
         open_connection(Replicas(workers), PLAN_ID)
     transport = Replicas(workers, leave_bad=True)

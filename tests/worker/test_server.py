@@ -18,10 +18,10 @@ import pytest
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.bundles.worker import KNOWN_ANSWER, WorkerBundle
 from hecompile.errors import InputError, WorkerError
-from hecompile.runtime import protocol
-from hecompile.runtime.protocol import ErrorReply, EvaluateRequest, Frame, HelloRequest
 from hecompile.runtime.transports import InProcessTransport, SocketTransport, connect, open_connection
-from hecompile.runtime.transports.address import TcpAddress, parse_address
+from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire.address import TcpAddress, parse_address
+from hecompile.runtime.wire.protocol import ErrorReply, EvaluateRequest, Frame, HelloRequest
 from hecompile.runtime.worker import Worker, WorkerServer, handle, serve
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
@@ -72,7 +72,7 @@ def test_handler_answers_the_same_whatever_came_before(worker: Worker) -> None:
 def test_bundle_of_another_plan_is_refused(worker: Worker) -> None:
     message = f"worker bundle is of another plan: expected {OTHER_PLAN}, got {PLAN_ID}"
     with pytest.raises(WorkerError, match=message):
-        open_connection(InProcessTransport(worker), OTHER_PLAN)
+        open_connection(InProcessTransport(worker.exchange), OTHER_PLAN)
 
 
 def test_worker_that_does_not_check_the_plan_is_refused_by_the_client(worker: Worker, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_worker_that_does_not_check_the_plan_is_refused_by_the_client(worker: Wo
             return protocol.encode(handle(HelloRequest(self.bundle.plan_id), self), request_id)
 
     with pytest.raises(WorkerError, match=f"answers for plan {PLAN_ID} .* needs plan {OTHER_PLAN}"):
-        InProcessTransport(Agreeable(worker.bundle, worker.engine)).hello(OTHER_PLAN)
+        InProcessTransport(Agreeable(worker.bundle, worker.engine).exchange).hello(OTHER_PLAN)
 
 
 def test_other_protocol_version_is_refused(worker: Worker) -> None:
@@ -92,7 +92,7 @@ def test_other_protocol_version_is_refused(worker: Worker) -> None:
 
 def test_evaluate_before_hello_is_refused(worker: Worker) -> None:
     with pytest.raises(WorkerError, match="open connections with open_connection"):
-        InProcessTransport(worker).evaluate(CIRCUIT, extreme_planes(3, 1, 8))
+        InProcessTransport(worker.exchange).evaluate(CIRCUIT, extreme_planes(3, 1, 8))
 
 
 @pytest.mark.parametrize("garbage", [b"\x00" * 64, bytes(range(256)) * 16, b"GET / HTTP/1.1\r\n\r\n"])
@@ -184,7 +184,7 @@ def test_neither_errors_nor_logs_hold_the_payload(bundle: WorkerBundle, caplog: 
     caplog.set_level(logging.DEBUG)
     planes = np.full((3, 1, 8), 173, dtype=np.uint8)
     for engine in (FailingEngine(), "onnxruntime"):
-        transport = InProcessTransport(Worker(bundle, engine))
+        transport = InProcessTransport(Worker(bundle, engine).exchange)
         transport.hello(PLAN_ID)
         if engine == "onnxruntime":
             transport.evaluate(CIRCUIT, planes)

@@ -32,7 +32,8 @@ def scratch(name: str, count: int, dtype: type[np.generic]) -> NDArray[Any]:
 
 
 _KEPT_FROM = 1 << 25
-"""Bytes from which on glibc gives memory back to the system whenever it is freed, but in training (`hecompile.memory`)."""
+"""Bytes from which on glibc gives memory back to the system whenever it is freed, but in training
+(`hecompile.runtime.training.freed_memory`)."""
 
 _KEPT_IN_ALL = 1 << 28
 """Most bytes of such results that are kept track of, in use or not."""

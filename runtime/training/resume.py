@@ -10,7 +10,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hecompile.errors import InputError
 from hecompile.runtime.model.adapter import CONFIG_FILE, WEIGHTS_FILE
-from hecompile.runtime.trainer import SETTINGS_FILE
+from hecompile.runtime.training.trainer import SETTINGS_FILE
 
 _STATE_FILE = "trainer_state.json"
 _ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")

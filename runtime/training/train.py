@@ -17,16 +17,16 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from hecompile.errors import InputError
-from hecompile.memory import freed_memory_kept
 from hecompile.runtime.client.functions import check_functions
-from hecompile.runtime.metrics import METRICS_FILE, forget_after, read_metrics
 from hecompile.runtime.model.adapter import AdapterModel, load_adapter, save_adapter
 from hecompile.runtime.model.data import Examples, PadToBucket, eos_and_pad, load_examples, smallest_bucket
 from hecompile.runtime.privacy.promise import check_same_promise, private_steps
-from hecompile.runtime.privacy.trainer import PrivateTrainer
-from hecompile.runtime.recipe import Recipe, check_lora
-from hecompile.runtime.resume import check_resumable, checkpoint_to_resume
-from hecompile.runtime.trainer import AdapterTrainer
+from hecompile.runtime.recipes.training import Recipe, check_lora
+from hecompile.runtime.training.freed_memory import freed_memory_kept
+from hecompile.runtime.training.metrics import METRICS_FILE, forget_after, read_metrics
+from hecompile.runtime.training.private_trainer import PrivateTrainer
+from hecompile.runtime.training.resume import check_resumable, checkpoint_to_resume
+from hecompile.runtime.training.trainer import AdapterTrainer
 
 ADAPTER_DIR = "adapter"
 
@@ -57,7 +57,7 @@ def run_training(
     as if it had not stopped, data order and dropout included. Raises `InputError` before anything is written if the
     recipe, the data or the checkpoint do not fit the model, and `NotFiniteError` if a loss, a gradient or a value to
     encrypt is not finite, which names what left the domains of a polynomial plan; the checkpoints saved before that are
-    kept. Meanwhile the process keeps freed memory (`hecompile.memory`).
+    kept. Meanwhile the process keeps freed memory (`hecompile.runtime.training.freed_memory`).
     """
     section = recipe.training
     check_lora(recipe.lora, model.peft_config)

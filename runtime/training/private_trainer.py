@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hecompile.runtime.micro_batches import cut
 from hecompile.runtime.model.data import Examples, PadToBucket
 from hecompile.runtime.model.divergence import require_finite_loss
 from hecompile.runtime.model.per_example import require_per_example
 from hecompile.runtime.privacy.clipping import add_noise, clipped_sum, in_units
 from hecompile.runtime.privacy.promise import LEDGER_COPY, PrivateSteps
 from hecompile.runtime.privacy.sampling import PoissonBatches
-from hecompile.runtime.trainer import AdapterTrainer
+from hecompile.runtime.training.micro_batches import cut
+from hecompile.runtime.training.trainer import AdapterTrainer
 
 
 class PadPossiblyEmpty(PadToBucket):

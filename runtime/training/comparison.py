@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hecompile.errors import InputError
-from hecompile.runtime.metrics import read_metrics
+from hecompile.runtime.training.metrics import read_metrics
 
 RELATIVE, ABSOLUTE = 0.01, 0.01
 """A loss follows another if it is within 1 %, or within 0.01 nats where that is more."""

@@ -5,20 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hecompile.errors import InputError
-from hecompile.runtime.directory import SCHEMES as DIRECTORY_SCHEMES
-from hecompile.runtime.transports.address import parse_address
+from hecompile.runtime.recipes.section import Positive, Section
+from hecompile.runtime.wire.address import DIRECTORY_SCHEMES, parse_address
 
 UNIX_PREFIX = "unix://"
-Positive = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """A mapping of the YAML file: unknown keys are refused, and nothing changes after it was read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ConnectionSection(Section):

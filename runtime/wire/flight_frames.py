@@ -1,4 +1,4 @@
-"""Frames of `hecompile.runtime.protocol` as Arrow Flight messages: what the Flight server and client share.
+"""Frames of `hecompile.runtime.wire.protocol` as Arrow Flight messages: what the Flight server and client share.
 
 A request is one DoExchange call with the descriptor `COMMAND`. Each side sends one message: the frame's header as the
 message's app_metadata, and its payload, if it has one, as the body of a record batch with one uint8 column of that many
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hecompile.errors import InputError, WorkerError
-from hecompile.runtime.protocol import MAX_HEADER_BYTES, Frame
+from hecompile.runtime.wire.protocol import MAX_HEADER_BYTES, Frame
 
 try:
     import pyarrow

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hecompile.runtime.workplace import Section
+from hecompile.runtime.recipes.section import Section
 
 
 class PrivacySection(Section):

@@ -1,6 +1,6 @@
 """Where a worker listens, and in which protocol.
 
-    tcp://host:port, unix:///path        frames of `hecompile.runtime.protocol`, for processes of one machine
+    tcp://host:port, unix:///path        frames of `hecompile.runtime.wire.protocol`, for processes of one machine
     grpc://host:port, grpcs://...        Open Inference Protocol v2 over gRPC, in the clear or over TLS
     flight://host:port, flights://...    Arrow Flight, likewise
 
@@ -17,6 +17,8 @@ from hecompile.errors import InputError
 
 TLS_SCHEMES = ("grpcs", "flights")
 SCHEMES = ("tcp", "grpc", "flight", *TLS_SCHEMES)
+DIRECTORY_SCHEMES = ("http://", "https://")
+"""Where a fleet's directory of workers is asked (`hecompile.runtime.transports.directory`)."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from pydantic import ValidationError
 
-from hecompile.runtime.workplace import Section
+from hecompile.runtime.recipes.section import Section
 
 _FIRST = "0"
 """Stands for any place in a list of sections, as in owners.0.name."""

@@ -6,8 +6,8 @@ import importlib
 from types import ModuleType
 
 from hecompile.errors import InputError
-from hecompile.runtime.transports.address import TcpAddress
-from hecompile.runtime.transports.credentials import ClientCredentials, ServerCredentials
+from hecompile.runtime.wire.address import TcpAddress
+from hecompile.runtime.wire.credentials import ClientCredentials, ServerCredentials
 
 OIP_SCHEMES = ("grpc", "grpcs")
 """Open Inference Protocol v2; the second over TLS."""

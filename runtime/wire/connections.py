@@ -17,9 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 from hecompile.errors import WorkerError
-from hecompile.runtime import protocol
-from hecompile.runtime.protocol import ErrorReply, Frame
-from hecompile.runtime.transports.address import TcpAddress, UnixAddress
+from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire.address import TcpAddress, UnixAddress
+from hecompile.runtime.wire.protocol import ErrorReply, Frame
 
 LOGGER = logging.getLogger(__name__)
 SEND_TIMEOUT_SECONDS = 60

@@ -17,14 +17,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from hecompile.errors import InputError, NotFiniteError, VerificationError
 from hecompile.polynomial.range_watch import Outside
 from hecompile.runtime.client.range_terms import RangeLossModel, WatchedOutput
-from hecompile.runtime.metrics import METRICS_FILE, MetricsWriter, ProgressBar
-from hecompile.runtime.micro_batches import MicroBatches, cut
 from hecompile.runtime.model.adapter import AdapterModel, load_adapter, save_adapter
 from hecompile.runtime.model.data import Examples, PadToBucket
 from hecompile.runtime.model.divergence import DomainModel, explained, require_finite_gradients, require_finite_loss
 from hecompile.runtime.model.evaluation import evaluate
 from hecompile.runtime.model.head import scored_positions
-from hecompile.runtime.recipe import RangeLossSection, TrainingSection
+from hecompile.runtime.recipes.training import RangeLossSection, TrainingSection
+from hecompile.runtime.training.metrics import METRICS_FILE, MetricsWriter, ProgressBar
+from hecompile.runtime.training.micro_batches import MicroBatches, cut
 
 SETTINGS_FILE = "training_settings.json"
 _STAGING = ".checkpoint-partial"
