@@ -138,7 +138,7 @@ def _connections(kind: Kind, bundle: WorkerBundle, folder: Path) -> Iterator[lis
         own = None
         if kind.listen is None:
             worker = Worker(bundle, FixedReplyEngine(bundle))
-            open_one: Callable[[], Transport] = partial(InProcessTransport, worker)
+            open_one: Callable[[], Transport] = partial(InProcessTransport, worker.exchange)
         else:
             made = folder / "credentials" if kind.tls else None
             if made is not None:

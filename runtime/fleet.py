@@ -1,7 +1,7 @@
 """A fleet of workers on Ray Serve: shards by layer range, replicas of each, placed, watched and replaced by Ray.
 
 Ray carries no ciphertext. Each replica listens on a port of its own, clients talk to it directly, and what Ray Serve answers
-over HTTP is the directory of those addresses (`hecompile.runtime.directory`). So Ray's own limits on the size of
+over HTTP is the directory of those addresses (`hecompile.runtime.transports.directory`). So Ray's own limits on the size of
 messages do not matter, and Ray sees no request.
 
 Ray's own ports (dashboard, GCS, object manager) have no authentication: whoever reaches them runs code on the machines.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from hecompile.runtime.transports.base import Answer, Direction, TrafficRecorder, Transport
-from hecompile.runtime.transports.connection import open_connection
 from hecompile.runtime.transports.inprocess import InProcessTransport
+from hecompile.runtime.transports.open_connection import open_connection
 from hecompile.runtime.transports.pool import TransportPool
 from hecompile.runtime.transports.replicas import Replicas, RetryPolicy
 from hecompile.runtime.transports.sockets import SocketTransport, connect, connect_for

@@ -14,7 +14,7 @@ import numpy as np
 
 from hecompile.errors import WorkerError
 from hecompile.runtime.transports.base import Answer, Transport
-from hecompile.runtime.transports.connection import open_connection
+from hecompile.runtime.transports.open_connection import open_connection
 from hecompile.runtime.wire.protocol import WorkerInfo
 
 
