@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
 from hecompile.bundles.kinds import CLIENT, WORKER
-from hecompile.cli.demo_run import worker_process
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.models import REDUCED_POLYNOMIAL
 from hecompile.models.worlds.reduced_world import ANSWERS, LINE_TOKENS
@@ -20,6 +19,7 @@ from hecompile.runtime.client.session import open_session
 from hecompile.runtime.model.backend import ForwardPass, RemoteModel
 from hecompile.runtime.recipes.training import Recipe
 from hecompile.runtime.training.train import run_training
+from hecompile.runtime.worker.process import worker_process
 
 STEPS, RATE, RANGE_LOSS = 120, 5e-3, 10.0
 BATCH = 16

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks.report import ROOT, section_main, table
 from hecompile.approximation_report import ApproximationError, approximation_report
 from hecompile.bundles.kinds import CLIENT, WORKER
-from hecompile.cli.demo_run import BATCH_SIZE, RECIPE, SEQUENCE_BUCKETS, worker_process
+from hecompile.cli.demo_run import BATCH_SIZE, RECIPE, SEQUENCE_BUCKETS
 from hecompile.compiler.frontend import export_onnx, load_checkpoint
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.compiler.pipeline import approximate_steps, raise_steps, run_steps
@@ -36,6 +36,7 @@ from hecompile.runtime.model.data import eos_and_pad, load_examples
 from hecompile.runtime.model.evaluation import evaluate
 from hecompile.runtime.recipes.training import load_recipe
 from hecompile.runtime.training.train import run_training
+from hecompile.runtime.worker.process import worker_process
 
 RECIPES = {"power": "convert-power.yaml", "gaussian_kernel": "convert-gaussian.yaml"}
 PROSE = """\

@@ -21,7 +21,7 @@ from hecompile.he.hints import Hint
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.passes.offload.select_parameters import choose_ring
 from hecompile.runtime.client.session import DEFAULT_ENGINE
-from hecompile.runtime.engines import Engine
+from hecompile.runtime.worker.engines import Engine
 
 WIDTH, TOKENS = 2048, 4096
 SAMPLE_IN, SAMPLE_OUT = 64, 16

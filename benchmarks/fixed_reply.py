@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from hecompile.bundles.worker import WorkerBundle
-from hecompile.runtime.engines.base import check_request
 from hecompile.runtime.wire import credentials
 from hecompile.runtime.wire.credentials import ServerCredentials
-from hecompile.runtime.worker import Worker, serve
+from hecompile.runtime.worker.engines.base import check_request
+from hecompile.runtime.worker.serve import serve
+from hecompile.runtime.worker.worker import Worker
 
 
 class FixedReplyEngine:

@@ -27,8 +27,8 @@ from benchmarks.timing import paired, ratio
 from benchmarks.worker import LAYER, REPLY_BYTES, random_planes, write_bundle
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.bundles.worker import WorkerBundle
-from hecompile.runtime.engines.cuda_engine import CudaEngine
-from hecompile.runtime.engines.torch_engine import readable
+from hecompile.runtime.worker.engines.cuda_engine import CudaEngine
+from hecompile.runtime.worker.engines.torch_engine import readable
 
 TOKENS, QUICK_TOKENS = (512, 2048, 8192), (64,)
 ROUNDS, QUICK_ROUNDS = 15, 3

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.report import section_main
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT, WORKER
-from hecompile.cli.demo_run import RECIPE, worker_process
+from hecompile.cli.demo_run import RECIPE
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.inspection.linear import circuits_without_gradient, hint_traffic
 from hecompile.models import TINY_LLAMA
@@ -20,6 +20,7 @@ from hecompile.runtime.recipes.training import load_recipe
 from hecompile.runtime.training.comparison import StepSplit, step_split
 from hecompile.runtime.training.metrics import METRICS_FILE, read_metrics
 from hecompile.runtime.training.train import run_training
+from hecompile.runtime.worker.process import worker_process
 
 SEQUENCE_BUCKETS = (32, 48)
 BATCHES, QUICK_BATCHES = (4, 16, 48), (4,)

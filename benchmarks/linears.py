@@ -26,7 +26,7 @@ from hecompile.he.setup import setup
 from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.passes.offload.quantize import quantize_weight
 from hecompile.plan.encrypted_linear import encrypted_linear_model
-from hecompile.runtime.engines import Engine, create_engine
+from hecompile.runtime.worker.engines import Engine, create_engine
 
 UPLOAD_LIMBS, REPLY_BYTES = 3, 2
 """What parameter selection takes for most linears of a 1B model with 8-bit weights, at precision 8."""

@@ -37,7 +37,7 @@ from hecompile.runtime.training.comparison import compare_losses
 from hecompile.runtime.training.metrics import METRICS_FILE, read_metrics
 from hecompile.runtime.training.train import run_training
 from hecompile.runtime.transports import InProcessTransport
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.worker import Worker
 
 LENGTH, BATCH_SIZE = 48, 16
 GRADIENT_SETTINGS = [(weights, bits) for weights in (8, 10) for bits in (4.0, 6.0, 8.0, 10.0)] + [(12, 8.0)]

@@ -27,9 +27,9 @@ from benchmarks.timing import available_bytes, cpu_seconds, resident_bytes
 from benchmarks.training_process import Spec
 from hecompile.bundles.client import MANIFEST
 from hecompile.bundles.kinds import CLIENT, WORKER
-from hecompile.cli.demo_run import stop_process
 from hecompile.errors import HecompileError
 from hecompile.runtime.client.session import DEFAULT_ENGINE
+from hecompile.runtime.worker.process import stop_process
 
 _WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he")
 _LISTENING = "listening on "

@@ -32,8 +32,8 @@ from hecompile.models.worlds.public_world import documents
 from hecompile.passes.approximation.calibrate import Calibrate
 from hecompile.passes.approximation.quantize_activation import QuantizeActivation
 from hecompile.passes.offload.select_parameters import choose_ring
-from hecompile.runtime.engines import DEFAULT_ENGINE
-from hecompile.runtime.engines.concrete_table import EncryptedTable
+from hecompile.runtime.worker.engines import DEFAULT_ENGINE
+from hecompile.runtime.worker.engines.concrete_table import EncryptedTable
 
 BITS, ELEMENTS, LENGTH = (6, 7, 8), 16, 128
 WIDTH, TOKENS = 2048, 1024
@@ -44,7 +44,7 @@ PROSE = """\
 The small Llama with `QuantizedSiLU`, a table of 2^bits integers, in place of every SiLU
 (`passes/approximation/quantize_activation.py`, ranges from {samples} × {length} tokens of its public training corpus),
 in its cleartext integer form on {tokens} held-out tokens; and the table of its layer 0 under TFHE
-(`runtime/engines/concrete_table.py`, concrete-python, probability of a wrong look-up at most 2^-40) on {elements}
+(`runtime/worker/engines/concrete_table.py`, concrete-python, probability of a wrong look-up at most 2^-40) on {elements}
 inputs spread over the layer's own, one programmable bootstrapping each. *Equal*: how many results are the integers of
 the cleartext form. One run each, both cores. """
 ELEMENT_PROSE = """\

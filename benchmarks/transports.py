@@ -32,7 +32,7 @@ from hecompile.errors import InputError
 from hecompile.runtime.transports import InProcessTransport, Transport, connect
 from hecompile.runtime.wire import credentials
 from hecompile.runtime.wire.credentials import ClientCredentials, make_development_certificates
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.worker import Worker
 
 LARGE, SMALL = "large.forward", "small.forward"
 LARGE_SHAPE, SMALL_SHAPE = (2048, 8192), (64, 64)

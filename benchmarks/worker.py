@@ -31,9 +31,9 @@ from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.integers import int8_products_are_fast
 from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.encrypted_linear import encrypted_linear_model
-from hecompile.runtime.engines import Engine, create_engine
-from hecompile.runtime.engines.vnni_kernel import supported
 from hecompile.runtime.transports import connect, open_connection
+from hecompile.runtime.worker.engines import Engine, create_engine
+from hecompile.runtime.worker.engines.vnni_kernel import supported
 
 LIMBS, REPLY_BYTES = 3, 2
 PLAN_ID = "be" * 16

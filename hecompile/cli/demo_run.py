@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +13,6 @@ from rich.table import Table
 
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
-from hecompile.errors import WorkerError
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime.client.session import Session, open_session
 from hecompile.runtime.model.adapter import AdapterModel
@@ -27,39 +23,10 @@ from hecompile.runtime.recipes.training import Recipe, load_recipe
 from hecompile.runtime.training.comparison import LossComparison, StepSplit, compare_losses, step_split
 from hecompile.runtime.training.metrics import METRICS_FILE
 from hecompile.runtime.training.train import run_training
+from hecompile.runtime.worker.process import worker_process
 
 RECIPE = TINY_LLAMA.parent / "recipes" / "demo.yaml"
 BATCH_SIZE, SEQUENCE_BUCKETS = 16, (32, 48)
-_STOP_SECONDS = 20
-_LISTENING = "listening on "
-
-
-@contextmanager
-def worker_process(bundle: Path, engine: str = "auto") -> Iterator[str]:
-    """A worker in a process of its own on a free loopback port; yields its address. Raises WorkerError if it fails."""
-    command = [sys.executable, "-m", "hecompile.cli", "worker", "serve", str(bundle)]
-    command += ["--listen", "tcp://127.0.0.1:0", "--engine", engine]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # noqa: S603
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line.startswith(_LISTENING):
-            _, errors = process.communicate(timeout=_STOP_SECONDS)
-            last = (errors.strip().splitlines() or ["no message"])[-1]
-            raise WorkerError(f"the worker process did not start: {last}")
-        yield line.removeprefix(_LISTENING).strip()
-    finally:
-        stop_process(process)
-
-
-def stop_process(process: subprocess.Popen[str]) -> None:
-    """Ask it to end, wait, and end it by force when it does not."""
-    process.terminate()
-    try:
-        process.communicate(timeout=_STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
 
 
 def run_demo(out: Path, console: Console, precision: float = 8.0, changes: Sequence[str] = ()) -> None:

@@ -70,12 +70,13 @@ def worker_serve(
     """Serve a worker bundle until interrupted. The worker sees public weights and ciphertexts, nothing else."""
     from hecompile.bundles.worker import WorkerBundle
     from hecompile.errors import InputError
-    from hecompile.runtime.engines import create_engine
-    from hecompile.runtime.engines.base import Engine
-    from hecompile.runtime.metering import MeteredEngine
-    from hecompile.runtime.shards import parse_layers, shard
     from hecompile.runtime.wire.credentials import ServerCredentials
-    from hecompile.runtime.worker import Worker, serve
+    from hecompile.runtime.worker.engines import create_engine
+    from hecompile.runtime.worker.engines.base import Engine
+    from hecompile.runtime.worker.metering import MeteredEngine
+    from hecompile.runtime.worker.serve import serve
+    from hecompile.runtime.worker.shards import parse_layers, shard
+    from hecompile.runtime.worker.worker import Worker
 
     _set_up_logging(log_format, verbose)
     named = (tls_certificate, tls_key, client_authority, token_file)
@@ -115,7 +116,7 @@ def worker_deploy(
     import signal
     import threading
 
-    from hecompile.runtime.fleet import deploy, load_fleet, stop
+    from hecompile.runtime.worker.fleet import deploy, load_fleet, stop
 
     loaded = load_fleet(fleet)
     stopped = threading.Event()
@@ -130,7 +131,7 @@ def worker_deploy(
 
 def _set_up_logging(log_format: str, verbose: bool) -> None:
     from hecompile.errors import InputError
-    from hecompile.runtime.metering import JsonFormatter
+    from hecompile.runtime.worker.metering import JsonFormatter
 
     if log_format not in ("text", "json"):
         raise InputError(f"--log-format is text or json, got {log_format!r}")

@@ -5,7 +5,7 @@
 The table covers what calibration saw, up to U = margin · largest input; the error is at most 1.1·s_in/2 + s_out/2 with
 s_in = (U - lower) / (2^bits - 1) and s_out about (SiLU(U) + 0.28) / (2^bits - 2) (derived, with sources, in
 `hecompile.approximation.silu_table`). It is the form of a non-linearity that TFHE evaluates without any error
-(`runtime/engines/concrete_table.py`).
+(`runtime/worker/engines/concrete_table.py`).
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import CleartextProducts, EncryptedProducts, Products
-from hecompile.runtime.engines import DEFAULT_ENGINE
 from hecompile.runtime.model.backend import ForwardPass
 from hecompile.runtime.model.evaluation import inference
 from hecompile.runtime.recipes.training import Recipe
@@ -27,7 +26,8 @@ from hecompile.runtime.transports import InProcessTransport, Replicas, RetryPoli
 from hecompile.runtime.transports.directory import fetch_workers
 from hecompile.runtime.wire.address import DIRECTORY_SCHEMES
 from hecompile.runtime.wire.credentials import ClientCredentials
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.engines import DEFAULT_ENGINE
+from hecompile.runtime.worker.worker import Worker
 
 
 @dataclass(frozen=True)

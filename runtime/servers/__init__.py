@@ -1,4 +1,4 @@
-"""Servers: how requests reach `hecompile.runtime.worker.handle`. Which of them serves an address is decided by its
+"""Servers: how requests reach `hecompile.runtime.worker.worker.handle`. Which of them serves an address is decided by its
 scheme."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from hecompile.runtime.wire import protocol
 from hecompile.runtime.wire.address import TcpAddress, parse_address
 from hecompile.runtime.wire.credentials import ServerCredentials
 from hecompile.runtime.wire.network import FLIGHT_SCHEMES, OIP_SCHEMES, load_network_module
-from hecompile.runtime.worker import Worker, WorkerServer
+from hecompile.runtime.worker.worker import Worker, WorkerServer
 
 
 class Server(Protocol):

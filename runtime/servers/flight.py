@@ -22,7 +22,7 @@ from hecompile.runtime.wire.credentials import ServerCredentials
 from hecompile.runtime.wire.flight_frames import COMMAND, flight, pyarrow, read_frame, write_frame
 from hecompile.runtime.wire.network import FLIGHT_SCHEMES, check_server_access
 from hecompile.runtime.wire.protocol import Frame
-from hecompile.runtime.worker import Worker, handle
+from hecompile.runtime.worker.worker import Worker, handle
 
 LOGGER = logging.getLogger(__name__)
 MAX_REQUESTS = 64

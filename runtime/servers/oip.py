@@ -15,7 +15,7 @@ from hecompile.runtime.wire.address import TcpAddress
 from hecompile.runtime.wire.connections import SEND_TIMEOUT_SECONDS
 from hecompile.runtime.wire.credentials import ServerCredentials
 from hecompile.runtime.wire.network import check_server_access
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.worker import Worker
 
 LOGGER = logging.getLogger(__name__)
 THREADS = 8

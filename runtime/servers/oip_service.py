@@ -30,7 +30,7 @@ from hecompile.runtime.wire.inference_protocol import (
     with_raw_contents,
 )
 from hecompile.runtime.wire.protocol import EvaluateReply, EvaluateRequest, Request, SetupRequest
-from hecompile.runtime.worker import Worker, handle
+from hecompile.runtime.worker.worker import Worker, handle
 
 LOGGER = logging.getLogger(__name__)
 SHOWN_CHARACTERS = 80

@@ -10,8 +10,8 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.worker import random_planes, write_bundle
-from hecompile.runtime.engines.cuda_engine import CudaEngine
-from hecompile.runtime.engines.torch_engine import readable
+from hecompile.runtime.worker.engines.cuda_engine import CudaEngine
+from hecompile.runtime.worker.engines.torch_engine import readable
 
 
 @pytest.fixture

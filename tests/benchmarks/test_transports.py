@@ -12,7 +12,7 @@ from benchmarks.fixed_reply import FixedReplyEngine
 from benchmarks.worker import PLAN_ID, write_bundle
 from hecompile.errors import WorkerError
 from hecompile.runtime.transports import InProcessTransport, open_connection
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.worker import Worker
 
 
 def test_section_has_a_row_per_transport(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

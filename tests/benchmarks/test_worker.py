@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import worker
-from hecompile.runtime.engines import create_engine
+from hecompile.runtime.worker.engines import create_engine
 
 
 def test_a_wrong_reply_is_not_timed(tmp_path: Path) -> None:

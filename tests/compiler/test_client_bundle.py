@@ -25,7 +25,7 @@ from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.encrypted_linear import encrypted_linear_model
 from hecompile.runtime.client.products import CleartextProducts, EncryptedProducts
 from hecompile.runtime.transports import InProcessTransport
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.worker import Worker
 
 HINT = "hints/model.layers.0.self_attn.o_proj.forward.npy"
 

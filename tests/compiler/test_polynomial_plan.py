@@ -39,7 +39,7 @@ from hecompile.polynomial.depth import levels
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import EncryptedProducts
 from hecompile.runtime.transports import InProcessTransport
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.worker import Worker
 from hecompile.softmax_cost import softmax_cost
 from tests.compiler.tiny import OPTIONS, exported, samples, save_checkpoint, tiny_llama
 from tests.golden.graphs import product_of

@@ -22,7 +22,7 @@ from hecompile.runtime.client.products import EncryptedProducts
 from hecompile.runtime.model.data import PadToBucket, eos_and_pad, load_examples
 from hecompile.runtime.model.plaintext import PlaintextPeftModel
 from hecompile.runtime.transports import InProcessTransport
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.worker import Worker
 
 BATCH_SIZE, SEQUENCE_BUCKETS = 4, (32, 48, 64)
 

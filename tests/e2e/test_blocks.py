@@ -15,7 +15,7 @@ from hecompile.runtime.client.products import CleartextProducts, EncryptedProduc
 from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.wire import protocol
 from hecompile.runtime.wire.protocol import Frame
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.worker import Worker
 from tests.e2e.conftest import SEQUENCE_BUCKETS, Build
 
 OVERHEAD = 250

@@ -15,7 +15,7 @@ from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import EncryptedProducts
 from hecompile.runtime.training.train import run_training
 from hecompile.runtime.transports import InProcessTransport
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.worker import Worker
 from tests.e2e.conftest import Build
 from tests.training.support import make_recipe
 

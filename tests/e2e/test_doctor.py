@@ -8,12 +8,12 @@ import sys
 import pytest
 
 from hecompile.bundles.kinds import CLIENT, WORKER
-from hecompile.cli.demo_run import worker_process
 from hecompile.errors import WorkerError
 from hecompile.inspection.linear import circuits_without_gradient, predicted_traffic
 from hecompile.runtime.client.doctor import diagnose
 from hecompile.runtime.transports import InProcessTransport, TransportPool, connect
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.process import worker_process
+from hecompile.runtime.worker.worker import Worker
 from tests.e2e.conftest import Build
 from tests.e2e.test_cheating import Cheat, one_row
 

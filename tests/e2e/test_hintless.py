@@ -14,7 +14,6 @@ from torch import Tensor
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.bundles.worker import WorkerBundle
-from hecompile.cli.demo_run import worker_process
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.errors import InputError, VerificationError, WorkerError
 from hecompile.he.public_matrix import PublicMatrix
@@ -26,7 +25,8 @@ from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.hintless import hint_from_planes
 from hecompile.runtime.client.products import EncryptedProducts
 from hecompile.runtime.transports import InProcessTransport, connect, open_connection
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.process import worker_process
+from hecompile.runtime.worker.worker import Worker
 from tests.e2e.conftest import BATCH_SIZE, SEQUENCE_BUCKETS, Build
 from tests.e2e.test_gradients import cleartext, gradients
 

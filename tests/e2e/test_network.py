@@ -25,7 +25,7 @@ from hecompile.runtime.wire.credentials import (
     make_development_certificates,
 )
 from hecompile.runtime.wire.credentials import CLIENT as CLIENT_CERTIFICATE
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.worker import Worker
 from tests.e2e.conftest import Build
 from tests.e2e.test_gradients import gradients
 from tests.worker.foreign_server import ForeignServer

@@ -10,7 +10,7 @@ from hecompile.he.hints import Hint, HintStore
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.scheme import decrypt, encrypt_tokens, setup
 from hecompile.inspection.linear import circuits_without_gradient, predicted_traffic
-from hecompile.runtime.engines import create_engine
+from hecompile.runtime.worker.engines import create_engine
 from tests.e2e.conftest import Build
 
 TOKENS = 200

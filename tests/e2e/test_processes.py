@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hecompile.bundles.kinds import CLIENT, WORKER
-from hecompile.cli.demo_run import RECIPE, worker_process
+from hecompile.cli.demo_run import RECIPE
 from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.errors import WorkerError
 from hecompile.runtime.client.session import open_session
@@ -18,6 +18,7 @@ from hecompile.runtime.recipes.training import Recipe, load_recipe
 from hecompile.runtime.training.comparison import compare_losses, step_split
 from hecompile.runtime.training.metrics import METRICS_FILE
 from hecompile.runtime.training.train import run_training
+from hecompile.runtime.worker.process import worker_process
 from tests.e2e.conftest import BATCH_SIZE, Build
 
 STEPS = 6

@@ -19,7 +19,7 @@ from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import EncryptedProducts
 from hecompile.runtime.transports import SocketTransport
 from hecompile.runtime.wire import protocol
-from hecompile.runtime.worker import Worker, WorkerServer
+from hecompile.runtime.worker.worker import Worker, WorkerServer
 from tests.e2e.conftest import Build
 
 _KNOWN_ANSWER_REQUESTS = 2

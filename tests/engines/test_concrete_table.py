@@ -15,7 +15,7 @@ from hecompile.graph.ir import attributes_of, nodes_of_type
 from hecompile.graph.quantized_operators import table_indices, table_values
 from hecompile.passes.approximation.calibrate import Calibrate
 from hecompile.passes.approximation.quantize_activation import QuantizeActivation
-from hecompile.runtime.engines.concrete_table import EncryptedTable
+from hecompile.runtime.worker.engines.concrete_table import EncryptedTable
 from tests.compiler.tiny import exported, samples
 
 

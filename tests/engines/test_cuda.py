@@ -14,8 +14,8 @@ import torch
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.bundles.worker import KNOWN_ANSWER, WorkerBundle, known_answer_vector
 from hecompile.errors import WorkerError
-from hecompile.runtime.engines import create_engine, torch_engine
-from hecompile.runtime.engines.cuda_engine import CudaEngine
+from hecompile.runtime.worker.engines import create_engine, torch_engine
+from hecompile.runtime.worker.engines.cuda_engine import CudaEngine
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 LIMBS = [(limbs, reply_bytes) for limbs in range(1, 5) for reply_bytes in range(1, limbs + 1)]

@@ -11,9 +11,15 @@ import pytest
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import WorkerError
-from hecompile.runtime import engines
-from hecompile.runtime.engines import create_engine, vnni_engine, vnni_kernel
-from hecompile.runtime.engines.vnni_engine import SMALLEST_BLOCK, VnniEngine, aligned, block_tokens, threads_worth
+from hecompile.runtime.worker import engines
+from hecompile.runtime.worker.engines import create_engine, vnni_engine, vnni_kernel
+from hecompile.runtime.worker.engines.vnni_engine import (
+    SMALLEST_BLOCK,
+    VnniEngine,
+    aligned,
+    block_tokens,
+    threads_worth,
+)
 from tests.worker.bundles import extreme_planes, extreme_weight, write_bundle
 
 needs_vnni = pytest.mark.skipif(not vnni_kernel.supported(), reason="this CPU has no AVX512-VNNI")

@@ -11,7 +11,7 @@ from hecompile.bundles.worker import WorkerBundle
 from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.encrypted_linear import encrypted_linear_model
-from hecompile.runtime.engines.weights import Weights
+from hecompile.runtime.worker.engines.weights import Weights
 from tests.worker.bundles import PLAN_ID, extreme_weight, write_bundle
 
 LARGE = extreme_weight(300, 260)  # above the 64 KiB from which a weight has a file of its own

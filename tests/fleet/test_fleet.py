@@ -20,10 +20,10 @@ from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.errors import InputError
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime.client.session import open_session
-from hecompile.runtime.fleet import FleetFile, deploy, load_fleet, stop
 from hecompile.runtime.recipes.training import load_recipe
 from hecompile.runtime.training.metrics import read_metrics
 from hecompile.runtime.training.train import run_training
+from hecompile.runtime.worker.fleet import FleetFile, deploy, load_fleet, stop
 
 RECIPE = Path("models/recipes/demo.yaml")
 

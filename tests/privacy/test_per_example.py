@@ -17,7 +17,7 @@ from hecompile.runtime.client.products import CleartextProducts, EncryptedProduc
 from hecompile.runtime.model.adapter import AdapterModel
 from hecompile.runtime.model.per_example import GradientCollector, PerExample, PerExampleModel, require_per_example
 from hecompile.runtime.transports import InProcessTransport
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.worker import Worker
 from tests.training.support import make_model
 
 TOLERANCE = 1e-5

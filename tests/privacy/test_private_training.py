@@ -25,7 +25,7 @@ from hecompile.runtime.recipes.training import Recipe, load_recipe
 from hecompile.runtime.training.metrics import read_metrics
 from hecompile.runtime.training.train import run_training
 from hecompile.runtime.transports import InProcessTransport
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.worker import Worker
 from tests.privacy.support import DELTA, TOKENIZER, N, everyone, ledger_of, private_recipe
 from tests.training.support import BUCKETS, make_model
 

@@ -12,7 +12,7 @@ import onnxruntime
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
-from hecompile.runtime.engines.onnxruntime_engine import exact_here
+from hecompile.runtime.worker.engines.onnxruntime_engine import exact_here
 
 
 class ForeignServer(service_pb2_grpc.GRPCInferenceServiceServicer):

@@ -15,7 +15,7 @@ import pytest
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.runtime.transports import Transport, connect, open_connection
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.worker import Worker
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 pa = pytest.importorskip("pyarrow", exc_type=ImportError)

@@ -20,7 +20,7 @@ from hecompile.errors import InputError, WorkerError
 from hecompile.runtime.servers import open_server
 from hecompile.runtime.transports import connect, open_connection
 from hecompile.runtime.wire.credentials import ClientCredentials, ServerCredentials
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.worker import Worker
 from tests.worker.bundles import PLAN_ID, development_credentials, extreme_planes, extreme_weight, write_bundle
 
 pytest.importorskip("pyarrow.flight", exc_type=ImportError)
@@ -170,7 +170,8 @@ def test_absent_worker_is_named_with_the_remedy() -> None:
 @contextlib.contextmanager
 def worker_process(bundle: WorkerBundle) -> Iterator[tuple[subprocess.Popen[str], str]]:
     program = (
-        "import sys; from hecompile.bundles.worker import WorkerBundle; from hecompile.runtime.worker import Worker, serve; "
+        "import sys; from hecompile.bundles.worker import WorkerBundle; "
+        "from hecompile.runtime.worker.serve import serve; from hecompile.runtime.worker.worker import Worker; "
         "serve(Worker(WorkerBundle.open(sys.argv[1]), 'torch'), sys.argv[2], ready=lambda a: print(a, flush=True))"
     )
     arguments = [sys.executable, "-c", program, str(bundle.directory), PLAIN]

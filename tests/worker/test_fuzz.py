@@ -32,7 +32,7 @@ from hecompile.runtime.wire.protocol import (
     SetupRequest,
     WorkerInfo,
 )
-from hecompile.runtime.worker import Worker, WorkerServer
+from hecompile.runtime.worker.worker import Worker, WorkerServer
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 WEIGHT = extreme_weight(8, 6)
@@ -78,7 +78,7 @@ def mutated(chance: random.Random) -> Frame:
 def test_the_handler_answers_anything_with_one_frame_and_keeps_nothing(
     worker: Worker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.ERROR, "hecompile.runtime.worker")  # pytest would keep every warning
+    caplog.set_level(logging.ERROR, "hecompile.runtime.worker.worker")  # pytest would keep every warning
     chance = random.Random(1)
     refused = answered = 0
 

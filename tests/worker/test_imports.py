@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hecompile.runtime.engines.vnni_kernel import supported
+from hecompile.runtime.worker.engines.vnni_kernel import supported
 from tests.worker.bundles import extreme_weight, write_bundle
 
 SERVES = """
@@ -16,8 +16,8 @@ import sys
 import hecompile.cli.main, hecompile.cli.worker  # the command `hecompile worker serve`
 import hecompile.runtime.servers
 from hecompile.bundles.worker import WorkerBundle, known_answer_vector
-from hecompile.runtime.engines import create_engine
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.engines import create_engine
+from hecompile.runtime.worker.worker import Worker
 
 bundle = WorkerBundle.open(sys.argv[1])
 worker = Worker(bundle, create_engine(sys.argv[2], bundle))
@@ -40,6 +40,6 @@ def test_a_worker_loads_no_code_of_the_scheme_and_no_torch(engine: str, tmp_path
         pytest.skip("this CPU has no AVX512-VNNI")
     bundle = write_bundle(tmp_path / "worker", {"layers.0.wide": (extreme_weight(512, 256), 3, 2)})
     loaded = modules_of(bundle.directory, engine)
-    assert "hecompile.runtime.worker" in loaded and "onnx" in loaded
+    assert "hecompile.runtime.worker.worker" in loaded and "onnx" in loaded
     rooms = {f"hecompile.{room}" for room in ("he", "graph", "plan", "compiler", "passes")}
     assert not (rooms | {"torch", "transformers", "onnx_ir"}) & loaded

@@ -9,9 +9,9 @@ import pytest
 
 from hecompile.bundles.worker import WorkerBundle, known_answer_vector
 from hecompile.errors import WorkerError
-from hecompile.runtime.engines.base import check_request
 from hecompile.runtime.transports import InProcessTransport, open_connection
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.engines.base import check_request
+from hecompile.runtime.worker.worker import Worker
 from tests.worker.bundles import PLAN_ID, write_bundle
 
 Product = Callable[[np.ndarray, np.ndarray], np.ndarray]

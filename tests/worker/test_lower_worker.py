@@ -15,7 +15,7 @@ from hecompile.errors import LegalityError
 from hecompile.graph.ir import ORIGIN, add_initializer, print_model
 from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.encrypted_linear import MAX_FEATURES_IN, encrypted_linear_model
-from hecompile.runtime.engines.onnxruntime_engine import signed_product_is_exact, with_unsigned_weights
+from hecompile.runtime.worker.engines.onnxruntime_engine import signed_product_is_exact, with_unsigned_weights
 from tests.conftest import Golden
 from tests.worker.bundles import extreme_planes, extreme_weight
 

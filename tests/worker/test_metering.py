@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from hecompile.errors import InputError, WorkerError
-from hecompile.runtime.metering import JsonFormatter, MeteredEngine
 from hecompile.runtime.transports import InProcessTransport, open_connection
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.metering import JsonFormatter, MeteredEngine
+from hecompile.runtime.worker.worker import Worker
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 pytest.importorskip("prometheus_client")
@@ -58,7 +58,7 @@ def test_logs_are_one_json_object_per_line() -> None:
     try:
         raise ValueError("secret text")
     except ValueError:
-        name = "hecompile.runtime.worker"
+        name = "hecompile.runtime.worker.worker"
         record = logging.LogRecord(name, logging.WARNING, "f", 1, "refused %s\n", ("x",), sys.exc_info())
     line = JsonFormatter().format(record)
     entry = json.loads(line)

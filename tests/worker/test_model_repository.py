@@ -17,7 +17,7 @@ from hecompile.bundles.worker import KNOWN_ANSWER, WorkerBundle
 from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.encrypted_linear import encrypted_linear_model
-from hecompile.runtime.engines.onnxruntime_engine import exact_here, signed_product_is_exact
+from hecompile.runtime.worker.engines.onnxruntime_engine import exact_here, signed_product_is_exact
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight
 
 SHAPES = {"layers.0.small-linear": (6, 4), "layers.0.large": (300, 256)}

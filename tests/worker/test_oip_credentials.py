@@ -28,7 +28,7 @@ from hecompile.runtime.wire.credentials import (
     ServerCredentials,
     make_development_certificates,
 )
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.worker import Worker
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 WEIGHT = extreme_weight(8, 6)

@@ -22,7 +22,7 @@ from hecompile.runtime.servers import open_server
 from hecompile.runtime.servers.oip import OipServer
 from hecompile.runtime.transports.oip import OipTransport
 from hecompile.runtime.wire.address import TcpAddress
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.worker import Worker
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 WEIGHT = extreme_weight(8, 6)

@@ -24,7 +24,7 @@ from hecompile.plan.encrypted_linear import encrypted_linear_model
 from hecompile.runtime.servers import open_server
 from hecompile.runtime.transports import connect, connect_for, open_connection
 from hecompile.runtime.transports.oip import OipTransport
-from hecompile.runtime.worker import Worker
+from hecompile.runtime.worker.worker import Worker
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 from tests.worker.foreign_server import ForeignServer
 

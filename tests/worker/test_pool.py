@@ -11,10 +11,10 @@ import pytest
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.bundles.worker import KNOWN_ANSWER
 from hecompile.errors import WorkerError
-from hecompile.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 from hecompile.runtime.transports import Answer, InProcessTransport, TransportPool, connect, open_connection
 from hecompile.runtime.wire.protocol import WorkerInfo
-from hecompile.runtime.worker import Worker, WorkerServer
+from hecompile.runtime.worker.engines.onnxruntime_engine import OnnxRuntimeEngine
+from hecompile.runtime.worker.worker import Worker, WorkerServer
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 WEIGHT = extreme_weight(8, 6)

@@ -14,7 +14,6 @@ import pytest
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.bundles.worker import KNOWN_ANSWER
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
-from hecompile.runtime.shards import parse_layers, shard, split_layers
 from hecompile.runtime.transports import (
     Answer,
     InProcessTransport,
@@ -25,7 +24,8 @@ from hecompile.runtime.transports import (
     open_connection,
 )
 from hecompile.runtime.wire.protocol import CircuitInfo, WorkerInfo
-from hecompile.runtime.worker import Worker, WorkerServer
+from hecompile.runtime.worker.shards import parse_layers, shard, split_layers
+from hecompile.runtime.worker.worker import Worker, WorkerServer
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 WEIGHT = extreme_weight(8, 6)

@@ -7,36 +7,36 @@ from collections.abc import Callable
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
 from hecompile.integers import int8_products_are_fast
-from hecompile.runtime.engines.base import Engine
+from hecompile.runtime.worker.engines.base import Engine
 
 
 def _onnxruntime(bundle: WorkerBundle) -> Engine:
-    from hecompile.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
+    from hecompile.runtime.worker.engines.onnxruntime_engine import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(bundle)
 
 
 def _torch(bundle: WorkerBundle) -> Engine:
-    from hecompile.runtime.engines.torch_engine import TorchEngine
+    from hecompile.runtime.worker.engines.torch_engine import TorchEngine
 
     return TorchEngine(bundle)
 
 
 def _torch_cuda(bundle: WorkerBundle) -> Engine:
-    from hecompile.runtime.engines.cuda_engine import CudaEngine
+    from hecompile.runtime.worker.engines.cuda_engine import CudaEngine
 
     return CudaEngine(bundle)
 
 
 def _vnni(bundle: WorkerBundle) -> Engine:
-    from hecompile.runtime.engines.vnni_engine import VnniEngine
+    from hecompile.runtime.worker.engines.vnni_engine import VnniEngine
 
     return VnniEngine(bundle)
 
 
 def _auto(bundle: WorkerBundle) -> Engine:
     """The fastest on this machine's CPU. Never a GPU: that is asked for by name."""
-    from hecompile.runtime.engines.vnni_kernel import supported
+    from hecompile.runtime.worker.engines.vnni_kernel import supported
 
     if supported():
         return _vnni(bundle)
@@ -44,7 +44,7 @@ def _auto(bundle: WorkerBundle) -> Engine:
 
 
 def _concrete(bundle: WorkerBundle) -> Engine:
-    from hecompile.runtime.engines.concrete_engine import ConcreteEngine
+    from hecompile.runtime.worker.engines.concrete_engine import ConcreteEngine
 
     return ConcreteEngine(bundle)
 

@@ -17,7 +17,7 @@ from concrete import fhe
 
 from hecompile.approximation.silu_table import ActivationTable
 from hecompile.errors import InputError, WorkerError
-from hecompile.runtime.engines.concrete_engine import P_ERROR
+from hecompile.runtime.worker.engines.concrete_engine import P_ERROR
 
 MAX_ELEMENTS = 1 << 12
 """Limit on the elements of one call: at 8 bits so many take hours."""

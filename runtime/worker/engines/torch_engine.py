@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from hecompile.bundles.worker import WorkerBundle
-from hecompile.runtime.engines.base import check_request
-from hecompile.runtime.engines.weights import Weights
+from hecompile.runtime.worker.engines.base import check_request
+from hecompile.runtime.worker.engines.weights import Weights
 
 
 class TorchEngine:

@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
-from hecompile.runtime.shards import layer_count, shard, split_layers
 from hecompile.runtime.wire.address import UnixAddress, parse_address
+from hecompile.runtime.worker.shards import layer_count, shard, split_layers
 
 APPLICATION, REGISTRY = "hecompile", "hecompile-registry"
 STALE_SECONDS = 15.0
@@ -104,7 +104,8 @@ class ShardReplica:
         import ray
 
         from hecompile.runtime.wire.credentials import ServerCredentials
-        from hecompile.runtime.worker import Worker, serve
+        from hecompile.runtime.worker.serve import serve
+        from hecompile.runtime.worker.worker import Worker
 
         bundle = shard(WorkerBundle.open(fleet.bundle), range(*layers))
         files = (fleet.tls_certificate, fleet.tls_key, fleet.client_authority, fleet.token_file)

@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import WorkerError
-from hecompile.runtime.engines.base import check_request
+from hecompile.runtime.worker.engines.base import check_request
 
 _REGISTERING = threading.Lock()
 _ZERO_POINT = "unsigned_zero_point"

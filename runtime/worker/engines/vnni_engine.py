@@ -9,9 +9,9 @@ import numpy as np
 
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import WorkerError
-from hecompile.runtime.engines.base import check_request
-from hecompile.runtime.engines.vnni_kernel import CACHE_LINE, PANEL, TILE_TOKENS, product_kernel, supported
-from hecompile.runtime.engines.weights import Weights
+from hecompile.runtime.worker.engines.base import check_request
+from hecompile.runtime.worker.engines.vnni_kernel import CACHE_LINE, PANEL, TILE_TOKENS, product_kernel, supported
+from hecompile.runtime.worker.engines.weights import Weights
 
 PIECES_PER_THREAD = 16
 """Pieces of work for each thread, so that none waits long for the last; wide layers have so many panels anyway."""

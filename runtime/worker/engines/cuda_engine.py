@@ -28,10 +28,10 @@ from torch import Tensor
 
 from hecompile.bundles.worker import CircuitSpec, WorkerBundle
 from hecompile.errors import WorkerError
-from hecompile.runtime.engines import torch_engine
-from hecompile.runtime.engines.base import check_request
-from hecompile.runtime.engines.torch_engine import readable
-from hecompile.runtime.engines.weights import Weight, Weights
+from hecompile.runtime.worker.engines import torch_engine
+from hecompile.runtime.worker.engines.base import check_request
+from hecompile.runtime.worker.engines.torch_engine import readable
+from hecompile.runtime.worker.engines.weights import Weight, Weights
 
 ROW_GRANULE, FEATURE_GRANULE = 32, 16
 """Products are padded with zeros to multiples of these; 16 features so that every row starts at 16 bytes."""
@@ -151,7 +151,7 @@ class CudaEngine:
 
 def _kernels() -> Kernels:
     try:
-        from hecompile.runtime.engines import triton_kernels
+        from hecompile.runtime.worker.engines import triton_kernels
     except ImportError:  # a build of torch without Triton: slower, the same bytes
         return torch_engine
     return triton_kernels

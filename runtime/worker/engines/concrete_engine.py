@@ -15,7 +15,7 @@ from concrete import fhe
 
 from hecompile.bundles.worker import CircuitSpec, WorkerBundle
 from hecompile.errors import WorkerError
-from hecompile.runtime.engines.base import check_request
+from hecompile.runtime.worker.engines.base import check_request
 
 MAX_WEIGHTS = 1 << 16
 """Limit on in_features · out_features: at that size one plane of one token takes about half a second."""

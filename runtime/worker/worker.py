@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +12,9 @@ import numpy as np
 from hecompile.bundles.public_rows import exact_name
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import HecompileError, InputError, WorkerError
-from hecompile.runtime.engines import DEFAULT_ENGINE, create_engine
-from hecompile.runtime.engines.base import Engine
 from hecompile.runtime.wire import protocol
 from hecompile.runtime.wire.address import TcpAddress, UnixAddress, parse_address
 from hecompile.runtime.wire.connections import handler_class, server_class
-from hecompile.runtime.wire.credentials import ServerCredentials
 from hecompile.runtime.wire.protocol import (
     ErrorReply,
     EvaluateReply,
@@ -30,6 +25,8 @@ from hecompile.runtime.wire.protocol import (
     Request,
     WorkerInfo,
 )
+from hecompile.runtime.worker.engines import DEFAULT_ENGINE, create_engine
+from hecompile.runtime.worker.engines.base import Engine
 
 LOGGER = logging.getLogger(__name__)
 
@@ -37,7 +34,7 @@ LOGGER = logging.getLogger(__name__)
 class Worker:
     """A bundle and the engine that evaluates it: immutable once made, no state between requests.
 
-    engine: a name of `hecompile.runtime.engines.ENGINES`, or an engine made already.
+    engine: a name of `hecompile.runtime.worker.engines.ENGINES`, or an engine made already.
     """
 
     def __init__(self, bundle: WorkerBundle, engine: str | Engine = DEFAULT_ENGINE) -> None:
@@ -156,41 +153,3 @@ class WorkerServer:
         self._server.server_close()  # waits for the connections' threads
         if self._unix_path is not None:
             self._unix_path.unlink(missing_ok=True)
-
-
-def serve(
-    worker: Worker,
-    address: str,
-    *,
-    ready: Callable[[str], None] = lambda address: None,
-    stop: threading.Event | None = None,
-    credentials: ServerCredentials | None = None,
-    allow_plaintext_network: bool = False,
-    max_message_bytes: int = protocol.MAX_MESSAGE_BYTES,
-) -> None:
-    """Serve until SIGINT, SIGTERM (both only when called in the main thread) or `stop`.
-
-    ready: called once with the address that is listened on. Raises InputError as `open_server`.
-    """
-    from hecompile.runtime.servers import open_server  # it knows the servers, which all need this module
-
-    stopped = stop or threading.Event()
-    previous = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, lambda *_: stopped.set())
-    try:
-        with open_server(
-            worker,
-            address,
-            credentials=credentials,
-            allow_plaintext_network=allow_plaintext_network,
-            max_message_bytes=max_message_bytes,
-        ) as server:
-            LOGGER.info("worker with engine %s listens on %s", worker.engine.name, server.address)
-            ready(server.address)
-            stopped.wait()
-            LOGGER.info("worker on %s stops", server.address)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hecompile.errors import HecompileError, InputError
-from hecompile.runtime.engines.base import Engine
+from hecompile.runtime.worker.engines.base import Engine
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
