@@ -7,9 +7,9 @@ import signal
 import threading
 from collections.abc import Callable
 
-from hecompile.runtime.servers import open_server
 from hecompile.runtime.wire import protocol
 from hecompile.runtime.wire.credentials import ServerCredentials
+from hecompile.runtime.worker.servers.open_server import open_server
 from hecompile.runtime.worker.worker import Worker
 
 LOGGER = logging.getLogger(__name__)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from pathlib import Path
 
 import numpy as np
 
 from hecompile.bundles.public_rows import exact_name
 from hecompile.bundles.worker import WorkerBundle
-from hecompile.errors import HecompileError, InputError, WorkerError
+from hecompile.errors import HecompileError, WorkerError
 from hecompile.runtime.wire import protocol
-from hecompile.runtime.wire.address import TcpAddress, UnixAddress, parse_address
-from hecompile.runtime.wire.connections import handler_class, server_class
 from hecompile.runtime.wire.protocol import (
     ErrorReply,
     EvaluateReply,
@@ -98,58 +94,3 @@ def handle(request: Request, state: Worker) -> Reply:
     seconds = time.perf_counter() - start
     LOGGER.debug("evaluated %s for %d tokens in %.4f s", circuit, tokens, seconds)
     return EvaluateReply(planes, seconds)
-
-
-class WorkerServer:
-    """Serves one worker on a socket, each client in a thread of its own.
-
-    address: `tcp://host:port` (port 0: any free one) or `unix:///path`. An address that other machines can reach is
-    refused unless `allow_plaintext_network`: ciphertexts are safe to show, but the connection has no authentication,
-    and who changes replies stops the training. Raises InputError for an address that cannot be served.
-    """
-
-    def __init__(
-        self,
-        worker: Worker,
-        address: str,
-        *,
-        allow_plaintext_network: bool = False,
-        max_message_bytes: int = protocol.MAX_MESSAGE_BYTES,
-    ) -> None:
-        parsed = parse_address(address)
-        if isinstance(parsed, TcpAddress) and parsed.scheme != "tcp":
-            raise InputError(f"{address} is not an address of this server; use hecompile.runtime.servers.open_server")
-        if isinstance(parsed, TcpAddress) and not parsed.is_loopback and not allow_plaintext_network:
-            raise InputError(
-                f"{address} can be reached from other machines without authentication; listen on 127.0.0.1 and forward "
-                "the port over SSH, or pass allow_plaintext_network (--allow-plaintext-network)"
-            )
-        self._unix_path = Path(parsed.path) if isinstance(parsed, UnixAddress) else None
-        kind = server_class(parsed)
-        try:
-            self._server = kind(parsed.socket_address, handler_class(worker.exchange, max_message_bytes))
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise InputError(f"cannot listen on {address}: {reason}; free the address or choose another") from error
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1})
-
-    @property
-    def address(self) -> str:
-        """The address that clients connect to, with the real port."""
-        if self._unix_path is not None:
-            return f"unix://{self._unix_path}"
-        host, port = self._server.socket.getsockname()[:2]
-        return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-
-    def __enter__(self) -> WorkerServer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop accepting, let requests under way be answered, end the connections."""
-        self._server.shutdown()
-        self._thread.join()
-        self._server.end_connections()
-        self._server.server_close()  # waits for the connections' threads
-        if self._unix_path is not None:
-            self._unix_path.unlink(missing_ok=True)

@@ -18,11 +18,11 @@ from hecompile.errors import InputError, WorkerError
 from hecompile.integers import MAX_INT16_WEIGHT
 from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.encrypted_linear import encrypted_linear_model
-from hecompile.runtime.servers import open_server
 from hecompile.runtime.transports import InProcessTransport, Transport, TransportPool, connect, open_connection
 from hecompile.runtime.worker.engines import ENGINES, Engine, create_engine, vnni_kernel
 from hecompile.runtime.worker.engines.cuda_engine import CudaEngine
 from hecompile.runtime.worker.engines.torch_engine import TorchEngine
+from hecompile.runtime.worker.servers.open_server import open_server
 from hecompile.runtime.worker.worker import Worker
 from tests.worker.bundles import PLAN_ID, development_credentials, extreme_planes, extreme_weight, write_bundle
 

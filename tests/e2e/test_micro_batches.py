@@ -27,7 +27,8 @@ from hecompile.runtime.training.comparison import step_split
 from hecompile.runtime.training.metrics import METRICS_FILE, read_metrics
 from hecompile.runtime.training.micro_batches import MicroBatches, cut
 from hecompile.runtime.training.train import run_training
-from hecompile.runtime.worker.worker import Worker, WorkerServer
+from hecompile.runtime.worker.servers.sockets import WorkerServer
+from hecompile.runtime.worker.worker import Worker
 from tests.e2e.conftest import Build
 
 STEPS, ROWS, MICRO_BATCHES = 3, 2, 3

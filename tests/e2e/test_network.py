@@ -14,7 +14,6 @@ from hecompile.bundles.kinds import CLIENT
 from hecompile.cli.demo_run import RECIPE
 from hecompile.runtime.client.session import open_session
 from hecompile.runtime.recipes.training import load_recipe
-from hecompile.runtime.servers import open_server
 from hecompile.runtime.wire.credentials import (
     AUTHORITY,
     CLIENT_KEY,
@@ -25,6 +24,7 @@ from hecompile.runtime.wire.credentials import (
     make_development_certificates,
 )
 from hecompile.runtime.wire.credentials import CLIENT as CLIENT_CERTIFICATE
+from hecompile.runtime.worker.servers.open_server import open_server
 from hecompile.runtime.worker.worker import Worker
 from tests.e2e.conftest import Build
 from tests.e2e.test_gradients import gradients

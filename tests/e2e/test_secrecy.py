@@ -19,7 +19,8 @@ from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import EncryptedProducts
 from hecompile.runtime.transports import SocketTransport
 from hecompile.runtime.wire import protocol
-from hecompile.runtime.worker.worker import Worker, WorkerServer
+from hecompile.runtime.worker.servers.sockets import WorkerServer
+from hecompile.runtime.worker.worker import Worker
 from tests.e2e.conftest import Build
 
 _KNOWN_ANSWER_REQUESTS = 2

@@ -21,8 +21,8 @@ from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_
 pa = pytest.importorskip("pyarrow", exc_type=ImportError)
 fl = pytest.importorskip("pyarrow.flight", exc_type=ImportError)
 
-from hecompile.runtime.servers.flight import FlightWorkerServer  # noqa: E402
 from hecompile.runtime.wire.flight_frames import COMMAND  # noqa: E402
+from hecompile.runtime.worker.servers.flight import FlightWorkerServer  # noqa: E402
 
 WEIGHT = extreme_weight(8, 6)
 CIRCUIT = "linear.forward"

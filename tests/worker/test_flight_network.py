@@ -17,9 +17,9 @@ import pytest
 
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError, WorkerError
-from hecompile.runtime.servers import open_server
 from hecompile.runtime.transports import connect, open_connection
 from hecompile.runtime.wire.credentials import ClientCredentials, ServerCredentials
+from hecompile.runtime.worker.servers.open_server import open_server
 from hecompile.runtime.worker.worker import Worker
 from tests.worker.bundles import PLAN_ID, development_credentials, extreme_planes, extreme_weight, write_bundle
 

@@ -32,7 +32,8 @@ from hecompile.runtime.wire.protocol import (
     SetupRequest,
     WorkerInfo,
 )
-from hecompile.runtime.worker.worker import Worker, WorkerServer
+from hecompile.runtime.worker.servers.sockets import WorkerServer
+from hecompile.runtime.worker.worker import Worker
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 WEIGHT = extreme_weight(8, 6)

@@ -14,7 +14,7 @@ from tests.worker.bundles import extreme_weight, write_bundle
 SERVES = """
 import sys
 import hecompile.cli.main, hecompile.cli.worker  # the command `hecompile worker serve`
-import hecompile.runtime.servers
+import hecompile.runtime.worker.servers.open_server
 from hecompile.bundles.worker import WorkerBundle, known_answer_vector
 from hecompile.runtime.worker.engines import create_engine
 from hecompile.runtime.worker.worker import Worker

@@ -14,7 +14,6 @@ from tritonclient.utils import InferenceServerException
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.bundles.worker import KNOWN_ANSWER, WorkerBundle
 from hecompile.errors import InputError, WorkerError
-from hecompile.runtime.servers import open_server
 from hecompile.runtime.transports import connect, open_connection
 from hecompile.runtime.transports.oip import OipTransport
 from hecompile.runtime.wire.credentials import (
@@ -28,6 +27,7 @@ from hecompile.runtime.wire.credentials import (
     ServerCredentials,
     make_development_certificates,
 )
+from hecompile.runtime.worker.servers.open_server import open_server
 from hecompile.runtime.worker.worker import Worker
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 

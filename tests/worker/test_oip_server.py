@@ -18,10 +18,10 @@ from tritonclient.utils import InferenceServerException
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.bundles.worker import KNOWN_ANSWER, WorkerBundle, known_answer_vector
 from hecompile.errors import InputError, WorkerUnavailableError
-from hecompile.runtime.servers import open_server
-from hecompile.runtime.servers.oip import OipServer
 from hecompile.runtime.transports.oip import OipTransport
 from hecompile.runtime.wire.address import TcpAddress
+from hecompile.runtime.worker.servers.oip import OipServer
+from hecompile.runtime.worker.servers.open_server import open_server
 from hecompile.runtime.worker.worker import Worker
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
@@ -242,7 +242,7 @@ def test_an_address_that_is_in_use_is_named(worker: Worker, url: str) -> None:
 
 
 def test_packages_that_are_missing_are_named(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "hecompile.runtime.servers.oip")
+    monkeypatch.delitem(sys.modules, "hecompile.runtime.worker.servers.oip")
     monkeypatch.setitem(sys.modules, "grpc", None)  # as if it were not installed
     with pytest.raises(InputError, match=r"not installed \(grpc\): pip install hecompile\[network\]"):
         open_server(worker, "grpc://127.0.0.1:0")

@@ -21,9 +21,9 @@ from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.errors import WorkerError
 from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.encrypted_linear import encrypted_linear_model
-from hecompile.runtime.servers import open_server
 from hecompile.runtime.transports import connect, connect_for, open_connection
 from hecompile.runtime.transports.oip import OipTransport
+from hecompile.runtime.worker.servers.open_server import open_server
 from hecompile.runtime.worker.worker import Worker
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 from tests.worker.foreign_server import ForeignServer

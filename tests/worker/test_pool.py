@@ -14,7 +14,8 @@ from hecompile.errors import WorkerError
 from hecompile.runtime.transports import Answer, InProcessTransport, TransportPool, connect, open_connection
 from hecompile.runtime.wire.protocol import WorkerInfo
 from hecompile.runtime.worker.engines.onnxruntime_engine import OnnxRuntimeEngine
-from hecompile.runtime.worker.worker import Worker, WorkerServer
+from hecompile.runtime.worker.servers.sockets import WorkerServer
+from hecompile.runtime.worker.worker import Worker
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 WEIGHT = extreme_weight(8, 6)

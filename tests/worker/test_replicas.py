@@ -24,8 +24,9 @@ from hecompile.runtime.transports import (
     open_connection,
 )
 from hecompile.runtime.wire.protocol import CircuitInfo, WorkerInfo
+from hecompile.runtime.worker.servers.sockets import WorkerServer
 from hecompile.runtime.worker.shards import parse_layers, shard, split_layers
-from hecompile.runtime.worker.worker import Worker, WorkerServer
+from hecompile.runtime.worker.worker import Worker
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 WEIGHT = extreme_weight(8, 6)

@@ -23,7 +23,8 @@ from hecompile.runtime.wire import protocol
 from hecompile.runtime.wire.address import TcpAddress, parse_address
 from hecompile.runtime.wire.protocol import ErrorReply, EvaluateRequest, Frame, HelloRequest
 from hecompile.runtime.worker.serve import serve
-from hecompile.runtime.worker.worker import Worker, WorkerServer, handle
+from hecompile.runtime.worker.servers.sockets import WorkerServer
+from hecompile.runtime.worker.worker import Worker, handle
 from tests.worker.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
 
 WEIGHT = extreme_weight(8, 6)

@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 
 from hecompile.errors import InputError
-from hecompile.runtime.servers.oip_service import OipService
 from hecompile.runtime.wire import protocol
 from hecompile.runtime.wire.address import TcpAddress
 from hecompile.runtime.wire.connections import SEND_TIMEOUT_SECONDS
 from hecompile.runtime.wire.credentials import ServerCredentials
 from hecompile.runtime.wire.network import check_server_access
+from hecompile.runtime.worker.servers.oip_service import OipService
 from hecompile.runtime.worker.worker import Worker
 
 LOGGER = logging.getLogger(__name__)

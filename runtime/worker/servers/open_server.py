@@ -10,7 +10,8 @@ from hecompile.runtime.wire import protocol
 from hecompile.runtime.wire.address import TcpAddress, parse_address
 from hecompile.runtime.wire.credentials import ServerCredentials
 from hecompile.runtime.wire.network import FLIGHT_SCHEMES, OIP_SCHEMES, load_network_module
-from hecompile.runtime.worker.worker import Worker, WorkerServer
+from hecompile.runtime.worker.servers.sockets import WorkerServer
+from hecompile.runtime.worker.worker import Worker
 
 
 class Server(Protocol):
@@ -39,7 +40,7 @@ def open_server(
     scheme = parsed.scheme if isinstance(parsed, TcpAddress) else "unix"
     credentials = credentials or ServerCredentials()
     if scheme in OIP_SCHEMES:
-        server: Server = load_network_module("hecompile.runtime.servers.oip").OipServer(
+        server: Server = load_network_module("hecompile.runtime.worker.servers.oip").OipServer(
             worker,
             parsed,
             credentials=credentials,
@@ -48,7 +49,7 @@ def open_server(
         )
         return server
     if scheme in FLIGHT_SCHEMES:
-        flight: Server = load_network_module("hecompile.runtime.servers.flight").FlightWorkerServer(
+        flight: Server = load_network_module("hecompile.runtime.worker.servers.flight").FlightWorkerServer(
             worker,
             address,
             allow_plaintext_network=allow_plaintext_network,
