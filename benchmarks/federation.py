@@ -15,9 +15,9 @@ from benchmarks.report import table
 from hecompile.models import TINY_LLAMA
 from hecompile.models.worlds.private_owners import owner_names, write
 from hecompile.runtime.federation.comparison import CheckedRound, Lab
+from hecompile.runtime.federation.protocol.settings import FederationSection, NoiseSection
 from hecompile.runtime.federation.recipe import FederationRecipe, load_federation
 from hecompile.runtime.federation.report import accuracy
-from hecompile.runtime.federation.settings import FederationSection, NoiseSection
 from hecompile.runtime.privacy.accountant import Mechanism, spent_epsilon
 from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
 from hecompile.runtime.recipes.privacy import PrivacySection

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from hecompile.he.aggregation import scheme as aggregation
 from hecompile.he.aggregation.scheme import AggregationParameters, EncryptedSum, EncryptedVector
 from hecompile.he.random.sampling import PublicSeed, SecretRandom
-from hecompile.runtime.federation import shamir
-from hecompile.runtime.federation.channels import Channels
-from hecompile.runtime.federation.transcript import coordinates, decode, encode
+from hecompile.runtime.federation.protocol import shamir
+from hecompile.runtime.federation.protocol.channels import Channels
+from hecompile.runtime.federation.protocol.transcript import coordinates, decode, encode
 
 POINTS, MODULUS_BITS, SCALE = 8192, (60, 40, 40, 60), 2.0**40
 """TenSEAL's parameters in the code of FedShield-LLM."""

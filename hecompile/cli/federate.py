@@ -98,8 +98,8 @@ def identities_command(
     roster: Annotated[Path, typer.Option(help="Where to write the roster.")],
 ) -> None:
     """Identities of all owners of a recipe and their roster, for trying a federation out on one machine."""
-    from hecompile.runtime.federation.channels import Identity
     from hecompile.runtime.federation.launch import write_roster
+    from hecompile.runtime.federation.protocol.channels import Identity
     from hecompile.runtime.federation.recipe import load_federation
 
     names = load_federation(recipe).names
@@ -115,6 +115,6 @@ def identity_command(
     """Print an owner's line of the roster."""
     import json
 
-    from hecompile.runtime.federation.channels import Identity
+    from hecompile.runtime.federation.protocol.channels import Identity
 
     print(json.dumps({owner: Identity.load_or_create(owner, keys / "identity.key").public.hex()}))

@@ -10,16 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hecompile.errors import InputError
-from hecompile.runtime.federation.channels import Identity
-from hecompile.runtime.federation.client import LocalUpdate, Participant, Train
-from hecompile.runtime.federation.keyring import MemoryKeys
-from hecompile.runtime.federation.layout import mask_digest
 from hecompile.runtime.federation.local import LocalTrainer
 from hecompile.runtime.federation.owner import LocalModel, local_trainer, owner_promise, plaintext_model
+from hecompile.runtime.federation.protocol.channels import Identity
+from hecompile.runtime.federation.protocol.keyring import MemoryKeys
+from hecompile.runtime.federation.protocol.layout import mask_digest
+from hecompile.runtime.federation.protocol.participant import LocalUpdate, Participant, Train
+from hecompile.runtime.federation.protocol.rounds import Federation, in_process
+from hecompile.runtime.federation.protocol.server_round import RoundResult, prune_global
+from hecompile.runtime.federation.protocol.settings import Agreement, FederationSection, RoundHeader
 from hecompile.runtime.federation.recipe import FederationRecipe
-from hecompile.runtime.federation.rounds import Federation, in_process
-from hecompile.runtime.federation.server import RoundResult, prune_global
-from hecompile.runtime.federation.settings import Agreement, FederationSection, RoundHeader
 from hecompile.runtime.model.data import Examples
 from hecompile.runtime.privacy.ledger import PrivacyLedger
 

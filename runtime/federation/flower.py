@@ -28,15 +28,15 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from hecompile.errors import FederationError, InputError
-from hecompile.runtime.federation.channels import Identity
-from hecompile.runtime.federation.client import Participant
-from hecompile.runtime.federation.keyring import DirectoryKeys
 from hecompile.runtime.federation.launch import RoundLog, read_roster
-from hecompile.runtime.federation.messages import Finished, Message, Start, from_bytes, read_header, to_bytes
 from hecompile.runtime.federation.output import ADAPTER_DIR, require_free
 from hecompile.runtime.federation.owner import local_trainer, owner_ledger, owner_model, owner_promise, plaintext_model
+from hecompile.runtime.federation.protocol.channels import Identity
+from hecompile.runtime.federation.protocol.keyring import DirectoryKeys
+from hecompile.runtime.federation.protocol.messages import Finished, Message, Start, from_bytes, read_header, to_bytes
+from hecompile.runtime.federation.protocol.participant import Participant
+from hecompile.runtime.federation.protocol.rounds import Federation
 from hecompile.runtime.federation.recipe import FederationRecipe, load_federation
-from hecompile.runtime.federation.rounds import Federation
 
 _log = logging.getLogger(__name__)
 _RECORD, _PAYLOAD, _OWNER = "federation", "payload", "owner"

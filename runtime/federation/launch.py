@@ -19,9 +19,6 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from hecompile.errors import FederationError
-from hecompile.runtime.federation.channels import Identity, Roster
-from hecompile.runtime.federation.client import LocalUpdate, Participant
-from hecompile.runtime.federation.keyring import MemoryKeys
 from hecompile.runtime.federation.output import (
     ADAPTER_DIR,
     KEYS_DIR,
@@ -32,10 +29,13 @@ from hecompile.runtime.federation.output import (
     require_free,
 )
 from hecompile.runtime.federation.owner import local_trainer, owner_ledger, owner_model, owner_promise, plaintext_model
+from hecompile.runtime.federation.protocol.channels import Identity, Roster
+from hecompile.runtime.federation.protocol.keyring import MemoryKeys
+from hecompile.runtime.federation.protocol.participant import LocalUpdate, Participant
+from hecompile.runtime.federation.protocol.rounds import Federation
+from hecompile.runtime.federation.protocol.server_round import RoundResult
+from hecompile.runtime.federation.protocol.settings import RoundHeader
 from hecompile.runtime.federation.recipe import FederationRecipe, load_federation
-from hecompile.runtime.federation.rounds import Federation
-from hecompile.runtime.federation.server import RoundResult
-from hecompile.runtime.federation.settings import RoundHeader
 from hecompile.runtime.federation.sockets import FederationServer, take_part
 from hecompile.runtime.model.adapter import WEIGHTS_FILE
 

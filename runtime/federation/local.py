@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hecompile.runtime.federation.client import LocalUpdate
-from hecompile.runtime.federation.layout import Layout
-from hecompile.runtime.federation.pruning import prune_client
-from hecompile.runtime.federation.settings import FederationSection, RoundHeader
+from hecompile.runtime.federation.protocol.layout import Layout
+from hecompile.runtime.federation.protocol.participant import LocalUpdate
+from hecompile.runtime.federation.protocol.pruning import prune_client
+from hecompile.runtime.federation.protocol.settings import FederationSection, RoundHeader
 from hecompile.runtime.model.adapter import AdapterModel
 from hecompile.runtime.model.data import Examples, PadToBucket, eos_and_pad
 from hecompile.runtime.privacy.promise import PrivateSteps

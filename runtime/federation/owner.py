@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hecompile.errors import InputError
 from hecompile.he.aggregation.scheme import CLIENT_LIMIT
 from hecompile.runtime.client.session import open_session
-from hecompile.runtime.federation.layout import Layout
 from hecompile.runtime.federation.local import LocalTrainer
+from hecompile.runtime.federation.protocol.layout import Layout
 from hecompile.runtime.federation.recipe import FederationRecipe, OwnerSection
 from hecompile.runtime.model.adapter import AdapterModel, save_adapter
 from hecompile.runtime.model.data import Examples, eos_and_pad, load_examples

@@ -11,7 +11,7 @@ import peft
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hecompile.errors import InputError
-from hecompile.runtime.federation.settings import Agreement, FederationSection
+from hecompile.runtime.federation.protocol.settings import Agreement, FederationSection
 from hecompile.runtime.recipes.document import read_document
 from hecompile.runtime.recipes.key_hints import explain
 from hecompile.runtime.recipes.privacy import PrivacySection

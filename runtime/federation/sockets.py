@@ -23,9 +23,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from hecompile.errors import FederationError, InputError
-from hecompile.runtime.federation.channels import Identity, Roster
-from hecompile.runtime.federation.client import Participant
-from hecompile.runtime.federation.messages import Finished, Message, from_bytes, to_bytes
+from hecompile.runtime.federation.protocol.channels import Identity, Roster
+from hecompile.runtime.federation.protocol.messages import Finished, Message, from_bytes, to_bytes
+from hecompile.runtime.federation.protocol.participant import Participant
 
 MAX_BYTES = 1 << 30
 _HELLO = b"hecompile/federation/hello/1"

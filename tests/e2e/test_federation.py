@@ -13,11 +13,11 @@ from hecompile.errors import InputError
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime.federation.comparison import Lab, weighted_mean
 from hecompile.runtime.federation.launch import processes, read_records
-from hecompile.runtime.federation.layout import mask_digest
 from hecompile.runtime.federation.owner import local_trainer, owner_model
-from hecompile.runtime.federation.pruning import is_a
+from hecompile.runtime.federation.protocol.layout import mask_digest
+from hecompile.runtime.federation.protocol.pruning import is_a
+from hecompile.runtime.federation.protocol.settings import RoundHeader
 from hecompile.runtime.federation.recipe import FederationRecipe, load_federation
-from hecompile.runtime.federation.settings import RoundHeader
 from tests.e2e.conftest import BATCH_SIZE, Build
 
 RECIPE = TINY_LLAMA.parent / "recipes" / "federation.yaml"

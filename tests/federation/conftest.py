@@ -11,13 +11,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from hecompile.runtime.federation.channels import Identity
-from hecompile.runtime.federation.client import LocalUpdate, Participant
-from hecompile.runtime.federation.keyring import MemoryKeys, RoundKeys
-from hecompile.runtime.federation.layout import Layout
-from hecompile.runtime.federation.messages import Message
-from hecompile.runtime.federation.rounds import Exchange, Federation, in_process
-from hecompile.runtime.federation.settings import Agreement, FederationSection, RoundHeader
+from hecompile.runtime.federation.protocol.channels import Identity
+from hecompile.runtime.federation.protocol.keyring import MemoryKeys, RoundKeys
+from hecompile.runtime.federation.protocol.layout import Layout
+from hecompile.runtime.federation.protocol.messages import Message
+from hecompile.runtime.federation.protocol.participant import LocalUpdate, Participant
+from hecompile.runtime.federation.protocol.rounds import Exchange, Federation, in_process
+from hecompile.runtime.federation.protocol.settings import Agreement, FederationSection, RoundHeader
 
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
 LAYOUT = Layout(((f"{PREFIX}.lora_A.weight", (4, 16)), (f"{PREFIX}.lora_B.weight", (24, 4))))

@@ -11,9 +11,9 @@ import pytest
 flwr_app = pytest.importorskip("flwr.app")
 
 from hecompile.models import TINY_LLAMA  # noqa: E402
-from hecompile.runtime.federation.channels import Identity  # noqa: E402
 from hecompile.runtime.federation.flower import client_app, main  # noqa: E402
 from hecompile.runtime.federation.launch import read_records, write_roster  # noqa: E402
+from hecompile.runtime.federation.protocol.channels import Identity  # noqa: E402
 
 RECIPE = TINY_LLAMA.parent / "recipes" / "federation.yaml"
 NODES = {11: 0, 22: 1, 33: 2}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from hecompile.errors import FederationError, InputError
-from hecompile.runtime.federation.channels import Channels, Identity, check_advert
-from hecompile.runtime.federation.keyring import DirectoryKeys, MemoryKeys, RoundKeys
+from hecompile.runtime.federation.protocol.channels import Channels, Identity, check_advert
+from hecompile.runtime.federation.protocol.keyring import DirectoryKeys, MemoryKeys, RoundKeys
 from tests.federation.conftest import make_world
 
 

@@ -13,9 +13,9 @@ import yaml
 
 from hecompile.errors import FederationError, InputError
 from hecompile.models import TINY_LLAMA
-from hecompile.runtime.federation.channels import Identity
 from hecompile.runtime.federation.launch import Processes, _end_if_an_owner_fails, read_roster, write_roster
 from hecompile.runtime.federation.owner import owner_ledger
+from hecompile.runtime.federation.protocol.channels import Identity
 from hecompile.runtime.federation.recipe import load_federation
 from hecompile.runtime.privacy.accountant import Mechanism
 

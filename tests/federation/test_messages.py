@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hecompile.errors import FederationError
-from hecompile.runtime.federation.messages import (
+from hecompile.runtime.federation.protocol.messages import (
     Advert,
     Contribution,
     Finished,

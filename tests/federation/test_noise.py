@@ -12,9 +12,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hecompile.errors import FederationError
-from hecompile.runtime.federation.layout import Layout
-from hecompile.runtime.federation.noise import clip_to_grid, share_of_noise
-from hecompile.runtime.federation.settings import SHARE_SIGMA, Agreement, FederationSection, NoiseSection, noise_step
+from hecompile.runtime.federation.protocol.layout import Layout
+from hecompile.runtime.federation.protocol.noise import clip_to_grid, share_of_noise
+from hecompile.runtime.federation.protocol.settings import (
+    SHARE_SIGMA,
+    Agreement,
+    FederationSection,
+    NoiseSection,
+    noise_step,
+)
 from hecompile.runtime.privacy import ledger
 from hecompile.runtime.privacy.accountant import Mechanism, spent_epsilon
 from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject

@@ -11,13 +11,13 @@ import pytest
 from pydantic import ValidationError
 
 from hecompile.errors import FederationError, SecurityError
-from hecompile.runtime.federation.channels import Identity
-from hecompile.runtime.federation.client import LocalUpdate, Participant
-from hecompile.runtime.federation.keyring import MemoryKeys
-from hecompile.runtime.federation.layout import Layout
-from hecompile.runtime.federation.messages import Contribution, Message, Opening, Start, SumShare
-from hecompile.runtime.federation.server import ServerRound
-from hecompile.runtime.federation.settings import Agreement, FederationSection
+from hecompile.runtime.federation.protocol.channels import Identity
+from hecompile.runtime.federation.protocol.keyring import MemoryKeys
+from hecompile.runtime.federation.protocol.layout import Layout
+from hecompile.runtime.federation.protocol.messages import Contribution, Message, Opening, Start, SumShare
+from hecompile.runtime.federation.protocol.participant import LocalUpdate, Participant
+from hecompile.runtime.federation.protocol.server_round import ServerRound
+from hecompile.runtime.federation.protocol.settings import Agreement, FederationSection
 from tests.federation.conftest import LAYOUT, World, make_world
 
 
@@ -239,7 +239,7 @@ def test_no_message_and_no_log_holds_a_key(caplog: pytest.LogCaptureFixture, mon
     world, sent = make_world(), []
 
     def exchange(requests: Mapping[str, Message]) -> Mapping[str, Message]:
-        from hecompile.runtime.federation.messages import to_bytes
+        from hecompile.runtime.federation.protocol.messages import to_bytes
 
         replies = world.exchange(requests)
         sent.extend(to_bytes(message) for message in [*requests.values(), *replies.values()])

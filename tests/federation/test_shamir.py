@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from hecompile.errors import FederationError, InputError
 from hecompile.he.random.sampling import SecretRandom
-from hecompile.runtime.federation import shamir
-from hecompile.runtime.federation.shamir import PRIME
+from hecompile.runtime.federation.protocol import shamir
+from hecompile.runtime.federation.protocol.shamir import PRIME
 
 RANDOM = SecretRandom()
 

@@ -11,9 +11,9 @@ import pytest
 
 from hecompile.errors import FederationError, InputError
 from hecompile.runtime.federation import sockets
-from hecompile.runtime.federation.channels import Identity
-from hecompile.runtime.federation.client import Participant
-from hecompile.runtime.federation.messages import Finished, Message
+from hecompile.runtime.federation.protocol.channels import Identity
+from hecompile.runtime.federation.protocol.messages import Finished, Message
+from hecompile.runtime.federation.protocol.participant import Participant
 from hecompile.runtime.federation.sockets import FederationServer, take_part
 from tests.federation.conftest import World, make_world
 

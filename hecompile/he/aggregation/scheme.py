@@ -49,7 +49,7 @@ SMALL_BOUND = SAMPLES * ERROR_BOUND
 """Largest absolute value of such a coordinate."""
 CLIENT_LIMIT = 128
 """Most clients: their keys' sum must stay within half of the field that its shares live in
-(`runtime/federation/shamir.py`)."""
+(`runtime/federation/protocol/shamir.py`)."""
 _NORM_FACTOR = 1.5
 """An honest sum of keys is longer than this many times its expected length with probability below 2^-400."""
 

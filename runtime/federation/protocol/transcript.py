@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from hecompile.errors import FederationError
 from hecompile.he.aggregation.scheme import AggregationParameters
 from hecompile.he.random.sampling import PublicSeed
-from hecompile.runtime.federation.channels import Roster, check_advert
-from hecompile.runtime.federation.messages import Advert
-from hecompile.runtime.federation.settings import RoundHeader
+from hecompile.runtime.federation.protocol.channels import Roster, check_advert
+from hecompile.runtime.federation.protocol.messages import Advert
+from hecompile.runtime.federation.protocol.settings import RoundHeader
 
 WEIGHT_DIGITS, DIGIT_BITS = 8, 4
 """A sample count travels as 8 coordinates of 4 bits each: their sums stay exact under the noise."""

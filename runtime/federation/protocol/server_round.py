@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from hecompile.errors import FederationError
 from hecompile.he.aggregation.scheme import EncryptedSum, EncryptedVector
-from hecompile.runtime.federation import shamir
-from hecompile.runtime.federation.channels import Roster
-from hecompile.runtime.federation.layout import Layout, mask_digest
-from hecompile.runtime.federation.messages import (
+from hecompile.runtime.federation.protocol import shamir
+from hecompile.runtime.federation.protocol.channels import Roster
+from hecompile.runtime.federation.protocol.layout import Layout, mask_digest
+from hecompile.runtime.federation.protocol.messages import (
     Advert,
     Contribution,
     Invitation,
@@ -31,9 +31,15 @@ from hecompile.runtime.federation.messages import (
     SumShare,
     expect,
 )
-from hecompile.runtime.federation.pruning import shared_mask
-from hecompile.runtime.federation.settings import Agreement, RoundHeader
-from hecompile.runtime.federation.transcript import Transcript, check_enough, coordinates, decode, read_transcript
+from hecompile.runtime.federation.protocol.pruning import shared_mask
+from hecompile.runtime.federation.protocol.settings import Agreement, RoundHeader
+from hecompile.runtime.federation.protocol.transcript import (
+    Transcript,
+    check_enough,
+    coordinates,
+    decode,
+    read_transcript,
+)
 
 M = TypeVar("M", Advert, Contribution, SumShare)
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hecompile.errors import FederationError
-from hecompile.runtime.federation.settings import RoundHeader
+from hecompile.runtime.federation.protocol.settings import RoundHeader
 
 _BLOB = "$blob"
 

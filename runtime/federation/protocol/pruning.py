@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hecompile.runtime.federation.layout import Layout
+from hecompile.runtime.federation.protocol.layout import Layout
 
 
 def shared_mask(layout: Layout, adapter: NDArray[np.float32], rate: float, freeze_a: bool) -> NDArray[np.bool_]:

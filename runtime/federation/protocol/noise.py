@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from hecompile.errors import FederationError
 from hecompile.he.random.sampling import SecretRandom
-from hecompile.runtime.federation.settings import Agreement, NoiseSection, noise_step
+from hecompile.runtime.federation.protocol.settings import Agreement, NoiseSection, noise_step
 from hecompile.runtime.privacy.accountant import Mechanism
 from hecompile.runtime.privacy.ledger import PrivacyLedger
 from hecompile.runtime.privacy.noise import MULTIPLIERS, base_from_uniform

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hecompile.runtime.federation.channels import Roster
-from hecompile.runtime.federation.client import Participant
-from hecompile.runtime.federation.layout import Layout
-from hecompile.runtime.federation.messages import Finished, Message, from_bytes, to_bytes
-from hecompile.runtime.federation.server import RoundResult, ServerRound
-from hecompile.runtime.federation.settings import Agreement
+from hecompile.runtime.federation.protocol.channels import Roster
+from hecompile.runtime.federation.protocol.layout import Layout
+from hecompile.runtime.federation.protocol.messages import Finished, Message, from_bytes, to_bytes
+from hecompile.runtime.federation.protocol.participant import Participant
+from hecompile.runtime.federation.protocol.server_round import RoundResult, ServerRound
+from hecompile.runtime.federation.protocol.settings import Agreement
 
 Exchange = Callable[[Mapping[str, Message]], Mapping[str, Message]]
 """Sends each owner its message and waits for the replies; owners that did not reply in time are left out."""

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from hecompile.errors import FederationError, HecompileError, PrivacyError
 from hecompile.he.aggregation import scheme as aggregation
 from hecompile.he.random.sampling import SecretRandom
-from hecompile.runtime.federation import shamir
-from hecompile.runtime.federation.channels import Channels, Identity, Roster
-from hecompile.runtime.federation.keyring import RoundKeys
-from hecompile.runtime.federation.layout import Layout, mask_digest
-from hecompile.runtime.federation.messages import (
+from hecompile.runtime.federation.protocol import shamir
+from hecompile.runtime.federation.protocol.channels import Channels, Identity, Roster
+from hecompile.runtime.federation.protocol.keyring import RoundKeys
+from hecompile.runtime.federation.protocol.layout import Layout, mask_digest
+from hecompile.runtime.federation.protocol.messages import (
     Advert,
     Contribution,
     Invitation,
@@ -37,10 +37,10 @@ from hecompile.runtime.federation.messages import (
     SumShare,
     read_header,
 )
-from hecompile.runtime.federation.noise import private_update
-from hecompile.runtime.federation.pruning import shared_mask
-from hecompile.runtime.federation.settings import Agreement, RoundHeader
-from hecompile.runtime.federation.transcript import Transcript, check_enough, encode, read_transcript
+from hecompile.runtime.federation.protocol.noise import private_update
+from hecompile.runtime.federation.protocol.pruning import shared_mask
+from hecompile.runtime.federation.protocol.settings import Agreement, RoundHeader
+from hecompile.runtime.federation.protocol.transcript import Transcript, check_enough, encode, read_transcript
 from hecompile.runtime.privacy.ledger import PrivacyLedger
 
 _log = logging.getLogger(__name__)

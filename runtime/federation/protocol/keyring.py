@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from hecompile.errors import FederationError, InputError
 from hecompile.he.random.sampling import Unsharable
-from hecompile.runtime.federation.channels import write_private
+from hecompile.runtime.federation.protocol.channels import write_private
 
 
 class RoundKeys(Protocol):
