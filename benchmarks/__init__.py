@@ -1,7 +1,6 @@
 """What the performance claims in the README are made with: one module per section, one page of results.
 
     python -m benchmarks [--quick] [SECTION ...]     run sections one after the other, then assemble results/README.md
-    python -m benchmarks.crypto [--quick]            one section, in this process
 
 A section is a module with `run(quick: bool) -> str`, which returns Markdown and may save plots with `report.save_plot`.
 Each runs in a process of its own and stores its Markdown in results/, so that one can be run again without the others.
@@ -13,29 +12,29 @@ import os
 # it waits would take them from the other side.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-SECTIONS = (
-    "worker",
-    "gpu",
-    "crypto",
-    "verification",
-    "step",
-    "client_saved",
-    "field",
-    "precision",
-    "compile_1b",
-    "hintless",
-    "growth",
-    "unit_costs",
-    "transports",
-    "soak",
-    "generation",
-    "softmax_cost",
-    "conversion",
-    "range_loss",
-    "tfhe",
-    "ckks",
-    "privacy",
-    "federation_cost",
-    "federation",
-)
-"""In the order of the page. A section whose module is not there is left out."""
+SECTIONS = {
+    "worker": "benchmarks.worker.worker",
+    "gpu": "benchmarks.worker.gpu",
+    "crypto": "benchmarks.crypto.crypto",
+    "verification": "benchmarks.crypto.verification",
+    "step": "benchmarks.training.step",
+    "client_saved": "benchmarks.crypto.client_saved",
+    "field": "benchmarks.crypto.field",
+    "precision": "benchmarks.training.precision",
+    "compile_1b": "benchmarks.training.compile_1b",
+    "hintless": "benchmarks.training.hintless",
+    "growth": "benchmarks.training.growth",
+    "unit_costs": "benchmarks.crypto.unit_costs",
+    "transports": "benchmarks.worker.transports",
+    "soak": "benchmarks.worker.soak",
+    "generation": "benchmarks.training.generation",
+    "softmax_cost": "benchmarks.polynomial.softmax_cost",
+    "conversion": "benchmarks.polynomial.conversion",
+    "range_loss": "benchmarks.polynomial.range_loss",
+    "tfhe": "benchmarks.polynomial.tfhe",
+    "ckks": "benchmarks.polynomial.ckks",
+    "privacy": "benchmarks.privacy.privacy",
+    "federation_cost": "benchmarks.federation.federation_cost",
+    "federation": "benchmarks.federation.federation",
+}
+"""Name to module, in the order of the page."""

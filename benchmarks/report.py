@@ -6,7 +6,6 @@ import argparse
 import datetime
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import signal
@@ -170,14 +169,9 @@ def assemble() -> Path:
     return page
 
 
-def available_sections() -> list[str]:
-    """The names in `SECTIONS` whose modules are there."""
-    return [name for name in SECTIONS if importlib.util.find_spec(f"benchmarks.{name}") is not None]
-
-
 def section_main(name: str) -> None:
     """Run a section in this process, store and print its Markdown; `--quick` is read from the command line."""
-    module = importlib.import_module(f"benchmarks.{name}")
+    module = importlib.import_module(SECTIONS[name])
     parser = argparse.ArgumentParser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smallest sizes, to check that the code works")
     quick = parser.parse_args().quick

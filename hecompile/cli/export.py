@@ -68,7 +68,7 @@ def export_llama(
         typer.Option(
             "--hints/--no-hints",
             help="--no-hints stores no hints on the client; the worker then computes one with every product, which costs "
-            "its time and your download. `inspect` shows how many bytes, `python -m benchmarks.hintless` the time.",
+            "its time and your download. `inspect` shows how many bytes, `python -m benchmarks hintless` the time.",
         ),
     ] = True,
     attention: Annotated[

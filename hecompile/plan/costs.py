@@ -32,8 +32,8 @@ WORD_BYTES = 4
 class CostModel:
     """Speeds of a client, a worker and the link between them. Only ratios matter for what is chosen.
 
-    The defaults are those of two x86 cores with AVX-512 on each side and a link of 1 Gbit/s; `benchmarks/unit_costs.py`
-    measures them.
+    The defaults are those of two x86 cores with AVX-512 on each side and a link of 1 Gbit/s;
+    `benchmarks/crypto/unit_costs.py` measures them.
     """
 
     client_flops: float = 3.0e11

@@ -15,11 +15,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks import SECTIONS, client_saved, crypto, report, timing
-from benchmarks.client_path import PATHS
-from benchmarks.linears import engine_of, public_matrix, random_linear, random_rows, relative_error, stored_hint
-from benchmarks.step import bytes_table
-from benchmarks.stepping import Side, Steps, text_of_length
+from benchmarks import SECTIONS, report, timing
+from benchmarks.crypto import client_saved, crypto
+from benchmarks.crypto.client_path import PATHS
+from benchmarks.training.step import bytes_table
+from benchmarks.training.stepping import Side, Steps, text_of_length
+from benchmarks.worker.linears import engine_of, public_matrix, random_linear, random_rows, relative_error, stored_hint
 from hecompile.he.parameters import CATALOGUE
 from hecompile.inspection.linear import Traffic
 from hecompile.models import TINY_LLAMA
@@ -37,7 +38,7 @@ def section(text: str) -> SimpleNamespace:
 
 
 def test_sections_are_kept_in_order_when_one_is_run_again(results: Path) -> None:
-    first, second = SECTIONS[0], SECTIONS[1]
+    first, second, *_ = SECTIONS
     report.store_section(second, section("## Second\n\nearlier"), quick=False)  # type: ignore[arg-type]
     report.store_section(first, section("## First"), quick=False)  # type: ignore[arg-type]
     report.store_section(second, section("## Second\n\nlater"), quick=True)  # type: ignore[arg-type]
@@ -49,7 +50,7 @@ def test_sections_are_kept_in_order_when_one_is_run_again(results: Path) -> None
 
 
 def test_a_section_that_fails_leaves_its_result(results: Path) -> None:
-    name = SECTIONS[0]
+    name, *_ = SECTIONS
     report.store_section(name, section("## Kept"), quick=False)  # type: ignore[arg-type]
 
     def fail(quick: bool) -> str:
@@ -60,9 +61,9 @@ def test_a_section_that_fails_leaves_its_result(results: Path) -> None:
     assert "## Kept" in (results / report.PAGE).read_text()
 
 
-@pytest.mark.parametrize("name", report.available_sections())
+@pytest.mark.parametrize("name", SECTIONS)
 def test_every_section_has_what_the_page_needs(name: str) -> None:
-    module = importlib.import_module(f"benchmarks.{name}")
+    module = importlib.import_module(SECTIONS[name])
     assert module.__doc__ and callable(module.run)
 
 

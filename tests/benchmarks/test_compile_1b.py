@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compile_1b
-from benchmarks.compile_1b import Export, export, grouped
+from benchmarks.training import compile_1b
+from benchmarks.training.compile_1b import Export, export, grouped
 from hecompile.bundles.kinds import CLIENT
 from hecompile.models import TINY_LLAMA
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu
-from benchmarks.worker import random_planes, write_bundle
+from benchmarks.worker import gpu
+from benchmarks.worker.worker import random_planes, write_bundle
 from hecompile.runtime.worker.engines.cuda_engine import CudaEngine
 from hecompile.runtime.worker.engines.torch_engine import readable
 

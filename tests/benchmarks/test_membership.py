@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks.membership import attack, losses, most_advantage
+from benchmarks.privacy.membership import attack, losses, most_advantage
 from hecompile.runtime.model.data import load_examples
 from tests.training.support import BUCKETS, RECORDS, make_model, make_tokenizer, write_jsonl
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import report, transports
-from benchmarks.fixed_reply import FixedReplyEngine
-from benchmarks.worker import PLAN_ID, write_bundle
+from benchmarks import report
+from benchmarks.worker import transports
+from benchmarks.worker.fixed_reply import FixedReplyEngine
+from benchmarks.worker.worker import PLAN_ID, write_bundle
 from hecompile.errors import WorkerError
 from hecompile.runtime.transports import InProcessTransport, open_connection
 from hecompile.runtime.worker.worker import Worker

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import worker
+from benchmarks.worker import worker
 from hecompile.runtime.worker.engines import create_engine
 
 

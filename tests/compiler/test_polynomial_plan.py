@@ -14,7 +14,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hecompile.approximation_report import approximation_report
+from benchmarks.polynomial.approximation_report import approximation_report
+from benchmarks.polynomial.softmax_cost import softmax_cost
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.ckks.parameters import MAX_MODULUS_BITS, select
@@ -40,7 +41,6 @@ from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import EncryptedProducts
 from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.worker.worker import Worker
-from hecompile.softmax_cost import softmax_cost
 from tests.compiler.tiny import OPTIONS, exported, samples, save_checkpoint, tiny_llama
 from tests.golden.graphs import product_of
 

@@ -1,0 +1,93 @@
+"""Compiled models for the sections that need one: of the 1B shape, or of any other."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from benchmarks.report import ROOT
+from benchmarks.training.checkpoints import llama_1b_config, make_checkpoint
+from hecompile.bundles.client import ClientBundle
+from hecompile.bundles.kinds import CLIENT, WORKER
+from hecompile.compiler.linear import CompileOptions, compile_checkpoint
+from hecompile.errors import InputError
+from hecompile.inspection.linear import Traffic, circuits_without_gradient, predicted_traffic
+from hecompile.models import TINY_LLAMA
+
+PRECISION, WEIGHT_BITS = 8.0, 8
+"""Effective bits and bits of the weights where nothing else is asked for; the precision section shows what they cost."""
+
+DEFAULTS = (CompileOptions().effective_bits, CompileOptions().weight_bits)
+"""The same of a plan for which nothing was chosen."""
+
+ONE_B = "HECOMPILE_BENCHMARK_1B"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A checkpoint and the bundles compiled from it."""
+
+    checkpoint: Path
+    build: Path
+
+    def traffic(self) -> Traffic:
+        """What `inspect` predicts for a training step, bytes per token."""
+        bundle = ClientBundle.open(self.build / CLIENT)
+        return predicted_traffic(bundle.circuits, circuits_without_gradient(bundle.graph()))
+
+
+def options(batch_size: int, length: int, precision: float = PRECISION, weight_bits: int = WEIGHT_BITS) -> CompileOptions:
+    """LoRA of rank 8 on all seven linears, everything else by default."""
+    return CompileOptions(
+        effective_bits=precision, weight_bits=weight_bits, batch_size=batch_size, sequence_buckets=(length,)
+    )
+
+
+@contextmanager
+def llama_1b(
+    layers: int, batch_size: int, length: int, precision: float = PRECISION, weight_bits: int = WEIGHT_BITS
+) -> Iterator[Built]:
+    """The 1B shape with `layers` layers: the folders `checkpoint` and `build` of $HECOMPILE_BENCHMARK_1B where that is set
+    (made for at least that batch, in any precision), or newly made under build/ and removed afterwards (15 GB)."""
+    given = os.environ.get(ONE_B)
+    if given:
+        built = Built(Path(given) / "checkpoint", Path(given) / "build")
+        for path in (built.checkpoint, built.build / CLIENT, built.build / WORKER):
+            if not path.is_dir():
+                raise InputError(f"{ONE_B}={given}: there is no {path}")
+        yield built
+        return
+    with _scratch() as scratch:
+        checkpoint = make_checkpoint(scratch / "checkpoint", layers)
+        compile_checkpoint(str(checkpoint), scratch / "build", options(batch_size, length, precision, weight_bits))
+        yield Built(checkpoint, scratch / "build")
+
+
+@contextmanager
+def llama_of(hidden: int, layers: int, batch_size: int, length: int) -> Iterator[Built]:
+    """A random Llama of another size: the 1B configuration with this hidden size, heads of 64 features (4 query heads for
+    each key-value head), ffn = 4 × hidden and the small Llama's 1024 tokens."""
+    config = llama_1b_config(layers)
+    config.hidden_size, config.intermediate_size, config.vocab_size = hidden, 4 * hidden, 1024
+    config.num_attention_heads, config.num_key_value_heads = hidden // 64, max(1, hidden // 256)
+    with _scratch() as scratch, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(scratch / "checkpoint")
+        AutoTokenizer.from_pretrained(TINY_LLAMA).save_pretrained(scratch / "checkpoint")
+        compile_checkpoint(str(scratch / "checkpoint"), scratch / "build", options(batch_size, length))
+        yield Built(scratch / "checkpoint", scratch / "build")
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """Not in /tmp, which may be memory."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "build", prefix="benchmark-") as scratch:
+        yield Path(scratch)

@@ -1,0 +1,127 @@
+"""Exporting and compiling a checkpoint of the shape of Llama-3.2-1B: seconds by phase, peak memory, bytes on disk.
+
+    python -m benchmarks compile_1b [--quick]
+
+Runs the command line in a process of its own. The checkpoint is that of $HECOMPILE_BENCHMARK_1B where it is set, or is made;
+the build goes to a temporary folder under build/ (8 GB) and is removed. Quick: 2 layers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.report import ROOT, table
+from benchmarks.training.builds import ONE_B
+from benchmarks.training.checkpoints import make_checkpoint
+from hecompile.bundles.client import ClientBundle
+from hecompile.bundles.kinds import CLIENT, WORKER
+from hecompile.compiler.frontend import load_config
+from hecompile.compiler.phases import parse_summary
+from hecompile.inspection.prediction import ModelSize
+
+OPTIONS = ("--weight-bits", "8", "--batch-size", "1", "--sequence-buckets", "512")
+PASSES = "passes, parameter selection, validation"
+_GROUPS = {"load": "load", "export": "export", "sample": "sample", "calibrate": "calibrate", "write": "write"}
+_MEANING = {
+    "load": "load the checkpoint in float32",
+    "export": "torch to ONNX",
+    "sample": "calibration text, written by the model (8 x 32 tokens)",
+    "calibrate": "calibration, forward and backward",
+    PASSES: PASSES,
+    "hints": "hints and worker circuits, made, written and hashed",
+    "write": "client plan and manifest",
+}
+
+
+@dataclass(frozen=True)
+class Export:
+    """What one run of `hecompile export llama` took: wall seconds, bytes of peak resident memory, seconds by phase."""
+
+    seconds: float
+    peak_bytes: int
+    phases: dict[str, float]
+
+
+def export(checkpoint: Path, out: Path) -> Export:
+    """Run the command line on `checkpoint`. Raises RuntimeError with its last words when it fails."""
+    command = [sys.executable, "-m", "hecompile.cli", "export", "llama", "--model", str(checkpoint), "--out", str(out)]
+    with tempfile.TemporaryFile("w+") as output:
+        start = time.perf_counter()
+        process = subprocess.Popen([*command, *OPTIONS], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        text = output.read()
+    found = re.search(r"^seconds: .*$", text, re.MULTILINE)
+    if process.returncode or found is None:
+        raise RuntimeError(f"{' '.join(command)} failed with {process.returncode}: {text[-500:]}")
+    return Export(seconds, usage.ru_maxrss * 1024, parse_summary(found.group()))
+
+
+def grouped(export: Export) -> dict[str, float]:
+    """Seconds by group of phases, in the order of `_MEANING`; what is in no phase is start-up and imports."""
+    groups = dict.fromkeys(_MEANING, 0.0)
+    for phase, seconds in export.phases.items():
+        groups["hints" if phase.startswith(("hints", "resume")) else _GROUPS.get(phase, PASSES)] += seconds
+    return {_MEANING[group]: seconds for group, seconds in groups.items()} | {
+        "start-up": max(0.0, export.seconds - sum(groups.values()))
+    }
+
+
+def folder_bytes(folder: Path) -> int:
+    """Of all files under it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def run(quick: bool) -> str:
+    """The section."""
+    layers = 2 if quick else 16
+    (ROOT / "build").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "build") as folder, _checkpoint(Path(folder), layers, quick) as checkpoint:
+        measured = export(checkpoint, Path(folder) / "out")
+        return _markdown(measured, checkpoint, Path(folder) / "out", layers)
+
+
+@contextmanager
+def _checkpoint(folder: Path, layers: int, quick: bool) -> Iterator[Path]:
+    given = os.environ.get(ONE_B)
+    if given and not quick:
+        yield Path(given) / "checkpoint"
+    else:
+        yield make_checkpoint(folder / "checkpoint", layers)
+
+
+def _markdown(measured: Export, checkpoint: Path, build: Path, layers: int) -> str:
+    bundle = ClientBundle.open(build / CLIENT)
+    size = ModelSize.of(load_config(str(checkpoint)))
+    hints, predicted = folder_bytes(bundle.hints), size.hint_bytes(bundle.ring)
+    client, worker = folder_bytes(build / CLIENT), folder_bytes(build / WORKER)
+    rows = [[what, f"{seconds:.1f}"] for what, seconds in grouped(measured).items()]
+    rows.append(["**all**", f"**{measured.seconds:.1f}**"])
+    sizes = [
+        ["peak resident memory of the export", f"{measured.peak_bytes / 1e9:.2f} GB"],
+        ["client bundle", f"{client / 1e9:.2f} GB"],
+        ["of it hints", f"{hints / 1e9:.3f} GB"],
+        ["hints, predicted from the configuration", f"{predicted / 1e9:.3f} GB ({hints / predicted - 1:+.2%} real)"],
+        ["client plan without hints, predicted", f"{size.plan_bytes / 1e9:.3f} GB ({(client - hints) / 1e9:.3f} GB real)"],
+        ["worker bundle", f"{worker / 1e9:.2f} GB ({size.worker_bytes(8) / 1e9:.2f} GB predicted)"],
+    ]
+    return "\n\n".join(
+        [
+            "## Exporting and compiling Llama-3.2-1B",
+            f"`hecompile export llama` of {layers} layers with `{' '.join(OPTIONS)}`, ring {bundle.ring.ring_dim} x "
+            f"{bundle.ring.rank} ({size.hint_rows} rows of hints), in a process of its own. Target: under 300 s and 10 GB.",
+            table(["phase", "seconds"], rows),
+            table(["bytes", ""], sizes),
+        ]
+    )
