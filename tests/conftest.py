@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
+"""The top of the repository."""
 GOLDEN_DIR = Path(__file__).parent / "golden" / "expected"
 
 

@@ -22,7 +22,7 @@ SINGLE_ERROR_BOUND = 55_000_000
 """At least `rounding_error_bound` in float32, and half for rounding to an integer: larger rings are refused."""
 
 SINGLE_ERROR_STD = 2.0**13
-"""At least the standard deviation of that error, as measured; see tests/he/test_single_precision.py."""
+"""At least the standard deviation of that error, as measured; see tests/hecompile/he/kernels/test_single_precision.py."""
 
 _NORM_SLACK = 1e-9
 """Far above the rounding of the float64 norms that the two sides of the comparison are made of."""

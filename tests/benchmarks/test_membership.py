@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.privacy.membership import attack, losses, most_advantage
 from hecompile.runtime.model.data import load_examples
-from tests.training.support import BUCKETS, RECORDS, make_model, make_tokenizer, write_jsonl
+from tests.support.training import BUCKETS, RECORDS, make_model, make_tokenizer, write_jsonl
 
 
 def test_scores_that_tell_everything_nothing_and_half() -> None:

@@ -24,7 +24,7 @@ from hecompile.runtime.worker.engines.cuda_engine import CudaEngine
 from hecompile.runtime.worker.engines.torch_engine import TorchEngine
 from hecompile.runtime.worker.servers.open_server import open_server
 from hecompile.runtime.worker.worker import Worker
-from tests.worker.bundles import PLAN_ID, development_credentials, extreme_planes, extreme_weight, write_bundle
+from tests.support.bundles import PLAN_ID, development_credentials, extreme_planes, extreme_weight, write_bundle
 
 IN, OUT = 67, 29  # odd, so that vector kernels meet their remainders
 TINY_IN, TINY_OUT = 4, 3

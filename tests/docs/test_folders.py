@@ -9,8 +9,8 @@ import pytest
 
 from hecompile.runtime.conversion.recipe import load_conversion
 from hecompile.runtime.recipes.training import load_recipe
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "models" / "recipes"
 DEMO = ROOT / "build"
 OTHERS = sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "usage.md")  # usage.md has the demo's commands

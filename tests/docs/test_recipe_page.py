@@ -22,8 +22,9 @@ from hecompile.runtime.recipes.training import (
     load_recipe,
 )
 from hecompile.runtime.recipes.workplace import ConnectionSection
+from tests.conftest import ROOT
 
-PAGE = Path(__file__).parents[2] / "docs" / "recipe.md"
+PAGE = ROOT / "docs" / "recipe.md"
 SECTIONS: dict[str, type[Section]] = {
     "Top level": Recipe,
     "connection": ConnectionSection,

@@ -17,7 +17,7 @@ from hecompile.runtime.training.train import run_training
 from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.worker.worker import Worker
 from tests.e2e.conftest import Build
-from tests.training.support import make_recipe
+from tests.support.training import make_recipe
 
 HONEST_STEPS = 1
 CIRCUITS_PER_STEP = 4 * 8 - 1  # four layers of four products each way; none is wanted for the embedding

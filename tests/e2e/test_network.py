@@ -28,7 +28,7 @@ from hecompile.runtime.worker.servers.open_server import open_server
 from hecompile.runtime.worker.worker import Worker
 from tests.e2e.conftest import Build
 from tests.e2e.test_gradients import gradients
-from tests.worker.foreign_server import ForeignServer
+from tests.support.foreign_server import ForeignServer
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from hecompile.he.weight_norms import measure_norms
 from hecompile.passes.offload.select_parameters import choose_ring
 from hecompile.plan.circuits import effective_bits
 from hecompile.plan.costs import CostModel
-from tests.golden.graphs import placements, prepared, run_pass
+from tests.support.graphs import placements, prepared, run_pass
 
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -1,0 +1,126 @@
+"""The command line: help that teaches, and one line with exit status 2 for bad input."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hecompile.cli.main import app
+from hecompile.errors import HecompileError, InputError
+from tests.support.tiny import SEED
+
+HELP = {
+    "": ("export", "inspect", "worker", "train", "demo"),
+    "export": ("llama",),
+    "export llama": (
+        "--model", "--out", "--lora-r", "--lora-alpha", "--lora-dropout", "--target-modules", "--precision", "--ring",
+        "--batch-size", "--sequence-buckets", "--public-seed", "--placement",
+    ),
+    "inspect": ("--draw", "build"),
+    "worker": ("serve",),
+    "worker serve": (
+        "--listen", "--engine", "--allow-plaintext-network", "bundle", "--tls-certificate",
+        "--tls-key", "--client-authority", "--token-file", "--development-certificates", "grpcs://",
+    ),
+    "train": ("--resume", "recipe", "training.max_steps=20"),
+    "demo": ("--out", "--precision"),
+    "federate": ("--no-compare", "recipe", "federation.rounds=3"),
+    "federation": ("serve", "join", "identities", "identity"),
+    "federation serve": ("--roster", "--port"),
+    "federation join": ("--owner", "--roster", "--keys", "--server"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help_names_every_option(command: str) -> None:
+    environment = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
+    result = CliRunner().invoke(app, [*command.split(), "--help"], env=environment)
+    assert result.exit_code == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
+    assert [word for word in HELP[command] if word not in text.lower()] == []
+
+
+def test_help_says_what_auto_chooses() -> None:
+    environment = {"COLUMNS": "400", "TERM": "dumb", "NO_COLOR": "1"}
+    text = CliRunner().invoke(app, ["worker", "serve", "--help"], env=environment).output
+    chosen = re.search(r"auto \(([^)]*)\)", " ".join(text.split()))
+    assert chosen is not None
+    order = ["vnni where", "torch where", "else onnxruntime"]
+    assert re.findall("|".join(order), chosen[1]) == order
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--target-modules", "q_proj,q_porj"), "target module 'q_porj' does not exist"),
+        (("--lora-r", "0"), "LoRA r must be at least 1"),
+        (("--weight-bits", "7"), "weights can have 8, 9, 10, 11, 12 bits, got 7"),
+        (("--ring", "128x8"), "ring '128x8' cannot be selected"),
+        (("--sequence-buckets", "8,x"), "--sequence-buckets must be whole numbers"),
+        (("--public-seed", "abc"), "seed"),
+        (("--placement", "worker"), "--placement must be offload or cheapest, got 'worker'"),
+    ],
+)
+def test_bad_export_options(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    base = ["export", "llama", "--model", str(tmp_path / "none"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*base, *arguments])
+    assert isinstance(result.exception, HecompileError)
+    assert message in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_export_then_inspect(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--batch-size", "2", "--sequence-buckets", "8,16", "--public-seed", SEED.hex(), "--precision", "8"]
+    exported = CliRunner().invoke(app, ["export", "llama", "--model", str(checkpoint), "--out", str(out), *arguments])
+    assert exported.exit_code == 0, exported.output
+    assert f"client bundle: {out / 'client'}" in exported.output
+    assert "\nseconds: " in exported.output  # of the phases that took long enough to be worth it
+    assert "736 rows of hints; predicted" in exported.output
+    picture = tmp_path / "plan.svg"
+    for target in (out, out / "client"):
+        shown = CliRunner().invoke(app, ["inspect", str(target), "--draw", str(picture)])
+        assert shown.exit_code == 0, shown.output
+        assert "161 bits" in shown.output and str(picture) in shown.output
+    assert picture.stat().st_size > 1000
+
+
+def test_inspect_of_a_checkpoint_predicts_its_sizes(checkpoint: Path) -> None:
+    shown = CliRunner().invoke(app, ["inspect", str(checkpoint)])
+    assert shown.exit_code == 0, shown.output
+    assert "16 products, 736 rows of hints; predicted" in shown.output
+    (row,) = [line for line in shown.output.splitlines() if "512 x 3" in line]
+    assert "161 bits" in row and "4.5 MB" in row
+
+
+def test_inspect_of_a_truncated_bundle(build: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(build, tmp_path / "copy"))
+    (copy / "client" / "plan.onnx").write_bytes(b"")
+    result = CliRunner().invoke(app, ["inspect", str(copy)])
+    assert isinstance(result.exception, InputError) and "plan.onnx has 0 bytes" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("export", "llama", "--model", "{tmp}/none", "--out", "{tmp}/out"), "none"),
+        (("inspect", "{tmp}"), "is not a client bundle: manifest.json is missing"),
+    ],
+    ids=["export", "inspect"],
+)
+def test_bad_input_is_one_line_and_status_2(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    """As a process of its own: no traceback, nothing on standard output but progress, nothing written."""
+    command = [sys.executable, "-m", "hecompile.cli", *(part.format(tmp=tmp_path) for part in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ") and message in line
+    assert "Traceback" not in done.stdout
+    assert list(tmp_path.iterdir()) == []
