@@ -16,7 +16,7 @@ from hecompile.bundles.worker import WorkerBundle
 from hecompile.runtime.wire import credentials
 from hecompile.runtime.wire.credentials import ServerCredentials
 from hecompile.runtime.worker.engines.base import check_request
-from hecompile.runtime.worker.serve import serve
+from hecompile.runtime.worker.servers.serve import serve
 from hecompile.runtime.worker.worker import Worker
 
 

@@ -74,7 +74,7 @@ def worker_serve(
     from hecompile.runtime.worker.engines import create_engine
     from hecompile.runtime.worker.engines.base import Engine
     from hecompile.runtime.worker.metering import MeteredEngine
-    from hecompile.runtime.worker.serve import serve
+    from hecompile.runtime.worker.servers.serve import serve
     from hecompile.runtime.worker.shards import parse_layers, shard
     from hecompile.runtime.worker.worker import Worker
 
@@ -116,7 +116,7 @@ def worker_deploy(
     import signal
     import threading
 
-    from hecompile.runtime.worker.fleet import deploy, load_fleet, stop
+    from hecompile.runtime.worker.servers.fleet import deploy, load_fleet, stop
 
     loaded = load_fleet(fleet)
     stopped = threading.Event()

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from hecompile.errors import InputError, NotFiniteError
-
-SMALLEST_SCALE = torch.finfo(torch.float64).tiny
-"""Of a token; one with a smaller one is encoded as zeros."""
+from hecompile.he.kernels.norms import SMALLEST_SCALE
 
 
 def encode(x: Tensor, bound: int, norm_bound: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hecompile.errors import InputError, SecurityError
+from hecompile.he.kernels.ring_shape import SMALLEST_RING_DIM
 from hecompile.he.random.sampling import ERROR_BOUND, SIGMA
-from hecompile.he.ring import SINGLE, SMALLEST_RING_DIM, rounding_error_bound
+from hecompile.he.ring import SINGLE, rounding_error_bound
 from hecompile.he.security import MINIMUM_BITS, security_bits
 from hecompile.he.weight_norms import WeightNorms, measure_norms
 

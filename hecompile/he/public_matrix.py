@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.errors import InputError, SecurityError
+from hecompile.he.kernels.ring_shape import trinomial
 from hecompile.he.kernels.threads import for_each
 from hecompile.he.kernels.transform import aligned, interleave, transform
 from hecompile.he.kernels.vectors import LANES
 from hecompile.he.parameters import RingParameters
 from hecompile.he.random.sampling import PublicSeed
-from hecompile.he.ring import folded_fft, times_y, trinomial
+from hecompile.he.ring import folded_fft, times_y
 
 
 class PublicMatrix:

@@ -27,7 +27,6 @@ from __future__ import annotations
 import math
 import sys
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -35,6 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.errors import HecompileError
+from hecompile.he.kernels.ring_shape import HasRing, trinomial
 
 if sys.byteorder != "little":
     raise HecompileError("hecompile reads words as little-endian bytes and does not run on a big-endian machine")
@@ -46,26 +46,6 @@ _ROUND_TO_INTEGER = 1.5 * 2.0**52
 """Adding it to |v| < 2^51 rounds v to the nearest integer and leaves that integer mod 2^32 in the low mantissa word."""
 
 _ROOT_OF_THREE = math.sqrt(3)
-
-
-SMALLEST_RING_DIM = 16
-"""Of the compiled kernels: the pass that joins four quarters of ring_dim / 2 points is the last and not the only one."""
-
-
-class HasRing(Protocol):
-    """Anything with a ring: `RingParameters` here, but the ring arithmetic need not know it."""
-
-    @property
-    def ring_dim(self) -> int: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def packed(self) -> bool: ...
-
-
-def trinomial(params: HasRing) -> bool:
-    """Whether the modulus is Y^d - Y^(d/2) + 1, which packed rings of a rank divisible by 3 have, and not Y^d + 1."""
-    return params.packed and params.rank % 3 == 0
 
 
 def times_y(polynomials: NDArray[np.int32], of_trinomial: bool) -> NDArray[np.int32]:

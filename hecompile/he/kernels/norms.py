@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecompile.he.encode import SMALLEST_SCALE
 from hecompile.he.kernels.jit import compiled
 from hecompile.he.kernels.simd import absolute, fma, maximum
 from hecompile.he.kernels.vectors import address, load_f32, load_f64, splat, store_f64
+
+SMALLEST_SCALE = float(np.finfo(np.float64).tiny)
+"""The scale of a token below which it is encoded as zeros."""
 
 
 @compiled

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from hecompile.errors import SecurityError
 from hecompile.he.kernels.jit import compiled
+from hecompile.he.kernels.ring_shape import SMALLEST_RING_DIM, HasRing, trinomial
 from hecompile.he.kernels.simd import fma, fnma
 from hecompile.he.kernels.vectors import (
     LANES,
@@ -41,7 +42,6 @@ from hecompile.he.kernels.vectors import (
     store_real,
     to_real,
 )
-from hecompile.he.ring import SMALLEST_RING_DIM, HasRing, trinomial
 
 _LINE = 64
 

@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hecompile.he.kernels.ring_shape import trinomial
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.he.ring import trinomial
 
 
 def product(a: NDArray[np.int64], s: NDArray[np.int64], of_trinomial: bool = False) -> NDArray[np.int64]:

@@ -17,6 +17,7 @@ from hecompile.he import fused
 from hecompile.he.encode import decode, encode
 from hecompile.he.fused import RealKey, decrypt_reals, encrypt_reals
 from hecompile.he.hints import Hint
+from hecompile.he.kernels.ring_shape import trinomial
 from hecompile.he.kernels.threads import for_each
 from hecompile.he.kernels.transform import interleave, transform
 from hecompile.he.parameters import (
@@ -28,7 +29,7 @@ from hecompile.he.parameters import (
 )
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.random.sampling import ERROR_BOUND, PublicSeed, SecretRandom
-from hecompile.he.ring import SINGLE, rounding_error_bound, trinomial
+from hecompile.he.ring import SINGLE, rounding_error_bound
 from hecompile.he.scheme import DecryptionKey, _encrypt_with, blocks, decrypt, evaluate, setup
 from tests.hecompile.he.exact import inner_products, words
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.he.hints import Hint
+from hecompile.he.kernels.ring_shape import trinomial
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.random.sampling import PublicSeed
-from hecompile.he.ring import trinomial
 from hecompile.he.scheme import _encrypt_with, decrypt, evaluate, setup
 from tests.hecompile.he.exact import encryption, inner_products
 

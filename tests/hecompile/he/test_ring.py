@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from hecompile.he.kernels.ring_shape import trinomial
 from hecompile.he.parameters import CATALOGUE, RingParameters, test_insecure_parameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.random.sampling import PublicSeed
-from hecompile.he.ring import FoldedFft, folded_fft, rounding_error_bound, row_chunks, times_y, trinomial
+from hecompile.he.ring import FoldedFft, folded_fft, rounding_error_bound, row_chunks, times_y
 from tests.hecompile.he.exact import centred, inner_products, product
 
 SEED = PublicSeed.from_hex("11" * 32)

@@ -22,7 +22,7 @@ from hecompile.runtime.transports import InProcessTransport, SocketTransport, co
 from hecompile.runtime.wire import protocol
 from hecompile.runtime.wire.address import TcpAddress, parse_address
 from hecompile.runtime.wire.protocol import ErrorReply, EvaluateRequest, Frame, HelloRequest
-from hecompile.runtime.worker.serve import serve
+from hecompile.runtime.worker.servers.serve import serve
 from hecompile.runtime.worker.servers.sockets import WorkerServer
 from hecompile.runtime.worker.worker import Worker, handle
 from tests.support.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
@@ -286,7 +286,7 @@ def test_serve_reports_its_address_and_stops(worker: Worker) -> None:
 def test_signal_ends_the_worker_cleanly(bundle: WorkerBundle, tmp_path: Path, number: signal.Signals) -> None:
     program = (
         "import sys; from hecompile.bundles.worker import WorkerBundle; "
-        "from hecompile.runtime.worker.serve import serve; from hecompile.runtime.worker.worker import Worker; "
+        "from hecompile.runtime.worker.servers.serve import serve; from hecompile.runtime.worker.worker import Worker; "
         "serve(Worker(WorkerBundle.open(sys.argv[1])), sys.argv[2], ready=lambda a: print(a, flush=True))"
     )
     path = tmp_path / "socket"

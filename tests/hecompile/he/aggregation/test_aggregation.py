@@ -23,10 +23,10 @@ from hecompile.he.aggregation.scheme import (
     encrypt,
     keygen,
 )
+from hecompile.he.kernels.ring_shape import trinomial
 from hecompile.he.kernels.transform import transform_secrets
 from hecompile.he.parameters import RingParameters, test_insecure_parameters
 from hecompile.he.random.sampling import ERROR_BOUND, PublicSeed, SecretRandom
-from hecompile.he.ring import trinomial
 from tests.hecompile.he.exact import product
 
 SEED = PublicSeed(bytes(range(32)))

@@ -171,7 +171,7 @@ def test_absent_worker_is_named_with_the_remedy() -> None:
 def worker_process(bundle: WorkerBundle) -> Iterator[tuple[subprocess.Popen[str], str]]:
     program = (
         "import sys; from hecompile.bundles.worker import WorkerBundle; "
-        "from hecompile.runtime.worker.serve import serve; from hecompile.runtime.worker.worker import Worker; "
+        "from hecompile.runtime.worker.servers.serve import serve; from hecompile.runtime.worker.worker import Worker; "
         "serve(Worker(WorkerBundle.open(sys.argv[1]), 'torch'), sys.argv[2], ready=lambda a: print(a, flush=True))"
     )
     arguments = [sys.executable, "-c", program, str(bundle.directory), PLAIN]

@@ -104,7 +104,7 @@ class ShardReplica:
         import ray
 
         from hecompile.runtime.wire.credentials import ServerCredentials
-        from hecompile.runtime.worker.serve import serve
+        from hecompile.runtime.worker.servers.serve import serve
         from hecompile.runtime.worker.worker import Worker
 
         bundle = shard(WorkerBundle.open(fleet.bundle), range(*layers))

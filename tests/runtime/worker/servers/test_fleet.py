@@ -23,7 +23,7 @@ from hecompile.runtime.client.session import open_session
 from hecompile.runtime.recipes.training import load_recipe
 from hecompile.runtime.training.metrics import read_metrics
 from hecompile.runtime.training.train import run_training
-from hecompile.runtime.worker.fleet import FleetFile, deploy, load_fleet, stop
+from hecompile.runtime.worker.servers.fleet import FleetFile, deploy, load_fleet, stop
 
 RECIPE = Path("models/recipes/demo.yaml")
 
