@@ -28,6 +28,7 @@ bench: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 # Two processes, a file of tests to each in turn: most tests keep one core busy, some take 2 GB.
 test: lint
