@@ -30,9 +30,9 @@ FRESH = dataclasses.replace(OPTIONS, public_seed=None)
 
 _KILLED_MIDWAY = """
 import os, pathlib, signal, sys
-from hecompile import circuit_writer
+from hecompile.compiler import circuit_writer
 from hecompile.compiler.linear import compile_checkpoint
-from tests.compiler import test_resume
+from tests.hecompile.compiler import test_resume
 
 write_hint, written = circuit_writer.write_hint, []
 
