@@ -5,52 +5,82 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-
-_HASH_CHUNK = 1 << 22
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def publish(build: Path, out: Path) -> None:
-    """Rename `build` into the place of `out`; an earlier build there is put aside until that has worked."""
-    old = out.parent / f".{out.name}.{os.getpid()}.old"
-    try:
-        if out.exists():
-            out.rename(old)
-        build.rename(out)
-    finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-
+from typing import BinaryIO
 
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 
 
-def reason_of(error: OSError) -> str:
-    """Why a file could not be written. numpy says only how many numbers it wrote of how many, without errno, where a write
-    ends early: that is a disk with no space left, or a quota that is used up."""
-    if error.strerror is None and _SHORT_WRITE.search(str(error)):
-        return f"the disk may be full ({error}); make room and run the command again"
-    return error.strerror or str(error)
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_whole(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Write `content` to `path`; see `opened_whole`."""
+    with opened_whole(path, mode) as file:
+        file.write(content)
+
+
+@contextmanager
+def opened_whole(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of `path` when the block ends, and is removed where the block raises.
+
+    The new content is on disk before the old one goes, so that a crash at any moment leaves one of them whole. A kill can
+    also leave `.NAME.*.partial` beside it.
+
+    Args:
+        path: the file; its folder must exist.
+        mode: permissions of the new file, less the umask.
+
+    Raises:
+        OSError: the file cannot be written; the old content stays.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def replace_directory(source: Path, target: Path) -> None:
-    """Rename `source` to `target`; a directory that is there already is moved aside first and deleted last."""
-    if target.exists():
-        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-        target.rename(aside / target.name)
+    """Rename the directory `source` to `target`, in place of a directory that is there already.
+
+    The old directory is put aside first, comes back where the rename fails, and is deleted last. A kill between the two
+    renames leaves it whole in `.NAME.old.*` beside `target`.
+    """
+    if not target.exists():
         source.rename(target)
-        shutil.rmtree(aside)
-    else:
+        return
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+    old = aside / target.name
+    try:
+        target.rename(old)
         source.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def reason_of(error: OSError | UnicodeDecodeError) -> str:
+    """Return in a few words why a file could not be read or written.
+
+    Where a write ends early, numpy raises an OSError without errno that says only how many numbers it wrote of how many:
+    then the disk has no space left, or a quota is used up.
+    """
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8"
+    if error.strerror is None and _SHORT_WRITE.search(str(error)):
+        return f"the disk may be full ({error}); make room and run the command again"
+    return error.strerror or str(error) or type(error).__name__

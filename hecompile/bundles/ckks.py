@@ -17,6 +17,7 @@ from hecompile.bundles.kinds import CIRCUIT, PLAN, TABLE, BundleKind, mistaken
 from hecompile.ckks.circuit import PolynomialCircuit
 from hecompile.ckks.parameters import CkksParameters
 from hecompile.errors import InputError
+from hecompile.files import reason_of
 
 FORMAT = "hecompile-ckks-1"
 
@@ -90,7 +91,7 @@ def open_worker(directory: str | Path) -> tuple[CkksPlan, PolynomialCircuit, Ckk
     try:
         serialized = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); copy the worker bundle again") from None
+        raise InputError(f"{path} cannot be read ({reason_of(error)}); copy the worker bundle again") from None
     found = hashlib.sha256(serialized + json.dumps(plan.parameters, sort_keys=True).encode()).hexdigest()
     if found != plan.plan_id:
         raise InputError(f"{path} is not the circuit of {PLAN}; copy the worker bundle again")

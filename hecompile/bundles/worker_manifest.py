@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -14,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from hecompile.bundles.kinds import MANIFEST, WORKER_FORMAT, BundleKind, mistaken
 from hecompile.bundles.triton_repository import config_path, model_path, weight_path
 from hecompile.errors import InputError
+from hecompile.files import file_sha256
 
 VERSION = 2
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 PLAN_ID = re.compile(r"[0-9a-f]{8,128}")
-_HASH_CHUNK = 1 << 22
 _REMEDY = "give the directory `worker` of what `hecompile export llama` wrote"
 
 
@@ -102,7 +101,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 def describe_bundle_file(directory: Path, path: str) -> BundleFile:
     """The record of a file that is there. Raises OSError as files do."""
-    return BundleFile(path=path, bytes=(directory / path).stat().st_size, sha256=_sha256(directory / path))
+    return BundleFile(path=path, bytes=(directory / path).stat().st_size, sha256=file_sha256(directory / path))
 
 
 def check_bundle_file(directory: Path, file: BundleFile, expected_path: str) -> None:
@@ -114,18 +113,10 @@ def check_bundle_file(directory: Path, file: BundleFile, expected_path: str) -> 
         raise damaged(path, "it is missing")
     if (size := path.stat().st_size) != file.bytes:
         raise damaged(path, f"it has {size} bytes instead of {file.bytes}")
-    if _sha256(path) != file.sha256:
+    if file_sha256(path) != file.sha256:
         raise damaged(path, "its SHA-256 is not the manifest's")
 
 
 def damaged(path: Path, reason: str) -> InputError:
     """The error for a file that is not as it was written."""
     return InputError(f"worker bundle file {path} is damaged: {reason}; copy the bundle or compile the model again")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

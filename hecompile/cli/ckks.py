@@ -75,6 +75,7 @@ def infer(
 ) -> None:
     """Write the likeliest next tokens of prompts; all prompts go through the worker together."""
     from hecompile.errors import InputError
+    from hecompile.files import reason_of
 
     if bool(prompts) == (prompts_file is not None):
         raise InputError("give prompts as arguments or in --prompts-file, one or the other")
@@ -82,7 +83,7 @@ def infer(
         try:
             prompts = [line for line in prompts_file.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read {prompts_file}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+            raise InputError(f"cannot read {prompts_file}: {reason_of(error)}") from None
     assert prompts is not None
     answer(plan, worker, prompts, new_tokens)
 

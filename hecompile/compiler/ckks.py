@@ -33,7 +33,7 @@ from hecompile.compiler.pipeline import approximate_steps, polynomial_steps, rai
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.compiler.target import check_target
 from hecompile.errors import InputError, LegalityError
-from hecompile.files import publish, reason_of
+from hecompile.files import reason_of, replace_directory
 from hecompile.he.random.sampling import PublicSeed
 from hecompile.passes.approximation.approximate_silu import ApproximateSiLU
 from hecompile.passes.approximation.calibrate import Calibrate
@@ -175,7 +175,7 @@ def _write(out: Path, plan: CkksPlan, circuit: bytes, table: NDArray[Any], token
         (worker / CIRCUIT).write_bytes(circuit)
         np.save(client / TABLE, np.ascontiguousarray(table, dtype=np.float32))
         tokenizer.save_pretrained(client)
-        publish(staged, out)
+        replace_directory(staged, out)
     except OSError as error:
         raise InputError(f"cannot write {out}: {reason_of(error)}") from error
     finally:

@@ -1,7 +1,7 @@
 """Where a build is made before it takes its place: a folder beside the target that outlives an interruption.
 
     .NAME.partial/export.json       what was asked for, and the public seed that was drawn for it
-    .NAME.partial/lock              held (flock) while an export is writing
+    .NAME.partial/lock              held while an export is writing
     .NAME.partial/circuits.jsonl    the plan id, then one line per circuit whose files are complete, with their hashes
     .NAME.partial/build/            what will become NAME
 
@@ -14,18 +14,18 @@ turns out to be another (another checkpoint), starts afresh. A folder that no ex
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hecompile.errors import InputError
-from hecompile.files import publish, reason_of
+from hecompile.files import reason_of, replace_directory, write_whole
 from hecompile.he.random.sampling import PublicSeed
 
 FORMAT, VERSION = "hecompile-export", 1
@@ -66,9 +66,7 @@ class Staging:
         self.public_seed = drawn
         self._clear()
         fresh = _Record(format=FORMAT, version=VERSION, request=request, public_seed=drawn.hex())
-        partial = folder / f"{RECORD}.new"
-        partial.write_text(json.dumps(fresh.model_dump()) + "\n", encoding="utf-8")
-        partial.replace(folder / RECORD)
+        write_whole(folder / RECORD, json.dumps(fresh.model_dump()).encode() + b"\n")
 
     def begin(self, plan_id: str) -> list[dict[str, Any]]:
         """The lines noted of circuits of this plan, oldest first; those of another plan are dropped with its files."""
@@ -140,7 +138,7 @@ def staging(out: Path, request: str, drawn: PublicSeed) -> Iterator[Staging]:
                 except (KeyboardInterrupt, SystemExit):
                     keep = stage.worth_keeping
                     raise
-                publish(stage.build, out)
+                replace_directory(stage.build, out)
             finally:
                 if not keep:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -163,7 +161,7 @@ def _check_ours(folder: Path) -> None:
         return
     ours = folder.is_dir() and not folder.is_symlink()
     if ours and _read_record(folder) is None:
-        ours = {path.name for path in folder.iterdir()} <= {LOCK, f"{RECORD}.new"}
+        ours = all(path.name == LOCK or path.name.startswith(f".{RECORD}.") for path in folder.iterdir())
     if not ours:
         raise InputError(f"{folder} is in the way and is not an interrupted export of this program; move or remove it")
 
@@ -177,11 +175,9 @@ def _read_record(folder: Path) -> _Record | None:
     return record if (record.format, record.version) == (FORMAT, VERSION) else None
 
 
-@contextlib.contextmanager
-def _locked(folder: Path, out: Path) -> Iterator[IO[str]]:
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another export is writing {out} at this moment; wait for it or choose another") from None
-        yield lock
+def _locked(folder: Path, out: Path) -> contextlib.AbstractContextManager[object]:
+    """Lock the folder until the block ends that this is entered in. Raises InputError where another process has it."""
+    try:
+        return FileLock(folder / LOCK).acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"another export is writing {out} at this moment; wait for it or choose another") from None

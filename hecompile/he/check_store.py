@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from hecompile.errors import InputError
+from hecompile.files import opened_whole
 from hecompile.he.parameters import LinearParameters
 from hecompile.he.verification import Checks
 
@@ -29,13 +29,8 @@ def write_checks(directory: Path, circuit: str, checks: Checks) -> Path:
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = _path(directory, circuit)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            np.save(file, checks.pack())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with opened_whole(path, mode=0o600) as file:
+        np.save(file, checks.pack())
     return path
 
 

@@ -12,7 +12,6 @@ that is too small to hold everything saves little: it would hit for its share of
 from __future__ import annotations
 
 import mmap
-import os
 import re
 import threading
 from pathlib import Path
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.errors import InputError
+from hecompile.files import opened_whole
 from hecompile.he.kernels.transform import deinterleave, interleave, transform
 from hecompile.he.kernels.vectors import LANES
 from hecompile.he.parameters import RingParameters
@@ -119,18 +119,11 @@ def write_hint(directory: Path, circuit: str, hint: Tensor, single: RingParamete
     if hint.dtype != torch.int32 or hint.dim() != 2 or len(hint) == 0:
         raise InputError(f"the hint of {circuit} must be int32 [out, rank * ring_dim], got {hint.dtype}")
     directory.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     stored: NDArray[Any] = interleave(hint)
     if single is not None:
         stored = transform(stored, single, precision=np.float32)
-    try:
-        with partial.open("wb") as file:
-            np.save(file, stored.reshape(-1, hint.shape[1], LANES))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with opened_whole(path) as file:
+        np.save(file, stored.reshape(-1, hint.shape[1], LANES))
     return path
 
 

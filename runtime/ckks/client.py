@@ -24,6 +24,7 @@ from hecompile.bundles.ckks import CkksPlan, read_table
 from hecompile.ckks.keys import SecretKey, Words
 from hecompile.ckks.parameters import CkksParameters
 from hecompile.errors import HecompileError, InputError, WorkerError, WorkerUnavailableError
+from hecompile.files import reason_of
 from hecompile.runtime.ckks.messages import PROTOCOL, expect, receive, send
 from hecompile.runtime.model.backend import ForwardPass
 from hecompile.runtime.wire.address import TcpAddress, parse_address
@@ -181,13 +182,13 @@ class CkksSession:
         try:
             self.stats.bytes_up += send(self._connection, kind, words)
         except OSError as error:
-            raise WorkerUnavailableError(f"the connection to the worker broke: {error.strerror or 'no answer'}") from error
+            raise WorkerUnavailableError(f"the connection to the worker broke: {reason_of(error)}") from error
 
     def _receive(self, most: int) -> tuple[dict[str, Any], Words, int]:
         try:
             return receive(self._connection, most)
         except OSError as error:  # a time-out is one
-            raise WorkerUnavailableError(f"the connection to the worker broke: {error.strerror or 'no answer'}") from error
+            raise WorkerUnavailableError(f"the connection to the worker broke: {reason_of(error)}") from error
 
 
 def _index(found: Any, count: int, ciphertexts: int) -> NDArray[np.int64]:
@@ -218,5 +219,5 @@ def _connect(address: str, timeout: float) -> socket.socket:
         return connection
     except OSError as error:
         raise WorkerUnavailableError(
-            f"no worker answers at {address}: {error.strerror or error}; start one with `hecompile ckks serve`"
+            f"no worker answers at {address}: {reason_of(error)}; start one with `hecompile ckks serve`"
         ) from error

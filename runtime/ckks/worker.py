@@ -20,6 +20,7 @@ from hecompile.ckks.evaluator import CkksTensor, Evaluator
 from hecompile.ckks.keys import EvaluationKeys, in_range
 from hecompile.ckks.parameters import CkksParameters
 from hecompile.errors import HecompileError, InputError, WorkerError
+from hecompile.files import reason_of
 from hecompile.passes.polynomial.expand_polynomials import EMBEDDINGS
 from hecompile.runtime.ckks.messages import PROTOCOL, expect, receive, send
 from hecompile.runtime.wire.address import TcpAddress, UnixAddress, parse_address
@@ -145,7 +146,7 @@ def serve(directory: str | Path, address: str, threads: int | None = None) -> No
     try:
         server = server_class(parsed)(target, Handler)
     except OSError as error:
-        raise InputError(f"cannot listen on {address}: {error.strerror}") from None
+        raise InputError(f"cannot listen on {address}: {reason_of(error)}") from None
     with server:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):

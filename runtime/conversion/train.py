@@ -25,6 +25,7 @@ from torch import Tensor
 from hecompile.compiler.frontend import Checkpoint, export_onnx, load_checkpoint
 from hecompile.compiler.polynomial_options import CONFIG_KEY, PolynomialOptions
 from hecompile.errors import InputError, NotFiniteError
+from hecompile.files import opened_whole
 from hecompile.polynomial.ranges import Interval
 from hecompile.runtime.conversion.data import batch_of, load_rows
 from hecompile.runtime.conversion.domains import (
@@ -156,13 +157,12 @@ class _State:
 
     def save(self, partial: Path, recipe: ConversionRecipe) -> None:
         partial.mkdir(parents=True, exist_ok=True)
-        staged = partial / (_STATE_FILE + ".new")
         state = dict(self.__dict__)
         # Plain numbers and tensors alone, so that reading it back runs no code.
         state["seen"] = None if self.seen is None else _plain(self.seen)
         state["first"] = None if self.first is None else self.first | {"ranges": _plain(self.first["ranges"])}
-        torch.save({"recipe": recipe.model_dump(mode="json"), "state": state}, staged)
-        staged.replace(partial / _STATE_FILE)
+        with opened_whole(partial / _STATE_FILE) as file:
+            torch.save({"recipe": recipe.model_dump(mode="json"), "state": state}, file)
 
     def start_second(self, checkpoint: Checkpoint) -> None:
         self.step, self.optimizer = 0, None

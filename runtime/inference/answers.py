@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hecompile.errors import InputError
+from hecompile.files import reason_of, write_whole
 from hecompile.runtime.client.session import Session
 from hecompile.runtime.inference.generation import Answer, CachedSteps, Sampling, generate
 from hecompile.runtime.model.data import encode_prompt, eos_and_pad
@@ -53,7 +54,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
-        raise InputError(f"cannot read the prompts in {path}: {error.strerror}") from None
+        raise InputError(f"cannot read the prompts in {path}: {reason_of(error)}") from None
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if path.suffix in JSON_SUFFIXES:
         prompts = [_parse(line, f"{path}, line {number}") for number, line in lines]
@@ -161,7 +162,7 @@ class _Partial:
             self._path.touch(mode=0o600)
             self._path.write_text(json.dumps(self._fingerprint) + "\n", encoding="utf-8")
         except OSError as error:
-            raise InputError(f"cannot write the answers to {self._path}: {error.strerror}") from None
+            raise InputError(f"cannot write the answers to {self._path}: {reason_of(error)}") from None
         except (ValueError, TypeError, KeyError):
             raise InputError(f"{self._path} is damaged: delete it, or give another --out") from None
         return {}
@@ -172,7 +173,7 @@ class _Partial:
                 file.write(json.dumps({"number": number, **asdict(reply)}) + "\n")
         except OSError as error:
             raise InputError(
-                f"cannot write to {self._path}: {error.strerror}. Make room; the same command goes on from there"
+                f"cannot write to {self._path}: {reason_of(error)}. Make room; the same command goes on from there"
             ) from None
 
     def finish(self, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> None:
@@ -182,14 +183,11 @@ class _Partial:
             if prompt.completion is None:
                 del record["match"]
             records.append(json.dumps(record, ensure_ascii=False) + "\n")
-        staged = self._out.with_name(self._out.name + ".new")
         try:
-            staged.write_text("".join(records), encoding="utf-8")
-            staged.replace(self._out)
+            write_whole(self._out, "".join(records).encode())
             self._path.unlink()
         except OSError as error:
-            staged.unlink(missing_ok=True)
             raise InputError(
-                f"cannot write the answers to {self._out}: {error.strerror}. They are in {self._path}: make room, and the "
+                f"cannot write the answers to {self._out}: {reason_of(error)}. They are in {self._path}: make room, and the "
                 "same command goes on from there"
             ) from None

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers.modeling_outputs import CausalLMOutput
 
 from hecompile.errors import InputError
-from hecompile.files import replace_directory
+from hecompile.files import reason_of, replace_directory
 
 _LOG = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def load_adapter(model: AdapterModel, directory: str | Path) -> None:
         state = load_file(directory / WEIGHTS_FILE)
         base = (directory / BASE_FILE).read_text(encoding="ascii").strip() if (directory / BASE_FILE).is_file() else None
     except OSError as error:
-        raise InputError(f"no PEFT adapter in {directory}: {error.strerror or error}") from None
+        raise InputError(f"no PEFT adapter in {directory}: {reason_of(error)}") from None
     except (ValueError, SafetensorError):
         raise InputError(f"the adapter in {directory} is damaged; save it again") from None
     own = json.loads(json.dumps(model.peft_config.to_dict(), default=_jsonable))

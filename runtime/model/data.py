@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hecompile.errors import InputError
+from hecompile.files import reason_of
 
 IGNORED = -100
 """The label of a position that the loss leaves out; the value that transformers and torch's cross entropy use."""
@@ -142,7 +143,7 @@ def load_examples(
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8 JSONL") from None
     except OSError as error:
-        raise InputError(f"cannot read the dataset {path}: {error.strerror}") from None
+        raise InputError(f"cannot read the dataset {path}: {reason_of(error)}") from None
     eos, _ = eos_and_pad(tokenizer)
     limit = min(max_length or max(sequence_buckets), max(sequence_buckets))
     examples = []

@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Any
 
 from hecompile.errors import InputError, PrivacyError
+from hecompile.files import file_sha256, reason_of, write_whole
 from hecompile.runtime.privacy.accountant import (
     History,
     Mechanism,
@@ -54,9 +55,9 @@ class Subject:
         """The subject of the file at `path`, which holds `examples`. Raises InputError for a δ that promises nothing."""
         check_delta(delta, examples)
         try:
-            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            digest = file_sha256(Path(path))
         except OSError as error:
-            raise InputError(f"cannot read the dataset {path}: {error.strerror}") from None
+            raise InputError(f"cannot read the dataset {path}: {reason_of(error)}") from None
         return Subject(digest, examples, delta)
 
     @staticmethod
@@ -67,7 +68,7 @@ class Subject:
                 header = json.loads(file.readline())
             return Subject(str(header["dataset"]), int(header["examples"]), float(header["delta"]))
         except OSError as error:
-            raise InputError(f"cannot read the privacy ledger {path}: {error.strerror}") from None
+            raise InputError(f"cannot read the privacy ledger {path}: {reason_of(error)}") from None
         except (ValueError, TypeError, KeyError):
             raise PrivacyError(f"{path} is not a privacy ledger, or its first line is damaged") from None
 
@@ -159,17 +160,14 @@ class PrivacyLedger:
 
     def copy_to(self, path: Path) -> None:
         """Write all that is on record to `path`, on disk when this returns."""
-        with path.open("wb") as file:
-            file.write(self._contents())
-            file.flush()
-            os.fsync(file.fileno())
+        write_whole(path, self._contents())
 
     def require(self, copy: Path) -> None:
         """Raise PrivacyError unless the record begins with all of `copy`: else releases that were made have been lost."""
         try:
             known = copy.read_bytes()
         except OSError as error:
-            raise InputError(f"cannot read the copy of the ledger {copy}: {error.strerror}") from None
+            raise InputError(f"cannot read the copy of the ledger {copy}: {reason_of(error)}") from None
         if not self._contents().startswith(known):
             raise PrivacyError(
                 f"the privacy ledger {self.path} does not hold all that {copy} does: it was deleted, cut or exchanged. Put "
@@ -261,7 +259,7 @@ class PrivacyLedger:
                 os.ftruncate(self._file, self._length)
             self.close()
             raise InputError(
-                f"cannot write the privacy ledger {self.path}: {error.strerror}; nothing was released"
+                f"cannot write the privacy ledger {self.path}: {reason_of(error)}; nothing was released"
             ) from error
         self._length, self._chain = self._length + len(line), chain
 
@@ -275,7 +273,7 @@ def _open_locked(path: Path) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise InputError(f"cannot open the privacy ledger {path}: {error.strerror}") from None
+        raise InputError(f"cannot open the privacy ledger {path}: {reason_of(error)}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

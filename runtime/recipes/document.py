@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from hecompile.errors import InputError
+from hecompile.files import reason_of
 from hecompile.runtime.recipes.key_hints import suggest
 from hecompile.runtime.recipes.section import Section
 
@@ -25,7 +26,7 @@ def read_document(
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506  a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+        raise InputError(f"cannot read the recipe {path}: {reason_of(error)}") from None
     except yaml.YAMLError as error:
         raise InputError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):

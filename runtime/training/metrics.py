@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hecompile.files import write_whole
+
 METRICS_FILE = "metrics.jsonl"
 _LOGGED = ("epoch", "loss", "learning_rate", "grad_norm")
 
@@ -71,9 +73,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def forget_after(path: Path, step: int) -> None:
     """Drop the records of steps after `step`, which a run that resumes from there takes again."""
     kept = [record for record in read_metrics(path) if record["step"] <= step]
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text("".join(json.dumps(record, allow_nan=False) + "\n" for record in kept), encoding="utf-8")
-    scratch.replace(path)
+    write_whole(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept).encode())
 
 
 class ProgressBar(ProgressCallback):

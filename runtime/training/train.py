@@ -17,6 +17,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from hecompile.errors import InputError
+from hecompile.files import reason_of
 from hecompile.runtime.client.functions import check_functions
 from hecompile.runtime.model.adapter import AdapterModel, load_adapter, save_adapter
 from hecompile.runtime.model.data import Examples, PadToBucket, eos_and_pad, load_examples, smallest_bucket
@@ -164,4 +165,4 @@ def _make(output_dir: Path) -> None:
         if not os.access(output_dir, os.W_OK):
             raise PermissionError(errno.EACCES, "it cannot be written to")
     except OSError as error:
-        raise InputError(f"training.output_dir {output_dir} cannot be used: {error.strerror}; name another") from None
+        raise InputError(f"training.output_dir {output_dir} cannot be used: {reason_of(error)}; name another") from None

@@ -15,6 +15,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hecompile.errors import InputError, NotFiniteError, VerificationError
+from hecompile.files import reason_of
 from hecompile.polynomial.range_watch import Outside
 from hecompile.runtime.client.range_terms import RangeLossModel, WatchedOutput
 from hecompile.runtime.model.adapter import AdapterModel, load_adapter, save_adapter
@@ -206,7 +207,7 @@ class AdapterTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # the last two: how torch and safetensors report it
             shutil.rmtree(staging, ignore_errors=True)
-            reason = getattr(error, "strerror", None) or f"is the disk full? ({str(error).splitlines()[0]})"
+            reason = reason_of(error) if isinstance(error, OSError) else f"is the disk full? ({str(error).splitlines()[0]})"
             earlier = any(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
             advice = "There is no earlier one: make room and start again"
             if earlier:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
+from hecompile.files import reason_of
 from hecompile.runtime.transports.base import FrameTransport, TrafficRecorder, Transport
 from hecompile.runtime.transports.pool import TransportPool
 from hecompile.runtime.wire import protocol
@@ -56,7 +57,7 @@ class SocketTransport(FrameTransport):
             ) from error
         except OSError as error:
             raise WorkerUnavailableError(
-                f"the connection to the worker at {self._address} broke: {_reason(error)}"
+                f"the connection to the worker at {self._address} broke: {reason_of(error)}"
             ) from error
         except WorkerError as error:
             raise type(error)(f"worker at {self._address}: {error}") from error
@@ -133,9 +134,5 @@ def _open(address: str, timeout: float) -> socket.socket:
         return connection
     except OSError as error:
         raise WorkerUnavailableError(
-            f"no worker answers at {address}: {_reason(error)}; start one with `hecompile worker serve`"
+            f"no worker answers at {address}: {reason_of(error)}; start one with `hecompile worker serve`"
         ) from error
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error) or type(error).__name__

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from hecompile.errors import InputError
+from hecompile.files import reason_of
 
 LEAST_TOKEN_CHARACTERS = 16
 _VALID = datetime.timedelta(days=30)
@@ -153,7 +154,7 @@ def make_development_certificates(directory: Path, hosts: Sequence[str] = ("loca
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
     except OSError as error:
-        raise InputError(f"cannot write certificates to {directory}: {error.strerror}") from error
+        raise InputError(f"cannot write certificates to {directory}: {reason_of(error)}") from error
 
 
 def _sign(
@@ -198,7 +199,7 @@ def _read(path: Path, what: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InputError(f"the {what} {path} cannot be read: {error.strerror}") from None
+        raise InputError(f"the {what} {path} cannot be read: {reason_of(error)}") from None
 
 
 def _certificates(path: Path) -> bytes:

@@ -16,6 +16,7 @@ from typing import Protocol
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from hecompile.errors import FederationError, InputError
+from hecompile.files import write_whole
 from hecompile.he.random.sampling import Unsharable
 from hecompile.runtime.federation.protocol.channels import write_private
 
@@ -89,9 +90,7 @@ class DirectoryKeys(Unsharable):
             raise _old(number, last)
         for stale in (*self._directory.glob("round-*.key"), *self._directory.glob("round-*.contributed")):
             stale.unlink(missing_ok=True)
-        staged = self._directory / "last-round.new"
-        staged.write_text(f"{number}\n", encoding="ascii")
-        staged.replace(self._directory / "last-round")
+        write_whole(self._directory / "last-round", f"{number}\n".encode())
         key = X25519PrivateKey.generate()
         write_private(self._path(number), key.private_bytes_raw())
         return key

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
+from hecompile.files import reason_of
 from hecompile.runtime.wire.address import UnixAddress, parse_address
 from hecompile.runtime.worker.shards import layer_count, shard, split_layers
 
@@ -68,7 +69,7 @@ def load_fleet(path: Path) -> FleetFile:
                 document[key] = str(path.resolve().parent / document[key])
         fleet = FleetFile.model_validate(document)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
+        raise InputError(f"cannot read {path}: {reason_of(error)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:

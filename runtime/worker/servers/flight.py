@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hecompile.errors import HecompileError, InputError, WorkerError
+from hecompile.files import reason_of
 from hecompile.runtime.wire import protocol
 from hecompile.runtime.wire.address import TcpAddress, parse_address
 from hecompile.runtime.wire.credentials import ServerCredentials
@@ -194,7 +195,7 @@ def _why_not(address: TcpAddress) -> str | None:
             probe.bind(address.socket_address)
             probe.listen()
     except OSError as error:
-        return error.strerror or str(error)
+        return reason_of(error)
     return None
 
 

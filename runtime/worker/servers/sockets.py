@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 from hecompile.errors import InputError
+from hecompile.files import reason_of
 from hecompile.runtime.wire import protocol
 from hecompile.runtime.wire.address import TcpAddress, UnixAddress, parse_address
 from hecompile.runtime.wire.connections import handler_class, server_class
@@ -41,8 +42,9 @@ class WorkerServer:
         try:
             self._server = kind(parsed.socket_address, handler_class(worker.exchange, max_message_bytes))
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise InputError(f"cannot listen on {address}: {reason}; free the address or choose another") from error
+            raise InputError(
+                f"cannot listen on {address}: {reason_of(error)}; free the address or choose another"
+            ) from error
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1})
 
     @property
