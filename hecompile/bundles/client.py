@@ -17,6 +17,7 @@ import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,7 +162,16 @@ class ClientBundle:
         return self.directory / TOKENIZER
 
     def graph(self) -> ir.Model:
-        """The client plan; its large constants stay mapped from their file. Raises InputError when it cannot be read."""
+        """Return the client plan, nodes and values made anew for the caller to change; constants are shared with every other
+        copy, and the large ones stay mapped from their file.
+
+        Raises InputError when it cannot be read.
+        """
+        return self._parsed.clone()
+
+    @cached_property
+    def _parsed(self) -> ir.Model:
+        """Parse the plan's file, once for as long as the bundle is open. Nobody changes what this returns."""
         try:
             return ir.load(self.directory / PLAN)
         except Exception as error:  # protobuf and onnx_ir raise many kinds for a file that is no model
@@ -194,7 +204,7 @@ class ClientBundle:
         circuits = {name: record.parameters() for name, record in manifest.plan.circuits.items()}
         bundle = cls(directory, manifest.plan_id, manifest.plan, ring, circuits)
         # The plan id that client and worker agree on covers the graph through its hash, not through the file's.
-        if graph_sha256(bundle.graph()) != manifest.plan.graph_sha256:
+        if graph_sha256(bundle._parsed) != manifest.plan.graph_sha256:
             raise InputError(f"{directory / PLAN} is not the graph that the plan was made with; {_REMEDY}")
         return bundle
 

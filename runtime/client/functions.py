@@ -1,4 +1,4 @@
-"""Which attention, normalisation and activation a compiled plan computes, and whether a recipe means that plan."""
+"""Tell which attention, normalisation and activation a compiled plan computes, and whether a recipe means that plan."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.model.adapter import AdapterModel
 from hecompile.runtime.recipes.training import Recipe
 
-_ATTENTIONS = {"PowerAttention": "power", "GaussianAttention": "gaussian_kernel", "ChebyshevAttention": "chebyshev"}
-_NORMS = {"PolynomialRMSNorm": "polynomial"}
-_ACTIVATIONS = {"PolynomialSiLU": "polynomial", "ComposedSiLU": "composed", "QuantizedSiLU": "quantized"}
+_EXACT = {"attention": "softmax", "norm": "rmsnorm", "activation": "silu"}
+_POLYNOMIAL = {
+    "attention": {
+        "PowerAttention": "power", "GaussianAttention": "gaussian_kernel", "ChebyshevAttention": "chebyshev"
+    },
+    "norm": {"PolynomialRMSNorm": "polynomial"},
+    "activation": {"PolynomialSiLU": "polynomial", "ComposedSiLU": "composed", "QuantizedSiLU": "quantized"},
+}  # fmt: skip
+"""Operators that stand for each part, with the names that recipes use."""
 
 
 def functions_of(graph: ir.Model) -> dict[str, str]:
-    """{"attention", "norm", "activation"} with the names that recipes use; the exact ones where no polynomial stands."""
+    """Name the "attention", "norm" and "activation" of a plan as recipes do: the exact one where no polynomial stands."""
     operators = {node.op_type for node in graph.graph}
-    tables = {"attention": (_ATTENTIONS, "softmax"), "norm": (_NORMS, "rmsnorm"), "activation": (_ACTIVATIONS, "silu")}
     return {
-        part: next((name for operator, name in table.items() if operator in operators), exact)
-        for part, (table, exact) in tables.items()
+        part: next((name for operator, name in table.items() if operator in operators), _EXACT[part])
+        for part, table in _POLYNOMIAL.items()
     }
 
 
@@ -29,12 +34,10 @@ def check_functions(recipe: Recipe, model: AdapterModel) -> None:
     loss to one without polynomials."""
     if recipe.range_loss is not None and not (isinstance(model, EncryptedCausalLM) and model.has_domains):
         raise InputError("recipe: range_loss is for plans with polynomials, and this model has none; drop it")
-    wanted = {part: getattr(recipe, part) for part in ("attention", "norm", "activation")}
-    wanted = {part: name for part, name in wanted.items() if name is not None}
+    wanted = {part: name for part in _EXACT if (name := getattr(recipe, part)) is not None}
     if not wanted:
         return
-    exact = {"attention": "softmax", "norm": "rmsnorm", "activation": "silu"}
-    actual = functions_of(model.bundle.graph()) if isinstance(model, EncryptedCausalLM) else exact
+    actual = functions_of(model.bundle.graph()) if isinstance(model, EncryptedCausalLM) else _EXACT
     for part, name in wanted.items():
         if name != actual[part]:
             raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ class Meeting(CleartextProducts):
 
 
 def model_for(build: Build, adapter: dict[str, Tensor], in_flight: int) -> EncryptedCausalLM:
-    model = EncryptedCausalLM(Dropping(**vars(build.client)), Meeting(build, in_flight))
+    bundle = Dropping(**{field.name: getattr(build.client, field.name) for field in fields(build.client)})
+    model = EncryptedCausalLM(bundle, Meeting(build, in_flight))
     model.load_adapter_state(adapter)
     return model
 
