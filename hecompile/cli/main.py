@@ -1,12 +1,17 @@
-"""The command line. Each command checks its options, calls one function of the library and prints the result."""
+"""Register the commands and run the command line.
+
+Each command has a file of its own. It checks its options, calls the library and prints the result.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
+from hecompile import __version__
 from hecompile.cli.ckks import ckks_app
 from hecompile.cli.convert import convert
 from hecompile.cli.demo import demo
@@ -22,7 +27,6 @@ from hecompile.errors import HecompileError
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Compile an open-weight Llama so that you can LoRA-fine-tune it on private text while an untrusted worker does "
     "the heavy multiplications on ciphertexts only.\n\nThe usual order: `export llama`, `inspect`, `worker serve` (on the "
@@ -42,6 +46,21 @@ app.command()(convert)
 app.command()(inspect)
 app.command()(infer)
 app.command()(privacy)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hecompile {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options_of_no_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options that stand before a command; the help text is that of `app`."""
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""The command line: help that teaches, and one line with exit status 2 for bad input."""
+"""Hold what the command line promises: help that teaches, a quick start, one line and exit status 2 for bad input."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import hecompile
 from hecompile.cli.main import app
 from hecompile.errors import HecompileError, InputError
 from tests.support.tiny import SEED
@@ -44,6 +46,36 @@ def test_help_names_every_option(command: str) -> None:
     assert result.exit_code == 0
     text = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
     assert [word for word in HELP[command] if word not in text.lower()] == []
+
+
+def test_the_version_is_the_packages() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"hecompile {hecompile.__version__}\n")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("export", "llama", "--help"), ("infer", "--help"), ("--version",)])
+def test_help_is_quick(arguments: tuple[str, ...]) -> None:
+    """What takes seconds to import is imported when a command runs."""
+    heavy = ("torch", "transformers", "numpy", "numba", "onnx", "onnxruntime")
+    program = (
+        "import atexit, sys; from hecompile.cli.main import main; "
+        f"atexit.register(lambda: print([name for name in {heavy} if name in sys.modules])); main()"
+    )
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"), [("hecompile work", ["worker"]), ("hecompile export llama --lora-a", ["--lora-alpha"])]
+)
+def test_completion_in_bash_proposes_commands_and_options(line: str, wanted: list[str]) -> None:
+    """The variables are those that the script of `--show-completion bash` sets."""
+    program = "import sys; sys.argv = ['hecompile']; from hecompile.cli.main import main; main()"
+    asked = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1), "_HECOMPILE_COMPLETE": "complete_bash"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == wanted
 
 
 def test_help_says_what_auto_chooses() -> None:
