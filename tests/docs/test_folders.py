@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from tests.conftest import ROOT
 
 RECIPES = ROOT / "models" / "recipes"
 DEMO = ROOT / "build"
-OTHERS = sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "usage.md")  # usage.md has the demo's commands
+FIRST_RUN = ROOT / "docs" / "first-run.md"  # which has the demo's commands
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = [path for path in PAGES if path != FIRST_RUN]
 
 
 def exports(path: Path) -> set[str]:
@@ -23,8 +26,22 @@ def exports(path: Path) -> set[str]:
 
 
 def test_the_demo_builds_where_its_recipe_looks() -> None:
-    assert exports(ROOT / "README.md") == exports(ROOT / "docs" / "usage.md") == {"build"}
+    assert exports(FIRST_RUN) == {"build"}
     assert load_recipe(RECIPES / "demo.yaml").model.resolve() == DEMO / "client"
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "docs" / "own-data.md"], ids=lambda path: path.name)
+def test_the_example_with_your_own_data_trains_what_it_exports(path: Path, tmp_path: Path) -> None:
+    (out,) = exports(path)
+    text = path.read_text(encoding="utf-8")
+    (block,) = re.findall(r"^    model: .*\n(?:    .+\n)+", text, flags=re.MULTILINE)
+    (tmp_path / "mine.yaml").write_text(textwrap.dedent(block))
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    assert recipe.model == tmp_path / out / "client" and recipe.data.train_file == tmp_path / "mine.jsonl"
+    adapter = recipe.training.output_dir.relative_to(tmp_path) / "adapter"
+    assert f"hecompile worker serve {out}/worker --listen {recipe.worker}" in text
+    assert f"hecompile infer {out}/client --worker {recipe.worker} --adapter {adapter} " in text
+    assert f'"{adapter}")' in text  # PEFT loads it
 
 
 @pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.name)
