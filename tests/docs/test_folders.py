@@ -1,4 +1,4 @@
-"""The documents can be followed one after the other: none exports over what another made, and recipes take what it made."""
+"""Check that the pages can be followed one after the other: none exports over what another made, and recipes take it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OTHERS = [path for path in PAGES if path != FIRST_RUN]
 
 
 def exports(path: Path) -> set[str]:
-    """Where the commands of a document export to."""
+    """Return the directories that the commands of a page export to."""
     text = path.read_text(encoding="utf-8").replace("\\\n", " ")
     return set(re.findall(r"^ {4}hecompile (?:export|ckks export) .*--out (\S+)", text, flags=re.MULTILINE))
 

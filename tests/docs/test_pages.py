@@ -1,4 +1,4 @@
-"""What the pages name exists: files, modules and their attributes, links, commands and their options, benchmark sections."""
+"""Check that whatever the pages name exists: files, modules, links, commands and their options, benchmark sections."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relativ
 
 
 def named_paths(text: str) -> set[str]:
-    """Paths that begin with a folder of the repository, and Python files in quotes; a ledger is made beside its data."""
+    """Return paths that begin with a folder of the repository, and quoted Python files; a ledger counts as its data file."""
     found = re.findall(rf"(?<![\w./])(?:{FOLDERS})/[\w./*-]*[\w*]", text) + re.findall(r"`([\w/*.]+\.py)`", text)
     return {path.removesuffix(".ledger") for path in found}
 
 
 def named_objects(text: str) -> Iterator[str]:
-    """Dotted names; `a.b.{C, D}` and `from a.b import C, D` are two names each."""
+    """Yield dotted names; `a.b.{C, D}` and `from a.b import C, D` are two names each."""
     for module, braced in re.findall(r"\b((?:hecompile|benchmarks)(?:\.[A-Za-z_]\w*)+)(?:\.\{([\w, ]+)\})?", text):
         yield from (f"{module}.{name}" for name in braced.split(", ")) if braced else (module,)
     for module, names in re.findall(r"from (hecompile[\w.]*) import ([\w, ]+)", text):
@@ -38,7 +38,7 @@ def named_objects(text: str) -> Iterator[str]:
 
 
 def exists(name: str) -> bool:
-    """Whether a dotted name is a module, or an attribute of one, of one of its classes, and so on."""
+    """Tell whether a dotted name is a module, or an attribute of one, or of one of its classes."""
     head, *rest = name.split(".")
     found: object = importlib.import_module(head)
     for part in rest:
@@ -53,7 +53,7 @@ def exists(name: str) -> bool:
 
 
 def command_lines(text: str) -> list[list[str]]:
-    """The words of every line of an indented block that runs hecompile, comments left out."""
+    """Return the words of every line of an indented block that runs hecompile, comments left out."""
     lines = re.findall(r"^ {4,}hecompile (.*)$", text.replace("\\\n", " "), flags=re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 

@@ -1,4 +1,4 @@
-"""docs/recipe.md has exactly the keys, choices and defaults of the recipe's models, and its example is a recipe."""
+"""Check that docs/recipe.md has exactly the keys, choices and defaults of the models, and that its example is a recipe."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ SECTIONS: dict[str, type[Section]] = {
 
 
 def parts() -> dict[str, str]:
-    """The text under each heading."""
+    """Return the text under each heading."""
     found = re.split(r"^## (.+)$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return dict(zip(found[1::2], found[2::2], strict=True))
 
 
 def rows(section: str) -> dict[str, list[str]]:
-    """key → the other cells of its row."""
+    """Map each key to the other cells of its row."""
     table = [line.strip("| \n").split(" | ") for line in parts()[section].splitlines() if line.startswith("| `")]
     keys = [key.strip("`") for key, *_ in table]
     assert len(set(keys)) == len(keys)
@@ -51,7 +51,7 @@ def rows(section: str) -> dict[str, list[str]]:
 
 
 def choices(annotation: Any) -> set[str]:
-    """The values of the Literal in an annotation."""
+    """Return the values of the Literal in an annotation."""
     if get_origin(annotation) is Literal:
         return set(get_args(annotation))
     return {value for part in get_args(annotation) if not isinstance(part, str) for value in choices(part)}
@@ -99,7 +99,7 @@ def test_the_example_is_a_recipe(tmp_path: Path) -> None:
 
 
 def test_the_names_that_are_missing_are_missing() -> None:
-    """What the page says is not there on purpose."""
+    """Check the names that the page leaves out on purpose."""
     said = re.findall(r"`([a-z0-9_]+)`", parts()["What is not there, and why"])
     assert {"optim", "fp16", "gradient_checkpointing"} <= set(said)
     assert not set(said) & (TrainingSection.model_fields.keys() - {"output_dir"})

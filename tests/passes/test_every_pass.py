@@ -1,4 +1,4 @@
-"""What every pass has, whatever it does: a name in the pipeline and on the map, options that are fields, a source."""
+"""Check what every pass has, whatever it does: a name in the pipeline and on the map, options that are fields, a source."""
 
 from __future__ import annotations
 
