@@ -17,12 +17,15 @@ from torch import Tensor
 
 from hecompile.errors import InputError, NotFiniteError, SecurityError
 from hecompile.he.hints import Hint
-from hecompile.he.kernels import tiles
+from hecompile.he.kernels import decrypt_tiles, encrypt_tiles
+from hecompile.he.kernels.arguments import CheckSums, Extent, HintArrays, Planes, Ring, Rows, Scales, Scratch
 from hecompile.he.kernels.lines import SUM_LANES
 from hecompile.he.kernels.norms import row_scales
 from hecompile.he.kernels.scratch import result_of, scratch
 from hecompile.he.kernels.threads import for_each, slices
-from hecompile.he.kernels.transform import roots
+from hecompile.he.kernels.tiles import WIDTH, tile_words
+from hecompile.he.kernels.transform import ring_of
+from hecompile.he.kernels.vectors import LANES
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.random.sampling import SecretRandom
@@ -128,26 +131,31 @@ def _encrypt_part(
     matrix: NDArray[np.float64], secrets: NDArray[np.float64], rows: Tensor, factors: NDArray[np.float64], key: RealKey,
     planes: Tensor, part: slice, error: NDArray[np.int8],
 ) -> None:  # fmt: skip
-    """Features `part` (which starts at a multiple of 8): error int8 `[T', part]`."""
+    """Encrypt features `part`, which starts at a multiple of 8; error is int8 `[T', part]`."""
     params, linear, tokens = key.params, key.linear, len(rows)
-    n, features, width = params.ring_dim // 2, linear.in_features, part.stop - part.start
+    features, width = linear.in_features, part.stop - part.start
+    ring = ring_of(params)
     per_token = 2 * params.rank - 1 if params.packed else params.rank
     inverse = 1 / key.scale
-    images, checks, variants = _checking(key, tokens, part, lambda checks: checks.images_by_lines)
+    vectors = _check_vectors(key, part, lambda checks: checks.images_by_lines)
+    past_caches = planes.numel() >= _PAST_CACHES
     for piece in slices(tokens, _TOKENS):
-        count = piece.stop - piece.start
-        sums = np.zeros((checks, count, SUM_LANES), np.int32)
-        tiles.encrypt(
-            matrix, part.start // 8, width, params.rank, params.packing, n, roots(params),
-            secrets[piece.start * per_token :], count, rows.numpy().reshape(-1), piece.start * features + part.start,
-            features, inverse[piece], factors[part], error.reshape(-1)[piece.start * width :], planes.numpy().reshape(-1),
-            piece.start * features + part.start, tokens * features, features, linear.upload_limbs,
-            planes.numel() >= _PAST_CACHES,
-            scratch("tile", tiles.tile_words(count), np.int32), scratch("work float64", 16 * n, np.float64),
-            images, checks, variants[piece], sums.reshape(-1),
-        )  # fmt: skip
+        count, start = piece.stop - piece.start, piece.start * features + part.start
+        checks = _check_sums(key, vectors, piece, features)
+        encrypt_tiles.encrypt(
+            ring,
+            Extent(part.start // LANES, width, count),
+            matrix,
+            secrets[piece.start * per_token :],
+            Rows(rows.numpy().reshape(-1), start, features),
+            Scales(inverse[piece], factors[part]),
+            error.reshape(-1)[piece.start * width :],
+            Planes(planes.numpy().reshape(-1), start, tokens * features, features, linear.upload_limbs, past_caches),
+            checks,
+            _scratch(ring, count, np.float64),
+        )
         if key.expectation is not None:
-            key.expectation.add(sums, linear.upload_limbs, piece)
+            key.expectation.add(checks.sums, linear.upload_limbs, piece)
 
 
 def decrypt_reals(
@@ -194,36 +202,55 @@ def _decrypt_part(
     part: slice, received: Received,
 ) -> None:  # fmt: skip
     params, tokens, features = key.params, key.tokens, linear.out_features
-    n, precision = params.ring_dim // 2, linear.decryption_precision
+    precision = linear.decryption_precision
+    ring = ring_of(params, precision)
     kept = hint.transformed
     if kept is None or kept.dtype != precision:
         kept = np.empty(0, precision)
     secrets = key.secrets_transformed(precision)
-    vectors, checks, variants = _checking(key, tokens, part, lambda checks: checks.vectors_by_lines)
+    vectors = _check_vectors(key, part, lambda checks: checks.vectors_by_lines)
     for piece in slices(tokens, _TOKENS):
-        count = piece.stop - piece.start
-        sums = np.zeros((checks, count, SUM_LANES), np.int32)
-        tiles.decrypt(
-            hint.words, kept, part.start // 8, part.stop - part.start, params.rank, n,
-            roots(params, precision), secrets[piece.start * params.rank :], count, planes.numpy().reshape(-1),
-            piece.start * features + part.start, tokens * features, features, linear.reply_bytes, key.scale[piece],
-            factors[part], result.numpy().reshape(-1), piece.start * features + part.start, features,
-            scratch("tile", tiles.tile_words(count), np.int32),
-            scratch(f"values {precision.__name__}", 16 * n * params.rank, precision),
-            scratch(f"work {precision.__name__}", 16 * n, precision),
-            vectors, GROUP, variants[piece], sums.reshape(-1),
-        )  # fmt: skip
-        received.add(sums, linear.reply_bytes, piece)
+        count, start = piece.stop - piece.start, piece.start * features + part.start
+        checks = _check_sums(key, vectors, piece, GROUP)
+        decrypt_tiles.decrypt(
+            ring,
+            Extent(part.start // LANES, part.stop - part.start, count),
+            HintArrays(hint.words, kept),
+            secrets[piece.start * params.rank :],
+            Planes(planes.numpy().reshape(-1), start, tokens * features, features, linear.reply_bytes),
+            Scales(key.scale[piece], factors[part]),
+            Rows(result.numpy().reshape(-1), start, features),
+            checks,
+            _scratch(ring, count, precision),
+        )
+        received.add(checks.sums, linear.reply_bytes, piece)
 
 
-def _checking(
-    key: RealKey, tokens: int, part: slice, which: Callable[[Checks], NDArray[np.int32]]
-) -> tuple[NDArray[np.int32], int, NDArray[np.int64]]:
-    """For the kernels: the vectors that the words of `part` are multiplied with, checks per token, and variants."""
+def _check_vectors(
+    key: RealKey, part: slice, by_lines: Callable[[Checks], NDArray[np.int32]]
+) -> NDArray[np.int32]:
+    """Return what the words of `part` are multiplied with for verification: int32 `[lines, rows, 64]`."""
     if key.expectation is None:
-        return np.empty((0, 0, tiles.WIDTH), np.int32), 0, np.zeros(tokens, np.int64)
-    factors = which(key.expectation.checks)[part.start // tiles.WIDTH :]
-    return factors, key.expectation.sums.shape[1], key.expectation.variants
+        return np.empty((0, 0, WIDTH), np.int32)
+    return by_lines(key.expectation.checks)[part.start // WIDTH :]
+
+
+def _check_sums(key: RealKey, vectors: NDArray[np.int32], piece: slice, features: int) -> CheckSums:
+    """Return sums of zero for the tokens of `piece`, with what they are made of; each check covers so many features."""
+    count, expectation = piece.stop - piece.start, key.expectation
+    if expectation is None:
+        return CheckSums(vectors, np.zeros(count, np.int64), np.zeros((0, count, SUM_LANES), np.int32), features)
+    sums = np.zeros((expectation.sums.shape[1], count, SUM_LANES), np.int32)
+    return CheckSums(vectors, expectation.variants[piece], sums, features)
+
+
+def _scratch(ring: Ring, tokens: int, precision: type[np.floating]) -> Scratch:
+    """Return this thread's memory for a call of a kernel that computes in that precision."""
+    return Scratch(
+        scratch("tile", tile_words(tokens), np.int32),
+        scratch(f"values {precision.__name__}", 16 * ring.n * ring.rank, precision),
+        scratch(f"work {precision.__name__}", 16 * ring.n, precision),
+    )
 
 
 def _scales(rows: Tensor, factors: NDArray[np.float64], linear: LinearParameters) -> NDArray[np.float64]:
@@ -238,8 +265,7 @@ def _scales(rows: Tensor, factors: NDArray[np.float64], linear: LinearParameters
 
     def measure(part: slice) -> None:
         piece = flat[part.start * features : part.stop * features]
-        count = part.stop - part.start
-        row_scales(piece, features, features, count, factors, linear.input_bound, linear.norm_bound, scales[part])
+        row_scales(piece, factors, linear.input_bound, linear.norm_bound, scales[part])
 
     for_each(measure, slices(tokens, max(1, _CHUNK // features)))
     if math.isnan(scales.min(initial=1.0)):
@@ -259,5 +285,5 @@ def _parts(features: int, tokens: int, params: RingParameters) -> list[slice]:
     """Pieces of whole tiles, at least two where there are threads to share them and they take long enough."""
     products = features * params.lattice_dim * math.ceil(tokens / params.ring_dim)  # of few tokens as of a whole block
     shared = math.ceil(features / (2 if products >= _SHARED_FROM and torch.get_num_threads() > 1 else 1))
-    step = max(1, min(_CHUNK // max(1, tokens), shared) // tiles.WIDTH) * tiles.WIDTH
+    step = max(1, min(_CHUNK // max(1, tokens), shared) // WIDTH) * WIDTH
     return slices(features, step)

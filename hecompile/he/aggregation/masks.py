@@ -10,36 +10,27 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hecompile.he.kernels.inverse_transform import inner_product, last_join4
+from hecompile.he.kernels.arguments import Ring, Strided
+from hecompile.he.kernels.inverse_transform import mask_block
 from hecompile.he.kernels.jit import compiled
 from hecompile.he.kernels.scratch import scratch
-from hecompile.he.kernels.simd import round_mod_2_32
 from hecompile.he.kernels.threads import for_each
-from hecompile.he.kernels.transform import aligned, forward_at, roots
-from hecompile.he.kernels.vectors import LANES, address, store_i32
+from hecompile.he.kernels.transform import aligned, forward_at, ring_of
+from hecompile.he.kernels.vectors import LANES, address
 from hecompile.he.parameters import RingParameters
 from hecompile.he.random.sampling import PublicStream
 
 
 @compiled
-def _mask_group(words, rank, n, roots, secret, values, work, mask):
-    """int32 `[rank, 2n, 8]` of A and the transformed secret `[rank, n, 2]` → int32 `[2n, 8]`, mod 2^32."""
-    words_, roots_, values_, work_ = address(words), address(roots), address(values), address(work)
-    to = address(mask)
+def _mask_group(ring, words, secret, values, work, mask):
+    """Multiply: int32 `[rank, 2n, 8]` of A and the transformed secret `[rank, n, 2]` → int32 `[2n, 8]`, mod 2^32."""
+    n, rank = ring.n, ring.rank
+    inner = Ring(n, rank, ring.packing, address(ring.roots), ring.root_count)
     for k in range(rank):
-        forward_at(words_, 16 * n * k, n, roots_, values_, 16 * n * k)
-    # Nothing is asked for ahead: the words of the next group are not there yet.
-    h, _ = inner_product(values_, 0, address(secret), 0, 2 * n, rank, n, n, roots_, roots.size, work_, values_, 0)
-    for p in range(h):
-        r0, i0, r1, i1, r2, i2, r3, i3 = last_join4(work_, 16 * p, 16 * h, roots_)
-        store_i32(to, 8 * p, round_mod_2_32(r0))
-        store_i32(to, 8 * (p + h), round_mod_2_32(r1))
-        store_i32(to, 8 * (p + 2 * h), round_mod_2_32(r2))
-        store_i32(to, 8 * (p + 3 * h), round_mod_2_32(r3))
-        store_i32(to, 8 * (p + n), round_mod_2_32(i0))
-        store_i32(to, 8 * (p + n + h), round_mod_2_32(i1))
-        store_i32(to, 8 * (p + n + 2 * h), round_mod_2_32(i2))
-        store_i32(to, 8 * (p + n + 3 * h), round_mod_2_32(i3))
+        forward_at(address(words), 16 * n * k, n, inner.roots, address(values), 16 * n * k)
+    matrix, transformed = Strided(address(values), 0, 16 * n), Strided(address(secret), 0, 2 * n)
+    # Nothing is prefetched: the words of the next group are not there yet.
+    mask_block(inner, matrix, transformed, 2 * n, address(mask), address(work), address(values), 0)
 
 
 def masks(params: RingParameters, stream: PublicStream, secret: NDArray[np.float64], count: int) -> NDArray[np.int32]:
@@ -47,7 +38,7 @@ def masks(params: RingParameters, stream: PublicStream, secret: NDArray[np.float
 
     Coordinate 8·d·g + 8·c + l is coefficient c of row 8·g + l of A. `secret` comes from `kernels.transform_secrets`.
     """
-    size, n = LANES * params.ring_dim, params.ring_dim // 2
+    size, ring = LANES * params.ring_dim, ring_of(params)
     groups = -(-count // size)
     result = aligned(groups * size, np.int32)
 
@@ -57,7 +48,7 @@ def masks(params: RingParameters, stream: PublicStream, secret: NDArray[np.float
         values = scratch("aggregation values", size * params.rank, np.float64)
         work = scratch("aggregation work", size, np.float64)
         mask = result[index * size : (index + 1) * size]
-        _mask_group(words, params.rank, n, roots(params), secret, values, work, mask)
+        _mask_group(ring, words, secret, values, work, mask)
 
     for_each(group, range(groups))
     return result[:count]

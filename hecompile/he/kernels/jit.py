@@ -9,6 +9,9 @@ from typing import Any
 import numba
 
 _jit: Any = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
+inlined: Any = numba.njit(forceinline=True, nogil=True, boundscheck=False, error_model="numpy")
+"""Make a function that LLVM inlines into the kernels that call it."""
+
 _SHARED = Path(__file__).parents[1]
 """hecompile/he, whose code every kernel may inline, wherever the kernel itself stands."""
 

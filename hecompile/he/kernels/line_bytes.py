@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from hecompile.he.kernels.jit import inlined
 from hecompile.he.kernels.lines import pack_line, pack_line_past_caches, unpack_line
-from hecompile.he.kernels.transform import inlined
 
 
 def _by_limbs(pack_line: Any) -> Any:

@@ -14,17 +14,23 @@ SMALLEST_SCALE = float(np.finfo(np.float64).tiny)
 
 
 @compiled
-def row_scales(x, x_row, features, tokens, factors, input_bound, norm_bound, scales):
-    """The scale that `encode` chooses for each row of x · factors: float64 `[tokens]`.
+def row_scales(x, factors, input_bound, norm_bound, scales):
+    """Fill `scales` with the scale that `encode` chooses for each row of x · factors.
 
-    x: float32, feature k of token t at `t·x_row + k`; factors: float64 `[features]`. 0 for a row that is to be encoded as
-    zeros; NaN where a value is not finite, or the sum of squares.
+    A row that is to be encoded as zeros gets 0; a row with a value, or a sum of squares, that is not finite gets NaN.
+
+    Args:
+        x: float32, `[tokens, features]` flat.
+        factors: float64 `[features]`.
+        input_bound: see `LinearParameters`.
+        norm_bound: see `LinearParameters`.
+        scales: float64 `[tokens]`.
     """
-    x_, factor_ = address(x), address(factors)
+    x_, factor_, features = address(x), address(factors), factors.size
     whole, vectors = features // 32 * 32, features // 8 * 8
     lanes = np.empty(16)
-    for t in range(tokens):
-        row = t * x_row
+    for t in range(scales.size):
+        row = t * features
         # Four at a time, side by side: each sum waits for its last addition.
         top0, top1, top2, top3 = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
         sum0, sum1, sum2, sum3 = splat(0.0), splat(0.0), splat(0.0), splat(0.0)

@@ -22,16 +22,17 @@ import math
 from functools import lru_cache
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.errors import SecurityError
-from hecompile.he.kernels.jit import compiled
+from hecompile.he.kernels.arguments import Ring, Strided
+from hecompile.he.kernels.jit import compiled, inlined
+from hecompile.he.kernels.radix4 import Quarters, load4, split4, store4, times
 from hecompile.he.kernels.ring_shape import SMALLEST_RING_DIM, HasRing, trinomial
-from hecompile.he.kernels.simd import fma, fnma
+from hecompile.he.kernels.simd import fma
 from hecompile.he.kernels.vectors import (
     LANES,
     address,
@@ -44,8 +45,6 @@ from hecompile.he.kernels.vectors import (
 )
 
 _LINE = 64
-
-inlined = numba.njit(forceinline=True, nogil=True, boundscheck=False, error_model="numpy")
 
 
 def aligned(count: int, dtype: type[np.generic]) -> NDArray[Any]:
@@ -128,6 +127,17 @@ def roots(params: HasRing, precision: type[np.floating] = np.float64) -> NDArray
     return _roots(params.ring_dim, trinomial(params), precision.__name__)
 
 
+def ring_of(params: HasRing, precision: type[np.floating] = np.float64) -> Ring:
+    """Describe a ring to the kernels that compute in that precision."""
+    return _ring(params.ring_dim, params.rank, params.packing, trinomial(params), precision.__name__)
+
+
+@lru_cache(maxsize=32)
+def _ring(ring_dim: int, rank: int, packing: int, of_trinomial: bool, precision: str) -> Ring:
+    constants = _roots(ring_dim, of_trinomial, precision)
+    return Ring(ring_dim // 2, rank, packing, constants, constants.size)
+
+
 @lru_cache(maxsize=32)
 def _roots(ring_dim: int, of_trinomial: bool, precision: str) -> NDArray[Any]:
     if ring_dim < SMALLEST_RING_DIM:  # every kernel wants roots; with fewer points they would leave masks unwritten
@@ -179,30 +189,6 @@ def _unit(thirds: NDArray[np.float64]) -> NDArray[np.complex128]:
     return value * turn[eighths % 8]
 
 
-@inlined
-def _times(re, im, w_re, w_im):
-    """(re + i·im)(w_re + i·w_im)."""
-    return fnma(im, w_im, re * w_re), fma(im, w_re, re * w_im)
-
-
-@inlined
-def _split4(work, at, step, roots, r, q0r, q0i, q1r, q1i, q2r, q2i, q3r, q3i):
-    """The four quarters of a node of size 4h to its four grandchildren, stored `step` apart from `at` on."""
-    q1r, q1i = _times(q1r, q1i, broadcast(roots, r), broadcast(roots, r + 1))
-    q2r, q2i = _times(q2r, q2i, broadcast(roots, r + 2), broadcast(roots, r + 3))
-    q3r, q3i = _times(q3r, q3i, broadcast(roots, r + 4), broadcast(roots, r + 5))
-    ar, ai, br, bi = q0r + q2r, q0i + q2i, q1r + q3r, q1i + q3i
-    cr, ci, dr, di = q0r - q2r, q0i - q2i, q1r - q3r, q1i - q3i
-    store_real(work, at, ar + br)
-    store_real(work, at + 8, ai + bi)
-    store_real(work, at + step, ar - br)
-    store_real(work, at + step + 8, ai - bi)
-    store_real(work, at + 2 * step, cr - di)
-    store_real(work, at + 2 * step + 8, ci + dr)
-    store_real(work, at + 3 * step, cr + di)
-    store_real(work, at + 3 * step + 8, ci - dr)
-
-
 @compiled
 def forward_many(coefficients, count, n, roots, values):
     """`count` polynomials, one after the other."""
@@ -245,28 +231,23 @@ def forward_at(coefficients, start, n, roots, work, at):
         q1r, q1i = _fold(coefficients, c + 8 * h, c + 8 * (h + n), real, imaginary, work)
         q2r, q2i = _fold(coefficients, c + 16 * h, c + 8 * (2 * h + n), real, imaginary, work)
         q3r, q3i = _fold(coefficients, c + 24 * h, c + 8 * (3 * h + n), real, imaginary, work)
-        _split4(work, at + 16 * p, 16 * h, roots, FOLD, q0r, q0i, q1r, q1i, q2r, q2i, q3r, q3i)
+        quarters = Quarters(q0r, q0i, q1r, q1i, q2r, q2i, q3r, q3i)
+        store4(Strided(work, at + 16 * p, 16 * h), split4(roots, FOLD, quarters))
     r, nodes = FOLD + 6, 4
     while h >= 4:
         h //= 4
         step = 16 * h
         for node in range(nodes):
             for p in range(h):
-                a = at + 16 * (4 * h * node + p)
-                _split4(
-                    work, a, step, roots, r,
-                    load_real(work, a), load_real(work, a + 8),
-                    load_real(work, a + step), load_real(work, a + step + 8),
-                    load_real(work, a + 2 * step), load_real(work, a + 2 * step + 8),
-                    load_real(work, a + 3 * step), load_real(work, a + 3 * step + 8),
-                )  # fmt: skip
+                place = Strided(work, at + 16 * (4 * h * node + p), step)
+                store4(place, split4(roots, r, load4(place)))
             r += 6
         nodes *= 4
     if h == 2:
         for node in range(nodes):
             a = at + 32 * node
             ur, ui = load_real(work, a), load_real(work, a + 8)
-            vr, vi = _times(
+            vr, vi = times(
                 load_real(work, a + 16), load_real(work, a + 24), broadcast(roots, r), broadcast(roots, r + 1)
             )
             store_real(work, a, ur + vr)

@@ -1,0 +1,120 @@
+"""Group the arguments of kernels into named tuples, which numba takes like any other argument."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Address = Any
+"""An integer inside kernels: see `vectors.address` and `vectors.real_address`."""
+
+
+class Ring(NamedTuple):
+    """Describe a ring to the kernels; `transform.ring_of` makes it."""
+
+    n: int
+    """Points of a transform: ring_dim / 2."""
+    rank: int
+    packing: int
+    """Groups of features that share a ring element: the rank of a packed ring, 1 otherwise."""
+    roots: NDArray[Any] | Address
+    """The array that `transform.roots` makes; its address where one kernel calls another."""
+    root_count: int
+
+
+class Strided(NamedTuple):
+    """Locate things in memory: thing k begins `at + k · step` numbers after the address `start`."""
+
+    start: Address
+    at: int
+    step: int
+
+
+class Secrets(NamedTuple):
+    """Locate the transformed secrets of blocks of tokens, `per_block` polynomials for each block.
+
+    A product takes `rank` of these: numbers `first`, `first + step`, `first + 2 · step` and so on.
+    """
+
+    start: Address
+    first: int
+    step: int
+    per_block: int
+
+
+class Prefetch(NamedTuple):
+    """Name `size` bytes from the address `start` on, to be fetched into the cache for a later use."""
+
+    start: Address
+    size: int
+
+
+class HintArrays(NamedTuple):
+    """Hold rows of H: words, and the transforms of the words, which are used where there are any."""
+
+    words: NDArray[np.int32]
+    """`[groups, rank, 2n, 8]`."""
+    transformed: NDArray[Any]
+    """`[groups, rank, n, 2, 8]`, float64 or float32, or empty."""
+
+
+class Extent(NamedTuple):
+    """Say how much one call works on: all tokens of some features, the first of which begins group `group`."""
+
+    group: int
+    features: int
+    tokens: int
+
+
+class Rows(NamedTuple):
+    """Locate reals, token by token: feature j of token t is number `start + t · stride + j` of `values`."""
+
+    values: NDArray[np.float32]
+    start: int
+    stride: int
+
+
+class Planes(NamedTuple):
+    """Locate wire bytes: byte l of feature j of token t is number `start + l · plane + t · row + j` of `wire`."""
+
+    wire: NDArray[np.uint8]
+    start: int
+    plane: int
+    row: int
+    limbs: int
+    past_caches: bool = False
+    """Whether to write past the caches, where whole lines of 64 features are cache lines."""
+
+
+class Scales(NamedTuple):
+    """Hold what values are multiplied with: float64 `[tokens]` and `[features]`."""
+
+    tokens: NDArray[np.float64]
+    features: NDArray[np.float64]
+
+
+class CheckSums(NamedTuple):
+    """Hold what the sums of verification are made of, and the sums, which a kernel adds to.
+
+    Each sum is Σ_j top_j · vector_j mod 2^32, where top_j is the word of feature j without the bytes that do not travel. The
+    lanes of a sum belong together: only their total counts.
+    """
+
+    vectors: NDArray[np.int32]
+    """`[lines, rows, 64]`: vectors of `Checks` by lines, from the first feature on; no rows where nothing is checked."""
+    variants: NDArray[np.int64]
+    """`[tokens]`: which variant of the vectors checks a token."""
+    sums: NDArray[np.int32]
+    """`[checks, tokens, SUM_LANES]`."""
+    features: int
+    """Features that one check covers; a multiple of 64 where there are several checks."""
+
+
+class Scratch(NamedTuple):
+    """Hold memory for a kernel to work in: the words of a tile, and reals of `rank · 16 · n` and of `16 · n` numbers."""
+
+    tile: NDArray[np.int32]
+    values: NDArray[Any]
+    work: NDArray[Any]
