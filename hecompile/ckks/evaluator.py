@@ -74,11 +74,8 @@ class Evaluator:
         alive = ((a_index >= 0) & (b_index >= 0)).any(axis=1)
         out = self._empty(int(alive.sum()), a.level - 1)
         left, right = (np.ascontiguousarray(index[alive]) for index in (a_index, b_index))
-        t = self._tables
-        self._run(
-            len(out), kernels.product_sums, a.words, left, b.words, right, self._keys, t.moduli, t.roots, t.inverses,
-            t.ring_inverse, out,
-        )  # fmt: skip
+        terms = kernels.Terms(a.words, left), kernels.Terms(b.words, right)
+        self._run(len(out), kernels.product_sums, *terms, self._keys, self._tables, out)
         return CkksTensor(out, _numbered(alive).reshape(shape), a.level - 1)
 
     def multiply(self, a: CkksTensor, b: CkksTensor) -> CkksTensor:
@@ -129,7 +126,7 @@ class Evaluator:
                 products = self._exact_product(digits[prime], gathered, prime)
                 high, low = products[:out_features], products[out_features:]
                 shift = float(1 << _SPLIT_BITS)
-                self._run(out_features, kernels.recombine, high, low, shift, t.moduli[prime], prime, sums, 0)
+                self._run(out_features, kernels.recombine, high, low, shift, t.moduli[prime], prime, sums)
             part = result[number * out_features : (number + 1) * out_features]
             self._rescale(sums, part)
         index = np.repeat(_numbered(alive), out_features).reshape(*a.index.shape[:-1], out_features)
@@ -163,7 +160,8 @@ class Evaluator:
         alive = ((left >= 0) | (right >= 0)).reshape(-1)
         out = self._empty(int(alive.sum()), a.level)
         left_index, right_index = (np.ascontiguousarray(index.reshape(-1)[alive]) for index in (left, right))
-        self._run(len(out), kernels.add, a.words, left_index, b.words, right_index, sign, self._tables.moduli, out)
+        terms = kernels.Terms(a.words, left_index), kernels.Terms(b.words, right_index)
+        self._run(len(out), kernels.add, *terms, sign, self._tables.moduli, out)
         return CkksTensor(out, _numbered(alive).reshape(left.shape), a.level)
 
     def add_constant(self, a: CkksTensor, constant: NDArray[np.float64]) -> CkksTensor:
@@ -252,8 +250,7 @@ class Evaluator:
         return np.remainder(wide, np.array(moduli, dtype=np.int64)).astype(np.uint64).reshape(-1, len(moduli))
 
     def _rescale(self, words: Words, out: Words) -> None:
-        t = self._tables
-        self._run(len(out), kernels.rescale, words, t.moduli, t.roots, t.inverses, t.ring_inverse, out)
+        self._run(len(out), kernels.rescale, words, self._tables, out)
 
     def _empty(self, count: int, level: int) -> Words:
         return np.empty((count, 2, self.parameters.primes(level), self.parameters.ring_dim), dtype=np.uint32)

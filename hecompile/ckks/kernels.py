@@ -9,7 +9,10 @@ releases the GIL and writes its own elements alone, so that threads share the wo
 # mypy: disallow-untyped-defs = False
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+from numpy.typing import NDArray
 
 from hecompile.ckks.transform import backward, forward, inlined
 from hecompile.he.kernels.jit import compiled
@@ -25,13 +28,26 @@ def _reduce(x, p, inverse):
     return min(r, r - p)
 
 
+class Terms(NamedTuple):
+    """Refer to ciphertexts in a store."""
+
+    words: NDArray[np.uint32]
+    """`[elements, 2, k, N]`."""
+    elements: NDArray[np.int64]
+    """Numbers of elements; -1 for zero."""
+
+
 @compiled
-def divide(poly, last, k, dropped, target, moduli, roots, inverses, ring_inverse, scratch):
-    """target[i] = (poly[i] - [poly mod q_dropped]) / q_dropped, rounded, i < k; `last` is overwritten. All transformed."""
+def divide(poly, last, k, dropped, target, tables, scratch):
+    """Set target[i] = (poly[i] - [poly mod q_dropped]) / q_dropped, rounded, for i < k; `last` is overwritten.
+
+    Everything is transformed. `tables` is a `Tables`.
+    """
     n = last.size
+    moduli, roots, inverses = tables.moduli, tables.roots, tables.inverses
     q = moduli[dropped]
     half = q >> np.uint64(1)
-    backward(last, roots[dropped], ring_inverse[dropped], q)
+    backward(last, roots[dropped], tables.ring_inverse[dropped], q)
     for j in range(n):
         v = last[j] + half
         last[j] = min(v, v - q)
@@ -48,12 +64,15 @@ def divide(poly, last, k, dropped, target, moduli, roots, inverses, ring_inverse
 
 
 @compiled
-def product_sums(a, a_index, b, b_index, keys, moduli, roots, inverses, ring_inverse, out, start, stop):
-    """out[e] = rescaled, relinearised Σ_t a[a_index[e, t]] · b[b_index[e, t]], start ≤ e < stop; index -1: left out.
+def product_sums(a, b, keys, tables, out, start, stop):
+    """Set out[e] to the rescaled, relinearised Σ_t a[e, t] · b[e, t], for start ≤ e < stop.
 
-    a, b: uint32 [.., 2, k, N]; keys: uint32 [digits, 2, m, N], m - 1 the special prime; out: uint32 [.., 2, k - 1, N].
+    a, b: `Terms` with elements [.., terms]; keys: uint32 [digits, 2, m, N], m - 1 the special prime; tables: `Tables`; out:
+    uint32 [.., 2, k - 1, N].
     """
     k, n = out.shape[2] + 1, out.shape[3]
+    left_words, left_index, right_words, right_index = a.words, a.elements, b.words, b.elements
+    moduli, roots = tables.moduli, tables.roots
     special = moduli.size - 1
     acc = np.zeros((3, k, n), dtype=np.uint64)
     switched = np.zeros((2, k + 1, n), dtype=np.uint64)
@@ -69,11 +88,12 @@ def product_sums(a, a_index, b, b_index, keys, moduli, roots, inverses, ring_inv
             d1[:] = 0
             d2[:] = 0
             pending = 0
-            for t in range(a_index.shape[1]):
-                left, right = a_index[e, t], b_index[e, t]
+            for t in range(left_index.shape[1]):
+                left, right = left_index[e, t], right_index[e, t]
                 if left < 0 or right < 0:
                     continue
-                a0, a1, b0, b1 = a[left, 0, i], a[left, 1, i], b[right, 0, i], b[right, 1, i]
+                a0, a1 = left_words[left, 0, i], left_words[left, 1, i]
+                b0, b1 = right_words[right, 0, i], right_words[right, 1, i]
                 for j in range(n):
                     x0, x1, y0, y1 = np.uint64(a0[j]), np.uint64(a1[j]), np.uint64(b0[j]), np.uint64(b1[j])
                     d0[j] += x0 * y0
@@ -92,7 +112,7 @@ def product_sums(a, a_index, b, b_index, keys, moduli, roots, inverses, ring_inv
                 d2[j] = _reduce(d2[j], p, reciprocal)
         for i in range(k):
             digits[i] = acc[2, i]
-            backward(digits[i], roots[i], ring_inverse[i], moduli[i])
+            backward(digits[i], roots[i], tables.ring_inverse[i], moduli[i])
         for i in range(k + 1):
             m = i if i < k else special
             p = moduli[m]
@@ -117,19 +137,17 @@ def product_sums(a, a_index, b, b_index, keys, moduli, roots, inverses, ring_inv
                         s0[j] = _reduce(s0[j], p, reciprocal)
                         s1[j] = _reduce(s1[j], p, reciprocal)
         for c in range(2):
-            divide(
-                switched[c], switched[c, k], k, special, switched[c], moduli, roots, inverses, ring_inverse, scratch
-            )
+            divide(switched[c], switched[c, k], k, special, switched[c], tables, scratch)
             for i in range(k):
                 p = moduli[i]
                 for j in range(n):
                     v = acc[c, i, j] + switched[c, i, j]
                     acc[c, i, j] = min(v, v - p)
-            divide(acc[c], acc[c, k - 1], k - 1, k - 1, out[e, c], moduli, roots, inverses, ring_inverse, scratch)
+            divide(acc[c], acc[c, k - 1], k - 1, k - 1, out[e, c], tables, scratch)
 
 
 @compiled
-def rescale(words, moduli, roots, inverses, ring_inverse, out, start, stop):
+def rescale(words, tables, out, start, stop):
     """out[e] = words[e] divided by its last prime, rounded. words: uint32 [.., 2, k, N]; out: uint32 [.., 2, k - 1, N]."""
     k, n = words.shape[2], words.shape[3]
     last = np.zeros(n, dtype=np.uint64)
@@ -138,7 +156,7 @@ def rescale(words, moduli, roots, inverses, ring_inverse, out, start, stop):
         for c in range(2):
             for j in range(n):
                 last[j] = words[e, c, k - 1, j]
-            divide(words[e, c], last, k - 1, k - 1, out[e, c], moduli, roots, inverses, ring_inverse, scratch)
+            divide(words[e, c], last, k - 1, k - 1, out[e, c], tables, scratch)
 
 
 @compiled
@@ -176,21 +194,22 @@ def sums(words, index, moduli, out, start, stop):
 
 
 @compiled
-def add(a, a_index, b, b_index, sign, moduli, out, start, stop):
-    """out[e] = a[a_index[e]] + sign · b[b_index[e]], sign 1 or -1; index -1: zero."""
+def add(a, b, sign, moduli, out, start, stop):
+    """Set out[e] = a[e] + sign · b[e] for `Terms` a and b with elements [..], sign 1 or -1."""
+    left_words, left_index, right_words, right_index = a.words, a.elements, b.words, b.elements
     for e in range(start, stop):
-        left, right = a_index[e], b_index[e]
+        left, right = left_index[e], right_index[e]
         for c in range(2):
             for i in range(out.shape[2]):
                 p = moduli[i]
                 target = out[e, c, i]
                 if left >= 0:
-                    target[:] = a[left, c, i]
+                    target[:] = left_words[left, c, i]
                 else:
                     target[:] = 0
                 if right < 0:
                     continue
-                source = b[right, c, i]
+                source = right_words[right, c, i]
                 if sign > 0:
                     for j in range(target.size):
                         v = np.uint64(target[j]) + np.uint64(source[j])
@@ -228,14 +247,14 @@ def gather(words, index, prime, out, start, stop):
 
 
 @compiled
-def recombine(high, low, shift, p, prime, out, first, start, stop):
-    """out[first + f, :, prime] = high[f] · 2^shift + low[f] mod p, both exact integers in float64 [2N]."""
+def recombine(high, low, shift, p, prime, out, start, stop):
+    """Set out[f, :, prime] = high[f] · shift + low[f] mod p, both exact integers in float64 [2N]."""
     n = out.shape[3]
     reciprocal = 1.0 / np.float64(p)
     modulus = np.float64(p)
     for f in range(start, stop):
         for c in range(2):
-            target = out[first + f, c, prime]
+            target = out[f, c, prime]
             for j in range(n):
                 upper, lower = high[f, c * n + j], low[f, c * n + j]
                 upper -= np.floor(upper * reciprocal) * modulus  # exact: the quotient is below 2^23

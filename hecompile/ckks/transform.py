@@ -8,8 +8,8 @@ Values at the odd powers of ψ, the least primitive 2N-th root of unity mod p, i
 # mypy: disallow-untyped-defs = False
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -20,15 +20,17 @@ from hecompile.he.kernels.jit import compiled
 inlined = numba.njit(nogil=True, inline="always", boundscheck=False, error_model="numpy")
 
 
-@dataclass(frozen=True, eq=False)
-class Tables:
-    """Per modulus m of a chain: uint64 roots [m, 4, N] (powers, their quotients, inverse powers, theirs), moduli [m], and
-    inverses [m, m]: of modulus j mod modulus i at [j, i]; ring_inverse [m, 2]: N^-1 and its quotient."""
+class Tables(NamedTuple):
+    """Hold the constants of a chain of m moduli for the kernels, uint64."""
 
     moduli: NDArray[np.uint64]
+    """`[m]`."""
     roots: NDArray[np.uint64]
+    """`[m, 4, N]`: powers of the root, their quotients, inverse powers, their quotients."""
     inverses: NDArray[np.uint64]
+    """`[m, m]`: at [j, i] the inverse of modulus j modulo modulus i."""
     ring_inverse: NDArray[np.uint64]
+    """`[m, 2]`: N^-1 and its quotient."""
 
 
 @lru_cache(maxsize=4)
