@@ -111,11 +111,6 @@ class FoldedFft:
             folded[..., 1] *= _ROOT_OF_THREE / 2
         return torch.fft.fft(torch.view_as_complex(folded).mul_(self._twist))  # [..., d/2]
 
-    def inverse_real(self, values: Tensor) -> Tensor:
-        """Complex128 `[..., d/2]` → float64 `[..., d]`, before rounding."""
-        folded = self._inverse_folded(values)
-        return torch.cat((folded[..., 0], folded[..., 1]), dim=-1)  # [..., d]
-
     def inverse(self, values: Tensor, tokens: int | None = None) -> Tensor:
         """Complex128 `[..., d/2]` → int32 `[..., tokens]`: rounded to nearest, mod 2^32, the first `tokens` (or all d).
 

@@ -127,11 +127,6 @@ class AggregationParameters:
         """Largest error of a sum of reals over `clients` clients: noise, and half a step of quantisation each."""
         return (self.noise_bound(clients) + 0.5 * clients) / self.scale
 
-    def value_error_std(self, clients: int) -> float:
-        """Standard deviation of that error: error and two uniform roundings per client."""
-        variance = SAMPLES * SIGMA**2 + (self.step**2 - 1) / 12 + 1 / 12
-        return math.sqrt(clients * variance) / self.scale
-
     def quantise(self, values: NDArray[np.float32] | NDArray[np.float64]) -> NDArray[np.int32]:
         """Reals → integers, rounded to nearest: int32 `[n]`.
 
