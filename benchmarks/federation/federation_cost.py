@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.federation.federation_systems import MODULUS_BITS, POINTS, Cost, made_up_updates, ours, tenseal_ckks
 from benchmarks.report import table
-from hecompile.he.aggregation.scheme import AggregationParameters
+from hecompile.he.aggregation.parameters import AggregationParameters
 
 COUNT, CLIENTS, FEWER, REPEATS, VALUE_RANGE = 1_000_000, 5, 3, 9, 0.25
 PROSE = """\

@@ -12,7 +12,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 
 from hecompile.he.aggregation import scheme as aggregation
-from hecompile.he.aggregation.scheme import AggregationParameters, EncryptedSum, EncryptedVector
+from hecompile.he.aggregation.parameters import AggregationParameters
+from hecompile.he.aggregation.scheme import EncryptedSum, EncryptedVector
 from hecompile.he.random.sampling import PublicSeed, SecretRandom
 from hecompile.runtime.federation.protocol import shamir
 from hecompile.runtime.federation.protocol.channels import Channels

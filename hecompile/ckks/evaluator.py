@@ -179,7 +179,7 @@ class Evaluator:
 
     def reduce_sum(self, a: CkksTensor, axes: tuple[int, ...], keep: bool) -> CkksTensor:
         """The sum over axes."""
-        terms, shape = summed(a.index, axes, keep)
+        terms, shape = sum_terms(a.index, axes, keep)
         alive = (terms >= 0).any(axis=1)
         out = self._empty(int(alive.sum()), a.level)
         self._run(len(out), kernels.sums, a.words, np.ascontiguousarray(terms[alive]), self._tables.moduli, out)
@@ -265,7 +265,7 @@ class Evaluator:
             future.result()
 
 
-def summed(index: NDArray[np.int64], axes: tuple[int, ...], keep: bool) -> tuple[NDArray[np.int64], tuple[int, ...]]:
+def sum_terms(index: NDArray[np.int64], axes: tuple[int, ...], keep: bool) -> tuple[NDArray[np.int64], tuple[int, ...]]:
     """The terms of a sum over axes, [elements, terms], and the result's shape."""
     axes = tuple(axis % index.ndim for axis in axes)
     kept = [axis for axis in range(index.ndim) if axis not in axes]

@@ -124,13 +124,13 @@ class SecretKey(Unsharable):
         evaluator, ciphertext, plain = api.Evaluator(self._context), api.Ciphertext(self._context), api.Plaintext()
         self._encoder.encode(0.0, parameters.scales[-1], plain)
         self._encryptor.encrypt_symmetric(plain, ciphertext)
-        found = {}
+        fields = {}
         for level in range(parameters.levels, -1, -1):
             shape = (2, parameters.primes(level), parameters.ring_dim)
-            found[level] = fields_and_words(ciphertext, self._file, shape)[0]
+            fields[level] = fields_and_words(ciphertext, self._file, shape)[0]
             if level:
                 evaluator.mod_switch_to_next_inplace(ciphertext)
-        return found
+        return fields
 
     def _check(self) -> None:
         if os.getpid() != self._process:

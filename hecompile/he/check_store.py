@@ -39,17 +39,17 @@ class CheckStore:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._found: dict[str, Checks] = {}
+        self._checks: dict[str, Checks] = {}
         self._lock = threading.Lock()
 
     def checks(self, circuit: str, linear: LinearParameters) -> Checks:
         """Of that circuit. Raises InputError where the file is missing, damaged or of another circuit."""
         with self._lock:
-            if circuit not in self._found:
+            if circuit not in self._checks:
                 path = _path(self._directory, circuit)
                 try:
                     packed = np.load(path, allow_pickle=False)
                 except (OSError, ValueError, EOFError) as error:
                     raise InputError(f"the check vectors {path} cannot be read ({error}): export again") from error
-                self._found[circuit] = Checks.unpack(packed, linear)
-            return self._found[circuit]
+                self._checks[circuit] = Checks.unpack(packed, linear)
+            return self._checks[circuit]

@@ -38,9 +38,9 @@ def encode(x: Tensor, bound: int, norm_bound: float = 0.0) -> tuple[Tensor, Tens
     if norm_bound > 0:
         length = torch.linalg.vector_norm(exact, dim=1, keepdim=True)  # [T, 1]
         scale = torch.minimum(scale, length / norm_bound)
-    dark = scale < SMALLEST_SCALE  # below, scale would have lost precision and its inverse could be infinite
-    scale = scale.masked_fill(dark, 0.0)
-    inverse = (1 / scale).masked_fill(dark, 0.0)
+    negligible = scale < SMALLEST_SCALE  # below, scale would have lost precision and its inverse could be infinite
+    scale = scale.masked_fill(negligible, 0.0)
+    inverse = (1 / scale).masked_fill(negligible, 0.0)
     # A largest value of bound · (1 + 2^-51) at most rounds to bound; the norm bound has slack of its own.
     return torch.mul(exact, inverse).round_().to(torch.int32), scale
 

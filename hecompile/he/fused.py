@@ -50,16 +50,16 @@ memory first, which is what two threads wait for. Of smaller ciphertexts much is
 class RealKey(DecryptionKey):
     """A `DecryptionKey` that also knows the scale of each token, and which rows were zero and not sent."""
 
-    __slots__ = ("expectation", "live", "rows", "scale")
+    __slots__ = ("expectation", "rows", "scale", "sent_rows")
 
     def __init__(
         self, params: RingParameters, linear: LinearParameters, secrets: NDArray[np.int8], scale: NDArray[np.float64],
-        live: Tensor | None, rows: int, expectation: Expectation | None = None,
+        sent_rows: Tensor | None, rows: int, expectation: Expectation | None = None,
     ) -> None:  # fmt: skip
         super().__init__(params, linear, len(scale), secrets)
         self.expectation = expectation  # of the reply; None where it is not to be checked
         self.scale = scale  # float64 [T'] of the rows sent
-        self.live = live  # int64 [T']: which rows those are, or None for all
+        self.sent_rows = sent_rows  # int64 [T']: which rows those are, or None for all
         self.rows = rows  # T
 
 
@@ -97,16 +97,16 @@ def encrypt_reals(
     factors = _factors(column_scale, linear.in_features)
     rows = x.detach().contiguous()
     scale = _scales(rows, factors, linear)
-    live = None
+    sent_rows = None
     if not scale.all():
-        live = torch.from_numpy(np.flatnonzero(scale))
-        rows, scale = rows[live], scale[live.numpy()]
+        sent_rows = torch.from_numpy(np.flatnonzero(scale))
+        rows, scale = rows[sent_rows], scale[sent_rows.numpy()]
     params = public.params
     secrets = [keygen(params).spend() for _ in blocks(len(rows), params.ring_dim)]
     stacked = np.array(secrets, dtype=np.int8).reshape(-1, params.rank, params.ring_dim)
     random = SecretRandom()
-    expectation = None if checks is None else Expectation.of(checks, len(rows), random)
-    key = RealKey(params, linear, stacked, scale, live, len(x), expectation)
+    expectation = None if checks is None else Expectation.draw(checks, len(rows), random)
+    key = RealKey(params, linear, stacked, scale, sent_rows, len(x), expectation)
     del secrets, stacked  # the key has them: no other frame does
     planes = result_of((linear.upload_limbs, len(rows), linear.in_features), np.uint8)
     if len(rows):
@@ -189,11 +189,11 @@ def decrypt_reals(
             lambda part: _decrypt_part(key, hint, planes, linear, factors, result, part, received),
             _parts(linear.out_features, key.tokens, key.params),
         )
-        received.refuse_unless_right(linear)
-    if key.live is None:
+        received.verify(linear)
+    if key.sent_rows is None:
         return result
     full = torch.zeros((key.rows, linear.out_features), dtype=torch.float32)
-    full[key.live] = result
+    full[key.sent_rows] = result
     return full
 
 

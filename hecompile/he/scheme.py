@@ -217,8 +217,8 @@ def _check_input(public: PublicMatrix, x: Tensor, linear: LinearParameters) -> N
 def _top_bytes(words: Tensor, count: int, step: int) -> Tensor:
     """Rounds int32 words mod 2^32 to multiples of `step` = 2^(8(4-count)), ties up: uint8 `[count, *words.shape]`."""
     rounded = words + step // 2 if step > 1 else words
-    octets = rounded.contiguous().view(torch.uint8).view(*words.shape, 4)[..., 4 - count :]
-    return octets.permute(2, 0, 1).contiguous()
+    split = rounded.contiguous().view(torch.uint8).view(*words.shape, 4)[..., 4 - count :]
+    return split.permute(2, 0, 1).contiguous()
 
 
 def _from_top_bytes(planes: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ class Checks(Unsharable):
     Who knows it can cheat, and learns nothing else. Raises InputError where shapes or values do not fit.
     """
 
-    __slots__ = ("_allowed", "_squares", "images", "images_by_lines", "vectors", "vectors_by_lines")
+    __slots__ = ("_squares", "_tolerances", "images", "images_by_lines", "vectors", "vectors_by_lines")
 
     def __init__(self, vectors: NDArray[np.int32], images: NDArray[np.int32]) -> None:
         variants, outputs = vectors.shape
@@ -125,7 +125,7 @@ class Checks(Unsharable):
             [np.square(vectors[:, at : at + GROUP], dtype=np.float64).sum(axis=1) for at in range(0, outputs, GROUP)], axis=1
         )
         self.vectors, self.images = np.ascontiguousarray(vectors), np.ascontiguousarray(images)
-        self._allowed: tuple[LinearParameters, NDArray[np.int64]] | None = None
+        self._tolerances: tuple[LinearParameters, NDArray[np.int64]] | None = None
         self.vectors_by_lines = _by_lines(self.vectors)
         self.images_by_lines = _by_lines(self.images.reshape(-1, self.images.shape[2]))
 
@@ -147,10 +147,10 @@ class Checks(Unsharable):
 
     def tolerances(self, linear: LinearParameters) -> NDArray[np.int64]:
         """int64 [VARIANTS, checks]: see `tolerance`."""
-        if self._allowed is None or self._allowed[0] != linear:
-            found = [[tolerance(linear, float(square)) for square in row] for row in self._squares]
-            self._allowed = linear, np.array(found, dtype=np.int64)
-        return self._allowed[1]
+        if self._tolerances is None or self._tolerances[0] != linear:
+            allowed = [[tolerance(linear, float(square)) for square in row] for row in self._squares]
+            self._tolerances = linear, np.array(allowed, dtype=np.int64)
+        return self._tolerances[1]
 
     def check_fits(self, linear: LinearParameters) -> None:
         """Raises InputError where these are not of a circuit of that shape: the kernels do not look."""
@@ -209,7 +209,7 @@ class Expectation(_Sums):
         self.checks, self.variants = checks, variants
 
     @classmethod
-    def of(cls, checks: Checks, tokens: int, random: SecretRandom) -> Expectation:
+    def draw(cls, checks: Checks, tokens: int, random: SecretRandom) -> Expectation:
         """With freshly drawn variants."""
         return cls(checks, random.below_power_of_two(VARIANTS.bit_length() - 1, tokens))
 
@@ -221,7 +221,7 @@ class Received(_Sums):
         super().__init__(tokens, 0 if expectation is None else expectation.sums.shape[1])
         self._expectation = expectation
 
-    def refuse_unless_right(self, linear: LinearParameters) -> None:
+    def verify(self, linear: LinearParameters) -> None:
         """Raises VerificationError, with how many tokens deviate, unless |D| ≤ tolerance for all."""
         if self._expectation is None:
             return
@@ -248,8 +248,8 @@ def hint_is_right(checks: Checks, coefficients: Tensor, matrix: Tensor) -> bool:
         image = torch.from_numpy(checks.images[:, group]).double()
         right = torch.zeros(left.shape, dtype=torch.int64)
         for place in range(4):  # byte by byte, so that sums are below 2^27 · 2^8 · 2^15 and exact
-            octets = ((matrix >> (8 * place)) & 255).double()
-            right += (image @ octets).to(torch.int64) << (8 * place)
+            digits = ((matrix >> (8 * place)) & 255).double()
+            right += (image @ digits).to(torch.int64) << (8 * place)
         if not torch.equal(left.to(torch.int64).to(torch.int32), right.to(torch.int32)):
             return False
     return True

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hecompile.errors import InputError
-from hecompile.he.aggregation.scheme import CLIENT_LIMIT
+from hecompile.he.aggregation.parameters import CLIENT_LIMIT
 from hecompile.runtime.client.session import open_session
 from hecompile.runtime.federation.local import LocalTrainer
 from hecompile.runtime.federation.protocol.layout import Layout

@@ -18,10 +18,6 @@ secrets and errors of width σ this is Hint-MLWE with one hint and M = I, which 
 SIGMA: σ = 2·SIGMA, σ_0 = SIGMA, and hardness is read from the project's table at SIGMA, less log2(clients) bits for
 replacing the honest messages one after the other. The table's entries are for ternary secrets, which are smaller than
 these and no harder.
-
-**No overflow.** |x| ≤ `integer_bound` = ⌊(2^31 - 1 - noise_bound(K)) / K⌋ for K = max_clients, so the sum over any K clients
-or fewer is within (-q/2, q/2). `noise_bound` adds the largest values of everything that is random or rounded; it holds
-always, not with high probability.
 """
 
 from __future__ import annotations
@@ -37,120 +33,14 @@ from numpy.typing import NDArray
 
 from hecompile.errors import FederationError, InputError, SecurityError
 from hecompile.he.aggregation.masks import masks
+from hecompile.he.aggregation.parameters import SAMPLES, AggregationParameters
 from hecompile.he.kernels.transform import transform_secrets
-from hecompile.he.parameters import CATALOGUE, LOG_Q, RingParameters
-from hecompile.he.random.sampling import ERROR_BOUND, SIGMA, PublicSeed, SecretRandom, Unsharable
-from hecompile.he.ring import rounding_error_bound
-from hecompile.he.security import MINIMUM_BITS, security_bits
+from hecompile.he.random.sampling import SIGMA, PublicSeed, SecretRandom, Unsharable
 
-SAMPLES = 4
-"""How many samples of width SIGMA a coordinate of a key or an error is the sum of; √SAMPLES · SIGMA is its width."""
-SMALL_BOUND = SAMPLES * ERROR_BOUND
-"""Largest absolute value of such a coordinate."""
-CLIENT_LIMIT = 128
-"""Most clients: their keys' sum must stay within half of the field that its shares live in
-(`runtime/federation/protocol/shamir.py`)."""
 _NORM_FACTOR = 1.5
 """An honest sum of keys is longer than this many times its expected length with probability below 2^-400."""
 
 Use = Literal["encrypt", "share"]
-
-
-@dataclass(frozen=True)
-class AggregationParameters:
-    """What all clients of a sum agree on.
-
-    Args:
-        max_clients: K, how many ciphertexts may be added.
-        value_range: R > 0; encoded reals are at most that in absolute value.
-        upload_bytes: 3 or 4, the bytes of a word of the ciphertext that are sent.
-        ring: of the project's catalogue.
-
-    Raises:
-        InputError: a field is out of range.
-        SecurityError: under 128 bits once the loss for K clients is taken off.
-    """
-
-    max_clients: int
-    value_range: float
-    upload_bytes: int = 3
-    ring: RingParameters = CATALOGUE["2048x1"]
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.max_clients <= CLIENT_LIMIT:
-            raise InputError(f"a sum is over 2 to {CLIENT_LIMIT} clients, got max_clients {self.max_clients}")
-        if not (math.isfinite(self.value_range) and self.value_range > 0):
-            raise InputError(f"value_range must be a positive number, got {self.value_range}")
-        if self.upload_bytes not in (3, 4):
-            raise InputError(f"upload_bytes must be 3 or 4, got {self.upload_bytes}")
-        if not self.ring.insecure and self.security_bits < MINIMUM_BITS:
-            raise SecurityError(
-                f"{self.ring.ring_dim} x {self.ring.rank} gives {self.security_bits:.1f} bits for sums over "
-                f"{self.max_clients} clients, under {MINIMUM_BITS}: take a larger ring, e.g. 2048x1"
-            )
-
-    @property
-    def security_bits(self) -> float:
-        """By the project's table at half the width of the secrets, less log2(max_clients); see above."""
-        if self.ring.insecure:
-            return 0.0
-        width = math.sqrt(SAMPLES) * SIGMA / 2
-        return security_bits(self.ring.lattice_dim, LOG_Q, width) - math.log2(self.max_clients)
-
-    @property
-    def step(self) -> int:
-        """U: ciphertext words are rounded to its multiples."""
-        return 1 << (8 * (4 - self.upload_bytes))
-
-    def noise_bound(self, clients: int) -> int:
-        """Largest |opened - Σ x| that can occur over `clients` ciphertexts.
-
-        Each adds its error, half a step of rounding and what its float64 product may be off by; the product with the sum of
-        the keys adds the last of these once more. The products' bound is the ring's, times the norm of a key whose
-        coordinates are all SMALL_BOUND over that of a ternary one; in practice they are exact.
-        """
-        product = math.floor(rounding_error_bound(self.ring) * SMALL_BOUND + 0.5)
-        rounding = self.step // 2 if self.step > 1 else 0
-        return clients * (SMALL_BOUND + rounding + 2 * product)
-
-    @property
-    def integer_bound(self) -> int:
-        """Largest |x| of a coordinate that a client may encrypt."""
-        return (2 ** (LOG_Q - 1) - 1 - self.noise_bound(self.max_clients)) // self.max_clients
-
-    @property
-    def scale(self) -> float:
-        """Integer steps per unit of a real value."""
-        return self.integer_bound / self.value_range
-
-    def value_error(self, clients: int) -> float:
-        """Largest error of a sum of reals over `clients` clients: noise, and half a step of quantisation each."""
-        return (self.noise_bound(clients) + 0.5 * clients) / self.scale
-
-    def quantise(self, values: NDArray[np.float32] | NDArray[np.float64]) -> NDArray[np.int32]:
-        """Reals → integers, rounded to nearest: int32 `[n]`.
-
-        Raises:
-            FederationError: a value is not finite, or beyond `value_range`.
-        """
-        flat = np.asarray(values).reshape(-1)
-        largest = float(np.max(np.abs(flat))) if flat.size else 0.0
-        if not math.isfinite(largest):
-            raise FederationError(
-                "the update holds values that are not finite; it was not encrypted. Lower the learning rate",
-                public="its update holds values that are not finite",
-            )
-        if largest > self.value_range:
-            raise FederationError(
-                f"the update reaches {largest:.4g}, beyond the agreed range {self.value_range:g}: lower the learning "
-                "rate or the local steps, or agree on a larger value_range",
-                public="its update is beyond the agreed range",
-            )
-        return np.rint(flat.astype(np.float64) * self.scale).astype(np.int32)
-
-    def to_reals(self, sums: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Opened sums of integers → sums of reals."""
-        return sums / self.scale
 
 
 class AggregationKey(Unsharable):
@@ -254,8 +144,8 @@ def _encrypt_with(
     b += x
     if params.step > 1:
         b += np.int32(params.step // 2)
-    octets = b.view(np.uint8).reshape(-1, 4)[:, 4 - params.upload_bytes :]  # rounding to nearest, ties up
-    return EncryptedVector(np.ascontiguousarray(octets))
+    wire = b.view(np.uint8).reshape(-1, 4)[:, 4 - params.upload_bytes :]  # rounding to nearest, ties up
+    return EncryptedVector(np.ascontiguousarray(wire))
 
 
 class EncryptedSum:
@@ -272,9 +162,9 @@ class EncryptedSum:
             raise FederationError(f"a ciphertext of {vector.count} coordinates in a sum of {self._words.size}")
         if self.clients == self.params.max_clients:
             raise FederationError(f"the sum could overflow beyond {self.params.max_clients} clients")
-        octets = np.zeros((self._words.size, 4), dtype=np.uint8)
-        octets[:, 4 - self.params.upload_bytes :] = vector.words
-        self._words += octets.view("<u4")[:, 0]
+        words = np.zeros((self._words.size, 4), dtype=np.uint8)
+        words[:, 4 - self.params.upload_bytes :] = vector.words
+        self._words += words.view("<u4")[:, 0]
         self.clients += 1
 
     def open(self, seed: PublicSeed, key_sum: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -111,8 +111,8 @@ def _pack_line(align: int, past_the_caches: bool) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             _, line, out, plane = args
             for limb in range(count):
-                octets = builder.trunc(builder.lshr(line, _constant(8 * limb)), _BYTES)
-                store = builder.store(octets, _at(builder, out, plane, limb, _BYTES), align=align)
+                limb_bytes = builder.trunc(builder.lshr(line, _constant(8 * limb)), _BYTES)
+                store = builder.store(limb_bytes, _at(builder, out, plane, limb, _BYTES), align=align)
                 if past_the_caches:
                     store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
             return context.get_dummy_value()
@@ -154,8 +154,8 @@ def unpack_line(typing_context, limbs, source, plane):  # type: ignore[no-untype
         _, source, plane = args
         line: Any = ir.Constant(_WORDS, None)
         for limb in range(count):
-            octets = builder.load(_at(builder, source, plane, limb, _BYTES), align=1)
-            line = builder.or_(line, builder.shl(builder.zext(octets, _WORDS), _constant(8 * limb)))
+            limb_bytes = builder.load(_at(builder, source, plane, limb, _BYTES), align=1)
+            line = builder.or_(line, builder.shl(builder.zext(limb_bytes, _WORDS), _constant(8 * limb)))
         return line
 
     return LINE(limbs, types.int64, types.int64), generate

@@ -25,10 +25,10 @@ _LOCAL = threading.local()
 def scratch(name: str, count: int, dtype: type[np.generic]) -> NDArray[Any]:
     """An uninitialized flat array of this thread, aligned to a cache line; the next call with `name` overwrites it."""
     arrays: dict[str, NDArray[Any]] = _LOCAL.__dict__.setdefault("arrays", {})
-    found = arrays.get(name)
-    if found is None or found.size < count or found.dtype != dtype:
-        found = arrays[name] = aligned(count, dtype)
-    return found[:count]
+    array = arrays.get(name)
+    if array is None or array.size < count or array.dtype != dtype:
+        array = arrays[name] = aligned(count, dtype)
+    return array[:count]
 
 
 _KEPT_FROM = 1 << 25
@@ -53,7 +53,7 @@ def result_of(shape: tuple[int, ...], dtype: type[np.generic]) -> Tensor:
     if not _KEPT_FROM <= size <= _KEPT_IN_ALL:
         return torch.from_numpy(aligned(count, dtype).reshape(shape))
     with _lock:
-        memory = _of_a_result_that_is_gone(size, np.dtype(dtype))
+        memory = _reclaim(size, np.dtype(dtype))
         memory = aligned(count, dtype) if memory is None else memory
         handed_out = memory[:count].reshape(shape)  # the tensor, and whatever shares its storage, holds this very array
         if sum(each.nbytes for each, _ in _results) + memory.nbytes <= _KEPT_IN_ALL:
@@ -62,7 +62,7 @@ def result_of(shape: tuple[int, ...], dtype: type[np.generic]) -> Tensor:
     return torch.from_numpy(handed_out)
 
 
-def _of_a_result_that_is_gone(size: int, dtype: np.dtype[Any]) -> NDArray[Any] | None:
+def _reclaim(size: int, dtype: np.dtype[Any]) -> NDArray[Any] | None:
     """Memory that fits. Where there is none, as much of what is free is let go as makes room for that many bytes."""
     for index, (memory, result) in enumerate(_results):
         if result() is None and memory.dtype == dtype and size <= memory.nbytes <= 2 * size:

@@ -56,11 +56,11 @@ def slices(total: int, step: int) -> list[slice]:
 
 @lru_cache(maxsize=4)
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="hecompile-share", initializer=_mark)
+    return ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="hecompile-share", initializer=_mark_as_worker)
 
 
 _LOCAL = threading.local()
 
 
-def _mark() -> None:
+def _mark_as_worker() -> None:
     _LOCAL.working = True

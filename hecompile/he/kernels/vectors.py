@@ -57,7 +57,7 @@ class SingleAddressType(types.Type):
 F8, I8, S8, SINGLE_ADDRESS = F8Type(), I8Type(), S8Type(), SingleAddressType()
 DOUBLES = ir.VectorType(ir.DoubleType(), LANES)
 WORDS = ir.VectorType(ir.IntType(32), LANES)
-OCTETS = ir.VectorType(ir.IntType(8), LANES)
+BYTES = ir.VectorType(ir.IntType(8), LANES)
 SINGLES = ir.VectorType(ir.FloatType(), LANES)
 
 
@@ -188,7 +188,7 @@ def to_real(typing_context, words, start):  # type: ignore[no-untyped-def]
 load_f64 = _load_as(DOUBLES, 8, F8, lambda builder, v: v)
 load_f32 = _load_as(SINGLES, 4, F8, lambda builder, v: builder.fpext(v, DOUBLES))
 load_i32 = _load_as(WORDS, 4, I8, lambda builder, v: v)
-load_i8 = _load_as(OCTETS, 1, I8, lambda builder, v: builder.sext(v, WORDS))
+load_i8 = _load_as(BYTES, 1, I8, lambda builder, v: builder.sext(v, WORDS))
 store_f64 = _store_as(DOUBLES, 8, F8, lambda builder, v: v)
 store_f32 = _store_as(SINGLES, 4, F8, lambda builder, v: builder.fptrunc(v, SINGLES))
 store_i32 = _store_as(WORDS, 4, I8, lambda builder, v: v)

@@ -13,8 +13,7 @@ from hecompile.errors import SecurityError
 from hecompile.he.kernels.jit import compiled
 from hecompile.he.kernels.scratch import scratch
 from hecompile.he.kernels.vectors import address
-from hecompile.he.random import table_comparison as comparisons
-from hecompile.he.random import table_lookup as bytewise
+from hecompile.he.random import table_comparison, table_lookup
 
 SIGMA = 3.2
 """Standard deviation of the error."""
@@ -28,7 +27,7 @@ _STRADDLES = 127
 _NO_STEP = 255
 """In the place of a step's second byte, where a cell has no step."""
 
-_LANES = bytewise.LANES
+_LANES = table_lookup.LANES
 _BLOCK = 1 << 15
 """Samples whose open places are listed before they are looked at."""
 
@@ -132,7 +131,7 @@ def gaussian_from_uniform(
     low, undecided = scratch("low", count, np.uint8), scratch("undecided", count, np.uint32)
     done, used, left_open = 0, 0, 0
     tables, fine, wanted = step_tables().ravel(), gaussian_table(16), wants_second()
-    if bytewise.supported() and count >= _LANES:
+    if table_lookup.supported() and count >= _LANES:
         done = count // _LANES * _LANES
         places = scratch("places", _BLOCK + _LANES, np.uint16)
         used, left_open = _look_up_vectors(top, second, tables, fine, samples, low, places, undecided)
@@ -161,11 +160,11 @@ def _look_up_vectors(top, second, steps, fine, samples, low, places, undecided):
         for i in range(start, min(start + _BLOCK, top.size) - _LANES + 1, _LANES):
             if used + _LANES > second.size:
                 return second.size + 1, 0
-            found = bytewise.step_sample(
+            result = table_lookup.step_sample(
                 top_ + i, second_ + used, steps_, samples_ + i, low_ + i, i - start, places_ + 2 * count
             )
-            count += found & 0xFFFFFFFF
-            used += found >> 32
+            count += result & 0xFFFFFFFF
+            used += result >> 32
         for c in range(count):
             k = start + np.int64(places[c])
             sample = fine[(np.int64(top[k]) << 8) | np.int64(low[k])]
@@ -176,7 +175,7 @@ def _look_up_vectors(top, second, steps, fine, samples, low, places, undecided):
     return used, left_open
 
 
-_top_byte_samples = comparisons.top_byte_samples(step_tables()[0].view(np.int8).tolist(), wants_second().tolist())
+_top_byte_samples = table_comparison.top_byte_samples(step_tables()[0].view(np.int8).tolist(), wants_second().tolist())
 
 
 @compiled
@@ -193,7 +192,7 @@ def _compare_vectors(top, second, fine, samples, low, undecided):  # type: ignor
             return second.size + 1, 0
         mask = _top_byte_samples(top_ + i, samples_ + i)
         while mask != 0:
-            k = i + comparisons.lowest_bit(mask)
+            k = i + table_comparison.lowest_bit(mask)
             mask &= mask - 1
             low[k] = second[used]
             used += 1

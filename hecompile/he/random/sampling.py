@@ -161,7 +161,7 @@ class SecretRandom(Unsharable):
         """
         count = math.prod(shape)
         samples = np.empty(count, dtype=np.int8) if out is None else out
-        if count <= _FEW:
+        if count <= _FROM_SYSTEM:
             drawn = _system_bytes(count + second_bytes(count))
             return gaussian_from_uniform(drawn[:count], drawn[count:], _system_bytes, samples).reshape(shape)
         keystream = _Keystream()
@@ -170,11 +170,11 @@ class SecretRandom(Unsharable):
         return samples.reshape(shape)
 
 
-_FEW = 1 << 10
+_FROM_SYSTEM = 1 << 10
 """Samples whose random bits the operating system draws sooner than a cipher is set up."""
 _PIECE = 1 << 20
 """Samples drawn at a time."""
-_ROOM = 15
+_CIPHER_MARGIN = 15
 """Bytes more than wanted that the cipher asks room for."""
 _ZEROS = bytes((1 << 20) + (1 << 18))
 """What is encrypted at a time: as much as a piece of samples wants. The cipher lets go of Python's lock while it works, and
@@ -191,9 +191,9 @@ class _Keystream(Unsharable):
         self._encryptor = Cipher(AES256(os.urandom(32)), mode=GCM(bytes(12))).encryptor()
 
     def fill(self, target: NDArray[np.uint8]) -> None:
-        """Overwrites all but the last _ROOM bytes of `target` with fresh uniform bytes."""
+        """Overwrites all but the last _CIPHER_MARGIN bytes of `target` with fresh uniform bytes."""
         zeros, into = memoryview(_ZEROS), target.data
-        end = target.size - _ROOM
+        end = target.size - _CIPHER_MARGIN
         for start in range(0, end, len(_ZEROS)):
             size = min(len(_ZEROS), end - start)
             written = self._encryptor.update_into(zeros[:size], into[start:])
@@ -202,7 +202,7 @@ class _Keystream(Unsharable):
 
     def take(self, count: int) -> NDArray[np.uint8]:
         """Fresh uniform bytes: uint8 `[count]`."""
-        target = np.empty(count + _ROOM, dtype=np.uint8)
+        target = np.empty(count + _CIPHER_MARGIN, dtype=np.uint8)
         self.fill(target)
         return target[:count]
 
@@ -216,9 +216,9 @@ def _draw_gaussian(keystream: _Keystream, samples: NDArray[np.int8]) -> None:
     """Fills them. All bytes that are likely to be wanted are drawn in one turn, for threads that wait for Python's lock."""
     count = samples.size
     known = count + second_bytes(count)
-    uniform = scratch("keystream", known + tail_bytes(count) + _ROOM, np.uint8)
+    uniform = scratch("keystream", known + tail_bytes(count) + _CIPHER_MARGIN, np.uint8)
     keystream.fill(uniform)
-    spare = [uniform[known:-_ROOM]]
+    spare = [uniform[known:-_CIPHER_MARGIN]]
 
     def more_bytes(wanted: int) -> NDArray[np.uint8]:
         tail = spare.pop()  # once: no byte serves two samples

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hecompile.he.aggregation.scheme import CLIENT_LIMIT, AggregationParameters
+from hecompile.he.aggregation.parameters import CLIENT_LIMIT, AggregationParameters
 from hecompile.runtime.privacy.noise import BASE_SIGMA, MULTIPLIERS
 from hecompile.runtime.recipes.section import Positive, Section
 

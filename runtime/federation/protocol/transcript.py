@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hecompile.errors import FederationError
-from hecompile.he.aggregation.scheme import AggregationParameters
+from hecompile.he.aggregation.parameters import AggregationParameters
 from hecompile.he.random.sampling import PublicSeed
 from hecompile.runtime.federation.protocol.channels import Roster, check_advert
 from hecompile.runtime.federation.protocol.messages import Advert

@@ -14,16 +14,8 @@ from hypothesis import strategies as st
 from hecompile.errors import FederationError, InputError, SecurityError
 from hecompile.he.aggregation import scheme as aggregation
 from hecompile.he.aggregation.masks import masks
-from hecompile.he.aggregation.scheme import (
-    SAMPLES,
-    SMALL_BOUND,
-    AggregationKey,
-    AggregationParameters,
-    EncryptedSum,
-    EncryptedVector,
-    encrypt,
-    keygen,
-)
+from hecompile.he.aggregation.parameters import SAMPLES, SMALL_BOUND, AggregationParameters
+from hecompile.he.aggregation.scheme import AggregationKey, EncryptedSum, EncryptedVector, encrypt, keygen
 from hecompile.he.kernels.ring_shape import trinomial
 from hecompile.he.kernels.transform import transform_secrets
 from hecompile.he.parameters import RingParameters, test_insecure_parameters

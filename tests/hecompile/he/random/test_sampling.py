@@ -18,9 +18,7 @@ from cryptography.hazmat.primitives.ciphers.modes import GCM
 from hecompile.errors import InputError, SecurityError
 from hecompile.he.parameters import RingParameters, test_insecure_parameters
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.he.random import sampling
-from hecompile.he.random import table_comparison as comparisons
-from hecompile.he.random import table_lookup as bytewise
+from hecompile.he.random import sampling, table_comparison, table_lookup
 from hecompile.he.random.gaussian import (
     _STRADDLES,
     gaussian_cdf,
@@ -183,9 +181,9 @@ def test_vectors_and_single_look_ups_agree_on_all_two_bytes(monkeypatch: pytest.
     starts = top.astype(np.uint64) << np.uint64(48)
     wanted = np.searchsorted(gaussian_cdf(), starts, side="right") - ERROR_BOUND
     for vectors in (True, False):
-        if vectors and not bytewise.supported():
+        if vectors and not table_lookup.supported():
             continue
-        monkeypatch.setattr(bytewise, "supported", lambda answer=vectors: answer)
+        monkeypatch.setattr(table_lookup, "supported", lambda answer=vectors: answer)
         for count in (1 << 16, 1000, 63):  # whole vectors and a remainder
             samples = gaussian_from_uniform(*two_bytes(top[:count]), lambda size: tail[:size])
             assert np.array_equal(samples, wanted[:count])
@@ -194,9 +192,9 @@ def test_vectors_and_single_look_ups_agree_on_all_two_bytes(monkeypatch: pytest.
 def test_a_second_byte_never_serves_two_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     wanting = int(np.flatnonzero(wants_second())[3])
     for vectors in (True, False):
-        if vectors and not bytewise.supported():
+        if vectors and not table_lookup.supported():
             continue
-        monkeypatch.setattr(bytewise, "supported", lambda answer=vectors: answer)
+        monkeypatch.setattr(table_lookup, "supported", lambda answer=vectors: answer)
         for count in (200, 50):
             top = np.full(count, wanting, dtype=np.uint8)
             enough = np.full(count + 64, 7, dtype=np.uint8)
@@ -323,4 +321,4 @@ def test_a_cipher_that_writes_too_little_is_noticed(monkeypatch: pytest.MonkeyPa
 
 def test_comparisons_refuse_a_table_that_does_not_grow_by_ones() -> None:
     with pytest.raises(ValueError, match="grow by ones"):
-        comparisons.top_byte_samples([0] * 100 + [2] * 156, [False] * 256)
+        table_comparison.top_byte_samples([0] * 100 + [2] * 156, [False] * 256)
