@@ -9,8 +9,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from hecompile.cli.options import wide_console
-
-ALL_LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+from hecompile.graph.llama import LLAMA_LINEARS
 
 
 def export_llama(
@@ -23,7 +22,7 @@ def export_llama(
     ] = 0.0,
     target_modules: Annotated[
         str, typer.Option(help="Comma-separated linears that get an adapter, any subset of the seven.")
-    ] = ALL_LINEARS,
+    ] = ",".join(LLAMA_LINEARS),
     precision: Annotated[
         float,
         typer.Option(

@@ -16,8 +16,7 @@ import onnx_ir as ir
 
 from hecompile.errors import InputError
 from hecompile.graph.ir import DOMAIN, ORIGIN, module_path, nodes_of_type, replace_node
-
-LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from hecompile.graph.llama import LLAMA_LINEARS
 
 
 def lora_name(path: str, matrix: str) -> str:

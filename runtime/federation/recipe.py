@@ -11,6 +11,7 @@ import peft
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hecompile.errors import InputError
+from hecompile.graph.llama import LLAMA_LINEARS
 from hecompile.runtime.federation.protocol.settings import Agreement, FederationSection
 from hecompile.runtime.recipes.document import read_document
 from hecompile.runtime.recipes.key_hints import explain
@@ -18,8 +19,6 @@ from hecompile.runtime.recipes.privacy import PrivacySection
 from hecompile.runtime.recipes.section import Positive, Section
 from hecompile.runtime.recipes.training import TrainingSection
 from hecompile.runtime.recipes.workplace import Workplace, resolve_address
-
-ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class OwnerSection(Section):
@@ -53,7 +52,7 @@ class LoraShape(Section):
     r: Positive = 8
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: list[str] = Field(default=list(ALL_LINEARS))
+    target_modules: list[str] = Field(default=list(LLAMA_LINEARS))
 
     def config(self) -> peft.LoraConfig:
         """As PEFT has it."""
