@@ -35,7 +35,7 @@ from hecompile.ckks.evaluator import CkksTensor, Evaluator
 from hecompile.ckks.keys import SecretKey
 from hecompile.ckks.library import seal
 from hecompile.ckks.parameters import CkksLiteral, CkksParameters
-from hecompile.compiler.ckks import CkksOptions, export_polynomial, lower_polynomial, merged_checkpoint
+from hecompile.compiler.ckks import CkksOptions, export_polynomial, lower_checkpoint, merged_checkpoint
 from hecompile.compiler.frontend import Checkpoint, load_checkpoint
 from hecompile.graph.interpreter import Interpreter
 from hecompile.models import REDUCED_POLYNOMIAL
@@ -146,7 +146,7 @@ def _evaluate(tuned: Tuned, rows: NDArray[np.int64], levels: int) -> Evaluation:
 
 
 def _cleartext(checkpoint: Checkpoint, options: CkksOptions, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    graph, _, _ = lower_polynomial(checkpoint, options)
+    graph, _, _ = lower_checkpoint(checkpoint, options)
     with torch.no_grad():
         embeddings = checkpoint.model.get_input_embeddings()(torch.from_numpy(rows))
         return np.asarray(Interpreter(graph).run({EMBEDDINGS: embeddings})["logits"].numpy())

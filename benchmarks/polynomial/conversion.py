@@ -20,7 +20,7 @@ from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.cli.demo_run import BATCH_SIZE, RECIPE, SEQUENCE_BUCKETS
 from hecompile.compiler.frontend import export_onnx, load_checkpoint
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
-from hecompile.compiler.pipeline import approximate_steps, raise_steps, run_steps
+from hecompile.compiler.pipeline import approximate
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import NotFiniteError
 from hecompile.graph.interpreter import Interpreter, graph_inputs
@@ -159,8 +159,7 @@ def _variant(name: str, path: Path, chosen: Options, rows: Tensor, heldout: Tens
     checkpoint = load_checkpoint(str(path))
     options = PolynomialOptions.from_config(checkpoint.model.config).choosing(**chosen)  # type: ignore[arg-type]
     samples = _tokens(rows[:CALIBRATION_ROWS])
-    model = run_steps(export_onnx(checkpoint.model), raise_steps(options))
-    model = run_steps(model, approximate_steps(Calibrate(samples), options))
+    model = approximate(export_onnx(checkpoint.model), options, Calibrate(samples))
     loss, accuracy = _quality(model, heldout)
     calibrated, others = (approximation_report(model, one) for one in (samples, _tokens(heldout[:HELDOUT_ROWS])))
     return Variant(name, path, chosen, loss, accuracy, calibrated, others)

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from benchmarks.report import table
 from hecompile.cli.demo_run import RECIPE
 from hecompile.compiler.frontend import export_onnx, load_checkpoint
-from hecompile.compiler.pipeline import Step, approximate_steps, raise_steps, run_steps
+from hecompile.compiler.pipeline import approximate, run_step
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.graph.legality import POLYNOMIAL
 from hecompile.passes.approximation.calibrate import Calibrate
@@ -81,9 +81,8 @@ def _convert(name: str, recipe: ConversionRecipe, samples: tuple[tuple[int, ...]
     report = convert(recipe)
     checkpoint = load_checkpoint(str(recipe.out))
     options = PolynomialOptions.from_config(checkpoint.model.config)
-    model = run_steps(export_onnx(checkpoint.model), raise_steps(options))
-    expand = Step("expand_polynomials", ExpandPolynomials(recipe.data.length), POLYNOMIAL)
-    model = run_steps(model, [*approximate_steps(Calibrate(samples), options), expand])
+    model = approximate(export_onnx(checkpoint.model), options, Calibrate(samples))
+    model = run_step(model, "expand_polynomials", ExpandPolynomials(recipe.data.length), POLYNOMIAL)
     return _Converted(name, report, demand(model))
 
 

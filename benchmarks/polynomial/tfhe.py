@@ -21,7 +21,7 @@ from benchmarks.worker.linears import engine_of, public_matrix, random_linear, r
 from hecompile.approximation.silu import silu
 from hecompile.approximation.silu_table import ActivationTable
 from hecompile.compiler.frontend import export_onnx, load_checkpoint
-from hecompile.compiler.pipeline import approximate_steps, raise_steps, run_steps
+from hecompile.compiler.pipeline import approximate
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.graph.interpreter import Interpreter, graph_inputs
 from hecompile.graph.ir import attributes_of, nodes_of_type
@@ -71,13 +71,13 @@ def run(quick: bool) -> str:
     count = 2 if quick else 32
     held_out = _rows(checkpoint.tokenizer, documents(20 if quick else 200, heldout=True), count)
     samples = _rows(checkpoint.tokenizer, documents(40), 2 if quick else 8)
-    exact = _quality(run_steps(ir.from_proto(proto), raise_steps()), held_out)
+    exact = _quality(approximate(ir.from_proto(proto)), held_out)
     rows: list[list[object]] = [["SiLU", f"{exact.loss:.4f}", f"{exact.accuracy:.2%}", "", "", "", "", "", ""]]
     seconds: dict[int, tuple[float, float]] = {}
     for bits in (4,) if quick else BITS:
         options = PolynomialOptions(activation=QuantizeActivation(bits))
         calibrate = Calibrate(tuple(map(tuple, samples.tolist())))
-        model = run_steps(ir.from_proto(proto), [*raise_steps(options), *approximate_steps(calibrate, options)])
+        model = approximate(ir.from_proto(proto), options, calibrate)
         quality = _quality(model, held_out)
         same = float((quality.predictions == exact.predictions).float().mean())
         bound = max(float(attributes_of(node)["error_bound"]) for node in nodes_of_type(model, "QuantizedSiLU"))

@@ -20,13 +20,13 @@ from torch import Tensor
 from hecompile.bundles.client import HINTS, FileRecord, describe_file, is_intact
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.bundles.worker import CircuitSpec
+from hecompile.compiler.pipeline import lower_circuit
 from hecompile.compiler.staging import Staging
 from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.he.hints import write_hint
 from hecompile.he.parameters import RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.setup import PreparedMatrix
-from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.circuits import RemoteCircuit, SplitPlan
 
 Progress = Callable[[str, int, int], None]
@@ -96,8 +96,8 @@ def write_circuits_without_hints(
     with WorkerBundleWriter(stage.build / WORKER, plan_id) as writer:
         for done, circuit in enumerate(plan.circuits):
             progress("circuits", done, len(plan.circuits))
-            writer.add(LowerWorker()(circuit.model()).model)
-            writer.add(LowerWorker()(circuit.exact_model()).model)
+            writer.add(lower_circuit(circuit.model()))
+            writer.add(lower_circuit(circuit.exact_model()))
         progress("public rows", len(plan.circuits), len(plan.circuits))
         writer.add_public_rows(PublicMatrix(ring, stage.public_seed, features), features)
         writer.commit()
@@ -107,7 +107,7 @@ def write_circuits_without_hints(
 def _write(
     stage: Staging, writer: WorkerBundleWriter, client: Path, circuit: RemoteCircuit, hint: Tensor, ring: RingParameters
 ) -> FileRecord:
-    spec = writer.add(LowerWorker()(circuit.model()).model)
+    spec = writer.add(lower_circuit(circuit.model()))
     single = ring if circuit.parameters.decryption_precision is np.float32 else None
     record = describe_file(client, write_hint(client / HINTS, circuit.name, hint, single))
     stage.note(_Line(name=circuit.name, hint=record, worker=spec).model_dump(mode="json"))

@@ -1,4 +1,4 @@
-"""A polynomial plan on disk: what the client keeps, and what a worker needs to evaluate the whole model on ciphertexts.
+"""Compile a checkpoint into a polynomial plan, with which a worker evaluates the whole model on ciphertexts.
 
     OUT/client   plan.json, embeddings.npy (float32 [V, H]), the tokenizer
     OUT/worker   plan.json, circuit.onnx at stage `refreshed`, its weights inside
@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,46 +25,23 @@ from numpy.typing import NDArray
 from hecompile.bundles.ckks import CkksPlan
 from hecompile.bundles.kinds import CIRCUIT, TABLE, BundleKind
 from hecompile.ckks.circuit import PolynomialCircuit
-from hecompile.ckks.parameters import CkksLiteral, CkksParameters, select
-from hecompile.compiler.calibration import calibration_for
+from hecompile.ckks.parameters import CkksParameters
+from hecompile.compiler.calibration import write_samples
 from hecompile.compiler.frontend import Checkpoint, export_onnx, load_checkpoint
-from hecompile.compiler.pipeline import approximate_steps, polynomial_steps, raise_steps, refresh_steps, run_steps
-from hecompile.compiler.polynomial_options import PolynomialOptions
+from hecompile.compiler.options import CkksOptions
+from hecompile.compiler.pipeline import lower_polynomial
+from hecompile.compiler.polynomial_options import PolynomialOptions, require_polynomials
 from hecompile.compiler.target import check_target
-from hecompile.errors import InputError, LegalityError
+from hecompile.errors import InputError
 from hecompile.files import reason_of, replace_directory
 from hecompile.he.random.sampling import PublicSeed
-from hecompile.passes.approximation.approximate_silu import ApproximateSiLU
-from hecompile.passes.approximation.calibrate import Calibrate
-from hecompile.passes.polynomial.depth import METADATA as DEPTH
-from hecompile.passes.polynomial.expand_polynomials import ExpandPolynomials
-from hecompile.passes.polynomial.place_refreshes import PlaceRefreshes
 
+_PHASES = {"expand_polynomials": "expand", "place_refreshes": "place refreshes"}
+"""Step of the pipeline → name of the phase that it begins."""
 _CALIBRATION_SEED = PublicSeed(hashlib.sha256(b"hecompile ckks calibration").digest())
 
-
-@dataclass(frozen=True)
-class CkksOptions:
-    """sequence_length: tokens of a prompt at most. levels: multiplications between two refreshes; 0: no refresh at all,
-    with as many levels as the graph is deep. ring_dim: None for the smallest that has them. attention, norm, activation: as
-    for `CompileOptions`. last_only: logits of the last position alone, for prompts of exactly sequence_length tokens."""
-
-    sequence_length: int
-    levels: int = 4
-    ring_dim: int | None = None
-    attention: str | None = None
-    norm: str | None = None
-    activation: str | None = None
-    last_only: bool = False
-
-    def __post_init__(self) -> None:
-        if self.levels < 0:
-            raise InputError(f"levels must be at least 1, or 0 for no refreshes, got {self.levels}")
-        if self.sequence_length < 2:
-            raise InputError(f"the sequence length must be at least 2, got {self.sequence_length}")
-
-
 Progress = Callable[[str], None]
+"""Receives the name of each phase as it begins."""
 
 
 def export_polynomial(
@@ -86,7 +62,7 @@ def export_polynomial(
         )
     if adapter is not None:
         checkpoint = merged_checkpoint(checkpoint, adapter)
-    graph, parameters, depth = lower_polynomial(checkpoint, options, progress)
+    graph, parameters, depth = lower_checkpoint(checkpoint, options, progress)
     circuit = PolynomialCircuit(graph)  # refuses what has no implementation on ciphertexts, before anything is written
     progress("write")
     serialized = ir.to_proto(graph).SerializeToString()
@@ -102,58 +78,31 @@ def export_polynomial(
     return plan
 
 
-def lower_polynomial(
+def lower_checkpoint(
     checkpoint: Checkpoint, options: CkksOptions, progress: Progress = lambda _: None
 ) -> tuple[ir.Model, CkksParameters, int]:
-    """The graph at stage `refreshed`, the parameters that have its levels, and the depth of the graph without refreshes."""
+    """Export a checkpoint and run the polynomial pipeline on it (`hecompile.compiler.pipeline.lower_polynomial`).
+
+    Returns the graph at stage `refreshed`, parameters that have its levels, and the depth that it has without refreshes.
+    Raises LegalityError where a part of the model is no polynomial, or calibration leaves a domain.
+    """
     converted = PolynomialOptions.from_config(checkpoint.model.config)
     polynomials = converted.choosing(options.attention, options.norm, options.activation)
-    _require_polynomials(checkpoint.name, polynomials)
+    require_polynomials(checkpoint.name, polynomials)
     progress("export")
-    model = run_steps(export_onnx(checkpoint.model), raise_steps(polynomials))
+    model = export_onnx(checkpoint.model)
     progress("calibrate")
-    samples = calibration_for(checkpoint, polynomials, model, _CALIBRATION_SEED, options.sequence_length)
-    model = run_steps(model, approximate_steps(Calibrate(samples), polynomials))
-    progress("expand")
-    model = run_steps(model, polynomial_steps(ExpandPolynomials(options.sequence_length, options.last_only)))
-    depth = int(model.metadata_props[DEPTH])
-    levels = options.levels or depth
-    parameters = select(levels) if options.ring_dim is None else CkksLiteral(options.ring_dim, levels).validate()
-    progress("place refreshes")
-    model = run_steps(model, refresh_steps(PlaceRefreshes(levels), parameters.literal.scale_bits))
-    return model, parameters, depth
+    samples = write_samples(checkpoint, model, polynomials, _CALIBRATION_SEED, options.sequence_length)
 
+    def on_step(name: str) -> None:
+        if name in _PHASES:
+            progress(_PHASES[name])
 
-def _require_polynomials(model: str, chosen: PolynomialOptions) -> None:
-    """Raises LegalityError naming each part that is none and the option that makes it one. The pass that expands them would
-    stop at the first such node, and knows neither options nor commands."""
-    exact, remedies = [], []
-    if chosen.attention is None:
-        exact.append("attention (softmax)")
-        remedies.append("--attention chebyshev")
-    if chosen.norm is None:
-        exact.append("norm (RMSNorm)")
-        remedies.append("--norm polynomial")
-    if not isinstance(chosen.activation, ApproximateSiLU):
-        exact.append("activation (SiLU)" if chosen.activation is None else "activation (a table)")
-        remedies.append("--activation polynomial")
-    if exact:
-        raise LegalityError(
-            f"{model}: no polynomial stands for its {', '.join(exact)}, and ciphertexts know sums and products only. Export "
-            f"it with {' '.join(remedies)}, or take a checkpoint that `hecompile convert` has trained for polynomials and "
-            "that, as a rule, needs fewer levels (docs/conversion.md)"
-        )
-    attention = chosen.attention
-    if attention is not None and attention.variant == "power" and attention.division == "exact":
-        raise LegalityError(
-            f"{model}: its power attention divides exactly, which is no polynomial. Convert the checkpoint by a recipe with "
-            "variant power and division goldschmidt, as models/recipes/convert-power.yaml has it (docs/conversion.md), or "
-            "export with --attention chebyshev where the model was trained with softmax"
-        )
+    return lower_polynomial(model, options, polynomials, samples, on_step)
 
 
 def merged_checkpoint(checkpoint: Checkpoint, adapter: Path) -> Checkpoint:
-    """W + scaling·B·A in place of W, by PEFT. Raises InputError where the adapter is none or does not fit."""
+    """Put W + scaling·B·A in place of W, by PEFT. Raises InputError where the adapter is none or does not fit."""
     if not (adapter / "adapter_config.json").is_file():
         raise InputError(f"{adapter} is no PEFT adapter: it has no adapter_config.json")
     try:
@@ -165,7 +114,7 @@ def merged_checkpoint(checkpoint: Checkpoint, adapter: Path) -> Checkpoint:
 
 
 def _write(out: Path, plan: CkksPlan, circuit: bytes, table: NDArray[Any], tokenizer: Any) -> None:
-    """Written beside `out` and renamed. Raises InputError where it cannot be written; all is then as it was."""
+    """Write beside `out`, then rename. Raises InputError where it cannot be written; `out` is then as it was."""
     staged = out.parent / f".{out.name}.{os.getpid()}.partial"  # a name that nobody else has anything at
     client, worker = staged / "client", staged / "worker"
     try:

@@ -1,19 +1,26 @@
-"""The pipeline: the ordered list of passes from an exported graph to a split plan, with what is legal in between."""
+"""Name every pass and run them in order, from an exported graph to a plan.
+
+Read it from the top: how both pipelines begin (`approximate`), the plan of linears (`lower_linear`, `lower_circuit`) and the
+polynomial plan (`lower_polynomial`). The stage beside each pass says what is legal after it (`hecompile.graph.legality`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from functools import partial
 
 import onnx_ir as ir
 
+from hecompile.ckks.parameters import CkksLiteral, CkksParameters, select
+from hecompile.compiler.options import CkksOptions, CompileOptions
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import HecompileError, LegalityError
 from hecompile.graph.legality import ADAPTED, CANONICAL, EXPORTED, POLYNOMIAL, QUANTIZED, REFRESHED, Stage, check_stage
+from hecompile.he.parameters import RingParameters
 from hecompile.passes.approximation.approximate_rmsnorm import ApproximateRMSNorm
 from hecompile.passes.approximation.approximate_silu import ApproximateSiLU
 from hecompile.passes.approximation.approximate_softmax import ApproximateSoftmax
-from hecompile.passes.approximation.calibrate import Calibrate
+from hecompile.passes.approximation.calibrate import Calibrate, Samples
 from hecompile.passes.approximation.quantize_activation import QuantizeActivation
 from hecompile.passes.offload.annotate_secrecy import AnnotateSecrecy
 from hecompile.passes.offload.attach_lora import AttachLora
@@ -21,15 +28,17 @@ from hecompile.passes.offload.fuse import Fuse
 from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.passes.offload.place import Place
 from hecompile.passes.offload.quantize import Quantize
-from hecompile.passes.offload.select_parameters import SelectParameters
+from hecompile.passes.offload.select_parameters import SelectParameters, selected_ring
 from hecompile.passes.offload.split import Split
 from hecompile.passes.offload.stack_projections import StackProjections
 from hecompile.passes.offload.validate import Validate
+from hecompile.passes.polynomial.depth import METADATA as DEPTH
 from hecompile.passes.polynomial.depth import Depth
 from hecompile.passes.polynomial.expand_polynomials import ExpandPolynomials
 from hecompile.passes.polynomial.place_refreshes import PlaceRefreshes
 from hecompile.passes.raising.canonicalize import Canonicalize
 from hecompile.passes.raising.simplify import Simplify
+from hecompile.plan.circuits import SplitPlan
 
 PASSES: dict[str, type] = {
     "simplify": Simplify,
@@ -53,90 +62,122 @@ PASSES: dict[str, type] = {
     "depth": Depth,
     "place_refreshes": PlaceRefreshes,
 }
-"""Every pass by its registered name, in pipeline order; split, lower_worker and validate work on the split plan, and fuse
-runs when a client loads its half; expand_polynomials and what follows it make the graph that a worker evaluates alone."""
+"""Every pass by its registered name. `fuse` runs when a client loads its half of a plan."""
+
+OnStep = Callable[[str], None]
+"""Receives the name of a step before it runs."""
 
 
-_EXACT = PolynomialOptions()
+def _silent(name: str) -> None:
+    return None
 
 
-@dataclass(frozen=True)
-class Step:
-    """A pass with its options, and the stage that its result must be legal at."""
+def run_step(
+    model: ir.Model, name: str, transform: ir.passes.PassBase, stage: Stage, on_step: OnStep = _silent
+) -> ir.Model:
+    """Run one pass and check that its result is legal at `stage`.
 
-    name: str
-    transform: ir.passes.PassBase
-    stage: Stage
-
-
-def raise_steps(polynomials: PolynomialOptions = _EXACT) -> tuple[Step, ...]:
-    """Up to the graph of the model's own operators; attention computes the function that the model was trained for."""
-    steps = [Step("simplify", Simplify(), EXPORTED), Step("canonicalize", Canonicalize(), CANONICAL)]
-    if polynomials.attention is not None and polynomials.retrained:
-        steps.append(Step("approximate_softmax", replace(polynomials.attention, fit=False), CANONICAL))
-    return tuple(steps)
-
-
-def approximate_steps(calibrate: Calibrate, polynomials: PolynomialOptions) -> tuple[Step, ...]:
-    """Calibration on exact functions, then polynomials whose domains cover what it saw; none where nothing is replaced."""
-    chosen = {
-        "approximate_softmax": polynomials.attention,
-        "approximate_rmsnorm": polynomials.norm,
-        _activation_pass(polynomials): polynomials.activation,
-    }
-    steps = [Step(name, transform, CANONICAL) for name, transform in chosen.items() if transform is not None]
-    return (Step("calibrate", calibrate, CANONICAL), *steps) if steps else ()
-
-
-def _activation_pass(polynomials: PolynomialOptions) -> str:
-    return "quantize_activation" if isinstance(polynomials.activation, QuantizeActivation) else "approximate_silu"
-
-
-def graph_steps(
-    attach_lora: AttachLora,
-    calibrate: Calibrate,
-    quantize: Quantize,
-    place: Place,
-    select_parameters: SelectParameters,
-    polynomials: PolynomialOptions = _EXACT,
-) -> tuple[Step, ...]:
-    """The graph-to-graph part of the pipeline after `raise_steps`."""
-    return (
-        *approximate_steps(calibrate, polynomials),
-        Step("attach_lora", attach_lora, ADAPTED),
-        Step("calibrate", calibrate, ADAPTED),
-        Step("quantize", quantize, QUANTIZED),
-        Step("annotate_secrecy", AnnotateSecrecy(), QUANTIZED),
-        Step("place", place, QUANTIZED),
-        Step("stack_projections", StackProjections(), QUANTIZED),
-        Step("select_parameters", select_parameters, QUANTIZED),
-    )
-
-
-def polynomial_steps(expand: ExpandPolynomials) -> tuple[Step, ...]:
-    """An approximated graph to sums and products, and how deep they are."""
-    return (Step("expand_polynomials", expand, POLYNOMIAL), Step("depth", Depth(), POLYNOMIAL))
-
-
-def refresh_steps(place_refreshes: PlaceRefreshes, bits_per_level: int) -> tuple[Step, ...]:
-    """Refreshes where the levels of chosen parameters run out, and the depth between them."""
-    depth = Depth(bits_per_level, place_refreshes.masks_are_free)
-    return (Step("place_refreshes", place_refreshes, REFRESHED), Step("depth", depth, REFRESHED))
-
-
-def run_steps(model: ir.Model, steps: Sequence[Step], on_step: Callable[[str], None] = lambda name: None) -> ir.Model:
-    """Run the passes in order, each followed by its legality check. `on_step` hears each name before the pass runs.
-
-    Raises the HecompileError of the pass that failed; any other invariant becomes a LegalityError that names the pass.
+    Raises the HecompileError of the pass; any other broken invariant becomes a LegalityError that names the pass.
     """
-    for step in steps:
-        on_step(step.name)
-        try:
-            model = step.transform(model).model
-        except ir.passes.InvariantError as error:
-            cause = error.__cause__
-            if isinstance(cause, HecompileError):
-                raise cause from error
-            raise LegalityError(f"pass {step.name}: {error}") from error
-        check_stage(model, step.stage)
+    on_step(name)
+    try:
+        model = transform(model).model
+    except ir.passes.InvariantError as error:
+        cause = error.__cause__
+        if isinstance(cause, HecompileError):
+            raise cause from error
+        raise LegalityError(f"pass {name}: {error}") from error
+    check_stage(model, stage)
     return model
+
+
+def approximate(
+    model: ir.Model,
+    polynomials: PolynomialOptions | None = None,
+    calibrate: Calibrate | None = None,
+    on_step: OnStep = _silent,
+) -> ir.Model:
+    """Raise an exported graph to the model's own operators and replace the chosen ones: how both pipelines begin.
+
+    Calibration runs the functions that the model was trained for, so that the domains of the polynomials cover what it
+    saw. Without `calibrate` each polynomial has the domain that its options give.
+    """
+    polynomials = polynomials or PolynomialOptions()
+    attention, norm, activation = polynomials.attention, polynomials.norm, polynomials.activation
+    run = partial(run_step, on_step=on_step)
+    model = run(model, "simplify", Simplify(), EXPORTED)
+    model = run(model, "canonicalize", Canonicalize(), CANONICAL)
+    if (trained := polynomials.trained_attention()) is not None:
+        model = run(model, "approximate_softmax", trained, CANONICAL)
+    if calibrate is not None and polynomials:
+        model = run(model, "calibrate", calibrate, CANONICAL)
+    if attention is not None:
+        model = run(model, "approximate_softmax", attention, CANONICAL)
+    if norm is not None:
+        model = run(model, "approximate_rmsnorm", norm, CANONICAL)
+    if isinstance(activation, QuantizeActivation):
+        model = run(model, "quantize_activation", activation, CANONICAL)
+    elif activation is not None:
+        model = run(model, "approximate_silu", activation, CANONICAL)
+    return model
+
+
+def lower_linear(
+    model: ir.Model,
+    options: CompileOptions,
+    samples: Samples,
+    on_step: OnStep = _silent,
+    polynomials: PolynomialOptions | None = None,
+) -> tuple[SplitPlan, RingParameters]:
+    """Lower an exported graph (consumed) to the plan of linears: the validated split plan and the ring chosen.
+
+    samples: for calibration. polynomials: default to those that `options` name.
+    """
+    polynomials = options.polynomials() if polynomials is None else polynomials
+    run, calibrate = partial(run_step, on_step=on_step), Calibrate(samples)
+    model = approximate(model, polynomials, calibrate, on_step)
+    model = run(model, "attach_lora", options.lora, ADAPTED)
+    model = run(model, "calibrate", calibrate, ADAPTED)
+    model = run(model, "quantize", Quantize(options.weight_bits, options.remote_head), QUANTIZED)
+    model = run(model, "annotate_secrecy", AnnotateSecrecy(), QUANTIZED)
+    model = run(model, "place", Place(options.policy, options.costs), QUANTIZED)
+    model = run(model, "stack_projections", StackProjections(), QUANTIZED)
+    model = run(model, "select_parameters", options.select_parameters(), QUANTIZED)
+    ring = selected_ring(model)
+    on_step("split")
+    plan = Split()(model)
+    on_step("validate")
+    Validate(ring, options.effective_bits)(plan)
+    return plan, ring  # the worker's circuits go through `lower_circuit` one by one, as they are written
+
+
+def lower_circuit(circuit: ir.Model) -> ir.Model:
+    """Lower a circuit of a split plan to plain integer ONNX: the last step of the plan of linears.
+
+    It runs as a circuit is written, so that memory holds the bytes of one weight. LowerWorker checks what is legal.
+    """
+    return LowerWorker()(circuit).model
+
+
+def lower_polynomial(
+    model: ir.Model,
+    options: CkksOptions,
+    polynomials: PolynomialOptions,
+    samples: Samples,
+    on_step: OnStep = _silent,
+) -> tuple[ir.Model, CkksParameters, int]:
+    """Lower an exported graph (consumed) to the polynomial plan, which a worker evaluates alone on ciphertexts.
+
+    Returns the graph at stage `refreshed`, parameters that have its levels, and the depth that it has without refreshes.
+    """
+    run = partial(run_step, on_step=on_step)
+    model = approximate(model, polynomials, Calibrate(samples), on_step)
+    expand = ExpandPolynomials(options.sequence_length, options.last_only)
+    model = run(model, "expand_polynomials", expand, POLYNOMIAL)
+    model = run(model, "depth", Depth(), POLYNOMIAL)
+    depth = int(model.metadata_props[DEPTH])
+    levels = options.levels or depth
+    parameters = select(levels) if options.ring_dim is None else CkksLiteral(options.ring_dim, levels).validate()
+    model = run(model, "place_refreshes", PlaceRefreshes(levels), REFRESHED)
+    model = run(model, "depth", Depth(parameters.literal.scale_bits), REFRESHED)
+    return model, parameters, depth

@@ -1,4 +1,4 @@
-"""Which parts of a model are replaced by polynomials, with what options: from names, from options, or from the checkpoint.
+"""Choose the parts of a model that polynomials replace: by names, by options, or from the checkpoint.
 
 A checkpoint that was converted for them says so in its config.json:
 
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar, cast
 
-from hecompile.errors import InputError
+from hecompile.errors import InputError, LegalityError
 from hecompile.passes.approximation.approximate_rmsnorm import ApproximateRMSNorm
 from hecompile.passes.approximation.approximate_silu import ApproximateSiLU
 from hecompile.passes.approximation.approximate_softmax import ApproximateSoftmax
@@ -30,7 +30,7 @@ _Part = TypeVar("_Part", ApproximateSoftmax, ApproximateRMSNorm, ApproximateSiLU
 
 @dataclass(frozen=True)
 class PolynomialOptions:
-    """The passes to run, None for a part that stays exact."""
+    """Hold the passes to run, None for a part that stays exact."""
 
     attention: ApproximateSoftmax | None = None
     norm: ApproximateRMSNorm | None = None
@@ -41,12 +41,16 @@ class PolynomialOptions:
 
     @property
     def retrained(self) -> bool:
-        """Whether the model computes another function than softmax attention, for which it was trained."""
+        """Tell whether the model was trained for another function than softmax attention."""
         return self.attention is not None and self.attention.variant != "chebyshev"
+
+    def trained_attention(self) -> ApproximateSoftmax | None:
+        """Return the pass for the attention that the model was trained for, without a domain; None where it is softmax."""
+        return replace(self.attention, fit=False) if self.attention is not None and self.retrained else None
 
     @classmethod
     def from_config(cls, config: Any) -> PolynomialOptions:
-        """What the checkpoint's configuration says. Raises InputError for anything malformed."""
+        """Read the choice from a checkpoint's configuration. Raises InputError for anything malformed."""
         found = getattr(config, CONFIG_KEY, None)
         if found is None:
             return cls()
@@ -62,8 +66,10 @@ class PolynomialOptions:
         norm: str | ApproximateRMSNorm | None = None,
         activation: str | ApproximateSiLU | QuantizeActivation | None = None,
     ) -> PolynomialOptions:
-        """These, but for the parts given: options, or a name of ATTENTIONS, NORMS, ACTIVATIONS. A name that agrees with what
-        is here keeps its options. Raises InputError for another name."""
+        """Replace the parts given, each by options or by a name of ATTENTIONS, NORMS, ACTIVATIONS.
+
+        A name that agrees with the present choice keeps its options. Raises InputError for an unknown name.
+        """
         chosen = self
         if attention is not None:
             chosen = replace(chosen, attention=_attention(self.attention, attention))
@@ -72,6 +78,36 @@ class PolynomialOptions:
         if activation is not None:
             chosen = replace(chosen, activation=_activation(self.activation, activation))
         return chosen
+
+
+def require_polynomials(model: str, chosen: PolynomialOptions) -> None:
+    """Raise LegalityError where a part of the model is no polynomial, naming each such part and the option that helps.
+
+    The pass that expands polynomials would stop at the first such node, and knows neither options nor commands.
+    """
+    exact, remedies = [], []
+    if chosen.attention is None:
+        exact.append("attention (softmax)")
+        remedies.append("--attention chebyshev")
+    if chosen.norm is None:
+        exact.append("norm (RMSNorm)")
+        remedies.append("--norm polynomial")
+    if not isinstance(chosen.activation, ApproximateSiLU):
+        exact.append("activation (SiLU)" if chosen.activation is None else "activation (a table)")
+        remedies.append("--activation polynomial")
+    if exact:
+        raise LegalityError(
+            f"{model}: no polynomial stands for its {', '.join(exact)}, and ciphertexts know sums and products only. Export "
+            f"it with {' '.join(remedies)}, or take a checkpoint that `hecompile convert` has trained for polynomials and "
+            "that, as a rule, needs fewer levels (docs/conversion.md)"
+        )
+    attention = chosen.attention
+    if attention is not None and attention.variant == "power" and attention.division == "exact":
+        raise LegalityError(
+            f"{model}: its power attention divides exactly, which is no polynomial. Convert the checkpoint by a recipe with "
+            "variant power and division goldschmidt, as models/recipes/convert-power.yaml has it (docs/conversion.md), or "
+            "export with --attention chebyshev where the model was trained with softmax"
+        )
 
 
 def _read(where: str, kind: type[_Part], value: object) -> _Part | None:

@@ -37,6 +37,7 @@ from hecompile.bundles.worker_manifest import (
     check_bundle_file,
     describe_bundle_file,
 )
+from hecompile.compiler.pipeline import lower_circuit
 from hecompile.errors import InputError, LegalityError
 from hecompile.files import reason_of
 from hecompile.he.public_matrix import PublicMatrix
@@ -120,7 +121,7 @@ class WorkerBundleWriter:
         """
         weight = known_answer_weight(self._plan_id)
         model = encrypted_linear_model(weight, KNOWN_ANSWER_LIMBS, KNOWN_ANSWER_REPLY_BYTES, KNOWN_ANSWER)
-        self._add(LowerWorker()(model).model, KNOWN_ANSWER, KNOWN_ANSWER, "forward")
+        self._add(lower_circuit(model), KNOWN_ANSWER, KNOWN_ANSWER, "forward")
         names = [*order, *(name for name in self._circuits if name not in set(order))]
         circuits = [self._circuits[name] for name in names]
         manifest = Manifest(

@@ -27,12 +27,19 @@ from hecompile.graph.ir import DOMAIN, GRADIENT_RANGE, RANGE, nodes_of_type
 from hecompile.polynomial.range_watch import RangeWatch
 from hecompile.polynomial.ranges import check_domain, write_range
 
+Samples = tuple[tuple[int, ...], ...]
+"""Token ids, one tuple per sequence."""
+
 
 @dataclass(frozen=True)
 class Calibrate(ir.passes.InPlacePass):
-    """Records ranges. `samples`: token ids, one tuple per sequence, of equal lengths ≥ 2."""
+    """Record the ranges that a run on sample tokens sees.
 
-    samples: tuple[tuple[int, ...], ...]
+    samples: sequences of one length, at least 2. Raises InputError for others; LegalityError where the domain of a
+    polynomial does not cover what was seen.
+    """
+
+    samples: Samples
 
     def requires(self, model: ir.Model) -> None:
         if not self.samples or len({len(sample) for sample in self.samples}) != 1 or len(self.samples[0]) < 2:

@@ -8,12 +8,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from hecompile.compiler.frontend import Checkpoint, export_onnx
-from hecompile.compiler.pipeline import Step, approximate_steps, raise_steps, run_steps
+from hecompile.compiler.pipeline import approximate
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import LegalityError
 from hecompile.graph.interpreter import Interpreter, graph_inputs
 from hecompile.graph.ir import constant_of, module_path
-from hecompile.passes.approximation.calibrate import Calibrate
 from hecompile.runtime.conversion.ranges import RangeObserver
 from hecompile.runtime.conversion.recipe import ConversionRecipe
 
@@ -37,11 +36,7 @@ class TrainableGraph:
     ) -> None:
         """`exported`: of this checkpoint, which is then not exported again; it is left as it is. Weights are always those
         that the checkpoint has now."""
-        model = run_steps(export_onnx(checkpoint.model) if exported is None else exported.clone(), raise_steps(options))
-        if options.attention is None or options.attention.fit:
-            without = Calibrate(((0, 0),))
-            steps: tuple[Step, ...] = approximate_steps(without, options)[1:]
-            model = run_steps(model, steps)
+        model = approximate(export_onnx(checkpoint.model) if exported is None else exported.clone(), options)
         self.model = model
         self._interpreter = Interpreter(model)
         self._names = _weight_names(model)  # initializer → checkpoint

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hecompile.compiler.pipeline import PASSES, Step, run_steps
+from hecompile.compiler.pipeline import PASSES, run_step
 from hecompile.errors import HecompileError
 from hecompile.graph.interpreter import Interpreter
 from hecompile.graph.ir import ORIGIN, PLACEMENT, print_model
@@ -51,7 +51,7 @@ def prepared(model: ir.Model, policy: str = "offload") -> ir.Model:
 def refused(model: ir.Model, name: str, stage: Stage = QUANTIZED, **options: object) -> HecompileError:
     """The error with which the pipeline refuses `model` at the pass registered as `name`."""
     with pytest.raises(HecompileError) as caught:
-        run_steps(model, [Step(name, PASSES[name](**options), stage)])
+        run_step(model, name, PASSES[name](**options), stage)
     return caught.value
 
 

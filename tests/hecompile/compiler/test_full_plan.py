@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from hecompile.compiler.linear import lower
+from hecompile.compiler.pipeline import lower_linear
 from hecompile.graph.interpreter import Interpreter, graph_inputs
 from hecompile.graph.operators import Context
 from hecompile.he.parameters import LinearParameters
@@ -19,7 +19,7 @@ from tests.support.tiny import OPTIONS, exported, samples, tiny_llama
 
 def test_golden(golden: Golden) -> None:
     steps: list[str] = []
-    plan, ring = lower(exported(), OPTIONS, samples(), steps.append)
+    plan, ring = lower_linear(exported(), OPTIONS, samples(), steps.append)
     golden.check("full_plan", f"ring {ring.ring_dim} x {ring.rank}, after {', '.join(steps)}\n" + text_of(plan))
     # No choice of bytes is so near the precision asked for that the last digit of a calibrated crest could decide it.
     for circuit in plan.circuits:
@@ -32,7 +32,7 @@ def test_golden(golden: Golden) -> None:
 def test_the_plan_computes_the_model_up_to_quantised_weights(bits: int, largest: float) -> None:
     """Logits of size 4 move by less than 0.25 with 8 bits (measured 0.09), 0.06 with 10; the products are in the clear."""
     tokens = torch.tensor([[5, 200, 31, 7, 90, 14]])
-    plan, _ = lower(exported(), dataclasses.replace(OPTIONS, weight_bits=bits), samples())
+    plan, _ = lower_linear(exported(), dataclasses.replace(OPTIONS, weight_bits=bits), samples())
     adapter = {
         str(value.name): torch.zeros(value.shape.numpy())
         for value in plan.client.graph.inputs
@@ -47,6 +47,6 @@ def test_the_plan_computes_the_model_up_to_quantised_weights(bits: int, largest:
 
 
 def test_remote_head_sends_the_head_too() -> None:
-    plan, _ = lower(exported(), dataclasses.replace(OPTIONS, remote_head=True), samples())
+    plan, _ = lower_linear(exported(), dataclasses.replace(OPTIONS, remote_head=True), samples())
     assert [circuit.name for circuit in plan.circuits][-2:] == ["lm_head.forward", "lm_head.backward"]
     assert plan.circuits[-2].weight.shape == (32, 259)

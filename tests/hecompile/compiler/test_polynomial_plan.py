@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
@@ -20,14 +19,13 @@ from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.ckks.parameters import MAX_MODULUS_BITS, select
 from hecompile.cli.main import app
-from hecompile.compiler.linear import CompileOptions, compile_checkpoint, lower
-from hecompile.compiler.pipeline import Step, approximate_steps, raise_steps, run_steps
+from hecompile.compiler.linear import CompileOptions, compile_checkpoint
+from hecompile.compiler.pipeline import approximate, lower_linear, run_step
 from hecompile.compiler.polynomial_options import CONFIG_KEY, PolynomialOptions
 from hecompile.errors import InputError, LegalityError
 from hecompile.graph.interpreter import Interpreter, graph_inputs
 from hecompile.graph.ir import ATTENTION_OPERATORS, nodes_of_type
 from hecompile.graph.legality import ADAPTED, CANONICAL, POLYNOMIAL, REFRESHED
-from hecompile.graph.merging import merge_lora
 from hecompile.graph.operators import Context
 from hecompile.passes.approximation.approximate_rmsnorm import ApproximateRMSNorm
 from hecompile.passes.approximation.approximate_silu import ApproximateSiLU
@@ -56,9 +54,12 @@ INPUTS = graph_inputs(IDS, torch.ones_like(IDS))
 EMBEDS = tiny_llama().get_input_embeddings()(IDS).detach()
 
 
-def approximated(options: PolynomialOptions, *more: Step) -> ir.Model:
-    model = run_steps(exported(), raise_steps(options))
-    return run_steps(model, [*approximate_steps(Calibrate(samples()), options), *more])
+def approximated(options: PolynomialOptions) -> ir.Model:
+    return approximate(exported(), options, Calibrate(samples()))
+
+
+def expanded_for(model: ir.Model, length: int, last_only: bool = False) -> ir.Model:
+    return run_step(model, "expand_polynomials", ExpandPolynomials(length, last_only), POLYNOMIAL)
 
 
 def run(model: ir.Model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -91,38 +92,25 @@ def adapter(model: ir.Model, size: float = 0.01) -> dict[str, torch.Tensor]:
     }
 
 
-def test_expanded_with_adapters_as_inputs_merged_and_for_the_last_position() -> None:
-    model = approximated(SOFTMAX, Step("attach_lora", AttachLora(r=2), ADAPTED))
+def test_expanded_with_adapters_as_inputs_and_for_the_last_position() -> None:
+    model = run_step(approximated(SOFTMAX), "attach_lora", AttachLora(r=2), ADAPTED)
     matrices = adapter(model)
     expected = run(model, INPUTS | matrices)
     assert float((expected - run(model, INPUTS | adapter(model, 0.0))).abs().max()) > 1e-3
-    expanded = run_steps(model, [Step("expand", ExpandPolynomials(IDS.shape[1]), POLYNOMIAL)])
+    expanded = expanded_for(model, IDS.shape[1])
     assert expanded.graph.inputs[0].name == "inputs_embeds"
     torch.testing.assert_close(run(expanded, {"inputs_embeds": EMBEDS} | matrices), expected, atol=2e-4, rtol=0)
-
-    merged = merge_lora(model, {name: value.numpy() for name, value in matrices.items()})
-    torch.testing.assert_close(run(merged, INPUTS), expected, atol=2e-4, rtol=0)
-    last = run_steps(merged, [Step("expand", ExpandPolynomials(IDS.shape[1], last_only=True), POLYNOMIAL)])
-    assert [str(value.name) for value in last.graph.inputs] == ["inputs_embeds"]
-    torch.testing.assert_close(run(last, {"inputs_embeds": EMBEDS}), expected[:, -1:], atol=2e-4, rtol=0)
-
-
-def test_merging_refuses_another_adapter() -> None:
-    model = approximated(PolynomialOptions(), Step("attach_lora", AttachLora(r=2), ADAPTED))
-    matrices = {name: value.numpy() for name, value in adapter(model).items()}
-    with pytest.raises(InputError, match="differ in"):
-        merge_lora(model, dict(list(matrices.items())[1:]))
-    name = next(iter(matrices))
-    with pytest.raises(InputError, match="has shape"):
-        merge_lora(model, matrices | {name: np.zeros((3, 5), np.float32)})
+    last = expanded_for(model, IDS.shape[1], last_only=True)
+    torch.testing.assert_close(run(last, {"inputs_embeds": EMBEDS} | matrices), expected[:, -1:], atol=2e-4, rtol=0)
+    assert [str(v.name) for v in expanded_for(approximated(SOFTMAX), IDS.shape[1]).graph.inputs] == ["inputs_embeds"]
 
 
 def test_expansion_refuses_exact_parts_and_short_sequences() -> None:
     with pytest.raises(LegalityError, match="run approximate_softmax"):
-        run_steps(approximated(replace(SOFTMAX, norm=None)), [Step("expand", ExpandPolynomials(8), POLYNOMIAL)])
+        expanded_for(approximated(replace(SOFTMAX, norm=None)), 8)
     stable = PolynomialOptions(ApproximateSoftmax("power"), ApproximateRMSNorm(), ApproximateSiLU())
     with pytest.raises(LegalityError, match="exact form is no polynomial"):
-        run_steps(approximated(stable), [Step("expand", ExpandPolynomials(8), POLYNOMIAL)])
+        expanded_for(approximated(stable), 8)
     with pytest.raises(InputError, match="at least 2"):
         ExpandPolynomials(1)
 
@@ -130,7 +118,7 @@ def test_expansion_refuses_exact_parts_and_short_sequences() -> None:
 def test_the_client_plan_is_polynomial_and_computes_the_approximated_graph() -> None:
     options = replace(OPTIONS, attention=SOFTMAX.attention, norm=SOFTMAX.norm, activation="polynomial")
     steps: list[str] = []
-    plan, _ = lower(exported(), options, samples(), steps.append)
+    plan, _ = lower_linear(exported(), options, samples(), steps.append)
     first = ["simplify", "canonicalize", "calibrate", "approximate_softmax", "approximate_rmsnorm", "approximate_silu"]
     assert steps[:6] == first and steps.count("calibrate") == 2
     operators = {node.op_type for node in plan.client.graph}
@@ -172,8 +160,7 @@ def test_a_converted_checkpoint_is_exported_and_trained_as_it_says(tmp_path: Pat
 
 
 def test_inspect_shows_depth_modulus_and_refreshes(tmp_path: Path) -> None:
-    expanded = run_steps(approximated(POWER), [Step("expand", ExpandPolynomials(8), POLYNOMIAL)])
-    refreshed = run_steps(expanded, [Step("refresh", PlaceRefreshes(12), REFRESHED)])
+    refreshed = run_step(expanded_for(approximated(POWER), 8), "place_refreshes", PlaceRefreshes(12), REFRESHED)
     ir.save(refreshed, tmp_path / "graph.onnx")
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "graph.onnx")])
     assert shown.exit_code == 0

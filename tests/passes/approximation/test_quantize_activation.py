@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hecompile.approximation.silu import silu
 from hecompile.approximation.silu_table import TABLE_BITS, ActivationTable, silu_table
-from hecompile.compiler.linear import lower
+from hecompile.compiler.pipeline import lower_linear
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import InputError, LegalityError
 from hecompile.graph.interpreter import Interpreter, graph_inputs
@@ -148,7 +148,7 @@ def test_not_legal_where_only_sums_and_products_are() -> None:
 
 def test_a_whole_plan_with_tables() -> None:
     """By name, through every pass; its logits are those of the model up to the tables and the weights."""
-    plan, _ = lower(exported(), dataclasses.replace(OPTIONS, activation="quantized"), samples())
+    plan, _ = lower_linear(exported(), dataclasses.replace(OPTIONS, activation="quantized"), samples())
     nodes = list(nodes_of_type(plan.client, "QuantizedSiLU"))
     assert len(nodes) == 2 and not list(nodes_of_type(plan.client, "SiLU"))
     tokens = torch.tensor([[5, 200, 31, 7, 90, 14]])

@@ -21,7 +21,7 @@ import torch
 
 from hecompile.bundles.ckks import CkksPlan, open_worker
 from hecompile.bundles.kinds import CIRCUIT, PLAN, TABLE
-from hecompile.compiler.ckks import CkksOptions, export_polynomial, lower_polynomial
+from hecompile.compiler.ckks import CkksOptions, export_polynomial, lower_checkpoint
 from hecompile.compiler.frontend import load_checkpoint
 from hecompile.compiler.polynomial_options import CONFIG_KEY
 from hecompile.errors import HecompileError, InputError, LegalityError, WorkerError, WorkerUnavailableError
@@ -117,8 +117,8 @@ def test_what_the_refusal_asks_for_is_accepted(checkpoint: Path) -> None:
     plain = load_checkpoint(str(checkpoint))
     delattr(plain.model.config, CONFIG_KEY)
     with pytest.raises(LegalityError, match="--attention chebyshev --norm polynomial --activation polynomial"):
-        lower_polynomial(plain, CkksOptions(3, LEVELS))
-    assert lower_polynomial(plain, asked)[2] > 0
+        lower_checkpoint(plain, CkksOptions(3, LEVELS))
+    assert lower_checkpoint(plain, asked)[2] > 0
 
 
 def test_a_disk_that_is_full_is_named_and_nothing_is_left(
@@ -177,7 +177,7 @@ def test_an_operator_that_is_no_polynomial_is_refused_by_name(
 
     monkeypatch.setattr(changed, "call", with_division)
     with pytest.raises(LegalityError, match=f"stage '{stage}', model.norm: %quotient = Div.*onnx::Div is not legal here"):
-        lower_polynomial(load_checkpoint(str(checkpoint)), OPTIONS)
+        lower_checkpoint(load_checkpoint(str(checkpoint)), OPTIONS)
 
 
 def test_an_adapter_is_merged_as_peft_does(checkpoint: Path, build: Path, tmp_path: Path) -> None:

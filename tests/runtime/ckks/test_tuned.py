@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.cli.main import app
-from hecompile.compiler.ckks import CkksOptions, lower_polynomial
+from hecompile.compiler.ckks import CkksOptions, lower_checkpoint
 from hecompile.compiler.frontend import load_checkpoint
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.graph.interpreter import Interpreter
@@ -96,7 +96,7 @@ def serving(bundle: Path, path: Path) -> Iterator[str]:
 def cleartext(directory: Path) -> np.ndarray:
     """Logits [B, S, V] of the polynomial graph of a checkpoint."""
     checkpoint = load_checkpoint(str(directory))
-    graph, _, _ = lower_polynomial(checkpoint, CkksOptions(3, LEVELS))
+    graph, _, _ = lower_checkpoint(checkpoint, CkksOptions(3, LEVELS))
     with torch.no_grad():
         embeddings = checkpoint.model.get_input_embeddings()(torch.from_numpy(TOKENS))  # type: ignore[operator]
         return np.asarray(Interpreter(graph).run({EMBEDDINGS: embeddings})["logits"])

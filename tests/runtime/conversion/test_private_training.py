@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from hecompile.bundles.kinds import CLIENT, WORKER
-from hecompile.compiler.ckks import CkksOptions, lower_polynomial, merged_checkpoint
+from hecompile.compiler.ckks import CkksOptions, lower_checkpoint, merged_checkpoint
 from hecompile.compiler.frontend import load_checkpoint
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.errors import InputError, LegalityError, NotFiniteError
@@ -83,9 +83,9 @@ def test_range_loss_keeps_the_adapted_model_within_the_domains(build: Path, tmp_
         merged = merged_checkpoint(load_checkpoint(str(REDUCED_POLYNOMIAL)), adapter)
         if name == "without":
             with pytest.raises(LegalityError, match=r"was seen between .* outside the domain"):
-                lower_polynomial(merged, options)
+                lower_checkpoint(merged, options)
         else:
-            assert lower_polynomial(merged, options)[2] > 0
+            assert lower_checkpoint(merged, options)[2] > 0
 
 
 def test_range_loss_is_refused_where_it_has_no_meaning(build: Path, tmp_path: Path) -> None:

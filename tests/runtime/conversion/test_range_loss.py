@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hecompile.compiler.frontend import export_onnx, load_checkpoint
-from hecompile.compiler.pipeline import approximate_steps, raise_steps, run_steps
+from hecompile.compiler.pipeline import approximate
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.graph.interpreter import Interpreter, packed_graph_inputs
 from hecompile.graph.ir import nodes_of_type
@@ -42,8 +42,7 @@ def graph(attention: str) -> ir.Model:
     options = PolynomialOptions().choosing(attention=attention, norm="polynomial", activation="polynomial")
     if attention == "power":
         options = replace(options, attention=ApproximateSoftmax("power", form="length_agnostic", division="goldschmidt"))
-    model = run_steps(exported().clone(), raise_steps(options))
-    return run_steps(model, approximate_steps(Calibrate(tuple(map(tuple, rows().tolist()))), options))
+    return approximate(exported().clone(), options, Calibrate(tuple(map(tuple, rows().tolist()))))
 
 
 def run(attention: str, lengths: tuple[int, ...], operator: str = "", first: int = 0, **changes: float) -> RangeTerms:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hecompile.approximation.silu_table import ActivationTable, silu_table
-from hecompile.compiler.pipeline import approximate_steps, raise_steps, run_steps
+from hecompile.compiler.pipeline import approximate
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import InputError, WorkerError
 from hecompile.graph.interpreter import Interpreter, graph_inputs
@@ -42,7 +42,7 @@ def test_shapes_that_fill_no_block(small: EncryptedTable) -> None:
 def test_the_activation_of_a_plan_at_six_bits() -> None:
     """Table and inputs are those of a Llama's own SiLU: a run of its graph, and the same under TFHE on some elements."""
     options = PolynomialOptions(activation=QuantizeActivation(bits=6))
-    model = run_steps(exported(), [*raise_steps(options), *approximate_steps(Calibrate(samples()), options)])
+    model = approximate(exported(), options, Calibrate(samples()))
     node = next(nodes_of_type(model, "QuantizedSiLU"))
     seen: dict[str, torch.Tensor] = {}
     tokens = torch.tensor([[5, 200, 31, 7]])

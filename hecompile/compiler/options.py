@@ -1,0 +1,101 @@
+"""Define the options of both kinds of plans."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from hecompile.compiler.polynomial_options import PolynomialOptions
+from hecompile.errors import InputError
+from hecompile.he.parameters import CATALOGUE, RingParameters
+from hecompile.he.random.sampling import PublicSeed
+from hecompile.passes.approximation.approximate_rmsnorm import ApproximateRMSNorm
+from hecompile.passes.approximation.approximate_silu import ApproximateSiLU
+from hecompile.passes.approximation.approximate_softmax import ApproximateSoftmax
+from hecompile.passes.approximation.quantize_activation import QuantizeActivation
+from hecompile.passes.offload.attach_lora import AttachLora
+from hecompile.passes.offload.place import Policy
+from hecompile.passes.offload.quantize import Quantize
+from hecompile.passes.offload.select_parameters import SelectParameters
+from hecompile.plan.costs import CostModel
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Collect everything that decides a plan of linears. Raises InputError for a value out of range."""
+
+    lora: AttachLora = field(default_factory=AttachLora)
+    effective_bits: float = 8.0
+    weight_bits: int = 10
+    ring: str | None = None
+    batch_size: int = 8
+    sequence_buckets: tuple[int, ...] = (32, 64, 128)
+    public_seed: PublicSeed | None = None
+    policy: Policy = "offload"
+    costs: CostModel = field(default_factory=CostModel)
+    remote_head: bool = False
+    stored_hints: bool = True
+    """False: the client stores no hints, and the worker computes them with every product
+    (`hecompile.bundles.public_rows`)."""
+    attention: str | ApproximateSoftmax | None = None
+    norm: str | ApproximateRMSNorm | None = None
+    activation: str | ApproximateSiLU | QuantizeActivation | None = None
+    """What stands for attention, RMSNorm and SiLU, by name (`hecompile.compiler.polynomial_options`) or with options;
+    None: what the checkpoint was converted for, else the exact ones."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {self.batch_size}")
+        buckets = self.sequence_buckets
+        if not buckets or min(buckets) < 2 or list(buckets) != sorted(set(buckets)):
+            raise InputError(f"sequence buckets must be increasing lengths of at least 2, got {list(buckets)}")
+        if not 0.0 < self.effective_bits < math.inf:
+            raise InputError(f"effective bits must be a positive number, got {self.effective_bits}")
+        if self.ring is not None and self.ring not in CATALOGUE:
+            raise InputError(f"ring {self.ring!r} cannot be selected; choose from {', '.join(CATALOGUE)}")
+        Quantize(self.weight_bits, self.remote_head)  # refuses bits that it does not make, before a model is read
+        self.polynomials()
+
+    def polynomials(self, config: Any = None) -> PolynomialOptions:
+        """Return what the plan of a checkpoint with this configuration replaces by polynomials."""
+        converted = PolynomialOptions.from_config(config)
+        return converted.choosing(self.attention, self.norm, self.activation)
+
+    def ring_parameters(self) -> RingParameters | None:
+        """Return the parameters of the ring asked for; None where the cheapest is to be chosen."""
+        return None if self.ring is None else CATALOGUE[self.ring]
+
+    def select_parameters(self) -> SelectParameters:
+        """Return the pass that chooses ring and bytes for the longest batch that these options allow."""
+        return SelectParameters(
+            effective_bits=self.effective_bits,
+            tokens=self.batch_size * self.sequence_buckets[-1],
+            ring=self.ring_parameters(),
+            costs=self.costs,
+            stored_hints=self.stored_hints,
+        )
+
+
+@dataclass(frozen=True)
+class CkksOptions:
+    """Collect everything that decides a polynomial plan. Raises InputError for a value out of range.
+
+    sequence_length: tokens of a prompt at most. levels: multiplications between two refreshes; 0: no refresh at all,
+    with as many levels as the graph is deep. ring_dim: None for the smallest that has them. attention, norm, activation: as
+    for `CompileOptions`. last_only: logits of the last position alone, for prompts of exactly sequence_length tokens.
+    """
+
+    sequence_length: int
+    levels: int = 4
+    ring_dim: int | None = None
+    attention: str | None = None
+    norm: str | None = None
+    activation: str | None = None
+    last_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.levels < 0:
+            raise InputError(f"levels must be at least 1, or 0 for no refreshes, got {self.levels}")
+        if self.sequence_length < 2:
+            raise InputError(f"the sequence length must be at least 2, got {self.sequence_length}")
