@@ -44,25 +44,6 @@ POLYNOMIAL = Stage(
 )
 """Sums, products, constants and moves of entries: what can be evaluated on ciphertexts."""
 REFRESHED = Stage("refreshed", POLYNOMIAL.standard, POLYNOMIAL.custom | {"Refresh"})
-WORKER_CIRCUIT = Stage(
-    "worker circuit",
-    frozenset(
-        {
-            "MatMulInteger",
-            "Cast",
-            "Mul",
-            "Add",
-            "Concat",
-            "Slice",
-            "Squeeze",
-            "Unsqueeze",
-            "Gather",
-            "Split",
-            "Constant",
-        }
-        | {"BitShift", "BitwiseAnd", "Reshape", "Identity"}
-    ),
-)
 
 TypeRule = Callable[[ir.Node], str | None]
 """Says what is wrong with a node's inputs, or None."""

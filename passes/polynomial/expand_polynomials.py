@@ -8,8 +8,8 @@ The sequence length is fixed, positions are 0 … S - 1: cos and sin are constan
 ones [S, S]. The embedding is cut off: the client looks tokens up. Constants are folded so that they cost no level: gains and
 scales into the next Linear, the factors of the scores into the rotary tables, others onto the shallower operand of a product
 (`hecompile.polynomial.graph_values`). The function is that of the approximated graph on sequences of S tokens, up to
-the rounding of float32. LoRA matrices that are graph inputs stay inputs; `hecompile.graph.merging.merge_lora` merges an
-adapter before. """
+the rounding of float32. LoRA matrices that are graph inputs stay inputs.
+"""
 
 from __future__ import annotations
 
