@@ -1,7 +1,7 @@
-"""Keys and values of the tokens that went before, so that a sequence which grows is not computed again.
+"""Keep keys and values of earlier tokens, so that a sequence that grows is not computed again.
 
-One cache serves all attention nodes of a graph, which run in the same order every time: the i-th one to ask gets what the
-i-th one kept. It lives on the client; what it holds is as private as the text.
+One cache serves all attention nodes of a graph. They run in the same order every time, so the i-th call of a run gets what
+the i-th call of the last run kept. The cache lives on the client and is as private as the text.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor
 from hecompile.errors import InputError
 
 
-class _Grown:
-    """A tensor [1, heads, L, D] that grows along L in place: room is doubled, so that tokens cost little on average."""
+class _GrowingTensor:
+    """Keep a tensor [1, heads, L, D] that grows along L in place; room is doubled, so that tokens cost little on average."""
 
     def __init__(self) -> None:
         self._room: Tensor | None = None
         self.length = 0
 
     def append(self, part: Tensor) -> Tensor:
-        """All of it, with `part` [1, heads, n, D] at the end; valid until the next call."""
+        """Append `part` [1, heads, n, D] and return the whole tensor, valid until the next call."""
         end = self.length + part.shape[2]
         if self._room is None or self._room.shape[2] < end:
             batch, heads, _, size = part.shape
@@ -36,17 +36,17 @@ class _Grown:
 
 
 class AttentionCache:
-    """Past keys and values of any number of sequences, each known by a key of the caller's choice."""
+    """Keep past keys and values of any number of sequences, each named by a key of the caller's choice."""
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, list[tuple[_Grown, _Grown]]] = {}
+        self._kept: dict[Hashable, list[tuple[_GrowingTensor, _GrowingTensor]]] = {}
         self._running: tuple[Hashable, ...] = ()
         self._node = 0
 
     def begin(self, sequences: Sequence[Hashable]) -> None:
-        """A run begins over the next tokens of these sequences, packed in this order; new ones start empty.
+        """Begin a run over the next tokens of these sequences, packed in this order; new ones start empty.
 
-        Raises InputError where one is named twice.
+        Raises InputError where a sequence is named twice.
         """
         self._running, self._node = tuple(sequences), 0
         if len(set(self._running)) < len(self._running):
@@ -55,27 +55,27 @@ class AttentionCache:
             self._kept.setdefault(sequence, [])
 
     def extend(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """For the next attention node: k and v [1, heads, n, D] of the new tokens of each sequence → of all its tokens."""
+        """Extend k and v [1, heads, n, D] of each sequence's new tokens to all its tokens, for the next attention node."""
         everything = []
         for sequence, key, value in zip(self._running, keys, values, strict=True):
             nodes = self._kept[sequence]
             if self._node == len(nodes):
-                nodes.append((_Grown(), _Grown()))
+                nodes.append((_GrowingTensor(), _GrowingTensor()))
             kept_keys, kept_values = nodes[self._node]
             everything.append((kept_keys.append(key.detach()), kept_values.append(value.detach())))
         self._node += 1
         return everything
 
     def length(self, sequence: Hashable) -> int:
-        """Tokens of it that are kept."""
+        """Return how many tokens of a sequence are kept."""
         nodes = self._kept.get(sequence)
         return nodes[0][0].length if nodes else 0
 
     def forget(self, sequence: Hashable) -> None:
-        """Let go of what is kept of it."""
+        """Drop everything that is kept of a sequence."""
         self._kept.pop(sequence, None)
 
 
 def causal_mask(queries: int, keys: int) -> Tensor:
-    """bool [queries, keys]: the last `queries` of so many positions, each of which sees itself and what is before it."""
+    """Return bool [queries, keys] for the last `queries` of `keys` positions: each sees itself and the positions before."""
     return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)

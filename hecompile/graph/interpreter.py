@@ -1,4 +1,4 @@
-"""Runs an `onnx_ir` graph in torch, operator by operator, with autograd. It serves passes, tests and the client."""
+"""Run an `onnx_ir` graph in torch, operator by operator, with autograd. Passes, tests and the client use it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hecompile.errors import InputError, LegalityError
-from hecompile.graph import polynomial_operators, quantized_operators  # noqa: F401  they register their operators
+from hecompile.graph import model_operators, polynomial_operators, quantized_operators  # noqa: F401  they register
 from hecompile.graph.ir import ATTENTION_OPERATORS, attributes_of, constant_of
 from hecompile.graph.operators import OPERATORS, Context, Operator
 
@@ -22,7 +22,7 @@ Observer = Callable[[ir.Value, Tensor], None]
 
 @dataclass(frozen=True)
 class _Step:
-    """One node, resolved once: its function, attributes, input and output names, and the values that die after it."""
+    """Hold a node resolved once: its function, attributes, input and output names, and the values that die after it."""
 
     node: ir.Node
     function: Operator
@@ -33,15 +33,17 @@ class _Step:
 
 
 def _as_tensor(array: np.ndarray) -> Tensor:
-    """A tensor on the array's own memory, also where that is a file mapped read-only: no operator writes to its inputs, and
-    a copy of a large vocabulary's embedding would double what the client keeps resident."""
+    """Make a tensor on the array's own memory, even where that is a file mapped read-only.
+
+    No operator writes to its inputs, and a copy of a large vocabulary's embedding would double the client's resident memory.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")
         return torch.from_numpy(array)
 
 
 class Interpreter:
-    """A prepared graph. `run(inputs)` is a pure function of its inputs and may be called any number of times.
+    """Prepare a graph once and run it any number of times; `run` is a pure function of its inputs.
 
     Raises LegalityError at construction for an operator that has no implementation.
     """
@@ -72,7 +74,7 @@ class Interpreter:
         self._narrowing = self._find_narrowing(last_use)
 
     def _find_narrowing(self, last_use: Mapping[str, int]) -> tuple[int, tuple[tuple[str, int], ...]] | None:
-        """The last Attention's index, and what lives on after it with positions: (name, axis of the positions)."""
+        """Return the index of the last attention, and (name, axis) of each value with positions that is read after it."""
         attentions = [i for i, step in enumerate(self._steps) if step.node.op_type in ATTENTION_OPERATORS]
         names = {str(value.name): value for value in self.graph.inputs}
         shape = names["input_ids"].shape if "input_ids" in names else None
@@ -111,14 +113,18 @@ class Interpreter:
         positions: Tensor | None = None,
         parameters: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Evaluate the graph. `inputs` maps every graph input to a tensor; returns the graph outputs by name.
+        """Evaluate the graph and return its outputs by name.
 
-        `observer` is called with every value that a node produces (calibration). `positions` (int64 [N]) are those of
-        the sequence axis that the outputs are wanted at, in this order: after the last Attention node no position
-        depends on another, so the others are left out from there on. Raises InputError for a missing input, and for
-        `positions` where the graph has no such place.
+        Args:
+            inputs: a tensor for every graph input, by name.
+            observer: called with every value that a node produces, for calibration.
+            positions: int64 [N], the places on the sequence axis at which outputs are wanted, in this order. After the last
+                attention no position depends on another, so all others are left out from there on.
+            parameters: take the place of the initializers of the same names, for training.
 
-        `parameters` stand in for the initializers of the same names (training); what is not a name of one is a KeyError.
+        Raises:
+            InputError: an input is missing, or there are `positions` and the graph has no last attention to cut them after.
+            KeyError: a parameter has a name that no initializer has.
         """
         context = context or Context()
         narrowing = self._narrowing if positions is not None else None
@@ -152,13 +158,19 @@ class Interpreter:
         return {str(value.name): values[str(value.name)] for value in self.graph.outputs}
 
 
+def evaluate_node(node: ir.Node, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Evaluate one node outside of any run; None stands for an input that it does without."""
+    results = OPERATORS[node.domain, node.op_type](Context(), attributes_of(node), *inputs)
+    return results if isinstance(results, tuple) else (results,)
+
+
 def packed_graph_inputs(
     input_ids: Tensor, lengths: Sequence[int], starts: Sequence[int] | None = None
 ) -> dict[str, Tensor]:
-    """The data inputs of a fused graph for sequences packed one after the other: input_ids [1, T], T the sum of lengths.
+    """Make the data inputs of a fused graph for packed sequences: input_ids [1, T], T the sum of lengths.
 
-    starts: the position of each one's first token; 0 by default. Run it with `Context(sequences=lengths)`: the bias is a
-    placeholder, Attention goes by the lengths.
+    starts: position of each sequence's first token; 0 by default. Run the graph with `Context(sequences=lengths)`: the bias
+    is a placeholder, and attention goes by the lengths.
     """
     begin = [0] * len(lengths) if starts is None else starts
     ranges = [torch.arange(start, start + length) for start, length in zip(begin, lengths, strict=True)]
@@ -167,8 +179,11 @@ def packed_graph_inputs(
 
 
 def causal_attention_bias(attention_mask: Tensor) -> Tensor:
-    """The additive attention bias [B, 1, S, S] f32 of a right-padded batch: 0 where query i may see key j ≤ i and j is a
-    real token (`attention_mask` [B, S], 1 = real), the smallest finite float elsewhere."""
+    """Make the additive attention bias f32 [B, 1, S, S] of a right-padded batch.
+
+    It is 0 where query i may see key j ≤ i and j is a real token (`attention_mask` [B, S], 1 = real), and the smallest
+    finite float elsewhere.
+    """
     length = attention_mask.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     allowed = causal[None, None] & attention_mask[:, None, None, :].bool()  # [B, 1, S, S]
@@ -178,7 +193,7 @@ def causal_attention_bias(attention_mask: Tensor) -> Tensor:
 
 
 def graph_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """The data inputs of an exported graph for a right-padded batch (both [B, S] int64)."""
+    """Make the data inputs of an exported graph for a right-padded batch; both arguments are int64 [B, S]."""
     positions = torch.arange(input_ids.shape[1], dtype=torch.int64).expand_as(input_ids).contiguous()
     return {
         "input_ids": input_ids,

@@ -1,7 +1,7 @@
-"""What every pass shares: the custom operator domain, metadata keys, small graph helpers and the text form of a model.
+"""Provide what every pass shares: the custom operator domain, metadata keys, graph helpers and the text form of a model.
 
 The container is `onnx_ir`; nothing here wraps it. The custom domain `hecompile` holds the operators that have no
-standard ONNX counterpart (`Linear` with a frozen weight, `RemoteLinear`, ...); `hecompile/graph/operators.py` is the
+standard ONNX counterpart (`Linear` with a frozen weight, `RemoteLinear`, ...); `hecompile.graph.operators` is the
 table of what each of them computes.
 """
 
@@ -25,7 +25,7 @@ NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata key of a node as exported: the module path of the checkpoint it came from, written by torch's exporter."""
 
 ORIGIN = "hecompile.origin"
-"""Metadata key: what a node was made from (module path of the checkpoint, or the nodes it replaces)."""
+"""Metadata key of a node: its source (module path of the checkpoint, or the nodes it replaces)."""
 
 SECRECY = "hecompile.secrecy"
 """Metadata key of a value: "public" or "secret"."""
@@ -37,7 +37,7 @@ RANGE = "hecompile.range"
 """Metadata key of a value: JSON {"max", "crest"} recorded by calibration; crest = max|x| / rms, per token."""
 
 GRADIENT_RANGE = "hecompile.gradient_range"
-"""Metadata key of a value: the same of the gradient that flows back into it."""
+"""Metadata key of a value: the range of the gradient that flows back into it, in the form of `RANGE`."""
 
 APPROXIMATION_RANGE = "hecompile.approximation_range"
 """Metadata key of the result of an attention, RMSNorm or SiLU: JSON of what calibration saw where a polynomial would stand
@@ -52,10 +52,10 @@ _PRINTED_CONSTANT_ELEMENTS = 8
 
 
 def module_path(node: ir.Node) -> str:
-    """Path of the checkpoint's module that `node` was exported from, e.g. `model.layers.0.self_attn.q_proj`.
+    """Return the path of the checkpoint's module that `node` comes from, e.g. `model.layers.0.self_attn.q_proj`.
 
-    Read from the exporter's name scopes (initializer names are not reliable: constant folding renames them). Empty for
-    a node outside every module. The first scope component is the export wrapper and is dropped.
+    It is read from the exporter's name scopes, as constant folding renames initializers. It is empty for a node outside
+    every module. The first scope component is the export wrapper and is dropped.
     """
     if ORIGIN in node.metadata_props:
         return node.metadata_props[ORIGIN]
@@ -69,7 +69,7 @@ def module_path(node: ir.Node) -> str:
 
 
 def constant_of(value: ir.Value | None) -> np.ndarray | None:
-    """The numpy value of a constant (initializer or `Constant` node), or None when `value` is computed."""
+    """Return the array of a constant (initializer or `Constant` node), or None when `value` is computed."""
     if value is None:
         return None
     tensor = ir.convenience.get_const_tensor(value)
@@ -84,17 +84,17 @@ def source_of(value: ir.Value | None) -> ir.Value | None:
 
 
 def attribute(node: ir.Node, name: str) -> object:
-    """The value of attribute `name` of `node`; KeyError when it has none."""
+    """Return the value of attribute `name` of `node`. Raises KeyError when it has none."""
     return node.attributes[name].value
 
 
 def attributes_of(node: ir.Node) -> dict[str, Any]:
-    """All attributes of `node` as Python values."""
+    """Return all attributes of `node` as Python values."""
     return {name: attr.value for name, attr in node.attributes.items()}
 
 
 def single(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes as a saved model holds them: floats, also in lists, rounded to float32."""
+    """Round floats, also in lists, to float32, as a saved model holds them."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -132,7 +132,7 @@ def replace_node(old: ir.Node, new: Iterable[ir.Node], outputs: Iterable[ir.Valu
 
 
 def nodes_of_type(model: ir.Model, op_type: str, domain: str = DOMAIN) -> Iterator[ir.Node]:
-    """The nodes of one operator, in graph order; safe against changes of the graph while iterating."""
+    """Yield the nodes of one operator in graph order; the graph may change meanwhile."""
     for node in list(model.graph):
         if node.op_type == op_type and node.domain == domain:
             yield node
@@ -147,8 +147,11 @@ def remove_unused(model: ir.Model) -> None:
 
 
 def print_model(model: ir.Model) -> str:
-    """A deterministic text of the graph: inputs, initializers (shape and type only, small ones with their values), one
-    line per node with types, attributes, placement, and origin, then outputs. Golden tests compare it."""
+    """Print the graph as deterministic text, which golden tests compare.
+
+    It has inputs, initializers (types, and values of small ones), one line per node with types, attributes, placement and
+    origin, and outputs.
+    """
     lines = [f"model {key} = {value}" for key, value in sorted(model.metadata_props.items())]
     graph = model.graph
     lines += [f"input {_typed(value)}" for value in graph.inputs]

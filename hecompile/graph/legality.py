@@ -1,4 +1,4 @@
-"""What is legal at each stage of the pipeline, as data, and the check that runs between passes."""
+"""Hold as data what is legal at each stage of the pipeline, and check it between passes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _RAISED = frozenset({"Linear", "RMSNorm", "SiLU", "RotaryEmbedding", "RepeatKV",
 
 @dataclass(frozen=True)
 class Stage:
-    """A named set of legal operators: standard ones and ones of the `hecompile` domain."""
+    """Name a set of legal operators: standard ones and ones of the `hecompile` domain."""
 
     name: str
     standard: frozenset[str]
@@ -46,7 +46,7 @@ POLYNOMIAL = Stage(
 REFRESHED = Stage("refreshed", POLYNOMIAL.standard, POLYNOMIAL.custom | {"Refresh"})
 
 TypeRule = Callable[[ir.Node], str | None]
-"""Says what is wrong with a node's inputs, or None."""
+"""Returns what is wrong with a node's inputs, or None."""
 
 
 def _weight_rule(*dtypes: ir.DataType) -> TypeRule:
@@ -103,7 +103,10 @@ TYPE_RULES: dict[str, tuple[int, TypeRule | None]] = {
 
 
 def check_stage(model: ir.Model, stage: Stage) -> None:
-    """LegalityError naming the first node that is not legal at `stage`: its operator, its module, its inputs, the rule."""
+    """Check that every node is legal at `stage`.
+
+    Raises LegalityError for the first that is not, with its operator, module and inputs, and the rule.
+    """
     for node in model.graph:
         legal = stage.custom if node.domain == DOMAIN else stage.standard if node.domain == "" else frozenset()
         if node.op_type not in legal:

@@ -1,4 +1,4 @@
-"""Finding an attention in a graph, whatever form it has: passes that fuse, approximate or measure it share this."""
+"""Find the attentions of a graph in each of their forms, for the passes that fuse, approximate or measure them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TRANSPOSED = (0, 1, 3, 2)
 
 @dataclass(frozen=True)
 class AttentionParts:
-    """What an attention computes with: q, k and v [B, heads, S, D], bias broadcast to [B, heads, S, S], factor of q·kᵀ."""
+    """Hold the inputs of an attention: q, k and v [B, heads, S, D], bias broadcast to [B, heads, S, S], factor of q·kᵀ."""
 
     q: ir.Value
     k: ir.Value
@@ -25,7 +25,7 @@ class AttentionParts:
 
 
 def attentions(model: ir.Model) -> Iterator[tuple[ir.Node, AttentionParts]]:
-    """Every attention in graph order with the node that makes its result: decomposed ones, fused and approximated ones."""
+    """Yield each attention in graph order with the node that makes its result: decomposed, fused or approximated."""
     for node in list(model.graph):
         if node.op_type == "MatMul" and not node.domain:
             parts = match_attention(node)
@@ -39,14 +39,14 @@ def attentions(model: ir.Model) -> Iterator[tuple[ir.Node, AttentionParts]]:
 
 
 def softmax_attentions(model: ir.Model) -> Iterator[tuple[ir.Node, AttentionParts]]:
-    """The decomposed ones alone: MatMul(Softmax(Add(Mul(MatMul(q, kᵀ), c), bias)), v)."""
+    """Yield the decomposed attentions alone: MatMul(Softmax(Add(Mul(MatMul(q, kᵀ), c), bias)), v)."""
     for node in nodes_of_type(model, "MatMul", domain=""):
         if (parts := match_attention(node)) is not None:
             yield node, parts
 
 
 def match_attention(node: ir.Node) -> AttentionParts | None:
-    """The parts of the attention that ends in the MatMul `node`, or None."""
+    """Match the attention that ends in the MatMul `node`; None where there is none."""
     weights, v = node.inputs
     softmax = producer_of(weights, "Softmax")
     if softmax is None or v is None or _axis(softmax) != -1:
@@ -73,7 +73,7 @@ def match_attention(node: ir.Node) -> AttentionParts | None:
 
 
 def producer_of(value: ir.Value | None, op_type: str, domain: str = "") -> ir.Node | None:
-    """The node that makes `value`, if it is of that operator and makes it for one use only."""
+    """Return the node that makes `value`, if it is of that operator and makes it for one use only."""
     producer = None if value is None else value.producer()
     if value is None or producer is None or (producer.op_type, producer.domain) != (op_type, domain):
         return None
@@ -83,7 +83,7 @@ def producer_of(value: ir.Value | None, op_type: str, domain: str = "") -> ir.No
 
 
 def either_order(node: ir.Node) -> list[tuple[ir.Value, ir.Value]]:
-    """The two inputs of a commutative node, both ways round."""
+    """Return the two inputs of a commutative node in both orders."""
     first, second = node.inputs
     assert first is not None and second is not None
     return [(first, second), (second, first)]

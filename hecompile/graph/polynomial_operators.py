@@ -1,4 +1,4 @@
-"""The operators that encryption can follow: attention, normalisation and activation by sums and products.
+"""Define the operators that encryption can follow: attention, normalisation and activation by sums and products.
 
 * `PowerAttention(q, k, v, bias; scale, power, form, epsilon, delta, division, iterations, ratio_lower, ratio_upper,
   domain_upper, error_bound)`: weights w = m ⊙ t^p of the scores t = q·kᵀ·scale, p even, divided by their sum over the keys:
@@ -14,9 +14,10 @@
   makes it the softmax of t (Cho et al., arXiv 2410.11184). The domain is that of t - shift.
 * `PolynomialRMSNorm(x, weight; epsilon, variance_scale, coefficients, newton_steps, domain_lower, domain_upper,
   error_bound)`: x·y(v)·weight with v = mean(x²) + ε in the domain and y(v) ≈ 1/√v; the series and the steps see
-v·variance_scale. * `PolynomialSiLU(x; coefficients, domain_lower, domain_upper, error_bound)`: a Chebyshev series on
-±domain_upper. * `ComposedSiLU(x; coefficients, domain_lower, domain_upper, error_bound)`: x·(1 + s(x))/2 with s composed
-  of odd polynomials of degree 7, four coefficients each.
+  v·variance_scale.
+* `PolynomialSiLU(x; coefficients, domain_lower, domain_upper, error_bound)`: a Chebyshev series on ±domain_upper.
+* `ComposedSiLU(x; coefficients, domain_lower, domain_upper, error_bound)`: x·(1 + s(x))/2 with s composed of odd polynomials
+  of degree 7, four coefficients each.
 
 The mask m is exp(bias): 1 where the bias is zero, 0 where it is very negative. With `context.sequences` positions are packed
 as for `Attention`, and the bias is not looked at. Outside its domain a polynomial means nothing and may grow without limit.
@@ -34,7 +35,8 @@ from hecompile.approximation.arithmetic import power, squared
 from hecompile.approximation.inverse_sqrt import inverse_sqrt
 from hecompile.graph.attention_cache import causal_mask
 from hecompile.graph.ir import DOMAIN
-from hecompile.graph.operators import Attributes, Context, attend_packed, operator
+from hecompile.graph.model_operators import attend_packed
+from hecompile.graph.operators import Attributes, Context, operator
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(q, k, v, mask) → result [B, heads, S, D]; the mask [.., S, S] holds factors between 0 and 1."""
@@ -52,18 +54,18 @@ def _attend(context: Context, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, att
 
 
 def attention_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """t = q·kᵀ·scale, [B, heads, S, S]."""
+    """Return t = q·kᵀ·scale, [B, heads, S, S]."""
     return (q * scale) @ k.transpose(-1, -2)
 
 
 def gaussian_exponents(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """-‖q_i - k_j‖²·scale/2, [B, heads, S, S]."""
+    """Return -‖q_i - k_j‖²·scale/2, [B, heads, S, S]."""
     squares = q.pow(2).sum(-1, keepdim=True) + k.pow(2).sum(-1).unsqueeze(-2)  # [B, heads, S, S]
     return attention_scores(q, k, scale) - squares * (scale / 2)
 
 
 def power_weights(t: Tensor, mask: Tensor, attributes: Attributes) -> tuple[Tensor, Tensor, Tensor | float]:
-    """(weights not divided [B, heads, S, S], divisor [B, heads, S, 1], constant factor of the quotient) of scores t."""
+    """Return weights of scores t before division [B, heads, S, S], their divisor [B, heads, S, 1] and a constant factor."""
     if attributes["form"] == "stable":
         t = t / ((t * mask).abs().amax(-1, keepdim=True) + attributes["delta"])
     weights = power(t, attributes["power"]) * mask
@@ -113,7 +115,7 @@ def _chebyshev_attention(
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         shifted = attention_scores(q, k, attributes["scale"]) - attributes["shift"]
         lower, upper = attributes["domain_lower"], attributes["domain_upper"]
-        # What is masked may lie outside the domain; it must not become infinite before it is made zero.
+        # Masked scores may lie outside the domain; they must not become infinite before they are made zero.
         shifted = torch.where(mask > 0, shifted, upper)
         shrink = 2.0 ** -attributes["halvings"]
         series = (attributes["coefficients"], attributes["squarings"], lower * shrink, upper * shrink)

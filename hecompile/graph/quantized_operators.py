@@ -1,4 +1,4 @@
-"""The operators that compute on integers of few bits.
+"""Define the operators that compute on integers of few bits.
 
 * `QuantizedSiLU(x; bits, lower, input_scale, output_scale, zero, entries, domain_lower, domain_upper, error_bound)`: SiLU by
   a table of 2^bits integers (`hecompile.approximation.silu_table`). Its gradient is that of SiLU where the input is not
@@ -17,13 +17,13 @@ from hecompile.graph.operators import Attributes, Context, operator
 
 
 def table_indices(x: Tensor, attributes: Attributes) -> Tensor:
-    """int64 of the shape of x: which entry of the table stands for each value."""
+    """Return the index of each value's entry in the table, int64 of the shape of x."""
     steps = torch.round((x - attributes["lower"]) / attributes["input_scale"])
     return steps.clamp(0, (1 << attributes["bits"]) - 1).to(torch.int64)
 
 
 def table_values(integers: Tensor, attributes: Attributes, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The numbers that results of the table stand for."""
+    """Return the numbers that entries of the table stand for."""
     return (integers - attributes["zero"]).to(dtype) * attributes["output_scale"]
 
 

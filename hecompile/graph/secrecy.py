@@ -1,4 +1,4 @@
-"""The rule that no secret stands on the worker in the clear, checked wherever a placement is made or used."""
+"""Check that no secret stands on the worker in the clear, wherever a placement is made or used."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ WORKER_OPERATORS = frozenset({(DOMAIN, "QuantizedLinear")})
 
 
 def check_placement(model: ir.Model) -> None:
-    """SecurityError when a node that sees a secret stands on the worker and cannot be evaluated on ciphertexts there, or
-    when anything but its first input is secret."""
+    """Refuse a placement that shows the worker a secret.
+
+    Raises SecurityError when a node on the worker sees a secret and cannot be evaluated on ciphertexts, or when anything but
+    its first input is secret.
+    """
     for node in model.graph:
         if node.metadata_props.get(PLACEMENT) != "worker":
             continue

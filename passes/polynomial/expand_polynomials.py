@@ -2,7 +2,7 @@
 
     input_ids, attention_bias, position_ids → logits          inputs_embeds f32 [B, S, H] → logits f32 [B, S, V] or [B, 1, V]
     PowerAttention(q, k, v, bias)              →  MatMul, Mul, ReduceSum, …   (`hecompile.polynomial.expansions`)
-    PolynomialRMSNorm, PolynomialSiLU, ComposedSiLU, RotaryEmbedding, RepeatKV, Lora  →  the same
+    PolynomialRMSNorm, PolynomialSiLU, ComposedSiLU, RotaryEmbedding, RepeatKV, Lora  →  likewise
 
 The sequence length is fixed, positions are 0 … S - 1: cos and sin are constants, the causal mask a constant of zeros and
 ones [S, S]. The embedding is cut off: the client looks tokens up. Constants are folded so that they cost no level: gains and
@@ -14,6 +14,7 @@ the rounding of float32. LoRA matrices that are graph inputs stay inputs.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,8 +23,8 @@ import onnx_ir as ir
 import torch
 
 from hecompile.errors import InputError, LegalityError
+from hecompile.graph.interpreter import evaluate_node
 from hecompile.graph.ir import ATTENTION_OPERATORS, DOMAIN, attributes_of, constant_of, module_path, remove_unused
-from hecompile.graph.operators import OPERATORS, Context
 from hecompile.polynomial import expansions
 from hecompile.polynomial.graph_values import GraphBuilder, GraphValue, concatenated
 
@@ -32,8 +33,9 @@ EMBEDDINGS = "inputs_embeds"
 
 @dataclass(frozen=True)
 class ExpandPolynomials(ir.passes.FunctionalPass):
-    """sequence_length: S of every sequence. last_only: logits of the last position alone, [B, 1, V].
+    """Expand the graph for sequences of one length.
 
+    sequence_length: S of every sequence. last_only: logits of the last position alone, [B, 1, V].
     Raises InputError for a length under 2; LegalityError naming a node that is no polynomial.
     """
 
@@ -54,7 +56,7 @@ class ExpandPolynomials(ir.passes.FunctionalPass):
 
 
 class _Expansion:
-    """One walk over the old graph. A value is a constant (numpy), a GraphValue, or the token ids, which have no value."""
+    """Walk once over the old graph. Each value is a constant (numpy) or a GraphValue; the token ids have no value."""
 
     def __init__(self, model: ir.Model, builder: GraphBuilder, length: int, last_only: bool) -> None:
         self.old, self.builder, self.length, self.last_only = model.graph, builder, length, last_only
@@ -63,10 +65,12 @@ class _Expansion:
         self.values: dict[ir.Value, GraphValue] = {}
         self.last_attention: ir.Node | None = None
         self.prescale: dict[ir.Value, np.ndarray] = {}
-        self.unit: dict[ir.Value, float] = {}
+        """Queries and keys → factors [S] that their rotary tables take up."""
+        self.rescale: dict[ir.Value, float] = {}
+        """Outputs of linears → factor that their weights take up."""
 
     def run(self) -> None:
-        self._plan()
+        self._plan_factors()
         for value in self.old.inputs:
             self._input(value)
         for node in self.old:
@@ -77,10 +81,8 @@ class _Expansion:
             output.value.name = str(value.name)
             self.builder.graph.outputs.append(output.value)
 
-    # ------------------------------------------------------------------------------------------------------------- plan
-
-    def _plan(self) -> None:
-        """Decide what a value is multiplied by where it is made, for the sake of its only reader."""
+    def _plan_factors(self) -> None:
+        """Decide the factor that a value gets where it is made, for the sake of its only reader."""
         for node in self.old:
             if node.op_type in ATTENTION_OPERATORS and node.domain == DOMAIN:
                 self.last_attention = node
@@ -94,21 +96,19 @@ class _Expansion:
                 if (repeat := k.producer()) is not None and repeat.op_type == "RepeatKV" and repeat.inputs[0] is not None:
                     self.prescale[repeat.inputs[0]] = key
             elif node.op_type in ("PolynomialSiLU", "ComposedSiLU") and node.inputs[0] is not None:
-                self._ask_unit(node.inputs[0], 1 / attributes_of(node)["domain_upper"])
+                self._rescale_at_linears(node.inputs[0], 1 / attributes_of(node)["domain_upper"])
 
-    def _ask_unit(self, value: ir.Value, factor: float) -> None:
-        """Ask the linears that make `value` to make it `factor` times as large."""
+    def _rescale_at_linears(self, value: ir.Value, factor: float) -> None:
+        """Let the linears that make `value` make it `factor` times as large."""
         producer = value.producer()
         if producer is None or len(value.uses()) != 1:
             return
         if producer.op_type == "Add":
             for part in producer.inputs:
                 if part is not None:
-                    self._ask_unit(part, factor)
+                    self._rescale_at_linears(part, factor)
         elif producer.op_type in ("Linear", "Lora"):
-            self.unit[value] = factor
-
-    # ------------------------------------------------------------------------------------------------------------- walk
+            self.rescale[value] = factor
 
     def _input(self, value: ir.Value) -> None:
         name = str(value.name)
@@ -154,12 +154,11 @@ class _Expansion:
             self.values[value] = result
 
     def _fold(self, node: ir.Node) -> None:
-        """Evaluate a node of constants."""
+        """Evaluate a node whose inputs are constants."""
         if node.op_type == "Constant":
             return
         arguments = [None if v is None else torch.from_numpy(np.array(self._known(node, v))) for v in node.inputs]
-        results = OPERATORS[node.domain, node.op_type](Context(), attributes_of(node), *arguments)
-        for value, result in zip(node.outputs, results if isinstance(results, tuple) else (results,), strict=True):
+        for value, result in zip(node.outputs, evaluate_node(node, arguments), strict=True):
             self.constants[value] = result.numpy()
 
     def _known(self, node: ir.Node, value: ir.Value | None) -> np.ndarray:
@@ -176,33 +175,27 @@ class _Expansion:
         assert value is not None
         return self.values[value]
 
-    # -------------------------------------------------------------------------------------------------------- operators
-
     def _linear(self, node: ir.Node) -> GraphValue:
-        weight, asked = node.inputs[1], self.unit.get(node.outputs[0], 1.0)
+        weight, factor = node.inputs[1], self.rescale.get(node.outputs[0], 1.0)
         assert weight is not None
-        return self.builder.linear(self._of(node), weight, self._known(node, weight), asked).with_factor(1 / asked)
+        return self.builder.linear(self._of(node), weight, self._known(node, weight), factor).with_factor(1 / factor)
 
     def _lora(self, node: ir.Node) -> GraphValue:
-        asked = self.unit.get(node.outputs[0], 1.0)
+        factor = self.rescale.get(node.outputs[0], 1.0)
         x, a, b = (self._of(node, index) for index in range(3))
         inner = x.settled() @ a.transposed((1, 0))  # [B, S, r]
-        b = (b.transposed((1, 0)) * (asked * attributes_of(node)["scaling"])).settled()
-        return (inner.settled() @ b).with_factor(1 / asked)
+        b = (b.transposed((1, 0)) * (factor * attributes_of(node)["scaling"])).settled()
+        return (inner.settled() @ b).with_factor(1 / factor)
 
     def _binary(self, node: ir.Node) -> GraphValue:
-        left, right = node.inputs
-        constants = [self._constant(left), self._constant(right)]
-        if constants[0] is None and constants[1] is None:
-            a, b = self._of(node, 0), self._of(node, 1)
-            return {"Add": a.__add__, "Sub": a.__sub__, "Mul": a.__mul__}[node.op_type](b)
-        x = self._of(node, 0 if constants[1] is not None else 1)
-        array = constants[1] if constants[1] is not None else constants[0]
-        assert array is not None
-        if array.size != 1 or (node.op_type == "Sub" and constants[0] is not None):
+        apply = {"Add": operator.add, "Sub": operator.sub, "Mul": operator.mul}[node.op_type]
+        left, right = (self._constant(value) for value in node.inputs)
+        constant = left if right is None else right
+        if constant is None:
+            return apply(self._of(node, 0), self._of(node, 1))
+        if constant.size != 1 or (node.op_type == "Sub" and left is not None):
             raise LegalityError(f"{node.op_type} of {module_path(node)} by a constant tensor is not supported")
-        number = float(array.reshape(()))
-        return {"Add": x.__add__, "Sub": x.__sub__, "Mul": x.__mul__}[node.op_type](number)
+        return apply(self._of(node, 0 if left is None else 1), float(constant.reshape(())))
 
     def _attention(self, node: ir.Node) -> GraphValue:
         q, k, v = (self._prescaled(node, index) if index < 2 else self._of(node, index) for index in range(3))
@@ -216,7 +209,7 @@ class _Expansion:
         return expansions.attention(node.op_type, attributes_of(node), q, k, v, mask)
 
     def _prescaled(self, node: ir.Node, index: int) -> GraphValue:
-        """q or k times its factor: in its rotary table already, or else by a product."""
+        """Return q or k times its factor: in its rotary table already, or else by a product."""
         value = node.inputs[index]
         assert value is not None
         x, factor = self._of(node, index), self.prescale[value]
@@ -230,7 +223,7 @@ class _Expansion:
         return x.times_array(factor[:, None])
 
     def _narrow(self, attention: ir.Node) -> None:
-        """From the last attention on only the last position counts: slice what lives on."""
+        """Slice the values that are read after the last attention: only their last position counts."""
         later: set[ir.Value] = set()
         passed = False
         for node in self.old:
@@ -299,7 +292,7 @@ _EXPANSIONS: dict[tuple[str, str], Expansion] = {
 
 
 def _shape(value: ir.Value, length: int) -> tuple[int | str, ...]:
-    """Static but for the batch: symbolic dimensions are the batch where first, the length elsewhere."""
+    """Make a shape static but for the batch: a symbolic dimension is the batch where first, the length elsewhere."""
     if value.shape is None:
         raise LegalityError(f"the shape of the graph input {value.name} is not known")
     return tuple(d if isinstance(d, int) else "B" if axis == 0 else length for axis, d in enumerate(value.shape))

@@ -1,0 +1,183 @@
+"""Define the operators of the `hecompile` domain that a Llama, its adapter and its split plan are made of.
+
+* `Linear(x, weight)`: y = x·Wᵀ, x [..., in], weight [out, in], float.
+* `QuantizedLinear(x, weight, scale)`: y = (x·Wᵀ) ⊙ scale, weight int8 or int16 [out, in], scale f32 [out].
+* `RemoteLinear(x, scale)`: the product of `QuantizedLinear` with a W that the worker alone knows, by `context.remote`.
+* `Lora(x, A, B; scaling, dropout)`: y = scaling · dropout(x)·Aᵀ·Bᵀ, A [r, in], B [out, r] (Hu et al., arXiv 2106.09685).
+* `RMSNorm(x, weight; epsilon)`: x / sqrt(mean(x²) + ε) ⊙ weight over the last axis (Zhang & Sennrich, arXiv 1910.07467).
+* `SiLU(x)`: x·sigmoid(x).
+* `RotaryEmbedding(x, cos, sin)`: x ⊙ cos + rotate_half(x) ⊙ sin, x [B, heads, S, D], cos and sin [B, S, D]
+  (Su et al., arXiv 2104.09864, in the half-split layout of Hugging Face).
+* `RepeatKV(x; repeats)`: [B, kv_heads, S, D] → [B, kv_heads·repeats, S, D] (grouped-query attention).
+* `Attention(q, k, v, bias; scale)`: softmax(q·kᵀ·scale + bias)·v, q, k and v [B, heads, S, D], bias broadcast to
+  [B, heads, S, S]. With `context.sequences` the S positions of one row are several sequences one after the other, each
+  of which attends to its own past alone; the bias is then not looked at.
+* `SwiGLU(gate, up)`: SiLU(gate) ⊙ up.
+* `GatedLora(x, A, B, gate, up; scaling, dropout)`: Lora(x, A, B) for x = SwiGLU(gate, up); it does not keep x.
+* `Refresh(x)`: x; on ciphertexts, where the noise budget is renewed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hecompile.graph.attention_cache import causal_mask
+from hecompile.graph.ir import DOMAIN
+from hecompile.graph.operators import Attributes, Context, operator
+
+
+@operator("Linear", DOMAIN)
+def _linear(context: Context, attributes: Attributes, x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+@operator("QuantizedLinear", DOMAIN)
+def _quantized_linear(context: Context, attributes: Attributes, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return F.linear(x, weight.to(x.dtype)) * scale
+
+
+@operator("RemoteLinear", DOMAIN)
+def _remote_linear(context: Context, attributes: Attributes, x: Tensor, scale: Tensor) -> Tensor:
+    if context.remote is None:
+        raise ValueError(f"RemoteLinear {attributes['linear']}: this run has no worker; give Context(remote=...)")
+    return context.remote(attributes["linear"], x, scale)
+
+
+@operator("Lora", DOMAIN)
+def _lora(context: Context, attributes: Attributes, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+    probability = attributes["dropout"]
+    if _drops(context, attributes):
+        # As torch's own dropout does on the CPU, which takes no generator.
+        keep = torch.empty_like(x).bernoulli_(1 - probability, generator=context.generator)
+        x = x * keep.div_(1 - probability)
+    product = context.trainable or F.linear
+    # The scaling goes where the tensor is r wide.
+    return product(product(x, lora_a) * attributes["scaling"], lora_b)
+
+
+@operator("RMSNorm", DOMAIN)
+def _rms_norm(context: Context, attributes: Attributes, x: Tensor, weight: Tensor) -> Tensor:
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + attributes["epsilon"]))
+
+
+@operator("SiLU", DOMAIN)
+def _silu(context: Context, attributes: Attributes, x: Tensor) -> Tensor:
+    return F.silu(x)
+
+
+@operator("RotaryEmbedding", DOMAIN)
+def _rotary_embedding(context: Context, attributes: Attributes, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)  # [B, heads, S, D/2] each
+    rotated = torch.cat((-second, first), dim=-1)  # [B, heads, S, D]
+    return x * cos.unsqueeze(1) + rotated * sin.unsqueeze(1)
+
+
+@operator("RepeatKV", DOMAIN)
+def _repeat_kv(context: Context, attributes: Attributes, x: Tensor) -> Tensor:
+    batch, heads, length, size = x.shape
+    expanded = x[:, :, None].expand(batch, heads, attributes["repeats"], length, size)
+    return expanded.reshape(batch, heads * attributes["repeats"], length, size)
+
+
+@operator("Attention", DOMAIN)
+def _attention(context: Context, attributes: Attributes, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    scale = attributes["scale"]
+    if context.sequences is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        queries, keys = query.shape[2], key.shape[2]
+        mask = causal_mask(queries, keys) if 1 < queries < keys else None
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=queries == keys, scale=scale)
+
+    return attend_packed(context, q, k, v, attend)
+
+
+def attend_packed(
+    context: Context, q: Tensor, k: Tensor, v: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Apply attention to each of `context.sequences` by itself: q, k and v [1, heads, S, D] → [1, heads, S, D].
+
+    attend: (q [1, heads, n, D], k and v [1, heads, m, D]) → [1, heads, n, D] of one sequence. Its queries are the last n of
+    the m positions; n = m where nothing is cached.
+    """
+    assert context.sequences is not None
+    queries, keys, values = (
+        part.split(context.sequences, dim=2) for part in (q, k, v)
+    )  # [1, heads, L, D] per sequence
+    pasts = list(zip(keys, values, strict=True)) if context.cache is None else context.cache.extend(keys, values)
+    outputs = [attend(query, *past) for query, past in zip(queries, pasts, strict=True)]
+    if len(outputs) == 1:
+        return outputs[0]
+    # Joined position by position, as the projection after it reads them: its reshape then copies nothing.
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1).transpose(1, 2)  # [1, heads, S, D]
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Compute SiLU(gate) ⊙ up and keep only gate and up for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        (gradient,) = gradients
+        to_gate = torch.ops.aten.silu_backward(gradient * up, gate)
+        return to_gate, F.silu(gate).mul_(gradient)
+
+
+@operator("SwiGLU", DOMAIN)
+def _swiglu(context: Context, attributes: Attributes, gate: Tensor, up: Tensor) -> Tensor:
+    result: Tensor = _SwiGLU.apply(gate, up)
+    return result
+
+
+class _GatedLora(torch.autograd.Function):
+    """Compute scaling · x·Aᵀ·Bᵀ for x = SiLU(gate) ⊙ up; the gradient computes x again from what SwiGLU keeps anyway."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, up: Tensor, scaling: float
+    ) -> Tensor:
+        inner = F.linear(x, lora_a) * scaling  # [..., r]
+        ctx.save_for_backward(lora_a, lora_b, gate, up, inner)
+        ctx.scaling = scaling
+        return F.linear(inner, lora_b)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        lora_a, lora_b, gate, up, inner = ctx.saved_tensors
+        (gradient,) = gradients  # [..., out]
+        to_inner = (gradient @ lora_b) * ctx.scaling  # [..., r]
+        rows = to_inner.flatten(0, -2)  # [T, r]
+        to_a = rows.t() @ F.silu(gate).mul_(up).flatten(0, -2)
+        to_b = gradient.flatten(0, -2).t() @ inner.flatten(0, -2)
+        return to_inner @ lora_a, to_a, to_b, None, None, None
+
+
+@operator("GatedLora", DOMAIN)
+def _gated_lora(
+    context: Context, attributes: Attributes, x: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, up: Tensor
+) -> Tensor:
+    # Dropout makes another x for each draw, and a caller's own product keeps the x that it needs.
+    if _drops(context, attributes) or context.trainable is not None:
+        return _lora(context, attributes, x, lora_a, lora_b)
+    result: Tensor = _GatedLora.apply(x, lora_a, lora_b, gate, up, attributes["scaling"])
+    return result
+
+
+def _drops(context: Context, attributes: Attributes) -> bool:
+    return bool(context.training and attributes["dropout"])
+
+
+@operator("Refresh", DOMAIN)
+def _refresh(context: Context, attributes: Attributes, x: Tensor) -> Tensor:
+    return x
