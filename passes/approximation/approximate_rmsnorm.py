@@ -4,7 +4,7 @@
 
 y ≈ 1/√(mean(x²) + ε): the variance is scaled so that its domain ends at 1, a Chebyshev series starts, Newton steps
 y ← ½·y·(3 - z·y²) square the relative error (Rho et al., arXiv 2410.02486; `hecompile.approximation.inverse_sqrt`). Degree
-and steps are those of the fewest levels that reach the error asked for over the domain; `error_bound` is the largest
+and steps are those of the fewest levels that reach the wanted error over the domain; `error_bound` is the largest
 relative error there, of the root and therefore of the result.
 """
 
@@ -22,9 +22,10 @@ from hecompile.polynomial.ranges import Interval, interval_of, require_within
 
 @dataclass(frozen=True)
 class ApproximateRMSNorm(ir.passes.InPlacePass):
-    """error: largest relative error. margin: by how much the domain exceeds the variances that calibration saw, as a factor
-    at both ends. domain_lower, domain_upper: the domain of mean(x²) + ε instead, in which calibration must stay. max_degree
-    of the start.
+    """Replace RMSNorms.
+
+    error: largest relative error. margin: factor by which the domain exceeds the calibrated variances at both ends.
+    domain_lower, domain_upper: the domain of mean(x²) + ε instead, in which calibration must stay. max_degree: of the start.
 
     Raises InputError for options out of range; LegalityError, with the numbers, where calibration is missing, leaves the
     domain, or no degree reaches the error.

@@ -3,7 +3,7 @@
     SiLU(x)  →  PolynomialSiLU(x; coefficients, domain, error_bound)   form "series"
              →  ComposedSiLU(x; coefficients, domain, error_bound)     form "composed"
 
-"series": the Chebyshev interpolant of the lowest degree that reaches the error asked for, near-minimax. "composed":
+"series": the Chebyshev interpolant of the lowest degree that reaches the wanted error, near-minimax. "composed":
 x·(1 + s(x))/2 with s a composition of odd polynomials of degree 7, fewer products where the domain is wide (Lee et al.,
 arXiv 2104.08449; Rho et al., arXiv 2410.02486; `hecompile.approximation.silu`). `error_bound` is the largest absolute error
 over the domain.
@@ -26,8 +26,10 @@ Form = Literal["series", "composed"]
 
 @dataclass(frozen=True)
 class ApproximateSiLU(ir.passes.InPlacePass):
-    """form; error: largest absolute error; margin: by how much M exceeds the largest |x| that calibration saw, as a factor;
-    domain_upper: M itself, within which calibration must stay; max_degree of the series.
+    """Replace SiLUs.
+
+    form: "series" or "composed". error: largest absolute. margin: factor by which M exceeds the largest calibrated |x|.
+    domain_upper: M itself, within which calibration must stay. max_degree: of the series.
 
     Raises InputError for options out of range; LegalityError, with the numbers, where calibration is missing, leaves the
     domain, or no degree reaches the error.

@@ -59,10 +59,10 @@ _OPERATORS = {"power": "PowerAttention", "gaussian_kernel": "GaussianAttention",
 
 @dataclass(frozen=True)
 class ApproximateSoftmax(ir.passes.InPlacePass):
-    """Options of the attention.
+    """Replace softmax attentions by the variant that these options choose.
 
-    variant, and of `power`: power (even), form, epsilon (in the divisor), delta (stable form), division.
-    error: the bound asked for. margin: by how much a domain exceeds what calibration saw (as a factor).
+    variant, and for `power`: power (even), form, epsilon (in the divisor), delta (stable form), division.
+    error: the bound wanted. margin: factor by which a domain exceeds the calibrated range.
     domain_lower, domain_upper: the domain of the exponents (gaussian_kernel, domain_lower < 0) or scores (power: of |t|,
     domain_upper); ratio_lower, ratio_upper: of the divisors. None: from calibration. Given, calibration must stay within.
     length: most keys of a query (chebyshev); None: the calibration's. max_degree, max_iterations: more is refused.
@@ -114,10 +114,10 @@ class ApproximateSoftmax(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node, parts in attentions(model):
-            if not self._takes(node):
+            if not self._selects(node):
                 continue
-            found = attention_range_of(node.outputs[0])
-            attributes = single(self._attributes(module_path(node), parts.scale, found))
+            ranges = attention_range_of(node.outputs[0])
+            attributes = single(self._attributes(module_path(node), parts.scale, ranges))
             if node.op_type == _OPERATORS[self.variant] and _same(node, attributes):
                 continue
             _rewrite(node, _OPERATORS[self.variant], parts, attributes)
@@ -131,32 +131,32 @@ class ApproximateSoftmax(ir.passes.InPlacePass):
             for node in nodes_of_type(model, "Softmax", domain=""):
                 raise ir.passes.PostconditionError(f"the softmax of {module_path(node)} is not one of an attention")
 
-    def _takes(self, node: ir.Node) -> bool:
-        """Softmax attentions, and those of this variant that are not fitted yet."""
+    def _selects(self, node: ir.Node) -> bool:
+        """Select softmax attentions, and those of this variant that are not fitted yet."""
         if node.op_type == "MatMul":
             return self.fit or self.variant != "chebyshev"
         return self.fit and node.op_type == _OPERATORS[self.variant] and attribute(node, "error_bound") == 0.0
 
-    def _attributes(self, where: str, scale: float, found: AttentionRange | None) -> dict[str, Any]:
+    def _attributes(self, where: str, scale: float, ranges: AttentionRange | None) -> dict[str, Any]:
         if self.variant == "power":
-            return {"scale": scale, **self._power(where, found)}
+            return {"scale": scale, **self._power(where, ranges)}
         if self.variant == "gaussian_kernel":
-            return {"scale": scale, **self._gaussian(where, found)}
-        return {"scale": scale, **self._chebyshev(where, found)}
+            return {"scale": scale, **self._gaussian(where, ranges)}
+        return {"scale": scale, **self._chebyshev(where, ranges)}
 
-    def _power(self, where: str, found: AttentionRange | None) -> dict[str, Any]:
+    def _power(self, where: str, ranges: AttentionRange | None) -> dict[str, Any]:
         common = {"power": self.power, "form": self.form, "epsilon": self.epsilon, "delta": self.delta}
         exact = {"division": "exact", "iterations": 0, "ratio_lower": 0.0, "ratio_upper": math.inf, "error_bound": 0.0}
         if not self.fit:
             return {**common, **exact, "domain_upper": math.inf}
         upper = self.domain_upper
-        if found is not None:
-            largest = max(-found.scores.lower, found.scores.upper)
+        if ranges is not None:
+            largest = max(-ranges.scores.lower, ranges.scores.upper)
             upper = largest * self.margin if upper is None else upper
-            require_within(where, "the score", found.scores, -upper, upper)
+            require_within(where, "the score", ranges.scores, -upper, upper)
         if self.division == "exact":
             return {**common, **exact, "domain_upper": math.inf if upper is None else upper}
-        seen = None if found is None else divisor_range(found, self.form, self.power, self.epsilon)
+        seen = None if ranges is None else divisor_range(ranges, self.form, self.power, self.epsilon)
         ratio = self._ratio(where, seen)
         iterations = self._iterations(where, ratio, self.error)
         return {
@@ -169,15 +169,15 @@ class ApproximateSoftmax(ir.passes.InPlacePass):
             "error_bound": goldschmidt.relative_error(ratio.lower, ratio.upper, iterations),
         }
 
-    def _gaussian(self, where: str, found: AttentionRange | None) -> dict[str, Any]:
+    def _gaussian(self, where: str, ranges: AttentionRange | None) -> dict[str, Any]:
         if not self.fit:
             return {"squarings": 0, "domain_lower": -math.inf, "domain_upper": 0.0, "error_bound": 0.0}
         lower = self.domain_lower
         if lower is None:
-            lower = min(self._calibrated(where, found).exponents.lower * self.margin, -1.0)
-        if found is not None:
+            lower = min(self._calibrated(where, ranges).exponents.lower * self.margin, -1.0)
+        if ranges is not None:
             # ‖q - k‖² is computed from three sums: rounding may leave it a little below zero.
-            seen = Interval(found.exponents.lower, min(found.exponents.upper, 0.0))
+            seen = Interval(ranges.exponents.lower, min(ranges.exponents.upper, 0.0))
             require_within(where, "the exponent", seen, lower, 0.0)
         squarings = exponential.squarings_for(lower, self.error)
         if squarings is None or squarings > self.max_iterations:
@@ -188,8 +188,8 @@ class ApproximateSoftmax(ir.passes.InPlacePass):
         error_bound = exponential.squaring_error(lower, squarings)
         return {"squarings": squarings, "domain_lower": lower, "domain_upper": 0.0, "error_bound": error_bound}
 
-    def _chebyshev(self, where: str, found: AttentionRange | None) -> dict[str, Any]:
-        seen = self._calibrated(where, found)
+    def _chebyshev(self, where: str, ranges: AttentionRange | None) -> dict[str, Any]:
+        seen = self._calibrated(where, ranges)
         slack = (seen.scores.upper - seen.scores.lower) * (self.margin - 1) / 2
         shift = seen.scores.upper + slack  # no exponent is then above zero
         lower = seen.scores.lower - slack - shift if self.domain_lower is None else self.domain_lower
@@ -234,15 +234,15 @@ class ApproximateSoftmax(ir.passes.InPlacePass):
             attributes |= {"square_iterations": square_iterations, "square_lower": squares.lower}
         return attributes | {"error_bound": spread - 1 + division}
 
-    def _calibrated(self, where: str, found: AttentionRange | None) -> AttentionRange:
-        if found is None:
+    def _calibrated(self, where: str, ranges: AttentionRange | None) -> AttentionRange:
+        if ranges is None:
             raise LegalityError(
                 f"{where}: nothing was recorded of this attention; run calibrate before approximate_softmax"
             )
-        return found
+        return ranges
 
     def _ratio(self, where: str, seen: Interval | None) -> Interval:
-        """The domain of the divisor."""
+        """Return the domain of the divisor."""
         if self.ratio_lower is not None and self.ratio_upper is not None:
             if seen is not None:
                 require_within(where, "the divisor", seen, self.ratio_lower, self.ratio_upper)

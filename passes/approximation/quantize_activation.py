@@ -25,8 +25,10 @@ _SMALLEST_RANGE = 1e-3
 
 @dataclass(frozen=True)
 class QuantizeActivation(ir.passes.InPlacePass):
-    """bits: of input and output, 4 to 8; margin: by how much the table exceeds what calibration saw, as a factor;
-    domain_upper: its upper end itself, within which calibration must stay.
+    """Replace SiLUs by tables.
+
+    bits: of input and output, 4 to 8. margin: factor by which the table exceeds the calibrated inputs. domain_upper: upper
+    end of the table, within which calibration must stay.
 
     Raises InputError for options out of range; LegalityError, with the numbers, where calibration is missing or leaves the
     domain.

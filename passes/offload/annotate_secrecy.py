@@ -17,12 +17,12 @@ import onnx_ir as ir
 from hecompile.graph.ir import SECRECY
 
 PUBLIC_INPUTS = frozenset({"position_ids"})
-"""Graph inputs that say nothing of the data: every other input is secret."""
+"""Graph inputs that do not depend on the data: every other input is secret."""
 
 
 @dataclass(frozen=True)
 class AnnotateSecrecy(ir.passes.InPlacePass):
-    """Writes the secrecy of every value into its metadata."""
+    """Write the secrecy of every value into its metadata."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
@@ -43,7 +43,7 @@ class AnnotateSecrecy(ir.passes.InPlacePass):
 
 
 def _mark(value: ir.Value, secrecy: str) -> bool:
-    """Write the secrecy of `value`; says whether it was another one before."""
+    """Write the secrecy of `value`; return whether it changed."""
     changed = value.metadata_props.get(SECRECY) != secrecy
     value.metadata_props[SECRECY] = secrecy
     return changed

@@ -20,13 +20,13 @@ from hecompile.graph.llama import LLAMA_LINEARS
 
 
 def lora_name(path: str, matrix: str) -> str:
-    """Key of a LoRA matrix (`lora_A` or `lora_B`) in PEFT's adapter_model.safetensors."""
+    """Return the key of a LoRA matrix (`lora_A` or `lora_B`) in PEFT's adapter_model.safetensors."""
     return f"base_model.model.{path}.{matrix}.weight"
 
 
 @dataclass(frozen=True)
 class AttachLora(ir.passes.InPlacePass):
-    """Adds LoRA branches; options as in PEFT's LoraConfig.
+    """Add LoRA branches; options as in PEFT's LoraConfig.
 
     Raises InputError for a target that no Linear of the graph has, or options out of range.
     """

@@ -6,11 +6,10 @@
 
 The functions stay what they were, up to the rounding of float32. Attention need not keep the [heads, S, S] weights for its
 gradient (Dao et al., FlashAttention, arXiv 2205.14135), SwiGLU (Shazeer, arXiv 2002.05202) not the activated gate, and its
-LoRA not SwiGLU's result, the widest tensor of a layer. And an Attention node is the only kind of node left that lets
-positions of a sequence see each other, which is what the interpreter needs to know to run packed sequences and to leave out
-positions that nobody asks for.
+LoRA not SwiGLU's result, the widest tensor of a layer. Attention nodes are then the only ones that let positions of a
+sequence see each other. By that the interpreter runs packed sequences and leaves out positions without a wanted output.
 
-It runs when a client loads its plan, not before: passes that approximate softmax or SiLU want to see them.
+It runs when a client loads its plan, not before: passes that approximate softmax or SiLU match them as they are.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from hecompile.graph.matching import either_order, producer_of, softmax_attentio
 
 @dataclass(frozen=True)
 class Fuse(ir.passes.InPlacePass):
-    """Client plan → client plan with Attention and SwiGLU nodes. A node that does not match is left as it is."""
+    """Fuse attentions, SwiGLUs and their LoRA branches. A node that does not match is left as it is."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
@@ -60,7 +59,7 @@ class Fuse(ir.passes.InPlacePass):
 
 
 def _match_swiglu(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
-    """(gate, up) of the Mul `node`, or None."""
+    """Match the Mul `node` and return its (gate, up), or None."""
     for activated, up in either_order(node):
         silu = producer_of(activated, "SiLU", DOMAIN)
         if silu is not None and silu.inputs[0] is not None:

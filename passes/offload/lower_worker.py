@@ -8,7 +8,7 @@ The ciphertext word is `c = Σ_l plane_l · 2^(8l)`, so by linearity `c·W = Σ_
 `W = W_0 + 256·W_1` in balanced bytes, and `c·W = Σ_(l+k < L) (plane_l·W_k) · 2^(8(l+k))`: the terms left out are multiples
 of 2^(8L). Every product is a uint8 × int8 integer matrix product whose int32 accumulator cannot overflow while
 `255 · 128 · features_in < 2^31`, and everything after it is arithmetic mod 2^32. The result is exact: the only rounding is
-the one asked for by `reply_bytes < upload_limbs`, of at most half a unit of the lowest byte that is sent. `Add` and `Mul`
+the one that `reply_bytes < upload_limbs` asks for, of at most half a unit of the lowest byte that is sent. `Add` and `Mul`
 are used and never `ReduceSum`, which ONNX Runtime computes inexactly on integers.
 """
 
@@ -76,7 +76,7 @@ class LowerWorker(ir.passes.InPlacePass):
 
 
 def lower_encrypted_linear(node: ir.Node) -> tuple[list[ir.Node], ir.Value]:
-    """The standard nodes that compute `node`, in order, and the value that stands for its output."""
+    """Return the standard nodes that compute `node`, in order, and the value that replaces its output."""
     limbs, reply_bytes = limb_counts(node)
     ciphertext, weight = node.inputs
     assert ciphertext is not None and ciphertext.shape is not None and weight is not None
@@ -122,7 +122,7 @@ def lower_encrypted_linear(node: ir.Node) -> tuple[list[ir.Node], ir.Value]:
 
 
 def _weight_digits(node: ir.Node, emit: _Emitter) -> list[ir.Value]:
-    """The weight as int8 constants, lowest byte first; an int8 weight is its own."""
+    """Return the weight as int8 constants, lowest byte first; an int8 weight is used as it is."""
     weight = node.inputs[1]
     assert weight is not None and weight.const_value is not None
     if weight.dtype == ir.DataType.INT8:
@@ -132,7 +132,7 @@ def _weight_digits(node: ir.Node, emit: _Emitter) -> list[ir.Value]:
 
 
 class _Emitter:
-    """Collects the nodes made from one node; names and origins start with that node's name."""
+    """Collect the nodes made from one node; their names and origins start with its name."""
 
     def __init__(self, source: ir.Node) -> None:
         assert isinstance(source.graph, ir.Graph)

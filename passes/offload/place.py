@@ -28,7 +28,7 @@ Policy = Literal["offload", "cheapest"]
 
 @dataclass(frozen=True)
 class Place(ir.passes.InPlacePass):
-    """Writes the placement of every node into its metadata.
+    """Write the placement of every node into its metadata.
 
     policy "offload" (default) pins the decoder's quantised linears to the worker, so that the client holds none of their
     weights; "cheapest" leaves them to the cut. Raises InputError for another policy.
@@ -79,7 +79,7 @@ class Place(ir.passes.InPlacePass):
         return {vertex for vertex in worker_side if isinstance(vertex, ir.Node)}
 
     def _add_crossing(self, cut: nx.DiGraph, value: ir.Value) -> None:
-        """The value's price, once, if any consumer stands on the other side of its producer. The client consumes results."""
+        """Charge the value once if any consumer stands on the other side of its producer. The client consumes results."""
         price = self.costs.crossing(_features(value))
         producer = value.producer() if value.producer() is not None else "client"
         up, down = ("up", value), ("down", value)
@@ -96,11 +96,11 @@ def _computed_values(model: ir.Model) -> list[ir.Value]:
 
 
 def _consumers(value: ir.Value) -> list[ir.Node | str]:
-    """The vertices that need the value."""
+    """Return the vertices that need the value."""
     return [*value.consumers(), *(["client"] if value.is_graph_output() else [])]
 
 
 def _features(value: ir.Value) -> int:
-    """Elements per token of a value [batch, sequence, features]; other shapes never cross and count as one."""
+    """Count elements per token of a value [batch, sequence, features]; other shapes never cross and count as one."""
     last = value.shape[-1] if value.shape is not None and len(value.shape) else 1
     return last if isinstance(last, int) else 1

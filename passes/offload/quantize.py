@@ -4,8 +4,8 @@
                         Qmax = 2^(bits-1) - 1; int8 for 8 bits, int16 above
 
 The one integer matrix serves both directions: forward y = (x·Qᵀ) ⊙ s, backward dx = (dy ⊙ s)·Q, the scales being applied
-by the client. Symmetric, weights only (activations are encoded per token at run time, without loss to speak of):
-the form that converges in Frery et al., arXiv 2505.07329, table 1. |W - Q·s| ≤ s/2 for every element.
+by the client. Symmetric, weights only (activations are encoded per token at run time, with negligible loss): the form that
+converges in Frery et al., arXiv 2505.07329, table 1. |W - Q·s| ≤ s/2 for every element.
 """
 
 from __future__ import annotations
@@ -14,10 +14,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from hecompile.errors import InputError
-from hecompile.graph.ir import DOMAIN, ORIGIN, add_initializer, constant_of, module_path, nodes_of_type, replace_node
+from hecompile.graph.ir import (
+    DOMAIN,
+    ORIGIN,
+    add_initializer,
+    constant_of,
+    module_path,
+    nodes_of_type,
+    remove_unused,
+    replace_node,
+)
 
 WEIGHT_BITS = (8, 9, 10, 11, 12)
 """Up to 8 bits are one byte a weight on the worker; up to 12 are two, and the worker has up to twice the work."""
@@ -25,7 +33,7 @@ WEIGHT_BITS = (8, 9, 10, 11, 12)
 
 @dataclass(frozen=True)
 class Quantize(ir.passes.InPlacePass):
-    """Quantises every Linear inside the decoder layers, and the output head where `include_head` is set.
+    """Quantise every Linear inside the decoder layers, and the output head where `include_head` is set.
 
     Raises InputError when a weight is not finite, or `bits` is not one of WEIGHT_BITS.
     """
@@ -43,7 +51,7 @@ class Quantize(ir.passes.InPlacePass):
             if ".layers." in module_path(node) or self.include_head:
                 _quantize_node(model.graph, node, self.bits)
                 modified = True
-        common.RemoveUnusedNodesPass()(model)
+        remove_unused(model)
         return ir.passes.PassResult(model, modified)
 
     def ensures(self, model: ir.Model) -> None:
@@ -54,8 +62,10 @@ class Quantize(ir.passes.InPlacePass):
 
 
 def quantize_weight(weight: np.ndarray, bits: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """f32 [out, in] → (int8 or int16 [out, in] in [-Qmax, Qmax], f32 scale [out]). A row of zeros gets scale 0, and so does
-    one whose scale would be subnormal: its quotients could leave the range."""
+    """Quantise f32 [out, in] to (int8 or int16 [out, in] in [-Qmax, Qmax], f32 scale [out]).
+
+    A row of zeros gets scale 0, and so does one whose scale would be subnormal: its quotients could leave the range.
+    """
     scale = np.abs(weight).max(axis=1) / (2 ** (bits - 1) - 1)  # [out]
     scale = np.where(scale < np.finfo(np.float32).tiny, 0.0, scale)
     safe = np.where(scale > 0, scale, 1.0)
@@ -78,7 +88,7 @@ def _quantize_node(graph: ir.Graph, node: ir.Node, bits: int) -> None:
     new = ir.node("QuantizedLinear", inputs, domain=DOMAIN, metadata_props={ORIGIN: path})
     replace_node(node, [new], new.outputs)
     if frozen is not None and frozen.name is not None and not frozen.uses():
-        # At once, and the array itself too, as values outlive their graph in reference cycles: all float weights beside all
-        # integer ones would be too much memory.
+        # At once, and the array too, for values outlive their graph in reference cycles: all float weights beside all
+        # integer ones would take too much memory.
         del graph.initializers[frozen.name]
         frozen.const_value = None

@@ -1,6 +1,6 @@
-"""Choose the ring, and for every linear on the worker the bytes that travel, from the precision asked for, by cost.
+"""Choose the cheapest ring, and the bytes that travel for every linear on the worker, for a wanted precision.
 
-    QuantizedLinear(x, Q, s) @worker  →  the same with upload_limbs, reply_bytes and crest for each direction
+    QuantizedLinear(x, Q, s) @worker  →  the node with upload_limbs, reply_bytes and crest for each direction
     model                              →  metadata: ring_dim, rank, packed
 
 Precision is counted in *effective bits*: log2 of the rms of the exact product over the standard deviation of its noise. With
@@ -11,15 +11,15 @@ input bound X (no overflow, whatever comes), crest factor c of the encoded token
 (the first for inputs that are uncorrelated with the row, which is where precision is scarcest). The modulus is q = 2^32 for
 every linear; each rounds what travels to a modulus of its own, 2^(8·upload_limbs) up and 2^(8·reply_bytes) down.
 
-Of the byte counts that reach the bits asked for, those with the least time on wire and worker are taken
-(`hecompile.plan.costs`); the client's work does not depend on them. The ring is that of the least client work for the
-whole plan: a product's precision does not depend on it, and a ring of its own for every linear would save at most 1 %
-of that work (all shapes of Llama-3.2-1B, 32 to 4096 tokens, default costs) for the price of several matrices A.
+Among the byte counts that reach the wanted bits, the pass takes those with the least time on wire and worker
+(`hecompile.plan.costs`); the client's work does not depend on them. One ring serves the whole plan, that of the least client
+work. A product's precision does not depend on it, and a ring per linear would save at most 1 % of that work (all shapes of
+Llama-3.2-1B, 32 to 4096 tokens, default costs) for the price of several matrices A.
 
 A stacked backward product has many inputs, and noise in proportion to its signal grows as their number: gate and up together
 have 16384 at 1B size, and need 4 limbs for 8 bits. Uploading the two gradients apart would save a byte per input up and cost
-a second reply: 57 kB per token instead of 70 kB where 3 limbs then do (to 6.5 bits); for 8 bits five parts would be needed,
-and 70 kB. So they stay together, and the limbs grow there alone.
+a second reply: 57 kB per token instead of 70 kB where 3 limbs then suffice (to 6.5 bits); for 8 bits five parts would be
+needed, and 70 kB. So they stay together, and only there the limbs grow.
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ _FALLBACK_CREST = 16.0  # a value that calibration did not see (its gradient was
 
 @dataclass(frozen=True)
 class SelectParameters(ir.passes.InPlacePass):
-    """`effective_bits`: precision wanted of every product. `tokens`: tokens per step the ring is sized for.
+    """Write ring and byte counts into the graph.
 
-    `ring` fixes the ring instead. Without `stored_hints` the worker's products for the hints count as well.
-    Raises InputError when no byte counts reach the precision, with the numbers.
+    effective_bits: precision wanted of every product. tokens: tokens per step that the ring is sized for. ring: fixes the
+    ring instead. stored_hints: without them the worker's products for the hints count as well. Raises InputError when no
+    byte counts reach the precision, with the numbers.
     """
 
     effective_bits: float = 8.0
@@ -118,9 +119,12 @@ def choose_ring(
     costs: CostModel | None = None,
     stored_hints: bool = True,
 ) -> RingParameters:
-    """The catalogue's set with the least client work for `tokens` tokens through every circuit (one with as many inputs as
-    outputs where none is given) and, where hints are not stored, the least time for fetching them; among those within a
-    fifth of it the most secure, up to 160 bits, then the one with the smallest hints."""
+    """Choose the ring from the catalogue that costs the least for `tokens` tokens through every circuit.
+
+    The cost is the client's work and, where hints are not stored, the time to fetch them. Without circuits it is that of one
+    with as many inputs as outputs. Among rings within a fifth of the least cost the most secure is taken, up to 160 bits,
+    then the one with the smallest hints. Raises InputError for fewer than one token.
+    """
     if tokens < 1:
         raise InputError(f"the number of tokens per step must be positive, got {tokens}")
     prices = costs or CostModel()
@@ -139,7 +143,7 @@ def choose_ring(
 
 
 def selected_ring(model: ir.Model) -> RingParameters:
-    """The ring that the pass wrote into `model`. Raises LegalityError when it has not run."""
+    """Read the ring that the pass wrote into `model`. Raises LegalityError when it has not run."""
     if RING_DIM not in model.metadata_props:
         raise LegalityError("no ring was selected: run select_parameters first")
     packed = model.metadata_props.get(PACKED) == "true"

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 import torch
-from onnx_ir.passes import common
 
 from hecompile.errors import LegalityError, SecurityError
 from hecompile.graph.ir import (
@@ -28,6 +27,7 @@ from hecompile.graph.ir import (
     constant_of,
     module_path,
     nodes_of_type,
+    remove_unused,
     replace_node,
 )
 from hecompile.graph.secrecy import check_placement
@@ -38,17 +38,17 @@ from hecompile.plan.circuits import DIRECTIONS, RemoteCircuit, SplitPlan
 
 @dataclass(frozen=True)
 class Split:
-    """Not a graph-to-graph pass: it ends the common pipeline and yields two artefacts."""
+    """End the graph-to-graph part of the pipeline: yield the client plan and the worker's circuits."""
 
     def __call__(self, model: ir.Model) -> SplitPlan:
-        """Consumes `model`. Raises LegalityError when parameters were not selected, SecurityError on a secret weight."""
+        """Split `model` (consumed). Raises LegalityError without selected parameters, SecurityError on a secret weight."""
         check_placement(model)
         circuits: list[RemoteCircuit] = []
         for node in nodes_of_type(model, "QuantizedLinear"):
             if node.metadata_props.get(PLACEMENT) == "worker":
                 circuits.extend(_circuits(node))
                 _make_remote(node)
-        common.RemoveUnusedNodesPass()(model)
+        remove_unused(model)
         return SplitPlan(model, tuple(circuits))
 
 
@@ -60,7 +60,7 @@ def _circuits(node: ir.Node) -> Iterator[RemoteCircuit]:
     if weight is None or "forward_upload_limbs" not in node.attributes:
         raise LegalityError(f"{name}: run quantize and select_parameters before split")
     attributes = attributes_of(node)
-    # Transposed once, by torch, which is several times as fast at it: both circuits then hold what their file will.
+    # Transposed once, by torch, which is several times as fast: each circuit then holds the bytes of its file.
     transposed = torch.from_numpy(weight).t().contiguous().numpy()  # [in, out]
     both_stored = (transposed, np.ascontiguousarray(weight))
     both_norms = measure_norms(torch.from_numpy(weight))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from hecompile.errors import LegalityError
 from hecompile.graph.ir import (
@@ -25,12 +24,13 @@ from hecompile.graph.ir import (
     constant_of,
     module_path,
     nodes_of_type,
+    remove_unused,
 )
 
 
 @dataclass(frozen=True)
 class StackProjections(ir.passes.InPlacePass):
-    """Merges sibling QuantizedLinear nodes that are placed on the worker. LegalityError when two groups share a name."""
+    """Merge sibling QuantizedLinear nodes on the worker. Raises LegalityError when two groups share a name."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         siblings: dict[ir.Value, list[ir.Node]] = {}
@@ -40,7 +40,7 @@ class StackProjections(ir.passes.InPlacePass):
         groups = [group for group in siblings.values() if len(group) > 1]
         for group in groups:
             _stack(model.graph, group)
-        common.RemoveUnusedNodesPass()(model)
+        remove_unused(model)
         return ir.passes.PassResult(model, bool(groups))
 
     def ensures(self, model: ir.Model) -> None:
@@ -53,7 +53,7 @@ class StackProjections(ir.passes.InPlacePass):
 
 
 def stacked_name(paths: list[str]) -> str:
-    """`a.b.q_proj`, `a.b.k_proj` → `a.b.q_proj-k_proj`; parts of different parents keep their whole paths."""
+    """Join names: `a.b.q_proj`, `a.b.k_proj` → `a.b.q_proj-k_proj`; parts of different parents keep their whole paths."""
     parents = {path.rpartition(".")[0] for path in paths}
     if len(parents) == 1:
         parent, names = parents.pop(), "-".join(path.rpartition(".")[2] for path in paths)

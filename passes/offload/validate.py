@@ -1,8 +1,6 @@
-"""The last look at a split plan, before anything is written: legality, security, overflow, noise, secrecy.
+"""Check a split plan before anything is written: legality, security, overflow, noise, secrecy.
 
-    (client plan, circuits, ring)  →  the same, or an error that names the node and the numbers
-
-Changes nothing.
+    (client plan, circuits, ring)  →  unchanged, or an error that names the node and the numbers
 """
 
 from __future__ import annotations
@@ -26,13 +24,13 @@ _LARGEST_PRODUCT = 255 * 128  # of a uint8 limb and an int8 weight digit
 
 @dataclass(frozen=True)
 class Validate:
-    """`effective_bits`: the precision that every product must be predicted to have."""
+    """Check a split plan for `ring`; each product must be predicted to have `effective_bits`."""
 
     ring: RingParameters
     effective_bits: float
 
     def __call__(self, plan: SplitPlan) -> None:
-        """Raises LegalityError or SecurityError."""
+        """Check `plan` and change nothing. Raises LegalityError or SecurityError."""
         check_stage(plan.client, CLIENT_PLAN)
         if self.ring.insecure or self.ring.security_bits < MINIMUM_BITS:
             raise SecurityError(f"the ring gives {self.ring.security_bits} bits of security, under {MINIMUM_BITS}")
@@ -81,7 +79,7 @@ class Validate:
 
 
 def _check_client_holds_no_weight(plan: SplitPlan) -> None:
-    """A remote weight must have left the client plan: an integer matrix there belongs to a linear computed there."""
+    """Check that remote weights have left the client plan: an integer matrix there belongs to a linear computed there."""
     for name, value in plan.client.graph.initializers.items():
         integer = value.dtype in (ir.DataType.INT8, ir.DataType.INT16)
         if integer and not any(node.op_type == "QuantizedLinear" for node in value.consumers()):

@@ -1,13 +1,13 @@
 """Count the multiplicative depth of a graph of sums and products, and what follows from it.
 
-    value  →  the same value, with its level in its metadata
-    graph  →  the same graph, with depth, modulus bits and products in the model's metadata
+    value  →  its level in its metadata
+    graph  →  depth, modulus bits and products in the model's metadata
 
 The rule is in `hecompile.polynomial.depth`. A leveled scheme rescales by one prime of `bits_per_level` bits per
 product, so that its modulus needs the primes that stay at the end, one for each level and the key-switching prime
 (Cheon et al., Asiacrypt 2017; the security standard, homomorphicencryption.org 2018, bounds its bits by the ring
-dimension). How many of which size is said in one place, `hecompile.ckks.parameters.modulus_bits`. Records only; no
-value changes. """
+dimension). `hecompile.ckks.parameters.modulus_bits` gives their number and sizes. The pass only records; no value changes.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ METADATA = "hecompile.depth"
 
 @dataclass(frozen=True)
 class Depth(ir.passes.InPlacePass):
-    """bits_per_level: of a rescaling prime. masks_are_free: whether the engine drops masked entries instead of multiplying.
+    """Write levels, depth and what follows from them into metadata.
 
+    bits_per_level: of a rescaling prime. masks_are_free: whether the engine drops masked entries instead of multiplying.
     Raises InputError for bits that no CKKS parameters have.
     """
 

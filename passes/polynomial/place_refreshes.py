@@ -1,4 +1,4 @@
-"""Insert refreshes where the levels of a leveled scheme run out, as few numbers as possible.
+"""Insert refreshes where the levels of a leveled scheme run out, of as few numbers as possible.
 
     y = f(x)  →  y = f(Refresh(x))   for the chosen x, in every node that reads it
 
@@ -25,8 +25,9 @@ METADATA = "hecompile.refreshes"
 
 @dataclass(frozen=True)
 class PlaceRefreshes(ir.passes.InPlacePass):
-    """levels: how many the parameters offer between refreshes. masks_are_free: as for the depth pass.
+    """Insert the cheapest refreshes.
 
+    levels: number that the parameters offer between refreshes. masks_are_free: as for the depth pass.
     Raises InputError for `levels` under 1.
     """
 

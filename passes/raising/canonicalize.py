@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
-from onnx_ir.passes import common
 from onnxscript.rewriter import pattern
 
-from hecompile.graph.ir import DOMAIN, ORIGIN, constant_of, module_path, source_of
+from hecompile.graph.ir import DOMAIN, ORIGIN, constant_of, module_path, remove_unused, source_of
 
 MatchResult = pattern.MatchResult
 
@@ -43,7 +42,7 @@ def _made_from(output: ir.Value, matched: ir.Value) -> ir.Value:
 
 
 class LinearRule(pattern.RewriteRuleClassBase):
-    """x·Wᵀ with a frozen W [out, in]."""
+    """Match x·Wᵀ with a frozen W [out, in]."""
 
     def pattern(self, op: Any, x: Any, weight: Any) -> Any:
         return op.MatMul(x, op.Transpose(weight, perm=[1, 0]), _outputs=["product"])
@@ -61,7 +60,7 @@ class LinearRule(pattern.RewriteRuleClassBase):
 
 
 class RMSNormRule(pattern.RewriteRuleClassBase):
-    """x / sqrt(mean(x²) + ε) · w over the last axis."""
+    """Match x / sqrt(mean(x²) + ε) · w over the last axis."""
 
     def pattern(self, op: Any, x: Any, weight: Any, exponent: Any, axes: Any, epsilon: Any) -> Any:
         mean = op.ReduceMean(op.Pow(x, exponent), axes, _allow_other_attributes=True)
@@ -91,7 +90,7 @@ class RMSNormRule(pattern.RewriteRuleClassBase):
 
 
 class SiLURule(pattern.RewriteRuleClassBase):
-    """x · sigmoid(x)."""
+    """Match x · sigmoid(x)."""
 
     def pattern(self, op: Any, x: Any) -> Any:
         return op.Mul(x, op.Sigmoid(x), _outputs=["activated"])
@@ -101,7 +100,7 @@ class SiLURule(pattern.RewriteRuleClassBase):
 
 
 class RotaryRule(pattern.RewriteRuleClassBase):
-    """x ⊙ cos + rotate_half(x) ⊙ sin, in the half-split layout; cos and sin reach it through a shared Unsqueeze."""
+    """Match x ⊙ cos + rotate_half(x) ⊙ sin in the half-split layout; cos and sin come through a shared Unsqueeze."""
 
     def pattern(self, op: Any, x: Any, cos: Any, sin: Any) -> Any:
         first = op.Slice(x, _allow_other_inputs=True, _outputs=["first"])
@@ -131,7 +130,7 @@ class RotaryRule(pattern.RewriteRuleClassBase):
 
 
 class RepeatKVRule(pattern.RewriteRuleClassBase):
-    """[B, kv, S, D] → [B, kv·n, S, D]."""
+    """Match [B, kv, S, D] → [B, kv·n, S, D]."""
 
     def pattern(self, op: Any, x: Any, axis: Any, expanded_shape: Any, shape: Any) -> Any:
         expanded = op.Expand(op.Unsqueeze(x, axis), expanded_shape, _outputs=["expanded"])
@@ -160,12 +159,12 @@ RULES: tuple[type[pattern.RewriteRuleClassBase], ...] = (LinearRule, RMSNormRule
 
 @dataclass(frozen=True)
 class Canonicalize(ir.passes.InPlacePass):
-    """Simplified exporter graph → graph of Linear, RMSNorm, SiLU, Softmax, RotaryEmbedding and RepeatKV nodes."""
+    """Raise a simplified exporter graph to Linear, RMSNorm, SiLU, Softmax, RotaryEmbedding and RepeatKV nodes."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         rules = pattern.RewriteRuleSet([rule.rule() for rule in RULES], commute=True)
         count = rules.apply_to_model(model)
-        common.RemoveUnusedNodesPass()(model)
+        remove_unused(model)
         model.opset_imports[DOMAIN] = 1
         for node in model.graph:
             node.metadata_props.setdefault(ORIGIN, module_path(node))

@@ -1,4 +1,4 @@
-"""Remove what the exporter adds around the model: no-op slices, multiplications by one, shapes computed at run time.
+"""Remove the exporter's additions to the model: no-op slices, multiplications by one, shapes computed at run time.
 
     s = Slice(x, 0, INT64_MAX, axis 2);  y = Mul(s, 1.0)             →  uses of y become uses of x
     shape = Concat(batch, sequence, [4], [16]);  y = Reshape(x, shape) →  y = Reshape(x, [0, 0, 4, 16])
@@ -22,7 +22,7 @@ _INT64_MAX = np.iinfo(np.int64).max
 
 @dataclass(frozen=True)
 class Simplify(ir.passes.InPlacePass):
-    """Exporter graph → the same graph without no-ops and without run-time shapes where they are provable."""
+    """Remove no-ops, and run-time shapes where they are provable."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
@@ -56,7 +56,7 @@ class Simplify(ir.passes.InPlacePass):
 
 
 def _passed_input(node: ir.Node) -> int:
-    """Index of the input that a no-op hands through."""
+    """Return the index of the input that a no-op hands through."""
     if node.op_type == "Mul" and _is_scalar_one(node.inputs[0]):
         return 1
     return 0
@@ -80,7 +80,7 @@ def _is_no_op(node: ir.Node) -> bool:
 
 
 def _dtype(value: ir.Value | None) -> ir.DataType | None:
-    """Type of a value; the exporter leaves it out between the parts of one torch operator, where it is the input's."""
+    """Return the type of a value; the exporter omits it between the parts of one torch operator, where it is the input's."""
     if value is None or value.dtype is not None:
         return None if value is None else value.dtype
     producer = value.producer()
@@ -93,7 +93,7 @@ def _is_scalar_one(value: ir.Value | None) -> bool:
 
 
 def _static_shape(node: ir.Node) -> list[int] | None:
-    """The constant shape argument that is provably equivalent to a computed one, or None."""
+    """Return the constant shape that is provably equal to a computed one, or None."""
     data, shape = node.inputs[:2]
     if data is None or constant_of(shape) is not None:
         return None
