@@ -1,7 +1,7 @@
-"""Worker circuits and hints of a plan: made one circuit at a time, written behind, taken up after an interruption.
+"""Make the worker circuits and hints of a plan one at a time, and go on after an interruption.
 
-The products that make a hint keep every core busy; lowering, writing and hashing what was made runs in one thread beside
-them and mostly waits for the disk. At most three hints are in memory.
+The products that make a hint keep every core busy. Lowering, writing and hashing run in one thread beside them, which mostly
+waits for the disk. At most three hints are in memory.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from hecompile.he.setup import PreparedMatrix
 from hecompile.plan.circuits import RemoteCircuit, SplitPlan
 
 Progress = Callable[[str, int, int], None]
-"""Hears (what is being done, how much of it is done, of how much)."""
+"""Receives (name of the work, amount done, total amount)."""
 
 RESUMED = "resume"
 MAKING = "hints (rows)"
-_BEHIND = 2
+_PENDING = 2
 """Hints that may wait to be written."""
 
 
-class _Line(BaseModel):
-    """What the journal says of a complete circuit."""
+class _CompleteCircuit(BaseModel):
+    """Represent the journal's line on a circuit whose files are complete."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     name: str
@@ -50,16 +50,16 @@ class _Line(BaseModel):
 def write_circuits(
     stage: Staging, plan: SplitPlan, ring: RingParameters, plan_id: str, progress: Progress
 ) -> tuple[FileRecord, ...]:
-    """Write every circuit's hint into the client's part of the build and the worker bundle beside it.
+    """Write each circuit's hint into the client's part of the build, and the worker bundle beside it.
 
     Progress counts rows of hints. Returns the records of the hint files. Raises OSError or InputError when the disk cannot
     be written.
     """
     client = stage.build / CLIENT
     total = sum(circuit.parameters.out_features for circuit in plan.circuits)
-    lines = [line for line in map(_parsed, stage.begin(plan_id)) if line is not None]
+    listed = [line for line in map(_parsed, stage.begin(plan_id)) if line is not None]
     with WorkerBundleWriter(stage.build / WORKER, plan_id, keep=True) as writer:
-        kept = _take_up(stage, writer, client, {line.name: line for line in lines}, plan.circuits)
+        kept = _keep_complete(stage, writer, client, {line.name: line for line in listed}, plan.circuits)
         missing = [circuit for circuit in plan.circuits if circuit.name not in kept]
         done = total - sum(circuit.parameters.out_features for circuit in missing)
         if kept:
@@ -73,7 +73,7 @@ def write_circuits(
             for circuit in missing:
                 hint = prepared.setup(torch.from_numpy(circuit.weight).t())  # of [features_out, features_in]
                 pending.append((circuit, background.submit(_write, stage, writer, client, circuit, hint, ring)))
-                while len(pending) > (_BEHIND if circuit is not missing[-1] else 0):
+                while len(pending) > (_PENDING if circuit is not missing[-1] else 0):
                     written, future = pending.popleft()
                     records.append(future.result())
                     done += written.parameters.out_features
@@ -85,9 +85,9 @@ def write_circuits(
 def write_circuits_without_hints(
     stage: Staging, plan: SplitPlan, ring: RingParameters, plan_id: str, progress: Progress
 ) -> tuple[FileRecord, ...]:
-    """Write a worker bundle that can compute hints (`hecompile.bundles.public_rows`), and no hint; returns no records.
+    """Write a worker bundle that can compute hints (`hecompile.bundles.public_rows`), and no hints; return no records.
 
-    It takes as long as the weights take to write, and always starts anew.
+    It takes as long as writing the weights, and always starts afresh.
     """
     stage.begin(plan_id)
     stage.drop_unlisted(())
@@ -110,29 +110,33 @@ def _write(
     spec = writer.add(lower_circuit(circuit.model()))
     single = ring if circuit.parameters.decryption_precision is np.float32 else None
     record = describe_file(client, write_hint(client / HINTS, circuit.name, hint, single))
-    stage.note(_Line(name=circuit.name, hint=record, worker=spec).model_dump(mode="json"))
+    stage.note(_CompleteCircuit(name=circuit.name, hint=record, worker=spec).model_dump(mode="json"))
     return record
 
 
-def _take_up(
-    stage: Staging, writer: WorkerBundleWriter, client: Path, lines: dict[str, _Line], wanted: Iterable[RemoteCircuit]
-) -> dict[str, _Line]:
-    """The circuits that are complete and intact, counted as added; every other file of the build is deleted."""
-    kept: dict[str, _Line] = {}
+def _keep_complete(
+    stage: Staging,
+    writer: WorkerBundleWriter,
+    client: Path,
+    listed: dict[str, _CompleteCircuit],
+    wanted: Iterable[RemoteCircuit],
+) -> dict[str, _CompleteCircuit]:
+    """Count the circuits that are complete and intact as added; delete every other file of the build."""
+    kept: dict[str, _CompleteCircuit] = {}
     files: list[Path] = []
     for name in (circuit.name for circuit in wanted):
-        line = lines.get(name)
+        line = listed.get(name)
         if line is None or line.worker.name != name or not line.hint.path.startswith(f"{HINTS}/{name}."):
             continue
-        if is_intact(client, line.hint) and (circuit_files := writer.take_up(line.worker)) is not None:
+        if is_intact(client, line.hint) and (circuit_files := writer.add_complete(line.worker)) is not None:
             kept[name] = line
             files += [client / line.hint.path, *circuit_files]
     stage.drop_unlisted(files)
     return kept
 
 
-def _parsed(line: dict[str, Any]) -> _Line | None:
+def _parsed(line: dict[str, Any]) -> _CompleteCircuit | None:
     try:
-        return _Line.model_validate(line)
+        return _CompleteCircuit.model_validate(line)
     except ValidationError:
         return None

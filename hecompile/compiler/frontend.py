@@ -1,4 +1,4 @@
-"""From a Hugging Face checkpoint to a float ONNX graph, through the torch exporter."""
+"""Load a Hugging Face checkpoint and export it to a float ONNX graph by torch's exporter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GRAPH_INPUTS = ("input_ids", "attention_bias", "position_ids")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded causal language model with its tokenizer and the name it was asked for by."""
+    """Hold a causal language model, its tokenizer and the name that it was loaded by."""
 
     name: str
     model: transformers.PreTrainedModel
@@ -33,7 +33,7 @@ class Checkpoint:
 
 
 class _ExportWrapper(torch.nn.Module):
-    """Fixes the calling convention of the exported graph: explicit additive mask and positions, logits only.
+    """Fix the calling convention of the exported graph: explicit additive mask and positions, logits only.
 
     With the mask as an input the graph holds no mask arithmetic, so padding and packing are decided by the caller.
     """
@@ -49,7 +49,7 @@ class _ExportWrapper(torch.nn.Module):
 
 
 def load_config(model_name_or_path: str) -> transformers.PretrainedConfig:
-    """The configuration of a Llama checkpoint (local directory or hub id).
+    """Load the configuration of a Llama checkpoint (local directory or hub id).
 
     Raises InputError when it cannot be found or read, or when its architecture is not supported.
     """
@@ -138,8 +138,10 @@ def export_onnx(model: transformers.PreTrainedModel) -> ir.Model:
 
 
 def _drop_exporter_notes(model: ir.Model) -> None:
-    """Keep of the exporter's metadata only the name scopes: its stack traces hold paths of this machine, which are nobody's
-    business and would make equal inputs give unequal bytes elsewhere."""
+    """Drop all of the exporter's metadata but the name scopes.
+
+    Its stack traces hold paths of this machine: they are private, and equal inputs would give unequal bytes elsewhere.
+    """
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):

@@ -51,12 +51,12 @@ def _silent(what: str, done: int, total: int) -> None:
 def compile_checkpoint(
     model_name_or_path: str, out: Path, options: CompileOptions, progress: Progress = _silent
 ) -> str:
-    """Compile a checkpoint into `out`/client and `out`/worker; returns the plan id.
+    """Compile a checkpoint into `out`/client and `out`/worker; return the plan id.
 
-    Deterministic for a given `options.public_seed`, but for the client's check vectors, which are secret. `out` may be
-    missing, empty or an earlier build, which is replaced; it is left as it was if anything fails. Interrupted while it makes
-    hints, it keeps those that are complete beside `out`, and the next call with the same arguments goes on from there
-    (`hecompile.compiler.staging`). Raises HecompileError.
+    The result is deterministic for a given `options.public_seed`, except the client's check vectors, which are secret.
+    `out` may be missing, empty or an earlier build, which is replaced; it is left as it was if anything fails. An
+    interruption keeps the hints that are complete beside `out`, and the next call with the same arguments goes on from
+    there (`hecompile.compiler.staging`). Raises HecompileError.
     """
     check_target(out, BundleKind.CLIENT)
     progress("load", 0, 1)

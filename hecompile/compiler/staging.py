@@ -1,14 +1,14 @@
-"""Where a build is made before it takes its place: a folder beside the target that outlives an interruption.
+"""Make a build in a folder beside its target, which outlives an interruption.
 
-    .NAME.partial/export.json       what was asked for, and the public seed that was drawn for it
+    .NAME.partial/export.json       the request, and the public seed that was drawn for it
     .NAME.partial/lock              held while an export is writing
     .NAME.partial/circuits.jsonl    the plan id, then one line per circuit whose files are complete, with their hashes
     .NAME.partial/build/            what will become NAME
 
-An export that is killed leaves the folder; the next export into the same target that asks for the same takes its seed and
+An export that is killed leaves the folder. The next export into the same target, with the same request, takes its seed and
 every circuit whose files still hash to their line, and makes the rest. A line is written after its files are on the disk, so
-an unfinished file is never listed; whatever is not listed is deleted. An export that asks for something else, or whose plan
-turns out to be another (another checkpoint), starts afresh. A folder that no export has made is refused and not touched.
+an unfinished file is never listed; whatever is not listed is deleted. An export with another request, or with another plan
+(from another checkpoint), starts afresh. A folder that no export has made is refused and not touched.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ class _Record(BaseModel):
 
 
 def staging_path(out: Path) -> Path:
-    """Where a build of `out` is made."""
+    """Return the folder in which a build of `out` is made."""
     return out.parent / f".{out.name}.partial"
 
 
 class Staging:
-    """An opened staging folder. Make it with `staging`.
+    """Keep an opened staging folder and its journal. Make it with `staging`.
 
     Attributes:
         build: the folder that will become the target.
-        public_seed: of this build; that of the interrupted one where it is taken up.
-        resumed: whether an interrupted export that asked for the same was found.
+        public_seed: of this build; that of the interrupted one where it goes on from there.
+        resumed: whether an interrupted export with the same request was there.
     """
 
     def __init__(self, folder: Path, request: str, drawn: PublicSeed) -> None:
@@ -69,8 +69,8 @@ class Staging:
         write_whole(folder / RECORD, json.dumps(fresh.model_dump()).encode() + b"\n")
 
     def begin(self, plan_id: str) -> list[dict[str, Any]]:
-        """The lines noted of circuits of this plan, oldest first; those of another plan are dropped with its files."""
-        lines = self._noted()
+        """Return the lines on circuits of this plan, oldest first; drop those of another plan with its files."""
+        lines = self._lines()
         if lines[:1] != [{"plan_id": plan_id}]:
             self._clear()
             lines = []
@@ -79,14 +79,14 @@ class Staging:
         return lines[1:]
 
     def note(self, line: dict[str, Any]) -> None:
-        """Append a line, on the disk when this returns."""
+        """Append a line; it is on the disk when this returns."""
         with self._journal.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
 
     def drop_unlisted(self, listed: Iterable[Path]) -> None:
-        """Delete every file of the build but those."""
+        """Delete every file of the build that is not listed."""
         kept = set(listed)
         for path in self.build.rglob("*"):
             if path.is_file() and path not in kept:
@@ -94,11 +94,11 @@ class Staging:
 
     @property
     def worth_keeping(self) -> bool:
-        """Whether a circuit is complete."""
-        return len(self._noted()) > 1
+        """Tell whether at least one circuit is complete."""
+        return len(self._lines()) > 1
 
-    def _noted(self) -> list[dict[str, Any]]:
-        """The lines up to the first that an interruption cut off."""
+    def _lines(self) -> list[dict[str, Any]]:
+        """Read the lines up to the first that an interruption cut off."""
         lines = []
         with contextlib.suppress(FileNotFoundError, ValueError):
             for text in self._journal.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -115,10 +115,12 @@ class Staging:
 
 @contextlib.contextmanager
 def staging(out: Path, request: str, drawn: PublicSeed) -> Iterator[Staging]:
-    """Make a build of `out`: on a clean end it replaces `out`; an error removes what was made, an interruption keeps it.
+    """Provide a folder for a build of `out`, which replaces `out` on a clean end.
+
+    An error removes what was made; an interruption keeps it.
 
     Args:
-        request: says what is asked for; an interrupted export that asked for the same is taken up.
+        request: describes everything that decides the build; an interrupted export with the same request is continued.
         drawn: the public seed of a fresh start.
 
     Raises:
@@ -151,12 +153,12 @@ def staging(out: Path, request: str, drawn: PublicSeed) -> Iterator[Staging]:
 
 
 def _missing_parents(folder: Path) -> list[Path]:
-    """The parents that a build has to make, deepest first."""
+    """List the parents that a build has to make, deepest first."""
     return [parent for parent in folder.parents if not parent.exists()]
 
 
 def _check_ours(folder: Path) -> None:
-    """A folder of this name without a valid record is somebody else's, unless nothing but a lock is in it."""
+    """Refuse a folder of this name without a valid record, unless it holds nothing but a lock: it is somebody else's."""
     if not folder.exists() and not folder.is_symlink():
         return
     ours = folder.is_dir() and not folder.is_symlink()

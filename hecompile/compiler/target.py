@@ -1,4 +1,4 @@
-"""The folder that an export writes to: a build takes the place of the whole of it."""
+"""Check the folder that an export writes to: a build replaces it as a whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hecompile.files import reason_of
 
 
 def check_target(out: Path, wanted: BundleKind) -> None:
-    """Refuses a target that a build must not replace, or cannot: InputError, with nothing touched.
+    """Refuse a target that a build must not or cannot replace. Raises InputError; nothing is touched.
 
     Args:
         out: may be missing, an empty folder, or a folder of nothing but an earlier build of the same kind.

@@ -1,7 +1,7 @@
-"""Writing the worker bundle (`worker_bundle`), where a model is compiled.
+"""Write a worker bundle (`hecompile.bundles.worker`) one circuit at a time.
 
-One circuit is written at a time, so memory holds one weight however large the model is. A bundle is written beside its
-destination and renamed into place whole. Its bytes are a function of its circuits and its plan_id.
+Memory so holds one weight however large the model is. A bundle is written beside its destination and renamed into place
+whole. Its bytes are a function of its circuits and its plan id.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ _CHUNK = 256
 
 
 class WorkerBundleWriter:
-    """Writes a bundle into a temporary sibling of `directory`; `commit` renames it into place.
+    """Write a bundle into a temporary sibling of `directory`; `commit` renames it into place.
 
-    Use as a context manager: leaving it without `commit` (an error, a kill of the process apart) removes everything.
+    Use it as a context manager: leaving it without `commit` removes everything, unless the process is killed.
     Raises InputError when `directory` already exists and is not empty, or cannot be written.
 
-    With `keep`, what was written stays where it is, complete circuits being `take_up`-able by the next writer of the same
-    directory: for a caller that looks after the folder itself.
+    With `keep`, the caller looks after the folder: everything written stays, and the next writer of the same directory
+    can count complete circuits as added (`add_complete`).
     """
 
     def __init__(self, directory: str | Path, plan_id: str, keep: bool = False) -> None:
@@ -84,8 +84,11 @@ class WorkerBundleWriter:
         if not self._keep:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
-    def take_up(self, spec: CircuitSpec) -> list[Path] | None:
-        """Count a circuit that an earlier writer with `keep` completed as added: its files, or None if one is not intact."""
+    def add_complete(self, spec: CircuitSpec) -> list[Path] | None:
+        """Count a circuit that an earlier writer with `keep` completed as added.
+
+        Returns its files, or None where one is not intact.
+        """
         files = []
         for file, path in spec.files():
             try:
@@ -99,8 +102,8 @@ class WorkerBundleWriter:
     def add(self, model: ir.Model) -> CircuitSpec:
         """Write one lowered circuit, named `<linear>.<direction>` by its graph's name; the model can be freed after.
 
-        One that is named `<linear>.<direction>.exact` is written without its weight and shares that of the first, which must
-        be there. Raises LegalityError when it is not a lowered circuit or its name is not of that form or is taken.
+        A circuit `<linear>.<direction>.exact` is written without its weight and shares that of `<linear>.<direction>`,
+        which must be there. Raises LegalityError when it is not a lowered circuit, or its name is of another form or taken.
         """
         name = model.graph.name or ""
         linear, _, direction = base_name(name).rpartition(".")
@@ -109,7 +112,7 @@ class WorkerBundleWriter:
         return self._add(model, name, linear, "forward" if direction == "forward" else "backward")
 
     def add_public_rows(self, public: PublicMatrix, features: int) -> None:
-        """Write the first `features` rows of A, for circuits of so many inputs at most."""
+        """Write the first `features` rows of A, for circuits with at most as many inputs."""
         with _writing(self._target):
             write_public_rows(self._temporary / PUBLIC_ROWS, public, features)
             self._public_rows = describe_bundle_file(self._temporary, PUBLIC_ROWS)
@@ -172,7 +175,7 @@ class WorkerBundleWriter:
 
 
 def _dimensions(model: ir.Model) -> tuple[tuple[int, int], tuple[int, int]]:
-    """((upload_limbs, in_features), (reply_bytes, out_features)) from the shapes of the graph's input and output."""
+    """Return ((upload_limbs, in_features), (reply_bytes, out_features)), from the shapes of the graph's input and output."""
     sides = []
     for values in (model.graph.inputs, model.graph.outputs):
         shape = values[0].shape if len(values) == 1 else None
@@ -191,7 +194,10 @@ def _writing(target: Path) -> Iterator[None]:
 
 
 def share_weight(exact: ir.Model, base: Path) -> None:
-    """Makes the lowered circuit `exact` refer to the weight file of the circuit in `base`, of which it is the exact form."""
+    """Make the lowered circuit `exact` refer to the weight file of the circuit in `base`, of which it is the exact form.
+
+    Raises LegalityError where the weights differ in shape or type.
+    """
     own, stored = _weight_digits(exact), _weight_digits(ir.load(base))
     for value, other in zip(own, stored, strict=True):
         assert value.const_value is not None and other.const_value is not None
@@ -201,13 +207,16 @@ def share_weight(exact: ir.Model, base: Path) -> None:
 
 
 def _weight_digits(model: ir.Model) -> list[ir.Value]:
-    """The int8 constants of a lowered circuit, lowest digit first."""
+    """List the int8 constants of a lowered circuit, lowest digit first."""
     digits = [node.inputs[1] for node in model.graph if node.op_type == "MatMulInteger"]
     return list(dict.fromkeys(digit for digit in digits if digit is not None))
 
 
 def write_public_rows(path: Path, public: PublicMatrix, features: int) -> None:
-    """Writes uint8 `[4, rank · ring_dim, features]` of the first `features` rows of A. Raises OSError as files do."""
+    """Write uint8 [4, rank · ring_dim, features]: the bytes of the first `features` rows of A, lowest plane first.
+
+    Raises OSError as files do, InputError where A has fewer rows.
+    """
     if features > public.rows:
         raise InputError(f"the public matrix has {public.rows} rows, {features} are wanted")
     shape = (WORD_BYTES, public.params.lattice_dim, features)
@@ -215,6 +224,6 @@ def write_public_rows(path: Path, public: PublicMatrix, features: int) -> None:
     for start in range(0, features, _CHUNK):
         rows = slice(start, min(start + _CHUNK, features))
         words = public.coefficients(rows).reshape(rows.stop - start, -1).numpy()  # int32 [rows, rank · d], little-endian
-        octets = words.view(np.uint8).reshape(*words.shape, WORD_BYTES)
-        planes[:, :, rows] = octets.transpose(2, 1, 0)  # [4, rank · d, rows]
+        word_bytes = words.view(np.uint8).reshape(*words.shape, WORD_BYTES)
+        planes[:, :, rows] = word_bytes.transpose(2, 1, 0)  # [4, rank · d, rows]
     planes.flush()

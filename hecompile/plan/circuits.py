@@ -1,4 +1,4 @@
-"""What the split yields: a client plan and the products that the worker computes. And the precision of such a product."""
+"""Represent a split plan, the client's graph and the worker's products, and predict the precision of each product."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DIRECTIONS = ("forward", "backward")
 
 @dataclass(frozen=True)
 class RemoteCircuit:
-    """One product of one linear.
+    """Represent one product of one linear.
 
     Attributes:
         linear: name of the linear; the circuit is `<linear>.<direction>`.
@@ -40,11 +40,11 @@ class RemoteCircuit:
         return f"{self.linear}.{self.direction}"
 
     def model(self) -> ir.Model:
-        """The worker circuit, not yet lowered."""
+        """Make the worker circuit, not yet lowered."""
         return encrypted_linear_model(self.weight, self.parameters.upload_limbs, self.parameters.reply_bytes, self.name)
 
     def exact_model(self) -> ir.Model:
-        """The same with all four bytes in and out, for a worker that computes hints; not yet lowered."""
+        """Make the circuit with all four bytes in and out, for a worker that computes hints; not yet lowered."""
         return encrypted_linear_model(self.weight, WORD_BYTES, WORD_BYTES, exact_name(self.name))
 
     @property
@@ -53,23 +53,23 @@ class RemoteCircuit:
 
     @property
     def noise_std(self) -> float:
-        """Predicted noise, in units of the integer product: root mean square over the output features."""
+        """Predict the noise, in units of the integer product: root mean square over the output features."""
         return rms_noise(self.parameters, self.norms)
 
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """The client plan (without the weights of remote linears) and the worker's circuits."""
+    """Hold the client plan, which lacks the weights of remote linears, and the worker's circuits."""
 
     client: ir.Model
     circuits: tuple[RemoteCircuit, ...]
 
 
 def effective_bits(parameters: LinearParameters, norms: WeightNorms, crest: float) -> float:
-    """log2(rms of the product / standard deviation of its noise), both averaged over the rows of the matrix.
+    """Predict log2(rms of the product / standard deviation of its noise), both averaged over the rows of the matrix.
 
-    In words: with b effective bits the encryption adds noise of 2^-b of the result's own size: 1.6 % at 6 bits, 0.4 % at 8
-    (what rounding to bfloat16 does), 0.1 % at 10.
+    With b effective bits the encryption adds noise of 2^-b of the result's own size: 1.6 % at 6 bits, 0.4 % at 8
+    (as rounding to bfloat16 does), 0.1 % at 10.
 
     A token is encoded with its largest magnitude at the input bound X, or with its norm at the norm bound N, whichever
     makes it larger: its rms is max(X / crest, N / √in). The product with a row that it is not correlated with has rms
@@ -83,5 +83,5 @@ def effective_bits(parameters: LinearParameters, norms: WeightNorms, crest: floa
 
 
 def rms_noise(parameters: LinearParameters, norms: WeightNorms) -> float:
-    """Root mean square, over the rows of the matrix, of `LinearParameters.noise_std`; its square is linear in ‖W_i‖₂²."""
+    """Return the root mean square of `LinearParameters.noise_std` over the rows; its square is linear in ‖W_i‖₂²."""
     return float(parameters.noise_std(math.sqrt(norms.mean_square_l2)))

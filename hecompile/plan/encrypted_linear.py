@@ -20,7 +20,7 @@ ONNX_IR_VERSION = 10
 
 
 def encrypted_linear_model(weight: np.ndarray, upload_limbs: int, reply_bytes: int, name: str) -> ir.Model:
-    """The circuit of one linear before lowering: a single `hecompile.EncryptedLinear`.
+    """Make the circuit of one linear before lowering: a single `hecompile.EncryptedLinear`.
 
     weight: int8 or int16 [features_in, features_out], the right-hand side of the product (for a module weight W [out, in]
     that is Wᵀ forward and W backward). name: the circuit's name. Raises LegalityError on another dtype or rank.
@@ -46,7 +46,7 @@ def encrypted_linear_model(weight: np.ndarray, upload_limbs: int, reply_bytes: i
 
 
 def check_encrypted_linear(node: ir.Node) -> None:
-    """Say why `node` cannot be lowered. Raises LegalityError with the node's name and the numbers."""
+    """Check that `node` can be lowered. Raises LegalityError with the node's name and the numbers."""
     where = f"EncryptedLinear {node.name}"
     ciphertext, weight = node.inputs if len(node.inputs) == 2 else (None, None)
     if ciphertext is None or weight is None:
@@ -76,6 +76,7 @@ def check_encrypted_linear(node: ir.Node) -> None:
 
 
 def limb_counts(node: ir.Node) -> tuple[int, int]:
+    """Return upload_limbs and reply_bytes of `node`. Raises LegalityError where it lacks one."""
     counts = []
     for name in ("upload_limbs", "reply_bytes"):
         if name not in node.attributes:
