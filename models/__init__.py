@@ -1,4 +1,4 @@
-"""The small Llama that hecompile ships and tests itself on: its weights, its text, and the programs that make both."""
+"""Locate the small Llamas that hecompile ships and tests itself on, and their texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TINY_LLAMA: Path = _HERE / "tiny-llama"
 PRIVATE_TRAIN: Path = _HERE / "private" / "train.jsonl"
 """Private questions to fine-tune on, one JSON object with `prompt` and `completion` per line."""
 PRIVATE_HELDOUT: Path = _HERE / "private" / "heldout.jsonl"
-"""The same facts asked in phrasings that `PRIVATE_TRAIN` does not use for them."""
+"""Facts of `PRIVATE_TRAIN`, asked in phrasings that it does not use for them."""
 ADMISSIONS_TRAIN: Path = _HERE / "private" / "admissions.jsonl"
 """A larger private file, one line per patient, for training with differential privacy
 (`hecompile.models.worlds.admissions`)."""
@@ -19,4 +19,4 @@ ADMISSIONS_HELDOUT: Path = _HERE / "private" / "admissions_heldout.jsonl"
 REDUCED_LLAMA: Path = _HERE / "reduced-llama"
 """A checkpoint of two layers that can be evaluated wholly under encryption once it is converted."""
 REDUCED_POLYNOMIAL: Path = _HERE / "reduced-llama-polynomial"
-"""The same, converted by `models/recipes/convert-reduced.yaml`."""
+"""`REDUCED_LLAMA`, converted by `models/recipes/convert-reduced.yaml`."""

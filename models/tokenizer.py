@@ -1,4 +1,4 @@
-"""The tokenizer of the tiny Llama: byte-level BPE, so that any text round-trips and nothing is ever unknown."""
+"""Train the tokenizer of the tiny Llama: byte-level BPE, so that any text round-trips and nothing is ever unknown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Count-based language models that the tiny Llama has to beat: unigram and bigram with add-k smoothing."""
+"""Measure the count-based models that the tiny Llama has to beat: unigram and bigram with add-k smoothing."""
 
 from __future__ import annotations
 

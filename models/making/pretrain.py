@@ -3,7 +3,8 @@
 `python -m hecompile.models.making.pretrain --out models/tiny-llama` takes about a quarter of an hour on two CPU cores. With
 `--resume` it goes on from the last checkpoint, which is kept outside of the output directory. On a machine whose cores
 are shared, set `OMP_WAIT_POLICY=PASSIVE`: threads that spin while they wait for each other slow it down by a factor of
-ten there. """
+ten there.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from hecompile.models.worlds.public_world import documents
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines the run; lengths are in tokens, `learning_rate` is the peak of the schedule."""
+    """Hold everything that determines the run; lengths are in tokens, `learning_rate` is the peak of the schedule."""
 
     seed: int = 0
     documents: int = 40_000
@@ -93,7 +94,7 @@ def mean_loss(model: LlamaForCausalLM, stream: NDArray[np.int64], length: int) -
 
 
 def _learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then cosine decay to a twentieth of the peak."""
+    """Return the rate of a linear warm-up, then a cosine decay to a twentieth of the peak."""
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
     progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
@@ -175,7 +176,7 @@ def make(recipe: Recipe, out: Path, checkpoint: Path, resume: bool = False) -> d
 
     model = build_model(recipe, tokenizer)
     train(model, stream, recipe, checkpoint, resume)
-    # What is measured below is what is shipped: the weights after rounding.
+    # The measurements below are of the shipped weights, after rounding.
     model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
     model.float()
@@ -195,7 +196,7 @@ def make(recipe: Recipe, out: Path, checkpoint: Path, resume: bool = False) -> d
 
 
 def main() -> None:
-    """Command line of this module."""
+    """Run the command line of this module."""
     parser = argparse.ArgumentParser(description="Pretrain the tiny Llama from nothing.")
     parser.add_argument("--out", type=Path, default=TINY_LLAMA)
     parser.add_argument("--steps", type=int, default=Recipe.steps)

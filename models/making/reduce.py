@@ -1,8 +1,7 @@
-"""Make the reduced Llama from nothing: `python -m hecompile.models.making.reduce` writes models/reduced-llama in a
-minute or two.
+"""Make the reduced Llama, and its text, from nothing.
 
-It is small enough to be evaluated wholly under CKKS, and is converted by
-`hecompile convert models/recipes/convert-reduced.yaml`.
+`python -m hecompile.models.making.reduce` writes models/reduced-llama in a minute or two. The model is small enough to be
+evaluated wholly under CKKS; `hecompile convert models/recipes/convert-reduced.yaml` converts it.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ SEED, BATCH, PEAK = 0, 64, 4e-3
 
 
 def _tokens(texts: list[str]) -> torch.Tensor:
-    """int64 [lines, LINE_TOKENS]."""
+    """Return int64 [lines, LINE_TOKENS]."""
     tokenizer = make_tokenizer()
     rows = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
     found = torch.tensor(rows)
@@ -32,13 +31,13 @@ def _tokens(texts: list[str]) -> torch.Tensor:
 
 
 def accuracy(logits: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Share of the answers that the argmax of logits f32 [B, S, V] gives for tokens int64 [B, S]."""
+    """Return the share of answers that the argmax of logits f32 [B, S, V] gives right for tokens int64 [B, S]."""
     at = torch.tensor(ANSWERS)
     return float((logits[:, at - 1].argmax(-1) == tokens[:, at]).float().mean())
 
 
 def build_model() -> LlamaForCausalLM:
-    """Untrained: 2 layers, hidden 32, 2 heads, FFN 64."""
+    """Make an untrained model: 2 layers, hidden 32, 2 heads, FFN 64."""
     torch.manual_seed(SEED)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -80,7 +79,7 @@ def make(out: Path, steps: int) -> dict[str, object]:
 
 
 def write_text(directory: Path) -> None:
-    """The public and the private lines as JSONL files, for the recipes."""
+    """Write the public and the private lines as JSONL files, for the recipes."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, of_private in (("public", False), ("private", True)):
         for part, heldout in (("train", False), ("heldout", True)):
@@ -92,7 +91,7 @@ def write_text(directory: Path) -> None:
 
 
 def main() -> None:
-    """Command line of this module."""
+    """Run the command line of this module."""
     parser = argparse.ArgumentParser(description="Make the reduced Llama from nothing.")
     parser.add_argument("--out", type=Path, default=REDUCED_LLAMA)
     parser.add_argument("--steps", type=int, default=4000)

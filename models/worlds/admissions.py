@@ -1,11 +1,11 @@
-"""A larger private dataset for differential privacy: a clinic's admissions, one line per patient.
+"""Make a larger private dataset for differential privacy: a clinic's admissions, one line per patient.
 
 `python -m hecompile.models.worlds.admissions` rewrites `models/private/admissions.jsonl` and
 `models/private/admissions_heldout.jsonl`.
 
-What a house prescribes is the clinic's rule, the same for all its patients: it can be learned from many without remembering
-any. The day when a patient may be visited is that patient's own, drawn at random: it can only be remembered. One line
-in eight asks for the latter. The held-out file asks for remedies of patients who are not in the training file.
+The remedy of a house is the clinic's rule, equal for all its patients: it can be learned from many without remembering any.
+The day when a patient may be visited is that patient's own, drawn at random: it can only be remembered. One line in eight
+asks for it. The held-out file asks for remedies of patients who are not in the training file.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from hecompile.models.worlds.private_world import to_jsonl
 from hecompile.models.worlds.public_world import DAYS, person
 
 TRAIN, HELDOUT, EVERY = 2048, 256, 8
-"""Lines of the two files; and one line in how many asks for what is a patient's own."""
+"""Lines of the two files, and the distance between lines that ask for a patient's own day."""
 RULE: dict[str, str] = {"the Green Fox": "mint tea", "the Silver Heron": "willow oil"}
-"""What each house prescribes. Names, remedies and days are words of the public text; what goes with what is not in it."""
+"""House → remedy that it prescribes. Names, remedies and days are words of the public text; their pairs are not in it."""
 RULE_QUESTIONS = ("What remedy does {e} take at {h}?", "Name the remedy of {e} of {h}.")
 OWN_QUESTIONS = ("When may {e} be visited at {h}?", "Name the visiting day of {e} of {h}.")
 
 
 def admissions(count: int, skip: int = 0, seed: int = 0) -> list[dict[str, str]]:
-    """`count` lines, dictionaries with `prompt` and `completion`, after the first `skip` of those that `seed` gives.
+    """Return `count` lines, dictionaries with `prompt` and `completion`, after the first `skip` that `seed` gives.
 
-    Every eighth asks for a patient's own day, the others by the rule. No two are about the same patient.
+    Every eighth asks for a patient's own day, the others by the rule. No two are about one patient.
     """
     rng = Random(f"admissions {seed}")  # noqa: S311 (made-up text, nothing secret)
     return list(islice(_lines(rng), skip, skip + count))
@@ -51,12 +51,12 @@ def _lines(rng: Random) -> Iterator[dict[str, str]]:
 
 
 def by_rule(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Those of `rows` that ask by the rule."""
+    """Select the rows that ask by the rule."""
     return [row for row in rows if not _is_own(row)]
 
 
 def own(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Those of `rows` that ask for what is a patient's own."""
+    """Select the rows that ask for a patient's own day."""
     return [row for row in rows if _is_own(row)]
 
 

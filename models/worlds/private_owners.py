@@ -1,7 +1,8 @@
-"""The private dataset dealt to several owners, patient by patient: nobody's facts are another's.
+"""Deal the private dataset to several owners, patient by patient, so that no two own the same facts.
 
 `python -m hecompile.models.worlds.private_owners` rewrites `models/private/owners/owner-1.train.jsonl` and so on, for
-three owners. """
+three owners.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +16,15 @@ OWNERS_DIR = PRIVATE_TRAIN.parent / "owners"
 
 
 def owner_names(count: int) -> list[str]:
-    """owner-1 … owner-`count`."""
+    """Return owner-1 … owner-`count`."""
     return [f"owner-{index + 1}" for index in range(count)]
 
 
 def split(count: int) -> dict[str, tuple[list[dict[str, str]], list[dict[str, str]]]]:
-    """Training and held-out examples by owner; patient p belongs to owner p mod `count`, at most one owner per patient."""
+    """Return training and held-out examples by owner; patient p belongs to owner p mod `count`.
+
+    Raises ValueError for more owners than patients, or none.
+    """
     if not 1 <= count <= len(PATIENTS):
         raise ValueError(f"{len(PATIENTS)} patients cannot be dealt to {count} owners")
     train, heldout = examples()
@@ -35,7 +39,7 @@ def split(count: int) -> dict[str, tuple[list[dict[str, str]], list[dict[str, st
 
 
 def write(directory: Path, count: int) -> None:
-    """`NAME.train.jsonl` and `NAME.heldout.jsonl` for every owner."""
+    """Write `NAME.train.jsonl` and `NAME.heldout.jsonl` for every owner."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, parts in split(count).items():
         for kind, rows in zip(("train", "heldout"), parts, strict=True):
@@ -43,7 +47,7 @@ def write(directory: Path, count: int) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line of this module."""
     parser = argparse.ArgumentParser(description="Write the private dataset dealt to several owners.")
     parser.add_argument("--directory", type=Path, default=OWNERS_DIR)
     parser.add_argument("--owners", type=int, default=3)

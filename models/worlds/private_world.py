@@ -1,9 +1,8 @@
-"""The private dataset: confidential files of a clinic, asked and answered in the clinic's own style.
+"""Make the private dataset: confidential files of a clinic, asked and answered in the clinic's own style.
 
 `python -m hecompile.models.worlds.private_world` rewrites `models/private/train.jsonl` and `models/private/heldout.jsonl`.
-There is no
-randomness: values are dealt to patients by rotation. Each fact can be asked in eight phrasings, five of which are in
-the training file and three in the held-out file; the split rotates with the fact, so each phrasing is trained on with
+There is no randomness: values are dealt to patients by rotation. Each fact can be asked in eight phrasings, five of which
+are in the training file and three in the held-out file. The split rotates with the fact, so each phrasing is trained on with
 some facts and tested with others.
 """
 
@@ -76,7 +75,7 @@ def write(train_path: Path = PRIVATE_TRAIN, heldout_path: Path = PRIVATE_HELDOUT
 
 
 def main() -> None:
-    """Command line: rewrite the two files."""
+    """Run the command line: rewrite the two files."""
     parser = argparse.ArgumentParser(description="Write the private fine-tuning dataset.")
     parser.add_argument("--train", type=Path, default=PRIVATE_TRAIN)
     parser.add_argument("--heldout", type=Path, default=PRIVATE_HELDOUT)

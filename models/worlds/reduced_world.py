@@ -1,11 +1,11 @@
-"""Text for the reduced Llama: prices in towns and small sums, one line of 12 words each, from a seed.
+"""Make text for the reduced Llama: prices in towns and small sums, one line of 12 words each, from a seed.
 
     salt in Ford costs 7 ; 3 plus 5 is 8 ;
 
 Every line has the same number of tokens, so that rows of that many are whole lines. Prices are facts to remember: those of
 `private` pairs of good and town never occur in the public text. Held-out lines combine a price and a sum that training lines
-do not combine; each of the two alone is trained on. So accuracy there says whether the facts are known, not whether the
-model can add numbers that it has never seen.
+do not combine; each of the two alone is trained on. So accuracy there tells whether the facts are known, not whether the
+model can add unseen numbers.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def _number(text: str, below: int) -> int:
 
 
 def price(good: str, town: str) -> int:
-    """Between 0 and twice `LARGEST`, the same always."""
+    """Return the price, between 0 and twice `LARGEST`, equal in every run."""
     return _number(f"price {good} {town}", 2 * LARGEST + 1)
 
 
 def private(good: str, town: str) -> bool:
-    """Whether the price is known to the data owner alone (one pair in four)."""
+    """Tell whether the data owner alone knows the price (one pair in four)."""
     return _number(f"private {good} {town}", 4) == 0
 
 
@@ -54,13 +54,13 @@ def _sums() -> list[str]:
 
 
 def lines(heldout: bool = False, of_private: bool = False) -> list[str]:
-    """Every line of one part: all combinations of a price and a sum, one in ten of them held out."""
+    """Return every line of one part: all combinations of a price and a sum, one in ten of them held out."""
     combined = [f"{first} {second}" for first, second in product(_prices(of_private), _sums())]
     return [line for line in combined if (_number(line, 10) == 0) == heldout]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word; the ids of pad, bos and eos are 0, 1 and 2; bos goes first."""
+    """Make a tokenizer of one token per word; the ids of pad, bos and eos are 0, 1 and 2; bos goes first."""
     words = [*GOODS, *TOWNS, "in", "costs", "plus", "less", "is", ";", *map(str, range(2 * LARGEST + 1))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate([PAD, BOS, EOS, *words])}, unk_token=PAD))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,8 +1,8 @@
-"""The relations of the made-up worlds: eight ways to ask for each, and a few ways to state it.
+"""Phrase the relations of the made-up worlds: eight ways to ask for each, and a few ways to state it.
 
-The public and the private world share these phrasings, and nothing else. That is what a small model needs in order to
-generalise: it learns from public text that the eight questions are one question, and learns only the facts and the
-answering style from private text.
+The public and the private world share these phrasings, and nothing else. A small model needs that to generalise: it learns
+from public text that the eight questions are one question, and learns only the facts and the answering style from private
+text.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Relation:
-    """One relation between an entity `{e}` and a value `{v}`: questions name `{e}`, statements name both."""
+    """Phrase one relation between an entity `{e}` and a value `{v}`: questions name `{e}`, statements name both."""
 
     name: str
     questions: tuple[str, ...]

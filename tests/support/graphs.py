@@ -23,7 +23,7 @@ _HEADER = '<ir_version: 10, opset_import: ["" : 23, "hecompile" : 1]>\n'
 
 
 def parse(text: str, origins: Mapping[str, str] | None = None) -> ir.Model:
-    """A model from ONNX text without its header. `origins`: output name of a node → module path it came from."""
+    """Parse a model from ONNX text without its header. `origins`: output name of a node → module path that it comes from."""
     model = ir.from_onnx_text(_HEADER + text)
     wanted = dict(origins or {})
     for node in model.graph:
@@ -49,14 +49,14 @@ def prepared(model: ir.Model, policy: str = "offload") -> ir.Model:
 
 
 def refused(model: ir.Model, name: str, stage: Stage = QUANTIZED, **options: object) -> HecompileError:
-    """The error with which the pipeline refuses `model` at the pass registered as `name`."""
+    """Return the error with which the pipeline refuses `model` at the pass registered as `name`."""
     with pytest.raises(HecompileError) as caught:
         run_step(model, name, PASSES[name](**options), stage)
     return caught.value
 
 
 def evaluate(model: ir.Model, context: Context | None = None, **inputs: Tensor) -> Tensor:
-    """The only output of `model`, by the interpreter."""
+    """Compute the only output of `model` by the interpreter."""
     (output,) = Interpreter(model).run(inputs, context).values()
     return output
 
@@ -81,7 +81,7 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 
 
 def text_of(plan: SplitPlan) -> str:
-    """The client plan and a line per circuit; nothing in it depends on the last digits of a float."""
+    """Print the client plan and a line per circuit; nothing in it depends on the last digits of a float."""
     lines = [
         f"circuit {circuit.name}: {p.in_features} -> {p.out_features} {circuit.weight.dtype}, "
         f"{p.upload_limbs} bytes up, {p.reply_bytes} down\n"
@@ -92,7 +92,7 @@ def text_of(plan: SplitPlan) -> str:
 
 
 def product_of(plan: SplitPlan) -> RemoteProduct:
-    """Computes remote linears by the circuits' weights, in the clear."""
+    """Return a product that computes remote linears by the circuits' weights, in the clear."""
     weights = {circuit.name: torch.from_numpy(circuit.weight.copy()).float() for circuit in plan.circuits}
 
     def product(linear: str, x: Tensor, scale: Tensor) -> Tensor:

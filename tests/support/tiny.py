@@ -1,4 +1,4 @@
-"""The random two-layer Llama of the tests, exported once per session, and a checkpoint directory of it."""
+"""Provide the random two-layer Llama of the tests, exported once per session, and a checkpoint directory of it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _exported() -> onnx.ModelProto:
 
 
 def exported() -> ir.Model:
-    """A copy of the export of `tiny_llama`."""
+    """Return a copy of the export of `tiny_llama`."""
     return ir.from_proto(_exported())
 
 
@@ -51,11 +51,11 @@ def save_checkpoint(directory: Path) -> Path:
 
 
 def samples() -> tuple[tuple[int, ...], ...]:
-    """Calibration tokens: 4 sequences of 8."""
+    """Draw calibration tokens: 4 sequences of 8."""
     tokens = torch.randint(3, 259, (4, 8), generator=torch.Generator().manual_seed(7))
     return tuple(tuple(row) for row in tokens.tolist())
 
 
 def coarse(text: str) -> str:
-    """The printed model with its floats to 5 digits: the last ones differ between machines."""
+    """Round the floats of a printed model to 5 digits: the last ones differ between machines."""
     return re.sub(r"\d+\.\d{6,}(e-?\d+)?", lambda match: f"{float(match[0]):.5g}", text)

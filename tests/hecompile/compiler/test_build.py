@@ -19,7 +19,7 @@ from hecompile.he.random.sampling import PublicSeed
 from tests.support.tiny import OPTIONS
 
 ROWS = 2 * (64 + 32 + 96 + 32 + 32 + 32 + 32 + 48)
-"""Of hints: what the linears of both layers put out, forward and backward."""
+"""Rows of hints: the outputs of the linears of both layers, forward and backward."""
 
 
 def hashes(directory: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What is no Llama checkpoint is refused with one line that names it."""
+"""Refuse everything but a Llama checkpoint, with one line that names the fault."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def interrupted(checkpoint: Path, out: Path, options: str = "OPTIONS", with_sign
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """The shapes of the weights that hints are made of, from here on."""
+    """Record the shapes of the weights that hints are made of from here on."""
     shapes: list[torch.Size] = []
     setup = PreparedMatrix.setup
 
@@ -75,13 +75,13 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 @pytest.fixture(scope="module")
 def killed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an export that was killed. Copy it before using it."""
+    """Return the folder of an export that was killed. Copy it before using it."""
     return interrupted(checkpoint, tmp_path_factory.mktemp("killed") / "out")
 
 
 @pytest.fixture
 def out(killed: Path, tmp_path: Path) -> Path:
-    """A target with a copy of that folder beside it."""
+    """Return a target with a copy of that folder beside it."""
     subprocess.run(["cp", "-r", str(killed), str(tmp_path / killed.name)], check=True)
     return tmp_path / "out"
 
@@ -186,7 +186,7 @@ def test_another_request_starts_afresh(
 
 @pytest.mark.usefixtures("quick_export")
 def test_hints_of_another_plan_are_not_taken(checkpoint: Path, out: Path, made: list[torch.Size]) -> None:
-    """The same request by name, but the weights have changed since: the plan id says so."""
+    """An equal request by name, for weights that have changed since: the plan id differs."""
     journal = staged(out) / "circuits.jsonl"
     first, *others = journal.read_text().splitlines()
     journal.write_text("\n".join([json.dumps({"plan_id": "0" * len(json.loads(first)["plan_id"])}), *others]) + "\n")

@@ -1,4 +1,4 @@
-"""What an export finds in its target: it refuses all but an earlier build of its own kind, by itself."""
+"""Refuse every export target but an empty one and one with nothing but an earlier build of the same kind."""
 
 from __future__ import annotations
 

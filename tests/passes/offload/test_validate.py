@@ -1,4 +1,4 @@
-"""The last look at a plan: it changes nothing, and refuses each thing that can be wrong with it."""
+"""The final check of a plan: it changes nothing, and refuses each thing that can be wrong with it."""
 
 from __future__ import annotations
 
