@@ -1,4 +1,4 @@
-"""What client and worker of a polynomial plan say to each other, in the frames of `hecompile.runtime.wire.protocol`.
+"""What client and worker of a polynomial plan say to each other, in the frames of `hecompile.runtime.wire.framing`.
 
     client                                    worker
     open {plan_id, parameters} evaluation keys →
@@ -25,7 +25,7 @@ import numpy as np
 
 from hecompile.ckks.keys import Words
 from hecompile.errors import WorkerError
-from hecompile.runtime.wire.protocol import PREFIX, Frame, receive_frame, send_frame
+from hecompile.runtime.wire.framing import PREFIX, Frame, read_header, receive_frame, send_frame
 
 PROTOCOL = 1
 _HEADER_ROOM = 1 << 20
@@ -49,11 +49,10 @@ def receive(connection: socket.socket, most: int, patience: float | None = None)
     frame = receive_frame(connection, most + PREFIX.size + _HEADER_ROOM, patience)
     if frame is None:
         raise WorkerError("the other side closed the connection; see its log")
-    try:
-        fields = json.loads(frame.header)
-        kind, shape = fields["kind"], fields["shape"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise WorkerError("malformed message: the header is not what this protocol has") from None
+    fields = read_header(frame)
+    kind, shape = fields.get("kind"), fields.get("shape")
+    if kind is None or shape is None:
+        raise WorkerError("malformed message: the header lacks the kind or the shape")
     if kind == "error":
         raise WorkerError(f"the other side says: {str(fields.get('message'))[:500]}")
     if not isinstance(shape, list) or len(shape) > 4 or not all(type(size) is int and 0 <= size < 1 << 32 for size in shape):

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Mapping
@@ -26,10 +27,12 @@ from hecompile.errors import FederationError, InputError
 from hecompile.runtime.federation.protocol.channels import Identity, Roster
 from hecompile.runtime.federation.protocol.messages import Finished, Message, from_bytes, to_bytes
 from hecompile.runtime.federation.protocol.participant import Participant
+from hecompile.runtime.wire.framing import receive_exactly
 
 MAX_BYTES = 1 << 30
 _HELLO = b"hecompile/federation/hello/1"
 _HELLO_SECONDS = 10.0
+_PREFIX = struct.Struct("<QQ")
 _log = logging.getLogger(__name__)
 
 
@@ -192,22 +195,18 @@ def take_part(participant: Participant, identity: Identity, address: str, timeou
 
 
 def _send(connection: socket.socket, number: int, content: bytes) -> None:
-    connection.sendall(number.to_bytes(8, "little") + len(content).to_bytes(8, "little") + content)
+    connection.sendall(_PREFIX.pack(number, len(content)) + content)
 
 
 def _receive(connection: socket.socket, limit: int = MAX_BYTES) -> tuple[int, bytes]:
-    head = _read(connection, 16)
-    number, size = int.from_bytes(head[:8], "little"), int.from_bytes(head[8:], "little")
+    number, size = _PREFIX.unpack(_read(connection, _PREFIX.size))
     if size > limit:
         raise FederationError(f"a message of {size} bytes is announced; at most {limit} are read")
     return number, _read(connection, size)
 
 
 def _read(connection: socket.socket, size: int) -> bytes:
-    content = bytearray()
-    while len(content) < size:
-        piece = connection.recv(min(1 << 20, size - len(content)))
-        if not piece:
-            raise ConnectionError("the other side closed it")
-        content += piece
-    return bytes(content)
+    try:
+        return bytes(receive_exactly(connection, size))
+    except EOFError:
+        raise ConnectionError("the other side closed it") from None

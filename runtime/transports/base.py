@@ -14,11 +14,11 @@ import numpy as np
 from hecompile.bundles.public_rows import exact_name
 from hecompile.errors import WorkerError
 from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire.framing import Frame
 from hecompile.runtime.wire.protocol import (
     ErrorReply,
     EvaluateReply,
     EvaluateRequest,
-    Frame,
     HelloRequest,
     Reply,
     Request,

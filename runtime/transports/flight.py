@@ -9,12 +9,12 @@ from typing import Any
 
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
 from hecompile.runtime.transports.base import FrameTransport, TrafficRecorder
-from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire import framing, protocol
 from hecompile.runtime.wire.address import TcpAddress, parse_address
 from hecompile.runtime.wire.credentials import ClientCredentials
 from hecompile.runtime.wire.flight_frames import COMMAND, flight, pyarrow, read_frame, write_frame
+from hecompile.runtime.wire.framing import Frame
 from hecompile.runtime.wire.network import FLIGHT_SCHEMES, check_client_access
-from hecompile.runtime.wire.protocol import Frame
 
 _MIB = 1 << 20
 _TUNING = [
@@ -33,7 +33,7 @@ class FlightTransport(FrameTransport):
     Nothing is sent before the first request. connect_timeout, reply_timeout: seconds to connect, and for a request from
     its first byte to the last of its reply. A request that fails leaves the others on the connection alone; when the
     connection itself is lost the transport is closed and stays so.
-    Bytes are counted as whole frames of `hecompile.runtime.wire.protocol`; gRPC's own, some hundred a request, are not.
+    Bytes are counted as whole frames of `hecompile.runtime.wire.framing`; gRPC's own, some hundred a request, are not.
 
     Raises InputError for a malformed address, or credentials that would go over it in the clear.
     """
@@ -47,7 +47,7 @@ class FlightTransport(FrameTransport):
         credentials: ClientCredentials | None = None,
         connect_timeout: float = 10.0,
         reply_timeout: float = 600.0,
-        max_message_bytes: int = protocol.MAX_MESSAGE_BYTES,
+        max_message_bytes: int = framing.MAX_MESSAGE_BYTES,
         recorder: TrafficRecorder | None = None,
     ) -> None:
         super().__init__(recorder)
@@ -62,7 +62,7 @@ class FlightTransport(FrameTransport):
             "generic_options": [
                 *_TUNING,
                 ("grpc.min_reconnect_backoff_ms", int(1000 * connect_timeout)),  # the longest attempt to connect
-                ("grpc.max_receive_message_length", max_message_bytes + protocol.MAX_HEADER_BYTES),
+                ("grpc.max_receive_message_length", max_message_bytes + framing.MAX_HEADER_BYTES),
             ]
         }
         if parsed.tls:

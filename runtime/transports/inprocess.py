@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from hecompile.errors import WorkerError
 from hecompile.runtime.transports.base import FrameTransport, TrafficRecorder
-from hecompile.runtime.wire.protocol import Frame
+from hecompile.runtime.wire.framing import Frame
 
 
 class InProcessTransport(FrameTransport):

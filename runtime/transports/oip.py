@@ -17,7 +17,7 @@ from hecompile.bundles.triton_repository import INPUT_NAME, OUTPUT_NAME, PLAN_ID
 from hecompile.bundles.worker import KNOWN_ANSWER
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
 from hecompile.runtime.transports.base import Answer, Direction, TrafficRecorder
-from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire import framing, protocol
 from hecompile.runtime.wire.address import TcpAddress, parse_address
 from hecompile.runtime.wire.credentials import ClientCredentials
 from hecompile.runtime.wire.inference_protocol import (
@@ -61,7 +61,7 @@ class OipTransport:
         credentials: ClientCredentials | None = None,
         connect_timeout: float = 10.0,
         reply_timeout: float = 600.0,
-        max_message_bytes: int = protocol.MAX_MESSAGE_BYTES,
+        max_message_bytes: int = framing.MAX_MESSAGE_BYTES,
         recorder: TrafficRecorder | None = None,
     ) -> None:
         parsed = parse_address(address)

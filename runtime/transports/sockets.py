@@ -8,11 +8,11 @@ from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
 from hecompile.files import reason_of
 from hecompile.runtime.transports.base import FrameTransport, TrafficRecorder, Transport
 from hecompile.runtime.transports.pool import TransportPool
-from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire import framing
 from hecompile.runtime.wire.address import TcpAddress, parse_address
 from hecompile.runtime.wire.credentials import ClientCredentials
+from hecompile.runtime.wire.framing import Frame
 from hecompile.runtime.wire.network import FLIGHT_SCHEMES, OIP_SCHEMES, load_network_module
-from hecompile.runtime.wire.protocol import Frame
 
 
 class SocketTransport(FrameTransport):
@@ -29,7 +29,7 @@ class SocketTransport(FrameTransport):
         *,
         connect_timeout: float = 10.0,
         reply_timeout: float = 600.0,
-        max_message_bytes: int = protocol.MAX_MESSAGE_BYTES,
+        max_message_bytes: int = framing.MAX_MESSAGE_BYTES,
         recorder: TrafficRecorder | None = None,
     ) -> None:
         super().__init__(recorder)
@@ -48,8 +48,8 @@ class SocketTransport(FrameTransport):
             )
         answer = None
         try:
-            protocol.send_frame(self._socket, frame)
-            answer = protocol.receive_frame(self._socket, self._max_message_bytes)
+            framing.send_frame(self._socket, frame)
+            answer = framing.receive_frame(self._socket, self._max_message_bytes)
         except TimeoutError as error:
             raise WorkerUnavailableError(
                 f"the worker at {self._address} was silent for {self._reply_timeout:g} s; "

@@ -1,6 +1,6 @@
 """Where a worker listens, and in which protocol.
 
-    tcp://host:port, unix:///path        frames of `hecompile.runtime.wire.protocol`, for processes of one machine
+    tcp://host:port, unix:///path        frames of `hecompile.runtime.wire.framing`, for processes of one machine
     grpc://host:port, grpcs://...        Open Inference Protocol v2 over gRPC, in the clear or over TLS
     flight://host:port, flights://...    Arrow Flight, likewise
 

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 from hecompile.errors import WorkerError
-from hecompile.runtime.wire import protocol
 from hecompile.runtime.wire.address import TcpAddress, UnixAddress
-from hecompile.runtime.wire.protocol import ErrorReply, Frame
+from hecompile.runtime.wire.framing import Frame, receive_frame, send_frame
+from hecompile.runtime.wire.protocol import ErrorReply, encode
 
 LOGGER = logging.getLogger(__name__)
 SEND_TIMEOUT_SECONDS = 60
@@ -57,10 +57,9 @@ def handler_class(exchange: Exchange, max_message_bytes: int) -> type[socketserv
                 self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_SECONDS // 4)
 
         def handle(self) -> None:
-            receive = protocol.receive_frame
             try:
-                while (frame := receive(self.request, max_message_bytes, RECEIVE_TIMEOUT_SECONDS)) is not None:
-                    protocol.send_frame(self.request, exchange(frame))
+                while (frame := receive_frame(self.request, max_message_bytes, RECEIVE_TIMEOUT_SECONDS)) is not None:
+                    send_frame(self.request, exchange(frame))
             except WorkerError as error:
                 # The stream cannot be read on: say why, and end this connection alone.
                 _refuse(self.request, error)
@@ -71,7 +70,7 @@ def handler_class(exchange: Exchange, max_message_bytes: int) -> type[socketserv
 def _refuse(connection: socket.socket, error: WorkerError) -> None:
     """Say why nothing more is read of a connection."""
     LOGGER.warning("ended a connection: %s", error)
-    protocol.send_frame(connection, protocol.encode(ErrorReply(str(error)), 0))
+    send_frame(connection, encode(ErrorReply(str(error)), 0))
     _drain(connection)
 
 
@@ -106,7 +105,7 @@ class _ConnectionsMixin(socketserver.ThreadingMixIn):
             busy = WorkerError(f"the worker serves {MAX_CONNECTIONS} connections already; try again later")
             with contextlib.suppress(OSError):  # the frame is small: it fits in what the kernel holds for a new connection
                 request.settimeout(DRAIN_SECONDS)
-                protocol.send_frame(request, protocol.encode(ErrorReply(str(busy)), 0))
+                send_frame(request, encode(ErrorReply(str(busy)), 0))
             LOGGER.warning("turned a connection away: %s", busy)
             self.shutdown_request(request)
             return

@@ -1,4 +1,4 @@
-"""Frames of `hecompile.runtime.wire.protocol` as Arrow Flight messages: what the Flight server and client share.
+"""Frames of `hecompile.runtime.wire.framing` as Arrow Flight messages: what the Flight server and client share.
 
 A request is one DoExchange call with the descriptor `COMMAND`. Each side sends one message: the frame's header as the
 message's app_metadata, and its payload, if it has one, as the body of a record batch with one uint8 column of that many
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hecompile.errors import InputError, WorkerError
-from hecompile.runtime.wire.protocol import MAX_HEADER_BYTES, Frame
+from hecompile.runtime.wire.framing import Frame, check_sizes
 
 try:
     import pyarrow
@@ -65,16 +65,9 @@ def read_frame(reader: Any, max_bytes: int) -> Frame | None:
         return None
     if message.app_metadata is None:
         raise WorkerError("malformed message: it has no header")
-    header_bytes = message.app_metadata.size
-    if header_bytes > MAX_HEADER_BYTES:
-        raise WorkerError(f"message header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are accepted")
     payload = memoryview(b"") if message.data is None else _payload(message.data)
-    frame = Frame(message.app_metadata.to_pybytes(), payload)
-    if frame.size > max_bytes:
-        raise WorkerError(
-            f"message of {frame.size} bytes; at most {max_bytes} are accepted; send fewer tokens at a time"
-        )
-    return frame
+    check_sizes(message.app_metadata.size, len(payload), max_bytes)
+    return Frame(message.app_metadata.to_pybytes(), payload)
 
 
 def _payload(batch: Any) -> memoryview:

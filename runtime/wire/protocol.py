@@ -1,7 +1,6 @@
-"""What client and worker say to each other, and its bytes.
+"""Encode and decode the messages of client and worker as frames of `hecompile.runtime.wire.framing`.
 
-A frame is `magic (4) | header length (uint32) | payload length (uint64) | header | payload`, integers little-endian.
-The header is a JSON object with `kind`, `id` and the fields of that kind; the payload is the byte planes, or nothing.
+The header has `kind`, `id` and the fields of that kind; the payload is the byte planes, or nothing.
 
     request  hello     protocol, plan_id              reply  hello     protocol, plan_id, engine, circuits
              evaluate  circuit, shape [L, T, in]             evaluate  shape [R, T, out], seconds
@@ -15,25 +14,16 @@ from __future__ import annotations
 
 import json
 import math
-import socket
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from hecompile.errors import WorkerError, WorkerUnavailableError
+from hecompile.errors import WorkerError
+from hecompile.runtime.wire.framing import Buffer, Frame, read_header
 
-# Python ignores SIGPIPE, but a library loaded later may not: LLVM, inside concrete-python, takes the process down with it.
-_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 PROTOCOL_VERSION = 1
-MAGIC = b"HEC1"
-PREFIX = struct.Struct("<4sIQ")
-MAX_HEADER_BYTES = 4 << 20
-"""A hello reply lists the circuits in about 150 bytes each."""
-
-MAX_MESSAGE_BYTES = 1 << 30
 MAX_ERROR_CHARACTERS = 1000
 MAX_NAME_CHARACTERS = 256
 
@@ -99,24 +89,6 @@ class ErrorReply:
 
 Request = HelloRequest | EvaluateRequest | SetupRequest
 Reply = WorkerInfo | EvaluateReply | ErrorReply
-Buffer = bytes | bytearray | memoryview
-
-
-@dataclass(frozen=True)
-class Frame:
-    """Header and payload of one message, not joined: payloads are large and are not copied."""
-
-    header: bytes
-    payload: Buffer = b""
-
-    @property
-    def size(self) -> int:
-        """Bytes of the whole frame on a wire."""
-        return PREFIX.size + len(self.header) + len(self.payload)
-
-    def prefix(self) -> bytes:
-        """The fixed part before the header."""
-        return PREFIX.pack(MAGIC, len(self.header), len(self.payload))
 
 
 def encode(message: Request | Reply, request_id: int) -> Frame:
@@ -147,7 +119,7 @@ def encode(message: Request | Reply, request_id: int) -> Frame:
 
 def decode_request(frame: Frame) -> tuple[int, Request]:
     """(request id, request). Raises WorkerError on anything but a well-formed request."""
-    header = _header(frame)
+    header = read_header(frame)
     request_id, kind = _field(header, "id", int), _field(header, "kind", str)
     if kind == "hello":
         return request_id, HelloRequest(_name(header, "plan_id"), _field(header, "protocol", int))
@@ -160,7 +132,7 @@ def decode_request(frame: Frame) -> tuple[int, Request]:
 
 def decode_reply(frame: Frame) -> tuple[int, Reply]:
     """(request id, reply). Raises WorkerError on anything but a well-formed reply; an ErrorReply is returned."""
-    header = _header(frame)
+    header = read_header(frame)
     request_id, kind = _field(header, "id", int), _field(header, "kind", str)
     if kind == "error":
         # The text comes from a machine that is not trusted and ends up on a terminal.
@@ -179,75 +151,10 @@ def decode_reply(frame: Frame) -> tuple[int, Reply]:
     raise WorkerError(f"unknown reply kind {kind[:40]!r}; is there a hecompile worker at this address?")
 
 
-def send_frame(connection: socket.socket, frame: Frame) -> None:
-    """Send one frame whole. Raises OSError as the socket does."""
-    connection.sendall(frame.prefix() + frame.header, _NO_SIGNAL)
-    if len(frame.payload):
-        connection.sendall(frame.payload, _NO_SIGNAL)
-
-
-def receive_frame(
-    connection: socket.socket, max_bytes: int = MAX_MESSAGE_BYTES, patience: float | None = None
-) -> Frame | None:
-    """The next frame, or None when the other side closed between two frames.
-
-    patience: seconds without a byte after which a frame that has begun is given up; the socket has no time-out before and
-    after. By default its own time-out holds.
-
-    Raises WorkerError when the bytes are no frame, the frame is larger than `max_bytes`, stands still, or the stream ends
-    within it: the stream cannot be read on after that. OSError (and TimeoutError without `patience`) as the socket does.
-    """
-    first = connection.recv(1)
-    if not first:
-        return None
-    if patience is None:
-        return _rest_of_frame(connection, first, max_bytes)
-    connection.settimeout(patience)
-    try:
-        return _rest_of_frame(connection, first, max_bytes)
-    except TimeoutError:
-        raise WorkerError(f"nothing of a message that had begun came for {patience:g} s") from None
-    finally:
-        connection.settimeout(None)
-
-
-def _rest_of_frame(connection: socket.socket, first: bytes, max_bytes: int) -> Frame:
-    magic, header_bytes, payload_bytes = PREFIX.unpack(first + _receive(connection, PREFIX.size - 1))
-    if magic != MAGIC:
-        raise WorkerError("the other side does not speak the hecompile worker protocol (wrong magic number)")
-    if header_bytes > MAX_HEADER_BYTES:
-        raise WorkerError(f"message header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are accepted")
-    if (size := PREFIX.size + header_bytes + payload_bytes) > max_bytes:
-        raise WorkerError(f"message of {size} bytes; at most {max_bytes} are accepted; send fewer tokens at a time")
-    header = bytes(_receive(connection, header_bytes))
-    return Frame(header, _receive(connection, payload_bytes))
-
-
-def _receive(connection: socket.socket, count: int) -> memoryview:
-    # Not zeroed: memory that was promised and never comes is never touched, and so costs nothing.
-    view, received = np.empty(count, dtype=np.uint8).data, 0
-    while received < count:
-        chunk = connection.recv_into(view[received:])
-        if chunk == 0:
-            raise WorkerUnavailableError(f"connection closed in mid-message: {received} of {count} bytes had arrived")
-        received += chunk
-    return view
-
-
 def _bytes_of(planes: np.ndarray) -> memoryview:
     if planes.dtype != np.uint8 or planes.ndim != 3:
         raise WorkerError(f"planes are {planes.dtype} of rank {planes.ndim}; needs uint8 [bytes, T, features]")
     return np.ascontiguousarray(planes).reshape(-1).data
-
-
-def _header(frame: Frame) -> dict[str, Any]:
-    try:
-        header = json.loads(frame.header)
-    except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, or an endless number
-        raise WorkerError("malformed message: the header is not JSON") from error
-    if not isinstance(header, dict):
-        raise WorkerError("malformed message: the header is not a JSON object")
-    return header
 
 
 def _field(header: dict[str, Any], name: str, kind: type) -> Any:

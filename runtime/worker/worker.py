@@ -11,11 +11,11 @@ from hecompile.bundles.public_rows import exact_name
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import HecompileError, WorkerError
 from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire.framing import Frame
 from hecompile.runtime.wire.protocol import (
     ErrorReply,
     EvaluateReply,
     EvaluateRequest,
-    Frame,
     HelloRequest,
     Reply,
     Request,

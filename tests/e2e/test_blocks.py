@@ -14,7 +14,7 @@ from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import CleartextProducts, EncryptedProducts
 from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.wire import protocol
-from hecompile.runtime.wire.protocol import Frame
+from hecompile.runtime.wire.framing import Frame
 from hecompile.runtime.worker.worker import Worker
 from tests.e2e.conftest import SEQUENCE_BUCKETS, Build
 

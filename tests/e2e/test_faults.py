@@ -29,7 +29,7 @@ from hecompile.errors import VerificationError
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import EncryptedProducts
 from hecompile.runtime.transports import InProcessTransport, Replicas
-from hecompile.runtime.wire.protocol import PREFIX
+from hecompile.runtime.wire.framing import PREFIX
 from hecompile.runtime.worker.worker import Worker
 from tests.e2e.conftest import BATCH_SIZE, Build
 from tests.e2e.test_cheating import Cheat, one_row

@@ -18,7 +18,7 @@ from hecompile.models import TINY_LLAMA
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import EncryptedProducts
 from hecompile.runtime.transports import SocketTransport
-from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire import framing
 from hecompile.runtime.worker.servers.sockets import WorkerServer
 from hecompile.runtime.worker.worker import Worker
 from tests.e2e.conftest import Build
@@ -62,8 +62,8 @@ class Wiretap:
 
 
 def _split_frame(raw: bytes) -> tuple[dict[str, object], bytes]:
-    _, header_bytes, payload_bytes = protocol.PREFIX.unpack_from(raw)
-    start = protocol.PREFIX.size
+    _, header_bytes, payload_bytes = framing.PREFIX.unpack_from(raw)
+    start = framing.PREFIX.size
     header = json.loads(raw[start : start + header_bytes])
     payload = raw[start + header_bytes :]
     assert len(payload) == payload_bytes

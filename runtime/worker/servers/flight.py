@@ -17,12 +17,12 @@ from typing import Any
 
 from hecompile.errors import HecompileError, InputError, WorkerError
 from hecompile.files import reason_of
-from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire import framing, protocol
 from hecompile.runtime.wire.address import TcpAddress, parse_address
 from hecompile.runtime.wire.credentials import ServerCredentials
 from hecompile.runtime.wire.flight_frames import COMMAND, flight, pyarrow, read_frame, write_frame
+from hecompile.runtime.wire.framing import Frame
 from hecompile.runtime.wire.network import FLIGHT_SCHEMES, check_server_access
-from hecompile.runtime.wire.protocol import Frame
 from hecompile.runtime.worker.worker import Worker, handle
 
 LOGGER = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class FlightWorkerServer:
         *,
         credentials: ServerCredentials | None = None,
         allow_plaintext_network: bool = False,
-        max_message_bytes: int = protocol.MAX_MESSAGE_BYTES,
+        max_message_bytes: int = framing.MAX_MESSAGE_BYTES,
     ) -> None:
         credentials = credentials or ServerCredentials()
         self._parsed = _listening_address(address, credentials, allow_plaintext_network)

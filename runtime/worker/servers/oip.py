@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 
 from hecompile.errors import InputError
-from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire import framing
 from hecompile.runtime.wire.address import TcpAddress
 from hecompile.runtime.wire.connections import SEND_TIMEOUT_SECONDS
 from hecompile.runtime.wire.credentials import ServerCredentials
@@ -39,7 +39,7 @@ class OipServer:
         *,
         credentials: ServerCredentials | None = None,
         allow_plaintext_network: bool = False,
-        max_message_bytes: int = protocol.MAX_MESSAGE_BYTES,
+        max_message_bytes: int = framing.MAX_MESSAGE_BYTES,
         max_requests: int = MAX_REQUESTS,
     ) -> None:
         credentials = credentials or ServerCredentials()

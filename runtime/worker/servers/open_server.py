@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from hecompile.errors import InputError
-from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire import framing
 from hecompile.runtime.wire.address import TcpAddress, parse_address
 from hecompile.runtime.wire.credentials import ServerCredentials
 from hecompile.runtime.wire.network import FLIGHT_SCHEMES, OIP_SCHEMES, load_network_module
@@ -33,7 +33,7 @@ def open_server(
     *,
     credentials: ServerCredentials | None = None,
     allow_plaintext_network: bool = False,
-    max_message_bytes: int = protocol.MAX_MESSAGE_BYTES,
+    max_message_bytes: int = framing.MAX_MESSAGE_BYTES,
 ) -> Server:
     """A server of `worker` on `address`, listening already. Raises InputError for an address that cannot be served."""
     parsed = parse_address(address)

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable
 
-from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire import framing
 from hecompile.runtime.wire.credentials import ServerCredentials
 from hecompile.runtime.worker.servers.open_server import open_server
 from hecompile.runtime.worker.worker import Worker
@@ -23,7 +23,7 @@ def serve(
     stop: threading.Event | None = None,
     credentials: ServerCredentials | None = None,
     allow_plaintext_network: bool = False,
-    max_message_bytes: int = protocol.MAX_MESSAGE_BYTES,
+    max_message_bytes: int = framing.MAX_MESSAGE_BYTES,
 ) -> None:
     """Serve until SIGINT, SIGTERM (both only when called in the main thread) or `stop`.
 

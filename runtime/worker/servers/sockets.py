@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hecompile.errors import InputError
 from hecompile.files import reason_of
-from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire import framing
 from hecompile.runtime.wire.address import TcpAddress, UnixAddress, parse_address
 from hecompile.runtime.wire.connections import handler_class, server_class
 from hecompile.runtime.worker.worker import Worker
@@ -27,7 +27,7 @@ class WorkerServer:
         address: str,
         *,
         allow_plaintext_network: bool = False,
-        max_message_bytes: int = protocol.MAX_MESSAGE_BYTES,
+        max_message_bytes: int = framing.MAX_MESSAGE_BYTES,
     ) -> None:
         parsed = parse_address(address)
         if isinstance(parsed, TcpAddress) and parsed.scheme != "tcp":

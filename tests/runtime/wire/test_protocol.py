@@ -13,28 +13,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hecompile.errors import WorkerError
-from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire import framing, protocol
+from hecompile.runtime.wire.framing import MAGIC, PREFIX, Frame, receive_frame, send_frame
 from hecompile.runtime.wire.protocol import (
-    MAGIC,
-    PREFIX,
     CircuitInfo,
     ErrorReply,
     EvaluateReply,
     EvaluateRequest,
-    Frame,
     HelloRequest,
     WorkerInfo,
     decode_reply,
     decode_request,
     encode,
-    receive_frame,
-    send_frame,
 )
 
 PLANES = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
 
 
-def through_a_socket(data: bytes, max_bytes: int = protocol.MAX_MESSAGE_BYTES) -> Frame | None:
+def through_a_socket(data: bytes, max_bytes: int = framing.MAX_MESSAGE_BYTES) -> Frame | None:
     """What `receive_frame` makes of `data` followed by the end of the stream."""
     ours, theirs = socket.socketpair()
 

@@ -22,12 +22,12 @@ from hecompile.errors import WorkerError, WorkerUnavailableError
 from hecompile.runtime.transports import connect, open_connection
 from hecompile.runtime.transports.base import Transport
 from hecompile.runtime.transports.replicas import Replicas, RetryPolicy
-from hecompile.runtime.wire import connections, protocol
+from hecompile.runtime.wire import connections, framing, protocol
+from hecompile.runtime.wire.framing import Frame
 from hecompile.runtime.wire.protocol import (
     ErrorReply,
     EvaluateReply,
     EvaluateRequest,
-    Frame,
     HelloRequest,
     SetupRequest,
     WorkerInfo,
@@ -124,7 +124,7 @@ def test_garbage_on_the_socket_ends_that_connection_and_no_other(
                     hostile.sendall(whole[: chance.randrange(1, len(whole))])  # and goes away in mid-message
                 else:
                     corrupt = bytearray(whole)
-                    corrupt[chance.randrange(protocol.PREFIX.size)] ^= 1 << chance.randrange(8)
+                    corrupt[chance.randrange(framing.PREFIX.size)] ^= 1 << chance.randrange(8)
                     hostile.sendall(corrupt)
             if index % 50 == 0:
                 answer = patient.evaluate(CIRCUIT, PLANES)
@@ -141,7 +141,7 @@ def test_half_open_connections_do_not_keep_others_waiting(worker: Worker) -> Non
         port = int(server.address.rsplit(":", 1)[1])
         silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
         for index, connection in enumerate(silent):
-            connection.sendall(protocol.MAGIC[: index % 5])
+            connection.sendall(framing.MAGIC[: index % 5])
         own = connect(server.address, reply_timeout=30)
         open_connection(own, PLAN_ID)
         assert np.array_equal(own.evaluate(CIRCUIT, PLANES).planes, encrypted_linear_reference(PLANES, WEIGHT, 2))
@@ -159,14 +159,14 @@ def test_a_message_that_stands_still_is_given_up_and_costs_no_memory(
         port = int(server.address.rsplit(":", 1)[1])
         slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(8)]
         for connection in slow:  # each promises half a GiB
-            connection.sendall(protocol.PREFIX.pack(protocol.MAGIC, 2, 1 << 29) + b"{}" + b"x")
+            connection.sendall(framing.PREFIX.pack(framing.MAGIC, 2, 1 << 29) + b"{}" + b"x")
         own = connect(server.address, reply_timeout=30)
         open_connection(own, PLAN_ID)
         assert np.array_equal(own.evaluate(CIRCUIT, PLANES).planes, encrypted_linear_reference(PLANES, WEIGHT, 2))
         for connection in slow:
-            frame = protocol.receive_frame(connection)
+            frame = framing.receive_frame(connection)
             assert frame is not None and "had begun came for 0.2 s" in str(protocol.decode_reply(frame)[1])
-            assert protocol.receive_frame(connection) is None  # and the connection is ended
+            assert framing.receive_frame(connection) is None  # and the connection is ended
             connection.close()
         assert _resident()[0] - before < 1 << 28
         # Between two messages a client may be silent for longer.

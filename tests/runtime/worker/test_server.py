@@ -19,9 +19,10 @@ from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.bundles.worker import KNOWN_ANSWER, WorkerBundle
 from hecompile.errors import InputError, WorkerError
 from hecompile.runtime.transports import InProcessTransport, SocketTransport, connect, open_connection
-from hecompile.runtime.wire import protocol
+from hecompile.runtime.wire import framing, protocol
 from hecompile.runtime.wire.address import TcpAddress, parse_address
-from hecompile.runtime.wire.protocol import ErrorReply, EvaluateRequest, Frame, HelloRequest
+from hecompile.runtime.wire.framing import Frame
+from hecompile.runtime.wire.protocol import ErrorReply, EvaluateRequest, HelloRequest
 from hecompile.runtime.worker.servers.serve import serve
 from hecompile.runtime.worker.servers.sockets import WorkerServer
 from hecompile.runtime.worker.worker import Worker, handle
@@ -103,11 +104,11 @@ def test_server_survives_garbage_and_serves_the_others(server: WorkerServer, gar
     open_connection(neighbour, PLAN_ID)
     with raw_connection(server) as connection:
         connection.sendall(garbage)
-        frame = protocol.receive_frame(connection)
+        frame = framing.receive_frame(connection)
         assert frame is not None
         _, reply = protocol.decode_reply(frame)
         assert isinstance(reply, ErrorReply) and "wrong magic number" in reply.message
-        assert protocol.receive_frame(connection) is None
+        assert framing.receive_frame(connection) is None
     assert_answers(neighbour)
     newcomer = connect(server.address)
     open_connection(newcomer, PLAN_ID)
@@ -123,8 +124,8 @@ def test_refused_request_leaves_the_connection_open(server: WorkerServer) -> Non
             ({"kind": "evaluate", "id": 2, "circuit": "absent", "shape": [1, 1, 1]}, b"x", "no circuit 'absent'"),
             ({"kind": "evaluate", "id": 3, "circuit": CIRCUIT, "shape": [1, 1, 1]}, b"x", "planes have shape"),
         ]:
-            protocol.send_frame(connection, Frame(json.dumps(header).encode(), payload))
-            frame = protocol.receive_frame(connection)
+            framing.send_frame(connection, Frame(json.dumps(header).encode(), payload))
+            frame = framing.receive_frame(connection)
             assert frame is not None
             _, reply = protocol.decode_reply(frame)
             assert isinstance(reply, ErrorReply) and message in reply.message
@@ -132,7 +133,7 @@ def test_refused_request_leaves_the_connection_open(server: WorkerServer) -> Non
 
 def test_client_that_leaves_in_mid_message_harms_nobody(server: WorkerServer) -> None:
     with raw_connection(server) as connection:
-        connection.sendall(protocol.PREFIX.pack(protocol.MAGIC, 10, 1000) + b"{")
+        connection.sendall(framing.PREFIX.pack(framing.MAGIC, 10, 1000) + b"{")
     transport = connect(server.address)
     open_connection(transport, PLAN_ID)
     assert_answers(transport)
@@ -146,8 +147,8 @@ def test_message_above_the_limit_is_refused_on_both_sides(server: WorkerServer) 
     with pytest.raises(WorkerError, match="at most 1048576 are sent; use a smaller batch"):
         transport.evaluate(CIRCUIT, planes)
     with raw_connection(server) as connection:
-        connection.sendall(protocol.PREFIX.pack(protocol.MAGIC, 2, 1 << 21))
-        frame = protocol.receive_frame(connection)
+        connection.sendall(framing.PREFIX.pack(framing.MAGIC, 2, 1 << 21))
+        frame = framing.receive_frame(connection)
         assert frame is not None
         assert "at most 1048576 are accepted" in str(protocol.decode_reply(frame)[1])
 
@@ -234,7 +235,7 @@ def test_silent_and_vanishing_workers_are_named() -> None:
 
         vanishing = connect(address)
         accepted, _ = listener.accept()
-        accepted.sendall(protocol.PREFIX.pack(protocol.MAGIC, 100, 0) + b"{")
+        accepted.sendall(framing.PREFIX.pack(framing.MAGIC, 100, 0) + b"{")
         accepted.shutdown(socket.SHUT_WR)
         with pytest.raises(WorkerError, match="closed in mid-message: 1 of 100 bytes"):
             vanishing.hello(PLAN_ID)

@@ -1,0 +1,130 @@
+"""Frame messages on a stream of bytes: a prefix of fixed size, a JSON header, a payload.
+
+A frame is `magic (4) | header length (uint32) | payload length (uint64) | header | payload`, integers little-endian. Both
+lengths are checked before memory is taken for what they announce. `receive_exactly` also reads other protocols' frames.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hecompile.errors import WorkerError, WorkerUnavailableError
+
+# Python ignores SIGPIPE, but a library loaded later may not: LLVM, inside concrete-python, takes the process down with it.
+_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
+MAGIC = b"HEC1"
+PREFIX = struct.Struct("<4sIQ")
+MAX_HEADER_BYTES = 4 << 20
+"""A worker's first reply lists the circuits in about 150 bytes each."""
+
+MAX_MESSAGE_BYTES = 1 << 30
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Hold header and payload of one message, not joined: payloads are large and are not copied."""
+
+    header: bytes
+    payload: Buffer = b""
+
+    @property
+    def size(self) -> int:
+        """Count the bytes of the whole frame on a wire."""
+        return PREFIX.size + len(self.header) + len(self.payload)
+
+    def prefix(self) -> bytes:
+        """Return the fixed part before the header."""
+        return PREFIX.pack(MAGIC, len(self.header), len(self.payload))
+
+
+def check_sizes(header_bytes: int, payload_bytes: int, max_bytes: int) -> None:
+    """Raise WorkerError for a frame whose header is too long, or that is larger than `max_bytes` as a whole."""
+    if header_bytes > MAX_HEADER_BYTES:
+        raise WorkerError(f"message header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are accepted")
+    if (size := PREFIX.size + header_bytes + payload_bytes) > max_bytes:
+        raise WorkerError(f"message of {size} bytes; at most {max_bytes} are accepted; send fewer tokens at a time")
+
+
+def read_header(frame: Frame) -> dict[str, Any]:
+    """Return the JSON object in the header of `frame`. Raises WorkerError where it is something else."""
+    try:
+        header = json.loads(frame.header)
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, or an endless number
+        raise WorkerError("malformed message: the header is not JSON") from error
+    if not isinstance(header, dict):
+        raise WorkerError("malformed message: the header is not a JSON object")
+    return header
+
+
+def send_frame(connection: socket.socket, frame: Frame) -> None:
+    """Send one frame whole. Raises OSError as the socket does."""
+    connection.sendall(frame.prefix() + frame.header, _NO_SIGNAL)
+    if len(frame.payload):
+        connection.sendall(frame.payload, _NO_SIGNAL)
+
+
+def receive_frame(
+    connection: socket.socket, max_bytes: int = MAX_MESSAGE_BYTES, patience: float | None = None
+) -> Frame | None:
+    """Return the next frame, or None when the other side closed between two frames.
+
+    Args:
+        connection: a stream socket.
+        max_bytes: largest frame that is read, all of it counted.
+        patience: seconds without a byte after which a frame that has begun is given up; the socket has no time-out before
+            and after. By default its own time-out holds.
+
+    Raises:
+        WorkerError: the bytes are no frame, the frame is too large or stands still, or the stream ends within it. The
+            stream cannot be read on after that.
+        OSError: as the socket does, and TimeoutError without `patience`.
+    """
+    first = connection.recv(1)
+    if not first:
+        return None
+    if patience is None:
+        return _rest_of_frame(connection, first, max_bytes)
+    connection.settimeout(patience)
+    try:
+        return _rest_of_frame(connection, first, max_bytes)
+    except TimeoutError:
+        raise WorkerError(f"nothing of a message that had begun came for {patience:g} s") from None
+    finally:
+        connection.settimeout(None)
+
+
+def receive_exactly(connection: socket.socket, count: int) -> memoryview:
+    """Receive `count` bytes; check `count` against a limit first.
+
+    Raises:
+        EOFError: the other side closed the connection before.
+        OSError: as the socket does.
+    """
+    # Not zeroed: memory that was promised and never comes is never touched, and so costs nothing.
+    view, received = np.empty(count, dtype=np.uint8).data, 0
+    while received < count:
+        chunk = connection.recv_into(view[received:])
+        if chunk == 0:
+            raise EOFError(f"connection closed in mid-message: {received} of {count} bytes had arrived")
+        received += chunk
+    return view
+
+
+def _rest_of_frame(connection: socket.socket, first: bytes, max_bytes: int) -> Frame:
+    try:
+        magic, header_bytes, payload_bytes = PREFIX.unpack(first + receive_exactly(connection, PREFIX.size - 1))
+        if magic != MAGIC:
+            raise WorkerError("the other side does not speak the hecompile worker protocol (wrong magic number)")
+        check_sizes(header_bytes, payload_bytes, max_bytes)
+        header = bytes(receive_exactly(connection, header_bytes))
+        return Frame(header, receive_exactly(connection, payload_bytes))
+    except EOFError as error:
+        raise WorkerUnavailableError(str(error)) from None
