@@ -29,10 +29,10 @@ from hecompile.bundles.client import MANIFEST
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.errors import HecompileError
 from hecompile.runtime.client.session import DEFAULT_ENGINE
-from hecompile.runtime.worker.process import stop_process
+from hecompile.runtime.wire.events import read_event
+from hecompile.runtime.worker.process import serve_command, stop_process
 
 _WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he")
-_LISTENING = "listening on "
 _COSTS = ("client_crypto_seconds", "worker_seconds", "wire_seconds")
 _POLL_SECONDS, _LEAST_MEMORY = 0.25, 2 * 10**9
 
@@ -202,17 +202,16 @@ def serving(
     bundle: Path, engine: str, listen: str = "tcp://127.0.0.1:0"
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A worker process and its address. Raises HecompileError when it does not start."""
-    arguments = ["-m", "hecompile.cli", "worker", "serve", str(bundle), "--listen", listen]
-    with _process([*arguments, "--engine", engine]) as process:
-        line = _line(process)
-        if not line.startswith(_LISTENING):
+    with _process([*serve_command(bundle), "--listen", listen, "--engine", engine]) as process:
+        event = read_event(line := _line(process))
+        if event is None or event["event"] != "listening":
             raise HecompileError(f"the worker process did not start: {line!r}")
-        yield process, line.removeprefix(_LISTENING).strip()
+        yield process, event["address"]
 
 
 @contextmanager
 def _trainer(spec: Path) -> Iterator[subprocess.Popen[str]]:
-    with _process(["-m", "benchmarks.training.training_process", str(spec)]) as process:
+    with _process([sys.executable, "-m", "benchmarks.training.training_process", str(spec)]) as process:
         _line(process)  # ready
         yield process
 
@@ -240,8 +239,7 @@ def _line(process: subprocess.Popen[str]) -> str:
 
 
 @contextmanager
-def _process(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, *arguments]
+def _process(command: list[str]) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with contextlib.suppress(OSError):  # if memory runs out all the same, it is these processes that end, and no others
         Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000", encoding="utf-8")

@@ -13,10 +13,8 @@ a process of its own, over a bundle of Llama-3.2-1B's linears, after every circu
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +32,7 @@ from hecompile.plan.encrypted_linear import encrypted_linear_model
 from hecompile.runtime.transports import connect, open_connection
 from hecompile.runtime.worker.engines import Engine, create_engine
 from hecompile.runtime.worker.engines.vnni_kernel import supported
+from hecompile.runtime.worker.process import running_worker
 
 LIMBS, REPLY_BYTES = 3, 2
 PLAN_ID = "be" * 16
@@ -139,7 +138,7 @@ def _memory(engines: list[str], quick: bool) -> str:
 
 def worker_memory(bundle: WorkerBundle, engine: str) -> tuple[int, int, int]:
     """Resident bytes of a worker process: when it listens, after every forward circuit, after every backward one too."""
-    with worker(bundle.directory, engine) as (process, address):
+    with running_worker(bundle.directory, ("--engine", engine)) as (process, address):
         transport = connect(address)
         with contextlib.closing(transport):
             sizes = [resident_bytes(process.pid)[0]]
@@ -150,20 +149,6 @@ def worker_memory(bundle: WorkerBundle, engine: str) -> tuple[int, int, int]:
                         transport.evaluate(spec.name, random_planes(MEMORY_TOKENS, spec.in_features))
                 sizes.append(resident_bytes(process.pid)[0])
     return sizes[0], sizes[1], sizes[2]
-
-
-@contextlib.contextmanager
-def worker(bundle: Path, engine: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`hecompile worker serve` in a process of its own, and its address."""
-    command = [sys.executable, "-m", "hecompile.cli", "worker", "serve", str(bundle)]
-    command += ["--listen", "tcp://127.0.0.1:0", "--engine", engine]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert process.stdout is not None
-        yield process, process.stdout.readline().removeprefix("listening on ").strip()
-    finally:
-        process.terminate()
-        process.communicate()
 
 
 def write_bundle(directory: Path, linears: dict[str, tuple[int, int]]) -> WorkerBundle:

@@ -63,6 +63,9 @@ def worker_serve(
         typer.Option(help="Serve Prometheus metrics at HOST:PORT/metrics."),
     ] = None,
     log_format: Annotated[str, typer.Option(help="text, or json: one object per line.")] = "text",
+    events: Annotated[
+        str, typer.Option(help="What is printed for people, text, or for the program that started it, json.")
+    ] = "text",
     verbose: Annotated[
         bool, typer.Option(help="Log every request (circuit, tokens, seconds; never the payload).")
     ] = False,
@@ -71,6 +74,7 @@ def worker_serve(
     from hecompile.bundles.worker import WorkerBundle
     from hecompile.errors import InputError
     from hecompile.runtime.wire.credentials import ServerCredentials
+    from hecompile.runtime.wire.events import emit
     from hecompile.runtime.worker.engines import create_engine
     from hecompile.runtime.worker.engines.base import Engine
     from hecompile.runtime.worker.metering import MeteredEngine
@@ -78,6 +82,8 @@ def worker_serve(
     from hecompile.runtime.worker.shards import parse_layers, shard
     from hecompile.runtime.worker.worker import Worker
 
+    if events not in ("text", "json"):
+        raise InputError(f"--events is text or json, got {events!r}")
     _set_up_logging(log_format, verbose)
     named = (tls_certificate, tls_key, client_authority, token_file)
     if development_certificates is None:
@@ -97,7 +103,10 @@ def worker_serve(
     worker = Worker(opened, chosen)
 
     def ready(address: str) -> None:
-        print(f"listening on {address}", flush=True)
+        if events == "json":
+            emit("listening", address=address)
+        else:
+            print(f"listening on {address}", flush=True)
 
     serve(
         worker,

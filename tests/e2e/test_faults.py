@@ -30,6 +30,7 @@ from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import EncryptedProducts
 from hecompile.runtime.transports import InProcessTransport, Replicas
 from hecompile.runtime.wire.framing import PREFIX
+from hecompile.runtime.worker.process import running_worker
 from hecompile.runtime.worker.worker import Worker
 from tests.e2e.conftest import BATCH_SIZE, Build
 from tests.e2e.test_cheating import Cheat, one_row
@@ -119,17 +120,8 @@ def test_an_interrupt_says_how_to_go_on(build: Build, tmp_path: Path) -> None:
 
 @contextmanager
 def worker_on(build: Build, port: int) -> Iterator[subprocess.Popen[str]]:
-    arguments = [
-        sys.executable, "-W", "ignore", "-m", "hecompile.cli", "worker", "serve", str(build.directory / WORKER), "--listen",
-        f"tcp://127.0.0.1:{port}",
-    ]  # fmt: skip
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert process.stdout is not None and "listening on" in process.stdout.readline()
+    with running_worker(build.directory / WORKER, ("--listen", f"tcp://127.0.0.1:{port}")) as (process, _):
         yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 def free_port() -> int:

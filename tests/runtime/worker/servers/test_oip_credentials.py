@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from hecompile.runtime.wire.credentials import (
     ServerCredentials,
     make_development_certificates,
 )
+from hecompile.runtime.worker.process import serve_command, wait_until_listening
 from hecompile.runtime.worker.servers.open_server import open_server
 from hecompile.runtime.worker.worker import Worker
 from tests.support.bundles import PLAN_ID, extreme_planes, extreme_weight, write_bundle
@@ -186,12 +186,12 @@ def test_a_token_is_sent_in_the_clear_to_this_machine_only(worker: Worker, keys:
 
 def test_the_command_line_makes_its_certificates_and_serves_over_tls(bundle: WorkerBundle, tmp_path: Path) -> None:
     folder = tmp_path / "keys"
-    command = [sys.executable, "-m", "hecompile.cli", "worker", "serve", str(bundle.directory)]
-    command += ["--listen", "grpcs://localhost:0", "--development-certificates", str(folder)]
+    command = [*serve_command(bundle.directory), "--listen", "grpcs://localhost:0"]
+    command += ["--development-certificates", str(folder)]
     for _ in range(2):  # the second time with those of the first
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            address = process.stdout.readline().removeprefix("listening on ").strip()
+            address = wait_until_listening(process)
+            assert address is not None
             shown = ClientCredentials.load(*(folder / name for name in (AUTHORITY, CLIENT, CLIENT_KEY, TOKEN)))
             transport = OipTransport(address, credentials=shown)
             open_connection(transport, PLAN_ID)
