@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numba
+import psutil
 import torch
 
 _NUMBA_THREADS = numba.get_num_threads()  # at the start, as many as there can be
@@ -102,11 +103,10 @@ def resident_bytes(pid: int | str = "self") -> tuple[int, int]:
 
 def cpu_seconds(pid: int) -> float:
     """User and system CPU seconds of another process so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
 
 
 def available_bytes() -> int:
-    """Memory that the machine can still give, in bytes: MemAvailable of /proc."""
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    """Return the memory that the machine can still give, in bytes."""
+    return int(psutil.virtual_memory().available)

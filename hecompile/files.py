@@ -44,13 +44,19 @@ def opened_whole(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        with _created(partial, mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def create_private(path: Path, content: bytes) -> None:
+    """Create `path`, which must not exist, readable by its owner alone. Raises FileExistsError, or OSError as files do."""
+    with _created(path, 0o600) as file:
+        file.write(content)
 
 
 def replace_directory(source: Path, target: Path) -> None:
@@ -84,3 +90,7 @@ def reason_of(error: OSError | UnicodeDecodeError) -> str:
     if error.strerror is None and _SHORT_WRITE.search(str(error)):
         return f"the disk may be full ({error}); make room and run the command again"
     return error.strerror or str(error) or type(error).__name__
+
+
+def _created(path: Path, mode: int) -> BinaryIO:
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from hecompile.bundles.worker import WorkerBundle
-from hecompile.runtime.wire import credentials
 from hecompile.runtime.wire.credentials import ServerCredentials
+from hecompile.runtime.wire.development_certificates import SERVER, SERVER_KEY, TOKEN
 from hecompile.runtime.worker.engines.base import check_request
 from hecompile.runtime.worker.servers.serve import serve
 from hecompile.runtime.worker.worker import Worker
@@ -46,9 +46,7 @@ def main() -> None:
     bundle, own = WorkerBundle.open(sys.argv[1]), None
     if len(sys.argv) > 3:
         folder = Path(sys.argv[3])
-        own = ServerCredentials.load(
-            folder / credentials.SERVER, folder / credentials.SERVER_KEY, tokens=folder / credentials.TOKEN
-        )
+        own = ServerCredentials.load(folder / SERVER, folder / SERVER_KEY, tokens=folder / TOKEN)
     serve(
         Worker(bundle, FixedReplyEngine(bundle)),
         sys.argv[2],

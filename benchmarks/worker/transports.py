@@ -30,8 +30,8 @@ from benchmarks.worker.worker import LIMBS, PLAN_ID, REPLY_BYTES, random_planes,
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
 from hecompile.runtime.transports import InProcessTransport, Transport, connect
-from hecompile.runtime.wire import credentials
-from hecompile.runtime.wire.credentials import ClientCredentials, make_development_certificates
+from hecompile.runtime.wire.credentials import ClientCredentials
+from hecompile.runtime.wire.development_certificates import AUTHORITY, TOKEN, make_development_certificates
 from hecompile.runtime.worker.worker import Worker
 
 LARGE, SMALL = "large.forward", "small.forward"
@@ -142,7 +142,7 @@ def _connections(kind: Kind, bundle: WorkerBundle, folder: Path) -> Iterator[lis
         else:
             made = folder / "credentials" if kind.tls else None
             if made is not None:
-                own = ClientCredentials.load(made / credentials.AUTHORITY, token=made / credentials.TOKEN)
+                own = ClientCredentials.load(made / AUTHORITY, token=made / TOKEN)
             address = stack.enter_context(_worker_process(bundle, kind.listen.format(folder=folder), made))
             open_one = partial(connect, address, credentials=own)
         transports = [open_one()]

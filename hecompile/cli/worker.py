@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated, Optional
 
 import typer
-
-if TYPE_CHECKING:  # imported when a command runs: help is to be quick
-    from hecompile.runtime.wire.credentials import ServerCredentials
 
 worker_app = typer.Typer(no_args_is_help=True, help="Run the untrusted side.")
 
@@ -91,7 +88,9 @@ def worker_serve(
     elif any(path is not None for path in named):
         raise InputError("--development-certificates stands in place of the four other options; drop it or them")
     else:
-        credentials = _development_credentials(development_certificates, listen)
+        from hecompile.runtime.wire.development_certificates import development_credentials
+
+        credentials = development_credentials(development_certificates, listen)
     opened = WorkerBundle.open(bundle)
     if layers is not None:
         opened = shard(opened, parse_layers(layers))
@@ -150,18 +149,3 @@ def _set_up_logging(log_format: str, verbose: bool) -> None:
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
     for noisy in ("matplotlib", "numba", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
-def _development_credentials(folder: Path, listen: str) -> ServerCredentials:
-    """Those in `folder`, made for this machine and the host of `listen` where it has none. Raises InputError."""
-    from hecompile.runtime.wire import credentials as kept
-    from hecompile.runtime.wire.address import TcpAddress, parse_address
-
-    address = parse_address(listen)
-    if not any((folder / name).exists() for name in (kept.AUTHORITY, kept.SERVER, kept.SERVER_KEY, kept.TOKEN)):
-        hosts = ["localhost", "127.0.0.1", "::1"]
-        if isinstance(address, TcpAddress) and address.host not in hosts:
-            hosts.append(address.host)
-        kept.make_development_certificates(folder, hosts)
-    paths = (folder / name for name in (kept.SERVER, kept.SERVER_KEY, kept.AUTHORITY, kept.TOKEN))
-    return kept.ServerCredentials.load(*paths)

@@ -5,27 +5,18 @@ Keys and tokens are in no `repr`, and the messages of errors name files only.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import hmac
-import ipaddress
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.hazmat.primitives import serialization
 
 from hecompile.errors import InputError
 from hecompile.files import reason_of
 
 LEAST_TOKEN_CHARACTERS = 16
-_VALID = datetime.timedelta(days=30)
-AUTHORITY, SERVER, SERVER_KEY = "authority.pem", "server.pem", "server.key"
-CLIENT, CLIENT_KEY, TOKEN = "client.pem", "client.key", "token"
 
 
 @dataclass(frozen=True)
@@ -120,79 +111,6 @@ class ClientCredentials:
             None if key is None else _key(key),
             text,
         )
-
-
-def make_development_certificates(directory: Path, hosts: Sequence[str] = ("localhost", "127.0.0.1", "::1")) -> None:
-    """Writes an authority, a server and a client certificate with their keys, and a token, all new, valid for 30 days.
-
-    The authority's key is forgotten. For trying things out: whoever can read the folder can pose as either side.
-
-    Raises:
-        InputError: the folder holds such files already, or cannot be written.
-    """
-    names = (AUTHORITY, SERVER, SERVER_KEY, CLIENT, CLIENT_KEY, TOKEN)
-    found = [name for name in names if (directory / name).exists()]
-    if found:
-        raise InputError(f"{directory / found[0]} is there already; remove it or choose another folder")
-    authority_key = ec.generate_private_key(ec.SECP256R1())
-    authority = _sign("hecompile development authority", authority_key, None, authority_key)
-    files = {AUTHORITY: _pem(authority)}
-    for name, key_name, subject, alternatives in (
-        (SERVER, SERVER_KEY, "hecompile worker", hosts),
-        (CLIENT, CLIENT_KEY, "hecompile client", ()),
-    ):
-        key = ec.generate_private_key(ec.SECP256R1())
-        files[name] = _pem(_sign(subject, key, authority, authority_key, alternatives))
-        files[key_name] = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-    files[TOKEN] = os.urandom(24).hex().encode() + b"\n"
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for name, content in files.items():
-            descriptor = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-    except OSError as error:
-        raise InputError(f"cannot write certificates to {directory}: {reason_of(error)}") from error
-
-
-def _sign(
-    subject: str,
-    key: ec.EllipticCurvePrivateKey,
-    issuer: x509.Certificate | None,
-    issuer_key: ec.EllipticCurvePrivateKey,
-    hosts: Sequence[str] = (),
-) -> x509.Certificate:
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)])
-    now = datetime.datetime.now(datetime.UTC)
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name if issuer is None else issuer.subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))  # clocks differ
-        .not_valid_after(now + _VALID)
-        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
-    )
-    if issuer is not None:
-        use = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
-        builder = builder.add_extension(x509.ExtendedKeyUsage([use]), critical=False)
-    if hosts:
-        builder = builder.add_extension(x509.SubjectAlternativeName([_general(host) for host in hosts]), critical=False)
-    return builder.sign(issuer_key, hashes.SHA256())
-
-
-def _general(host: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        return x509.DNSName(host)
-
-
-def _pem(certificate: x509.Certificate) -> bytes:
-    return certificate.public_bytes(serialization.Encoding.PEM)
 
 
 def _read(path: Path, what: str) -> bytes:

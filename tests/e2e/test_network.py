@@ -14,16 +14,16 @@ from hecompile.bundles.kinds import CLIENT
 from hecompile.cli.demo_run import RECIPE
 from hecompile.runtime.client.session import open_session
 from hecompile.runtime.recipes.training import load_recipe
-from hecompile.runtime.wire.credentials import (
+from hecompile.runtime.wire.credentials import ServerCredentials
+from hecompile.runtime.wire.development_certificates import (
     AUTHORITY,
     CLIENT_KEY,
     SERVER,
     SERVER_KEY,
     TOKEN,
-    ServerCredentials,
     make_development_certificates,
 )
-from hecompile.runtime.wire.credentials import CLIENT as CLIENT_CERTIFICATE
+from hecompile.runtime.wire.development_certificates import CLIENT as CLIENT_CERTIFICATE
 from hecompile.runtime.worker.servers.open_server import open_server
 from hecompile.runtime.worker.worker import Worker
 from tests.e2e.conftest import Build

@@ -10,8 +10,16 @@ from hecompile.bundles.worker import WorkerBundle
 from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.encrypted_linear import encrypted_linear_model
-from hecompile.runtime.wire import credentials
-from hecompile.runtime.wire.credentials import ClientCredentials, ServerCredentials, make_development_certificates
+from hecompile.runtime.wire.credentials import ClientCredentials, ServerCredentials
+from hecompile.runtime.wire.development_certificates import (
+    AUTHORITY,
+    CLIENT,
+    CLIENT_KEY,
+    SERVER,
+    SERVER_KEY,
+    TOKEN,
+    make_development_certificates,
+)
 
 PLAN_ID = "00112233445566778899aabbccddeeff"
 
@@ -49,8 +57,8 @@ def development_credentials(directory: Path) -> tuple[ServerCredentials, ClientC
     """New ones that fit each other: certificates on both sides and a token."""
     made = directory / "credentials"
     make_development_certificates(made)
-    authority, token = made / credentials.AUTHORITY, made / credentials.TOKEN
+    authority, token = made / AUTHORITY, made / TOKEN
     return (
-        ServerCredentials.load(made / credentials.SERVER, made / credentials.SERVER_KEY, authority, token),
-        ClientCredentials.load(authority, made / credentials.CLIENT, made / credentials.CLIENT_KEY, token),
+        ServerCredentials.load(made / SERVER, made / SERVER_KEY, authority, token),
+        ClientCredentials.load(authority, made / CLIENT, made / CLIENT_KEY, token),
     )

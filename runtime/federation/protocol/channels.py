@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from hecompile.errors import FederationError, InputError
+from hecompile.files import create_private
 from hecompile.he.random.sampling import Unsharable
 
 _NONCE_BYTES = 12
@@ -57,7 +58,7 @@ class Identity(Unsharable):
             return Identity(name, Ed25519PrivateKey.from_private_bytes(secret))
         identity = Identity.generate(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_private(path, identity._key.private_bytes_raw())
+        create_private(path, identity._key.private_bytes_raw())
         return identity
 
     @property
@@ -72,12 +73,6 @@ class Identity(Unsharable):
     def sign_advert(self, context: bytes, public: bytes) -> bytes:
         """A signature over the round's public key of this owner, bound to `context`."""
         return self._key.sign(_advert(context, self.name, public))
-
-
-def write_private(path: Path, content: bytes) -> None:
-    """Create `path`, which must not exist, readable by its owner alone."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
 
 
 def check_advert(roster: Roster, name: str, context: bytes, public: bytes, signature: bytes) -> None:

@@ -16,9 +16,8 @@ from typing import Protocol
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from hecompile.errors import FederationError, InputError
-from hecompile.files import write_whole
+from hecompile.files import create_private, write_whole
 from hecompile.he.random.sampling import Unsharable
-from hecompile.runtime.federation.protocol.channels import write_private
 
 
 class RoundKeys(Protocol):
@@ -92,14 +91,14 @@ class DirectoryKeys(Unsharable):
             stale.unlink(missing_ok=True)
         write_whole(self._directory / "last-round", f"{number}\n".encode())
         key = X25519PrivateKey.generate()
-        write_private(self._path(number), key.private_bytes_raw())
+        create_private(self._path(number), key.private_bytes_raw())
         return key
 
     def contribute(self, number: int) -> X25519PrivateKey:
         """See `RoundKeys`."""
         try:
             content = self._path(number).read_bytes()
-            write_private(self._directory / f"round-{number}.contributed", b"")
+            create_private(self._directory / f"round-{number}.contributed", b"")
         except (FileNotFoundError, FileExistsError):
             raise _spent(number, "contributed to") from None
         return X25519PrivateKey.from_private_bytes(content)

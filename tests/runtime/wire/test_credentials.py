@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import datetime
 import ssl
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from hecompile.errors import InputError
-from hecompile.runtime.wire import credentials
-from hecompile.runtime.wire.credentials import ClientCredentials, ServerCredentials, make_development_certificates
+from hecompile.runtime.wire.credentials import ClientCredentials, ServerCredentials
+from hecompile.runtime.wire.development_certificates import (
+    AUTHORITY,
+    CLIENT,
+    CLIENT_KEY,
+    SERVER,
+    SERVER_KEY,
+    TOKEN,
+    make_development_certificates,
+)
 
 
 @pytest.fixture
@@ -20,16 +31,16 @@ def folder(tmp_path: Path) -> Path:
 
 def server(folder: Path) -> ServerCredentials:
     return ServerCredentials.load(
-        folder / credentials.SERVER, folder / credentials.SERVER_KEY, folder / credentials.AUTHORITY,
-        folder / credentials.TOKEN,
+        folder / SERVER, folder / SERVER_KEY, folder / AUTHORITY,
+        folder / TOKEN,
     )  # fmt: skip
 
 
 def test_development_certificates_load_and_belong_together(folder: Path) -> None:
     own = server(folder)
     client = ClientCredentials.load(
-        folder / credentials.AUTHORITY, folder / credentials.CLIENT, folder / credentials.CLIENT_KEY,
-        folder / credentials.TOKEN,
+        folder / AUTHORITY, folder / CLIENT, folder / CLIENT_KEY,
+        folder / TOKEN,
     )  # fmt: skip
     assert own.tls and own.authenticates and client.token is not None
     assert own.accepts(f"Bearer {client.token}")
@@ -41,25 +52,25 @@ def test_development_certificates_load_and_belong_together(folder: Path) -> None
 
 def test_only_the_right_token_is_accepted(folder: Path) -> None:
     own = server(folder)
-    token = (folder / credentials.TOKEN).read_text().strip()
+    token = (folder / TOKEN).read_text().strip()
     for wrong in (None, "", "Bearer", token, f"Basic {token}", f"Bearer {token}x", f"Bearer {token[:-1]}", "Bearer ü"):
         assert not own.accepts(wrong)
     assert ServerCredentials().accepts(None) and not ServerCredentials().authenticates
 
 
 def test_secrets_are_not_printed(folder: Path) -> None:
-    token = (folder / credentials.TOKEN).read_text().strip()
-    files = {"certificate": folder / credentials.CLIENT, "key": folder / credentials.CLIENT_KEY}
-    client = ClientCredentials.load(token=folder / credentials.TOKEN, **files)
+    token = (folder / TOKEN).read_text().strip()
+    files = {"certificate": folder / CLIENT, "key": folder / CLIENT_KEY}
+    client = ClientCredentials.load(token=folder / TOKEN, **files)
     for text in (repr(client), repr(server(folder))):
         assert token not in text and "PRIVATE" not in text
 
 
 def test_existing_files_are_not_overwritten(folder: Path) -> None:
-    before = (folder / credentials.SERVER_KEY).read_bytes()
+    before = (folder / SERVER_KEY).read_bytes()
     with pytest.raises(InputError, match="is there already"):
         make_development_certificates(folder)
-    assert (folder / credentials.SERVER_KEY).read_bytes() == before
+    assert (folder / SERVER_KEY).read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -86,3 +97,21 @@ def test_a_short_client_token_is_refused(folder: Path) -> None:
     (folder / "short").write_text("secret\n")
     with pytest.raises(InputError, match="short: one token"):
         ClientCredentials.load(token=folder / "short")
+
+
+def test_a_certificate_is_for_the_hosts_and_for_a_month(tmp_path: Path) -> None:
+    make_development_certificates(tmp_path, ("worker.example", "10.0.0.7"))
+    (certificate,) = x509.load_pem_x509_certificates((tmp_path / SERVER).read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["worker.example"]
+    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7"]
+    key = certificate.public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == "secp256r1"
+    left = certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
+    assert datetime.timedelta(days=29) < left <= datetime.timedelta(days=30)
+
+
+def test_a_host_that_no_certificate_can_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no certificate can be made for the hosts my_host"):
+        make_development_certificates(tmp_path / "made", ("my_host",))
+    assert not (tmp_path / "made").exists()

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -73,18 +74,11 @@ def listed(url: str) -> list[str]:
 
 
 def pid_listening_on(address: str) -> int:
-    """From /proc: who has the listening socket of that port."""
-    port = f"{int(address.rsplit(':', 1)[1]):04X}"
-    lines = [line for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
-    (inode,) = {line.split()[9] for line in lines if line.split()[1].endswith(f":{port}") and line.split()[3] == "0A"}
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit():
-            try:
-                if any(str(link.readlink()) == f"socket:[{inode}]" for link in (process / "fd").iterdir()):
-                    return int(process.name)
-            except OSError:
-                continue
-    raise AssertionError(f"nobody listens on {address}")
+    """Who has the listening socket of that port."""
+    port = int(address.rsplit(":", 1)[1])
+    listening = [link for link in psutil.net_connections("tcp") if link.status == psutil.CONN_LISTEN]
+    (pid,) = {link.pid for link in listening if link.laddr.port == port and link.pid is not None}
+    return pid
 
 
 def test_training_goes_on_while_a_replica_is_killed_and_replaced(build: Path, directory: str, tmp_path: Path) -> None:

@@ -15,15 +15,14 @@ from hecompile.bundles.worker import KNOWN_ANSWER, WorkerBundle
 from hecompile.errors import InputError, WorkerError
 from hecompile.runtime.transports import connect, open_connection
 from hecompile.runtime.transports.oip import OipTransport
-from hecompile.runtime.wire.credentials import (
+from hecompile.runtime.wire.credentials import ClientCredentials, ServerCredentials
+from hecompile.runtime.wire.development_certificates import (
     AUTHORITY,
     CLIENT,
     CLIENT_KEY,
     SERVER,
     SERVER_KEY,
     TOKEN,
-    ClientCredentials,
-    ServerCredentials,
     make_development_certificates,
 )
 from hecompile.runtime.worker.process import serve_command, wait_until_listening
