@@ -12,9 +12,9 @@ import grpc
 import numpy as np
 from google.protobuf.message import DecodeError, Message
 
+from hecompile.bundles.known_answer import KNOWN_ANSWER
 from hecompile.bundles.public_rows import exact_name
 from hecompile.bundles.triton_repository import INPUT_NAME, OUTPUT_NAME, PLAN_ID_PARAMETER
-from hecompile.bundles.worker import KNOWN_ANSWER
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
 from hecompile.runtime.transports.base import Answer, Direction, TrafficRecorder
 from hecompile.runtime.wire import framing, protocol

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecompile.bundles.worker import KNOWN_ANSWER, known_answer_vector
+from hecompile.bundles.known_answer import KNOWN_ANSWER, known_answer_vector
 from hecompile.errors import WorkerError
 from hecompile.runtime.transports.base import Transport
 from hecompile.runtime.wire.protocol import WorkerInfo
