@@ -10,7 +10,8 @@ import numpy as np
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import WorkerError
 from hecompile.runtime.worker.engines.base import check_request
-from hecompile.runtime.worker.engines.vnni_kernel import CACHE_LINE, PANEL, TILE_TOKENS, product_kernel, supported
+from hecompile.runtime.worker.engines.vnni_kernel import product_kernel, supported
+from hecompile.runtime.worker.engines.vnni_tile import CACHE_LINE, PANEL, TILE_TOKENS
 from hecompile.runtime.worker.engines.weights import Weights
 
 PIECES_PER_THREAD = 16

@@ -12,7 +12,7 @@ from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import WorkerError
 from hecompile.runtime.worker import engines
-from hecompile.runtime.worker.engines import create_engine, vnni_engine, vnni_kernel
+from hecompile.runtime.worker.engines import create_engine, vnni_engine, vnni_kernel, vnni_tile
 from hecompile.runtime.worker.engines.vnni_engine import (
     SMALLEST_BLOCK,
     VnniEngine,
@@ -88,7 +88,7 @@ def test_packing_reads_either_orientation(features: int) -> None:
         columns = padded[:, first : first + valid].reshape(quads, 4, valid)
         expected = (columns.astype(np.uint32) << np.arange(0, 32, 8, dtype=np.uint32)[:, None]).sum(axis=1)
         for stored, transposed in ((weight, False), (np.ascontiguousarray(weight.T), True)):
-            packed = aligned((quads, vnni_kernel.PANEL))
+            packed = aligned((quads, vnni_tile.PANEL))
             vnni_kernel.pack_panel(stored, transposed, first, valid, packed)
             np.testing.assert_array_equal(packed[:, :valid], expected)
 
@@ -102,7 +102,7 @@ def test_scratch_starts_at_a_cache_line() -> None:
 def test_blocks_are_whole_tiles_and_cover_every_token(limbs: int, tokens: int, out_features: int) -> None:
     for threads in (1, 2, 64):
         block = block_tokens(tokens, out_features, limbs, threads)
-        assert block % vnni_kernel.TILE_TOKENS[limbs] == 0
+        assert block % vnni_tile.TILE_TOKENS[limbs] == 0
         assert block >= min(tokens, SMALLEST_BLOCK)
     assert block_tokens(4096, 64, limbs, 64) < 4096  # one panel for 64 threads: the tokens are shared out
     assert block_tokens(4096, 64 * 64, limbs, 2) >= 4096  # panels enough
