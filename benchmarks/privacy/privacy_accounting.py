@@ -14,7 +14,7 @@ from benchmarks.report import table
 from hecompile.runtime.model.plaintext import PlaintextPeftModel
 from hecompile.runtime.privacy.accountant import Mechanism, spent_epsilon
 from hecompile.runtime.privacy.clipping import Grid, add_noise, clipped_sum
-from hecompile.runtime.privacy.promise import paper_epsilon, paper_mechanism, paper_noise
+from hecompile.runtime.privacy.paper_mode import paper_epsilon, paper_mechanism, paper_noise
 
 REPEATS = 7
 EVENTS = ((1.1, 0.25, 40, 1e-4), (0.8, 0.02, 1000, 1e-5), (2.0, 1.0, 50, 1e-5), (4.0, 0.1, 3000, 1e-6))

@@ -24,7 +24,7 @@ from hecompile.runtime.model.data import Examples, eos_and_pad, load_examples
 from hecompile.runtime.model.evaluation import Evaluation, evaluate
 from hecompile.runtime.model.plaintext import PlaintextPeftModel
 from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
-from hecompile.runtime.privacy.promise import PrivateSteps, private_steps
+from hecompile.runtime.privacy.promise import PrivateRun, PrivateSteps, private_steps
 from hecompile.runtime.recipes.training import LoraSection, check_lora
 
 LEDGER_SUFFIX = ".rounds.ledger"
@@ -105,13 +105,14 @@ def owner_promise(
         yield None
         return
     section, count = recipe.training, len(local.examples(owner.train_file))
-    batch = section.per_device_train_batch_size * section.gradient_accumulation_steps
+    batch = section.examples_per_step
     a_round = (
         section.max_steps if section.max_steps > 0 else math.ceil(section.num_train_epochs * math.ceil(count / batch))
     )
     planned = a_round * recipe.federation.rounds
     steps = planned if rounds is None else a_round * rounds
-    with private_steps(owner.privacy, owner.train_file, count, batch, steps, None, planned) as private:
+    run = PrivateRun(owner.train_file, count, batch, steps, whole=planned)
+    with private_steps(owner.privacy, run) as private:
         yield private
 
 

@@ -1,4 +1,5 @@
-"""Differential privacy: what an adapter may tell about one example of the data it was trained on.
+"""Bound what an adapter tells about one example of the data it was trained on: differential privacy.
 
-`accountant` (what releases cost), `noise` and `clipping` (a release) and `ledger` (the record) know nothing of training.
+Calls go one way: `promise` (a run's noise) → `ledger` (the record, δ and the budget) → `accountant` (what releases cost).
+`sampling`, `clipping` and `noise` make a release. None of them knows of training.
 """

@@ -1,7 +1,8 @@
-"""How much privacy releases cost together, by dp-accounting's privacy loss distributions (Koskela et al., arXiv 1906.03049;
-Doroshenko et al., arXiv 2207.04380): tight up to a discretisation that errs on the safe side.
+"""Compute how much privacy releases cost together, by dp-accounting's privacy loss distributions.
 
-The neighbouring relation is adding or removing one example; each release is a Gaussian on a Poisson sample.
+(Koskela et al., arXiv 1906.03049; Doroshenko et al., arXiv 2207.04380.) The result is tight up to a discretisation that errs
+on the safe side. The neighbouring relation is adding or removing one example; each release is a Gaussian on a Poisson
+sample. Everything here is a function of its arguments: what was released, `ledger` knows.
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ from scipy.optimize import brentq
 from hecompile.errors import InputError
 
 SMALLEST_NOISE, LARGEST_NOISE = 0.1, 1e5
-"""What a noise multiplier other than 0 must lie between: below, it promises nothing; above, no gradient is left."""
+"""Bounds of a noise multiplier other than 0: below, it promises nothing; above, no gradient is left."""
 _TOLERANCE = 1e-3
-"""Of a calibrated noise multiplier, to the safe side."""
+"""Error of a calibrated noise multiplier, to the safe side."""
 _DISCRETIZATION = 5e-4
-"""Of privacy losses. Five times dp-accounting's default, in a fifth of its time: ε grows by 1.3e-4 of itself or less for up
-to 10^4 releases (measured), and is never too small (the discretisation is pessimistic)."""
+"""Step of privacy losses: five times dp-accounting's default, in a fifth of its time.
+
+ε grows by 1.3e-4 of itself or less for up to 10^4 releases (measured), and is never too small (the discretisation is
+pessimistic)."""
 _COARSE = 2e-3
-"""While a noise is looked for: four times faster again, and at most 0.2 % more pessimistic."""
+"""Step of privacy losses while a noise is looked for: four times faster again, and at most 0.2 % more pessimistic."""
 
 
 @dataclass(frozen=True)
 class Mechanism:
-    """A release: Gaussian noise of `noise_multiplier` sensitivities on a Poisson sample of rate `sampling_rate`."""
+    """Describe a release: Gaussian noise of `noise_multiplier` sensitivities on a Poisson sample of rate `sampling_rate`."""
 
     noise_multiplier: float
     sampling_rate: float
@@ -45,6 +48,11 @@ History = Sequence[tuple[Mechanism, int]]
 """Releases in any order: each mechanism with how often."""
 
 
+def without_sampling(history: History) -> History:
+    """Return the releases with a sampling rate of 1: to somebody who knows who was in each sample, that is what they are."""
+    return [(Mechanism(mechanism.noise_multiplier, 1.0), count) for mechanism, count in history]
+
+
 def check_delta(delta: float, examples: int | None = None) -> None:
     """Raise InputError unless 0 < δ < 1/N: at 1/N, publishing one example in full at random would pass for private."""
     if not 0 < delta < 1:
@@ -57,7 +65,7 @@ def check_delta(delta: float, examples: int | None = None) -> None:
 
 
 def spent_epsilon(history: History, delta: float) -> float:
-    """ε of all releases together at `delta`; 0 for none, infinity where one had no noise."""
+    """Return the ε of all releases together at `delta`; 0 for none, infinity where one had no noise."""
     check_delta(delta)
     return _epsilon(tuple((mechanism, count) for mechanism, count in history if count), delta, _DISCRETIZATION)
 
@@ -75,8 +83,11 @@ def _epsilon(history: tuple[tuple[Mechanism, int], ...], delta: float, discretiz
 
 
 def calibrate_noise(epsilon: float, delta: float, sampling_rate: float, releases: int, history: History = ()) -> float:
-    """The smallest noise multiplier (within 1e-3 and 0.2 %, to the safe side, and at least SMALLEST_NOISE) with which
-    `releases` more stay within (ε, δ) together with `history`. Raises InputError where the history leaves nothing."""
+    """Return the smallest noise multiplier with which `releases` more stay within (ε, δ) together with `history`.
+
+    It is within 1e-3 and 0.2 %, to the safe side, and at least SMALLEST_NOISE. Raises InputError where the history leaves
+    nothing, or no noise is enough.
+    """
     check_epsilon(epsilon)
     before = spent_epsilon(history, delta)
     if before >= epsilon:
@@ -108,7 +119,7 @@ def calibrate_noise(epsilon: float, delta: float, sampling_rate: float, releases
 
 
 def affordable(epsilon: float, delta: float, mechanism: Mechanism, history: History = (), most: int = 1 << 20) -> int:
-    """How many more releases of `mechanism` fit into (ε, δ) after `history`, at most `most`. By bisection: ε only grows."""
+    """Count how many more releases of `mechanism` fit into (ε, δ) after `history`, at most `most`. Bisects: ε only grows."""
 
     def fits(count: int) -> bool:
         return spent_epsilon([*history, (mechanism, count)], delta) <= epsilon

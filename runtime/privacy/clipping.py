@@ -8,12 +8,10 @@ removing an example moves the sum by at most C in the Euclidean norm, whatever f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.errors import InputError, NotFiniteError
@@ -104,12 +102,3 @@ def add_noise(
 def in_units(sums: Mapping[str, Tensor], grid: Grid, divisor: float = 1.0) -> dict[str, Tensor]:
     """Grid integers → float32 in the gradient's unit, divided by `divisor` (the expected batch size)."""
     return {name: (value.double() * (grid.step / divisor)).float() for name, value in sums.items()}
-
-
-def gaussian_noise(
-    shape: Sequence[int], standard_deviation: float, random: SecretRandom | None = None
-) -> NDArray[np.float64]:
-    """Secret noise, float64 `shape`: multiples of standard_deviation / SIGMA_GRID. For sums kept on another grid, cut them
-    to multiples of that step first, and add in integers (`discrete_gaussian`): in floats the sum would be rounded."""
-    count = int(np.prod(shape, dtype=np.int64))
-    return (discrete_gaussian(count, random) * (standard_deviation / SIGMA_GRID)).reshape(tuple(shape))

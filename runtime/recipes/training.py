@@ -134,6 +134,11 @@ class TrainingSection(Section):
         return self.seed if self.data_seed is None else self.data_seed
 
     @property
+    def examples_per_step(self) -> int:
+        """Return how many examples an optimizer step takes, over all of its micro-batches."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
     def evaluates(self) -> bool:
         """Whether a held-out evaluation is asked for before or during the training."""
         return self.eval_on_start or self.eval_steps is not None or self.eval_strategy == "epoch"

@@ -20,7 +20,7 @@ from hecompile.runtime.model.data import Examples, PadToBucket
 from hecompile.runtime.model.divergence import require_finite_loss
 from hecompile.runtime.model.per_example import require_per_example
 from hecompile.runtime.privacy.clipping import add_noise, clipped_sum, in_units
-from hecompile.runtime.privacy.promise import LEDGER_COPY, PrivateSteps
+from hecompile.runtime.privacy.promise import PrivateSteps
 from hecompile.runtime.privacy.sampling import PoissonBatches
 from hecompile.runtime.training.micro_batches import cut
 from hecompile.runtime.training.trainer import AdapterTrainer
@@ -72,7 +72,7 @@ class PrivateTrainer(AdapterTrainer):
             loss, tokens = loss + part, tokens + count
             for name, value in clipped.items():
                 sums[name] += value
-        self._spend()
+        self._private.spend(self.state.global_step + 1)
         noisy = in_units(add_noise(sums, self._private.noise_multiplier), grid, self._private.expected_batch)
         for name, parameter in parameters.items():
             parameter.grad = noisy[name]
@@ -89,15 +89,12 @@ class PrivateTrainer(AdapterTrainer):
             kind: clipped_sum({name: value[None] for name, value in gradients.items() if kind in name}, grid)
             for kind in (".lora_A.", ".lora_B.")
         }
-        self._spend()
+        self._private.spend(self.state.global_step + 1)
         for part in clipped.values():
             for name, value in in_units(add_noise(part, self._private.noise_multiplier), grid).items():
                 parameters[name].grad = value
         return loss
 
-    def _spend(self) -> None:
-        self._private.ledger.spend(self._private.mechanism, note=f"step {self.state.global_step + 1}")
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         directory = self._save_to(output_dir)
-        self._private.ledger.copy_to(directory / LEDGER_COPY)
+        self._private.copy_ledger(directory)

@@ -1,4 +1,4 @@
-"""One training run from a recipe: check everything, then train, then save the adapter.
+"""Run a training from a recipe: check everything, then train, then save the adapter.
 
 The output directory then holds `metrics.jsonl`, `checkpoint-N/` (the PEFT adapter with the states of optimizer,
 schedule and random generators, and the settings) and `adapter/`.
@@ -10,9 +10,10 @@ import errno
 import math
 import os
 import shutil
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,8 +22,8 @@ from hecompile.files import reason_of
 from hecompile.runtime.client.functions import check_functions
 from hecompile.runtime.model.adapter import AdapterModel, load_adapter, save_adapter
 from hecompile.runtime.model.data import Examples, PadToBucket, eos_and_pad, load_examples, smallest_bucket
-from hecompile.runtime.privacy.promise import check_same_promise, private_steps
-from hecompile.runtime.recipes.training import Recipe, check_lora
+from hecompile.runtime.privacy.promise import PrivateRun, PrivateSteps, check_same_promise, private_steps
+from hecompile.runtime.recipes.training import Recipe, TrainingSection, check_lora
 from hecompile.runtime.training.freed_memory import freed_memory_kept
 from hecompile.runtime.training.metrics import METRICS_FILE, forget_after, read_metrics
 from hecompile.runtime.training.private_trainer import PrivateTrainer
@@ -34,7 +35,7 @@ ADAPTER_DIR = "adapter"
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Where the PEFT adapter is, how many optimizer steps it has had, and the figures at the end.
+    """Report where the PEFT adapter is, how many optimizer steps it has had, and the figures at the end.
 
     `metrics` has `loss` of the last step, and `eval_loss` and `eval_exact_match` if there is a validation file. `privacy`
     says what was promised and spent, where the recipe has a privacy section.
@@ -46,6 +47,24 @@ class TrainingResult:
     privacy: str | None = None
 
 
+@dataclass(frozen=True)
+class _Data:
+    """Hold a run's tokenised examples, and what makes batches of them."""
+
+    train: Examples
+    heldout: Examples | None
+    collate: PadToBucket
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Say where a run begins: at step 0, or at the `step` of a `checkpoint`. `steps` are left from there."""
+
+    checkpoint: Path | None
+    step: int
+    steps: int
+
+
 def run_training(
     model: AdapterModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -55,51 +74,81 @@ def run_training(
     """Train `model`'s adapter in place as `recipe` says and save it in `output_dir/adapter`.
 
     `resume` is a checkpoint directory, or True for the last one in the output directory; the run then goes on exactly
-    as if it had not stopped, data order and dropout included. Raises `InputError` before anything is written if the
-    recipe, the data or the checkpoint do not fit the model, and `NotFiniteError` if a loss, a gradient or a value to
-    encrypt is not finite, which names what left the domains of a polynomial plan; the checkpoints saved before that are
-    kept. Meanwhile the process keeps freed memory (`hecompile.runtime.training.freed_memory`).
+    as if it had not stopped, data order and dropout included. Meanwhile the process keeps freed memory
+    (`hecompile.runtime.training.freed_memory`).
+
+    Raises:
+        InputError: the recipe, the data or the checkpoint do not fit the model. Nothing was written.
+        NotFiniteError: a loss, a gradient or a value to encrypt is not finite; it names what left the domains of a
+            polynomial plan. The checkpoints saved before that are kept.
     """
-    section = recipe.training
     check_lora(recipe.lora, model.peft_config)
     check_functions(recipe, model)
-    train = load_examples(recipe.data.train_file, tokenizer, model.sequence_buckets, recipe.data.max_length)
-    heldout = None
-    if recipe.data.validation_file is not None:
-        heldout = load_examples(recipe.data.validation_file, tokenizer, model.sequence_buckets, recipe.data.max_length)
-    _check_batches_fit(model, recipe, train, heldout)
+    data = _load_data(model, tokenizer, recipe)
+    _check_batches_fit(model, recipe, data)
+    settings = _settings(model, recipe, data.train)
+    start = _find_start(recipe, settings, len(data.train), resume)
+    with _promise(recipe, len(data.train), start) as private:
+        section = _take_output_dir(model, recipe.training, start)
+        parts = (model, section, settings, data.train, data.heldout, data.collate, recipe.range_loss)
+        trainer = AdapterTrainer(*parts) if private is None else PrivateTrainer(private, *parts)
+        with freed_memory_kept():
+            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+        adapter_dir = save_adapter(model, section.output_dir / ADAPTER_DIR)
+        metrics = _final_metrics(trainer, section.output_dir)
+        described = None if private is None else private.describe()
+    return TrainingResult(adapter_dir, trainer.state.global_step, metrics, described)
+
+
+def _load_data(model: AdapterModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> _Data:
+    def load(path: Path) -> Examples:
+        return load_examples(path, tokenizer, model.sequence_buckets, recipe.data.max_length)
+
+    train = load(recipe.data.train_file)
+    heldout = None if recipe.data.validation_file is None else load(recipe.data.validation_file)
+    return _Data(train, heldout, PadToBucket(model.sequence_buckets, eos_and_pad(tokenizer)[1]))
+
+
+def _settings(model: AdapterModel, recipe: Recipe, train: Examples) -> dict[str, Any]:
+    """Collect what each checkpoint records, so that a resumed run can be compared with it."""
+    section = recipe.training
     settings = section.model_dump(mode="json") | {"data_seed": section.order_seed, "train_examples": len(train)}
     settings["model"] = model.digest
     if recipe.privacy is None:  # else the ledger knows the data, and a checkpoint should tell nothing of them
         settings["train_data"] = train.digest
     if recipe.range_loss is not None:
         settings["range_loss"] = recipe.range_loss.model_dump(mode="json")
-    checkpoint = checkpoint_to_resume(section.output_dir, resume) if resume else None
-    step, total = 0, _total_steps(recipe, len(train))
-    if checkpoint is not None:
-        step = check_resumable(checkpoint, section.output_dir, settings, total)
-        check_same_promise(checkpoint, recipe.privacy)
-    batch = section.per_device_train_batch_size * section.gradient_accumulation_steps
-    promise = recipe.privacy and private_steps(
-        recipe.privacy, recipe.data.train_file, len(train), batch, total - step, checkpoint
-    )
-    with promise or nullcontext() as private:
-        if checkpoint is None:
-            _claim(section.output_dir, section.overwrite_output_dir)
-        else:
-            load_adapter(model, checkpoint)
-            _make(section.output_dir)
-            forget_after(section.output_dir / METRICS_FILE, step)  # the steps after it are taken again
-            section = section.model_copy(update={"eval_on_start": False})  # this is not the start
-        collate = PadToBucket(model.sequence_buckets, eos_and_pad(tokenizer)[1])
-        parts = (model, section, settings, train, heldout, collate, recipe.range_loss)
-        trainer = AdapterTrainer(*parts) if private is None else PrivateTrainer(private, *parts)
-        with freed_memory_kept():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        adapter_dir = save_adapter(model, section.output_dir / ADAPTER_DIR)
-        metrics = _final_metrics(trainer, section.output_dir)
-        described = None if private is None else private.describe()
-    return TrainingResult(adapter_dir, trainer.state.global_step, metrics, described)
+    return settings
+
+
+def _find_start(recipe: Recipe, settings: dict[str, Any], examples: int, resume: bool | str | Path) -> _Start:
+    total = _total_steps(recipe.training, examples)
+    if not resume:
+        return _Start(None, 0, total)
+    output_dir = recipe.training.output_dir
+    checkpoint = checkpoint_to_resume(output_dir, resume)
+    step = check_resumable(checkpoint, output_dir, settings, total)
+    check_same_promise(checkpoint, recipe.privacy)
+    return _Start(checkpoint, step, total - step)
+
+
+def _promise(recipe: Recipe, examples: int, start: _Start) -> AbstractContextManager[PrivateSteps | None]:
+    if recipe.privacy is None:
+        return nullcontext()
+    batch = recipe.training.examples_per_step
+    run = PrivateRun(recipe.data.train_file, examples, batch, start.steps, start.checkpoint)
+    return private_steps(recipe.privacy, run)
+
+
+def _take_output_dir(model: AdapterModel, section: TrainingSection, start: _Start) -> TrainingSection:
+    """Make the output directory this run's; return the settings of what is left of it, the adapter set to its start."""
+    if start.checkpoint is None:
+        _claim(section.output_dir, section.overwrite_output_dir)
+        return section
+    load_adapter(model, start.checkpoint)
+    _make(section.output_dir)
+    forget_after(section.output_dir / METRICS_FILE, start.step)  # the steps after it are taken again
+    return section.model_copy(update={"eval_on_start": False})  # this is not the start
 
 
 def _final_metrics(trainer: AdapterTrainer, output_dir: Path) -> dict[str, float]:
@@ -114,21 +163,20 @@ def _final_metrics(trainer: AdapterTrainer, output_dir: Path) -> dict[str, float
     return last
 
 
-def _total_steps(recipe: Recipe, examples: int) -> int:
-    """Optimizer steps of the whole run, counted as `transformers.Trainer` does."""
-    section = recipe.training
+def _total_steps(section: TrainingSection, examples: int) -> int:
+    """Count the optimizer steps of the whole run, as `transformers.Trainer` does."""
     if section.max_steps > 0:
         return section.max_steps
     batches = math.ceil(examples / section.per_device_train_batch_size)
     return math.ceil(section.num_train_epochs * math.ceil(batches / section.gradient_accumulation_steps))
 
 
-def _check_batches_fit(model: AdapterModel, recipe: Recipe, train: Examples, heldout: Examples | None) -> None:
+def _check_batches_fit(model: AdapterModel, recipe: Recipe, data: _Data) -> None:
     section = recipe.training
-    sizes = [("per_device_train_batch_size", section.per_device_train_batch_size, train)]
-    if heldout is not None:
+    sizes = [("per_device_train_batch_size", section.per_device_train_batch_size, data.train)]
+    if data.heldout is not None:
         # Evaluation chooses its own batches where it may, but one example has to fit.
-        sizes.append(("per_device_eval_batch_size", section.per_device_eval_batch_size or 1, heldout))
+        sizes.append(("per_device_eval_batch_size", section.per_device_eval_batch_size or 1, data.heldout))
     for name, rows, examples in sizes:
         if rows > model.batch_size:
             raise InputError(

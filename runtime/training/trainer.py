@@ -41,7 +41,7 @@ def training_arguments(section: TrainingSection) -> TrainingArguments:
     )  # fmt: skip
     # The trainer sees whole steps; `AdapterTrainer.training_step` cuts them into micro-batches, so that several may be in
     # flight. The data order, the steps of an epoch and the steps of a checkpoint are those of accumulation.
-    given["per_device_train_batch_size"] = section.per_device_train_batch_size * section.gradient_accumulation_steps
+    given["per_device_train_batch_size"] = section.examples_per_step
     given["eval_strategy"] = section.eval_strategy or ("steps" if section.eval_steps else "no")
     given["output_dir"] = str(section.output_dir)
     given["warmup_steps"] = section.warmup_steps or section.warmup_ratio

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hecompile.errors import HecompileError, InputError
-from hecompile.runtime.privacy.clipping import Grid, add_noise, clipped_sum, gaussian_noise, in_units
-from hecompile.runtime.privacy.noise import SIGMA_GRID
+from hecompile.runtime.privacy.clipping import Grid, add_noise, clipped_sum, in_units
+from hecompile.runtime.privacy.noise import SIGMA_GRID, discrete_gaussian
 
 SHAPES = {"a.lora_A": (3, 5), "a.lora_B": (4, 3), "b.lora_A": (2,)}
 
@@ -80,8 +80,7 @@ def test_noise_on_a_sum_has_the_promised_size() -> None:
     assert len(values) == count
     assert abs(float(values.square().mean()) / (noise * clip / 8.0) ** 2 - 1) < 7 * math.sqrt(2 / count)
     assert add_noise(zeros, 0.0)["x"] is zeros["x"]
-    plain = gaussian_noise((300, 400), 2.5)
-    assert plain.shape == (300, 400)
+    plain = discrete_gaussian(120_000) * (2.5 / SIGMA_GRID)  # on a grid of the caller's own
     assert abs(float(np.var(plain)) / 2.5**2 - 1) < 7 * math.sqrt(2 / plain.size)
 
 

@@ -10,7 +10,7 @@ import pytest
 from hecompile.errors import InputError
 from hecompile.runtime.privacy.accountant import Mechanism, calibrate_noise
 from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
-from hecompile.runtime.privacy.promise import LEDGER_COPY, MOST_NOISE, private_steps
+from hecompile.runtime.privacy.promise import LEDGER_COPY, MOST_NOISE, PrivateRun, private_steps
 from hecompile.runtime.recipes.privacy import PrivacySection
 from hecompile.runtime.training.train import run_training
 from tests.runtime.privacy.support import DELTA, TOKENIZER, everyone, ledger_of, private_recipe
@@ -31,11 +31,11 @@ def ledger(data: Path) -> PrivacyLedger:
 
 
 def run(
-    data: Path, epsilon: float, steps: int = STEPS, checkpoint: Path | None = None, batch: int = BATCH, **more: float
+    data: Path, epsilon: float | None, steps: int = STEPS, checkpoint: Path | None = None, batch: int = BATCH, **more: float
 ) -> float:
     """Take all steps of a run, as far as the ledger can tell; its noise multiplier."""
     section = PrivacySection(epsilon=epsilon, delta=1e-4, **more)
-    with private_steps(section, data, EXAMPLES, batch, steps, checkpoint) as private:
+    with private_steps(section, PrivateRun(data, EXAMPLES, batch, steps, checkpoint)) as private:
         private.ledger.spend(private.mechanism, steps)
         return private.noise_multiplier
 
@@ -74,11 +74,11 @@ def test_the_last_of_many_rounds_is_measured_by_all_of_them(data: Path) -> None:
     with ledger(data) as record:
         record.spend(Mechanism(noise, 0.5), (rounds - 1) * steps)
     section = PrivacySection(epsilon=1.0, delta=1e-4)
-    with private_steps(section, data, EXAMPLES, EXAMPLES // 2, steps, None, rounds * steps) as private:
+    with private_steps(section, PrivateRun(data, EXAMPLES, EXAMPLES // 2, steps, whole=rounds * steps)) as private:
         assert private.noise_multiplier == pytest.approx(noise, rel=0.1)
     with (
         pytest.raises(InputError, match="learn next to nothing"),
-        private_steps(section, data, EXAMPLES, EXAMPLES // 2, steps, None),
+        private_steps(section, PrivateRun(data, EXAMPLES, EXAMPLES // 2, steps)),
     ):
         pass
 
@@ -126,3 +126,10 @@ def test_a_refused_run_leaves_the_adapter_that_it_would_have_replaced(tmp_path: 
     assert adapter.read_bytes() != before
     with ledger_of(recipe) as record:
         assert record.releases == 2 and record.subject.delta == DELTA
+
+
+def test_noise_beyond_the_batch_says_what_asked_for_it(data: Path) -> None:
+    with pytest.raises(InputError, match=r"privacy\.noise_multiplier asks for noise of 300 .* 256 examples: .*; lower it"):
+        run(data, None, noise_multiplier=300.0)
+    with pytest.raises(InputError, match=r"budget epsilon 8\.0 .* asks for noise of 300 .*; raise epsilon, take larger"):
+        run(data, EPSILON, noise_multiplier=300.0)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hecompile.errors import HecompileError, InputError, PrivacyError
+from hecompile.runtime.privacy.promise import PrivateSteps
 from hecompile.runtime.recipes.privacy import PrivacySection
 from hecompile.runtime.training import private_trainer as private_trainer
 from hecompile.runtime.training.metrics import read_metrics
@@ -43,14 +44,14 @@ def test_a_resumed_run_pays_for_the_steps_that_the_crash_took_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = private_recipe(tmp_path, {"epsilon": 3.0}, max_steps=6, save_strategy="steps", save_steps=3)
-    real = private_trainer.PrivateTrainer._spend
+    real = PrivateSteps.spend
 
-    def killed(self: Any) -> None:
-        real(self)
-        if self.state.global_step == 4:
+    def killed(self: PrivateSteps, step: int) -> None:
+        real(self, step)
+        if step == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(private_trainer.PrivateTrainer, "_spend", killed)
+    monkeypatch.setattr(PrivateSteps, "spend", killed)
     with pytest.raises(KeyboardInterrupt):
         run_training(make_model(), TOKENIZER, recipe)
     monkeypatch.undo()
