@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from hecompile.errors import InputError
-from hecompile.runtime.recipes.document import read_document
-from hecompile.runtime.recipes.key_hints import explain
+from hecompile.runtime.recipes.document import load_document, resolve_paths
 from hecompile.runtime.recipes.section import Positive, Section
 from hecompile.runtime.recipes.training import RangeLossSection
 
-_PATHS = ((None, "out"), ("data", "train_file"), ("data", "validation_file"))
+_PATH_KEYS = (("out",), ("data", "train_file"), ("data", "validation_file"))
 PositiveFloat = Annotated[float, Field(gt=0)]
 
 
@@ -144,20 +142,15 @@ class ConversionRecipe(Section):
 
 
 def load_conversion(path: str | Path, overrides: Sequence[str] = ()) -> ConversionRecipe:
-    """Read a conversion recipe; relative paths and overrides as in `hecompile.runtime.recipes.training.load_recipe`. A
-    `model` that is no directory beside the recipe is a hub id. Raises InputError with one message that names the key."""
-    document = read_document(path, overrides, ConversionRecipe, _resolve_paths)
-    try:
-        return ConversionRecipe.model_validate(document)
-    except ValidationError as error:
-        raise InputError(f"recipe {path}: {explain(error, ConversionRecipe)}") from None
+    """Load a conversion recipe, see `hecompile.runtime.recipes.document.load_document`.
+
+    A `model` that is no directory beside the recipe is a hub id.
+    """
+    return load_document(path, overrides, ConversionRecipe, _resolve)
 
 
-def _resolve_paths(document: dict[str, Any], base: Path) -> None:
-    for section, key in _PATHS:
-        target = document if section is None else document.get(section)
-        if isinstance(target, dict) and isinstance(target.get(key), str):
-            target[key] = str(base / target[key])
+def _resolve(document: dict[str, Any], directory: Path) -> None:
+    resolve_paths(document, _PATH_KEYS, directory)
     model = document.get("model")
-    if isinstance(model, str) and (base / model).is_dir():
-        document["model"] = str(base / model)
+    if isinstance(model, str) and (directory / model).is_dir():
+        document["model"] = str(directory / model)

@@ -8,17 +8,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import peft
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hecompile.errors import InputError
 from hecompile.graph.llama import LLAMA_LINEARS
 from hecompile.runtime.federation.protocol.settings import Agreement, FederationSection
-from hecompile.runtime.recipes.document import read_document
-from hecompile.runtime.recipes.key_hints import explain
+from hecompile.runtime.recipes.document import load_document, resolve_paths, sections_at
 from hecompile.runtime.recipes.privacy import PrivacySection
 from hecompile.runtime.recipes.section import Positive, Section
 from hecompile.runtime.recipes.training import TrainingSection
-from hecompile.runtime.recipes.workplace import Workplace, resolve_address
+from hecompile.runtime.recipes.workplace import Workplace, resolve_worker
+
+_PATH_KEYS = (
+    ("model",),
+    ("training", "output_dir"),
+    *(("owners", name) for name in ("train_file", "validation_file", "plan", "worker_bundle")),
+)
 
 
 class OwnerSection(Section):
@@ -103,24 +108,11 @@ class FederationRecipe(Section):
 
 
 def load_federation(path: str | Path, overrides: Sequence[str] = ()) -> FederationRecipe:
-    """Read, override (`federation.rounds=3`) and check. Relative paths are relative to the recipe's folder, those of
-    overrides to the working directory. Raises InputError with one message that names the key."""
-    document = read_document(path, overrides, FederationRecipe, _resolve)
-    try:
-        return FederationRecipe.model_validate(document)
-    except ValidationError as error:
-        raise InputError(f"recipe {path}: {explain(error, FederationRecipe)}") from None
+    """Load the recipe of a federation, see `hecompile.runtime.recipes.document.load_document`."""
+    return load_document(path, overrides, FederationRecipe, _resolve)
 
 
-def _resolve(document: dict[str, Any], folder: Path) -> None:
-    """Make relative paths absolute; leave what is malformed to pydantic."""
-    targets: list[tuple[Any, tuple[str, ...]]] = [(document, ("model",)), (document.get("training"), ("output_dir",))]
-    owners = document.get("owners")
-    for owner in owners if isinstance(owners, list) else ():
-        targets.append((owner, ("train_file", "validation_file", "plan", "worker_bundle")))
-        if isinstance(owner, dict) and isinstance(owner.get("worker"), str):
-            owner["worker"] = resolve_address(owner["worker"], folder)
-    for target, keys in targets:
-        for key in keys:
-            if isinstance(target, dict) and isinstance(target.get(key), str):
-                target[key] = str(folder / target[key])
+def _resolve(document: dict[str, Any], directory: Path) -> None:
+    resolve_paths(document, _PATH_KEYS, directory)
+    for owner in sections_at(document, ("owners",)):
+        resolve_worker(owner, directory)

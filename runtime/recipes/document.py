@@ -1,28 +1,66 @@
-"""Read a YAML recipe: unique keys, overrides, errors that name the place."""
+"""Load a YAML recipe of any kind: unique keys, overrides, relative paths, errors that name the place.
+
+A relative path in the file is relative to the file's directory, so that a recipe and its data can be moved together; one in
+an override is relative to the working directory, as on any command line.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import ValidationError
 
 from hecompile.errors import InputError
 from hecompile.files import reason_of
-from hecompile.runtime.recipes.key_hints import suggest
+from hecompile.runtime.recipes.key_hints import explain, suggest
 from hecompile.runtime.recipes.section import Section
 
+Kind = TypeVar("Kind", bound=Section)
+Resolve = Callable[[dict[str, Any], Path], None]
+"""Makes the relative paths of a document, or of a part of one, relative to a directory, in place."""
 
-def read_document(
-    path: str | Path, overrides: Sequence[str], kind: type[Section], resolve: Callable[[dict[str, Any], Path], None]
-) -> dict[str, Any]:
-    """The mapping in the YAML file `path` of a recipe of some `kind` after overrides.
 
-    `resolve` makes relative paths of a mapping, or of a part of one, relative to a directory: to that of the file, or, in an
-    override, to the working directory. Raises InputError as `load_recipe` does, but for what its sections say.
+def load_document(path: str | Path, overrides: Sequence[str], kind: type[Kind], resolve: Resolve) -> Kind:
+    """Read the YAML file `path` as a recipe of some `kind`.
+
+    Overrides are such as `training.max_steps=20`, the right-hand side in YAML; they are applied before the whole is
+    validated. Raises InputError, with one message that names the key, for a missing or malformed file, an unknown or
+    repeated key, and a value of the wrong type or out of range.
     """
     path = Path(path)
+    document = _read(path, kind)
+    resolve(document, path.resolve().parent)
+    for override in overrides:
+        _apply_override(document, override, kind, resolve)
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        raise InputError(f"recipe {path}: {explain(error, kind)}") from None
+
+
+def resolve_paths(document: dict[str, Any], keys: Iterable[tuple[str, ...]], directory: Path) -> None:
+    """Make the paths at `keys` relative to `directory`, in place. Leave what is no text to pydantic."""
+    for *sections, leaf in keys:
+        for section in sections_at(document, sections):
+            if isinstance(section.get(leaf), str):
+                section[leaf] = str(directory / section[leaf])
+
+
+def sections_at(document: Any, place: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the mappings at a place of a document: none or one, or several where a list is on the way."""
+    if isinstance(document, list):
+        for element in document:
+            yield from sections_at(element, place)
+    elif isinstance(document, dict) and place:
+        yield from sections_at(document.get(place[0]), place[1:])
+    elif isinstance(document, dict):
+        yield document
+
+
+def _read(path: Path, kind: type[Section]) -> dict[str, Any]:
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506  a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
@@ -31,14 +69,11 @@ def read_document(
         raise InputError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise InputError(f"the recipe {path} must be a YAML mapping with the keys {', '.join(kind.model_fields)}")
-    resolve(document, path.resolve().parent)
-    for override in overrides:
-        _apply_override(document, override, kind, resolve)
     return document
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses a mapping with a repeated key, where YAML would silently keep the last one."""
+    """Refuse a mapping with a repeated key, where YAML would silently keep the last one; otherwise a SafeLoader."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -51,9 +86,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _apply_override(
-    document: dict[str, Any], override: str, kind: type[Section], resolve: Callable[[dict[str, Any], Path], None]
-) -> None:
+def _apply_override(document: dict[str, Any], override: str, kind: type[Section], resolve: Resolve) -> None:
+    """Set the value at a dotted key, in place. Sections on the way are made where there are none."""
     dotted, equals, text = override.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):
@@ -62,14 +96,15 @@ def _apply_override(
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise InputError(f"override {dotted}: the value is not valid YAML") from None
-    change: dict[str, Any] = {keys[-1]: value}
-    for key in reversed(keys[:-1]):
-        change = {key: change}
-    resolve(change, Path.cwd())
+    *sections, leaf = keys
+    changed = {leaf: value}
+    part: dict[str, Any] = changed
+    for key in reversed(sections):
+        part = {key: part}
+    resolve(part, Path.cwd())
     target = document
-    for key in keys[:-1]:
-        change = change[key]
+    for key in sections:
         target = target.setdefault(key, {})
         if not isinstance(target, dict):
             raise InputError(f"override {dotted}: {key} is not a section of the recipe{suggest(keys, kind)}")
-    target[keys[-1]] = change[keys[-1]]
+    target |= changed

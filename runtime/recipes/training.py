@@ -1,8 +1,4 @@
-"""The training recipe: a YAML file with the names of PEFT and of transformers' `TrainingArguments`.
-
-Paths: a relative path in the recipe is relative to the recipe file, so a recipe and its data can be moved together; a
-relative path in an override is relative to the working directory, as on any command line.
-"""
+"""Define the training recipe: a YAML file with the names of PEFT and of transformers' `TrainingArguments`."""
 
 from __future__ import annotations
 
@@ -11,14 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import peft
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hecompile.errors import InputError
-from hecompile.runtime.recipes.document import read_document
-from hecompile.runtime.recipes.key_hints import explain
+from hecompile.runtime.recipes.document import load_document, resolve_paths
 from hecompile.runtime.recipes.privacy import PrivacySection
 from hecompile.runtime.recipes.section import Positive, Section
-from hecompile.runtime.recipes.workplace import Workplace, resolve_address
+from hecompile.runtime.recipes.workplace import Workplace, resolve_worker
 
 _PATH_KEYS = (
     ("model",),
@@ -179,16 +174,8 @@ class Recipe(Workplace):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read the YAML file `path`, apply overrides such as `training.max_steps=20`, and validate the whole.
-
-    The right-hand side of an override is read as YAML. Raises `InputError`, with one message that names the key, for a
-    missing or malformed file, an unknown or repeated key, and a value of the wrong type or out of range.
-    """
-    document = read_document(path, overrides, Recipe, _resolve_paths)
-    try:
-        return Recipe.model_validate(document)
-    except ValidationError as error:
-        raise InputError(f"recipe {path}: {explain(error, Recipe)}") from None
+    """Load a training recipe, see `hecompile.runtime.recipes.document.load_document`."""
+    return load_document(path, overrides, Recipe, _resolve)
 
 
 def check_lora(section: LoraSection | None, config: peft.LoraConfig) -> None:
@@ -203,16 +190,6 @@ def check_lora(section: LoraSection | None, config: peft.LoraConfig) -> None:
             )
 
 
-def _resolve_paths(document: dict[str, Any], directory: Path) -> None:
-    """Make the relative paths of a recipe, or of a part of one, relative to `directory`; leave the rest to pydantic."""
-    for *sections, leaf in _PATH_KEYS:
-        target: Any = document
-        for section in sections:
-            target = target.get(section) if isinstance(target, dict) else None
-        if isinstance(target, dict) and isinstance(target.get(leaf), str):
-            target[leaf] = str(directory / target[leaf])
-    worker = document.get("worker")
-    if isinstance(worker, str):
-        document["worker"] = resolve_address(worker, directory)
-    elif isinstance(worker, list):
-        document["worker"] = [resolve_address(one, directory) if isinstance(one, str) else one for one in worker]
+def _resolve(document: dict[str, Any], directory: Path) -> None:
+    resolve_paths(document, _PATH_KEYS, directory)
+    resolve_worker(document, directory)

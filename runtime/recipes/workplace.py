@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hecompile.errors import InputError
+from hecompile.runtime.recipes.key_hints import explain
 from hecompile.runtime.recipes.section import Positive, Section
 from hecompile.runtime.wire.address import DIRECTORY_SCHEMES, parse_address
 
@@ -91,14 +92,19 @@ def make_workplace(settings: dict[str, Any]) -> Workplace:
     try:
         return Workplace.model_validate(settings)
     except ValidationError as error:
-        detail = error.errors()[0]
-        dotted = ".".join(str(part) for part in detail["loc"])
-        message = detail["msg"].removeprefix("Value error, ")
-        raise InputError(f"{dotted}: {message}" if dotted else message) from None
+        raise InputError(explain(error, Workplace)) from None
 
 
-def resolve_address(worker: str, directory: Path) -> str:
-    """The address with a relative `unix://` path made relative to `directory`."""
-    if not worker.startswith(UNIX_PREFIX) or worker == UNIX_PREFIX:
-        return worker
-    return f"{UNIX_PREFIX}{directory / worker.removeprefix(UNIX_PREFIX)}"
+def resolve_worker(section: dict[str, Any], directory: Path) -> None:
+    """Make relative `unix://` paths in a section's `worker`, one address or a list, relative to `directory`, in place."""
+    worker = section.get("worker")
+    if isinstance(worker, str):
+        section["worker"] = _resolve_address(worker, directory)
+    elif isinstance(worker, list):
+        section["worker"] = [_resolve_address(one, directory) if isinstance(one, str) else one for one in worker]
+
+
+def _resolve_address(address: str, directory: Path) -> str:
+    if not address.startswith(UNIX_PREFIX) or address == UNIX_PREFIX:
+        return address
+    return f"{UNIX_PREFIX}{directory / address.removeprefix(UNIX_PREFIX)}"
