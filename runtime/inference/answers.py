@@ -1,4 +1,4 @@
-"""Prompts in, answers out: files of prompts, and answers that are kept as they come so that an interrupted run goes on."""
+"""Answer a file of prompts; answers are kept as they come, so that an interrupted run goes on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from hecompile.errors import InputError
 from hecompile.files import reason_of, write_whole
@@ -22,7 +24,7 @@ _KEYS = ("prompt", "completion")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and the completion that its answer is compared with, if there is one."""
+    """Hold a prompt, and the completion that its answer is compared with, if there is one."""
 
     text: str
     completion: str | None = None
@@ -33,7 +35,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Reply:
-    """The answer to one prompt. match: whether it is the completion, None where there was none."""
+    """Hold the answer to one prompt. match: whether it is the completion, None where there was none."""
 
     answer: str
     tokens: int
@@ -45,7 +47,7 @@ class Reply:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file: JSONL objects with `prompt` (and `completion`), or one prompt per line of any other file.
+    """Read the prompts of a file: JSONL objects with `prompt` (and `completion`), or one prompt per line of any other file.
 
     Empty lines are skipped. Raises InputError, naming file and line and no text, for what cannot be read.
     """
@@ -92,50 +94,54 @@ def infer(
     out: Path | None = None,
     on_reply: Callable[[int, Reply], None] = lambda number, reply: None,
 ) -> list[Reply]:
-    """Answer `prompts` by the session's model, in their order; `on_reply` hears of each as soon as it is there.
+    """Answer `prompts` by the session's model, in their order; `on_reply` is called with each as soon as it is there.
 
     With `out`, a JSONL file is written at the end, at once; meanwhile `<out>.partial` holds the answers that are there, and
     the same call after an interruption goes on from it. Raises InputError for a prompt that has no token or too many.
     """
-    sampling = sampling or Sampling()
-    tokenizer = session.tokenizer
+    sampling, tokenizer = sampling or Sampling(), session.tokenizer
     eos, _ = eos_and_pad(tokenizer)
-    for number, prompt in enumerate(prompts, start=1):
-        if not prompt.text.strip():
-            raise InputError(f"prompt {number} is empty; give some text")
-    encoded = [encode_prompt(tokenizer, prompt.text) for prompt in prompts]
+    encoded = _encode(prompts, tokenizer)
     partial = None if out is None else _Partial(out, _fingerprint(session, prompts, max_new_tokens, sampling))
     replies = {} if partial is None else partial.read()
-    missing = [number for number in range(len(prompts)) if number not in replies]
     for number, reply in sorted(replies.items()):
         on_reply(number, reply)
+    missing = [number for number in range(len(prompts)) if number not in replies]
 
-    def finished(index: int, answer: Answer) -> None:
+    def keep(index: int, answer: Answer) -> None:
         number = missing[index]
-        wanted = prompts[number].completion
-        text = str(tokenizer.decode(list(answer.tokens), skip_special_tokens=True))
-        match = None
-        if wanted is not None:
-            encoded = tokenizer(wanted, add_special_tokens=False, verbose=False)
-            match = list(answer.tokens) == [*encoded["input_ids"], eos]
-        replies[number] = Reply(text, len(answer.tokens), answer.finish, match)
+        replies[number] = _reply(prompts[number], answer, tokenizer, eos)
         if partial is not None:
             partial.add(number, replies[number])
         on_reply(number, replies[number])
 
-    steps = CachedSteps(session.model)
+    steps, left = CachedSteps(session.model), [encoded[number] for number in missing]
     # Numbered by the prompt's place, so that a run that goes on draws as one that did not stop.
-    generate(
-        session.model, steps, [encoded[n] for n in missing], eos, max_new_tokens, sampling, finished, numbers=missing
-    )
+    generate(session.model, steps, left, eos, max_new_tokens, sampling, keep, numbers=missing)
     ordered = [replies[number] for number in range(len(prompts))]
     if partial is not None:
         partial.finish(prompts, ordered)
     return ordered
 
 
+def _encode(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt.text.strip():
+            raise InputError(f"prompt {number} is empty; give some text")
+    return [encode_prompt(tokenizer, prompt.text) for prompt in prompts]
+
+
+def _reply(prompt: Prompt, answer: Answer, tokenizer: PreTrainedTokenizerBase, eos: int) -> Reply:
+    text = str(tokenizer.decode(list(answer.tokens), skip_special_tokens=True))
+    match = None
+    if prompt.completion is not None:
+        completion = tokenizer(prompt.completion, add_special_tokens=False, verbose=False)["input_ids"]
+        match = list(answer.tokens) == [*completion, eos]
+    return Reply(text, len(answer.tokens), answer.finish, match)
+
+
 def _fingerprint(session: Session, prompts: Sequence[Prompt], max_new_tokens: int, sampling: Sampling) -> str:
-    """Of all that decides the answers: a partial file of other ones is not gone on with."""
+    """Hash all that decides the answers, in hex: a partial file with another fingerprint holds other answers."""
     state = hashlib.sha256(session.bundle.plan_id.encode())
     state.update(json.dumps([max_new_tokens, asdict(sampling), [asdict(prompt) for prompt in prompts]]).encode())
     for name, value in sorted(session.model.adapter_state().items()):
@@ -144,7 +150,7 @@ def _fingerprint(session: Session, prompts: Sequence[Prompt], max_new_tokens: in
 
 
 class _Partial:
-    """The answers of a run that has not ended: a line with the fingerprint, then one per answer."""
+    """Keep the answers of a run that has not ended: a line with the fingerprint, then one per answer."""
 
     def __init__(self, out: Path, fingerprint: str) -> None:
         if out.is_dir():
@@ -152,7 +158,7 @@ class _Partial:
         self._out, self._path, self._fingerprint = out, out.with_name(out.name + ".partial"), fingerprint
 
     def read(self) -> dict[int, Reply]:
-        """What an interrupted run of the same prompts and settings has; else the file is begun anew."""
+        """Return what an interrupted run with this fingerprint has, by number; without one, begin the file anew."""
         try:
             lines = self._path.read_text(encoding="utf-8").split("\n")[:-1] if self._path.exists() else []
             if lines and json.loads(lines[0]) == self._fingerprint:
@@ -168,6 +174,7 @@ class _Partial:
         return {}
 
     def add(self, number: int, reply: Reply) -> None:
+        """Append the answer to a prompt. Raises InputError where the file cannot be written."""
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"number": number, **asdict(reply)}) + "\n")
@@ -177,6 +184,7 @@ class _Partial:
             ) from None
 
     def finish(self, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> None:
+        """Write the file of all answers at once, and delete this one. Raises InputError where it cannot be written."""
         records = []
         for prompt, reply in zip(prompts, replies, strict=True):
             record = {"prompt": prompt.text, **asdict(reply)}

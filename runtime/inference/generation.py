@@ -1,4 +1,4 @@
-"""Answers to prompts, token by token: several prompts at once, each new token one forward of that token alone.
+"""Generate answers to prompts token by token, several prompts at once; each new token is one forward of that token alone.
 
 As soon as an answer ends, the next prompt takes its place, so that requests to the worker stay as wide as the plan allows.
 A step sends one row per live answer (and a new prompt's rows once); keys and values of what went before are kept on the
@@ -24,17 +24,20 @@ from hecompile.runtime.model.data import IGNORED, PadToBucket
 from hecompile.runtime.model.evaluation import inference
 
 Finish = Literal["eos", "length", "full"]
-"""Why an answer ended: by itself, at the number of tokens asked for, or where the plan's longest sequence was full."""
+"""Why an answer ended: by itself, at the limit on new tokens, or where the plan's longest sequence was full."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Choose the next token.
 
     temperature: 0 takes the most likely token (the lowest id of a tie); else one is drawn from
-    softmax(logits / temperature).
-    top_p: of the most likely tokens that together have at least this probability (Holtzman et al., arXiv 1904.09751).
+        softmax(logits / temperature).
+    top_p: draws are among the most likely tokens that together have at least this probability (Holtzman et al., arXiv
+        1904.09751).
     seed: of the draws. Each prompt has a generator of its own, so that its answer does not depend on the others.
+
+    Raises InputError for a value out of range.
     """
 
     temperature: float = 0.0
@@ -50,11 +53,11 @@ class Sampling:
             raise InputError(f"seed must be from 0 to 2^32 - 1, got {self.seed}")
 
     def generator(self, prompt: int) -> torch.Generator:
-        """Of the draws for the prompt of that number."""
+        """Make the generator of the draws for the prompt of that number."""
         return torch.Generator().manual_seed((self.seed << 32) + prompt)
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> int:
-        """The next token from logits f32 [V]."""
+        """Choose the next token from logits f32 [V]."""
         if self.temperature == 0:
             return int(logits.argmax())
         probabilities, tokens = torch.softmax(logits / self.temperature, dim=0).sort(descending=True, stable=True)
@@ -65,7 +68,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """tokens: without the prompt, with eos where it was reached."""
+    """Hold the tokens of an answer, without the prompt and with eos where it was reached."""
 
     tokens: tuple[int, ...]
     finish: Finish
@@ -75,20 +78,20 @@ class Answer:
 
 
 class Steps(Protocol):
-    """What computes the next token's logits of sequences that grow. rows: how many at once; longest: tokens of one."""
+    """Compute the next token's logits of sequences that grow: up to `rows` at once, of up to `longest` tokens each."""
 
     rows: int
     longest: int
 
     def next_logits(self, tokens: Mapping[int, Sequence[int]]) -> Tensor:
-        """f32 [n, V] for n sequences, given the tokens of each that were not given yet."""
+        """Return f32 [n, V] for n sequences, given the tokens of each that were not given yet."""
 
     def forget(self, sequence: int) -> None:
-        """It does not go on."""
+        """Drop what is kept of a sequence that does not go on."""
 
 
 class CachedSteps:
-    """Computes each token once."""
+    """Compute each token once."""
 
     def __init__(self, model: EncryptedCausalLM) -> None:
         self._model, self._cache = model, AttentionCache()
@@ -102,7 +105,7 @@ class CachedSteps:
 
 
 class PrefixSteps:
-    """Computes the whole prefix again for every token: for models without a cache, and to compare with."""
+    """Compute the whole prefix again for every token: for models without a cache, and to compare with."""
 
     def __init__(self, model: AdapterModel, pad_token_id: int) -> None:
         self._model, self._pad = model, pad_token_id
@@ -138,31 +141,27 @@ def generate(
     on_answer: Callable[[int, Answer], None] = lambda number, answer: None,
     numbers: Sequence[int] | None = None,
 ) -> list[Answer]:
-    """An answer to each of `prompts` (token ids), in their order; `on_answer` hears of each as soon as it has ended.
+    """Answer each of `prompts` (token ids), in their order; `on_answer` is called with each as soon as it has ended.
+
+    An answer ends at eos, after `max_new_tokens`, or where prompt and answer fill the longest sequence that `steps` take.
+    The model is in eval mode meanwhile.
 
     numbers: what each prompt's draws depend on; by default its place.
 
-    An answer ends at eos, after `max_new_tokens`, or where prompt and answer fill the longest sequence that `steps` take.
-    The model is in eval mode meanwhile. Raises InputError, before anything is computed, for a prompt that is empty or too
-    long.
+    Raises InputError, before anything is computed, for a prompt that is empty or too long.
     """
     sampling = sampling or Sampling()
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    for number, prompt in enumerate(prompts, start=1):
-        if not prompt:
-            raise InputError(f"prompt {number} is empty; give at least one token")
-        if len(prompt) > steps.longest:
-            raise InputError(
-                f"prompt {number} has {len(prompt)} tokens, the plan takes sequences of at most {steps.longest}: shorten "
-                f"it, or export the model with a larger sequence bucket"
-            )
-    answers: dict[int, Answer] = {}
+    _check_prompts(prompts, max_new_tokens, steps.longest)
+    generators = [sampling.generator(number) for number in (range(len(prompts)) if numbers is None else numbers)]
     waiting = deque(range(len(prompts)))
     written: dict[int, list[int]] = {}
-    generators = [sampling.generator(number) for number in (range(len(prompts)) if numbers is None else numbers)]
+    answers: dict[int, Answer] = {}
 
-    def end(number: int, finish: Finish) -> None:
+    def end_if_finished(number: int) -> None:
+        tokens, length = written[number], len(prompts[number]) + len(written[number])
+        finish = _finish(tokens, length, eos_token_id, max_new_tokens, steps.longest)
+        if finish is None:
+            return
         answers[number] = Answer(tuple(written.pop(number)), finish)
         steps.forget(number)
         on_answer(number, answers[number])
@@ -172,18 +171,33 @@ def generate(
             while waiting and len(written) < steps.rows:
                 number = waiting.popleft()
                 written[number] = []
-                if len(prompts[number]) == steps.longest:
-                    end(number, "full")
+                end_if_finished(number)  # a prompt may fill the longest sequence by itself
             if not written:
                 continue
             new = {number: tokens[-1:] or prompts[number] for number, tokens in written.items()}
             for number, logits in zip(list(new), steps.next_logits(new), strict=True):
-                tokens = written[number]
-                tokens.append(sampling.choose(logits, generators[number]))
-                if tokens[-1] == eos_token_id:
-                    end(number, "eos")
-                elif len(tokens) == max_new_tokens:
-                    end(number, "length")
-                elif len(prompts[number]) + len(tokens) == steps.longest:
-                    end(number, "full")
+                written[number].append(sampling.choose(logits, generators[number]))
+                end_if_finished(number)
     return [answers[number] for number in range(len(prompts))]
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, longest: int) -> None:
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise InputError(f"prompt {number} is empty; give at least one token")
+        if len(prompt) > longest:
+            raise InputError(
+                f"prompt {number} has {len(prompt)} tokens, the plan takes sequences of at most {longest}: shorten it, or "
+                f"export the model with a larger sequence bucket"
+            )
+
+
+def _finish(tokens: Sequence[int], length: int, eos: int, max_new_tokens: int, longest: int) -> Finish | None:
+    """Say why an answer of `tokens` ends, which is `length` tokens long with its prompt; None where it goes on."""
+    if tokens and tokens[-1] == eos:
+        return "eos"
+    if len(tokens) == max_new_tokens:
+        return "length"
+    return "full" if length == longest else None
