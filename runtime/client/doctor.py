@@ -1,4 +1,4 @@
-"""What to expect of a worker before training with it: protocol, exactness, link, and predicted seconds of a step.
+"""Measure a worker before training with it: protocol, exactness, link, and predicted seconds of a step.
 
 Every request is one that training makes, on random bytes in place of ciphertexts, which look no different.
 """
@@ -14,16 +14,19 @@ import numpy as np
 
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.known_answer import KNOWN_ANSWER, known_answer_vector
+from hecompile.he.parameters import LinearParameters
 from hecompile.inspection.linear import circuits_without_gradient
 from hecompile.plan.costs import CostModel
 from hecompile.runtime.transports import Answer, Transport, open_connection
 
 ROUND_TRIPS, PRODUCTS = 15, 3
+_Shape = tuple[int, int, int, int]
+"""Limbs up, input features, bytes of a reply, output features: what the time of a product depends on."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found. Times in seconds, speeds in bytes per second, per step of `tokens` tokens where it says so.
+    """Report on a worker. Times in seconds, speeds in bytes per second, per step of `tokens` tokens where it says so.
 
     Attributes:
         engine: what the worker calls itself.
@@ -49,7 +52,7 @@ class Diagnosis:
 
     @property
     def step(self) -> float:
-        """Predicted seconds, without the client's own model, one request after the other."""
+        """Predict the seconds of a step without the client's own model, one request after the other."""
         return self.worker_step + self.wire_step + self.client_step
 
 
@@ -64,29 +67,21 @@ class _Sample:
 def diagnose(
     bundle: ClientBundle, transport: Transport, tokens: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Diagnosis:
-    """Ask the worker behind `transport` (not opened yet) one product of each shape that a step of the plan has.
+    """Request from the worker behind `transport` (not opened yet) one product of each shape that a step of the plan has.
 
     Raises WorkerError as opening the connection does: when it serves another plan, computes wrongly or does not answer.
     """
     info = open_connection(transport, bundle.plan_id)
-    planes, _ = known_answer_vector(bundle.plan_id)
-    trips = [_timed(lambda: transport.evaluate(KNOWN_ANSWER, planes[:, :1])) for _ in range(ROUND_TRIPS)]
+    round_trip = _round_trip(transport, bundle.plan_id)
     skipped = circuits_without_gradient(bundle.graph())
     used = {name: parameters for name, parameters in bundle.circuits.items() if name not in skipped}
-    shapes = {(p.upload_limbs, p.in_features, p.reply_bytes, p.out_features): name for name, p in used.items()}
-    samples: dict[tuple[int, int, int, int], _Sample] = {}
-    random = np.random.default_rng(0)
-    for done, (shape, name) in enumerate(shapes.items()):
-        progress(done, len(shapes))
-        words = random.integers(0, 256, (shape[0], tokens, shape[1]), dtype=np.uint8)
-        taken = [_timed(lambda: transport.evaluate(name, words)) for _ in range(PRODUCTS)]  # noqa: B023
-        answer = min(taken, key=lambda pair: pair[0])[1]
-        worker = statistics.median(one.worker_seconds for _, one in taken)
-        rest = statistics.median(max(0.0, seconds - one.worker_seconds) for seconds, one in taken)
-        samples[shape] = _Sample(answer.bytes_sent, answer.bytes_received, worker, rest)
-    progress(len(shapes), len(shapes))
-    of = [samples[p.upload_limbs, p.in_features, p.reply_bytes, p.out_features] for p in used.values()]
-    round_trip = statistics.median(seconds for seconds, _ in trips)
+    one_of_each = {_shape(parameters): name for name, parameters in used.items()}
+    samples: dict[_Shape, _Sample] = {}
+    for done, (shape, name) in enumerate(one_of_each.items()):
+        progress(done, len(one_of_each))
+        samples[shape] = _sample(transport, name, used[name], tokens)
+    progress(len(one_of_each), len(one_of_each))
+    step = [samples[_shape(parameters)] for parameters in used.values()]
     up, down = _speeds(list(samples.values()), round_trip)
     costs = CostModel()
     client = sum(
@@ -100,11 +95,33 @@ def diagnose(
         up=up,
         down=down,
         tokens=tokens,
-        worker_step=sum(sample.worker for sample in of),
-        wire_step=sum(sample.rest for sample in of),
+        worker_step=sum(sample.worker for sample in step),
+        wire_step=sum(sample.rest for sample in step),
         client_step=client,
-        bytes_step=sum(sample.bytes_up + sample.bytes_down for sample in of),
+        bytes_step=sum(sample.bytes_up + sample.bytes_down for sample in step),
     )
+
+
+def _shape(parameters: LinearParameters) -> _Shape:
+    return parameters.upload_limbs, parameters.in_features, parameters.reply_bytes, parameters.out_features
+
+
+def _round_trip(transport: Transport, plan_id: str) -> float:
+    planes, _ = known_answer_vector(plan_id)
+    return statistics.median(
+        _timed(lambda: transport.evaluate(KNOWN_ANSWER, planes[:, :1]))[0] for _ in range(ROUND_TRIPS)
+    )
+
+
+def _sample(transport: Transport, circuit: str, parameters: LinearParameters, tokens: int) -> _Sample:
+    """Time PRODUCTS products of random bytes."""
+    size = (parameters.upload_limbs, tokens, parameters.in_features)
+    words = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    taken = [_timed(lambda: transport.evaluate(circuit, words)) for _ in range(PRODUCTS)]
+    fastest = min(taken, key=lambda pair: pair[0])[1]
+    worker = statistics.median(answer.worker_seconds for _, answer in taken)
+    rest = statistics.median(max(0.0, seconds - answer.worker_seconds) for seconds, answer in taken)
+    return _Sample(fastest.bytes_sent, fastest.bytes_received, worker, rest)
 
 
 def _timed(work: Callable[[], Answer]) -> tuple[float, Answer]:
@@ -114,7 +131,7 @@ def _timed(work: Callable[[], Answer]) -> tuple[float, Answer]:
 
 
 def _speeds(samples: list[_Sample], round_trip: float) -> tuple[float | None, float | None]:
-    """(up, down): seconds = bytes_up / up + bytes_down / down beyond a round trip, by least squares over the shapes."""
+    """Fit seconds = bytes_up / up + bytes_down / down beyond a round trip, by least squares over the shapes: (up, down)."""
     matrix = np.array([[sample.bytes_up, sample.bytes_down] for sample in samples], dtype=np.float64)
     seconds = np.array([max(0.0, sample.rest - round_trip) for sample in samples])
     if len(samples) < 2 or np.linalg.matrix_rank(matrix) < 2:

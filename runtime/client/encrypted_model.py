@@ -1,4 +1,4 @@
-"""The client: a compiled plan as a torch module. LoRA, attention, norms and loss run here; remote linears do not."""
+"""Run a compiled plan as a torch module: LoRA, attention, norms and loss here, remote linears at the worker."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, cast
 
 import onnx_ir as ir
@@ -32,7 +33,7 @@ from hecompile.runtime.model.per_example import GradientCollector, PerExample
 
 
 class _RemoteLinear(torch.autograd.Function):
-    """y = (x·Wᵀ) ⊙ scale forward, dx = (dy ⊙ scale)·W backward, both by `products`. Keeps no activation."""
+    """Compute y = (x·Wᵀ) ⊙ scale forward and dx = (dy ⊙ scale)·W backward, both by `products`. Keep no activation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, products: Products, linear: str) -> Tensor:
@@ -51,8 +52,29 @@ class _RemoteLinear(torch.autograd.Function):
         return product.view(ctx.shape), None, None, None
 
 
+@dataclass(frozen=True)
+class _Packed:
+    """Hold sequences one after the other, without padding.
+
+    tokens: int64 [T], T the sum of `lengths`. wanted: the positions whose result is wanted, bool [T]; None for all. starts:
+    the position of each sequence's first token; None for 0.
+    """
+
+    tokens: Tensor
+    lengths: tuple[int, ...]
+    wanted: Tensor | None
+    starts: tuple[int, ...] | None = None
+
+    @property
+    def positions(self) -> Tensor | None:
+        """Return the wanted positions, int64 [N]; None for all."""
+        if self.wanted is None or bool(self.wanted.all()):
+            return None
+        return self.wanted.nonzero().squeeze(1)
+
+
 class EncryptedCausalLM(torch.nn.Module):
-    """A `hecompile.runtime.model.adapter.AdapterModel` over a client bundle. Its only parameters are the LoRA matrices.
+    """Run a client bundle as a `hecompile.runtime.model.adapter.AdapterModel`; its only parameters are the LoRA matrices.
 
     Args:
         bundle: the opened client bundle.
@@ -73,14 +95,7 @@ class EncryptedCausalLM(torch.nn.Module):
         self._mapped_head = constant_of(model.graph.initializers[head])
         self._tokens, self._lock = 0, threading.Lock()
         self._names: dict[str, str] = {}
-        generator = torch.Generator().manual_seed(seed)
-        for value in model.graph.inputs:
-            name = str(value.name)
-            if ".lora_" not in name or value.shape is None:
-                continue
-            matrix = torch.zeros(value.shape.numpy())
-            if ".lora_A." in name:
-                torch.nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
+        for name, matrix in _initial_adapter(model, seed).items():
             self._names[name] = name.replace(".", "_")
             self.register_parameter(self._names[name], torch.nn.Parameter(matrix))
 
@@ -118,7 +133,7 @@ class EncryptedCausalLM(torch.nn.Module):
 
     @property
     def has_domains(self) -> bool:
-        """Whether the plan has polynomials with domains."""
+        """Say whether the plan has polynomials with domains."""
         return bool(self._range_watch.nodes)
 
     def forward(
@@ -133,15 +148,13 @@ class EncryptedCausalLM(torch.nn.Module):
         """See `AdapterModel.__call__`. Raises InputError when the batch is larger than the plan was compiled for, or its
         padding is not on the right.
 
-        The sequences run packed, one after the other without padding, each up to its last position that is asked for: no
-        later one can matter to it. In the last layer, the others are left out once attention has seen them.
+        The sequences run packed, each up to its last wanted position: no later one can matter to it. In the last layer, the
+        positions that are not wanted are left out once attention has seen them.
         """
         wanted = scored_positions(labels) if labels is not None else logits_to_keep
-        real, lengths = self._pack(input_ids, attention_mask, wanted)
-        ranges = self._range_watch.start(lengths) if self.with_range_terms and labels is not None else None
-        observer = None if ranges is None else ranges.observe
-        kept = None if wanted is None else wanted[real]
-        hidden = self._hidden(input_ids[real], lengths, kept, generator, observer=observer)  # [N, H]
+        real, packed = self._pack(input_ids, attention_mask, wanted)
+        ranges = self._range_watch.start(packed.lengths) if self.with_range_terms and labels is not None else None
+        hidden = self._hidden(packed, generator, observer=None if ranges is None else ranges.observe)  # [N, H]
         if labels is not None:
             targets = scored_targets(labels)
             count = len(targets) if num_items_in_batch is None else num_items_in_batch
@@ -159,11 +172,11 @@ class EncryptedCausalLM(torch.nn.Module):
     ) -> PerExample:
         """See `PerExampleModel`. The worker sees what it sees of any batch. Raises InputError as `forward` does."""
         scored = scored_positions(labels)
-        real, lengths = self._pack(input_ids, attention_mask, scored)
+        real, packed = self._pack(input_ids, attention_mask, scored)
         counts = scored.sum(dim=1)
         # The last layer works on the scored positions alone, every other one on all that are sent.
         collector = GradientCollector(self.adapter_state(), [real.sum(dim=1).tolist(), counts.tolist()])
-        hidden = self._hidden(input_ids[real], lengths, scored[real], generator, trainable=collector.product)
+        hidden = self._hidden(packed, generator, trainable=collector.product)  # [N, H]
         loss = linear_cross_entropy(hidden, self._head, scored_targets(labels), self._release_head)
         return collector.backward(loss, counts)
 
@@ -171,38 +184,15 @@ class EncryptedCausalLM(torch.nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Outside, ...]:
         """See `DomainModel`. The worker sees what it sees of any batch."""
-        wanted = scored_positions(labels)
-        real, lengths = self._pack(input_ids, attention_mask, wanted)
-        watch = DomainWatch(self._model, lengths)
+        _, packed = self._pack(input_ids, attention_mask, scored_positions(labels))
+        watch = DomainWatch(self._model, packed.lengths)
         # A failure ends the look: what went before it has been seen, and the reason for looking is to be reported, not this.
         with torch.no_grad(), suppress(HecompileError):
-            self._hidden(input_ids[real], lengths, wanted[real], generator, observer=watch.observe)
+            self._hidden(packed, generator, observer=watch.observe)
         return watch.outside
 
-    def _pack(self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
-        """Which positions of a batch run (bool [B, S]), and how many of each row that has any."""
-        batch, length = input_ids.shape
-        if batch > self.batch_size or length > self.sequence_buckets[-1]:
-            raise InputError(
-                f"a batch of {batch} x {length} tokens is larger than the plan's {self.batch_size} x "
-                f"{self.sequence_buckets[-1]}; export with a larger --batch-size or --sequence-buckets"
-            )
-        real = attention_mask.bool()  # [B, S]
-        if bool((real[:, 1:] & ~real[:, :-1]).any()):
-            raise InputError("attention_mask has a token after padding; padding must be on the right")
-        if wanted is not None:
-            real = real & wanted.flip(1).cumsum(dim=1).flip(1).bool()  # up to the last wanted position of each row
-        lengths = tuple(count for count in real.sum(dim=1).tolist() if count)
-        if not lengths:
-            raise InputError(
-                "the batch has no token to predict from: attention_mask, labels or logits_to_keep is empty"
-            )
-        with self._lock:
-            self._tokens += sum(lengths)
-        return real, lengths
-
     def next_logits(self, cache: AttentionCache, tokens: Mapping[int, Sequence[int]]) -> Tensor:
-        """Logits f32 [n, V] of the token after each of n sequences, in the order given.
+        """Compute the logits f32 [n, V] of the token after each of n sequences, in the order given.
 
         tokens: the next tokens of each sequence, of which `cache` holds what went before and then these too. Raises
         InputError for more sequences or longer ones than the plan was compiled for. After an error, forget the sequences.
@@ -221,32 +211,51 @@ class EncryptedCausalLM(torch.nn.Module):
         last = torch.zeros(len(flat), dtype=torch.bool)
         last[torch.tensor(lengths).cumsum(0) - 1] = True
         cache.begin(tuple(tokens))
+        self._count(len(flat))
+        return self._hidden(_Packed(flat, lengths, last, starts), cache=cache) @ self._head.t()
+
+    def _pack(self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor | None) -> tuple[Tensor, _Packed]:
+        """Return which positions of a batch run (bool [B, S]), and their tokens packed."""
+        batch, length = input_ids.shape
+        if batch > self.batch_size or length > self.sequence_buckets[-1]:
+            raise InputError(
+                f"a batch of {batch} x {length} tokens is larger than the plan's {self.batch_size} x "
+                f"{self.sequence_buckets[-1]}; export with a larger --batch-size or --sequence-buckets"
+            )
+        real = attention_mask.bool()  # [B, S]
+        if bool((real[:, 1:] & ~real[:, :-1]).any()):
+            raise InputError("attention_mask has a token after padding; padding must be on the right")
+        if wanted is not None:
+            real = real & wanted.flip(1).cumsum(dim=1).flip(1).bool()  # up to the last wanted position of each row
+        lengths = tuple(count for count in real.sum(dim=1).tolist() if count)
+        if not lengths:
+            raise InputError(
+                "the batch has no token to predict from: attention_mask, labels or logits_to_keep is empty"
+            )
+        self._count(sum(lengths))
+        return real, _Packed(input_ids[real], lengths, None if wanted is None else wanted[real])
+
+    def _count(self, tokens: int) -> None:
         with self._lock:
-            self._tokens += len(flat)
-        return self._hidden(flat, lengths, last, None, cache, starts) @ self._head.t()
+            self._tokens += tokens
 
     def _hidden(
         self,
-        tokens: Tensor,
-        lengths: tuple[int, ...],
-        wanted: Tensor | None,
-        generator: torch.Generator | None,
+        packed: _Packed,
+        generator: torch.Generator | None = None,
         cache: AttentionCache | None = None,
-        starts: tuple[int, ...] | None = None,
         trainable: Callable[[Tensor, Tensor], Tensor] | None = None,
         observer: Observer | None = None,
     ) -> Tensor:
-        """The head's input [N, H] at the `wanted` (bool [T]) of the packed `tokens` int64 [T], or at all of them."""
+        """Compute the head's input [N, H] at the wanted positions of packed sequences."""
 
         def remote(linear: str, x: Tensor, scale: Tensor) -> Tensor:
             result: Tensor = _RemoteLinear.apply(x, scale, self.products, linear)
             return result
 
-        inputs = packed_graph_inputs(tokens[None], lengths, starts) | dict(self.adapter_state())
-        context = Context(self.training, remote, generator, lengths, cache, trainable)
-        everything = wanted is None or bool(wanted.all())
-        positions = None if wanted is None or everything else wanted.nonzero().squeeze(1)  # [N]
-        (hidden,) = self._interpreter.run(inputs, context, observer, positions).values()  # [1, N, H]
+        inputs = packed_graph_inputs(packed.tokens[None], packed.lengths, packed.starts) | dict(self.adapter_state())
+        context = Context(self.training, remote, generator, packed.lengths, cache, trainable)
+        (hidden,) = self._interpreter.run(inputs, context, observer, packed.positions).values()  # [1, N, H]
         return hidden[0]
 
     def _release_head(self, rows: slice) -> None:
@@ -266,6 +275,20 @@ class EncryptedCausalLM(torch.nn.Module):
 
     def stats(self) -> dict[str, float]:
         return {**self.products.costs.as_dict(), "tokens": float(self._tokens)}
+
+
+def _initial_adapter(model: ir.Model, seed: int) -> dict[str, Tensor]:
+    """Draw the LoRA matrices among the graph's inputs as PEFT does, by name: A [r, in], B [out, r]."""
+    generator = torch.Generator().manual_seed(seed)
+    matrices: dict[str, Tensor] = {}
+    for value in model.graph.inputs:
+        name = str(value.name)
+        if ".lora_" not in name or value.shape is None:
+            continue
+        matrices[name] = torch.zeros(value.shape.numpy())
+        if ".lora_A." in name:
+            torch.nn.init.kaiming_uniform_(matrices[name], a=math.sqrt(5), generator=generator)
+    return matrices
 
 
 def _detach_head(model: ir.Model) -> str:

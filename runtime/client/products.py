@@ -1,4 +1,4 @@
-"""The client's side of a remote product: which rows travel, how they are encoded and encrypted, what it cost.
+"""Compute remote products on the client's side: which rows travel, how they are encoded and encrypted, what it cost.
 
     real rows [T, in] → drop rows of zeros, encode per token, encrypt → worker → verify, decrypt, decode → [T, out]
 
@@ -23,7 +23,7 @@ from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError, VerificationError, WorkerError
 from hecompile.he.check_store import CheckStore
 from hecompile.he.encode import decode, encode
-from hecompile.he.fused import decrypt_reals, encrypt_reals
+from hecompile.he.fused import RealKey, decrypt_reals, encrypt_reals
 from hecompile.he.hints import Hint, HintStore
 from hecompile.he.parameters import LinearParameters
 from hecompile.he.public_matrix import PublicMatrix
@@ -41,7 +41,7 @@ _ADVICE = (
 
 @dataclass
 class Costs:
-    """Cumulative costs of a session: seconds by who spent them, whole frames on the wire in bytes.
+    """Add up the costs of a session: seconds by who spent them, whole frames on the wire in bytes.
 
     The seconds are added up over the threads that were at it: with several products in flight they exceed the time that
     passed.
@@ -58,7 +58,7 @@ class Costs:
 
 
 class Products(abc.ABC):
-    """Computes the products of a plan's circuits on real numbers; `product` may be called in several threads at once."""
+    """Compute the products of a plan's circuits on real numbers; `product` may be called in several threads at once."""
 
     def __init__(self, circuits: dict[str, LinearParameters]) -> None:
         self.circuits = circuits
@@ -69,7 +69,7 @@ class Products(abc.ABC):
     def product(
         self, circuit: str, x: Tensor, column_scale: Tensor | None = None, row_scale: Tensor | None = None
     ) -> Tensor:
-        """(x ⊙ column_scale)·Wᵀ ⊙ row_scale, W the integer weight of `circuit`.
+        """Compute (x ⊙ column_scale)·Wᵀ ⊙ row_scale, W the integer weight of `circuit`.
 
         Args:
             circuit: its name.
@@ -86,17 +86,24 @@ class Products(abc.ABC):
             WorkerError: from the worker.
         """
 
-    def close(self) -> None:  # noqa: B027  most have nothing to let go of
-        """Let go of the worker."""
+    def close(self) -> None:  # noqa: B027  most have nothing to close
+        """Close the connection to the worker."""
 
 
 class EncryptedProducts(Products):
-    """Products by an untrusted worker on ciphertexts. Every call encrypts under fresh one-time secrets.
+    """Get products from an untrusted worker on ciphertexts. Every call encrypts under fresh one-time secrets.
 
-    Every reply is verified (`hecompile.he.verification`). Opening says hello and runs the known-answer test. `cache_bytes`
-    bounds the memory for transformed hints. With `retry_elsewhere`, over `Replicas`, a worker whose reply is wrong is not
-    asked again and another one is; else the product raises VerificationError.
-    Raises WorkerError when the worker serves another plan or computes wrongly.
+    Every reply is verified (`hecompile.he.verification`). Opening says hello and runs the known-answer test.
+
+    Args:
+        bundle: the client bundle.
+        transport: to the worker, not opened yet.
+        cache_bytes: bounds the memory for transformed hints.
+        retry_elsewhere: over `Replicas`, a worker whose reply is wrong gets no more requests and another one is tried; else
+            the product raises VerificationError.
+
+    Raises:
+        WorkerError: the worker serves another plan or computes wrongly.
     """
 
     def __init__(
@@ -134,21 +141,11 @@ class EncryptedProducts(Products):
         if key.tokens == 0:
             return x.new_zeros(len(x), parameters.out_features)
         encrypted = time.perf_counter()
-        while True:
-            answers = [self._ask(lambda: self._transport.evaluate(circuit, ciphertext.planes.numpy()))]
-            if self._hintless:
-                answers.append(self._ask(lambda: self._transport.setup(circuit, self._ring.lattice_dim)))
+        result = None
+        while result is None:
+            answers = self._request(circuit, ciphertext.planes)
             answered = time.perf_counter()
-            hint = self._hint(circuit, answers, checks)
-            if hint is None:
-                continue
-            try:
-                result = decrypt_reals(key, hint, torch.from_numpy(answers[0].planes), parameters, row_scale)
-            except VerificationError as error:
-                self._go_elsewhere(circuit, str(error), answers[0].worker)
-                continue
-            self._hints.release(circuit)
-            break
+            result = self._decrypt(circuit, key, answers, checks, row_scale)
         done = time.perf_counter()
         worker_seconds = sum(answer.worker_seconds for answer in answers)
         with self._lock:
@@ -159,8 +156,31 @@ class EncryptedProducts(Products):
             self.costs.bytes_down += sum(answer.bytes_received for answer in answers)
         return result
 
+    def _request(self, circuit: str, planes: Tensor) -> list[Answer]:
+        """Get the worker's product of a ciphertext, and the circuit's hint where none is stored."""
+        answers = [self._ask(lambda: self._transport.evaluate(circuit, planes.numpy()))]
+        if self._hintless:
+            answers.append(self._ask(lambda: self._transport.setup(circuit, self._ring.lattice_dim)))
+        return answers
+
+    def _decrypt(
+        self, circuit: str, key: RealKey, answers: list[Answer], checks: Checks, row_scale: Tensor | None
+    ) -> Tensor | None:
+        """Verify and decrypt a product; None where an answer was wrong and another worker can be asked."""
+        parameters = self.circuits[circuit]
+        hint = self._hint(circuit, answers, checks)
+        if hint is None:
+            return None
+        try:
+            result = decrypt_reals(key, hint, torch.from_numpy(answers[0].planes), parameters, row_scale)
+        except VerificationError as error:
+            self._distrust(circuit, str(error), answers[0].worker)
+            return None
+        self._hints.release(circuit)
+        return result
+
     def _hint(self, circuit: str, answers: list[Answer], checks: Checks) -> Hint | None:
-        """The stored hint, or the verified one of the worker; None when that was wrong and another worker is to be asked."""
+        """Return the stored hint, or the verified one of the worker; None where that was wrong and another can be asked."""
         parameters = self.circuits[circuit]
         if not self._hintless:
             return self._hints.hint(circuit, parameters.out_features, parameters.decryption_precision)
@@ -169,12 +189,15 @@ class EncryptedProducts(Products):
         matrix = self._public.coefficients(everything).flatten(1)  # int32 [in, rank · ring_dim]
         if hint_is_right(checks, hint.coefficients(slice(0, hint.rows)), matrix):
             return hint
-        self._go_elsewhere(circuit, "the worker's hint is not the product that was asked for", answers[1].worker)
+        self._distrust(circuit, "the worker's hint is not the product that was asked for", answers[1].worker)
         return None
 
-    def _go_elsewhere(self, circuit: str, error: str, worker: str) -> None:
-        """Drop the worker that answered wrongly, if another may be asked; the same ciphertext then goes there. What is done
-        depends on the reply's check sums alone, which hold nothing that was decrypted."""
+    def _distrust(self, circuit: str, error: str, worker: str) -> None:
+        """Drop the worker that answered wrongly; raise VerificationError where no other may be asked.
+
+        The same ciphertext then goes to another. What is done depends on the reply's check sums alone, which hold nothing
+        that was decrypted.
+        """
         message = f"{circuit}: {worker or 'the worker'}: {error}"
         if not self._retry_elsewhere or not isinstance(self._transport, Replicas):
             raise VerificationError(f"{message}. {_ADVICE}") from None
@@ -193,7 +216,7 @@ class EncryptedProducts(Products):
 
 
 class CleartextProducts(Products):
-    """Products of UNENCRYPTED integers, in this process, for debugging and exact comparison. Hides nothing.
+    """Compute products of UNENCRYPTED integers in this process, for debugging and exact comparison. Hide nothing.
 
     The encoding is that of the encrypted path, so that the difference to it is the encryption noise alone.
     """
