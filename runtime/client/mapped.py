@@ -1,4 +1,4 @@
-"""Arrays that lie in a file mapped read-only: their pages can be let go of at any time and come back when they are read."""
+"""Release the memory of arrays that lie in a file mapped read-only: their pages come back when they are read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def release(array: NDArray[np.generic]) -> None:
 
 
 def _mapping_of(array: NDArray[np.generic]) -> mmap.mmap | None:
-    """The mapping that a view goes back to, if it is read-only."""
+    """Find the mapping that a view goes back to, if it is read-only."""
     base: object = array
     while isinstance(base, (np.ndarray, memoryview)):
         base = base.obj if isinstance(base, memoryview) else base.base

@@ -166,7 +166,7 @@ class EncryptedProducts(Products):
     def _decrypt(
         self, circuit: str, key: RealKey, answers: list[Answer], checks: Checks, row_scale: Tensor | None
     ) -> Tensor | None:
-        """Verify and decrypt a product; None where an answer was wrong and another worker can be asked."""
+        """Verify and decrypt a product; None where an answer was wrong and another worker can take the request."""
         parameters = self.circuits[circuit]
         hint = self._hint(circuit, answers, checks)
         if hint is None:
@@ -180,7 +180,7 @@ class EncryptedProducts(Products):
         return result
 
     def _hint(self, circuit: str, answers: list[Answer], checks: Checks) -> Hint | None:
-        """Return the stored hint, or the verified one of the worker; None where that was wrong and another can be asked."""
+        """Return the stored hint, or the worker's, verified; None where that was wrong and another worker can make one."""
         parameters = self.circuits[circuit]
         if not self._hintless:
             return self._hints.hint(circuit, parameters.out_features, parameters.decryption_precision)
@@ -193,10 +193,10 @@ class EncryptedProducts(Products):
         return None
 
     def _distrust(self, circuit: str, error: str, worker: str) -> None:
-        """Drop the worker that answered wrongly; raise VerificationError where no other may be asked.
+        """Drop the worker that answered wrongly; raise VerificationError where no other can take the request.
 
-        The same ciphertext then goes to another. What is done depends on the reply's check sums alone, which hold nothing
-        that was decrypted.
+        The request goes to another unchanged. The decision depends on the reply's check sums alone, which hold nothing that
+        was decrypted.
         """
         message = f"{circuit}: {worker or 'the worker'}: {error}"
         if not self._retry_elsewhere or not isinstance(self._transport, Replicas):

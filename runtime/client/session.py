@@ -1,4 +1,4 @@
-"""Opens what a recipe names: the client bundle, a worker (in process or on a socket) and the model over both."""
+"""Open what a recipe names: the client bundle, a worker (in process or on a socket) and the model over both."""
 
 from __future__ import annotations
 
@@ -32,15 +32,14 @@ from hecompile.runtime.worker.worker import Worker
 
 @dataclass(frozen=True)
 class Session:
-    """An open plan: the model, its tokenizer, and the bundle that both came from."""
+    """Hold an open plan: the model, its tokenizer, and the bundle that both came from."""
 
     model: EncryptedCausalLM
     tokenizer: PreTrainedTokenizerBase
     bundle: ClientBundle
 
     def forward(self, tokens: NDArray[np.int64]) -> ForwardPass:
-        """See `hecompile.runtime.model.backend.RemoteModel`; rows go to the worker in batches of as many as the plan
-        takes."""
+        """See `hecompile.runtime.model.backend.RemoteModel`. Rows go to the worker in batches as large as the plan takes."""
         model, ids = self.model, torch.from_numpy(tokens)
         before, start = model.stats(), time.perf_counter()
         with inference(model):
@@ -69,9 +68,8 @@ def open_session(place: Workplace) -> Iterator[Session]:
 
 
 def connect_workers(place: Workplace) -> Replicas:
-    """A transport to the workers, not opened yet; each has a connection for every request in flight."""
+    """Make a transport to the workers, not opened yet; each has a connection for every request in flight."""
     section, in_flight = place.connection, place.requests_in_flight
-
     credentials = ClientCredentials.load(section.authority, section.certificate, section.key, section.token)
 
     def pool(address: str) -> Transport:
@@ -87,7 +85,7 @@ def connect_workers(place: Workplace) -> Replicas:
 
 
 def load_tokenizer(bundle: ClientBundle) -> PreTrainedTokenizerBase:
-    """The tokenizer that travels with the plan: the original checkpoint is not needed."""
+    """Load the tokenizer that travels with the plan: the original checkpoint is not needed."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(bundle.tokenizer)
     except (OSError, ValueError) as error:
@@ -96,7 +94,7 @@ def load_tokenizer(bundle: ClientBundle) -> PreTrainedTokenizerBase:
 
 
 def open_products(bundle: ClientBundle, place: Workplace) -> Products:
-    """Connect to the worker. The cleartext engine is used only where it is asked for it by name."""
+    """Connect to the worker. The cleartext engine is used only where the recipe names it."""
     if place.worker != "inprocess":
         elsewhere = place.connection.on_bad_worker == "retry-elsewhere"
         return EncryptedProducts(bundle, connect_workers(place), retry_elsewhere=elsewhere)

@@ -1,4 +1,4 @@
-"""What the trainer asks of a model (`AdapterModel`), and LoRA adapters on disk in PEFT's format."""
+"""Define the interface of a model to the trainer (`AdapterModel`), and keep LoRA adapters on disk in PEFT's format."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 BASE_FILE = "base.sha256"
-"""The digest of the model that the matrices were trained on. PEFT looks past it; an adapter need not have it."""
+"""The digest of the model that the matrices were trained on. PEFT ignores it; an adapter need not have it."""
 # The settings besides the matrices that change what an adapter computes (`lora_dropout` acts in training only).
 _DEFINING = (
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern"
@@ -32,7 +32,7 @@ _DEFINING = (
 
 
 class AdapterModel(Protocol):
-    """A causal language model with a frozen base and a trainable LoRA adapter; it is also a `torch.nn.Module`.
+    """Predict the next token with a frozen base and a trainable LoRA adapter; such a model is also a `torch.nn.Module`.
 
     Its trainable parameters are the matrices of `adapter_state()`, float32, and nothing else. `train()` and `eval()`
     switch LoRA's dropout.
@@ -40,27 +40,27 @@ class AdapterModel(Protocol):
 
     @property
     def sequence_buckets(self) -> tuple[int, ...]:
-        """The sequence lengths S that a batch may have."""
+        """Return the sequence lengths S that a batch may have."""
 
     @property
     def batch_size(self) -> int:
-        """The most rows B that a batch may have; fewer are as good."""
+        """Return the most rows B that a batch may have; fewer are as good."""
 
     @property
     def max_batch_tokens(self) -> int:
-        """The most tokens B * S that a batch may have, padding included."""
+        """Return the most tokens B * S that a batch may have, padding included."""
 
     @property
     def peft_config(self) -> peft.LoraConfig:
-        """The LoRA settings, fixed when the model was exported."""
+        """Return the LoRA settings, fixed when the model was exported."""
 
     @property
     def digest(self) -> str:
-        """What tells models of one shape apart: `head_digest` of its output head. The same with and without encryption."""
+        """Return `head_digest` of the output head, which tells models of one shape apart; encryption does not change it."""
 
     @property
     def concurrent(self) -> bool:
-        """Whether it may be called, and differentiated, in several threads at once."""
+        """Say whether it may be called, and differentiated, in several threads at once."""
 
     def __call__(
         self,
@@ -84,20 +84,24 @@ class AdapterModel(Protocol):
         """
 
     def adapter_state(self) -> dict[str, torch.nn.Parameter]:
-        """The parameters themselves, keyed as in PEFT's `adapter_model.safetensors`, for example
-        `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`; A is [r, in] and B is [out, r]."""
+        """Return the parameters themselves, keyed as in PEFT's `adapter_model.safetensors`.
+
+        A key is `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`, for example; A is [r, in] and B [out, r].
+        """
 
     def load_adapter_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Copy values into the existing parameters; keys and shapes are those of `adapter_state()`."""
 
     def stats(self) -> dict[str, float]:
-        """Cumulative figures since the model was made: `client_crypto_seconds`, `worker_seconds`, `wire_seconds`,
-        `bytes_up`, `bytes_down` and `tokens`, the attended tokens that went forward (a token after the last scored one
-        of its row need not)."""
+        """Return cumulative figures since the model was made.
+
+        They are `client_crypto_seconds`, `worker_seconds`, `wire_seconds`, `bytes_up`, `bytes_down` and `tokens`: the
+        attended tokens that went forward (a token after the last scored one of its row need not).
+        """
 
 
 def head_digest(head: torch.Tensor) -> str:
-    """Hexadecimal SHA-256 of the shape and some rows, evenly spaced, of a head's float32 weight [V, H]."""
+    """Hash the shape and some rows, evenly spaced, of a head's float32 weight [V, H]: SHA-256 in hex."""
     rows = head.detach()[:: max(1, len(head) // 256)]
     values = rows.to(torch.float32).contiguous().numpy()
     return hashlib.sha256(repr(tuple(head.shape)).encode() + values.tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Private text to token batches: JSONL with `prompt` and `completion`, or with `text`, one object per line.
+"""Turn private text into token batches: JSONL with `prompt` and `completion`, or with `text`, one object per line.
 
 A prompt is tokenised as the tokenizer does by default (with bos, for Llama), the completion after it on its own, and
 eos ends each example. The loss is taken on the completion and eos; of a `text` on all of it. No error shows any text.
@@ -26,7 +26,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One example: `input_ids` with eos at its end, of which the first `prompt_length` carry no loss.
+    """Hold one example: `input_ids` with eos at its end, of which the first `prompt_length` carry no loss.
 
     `prompt_length` is at least 1: the first token is predicted from nothing, so that it has no loss in any case.
     """
@@ -40,16 +40,16 @@ class Example:
 
     @property
     def labels(self) -> list[int]:
-        """`input_ids` with `IGNORED` in place of the prompt."""
+        """Return `input_ids` with `IGNORED` in place of the prompt."""
         return [IGNORED] * self.prompt_length + list(self.input_ids[self.prompt_length :])
 
     def item(self) -> dict[str, list[int]]:
-        """What `PadToBucket` collates: the lists `input_ids` and `labels`, of equal length."""
+        """Return the lists `input_ids` and `labels`, of equal length, as `PadToBucket` collates them."""
         return {"input_ids": list(self.input_ids), "labels": self.labels}
 
 
 class Examples(Dataset[dict[str, list[int]]]):
-    """Tokenised examples in file order, as the trainer's dataset."""
+    """Serve tokenised examples in file order, as the trainer's dataset."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = tuple(examples)
@@ -62,21 +62,21 @@ class Examples(Dataset[dict[str, list[int]]]):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest example."""
+        """Count the tokens of the longest example."""
         return max(len(example.input_ids) for example in self.examples)
 
     @property
     def digest(self) -> str:
-        """Hexadecimal SHA-256 of all examples, in order."""
-        found = hashlib.sha256()
+        """Hash all examples, in order: SHA-256 in hex."""
+        state = hashlib.sha256()
         for example in self.examples:
-            found.update(repr((example.input_ids, example.prompt_length, example.has_prompt)).encode())
-        return found.hexdigest()
+            state.update(repr((example.input_ids, example.prompt_length, example.has_prompt)).encode())
+        return state.hexdigest()
 
 
 @dataclass(frozen=True)
 class PadToBucket:
-    """Collates items of `Examples`: pads on the right to the smallest of `sequence_buckets` that holds the longest.
+    """Collate items of `Examples`: pad on the right to the smallest of `sequence_buckets` that holds the longest.
 
     Returns int64 tensors `input_ids`, `attention_mask` (0 on padding) and `labels` (`IGNORED` on padding), each [B, S].
     """

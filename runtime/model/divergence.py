@@ -1,4 +1,4 @@
-"""Training that is no longer finite: where that is noticed, and what is said of why.
+"""Notice training that is no longer finite, and explain why.
 
 A polynomial stands for a function on its domain only; outside it may grow without limit. So where a plan has polynomials,
 the batch that failed runs forward once more, and the error names what left its domain.
@@ -20,24 +20,26 @@ _SHOWN = 3
 
 @runtime_checkable
 class DomainModel(Protocol):
-    """An `AdapterModel` that may have polynomials in it."""
+    """Mark an `AdapterModel` that may have polynomials in it."""
 
     def outside_domains(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Outside, ...]:
-        """What leaves the domain of its polynomial when a batch (int64 [B, S] each, padded on the right) runs forward, in
-        the order of the graph, up to the first value that is infinite or NaN. Empty without polynomials. No gradient is
-        made. `generator` draws LoRA's dropout."""
+        """Find what leaves the domain of its polynomial when a batch (int64 [B, S] each, padded on the right) runs forward.
+
+        It is listed in the order of the graph, up to the first value that is infinite or NaN; empty without polynomials. No
+        gradient is made. `generator` draws LoRA's dropout.
+        """
 
 
 def require_finite_loss(loss: Tensor) -> None:
-    """NotFiniteError unless the scalar `loss` is finite."""
+    """Raise NotFiniteError unless the scalar `loss` is finite."""
     if not torch.isfinite(loss):
         raise NotFiniteError(f"the loss is {loss.item()}")
 
 
 def require_finite_gradients(parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    """NotFiniteError unless the gradients, where there are any, are finite, and so is their norm over all parameters."""
+    """Raise NotFiniteError unless the gradients there are, and their norm over all parameters, are finite."""
     gradients = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
     if torch.isfinite(torch.nn.utils.get_total_norm(gradients.values())):
         return
@@ -46,8 +48,8 @@ def require_finite_gradients(parameters: Mapping[str, torch.nn.Parameter]) -> No
     raise NotFiniteError(f"{what} is not finite")
 
 
-def explained(message: str, outside: Sequence[Outside]) -> NotFiniteError:
-    """The error `message` with what is known of why, and what to do.
+def divergence_error(message: str, outside: Sequence[Outside]) -> NotFiniteError:
+    """Make the error `message` with what is known of why, and what to do.
 
     It shows ends of ranges of activations, and no other number of the text: they stay with the data owner, whose client
     raises it, and nobody can choose a rate or a margin without them. A federation sends none of it to the others. Under

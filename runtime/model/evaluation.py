@@ -1,4 +1,4 @@
-"""Held-out loss and exact match.
+"""Measure held-out loss and exact match.
 
 Exact match takes one forward per batch, not one per generated token: greedy decoding reproduces a completion with its
 eos if and only if, with the completion itself as input (teacher forcing), the argmax at each of its positions is the
@@ -21,14 +21,17 @@ from torch.nn.functional import cross_entropy
 from hecompile.errors import NotFiniteError
 from hecompile.runtime.model.adapter import AdapterModel
 from hecompile.runtime.model.data import Example, Examples, PadToBucket, smallest_bucket
-from hecompile.runtime.model.divergence import DomainModel, explained, require_finite_loss
+from hecompile.runtime.model.divergence import DomainModel, divergence_error, require_finite_loss
 from hecompile.runtime.model.head import scored_positions, scored_targets
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`loss` in nats per unmasked token, over `tokens` of them; `exact_match` is the fraction of the `prompts` examples
-    with a prompt whose completion and eos greedy decoding reproduces, None if no example has a prompt."""
+    """Report `loss` in nats per unmasked token, over `tokens` of them, and `exact_match`.
+
+    `exact_match` is the fraction of the `prompts` examples with a prompt whose completion and eos greedy decoding
+    reproduces; None if no example has a prompt.
+    """
 
     loss: float
     exact_match: float | None
@@ -57,20 +60,20 @@ def evaluate(model: AdapterModel, examples: Examples, pad_token_id: int, batch_s
                 require_finite_loss(loss)
             except NotFiniteError as error:
                 outside = model.outside_domains(**inputs, labels=labels) if isinstance(model, DomainModel) else ()
-                raise explained(f"on held-out text {error}", outside) from None
+                raise divergence_error(f"on held-out text {error}", outside) from None
             total_loss += float(loss)
             tokens += len(targets)
             wrong = torch.zeros_like(scored)  # [B, S]
             wrong[scored] = logits.argmax(dim=-1) != targets
             right = ~wrong.any(dim=1)  # [B]
-            asked = torch.tensor([example.has_prompt for example in batch])  # [B]
-            matches += int((right & asked).sum())
-            prompts += int(asked.sum())
+            prompted = torch.tensor([example.has_prompt for example in batch])  # [B]
+            matches += int((right & prompted).sum())
+            prompts += int(prompted.sum())
     return Evaluation(total_loss / tokens, matches / prompts if prompts else None, tokens, prompts)
 
 
 def _batches(model: AdapterModel, examples: Sequence[Example], batch_size: int | None) -> Iterator[list[Example]]:
-    """Consecutive runs of examples that keep to the model's limits on rows and on tokens with padding."""
+    """Yield consecutive runs of examples that keep to the model's limits on rows and on tokens with padding."""
     limit = min(batch_size or model.batch_size, model.batch_size)
     batch: list[Example] = []
     for example in examples:
@@ -86,7 +89,7 @@ def _batches(model: AdapterModel, examples: Sequence[Example], batch_size: int |
 
 @contextmanager
 def inference(model: AdapterModel) -> Iterator[None]:
-    """The model in eval mode, without gradients; then it is as it was."""
+    """Put the model in eval mode, without gradients; then it is as it was."""
     module = cast("torch.nn.Module", model)
     was_training = module.training
     module.eval()

@@ -1,4 +1,4 @@
-"""The output head on the positions that are asked for, and its cross entropy without a logit of the others.
+"""Compute the output head and its cross entropy at the scored positions alone.
 
 A vocabulary of 128256 makes a position cost as much in the head as in four layers of a 1B model, and 0.5 MB for its logits.
 So positions that no label scores are left out before the head, and the loss goes through it in pieces of rows, whose
@@ -24,19 +24,19 @@ WEIGHT_ROWS = 1 << 14
 """Rows of the weight at work at a time, 134 MB of a hidden size of 2048; of a mapped weight no more need be in memory."""
 
 PIECE_BYTES = 128 << 20
-"""Of one piece of logits, float32: 261 rows of 128256. Half of it takes a third longer per row, for each piece reads the
-whole weight twice."""
+"""Size of one piece of logits, float32: 261 rows of 128256. Half of it takes a third longer per row, for each piece reads
+the whole weight twice."""
 
 
 def scored_positions(labels: Tensor) -> Tensor:
-    """bool [B, S] of int64 labels [B, S]: the positions i whose logits the label at i + 1 scores."""
+    """Mark the positions i whose logits the label at i + 1 scores: bool [B, S] of int64 labels [B, S]."""
     scored = torch.zeros_like(labels, dtype=torch.bool)
     scored[:, :-1] = labels[:, 1:] != IGNORED
     return scored
 
 
 def scored_targets(labels: Tensor) -> Tensor:
-    """int64 [N]: the next tokens at `scored_positions(labels)`, row by row."""
+    """Return the next tokens at `scored_positions(labels)`, row by row: int64 [N]."""
     targets = labels[:, 1:].flatten()
     return targets[targets != IGNORED]
 
@@ -81,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, release: Release = lambda rows: None
 ) -> Tensor:
-    """Σ over rows of -log softmax(hidden·weightᵀ)[target] in nats, a float32 scalar; differentiable once, in `hidden`.
+    """Return Σ over rows of -log softmax(hidden·weightᵀ)[target] in nats: float32 scalar, differentiable once, in `hidden`.
 
     hidden f32 [N, H], weight f32 [V, H] without gradient, targets int64 [N]; `release` is told which rows of the weight
     have been used.

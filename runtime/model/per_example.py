@@ -1,4 +1,4 @@
-"""Gradients of LoRA's matrices per example, from one backward pass over the batch.
+"""Take the gradients of LoRA's matrices per example, from one backward pass over the batch.
 
 For y = x·Wᵀ the gradient of W is dyᵀ·x, summed over the rows; summed over the rows of one example alone it is that example's
 (Goodfellow, arXiv 1510.01799; Opacus' rule for linear layers). Nothing but the input and the gradient of each LoRA
@@ -22,33 +22,38 @@ from hecompile.runtime.model.adapter import AdapterModel
 
 @dataclass(frozen=True)
 class PerExample:
-    """Of a batch of B examples: `loss`, the cross entropy in nats summed over all their labels (a detached scalar),
-    `tokens`, how many labels each has (int64 [B]), and per matrix the gradient of each example's own sum, float32 [B,
-    *shape]."""
+    """Hold the loss and gradients of a batch of B examples.
+
+    loss: the cross entropy in nats summed over all their labels, a detached scalar.
+    tokens: how many labels each has, int64 [B].
+    gradients: per matrix the gradient of each example's own sum, float32 [B, *shape].
+    """
 
     loss: Tensor
     tokens: Tensor
     gradients: dict[str, Tensor]
 
     def of_means(self) -> dict[str, Tensor]:
-        """The gradients of each example's mean over its own labels; zeros for one without labels."""
+        """Return the gradients of each example's mean over its own labels; zeros for one without labels."""
         counts = self.tokens.clamp(min=1)
         return {name: value / counts.view(-1, *[1] * (value.dim() - 1)) for name, value in self.gradients.items()}
 
 
 @runtime_checkable
 class PerExampleModel(Protocol):
-    """An `AdapterModel` that can tell apart what each example does to its adapter."""
+    """Mark an `AdapterModel` that can tell apart what each example does to its adapter."""
 
     def per_example_gradients(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, generator: torch.Generator | None = None
     ) -> PerExample:
-        """Loss and gradients of a batch (int64 [B, S] each, as `AdapterModel.__call__` takes it), one pass forward and one
-        backward; no parameter's `grad` is touched. `generator` draws LoRA's dropout."""
+        """Compute loss and gradients of a batch (int64 [B, S] each, as `AdapterModel.__call__` takes it).
+
+        It is one pass forward and one backward; no parameter's `grad` is touched. `generator` draws LoRA's dropout.
+        """
 
 
 def require_per_example(model: AdapterModel) -> PerExampleModel:
-    """`model`, or InputError where it cannot."""
+    """Return `model`; raise InputError where it has no gradients per example."""
     if not isinstance(model, PerExampleModel):
         raise InputError(
             f"{type(model).__name__} has no gradients per example, which privacy needs; use mode: paper without"
@@ -57,7 +62,7 @@ def require_per_example(model: AdapterModel) -> PerExampleModel:
 
 
 class GradientCollector:
-    """Multiplies by trainable matrices in a forward pass, and takes their gradients apart by example in the backward pass.
+    """Multiply by trainable matrices in a forward pass, and take their gradients apart by example in the backward pass.
 
     Args:
         parameters: the trainable matrices by name; `product` knows them by identity.
@@ -76,7 +81,7 @@ class GradientCollector:
         self._gradients = {name: value.new_zeros(examples, *value.shape) for name, value in parameters.items()}
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x·weightᵀ: x [..., in], weight [out, in], one of the parameters."""
+        """Compute x·weightᵀ: x [..., in], weight [out, in], one of the parameters."""
         result: Tensor = _Product.apply(x, weight, self._names[id(weight)], self._add)
         return result
 

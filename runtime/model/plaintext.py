@@ -1,4 +1,4 @@
-"""The plaintext baseline: the Hugging Face model with PEFT's own LoRA in float32, behind the trainer's interface."""
+"""Run the plaintext baseline: the Hugging Face model with PEFT's own LoRA in float32, behind the trainer's interface."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hecompile.runtime.model.per_example import GradientCollector, PerExample
 
 
 class PlaintextPeftModel(torch.nn.Module):
-    """A `hecompile.runtime.model.adapter.AdapterModel` that encrypts nothing; encrypted runs are compared with it.
+    """Run an `AdapterModel` (`hecompile.runtime.model.adapter`) that encrypts nothing; encrypted runs are compared with it.
 
     `base` must be float32; its modules are changed in place by PEFT. `peft_config` is copied.
     """
@@ -59,7 +59,7 @@ class PlaintextPeftModel(torch.nn.Module):
 
     @property
     def peft_config(self) -> peft.LoraConfig:
-        """The LoRA settings, with `target_modules` as PEFT resolved them."""
+        """Return the LoRA settings, with `target_modules` as PEFT resolved them."""
         return cast("peft.LoraConfig", self._peft.peft_config["default"])
 
     @property
@@ -68,7 +68,7 @@ class PlaintextPeftModel(torch.nn.Module):
 
     @property
     def concurrent(self) -> bool:
-        """No: PEFT's dropout draws from torch's own generator."""
+        """Say no: PEFT's dropout draws from torch's own generator."""
         return False
 
     def forward(
@@ -80,8 +80,8 @@ class PlaintextPeftModel(torch.nn.Module):
         num_items_in_batch: int | None = None,
         generator: torch.Generator | None = None,
     ) -> CausalLMOutput:
-        """See `AdapterModel.__call__`. Padding that every row has is cut off, and the head works on the positions asked
-        for alone, as on the client."""
+        """See `AdapterModel.__call__`. Padding that every row has is cut off, and the head works on the wanted positions
+        alone, as on the client."""
         wanted = scored_positions(labels) if labels is not None else logits_to_keep
         width = input_ids.shape[1] if wanted is None else max(1, int(attention_mask.sum(dim=1).max()))
         hidden = self._hidden(input_ids[:, :width], attention_mask[:, :width], generator)  # [B, width, H]
@@ -130,7 +130,7 @@ class PlaintextPeftModel(torch.nn.Module):
         return cast("torch.nn.Linear", base.get_output_embeddings())
 
     def adapter_state(self) -> dict[str, torch.nn.Parameter]:
-        """The trainable parameters by their names in PEFT's files, which leave out the adapter's own name."""
+        """Return the trainable parameters by their names in PEFT's files, which leave out the adapter's own name."""
         trainable = {name: parameter for name, parameter in self._peft.named_parameters() if parameter.requires_grad}
         return {name.replace(".default.", "."): parameter for name, parameter in trainable.items()}
 
@@ -145,14 +145,14 @@ class PlaintextPeftModel(torch.nn.Module):
                 own[key].copy_(value)
 
     def stats(self) -> dict[str, float]:
-        """Nothing is encrypted or sent, so that all but `tokens` is zero."""
+        """Return the figures; nothing is encrypted or sent, so that all but `tokens` is zero."""
         names = ("client_crypto_seconds", "worker_seconds", "wire_seconds", "bytes_up", "bytes_down")
         return {**dict.fromkeys(names, 0.0), "tokens": float(self._tokens)}
 
 
 @contextlib.contextmanager
 def _drawing_from(generator: torch.Generator | None) -> Iterator[None]:
-    """Torch's own generator goes on where `generator` stands, which is moved on; then it is as it was before."""
+    """Let torch's own generator go on where `generator` stands, which is moved on; then it is as it was before."""
     if generator is None:
         yield
         return

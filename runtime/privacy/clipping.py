@@ -1,4 +1,4 @@
-"""Per-example gradients → their clipped sum in grid integers, with a sensitivity that holds exactly; and its release.
+"""Clip and sum per-example gradients in grid integers, with a sensitivity that holds exactly, and add noise.
 
 Clipping is joint over all matrices (Abadi et al., arXiv 1607.00133): example i adds g_i · min(1, C / ‖g_i‖₂). On the grid of
 step γ that becomes a vector of integers, each cut toward zero, whose exact integer norm is at most ⌊C / γ⌋: so adding or
@@ -22,14 +22,14 @@ from hecompile.runtime.privacy.noise import SIGMA_GRID, discrete_gaussian
 
 @dataclass(frozen=True)
 class Grid:
-    """Multiples of `step` (in the gradient's unit); `bound` is the clipping norm in steps, an integer below 2^31."""
+    """Define a grid of multiples of `step` (in the gradient's unit); `bound` is the clipping norm in steps, below 2^31."""
 
     step: float
     bound: int
 
     @staticmethod
     def of(max_grad_norm: float, noise_multiplier: float) -> Grid:
-        """The grid on which noise of standard deviation noise_multiplier · max_grad_norm is SIGMA_GRID steps.
+        """Make the grid on which noise of standard deviation noise_multiplier · max_grad_norm is SIGMA_GRID steps.
 
         A noise multiplier of 0 has a grid of the same kind and no noise. Raises InputError out of range.
         """
@@ -50,7 +50,7 @@ def check_noise_multiplier(noise_multiplier: float) -> None:
 
 
 def clipped_sum(gradients: Mapping[str, Tensor], grid: Grid) -> dict[str, Tensor]:
-    """Sum over the examples of the clipped gradients, in steps of `grid`.
+    """Sum the clipped gradients over the examples, in steps of `grid`.
 
     Args:
         gradients: per matrix float [E, *shape], the gradient of each of E examples; E may be 0.
@@ -76,7 +76,7 @@ def clipped_sum(gradients: Mapping[str, Tensor], grid: Grid) -> dict[str, Tensor
 
 
 def _on_grid(vector: Tensor, grid: Grid) -> Tensor:
-    """One example: float64 [P] → int64 [P] of integer norm ≤ grid.bound."""
+    """Clip one example: float64 [P] → int64 [P] of integer norm ≤ grid.bound."""
     steps = vector / grid.step
     norm = float(steps.norm())
     scale = min(1.0, grid.bound / norm) if norm else 1.0
@@ -100,5 +100,5 @@ def add_noise(
 
 
 def in_units(sums: Mapping[str, Tensor], grid: Grid, divisor: float = 1.0) -> dict[str, Tensor]:
-    """Grid integers → float32 in the gradient's unit, divided by `divisor` (the expected batch size)."""
+    """Convert grid integers to float32 in the gradient's unit, divided by `divisor` (the expected batch size)."""
     return {name: (value.double() * (grid.step / divisor)).float() for name, value in sums.items()}

@@ -1,4 +1,4 @@
-"""Gaussian noise for differential privacy: integers on a grid, from the operating system's generator, without floats.
+"""Draw Gaussian noise for differential privacy: integers on a grid, from the operating system's generator, without floats.
 
 A floating-point Gaussian is not Gaussian: which doubles it can reach, added to a gradient, depends on that gradient, and
 that tells the two apart (Mironov, CCS 2012; Jin et al., arXiv 2112.05307). So nothing here is a float: gradients are cut to
@@ -13,8 +13,8 @@ The discrete Gaussian of standard deviation SIGMA_GRID, one fixed number, is put
 
 η is the smoothing parameter of Z for 2^-100, η² = ln(2 (1 + 2^100)) / π; each level changes a probability by a factor within
 1 ± 2^-97 or so. The base samples come from inverting a 128-bit cumulative table, cut at 13 standard deviations: statistical
-distance below 2^-115 each. Over 10^7 parameters and 10^5 releases that is below 2^-70, which no δ that can be asked for
-notices. Against the continuous Gaussian that the accountant assumes, a coordinate's log-probability differs by at most
+distance below 2^-115 each. Over 10^7 parameters and 10^5 releases that is below 2^-70, far below any δ in use. Against the
+continuous Gaussian that the accountant assumes, a coordinate's log-probability differs by at most
 (t² + 1) / (24 SIGMA_GRID²) at t standard deviations, below 10^-15.
 
 Sampling is by table look-up and not in constant time, as in `hecompile.he.random.sampling`, for the same reason.
@@ -59,7 +59,7 @@ MULTIPLIERS, SIGMA_GRID = _levels()
 
 @cache
 def base_cdf() -> tuple[int, ...]:
-    """2^128 · P(e ≤ k) for k = -13·BASE_SIGMA … 13·BASE_SIGMA - 1, P(e = k) proportional to exp(-k² / (2·BASE_SIGMA²))."""
+    """Tabulate 2^128 · P(e ≤ k) for k = -13·BASE_SIGMA … 13·BASE_SIGMA - 1, with P(e = k) ∝ exp(-k² / (2·BASE_SIGMA²))."""
     with localcontext() as context:
         context.prec = 80
         width = Decimal(2 * BASE_SIGMA**2)
@@ -73,7 +73,7 @@ def base_cdf() -> tuple[int, ...]:
 
 @cache
 def _tables() -> tuple[NDArray[np.int16], NDArray[np.uint64]]:
-    """The sample for each value of a number's top 16 bits, or _UNDECIDED; and the top 64 bits of the steps."""
+    """Tabulate the sample for each value of a number's top 16 bits, or _UNDECIDED; and the top 64 bits of the steps."""
     tops = np.array([step >> 64 for step in base_cdf()], dtype=np.uint64)
     low = np.arange(1 << 16, dtype=np.uint64) << np.uint64(48)
     first = np.searchsorted(tops, low, side="left")  # a step inside the cell or at its very beginning leaves it open
@@ -82,8 +82,11 @@ def _tables() -> tuple[NDArray[np.int16], NDArray[np.uint64]]:
 
 
 def base_from_uniform(count: int, more: Bytes) -> NDArray[np.int64]:
-    """Invert the cumulative table at `count` uniform numbers of 128 bits, drawn two bytes at a time as far as they matter:
-    int64 `[count]`, each the number of steps that are at most the number, less 13·BASE_SIGMA."""
+    """Invert the cumulative table at `count` uniform numbers of 128 bits.
+
+    Bits are drawn as far as they matter. Returns int64 `[count]`, each the number of steps that are at most the number, less
+    13·BASE_SIGMA.
+    """
     table, tops = _tables()
     top = more(2 * count).view(np.uint16)
     samples = table[top].astype(np.int64)
@@ -102,14 +105,14 @@ def base_from_uniform(count: int, more: Bytes) -> NDArray[np.int64]:
 
 
 def combine(samples: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Samples of level 0, int64 `[8, n]` → samples of standard deviation SIGMA_GRID, int64 `[n]`."""
+    """Convolve samples of level 0, int64 `[8, n]`, into samples of standard deviation SIGMA_GRID, int64 `[n]`."""
     for z in MULTIPLIERS:
         samples = z * samples[0::2] + (z - 1) * samples[1::2]
     return samples[0]
 
 
 def discrete_gaussian(count: int, random: SecretRandom | None = None) -> NDArray[np.int64]:
-    """Independent secret samples of the discrete Gaussian of standard deviation SIGMA_GRID: int64 `[count]`, |x| < 2^34.
+    """Draw secret samples of the discrete Gaussian of standard deviation SIGMA_GRID: int64 `[count]`, |x| < 2^34.
 
     Raises SecurityError for anything but `SecretRandom`: noise that could be drawn again could be taken off again.
     """

@@ -1,4 +1,4 @@
-"""Poisson sampling: each example is in a step's batch with probability q, independently, and nobody can tell beforehand."""
+"""Sample batches as Poisson: each example is in a step's batch with probability q, independently and unpredictably."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from hecompile.he.random.sampling import SecretRandom
 
 
 def poisson_sample(examples: int, expected: int, random: SecretRandom | None = None) -> list[int]:
-    """Indices below `examples`, each there with probability expected / examples (rounded down to a multiple of 2^-64, which
-    errs on the safe side), in ascending order; maybe none. Raises SecurityError for anything but `SecretRandom`:
-    amplification by sampling needs that the sample is not known."""
+    """Draw indices below `examples`, each with probability expected / examples, in ascending order; maybe none.
+
+    The probability is rounded down to a multiple of 2^-64, which errs on the safe side. Raises SecurityError for anything
+    but `SecretRandom`: amplification by sampling needs that the sample is not known.
+    """
     random = SecretRandom() if random is None else random
     if type(random) is not SecretRandom:
         raise SecurityError("examples are sampled from SecretRandom, never from a seed or a public stream")
@@ -26,7 +28,7 @@ def poisson_sample(examples: int, expected: int, random: SecretRandom | None = N
 
 
 class PoissonBatches(Sampler[list[int]]):
-    """`steps` Poisson samples per pass, fresh ones every time; `expected` is their mean size."""
+    """Yield `steps` Poisson samples per pass, fresh ones every time; `expected` is their mean size."""
 
     def __init__(self, examples: int, expected: int, steps: int) -> None:
         self.examples, self.expected, self.steps = examples, expected, steps

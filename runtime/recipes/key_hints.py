@@ -1,4 +1,4 @@
-"""What is said of a wrong key in a recipe of any kind: which it is, and which key of that kind was probably meant."""
+"""Explain a wrong key in a recipe of any kind: which it is, and which key of that kind was probably meant."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hecompile.runtime.recipes.section import Section
 _FIRST = "0"
 """Stands for any place in a list of sections, as in owners.0.name."""
 _ALIKE = 0.7
-"""Of `difflib`: a slip of one or two letters in a key passes, another word does not."""
+"""Cutoff for `difflib`: a slip of one or two letters in a key passes, another word does not."""
 
 
 def explain(error: ValidationError, kind: type[Section]) -> str:
@@ -48,7 +48,7 @@ def suggest(unknown: Sequence[int | str], kind: type[Section]) -> str:
 
 
 def _keys(kind: type[Section]) -> Iterator[tuple[str, ...]]:
-    """All keys of a recipe of `kind`: its own, then those of its sections."""
+    """Yield all keys of a recipe of `kind`: its own, then those of its sections."""
     for name in kind.model_fields:
         yield (name,)
     for name, field in kind.model_fields.items():
@@ -58,8 +58,10 @@ def _keys(kind: type[Section]) -> Iterator[tuple[str, ...]]:
 
 
 def _sections(annotation: object) -> Iterator[tuple[tuple[str, ...], type[Section]]]:
-    """Those in an annotation such as `list[OwnerSection]` or `PrivacySection | None`, each with what comes between the name
-    of the field and those of the section's own."""
+    """Yield the sections in an annotation such as `list[OwnerSection]` or `PrivacySection | None`.
+
+    Each comes with the keys between the field's name and those of the section.
+    """
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield (), annotation
     place = (_FIRST,) if typing.get_origin(annotation) is list else ()

@@ -1,4 +1,4 @@
-"""The `privacy:` section of a recipe."""
+"""Define the `privacy:` section of a recipe."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hecompile.runtime.recipes.section import Section
 
 
 class PrivacySection(Section):
-    """A promise about what the adapter may tell of any one example (line) of `data.train_file`: (ε, δ)-differential privacy.
+    """Promise (ε, δ)-differential privacy: a bound on what the adapter tells of any one example (line) of `data.train_file`.
 
     * `epsilon` with `delta`: the noise is calibrated so that all steps of the run, with everything that the ledger has from
-      earlier ones, stay within; a run for which they left too little to learn anything is refused. `noise_multiplier` with
-      `delta`: that noise, and ε is reported. All three: that noise, however much, and a run that would exceed epsilon is
-      refused.
+      earlier ones, stay within. A run for which those left too little to learn anything is refused.
+    * `noise_multiplier` with `delta`: that noise, and ε is reported.
+    * All three: that noise, however much, and a run that would exceed epsilon is refused.
     * `noise_multiplier` is the noise's standard deviation in units of `max_grad_norm`; 0 is for experiments and promises
       nothing.
     * `max_grad_norm` (strict: of an example's gradient over all LoRA matrices together; `training.max_grad_norm` is not
@@ -46,5 +46,5 @@ class PrivacySection(Section):
         return self
 
     def ledger_of(self, train_file: Path) -> Path:
-        """Where the ledger is."""
+        """Return the path of the ledger."""
         return self.ledger or train_file.with_name(f"{train_file.name}.ledger")

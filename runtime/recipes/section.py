@@ -10,6 +10,6 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """A mapping of the YAML file: unknown keys are refused, and nothing changes after it was read."""
+    """Hold a mapping of the YAML file: unknown keys are refused, and nothing changes after it was read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

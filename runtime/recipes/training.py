@@ -28,8 +28,10 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class DataSection(Section):
-    """JSONL files (see `hecompile.runtime.model.data`); `max_length` counts tokens with bos and eos, and can only be under
-    the largest sequence bucket of the model."""
+    """Name the JSONL files (see `hecompile.runtime.model.data`).
+
+    `max_length` counts tokens with bos and eos, and can only be under the largest sequence bucket of the model.
+    """
 
     train_file: Path
     validation_file: Path | None = None
@@ -37,7 +39,7 @@ class DataSection(Section):
 
 
 class LoraSection(Section):
-    """LoRA is fixed when the model is exported; a recipe may repeat it here and is then checked against the model."""
+    """Repeat the LoRA settings, which are fixed when the model is exported; the recipe is then checked against the model."""
 
     r: Positive | None = None
     lora_alpha: float | None = None
@@ -46,7 +48,9 @@ class LoraSection(Section):
 
 
 class TrainingSection(Section):
-    """Names, meanings and defaults are those of `transformers.TrainingArguments`, except that
+    """Set up the training loop.
+
+    Names, meanings and defaults are those of `transformers.TrainingArguments`, except that
 
     * `warmup_ratio` is the older name of a `warmup_steps` below 1;
     * `logging_steps` is only how often the progress bar shows the loss (the metrics file has every step), default 1;
@@ -125,7 +129,7 @@ class TrainingSection(Section):
 
     @property
     def order_seed(self) -> int:
-        """The seed of the data order: `data_seed`, or `seed` where it is not given."""
+        """Return the seed of the data order: `data_seed`, or `seed` where it is not given."""
         return self.seed if self.data_seed is None else self.data_seed
 
     @property
@@ -135,21 +139,27 @@ class TrainingSection(Section):
 
     @property
     def evaluates(self) -> bool:
-        """Whether a held-out evaluation is asked for before or during the training."""
+        """Say whether the recipe wants a held-out evaluation before or during the training."""
         return self.eval_on_start or self.eval_steps is not None or self.eval_strategy == "epoch"
 
 
 class RangeLossSection(Section):
-    """Loss = α·L_range + β·L_var + L (Power-Softmax): weights of the term of scores, divisors and activation inputs, and of
-    the term of variances. Zero turns a term off. In `metrics.jsonl` the loss is the sum."""
+    """Weigh the terms of the range loss: α·L_range + β·L_var + L (Zimerman et al., Power-Softmax, arXiv 2410.09457).
+
+    L_range is of scores, divisors and activation inputs, L_var of variances. Zero turns a term off. In `metrics.jsonl` the
+    loss is the sum.
+    """
 
     alpha: Annotated[float, Field(ge=0)] = 1.0
     beta: Annotated[float, Field(ge=0)] = 1.0
 
 
 class Recipe(Workplace):
-    """One training run, where its `Workplace` says. `range_loss` keeps what goes into the polynomials of a plan in their
-    domains (`hecompile.runtime.client.range_terms`); there is none by default."""
+    """Describe one training run, where its `Workplace` says.
+
+    `range_loss` keeps what goes into the polynomials of a plan in their domains (`hecompile.runtime.client.range_terms`);
+    there is none by default.
+    """
 
     data: DataSection
     training: TrainingSection

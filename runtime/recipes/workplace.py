@@ -1,4 +1,4 @@
-"""Where a plan runs: the client bundle, the workers, how they are reached. What training and inference have in common."""
+"""Define where a plan runs: the client bundle, the workers, how they are reached. Training and inference share it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ UNIX_PREFIX = "unix://"
 
 
 class ConnectionSection(Section):
-    """How workers are reached.
+    """Say how workers are reached.
 
     * `authority`: PEM file of who signs the workers' certificates (default: the system's list); `certificate` and `key`:
       what this client shows; `token`: a file with the bearer token that workers ask for.
     * `reply_timeout`: seconds of silence after which a request counts as lost; `attempts`: how often one is sent at most, to
       one worker or several, with growing waits between.
-    * `on_bad_worker`: what a reply that is not the product asked for does. `stop` ends the run at its last checkpoint;
-      `retry-elsewhere` never asks that worker again and sends the same ciphertext to another.
+    * `on_bad_worker`: what a reply does that is not the right product. `stop` ends the run at its last checkpoint;
+      `retry-elsewhere` sends the ciphertext to another worker and never uses the bad one again.
     """
 
     authority: Path | None = None
@@ -36,10 +36,13 @@ class ConnectionSection(Section):
 
 
 class Workplace(Section):
-    """`model` is the client bundle. `worker` is where the worker listens (`tcp://host:port`, `unix://path`, `grpc://`,
-    `grpcs://`, `flight://` or `flights://host:port`), a list of such addresses for several workers of one plan (which
-    may hold some of its layers each), the `http://` address of a fleet's directory, or `inprocess`, which runs
-    `worker_bundle` with `engine` (by default the fastest on this CPU) in this process.
+    """Name the client bundle, `model`, and its `worker`.
+
+    * `worker` is where the worker listens: `tcp://host:port`, `unix://path`, `grpc://`, `grpcs://`, `flight://` or
+      `flights://host:port`;
+    * or a list of such addresses for several workers of one plan, which may hold some of its layers each;
+    * or the `http://` address of a fleet's directory;
+    * or `inprocess`, which runs `worker_bundle` with `engine` (by default the fastest on this CPU) in this process.
     """
 
     model: Path
@@ -50,12 +53,12 @@ class Workplace(Section):
 
     @property
     def workers(self) -> list[str]:
-        """The addresses in `worker`."""
+        """List the addresses in `worker`."""
         return [self.worker] if isinstance(self.worker, str) else self.worker
 
     @property
     def requests_in_flight(self) -> int:
-        """How many requests may be under way at once."""
+        """Return how many requests may be under way at once."""
         return 1
 
     @field_validator("worker", mode="before")
@@ -88,7 +91,7 @@ class Workplace(Section):
 
 
 def make_workplace(settings: dict[str, Any]) -> Workplace:
-    """A workplace from command-line options. Raises InputError naming the one that is wrong."""
+    """Make a workplace of command-line options. Raises InputError naming the one that is wrong."""
     try:
         return Workplace.model_validate(settings)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""How closely one training run follows another, from their metrics files."""
+"""Compare training runs by their metrics files: how closely one follows another, and where the time of a step went."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RELATIVE, ABSOLUTE = 0.01, 0.01
 
 @dataclass(frozen=True)
 class LossComparison:
-    """Step by step comparison of two loss curves.
+    """Compare two loss curves step by step.
 
     Attributes:
         steps: how many were compared.
@@ -37,7 +37,7 @@ class LossComparison:
 
 
 def tolerance(reference: float) -> float:
-    """How far a loss may lie from `reference`, in nats."""
+    """Return how far a loss may lie from `reference`, in nats."""
     return max(RELATIVE * abs(reference), ABSOLUTE)
 
 
@@ -58,7 +58,7 @@ def _losses(path: Path) -> dict[int, float]:
 
 @dataclass(frozen=True)
 class StepSplit:
-    """Where the time of an optimizer step went (median over steps, seconds) and bytes per token on the wire.
+    """Split the time of an optimizer step (median over steps, seconds), and count bytes per token on the wire.
 
     `client_model` is what the other parts leave of `seconds` and `overlapped`, the time that micro-batches in flight
     saved: 0 in sequence.
@@ -75,7 +75,7 @@ class StepSplit:
 
 
 def step_split(metrics: Path) -> StepSplit:
-    """The split of a run's steps. Raises InputError for a file without steps."""
+    """Split a run's steps. Raises InputError for a file without steps."""
     records = [record for record in read_metrics(metrics) if "loss" in record]
     if not records:
         raise InputError(f"{metrics} holds no training step")

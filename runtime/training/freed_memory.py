@@ -1,4 +1,4 @@
-"""What the C library does with memory that was freed, while a model trains.
+"""Make the C library keep memory that was freed, while a model trains.
 
 Glibc maps a block of more than 32 MiB anew at each allocation and gives it back at once when it is freed, so that every
 tensor of that size costs a page fault per 4 KiB: at 4096 tokens of width 1024 a sixth of a training step.
@@ -26,8 +26,7 @@ _CHOSEN_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 @contextmanager
 def freed_memory_kept() -> Iterator[bool]:
-    """Within it the allocator of this process reuses blocks of up to KEPT_BLOCK bytes (mallopt(3)); what is free at the end
-    goes back to the system.
+    """Reuse freed blocks of up to KEPT_BLOCK bytes in this process (mallopt(3)); what is free at the end goes back.
 
     Yields whether it does: not where the C library is another or refuses so large a block (glibc before 2.35), nor where
     the environment has settings of the user's own. Threads other than the main one reuse blocks of up to 64 MiB.
@@ -43,7 +42,7 @@ def freed_memory_kept() -> Iterator[bool]:
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """The C library, if it is glibc and the user has not said how it should allocate."""
+    """Load the C library, if it is glibc and the user has not said how it should allocate."""
     chosen = any(os.environ.get(name) for name in _CHOSEN_BY_USER)
     if chosen or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
         return None

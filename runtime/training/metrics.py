@@ -1,4 +1,4 @@
-"""Training metrics: one JSON object per line and optimizer step, and a progress bar. Numbers only, never any text."""
+"""Write training metrics, a JSON object per line and optimizer step, and a progress bar. Numbers only, never any text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LOGGED = ("epoch", "loss", "learning_rate", "grad_norm")
 
 
 class MetricsWriter(TrainerCallback):
-    """Appends to `path` one record per optimizer step and one per evaluation; each is on disk when the step ends.
+    """Append to `path` one record per optimizer step and one per evaluation; each is on disk when the step ends.
 
     A step's record has `step`, `epoch`, `loss` (nats, mean over the unmasked tokens of the step), `learning_rate`,
     `grad_norm` (before clipping), `seconds` (forward, backward and update, without evaluation and checkpoints) and what
@@ -77,7 +77,7 @@ def forget_after(path: Path, step: int) -> None:
 
 
 class ProgressBar(ProgressCallback):
-    """The trainer's progress bar with the last loss beside it, instead of a printed dictionary per step."""
+    """Show the trainer's progress bar with the last loss beside it, instead of a printed dictionary per step."""
 
     def __init__(self, logging_steps: int) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class ProgressBar(ProgressCallback):
             self.training_bar.set_postfix(shown)
 
     def close(self) -> None:
-        """End the bar's line, so that what is printed next has one of its own. To be called however the training ends."""
+        """End the bar's line, so that what is printed next has one of its own. Call it however the training ends."""
         if self.training_bar is not None:
             self.training_bar.close()
             self.training_bar = None

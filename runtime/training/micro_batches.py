@@ -1,8 +1,8 @@
-"""A step's micro-batches, several of them in flight: while one waits for the worker, another does the client's work.
+"""Compute a step's micro-batches, several in flight: while one waits for the worker, another does the client's work.
 
-Each micro-batch is one forward and backward in one thread. Its gradients are returned and not accumulated, and summed in the
-order of the micro-batches whatever the order they came in; and each draws dropout from a generator of its own, seeded
-beforehand in that order. So the result is a function of the batch alone: the same with one in flight as with many.
+Each micro-batch is one forward and backward in one thread. Gradients are returned and not accumulated, and summed in the
+order of the micro-batches whatever the order they came in. Each draws dropout from a generator of its own, seeded
+beforehand in that order. So the result is a function of the batch alone, however many are in flight.
 """
 
 from __future__ import annotations
@@ -19,17 +19,15 @@ from hecompile.runtime.model.adapter import AdapterModel
 
 LossOf = Callable[[Mapping[str, Tensor], torch.Generator], Tensor]
 """A micro-batch and the generator of its dropout → its share of the step's loss, a scalar with a graph."""
-
-
 Result = TypeVar("Result")
 
 
 class MicroBatches:
-    """Runs the micro-batches of one step after another. `close` ends its threads.
+    """Run the micro-batches of one step after another. `close` ends its threads.
 
     in_flight: how many at once; each holds its activations, so memory grows with it. One needs no thread.
-    overlapped_seconds: by how much the micro-batches so far took longer, added up, than the steps that they were in: 0
-    in sequence; the client's, the wire's and the worker's seconds then add up to the step's.
+    overlapped_seconds: by how much the micro-batches so far took longer, added up, than the steps that they were in. It is
+        0 in sequence: the client's, the wire's and the worker's seconds then add up to the step's.
     """
 
     def __init__(self, in_flight: int = 1) -> None:
@@ -67,8 +65,7 @@ class MicroBatches:
         work: Callable[[Mapping[str, Tensor], torch.Generator], Result],
         micro_batches: Sequence[Mapping[str, Tensor]],
     ) -> Iterator[Result]:
-        """work(micro-batch, generator of its dropout) of each, in their order, gradients enabled. Seeds and failures as in
-        `run`."""
+        """Yield work(micro-batch, generator of its dropout) of each in order, gradients enabled; see `run` for failures."""
         seeds = torch.randint(2**62, (len(micro_batches),)).tolist()
         started, seconds = time.perf_counter(), 0.0
 
@@ -113,6 +110,6 @@ def _sum(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
 
 
 def cut(batch: Mapping[str, Tensor], rows: int) -> list[dict[str, Tensor]]:
-    """The batch's rows in order, `rows` at a time; the last piece may have fewer. Views, not copies."""
+    """Cut a batch into pieces of `rows` rows, in order; the last piece may have fewer. Views, not copies."""
     count = len(next(iter(batch.values())))
     return [{name: value[at : at + rows] for name, value in batch.items()} for at in range(0, count, rows)]

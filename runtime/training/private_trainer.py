@@ -1,4 +1,4 @@
-"""The trainer's private step: DP-SGD on LoRA's matrices (Abadi et al., arXiv 1607.00133), or DP-LoRA as published.
+"""Train in private steps: DP-SGD on LoRA's matrices (Abadi et al., arXiv 1607.00133), or DP-LoRA as published.
 
     batch: a Poisson sample     g_i: gradient of example i's mean loss     clip: min(1, C / ‖g_i‖) over all matrices together
     step:  (Σ clip(g_i) + N(0, z²C²)) / (expected batch size)
@@ -27,7 +27,7 @@ from hecompile.runtime.training.trainer import AdapterTrainer
 
 
 class PadPossiblyEmpty(PadToBucket):
-    """As `PadToBucket`; no items make tensors [0, smallest bucket]."""
+    """Collate as `PadToBucket`; no items make tensors [0, smallest bucket]."""
 
     def __call__(self, items: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
         if items:
@@ -37,8 +37,11 @@ class PadPossiblyEmpty(PadToBucket):
 
 
 class PrivateTrainer(AdapterTrainer):
-    """An `AdapterTrainer` whose steps are private as `private` says. The order of the data is secret and not to be repeated:
-    `data_seed` has no meaning here. The logged loss is the sample's own, without noise, and 0 for an empty sample."""
+    """Train as `AdapterTrainer`, with steps made private as `private` says.
+
+    The order of the data is secret and not to be repeated: `data_seed` has no meaning here. The logged loss is the sample's
+    own, without noise, and 0 for an empty sample.
+    """
 
     def __init__(self, private: PrivateSteps, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -48,7 +51,7 @@ class PrivateTrainer(AdapterTrainer):
         self.args.max_grad_norm = 0.0  # each example is clipped already, and the noise is not to be
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Poisson samples; as many in an epoch as it has batches without privacy."""
+        """Draw Poisson samples; as many in an epoch as it has batches without privacy."""
         assert isinstance(self.train_dataset, Examples)
         examples, expected = len(self.train_dataset), self._private.expected_batch
         batches = PoissonBatches(examples, expected, -(-examples // expected))
@@ -79,7 +82,7 @@ class PrivateTrainer(AdapterTrainer):
         return loss / max(tokens, 1)
 
     def _as_published(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The gradient of the batch, clipped and noised for all A together and for all B together."""
+        """Take the gradient of the batch, clipped and noised for all A together and for all B together."""
         loss = super()._take_gradients(inputs)
         parameters, grid = self._adapter_model.adapter_state(), self._private.grid
         gradients = {

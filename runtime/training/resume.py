@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it can: it must take up exactly where the checkpoint stopped."""
+"""Choose the checkpoint that a run goes on from, and refuse one that the run would not continue exactly."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _DIGESTS = {
 
 
 def checkpoint_to_resume(output_dir: Path, resume: bool | str | Path) -> Path:
-    """The directory `resume`, or the last checkpoint of `output_dir` where it is True. Raises InputError without one."""
+    """Return the directory `resume`, or, where it is True, the last checkpoint of `output_dir`. Raises InputError."""
     if resume is True:
         last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
         if last is None:
@@ -43,11 +43,18 @@ def checkpoint_to_resume(output_dir: Path, resume: bool | str | Path) -> Path:
 
 
 def check_resumable(checkpoint: Path, output_dir: Path, settings: dict[str, object], total_steps: int) -> int:
-    """Return the checkpoint's step; refuse one that is incomplete or damaged, of a finished run, of another model, other
-    data or another data order, one whose optimizer has other settings, and one that has later checkpoints beside it, which
-    would be mistaken for those of the resumed run.
+    """Return the checkpoint's step.
 
-    settings: what the checkpoints of the run to come will hold; total_steps: how many it is to have. Raises InputError.
+    Args:
+        checkpoint: the directory.
+        output_dir: of the run to come.
+        settings: what the checkpoints of the run to come will hold.
+        total_steps: how many it is to have.
+
+    Raises:
+        InputError: the checkpoint is incomplete or damaged, of a finished run, of another model, other data or another data
+            order, or its optimizer has other settings; or there are later ones in `output_dir`, which would be taken for
+            those of the resumed run.
     """
     missing = [name for name in _CHECKPOINT_FILES if not (checkpoint / name).is_file()]
     if missing:
@@ -75,7 +82,7 @@ def check_resumable(checkpoint: Path, output_dir: Path, settings: dict[str, obje
 
 
 def _whole(archive: Path) -> bool:
-    """Whether every part of what torch saved has its check sum; nothing of it is loaded."""
+    """Check every part of what torch saved against its check sum; nothing of it is loaded."""
     try:
         with zipfile.ZipFile(archive) as parts:
             return parts.testzip() is None

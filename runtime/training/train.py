@@ -89,7 +89,7 @@ def run_training(
     settings = _settings(model, recipe, data.train)
     start = _find_start(recipe, settings, len(data.train), resume)
     with _promise(recipe, len(data.train), start) as private:
-        section = _take_output_dir(model, recipe.training, start)
+        section = _prepare_output_dir(model, recipe.training, start)
         parts = (model, section, settings, data.train, data.heldout, data.collate, recipe.range_loss)
         trainer = AdapterTrainer(*parts) if private is None else PrivateTrainer(private, *parts)
         with freed_memory_kept():
@@ -140,13 +140,13 @@ def _promise(recipe: Recipe, examples: int, start: _Start) -> AbstractContextMan
     return private_steps(recipe.privacy, run)
 
 
-def _take_output_dir(model: AdapterModel, section: TrainingSection, start: _Start) -> TrainingSection:
+def _prepare_output_dir(model: AdapterModel, section: TrainingSection, start: _Start) -> TrainingSection:
     """Make the output directory this run's; return the settings of what is left of it, the adapter set to its start."""
     if start.checkpoint is None:
-        _claim(section.output_dir, section.overwrite_output_dir)
+        _claim_output_dir(section.output_dir, section.overwrite_output_dir)
         return section
     load_adapter(model, start.checkpoint)
-    _make(section.output_dir)
+    _make_output_dir(section.output_dir)
     forget_after(section.output_dir / METRICS_FILE, start.step)  # the steps after it are taken again
     return section.model_copy(update={"eval_on_start": False})  # this is not the start
 
@@ -191,7 +191,7 @@ def _check_batches_fit(model: AdapterModel, recipe: Recipe, data: _Data) -> None
             )
 
 
-def _claim(output_dir: Path, overwrite: bool) -> None:
+def _claim_output_dir(output_dir: Path, overwrite: bool) -> None:
     """Make sure that the output directory holds no other run; with `overwrite`, delete the files of one."""
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"training.output_dir {output_dir} is a file; name a directory")
@@ -202,12 +202,12 @@ def _claim(output_dir: Path, overwrite: bool) -> None:
             f"training.output_dir {output_dir} already holds a run ({earlier[0].name}); resume it, choose another "
             f"directory, or set training.overwrite_output_dir=true to replace it"
         )
-    _make(output_dir)
+    _make_output_dir(output_dir)
     for path in earlier:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _make(output_dir: Path) -> None:
+def _make_output_dir(output_dir: Path) -> None:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(output_dir, os.W_OK):

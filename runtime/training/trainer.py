@@ -1,4 +1,4 @@
-"""`transformers.Trainer` with an adapter as its checkpoint, a loss per token, and atomic checkpoints."""
+"""Train by `transformers.Trainer`, with an adapter as its checkpoint, a loss per token, and atomic checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ from hecompile.polynomial.range_watch import Outside
 from hecompile.runtime.client.range_terms import RangeLossModel, WatchedOutput
 from hecompile.runtime.model.adapter import AdapterModel, load_adapter, save_adapter
 from hecompile.runtime.model.data import Examples, PadToBucket
-from hecompile.runtime.model.divergence import DomainModel, explained, require_finite_gradients, require_finite_loss
+from hecompile.runtime.model.divergence import (
+    DomainModel,
+    divergence_error,
+    require_finite_gradients,
+    require_finite_loss,
+)
 from hecompile.runtime.model.evaluation import evaluate
 from hecompile.runtime.model.head import scored_positions
 from hecompile.runtime.recipes.training import RangeLossSection, TrainingSection
@@ -61,7 +66,7 @@ def training_arguments(section: TrainingSection) -> TrainingArguments:
 
 
 class AdapterTrainer(Trainer):
-    """Trains the adapter of an `AdapterModel`; takes the training data in the order that `data_seed` gives.
+    """Train the adapter of an `AdapterModel`; the training data come in the order that `data_seed` gives.
 
     `settings` goes into each checkpoint as `SETTINGS_FILE`, so that a resumed run can be compared with it.
     """
@@ -106,8 +111,15 @@ class AdapterTrainer(Trainer):
         inputs: dict[str, torch.Tensor | Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Add the gradients of the step's loss, the mean over all of its unmasked labels however these are spread over
-        its micro-batches, to the adapter's; return that loss, with the terms of `range_loss` where there are any."""
+        """Add the gradients of the step's loss to the adapter's, and return that loss.
+
+        It is the mean over all unmasked labels of the step, however these are spread over its micro-batches, with the terms
+        of `range_loss` where there are any.
+
+        Raises:
+            NotFiniteError: a loss or a gradient is not finite. Neither adapter nor optimizer was changed.
+            VerificationError: a worker's reply was wrong.
+        """
         model.train()
         step, random = f"step {self.state.global_step + 1}", torch.get_rng_state()
         try:
@@ -120,11 +132,11 @@ class AdapterTrainer(Trainer):
         except NotFiniteError as error:
             torch.set_rng_state(random)  # each micro-batch then has the same dropout again
             outside = self._outside_domains(cut(inputs, self._rows))
-            raise explained(f"{step}: {error}; the step was not taken", outside) from None
+            raise divergence_error(f"{step}: {error}; the step was not taken", outside) from None
         return loss
 
     def _outside_domains(self, micro_batches: list[dict[str, torch.Tensor]]) -> tuple[Outside, ...]:
-        """What leaves the domains of polynomials, if the model has any, in the first micro-batch where something does."""
+        """Find what leaves the domains of the model's polynomials, in the first micro-batch where something does."""
         model = self._adapter_model
         if not isinstance(model, DomainModel):
             return ()
@@ -132,7 +144,7 @@ class AdapterTrainer(Trainer):
         def look(micro_batch: Mapping[str, torch.Tensor], generator: torch.Generator) -> tuple[Outside, ...]:
             return model.outside_domains(**micro_batch, generator=generator)
 
-        return next((found for found in self._micro_batches.map(look, micro_batches) if found), ())
+        return next((outside for outside in self._micro_batches.map(look, micro_batches) if outside), ())
 
     def _take_gradients(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         count = int(scored_positions(inputs["labels"]).sum())
@@ -162,7 +174,7 @@ class AdapterTrainer(Trainer):
         return self._adapter_model.stats() | {"overlapped_seconds": self._micro_batches.overlapped_seconds}
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """All trainable parameters: each is a matrix of LoRA, whatever the model's own names may look like."""
+        """Name all trainable parameters: each is a matrix of LoRA, whatever the model's own names may look like."""
         return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
     def evaluate(
@@ -185,7 +197,7 @@ class AdapterTrainer(Trainer):
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """A checkpoint's model is the adapter alone: the base is frozen, and on the client not even present."""
+        """Save the adapter as a checkpoint's model: the base is frozen, and on the client not even present."""
         self._save_to(output_dir)
 
     def _save_to(self, output_dir: str | None) -> Path:
