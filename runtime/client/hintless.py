@@ -38,6 +38,6 @@ def hint_from_planes(planes: np.ndarray, ring: RingParameters, rows: int) -> Ten
     """
     shape = (WORD_BYTES, ring.lattice_dim, rows)
     if planes.dtype != np.uint8 or planes.shape != shape:
-        raise WorkerError(f"a hint of uint8 {list(shape)} was asked for, got {planes.dtype} {list(planes.shape)}")
+        raise WorkerError(f"expected a hint of uint8 {list(shape)}, got {planes.dtype} {list(planes.shape)}")
     words = np.ascontiguousarray(planes.transpose(2, 1, 0))  # uint8 [rows, rank · d, 4]
     return torch.from_numpy(words.view(np.int32)[..., 0])

@@ -189,7 +189,7 @@ class EncryptedProducts(Products):
         matrix = self._public.coefficients(everything).flatten(1)  # int32 [in, rank · ring_dim]
         if hint_is_right(checks, hint.coefficients(slice(0, hint.rows)), matrix):
             return hint
-        self._distrust(circuit, "the worker's hint is not the product that was asked for", answers[1].worker)
+        self._distrust(circuit, "the worker's hint is not its weight times the public matrix", answers[1].worker)
         return None
 
     def _distrust(self, circuit: str, error: str, worker: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from hecompile.runtime.model.data import IGNORED
 
 Release = Callable[[slice], None]
-"""Told that these rows of the weight have been used: where they lie in a mapped file they may leave memory."""
+"""Called with rows of the weight that have been used: where they lie in a mapped file they may leave memory."""
 
 WEIGHT_ROWS = 1 << 14
 """Rows of the weight at work at a time, 134 MB of a hidden size of 2048; of a mapped weight no more need be in memory."""
@@ -83,8 +83,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return Σ over rows of -log softmax(hidden·weightᵀ)[target] in nats: float32 scalar, differentiable once, in `hidden`.
 
-    hidden f32 [N, H], weight f32 [V, H] without gradient, targets int64 [N]; `release` is told which rows of the weight
-    have been used.
+    hidden f32 [N, H], weight f32 [V, H] without gradient, targets int64 [N]; `release` is called with the rows of the
+    weight that have been used.
     """
     total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, release)
     return total

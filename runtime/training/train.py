@@ -89,7 +89,9 @@ def run_training(
     settings = _settings(model, recipe, data.train)
     start = _find_start(recipe, settings, len(data.train), resume)
     with _promise(recipe, len(data.train), start) as private:
-        section = _prepare_output_dir(model, recipe.training, start)
+        if start.checkpoint is not None:
+            load_adapter(model, start.checkpoint)  # one that does not fit is refused before anything is written
+        section = _prepare_output_dir(recipe.training, start)
         parts = (model, section, settings, data.train, data.heldout, data.collate, recipe.range_loss)
         trainer = AdapterTrainer(*parts) if private is None else PrivateTrainer(private, *parts)
         with freed_memory_kept():
@@ -140,12 +142,11 @@ def _promise(recipe: Recipe, examples: int, start: _Start) -> AbstractContextMan
     return private_steps(recipe.privacy, run)
 
 
-def _prepare_output_dir(model: AdapterModel, section: TrainingSection, start: _Start) -> TrainingSection:
-    """Make the output directory this run's; return the settings of what is left of it, the adapter set to its start."""
+def _prepare_output_dir(section: TrainingSection, start: _Start) -> TrainingSection:
+    """Make the output directory this run's; return the settings for what is left of the run."""
     if start.checkpoint is None:
         _claim_output_dir(section.output_dir, section.overwrite_output_dir)
         return section
-    load_adapter(model, start.checkpoint)
     _make_output_dir(section.output_dir)
     forget_after(section.output_dir / METRICS_FILE, start.step)  # the steps after it are taken again
     return section.model_copy(update={"eval_on_start": False})  # this is not the start

@@ -1,4 +1,4 @@
-"""One build of the shipped small Llama, shared by every end-to-end test."""
+"""Build the shipped small Llama once, shared by every end-to-end test."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BATCH_SIZE, SEQUENCE_BUCKETS = 4, (32, 48, 64)
 
 @dataclass(frozen=True)
 class Build:
-    """A build directory and its two bundles, opened."""
+    """Hold a build directory and its two bundles, opened."""
 
     directory: Path
     client: ClientBundle
@@ -66,14 +66,14 @@ def tokenizer(build: Build) -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def batch(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-    """Four private examples of different lengths, padded to a bucket."""
+    """Collate four private examples of different lengths, padded to a bucket."""
     examples = load_examples(PRIVATE_TRAIN, tokenizer, SEQUENCE_BUCKETS)
     return PadToBucket(SEQUENCE_BUCKETS, eos_and_pad(tokenizer)[1])([examples[index] for index in range(BATCH_SIZE)])
 
 
 @pytest.fixture
 def adapter(build: Build) -> dict[str, Tensor]:
-    """An adapter in which neither A nor B is zero."""
+    """Draw an adapter in which neither A nor B is zero."""
     generator = torch.Generator().manual_seed(7)
     state = build.encrypted().adapter_state()
     return {name: 0.05 * torch.randn(value.shape, generator=generator) for name, value in state.items()}

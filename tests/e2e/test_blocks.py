@@ -1,4 +1,4 @@
-"""Any number of tokens through the whole client path: below, at and above the ring dimension, and several blocks."""
+"""Send any number of tokens through the whole client path: below, at and above the ring dimension, and several blocks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OVERHEAD = 250
 
 
 def ragged(tokens: int) -> dict[str, Tensor]:
-    """A batch whose sequences have `tokens` tokens to predict from, most of them as long as a bucket allows, one short."""
+    """Make a batch with `tokens` tokens to predict from, most sequences as long as a bucket allows, one short."""
     longest = SEQUENCE_BUCKETS[-1] - 1
     lengths = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
     generator = torch.Generator().manual_seed(tokens)

@@ -1,4 +1,4 @@
-"""Workers that cheat in the middle of training: caught, named, and nothing of the lie gets anywhere."""
+"""Catch and name workers that cheat in the middle of training; nothing of the lie gets anywhere."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CIRCUITS_PER_STEP = 4 * 8 - 1  # four layers of four products each way; none is 
 
 
 class Cheat:
-    """An engine that is honest for the first `after` products and then does `lie` to every one."""
+    """Answer honestly for the first `after` products, and then do `lie` to every one."""
 
     name = "cheat"
 

@@ -27,7 +27,7 @@ def adapter_directory(build: Build, adapter: dict[str, Tensor], tmp_path: Path) 
 
 
 def infer(build: Build, *arguments: str, stdin: str | None = None) -> str:
-    """What is printed. Raises the command's error."""
+    """Return what is printed. Raises the command's error."""
     client, worker = str(build.client.directory), str(build.worker.directory)
     place = [] if "--worker" in arguments else ["--worker-bundle", worker, "--engine", "torch"]
     result = CliRunner().invoke(app, ["infer", client, *place, *LIMIT, *arguments], input=stdin, catch_exceptions=True)

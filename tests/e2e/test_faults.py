@@ -192,7 +192,7 @@ def test_an_interrupt_of_answering_is_answered(build: Build, tmp_path: Path, out
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """Of two adapters, relative to the first."""
+    """Return the distance of two adapters, relative to the first."""
     difference = sum(float((one[name] - other[name]).square().sum()) for name in one)
     return float((difference / sum(float(value.square().sum()) for value in one.values())) ** 0.5)
 

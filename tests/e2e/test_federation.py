@@ -1,4 +1,4 @@
-"""A federation with real models: through an encrypted worker, in processes of its own, with an owner killed on the way."""
+"""Run a federation with real models: an encrypted worker, processes of their own, an owner killed on the way."""
 
 from __future__ import annotations
 

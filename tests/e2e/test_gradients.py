@@ -1,4 +1,4 @@
-"""Encrypted gradients and logits against plaintext float32 PEFT, and the treatment of padding and masked rows."""
+"""Compare encrypted gradients and logits with plaintext float32 PEFT, and see what padding and masked rows do."""
 
 from __future__ import annotations
 

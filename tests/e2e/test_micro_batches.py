@@ -1,4 +1,4 @@
-"""Several micro-batches of a step in flight: the same results as in sequence, bit for bit where nothing is encrypted."""
+"""Run several micro-batches of a step in flight, with the results of a sequence: bit for bit where nothing is encrypted."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STEPS, ROWS, MICRO_BATCHES = 3, 2, 3
 
 
 class Dropping(ClientBundle):
-    """A bundle whose plan has LoRA dropout."""
+    """Open a bundle whose plan has LoRA dropout."""
 
     def graph(self) -> ir.Model:
         model = super().graph()
@@ -46,7 +46,7 @@ class Dropping(ClientBundle):
 
 
 class Meeting(CleartextProducts):
-    """Products that note how many are under way at most; each waits, at first, until `expected` are.
+    """Note how many products are under way at most; each waits, at first, until `expected` are.
 
     So a run with fewer in flight than it should have does not end (the wait is cut off and the test fails).
     """

@@ -1,4 +1,4 @@
-"""The whole client over Open Inference Protocol: a training step with a worker over TLS, and with a server of others."""
+"""Run the whole client over Open Inference Protocol: a training step with a worker over TLS, and with a server of others."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.support.foreign_server import ForeignServer
 
 @contextmanager
 def worker_over_tls(build: Build, folder: Path) -> Iterator[list[str]]:
-    """A worker that asks for everything; yields what a recipe says of it."""
+    """Run a worker that wants certificates and a token; yield what a recipe says of it."""
     make_development_certificates(folder)
     served = ServerCredentials.load(*(folder / name for name in (SERVER, SERVER_KEY, AUTHORITY, TOKEN)))
     files = {"authority": AUTHORITY, "certificate": CLIENT_CERTIFICATE, "key": CLIENT_KEY, "token": TOKEN}
@@ -44,7 +44,7 @@ def worker_over_tls(build: Build, folder: Path) -> Iterator[list[str]]:
 
 @contextmanager
 def server_of_others(build: Build, _: Path) -> Iterator[list[str]]:
-    """One that has the model repository of the worker bundle, and nothing of this program."""
+    """Run a server that has the model repository of the worker bundle, and nothing of this program."""
     with ForeignServer(build.worker.directory / "circuits") as server:
         yield [f"worker={server.address}"]
 

@@ -1,4 +1,4 @@
-"""Decrypted results of the worker = integer product + noise, for every linear of the small Llama, both directions."""
+"""Measure the noise of the worker's products, decrypted, for every linear of the small Llama in both directions."""
 
 from __future__ import annotations
 

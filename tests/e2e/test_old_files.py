@@ -1,4 +1,4 @@
-"""What an earlier version wrote still opens: bundles, checkpoints and a ledger from before the modules were moved.
+"""Open what an earlier version wrote: bundles, checkpoints and a ledger from before the modules were moved.
 
 `old_files/made_by.md` says how they were made. They stay as they are; what cannot read them any more is what is wrong.
 """

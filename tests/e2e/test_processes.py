@@ -1,4 +1,4 @@
-"""Training through a worker in a process of its own, over a real socket, against plaintext PEFT with the same order."""
+"""Train through a worker in a process of its own, over a real socket, and compare with plaintext PEFT in that order."""
 
 from __future__ import annotations
 

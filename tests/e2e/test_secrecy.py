@@ -1,4 +1,4 @@
-"""What a worker sees: its whole traffic is recorded and examined, and so is its bundle."""
+"""Examine what a worker sees: its whole traffic, recorded, and its bundle."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KNOWN_ANSWER_REQUESTS = 2
 
 
 class Wiretap:
-    """Everything that a client sent, decoded as the worker decodes it, with the plaintext that it was made from."""
+    """Record everything that a client sent, decoded as the worker decodes it, with the plaintext that it was made from."""
 
     def __init__(self, bundle: ClientBundle, address: str) -> None:
         self.frames: list[bytes] = []

@@ -1,4 +1,4 @@
-"""A session reads its plan once, and nobody's changes to the graph reach anybody else."""
+"""Check that a session reads its plan once, and that nobody's changes to the graph reach anybody else."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXACT = {"attention": "softmax", "norm": "rmsnorm", "activation": "silu"}
 
 @pytest.fixture
 def parses(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Every file that onnx_ir reads a graph from."""
+    """Record every file that onnx_ir reads a graph from."""
     read: list[Path] = []
     real = ir.load
 

@@ -26,7 +26,7 @@ def model() -> PlaintextPeftModel:
 
 @pytest.fixture(scope="module")
 def eos(model: PlaintextPeftModel) -> int:
-    """A token that ends some continuations of PROMPTS and not others."""
+    """Find a token that ends some continuations of PROMPTS and not others."""
     continuations = [one_by_one(model, prompt, 12, eos=-1) for prompt in PROMPTS]
     later = {token for tokens in continuations for token in tokens[3:]}
     return min(token for token in later if not all(token in tokens for tokens in continuations))

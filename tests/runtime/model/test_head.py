@@ -1,4 +1,4 @@
-"""The head on scored positions, and its cross entropy in pieces, against torch's own."""
+"""Compare the head on scored positions, and its cross entropy in pieces, with torch's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The random two-layer Llama of the tests, compiled once for the tests that go through a plan."""
+"""Compile the random two-layer Llama once for the tests that go through a plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes with a privacy section over the ten examples of the training tests."""
+"""Make recipes with a privacy section over the ten examples of the training tests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def private_recipe(directory: Path, privacy: dict[str, Any], **training: Any) ->
 
 
 def everyone(**more: Any) -> dict[str, Any]:
-    """Settings in which each step takes all examples."""
+    """Make settings in which each step takes all examples."""
     return {"per_device_train_batch_size": 2, "gradient_accumulation_steps": N // 2, "warmup_steps": 0} | more
 
 

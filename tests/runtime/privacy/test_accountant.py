@@ -1,4 +1,4 @@
-"""The accountant against the Gaussian's closed form, against Opacus, and against itself: calibrate, ask what is spent."""
+"""Compare the accountant with the Gaussian's closed form, with Opacus, and with itself: what calibrated noise spends."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from hecompile.runtime.privacy.accountant import Mechanism, affordable, calibrat
 
 
 def gaussian_epsilon(noise: float, releases: int, delta: float) -> float:
-    """ε of Gaussian releases without sampling, in closed form (Balle & Wang, arXiv 1805.06530, theorem 8; releases compose
-    to one of noise / √releases)."""
+    """Return the ε of Gaussian releases without sampling, in closed form (Balle & Wang, arXiv 1805.06530, theorem 8).
+
+    Releases compose to one of noise / √releases.
+    """
     mu = math.sqrt(releases) / noise
 
     def gap(epsilon: float) -> float:
@@ -30,7 +32,7 @@ def test_without_sampling_it_is_the_closed_form(noise: float, releases: int, del
     exact = gaussian_epsilon(noise, releases, delta)
     spent = spent_epsilon([(Mechanism(noise, 1.0), releases)], delta)
     assert exact <= spent <= exact * (1 + 1e-4)
-    # The same releases in two lots cost the same.
+    # Releases in two lots cost what they cost in one.
     assert spent_epsilon([(Mechanism(noise, 1.0), 1), (Mechanism(noise, 1.0), releases - 1)], delta) == pytest.approx(
         spent
     )

@@ -1,4 +1,4 @@
-"""Clipping is joint and exact on the grid: what an example can do to a sum is bounded in integers, whatever its gradient."""
+"""Check that clipping is joint and exact on the grid: what an example can do to a sum is bounded in integers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def gradients(examples: int, seed: int, scale: float = 1.0) -> dict[str, Tensor]
 
 
 def norm(sums: dict[str, Tensor]) -> int:
-    """The square of the Euclidean norm of all of them together, in Python's integers."""
+    """Square the Euclidean norm of all of them together, in Python's integers."""
     return sum(int(value) ** 2 for part in sums.values() for value in part.flatten())
 
 

@@ -1,4 +1,4 @@
-"""The ledger: what was spent survives everything, and nothing beyond the budget is let through."""
+"""Check the ledger: what was spent survives everything, and nothing beyond the budget is let through."""
 
 from __future__ import annotations
 

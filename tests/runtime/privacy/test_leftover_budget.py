@@ -1,4 +1,4 @@
-"""What later runs may do with what earlier ones left of a budget."""
+"""Spend what earlier runs left of a budget, and refuse runs that would learn nothing with it."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def test_a_second_run_on_a_spent_budget_is_refused_with_what_would_do(data: Path
     first = run(data, EPSILON)
     with pytest.raises(InputError) as caught:
         run(data, EPSILON)
-    found = re.search(
+    said = re.search(
         r"of the privacy budget epsilon 8 \(delta 0\.0001\) only 0\.0\d+ is left \(.*train\.jsonl\.ledger\): 4 steps need "
         r"noise multiplier ([\d.]+) to stay within, \d\d times the ([\d.]+) that all of it would need, and would learn next "
         r"to nothing\. Raise privacy\.epsilon \(to ([\d.]+) for noise multiplier [\d.]+\), or, if so much noise is what you "
         r"want, set privacy\.noise_multiplier=([\d.]+)$",
         str(caught.value),
     )
-    assert found is not None, caught.value
-    needed, usual, epsilon, asked = map(float, found.groups())
+    assert said is not None, caught.value
+    needed, usual, epsilon, advised = map(float, said.groups())
     assert needed > 10 and usual == pytest.approx(first, rel=1e-2)
     with ledger(data) as record:
         assert record.releases == STEPS  # nothing was spent
     # Each advice, as it is given, is one that works.
-    assert run(data, EPSILON, noise_multiplier=asked) == asked
+    assert run(data, EPSILON, noise_multiplier=advised) == advised
     assert run(data, epsilon) == pytest.approx(first, rel=2e-2)
 
 
@@ -118,9 +118,9 @@ def test_a_refused_run_leaves_the_adapter_that_it_would_have_replaced(tmp_path: 
     with pytest.raises(InputError, match="learn next to nothing") as caught:
         run_training(make_model(), TOKENIZER, recipe)
     assert adapter.read_bytes() == before
-    asked = float(str(caught.value).rpartition("=")[2])
+    advised = float(str(caught.value).rpartition("=")[2])
     wanted = private_recipe(
-        tmp_path, {"epsilon": 40.0, "noise_multiplier": asked}, **everyone(max_steps=1, overwrite_output_dir=True)
+        tmp_path, {"epsilon": 40.0, "noise_multiplier": advised}, **everyone(max_steps=1, overwrite_output_dir=True)
     )
     run_training(make_model(), TOKENIZER, wanted)
     assert adapter.read_bytes() != before

@@ -1,4 +1,4 @@
-"""The discrete Gaussian: its table by hand-made uniform numbers, its distribution by samples, and where it is drawn from.
+"""Check the discrete Gaussian: its table by hand-made uniform numbers, its distribution by samples, and its source.
 
 The statistical bounds are fixed and fail a right sampler with probability below 1e-9 each.
 """

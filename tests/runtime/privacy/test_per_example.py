@@ -1,4 +1,4 @@
-"""Gradients per example, from one pass, against one pass per example: plaintext, the plan in clear, the plan encrypted."""
+"""Compare gradients per example from one pass with one pass per example: plaintext, the plan in clear, encrypted."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.support.training import make_model
 
 TOLERANCE = 1e-5
 ENCODED = 5e-5
-"""Of integers: where float32 rounds a batch otherwise than its rows, an encoded value differs by a step, 1 in 2^14 or so."""
+"""Where float32 rounds a batch otherwise than its rows, an encoded value differs by a step of its encoding, about 2^-14."""
 
 LENGTHS, PROMPTS = (16, 11, 7, 9), (4, 8, 1, 5)
 EXAMPLES = len(LENGTHS)
 
 
 class FloatProducts(CleartextProducts):
-    """The plan's products in float64: nothing is encoded, so that only float32 rounding is left to differ."""
+    """Compute the plan's products in float64: nothing is encoded, so that only float32 rounding is left to differ."""
 
     def product(
         self, circuit: str, x: Tensor, column_scale: Tensor | None = None, row_scale: Tensor | None = None
@@ -42,7 +42,7 @@ class FloatProducts(CleartextProducts):
 
 @pytest.fixture
 def batch() -> dict[str, Tensor]:
-    """Four examples of different lengths, of which different parts are scored."""
+    """Make four examples of different lengths, of which different parts are scored."""
     tokens = torch.randint(3, 259, (EXAMPLES, 16), generator=torch.Generator().manual_seed(3))
     places = torch.arange(16)[None]
     real = places < torch.tensor(LENGTHS)[:, None]
@@ -66,7 +66,7 @@ def clear(bundles: tuple[ClientBundle, WorkerBundle], products: type[CleartextPr
 
 
 def one_by_one(model: AdapterModel, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss summed over the labels, and per matrix [B, *shape], by autograd, one example at a time without padding."""
+    """Return the loss summed over the labels, and per matrix [B, *shape], one example at a time without padding."""
     total, rows = torch.zeros(()), []
     parameters = model.adapter_state()
     for row in range(EXAMPLES):

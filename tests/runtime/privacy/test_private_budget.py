@@ -1,4 +1,4 @@
-"""What private runs are charged for and when: crashes, resumed runs, one budget for all runs on a dataset."""
+"""Charge private runs for what they release: crashes, resumed runs, one budget for all runs on a dataset."""
 
 from __future__ import annotations
 

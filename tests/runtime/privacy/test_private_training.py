@@ -32,7 +32,7 @@ from tests.support.training import BUCKETS, make_model
 
 @contextmanager
 def recorded_gradients() -> Iterator[list[list[Tensor]]]:
-    """What each optimizer step was given, in the order of the parameters."""
+    """Record what each optimizer step was given, in the order of the parameters."""
     steps: list[list[Tensor]] = []
 
     def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -47,7 +47,7 @@ def recorded_gradients() -> Iterator[list[list[Tensor]]]:
 
 
 def example_gradients(recipe: Recipe) -> list[list[Tensor]]:
-    """The gradient of each example's mean loss, by autograd, one example at a time."""
+    """Return the gradient of each example's mean loss, by autograd, one example at a time."""
     model = make_model()
     collate = PadToBucket(BUCKETS, 0)
     found = []

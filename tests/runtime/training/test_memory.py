@@ -1,4 +1,4 @@
-"""Freed memory is kept while a model trains: in processes of their own, for other tests allocate as they like."""
+"""Check that freed memory is kept while a model trains, in processes of their own: other tests allocate as they like."""
 
 import ctypes
 import os
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def _outcome(**environment: str) -> list[str]:
-    """Is memory kept; were 64 MiB mapped for themselves; are they the process's when freed; and when all is over."""
+    """Return four answers: is memory kept, were 64 MiB mapped apart, do they stay when freed, and at the end."""
     others = ("MALLOC_", "GLIBC_", "LD_PRELOAD")
     mine = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     program = [sys.executable, "-c", PROGRAM]

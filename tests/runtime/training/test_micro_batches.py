@@ -1,4 +1,4 @@
-"""Cutting a step, summing its gradients in order, and drawing its seeds, without any worker."""
+"""Cut a step, sum its gradients in order and draw its seeds, without any worker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hecompile.runtime.training.micro_batches import MicroBatches, cut
 
 
 class Linear:
-    """The least that MicroBatches needs of a model: float32 parameters."""
+    """Provide the least that MicroBatches needs of a model: float32 parameters."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -43,7 +43,7 @@ def test_cut_keeps_rows_in_order_and_copies_nothing() -> None:
 
 
 def run(in_flight: int, model: Linear, order: list[int] | None = None) -> Tensor:
-    """One step; with `order`, micro-batch order[k] ends k-th."""
+    """Take one step; with `order`, micro-batch order[k] ends k-th."""
     turn, ended = threading.Condition(), 0
     pieces = cut(batch(), 2)
     position = {int(piece["y"][0]): index for index, piece in enumerate(pieces)}

@@ -1,4 +1,4 @@
-"""What a run goes on from, what it does not go on from, and a disk that fills up."""
+"""Resume from good checkpoints, refuse others, and meet a disk that fills up."""
 
 from __future__ import annotations
 
