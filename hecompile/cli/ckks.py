@@ -1,4 +1,4 @@
-"""`hecompile ckks`: a polynomial model evaluated wholly on a worker."""
+"""Run `hecompile ckks export`, `serve` and `infer`: a polynomial model evaluated wholly on a worker."""
 
 from __future__ import annotations
 
@@ -6,9 +6,26 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from hecompile.cli.console import message_console, progress_bar
+from hecompile.cli.groups import with_groups
+from hecompile.cli.options import (
+    MAX_NEW_TOKENS,
+    WORKER_ADDRESS,
+    Adapter,
+    BuildDirectory,
+    Checkpoint,
+    ClientBundlePath,
+    PolynomialChoice,
+    WorkerBundlePath,
+)
+from hecompile.cli.prompts import Prompts, PromptsFile, gather_prompts, print_answer
+
+if TYPE_CHECKING:  # imported when a command runs: help is to be quick
+    from hecompile.runtime.inference.answers import Prompt
 
 ckks_app = typer.Typer(
     no_args_is_help=True,
@@ -18,30 +35,33 @@ ckks_app = typer.Typer(
 
 
 @ckks_app.command("export")
+@with_groups
 def export(
-    model: Annotated[str, typer.Option(help="Checkpoint, as a rule one made by `hecompile convert`.")],
-    out: Annotated[Path, typer.Option(help="Where to write client/ and worker/. An earlier build there is replaced.")],
-    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of a prompt at most.")],
-    adapter: Annotated[Optional[Path], typer.Option(help="A PEFT adapter, merged into the weights.")] = None,  # noqa: UP045
+    model: Checkpoint,
+    out: BuildDirectory,
+    polynomials: PolynomialChoice,
+    sequence_length: Annotated[int, typer.Option(min=2, help="How many tokens a prompt has at most.")],
+    adapter: Adapter = None,
     levels: Annotated[
         int, typer.Option(help="Multiplications between two refreshes: more take a larger ring; 0: no refreshes.")
     ] = 4,
-    ring_dim: Annotated[Optional[int], typer.Option(help="By default the smallest that has the levels at 128 bits.")] = None,  # noqa: UP045
-    attention: Annotated[Optional[str], typer.Option(help="As for `export llama`.")] = None,  # noqa: UP045
-    norm: Annotated[Optional[str], typer.Option(help="As for `export llama`.")] = None,  # noqa: UP045
-    activation: Annotated[Optional[str], typer.Option(help="As for `export llama`.")] = None,  # noqa: UP045
+    ring_dim: Annotated[
+        int | None, typer.Option(help="Ring dimension; by default the smallest that has the levels at 128 bits.")
+    ] = None,
     last_only: Annotated[
-        bool, typer.Option(help="Logits of the last position alone; prompts then have that many tokens.")
+        bool, typer.Option(help="Logits of the last position alone; prompts then have --sequence-length tokens.")
     ] = False,
 ) -> None:
-    """Compile a checkpoint for evaluation on ciphertexts. The worker's half holds the weights, the adapter's included."""
-    from rich.console import Console
+    """Compile a checkpoint, as a rule one made by `hecompile convert`, for evaluation on ciphertexts. The worker's half
+    holds the weights, with the adapter merged into them."""
     from rich.markup import escape
 
     from hecompile.compiler.ckks import CkksOptions, export_polynomial
 
-    options = CkksOptions(sequence_length, levels, ring_dim, attention, norm, activation, last_only)
-    console = Console(stderr=True)
+    options = CkksOptions(
+        sequence_length, levels, ring_dim, polynomials.attention, polynomials.norm, polynomials.activation, last_only
+    )
+    console = message_console()
     with console.status("load") as status:
         plan = export_polynomial(model, out, options, adapter, status.update)
     refreshed = sum(math.prod(shape) for shape in plan.refreshes.values())
@@ -55,9 +75,9 @@ def export(
 
 @ckks_app.command("serve")
 def serve(
-    bundle: Annotated[Path, typer.Argument(help="The worker's half of the export.")],
-    listen: Annotated[str, typer.Option(help="tcp://127.0.0.1:PORT or unix:///path.")],
-    threads: Annotated[Optional[int], typer.Option(min=1, help="By default one per core.")] = None,  # noqa: UP045
+    bundle: WorkerBundlePath,
+    listen: Annotated[str, typer.Option(help="tcp://127.0.0.1:PORT or unix:///path/to/socket.")],
+    threads: Annotated[int | None, typer.Option(min=1, help="How many threads; by default one per core.")] = None,
 ) -> None:
     """Serve a polynomial plan until interrupted."""
     from hecompile.runtime.ckks.worker import serve as run
@@ -67,46 +87,33 @@ def serve(
 
 @ckks_app.command("infer")
 def infer(
-    plan: Annotated[Path, typer.Argument(help="The client's half of the export.")],
-    worker: Annotated[str, typer.Option(help="Where `ckks serve` listens.")],
-    prompts: Annotated[Optional[list[str]], typer.Argument(help="Prompts, at most as many as there are slots.")] = None,  # noqa: UP045
-    prompts_file: Annotated[Optional[Path], typer.Option(help="One prompt per line.")] = None,  # noqa: UP045
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write; each is one evaluation of the model.")] = 1,
+    plan: ClientBundlePath,
+    worker: Annotated[str, typer.Option(help=f"{WORKER_ADDRESS}.")],
+    prompts: Prompts = None,
+    prompts_file: PromptsFile = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "--new-tokens", min=1, help=MAX_NEW_TOKENS)] = 1,
 ) -> None:
-    """Write the likeliest next tokens of prompts; all prompts go through the worker together."""
-    from hecompile.errors import InputError
-    from hecompile.files import reason_of
-
-    if bool(prompts) == (prompts_file is not None):
-        raise InputError("give prompts as arguments or in --prompts-file, one or the other")
-    if prompts_file is not None:
-        try:
-            prompts = [line for line in prompts_file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read {prompts_file}: {reason_of(error)}") from None
-    assert prompts is not None
-    answer(plan, worker, prompts, new_tokens)
+    """Write the likeliest next tokens of prompts. All prompts go through the worker together, as many as the plan has slots;
+    each new token is one evaluation of the model."""
+    answer_under_ckks(plan, worker, gather_prompts(prompts, prompts_file), max_new_tokens)
 
 
-def answer(plan: Path, worker: str, prompts: Sequence[str], new_tokens: int) -> None:
-    """Prints the likeliest `new_tokens` next tokens of each prompt; all go through the CKKS worker together.
+def answer_under_ckks(plan: Path, worker: str, prompts: Sequence[Prompt], new_tokens: int) -> None:
+    """Print the likeliest `new_tokens` next tokens of each prompt; all go through the CKKS worker together.
 
     Raises InputError and what `hecompile.runtime.ckks.client.CkksSession` raises.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from hecompile.runtime.ckks.answers import complete
     from hecompile.runtime.ckks.client import CkksSession
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with CkksSession(plan, worker) as session, Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
+    console = message_console()
+    with CkksSession(plan, worker) as session, progress_bar(console, quiet=not sys.stderr.isatty()) as bar:
         task = bar.add_task("refreshes", total=new_tokens * len(session.plan.refreshes))
-        answers = complete(session, prompts, new_tokens, lambda *_: bar.advance(task))
+        texts = [prompt.text for prompt in prompts]
+        answers = complete(session, texts, new_tokens, lambda *_: bar.advance(task))
         stats = session.stats
-    for prompt, written in zip(prompts, answers, strict=True):
-        print(f"{prompt}\t{written}" if len(prompts) > 1 else written, flush=True)
+    for number, written in enumerate(answers):
+        print_answer(prompts, number, written)
     console.print(
         f"last evaluation: {stats.total_seconds:.0f} s for {len(prompts)} prompts, {stats.bytes_up / 1e6:.0f} MB up, "
         f"{stats.bytes_down / 1e6:.0f} MB down, {stats.refreshed} ciphertexts refreshed",

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from hecompile.cli.options import wide_console
+from hecompile.cli.console import wide_console
+from hecompile.cli.options import Overrides, Precision
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the build, the runs and the report go; emptied first.")] = Path(
-        "runs/make-demo"
-    ),
-    overrides: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Argument(help="Changes to models/recipes/demo.yaml for both runs, e.g. training.max_steps=20"),
-    ] = None,
-    precision: Annotated[float, typer.Option(help="As for `export llama`.")] = 8.0,
+    out: Annotated[
+        Path, typer.Option(help="Where the build and the runs go; what an earlier demo left is deleted.")
+    ] = Path("runs/make-demo"),
+    overrides: Overrides = None,
+    precision: Precision = 8.0,
 ) -> None:
-    """The whole path on the shipped small Llama and private data: export, a worker process on a loopback socket, encrypted
-    training, and the same by plaintext PEFT for comparison. One to four minutes on two cores."""
+    """Run the whole path on the shipped small Llama and private data: export, a worker process on a loopback socket,
+    encrypted training, and plaintext training by PEFT beside it for comparison. Takes one to four minutes on two cores."""
     from hecompile.cli.demo_run import run_demo
 
     run_demo(out, wide_console(), precision, overrides or ())

@@ -1,4 +1,4 @@
-"""`hecompile demo`: the whole path on the shipped small Llama, and the same training in plaintext beside it."""
+"""Run the whole path on the shipped small Llama, and the same training in plaintext beside it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from hecompile.bundles.kinds import CLIENT, WORKER
+from hecompile.cli.console import progress_bar
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime.client.session import Session, open_session
@@ -37,13 +37,13 @@ def run_demo(out: Path, console: Console, precision: float = 8.0, changes: Seque
     build, runs = out / "build", out / "runs"
     for directory in (build, runs):
         shutil.rmtree(directory, ignore_errors=True)
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as bar:
-        task = bar.add_task("export")
+    with progress_bar(console) as bar:
+        task = bar.add_task("export", total=1)
         plan_id = compile_checkpoint(
             str(TINY_LLAMA),
             build,
             CompileOptions(batch_size=BATCH_SIZE, sequence_buckets=SEQUENCE_BUCKETS, effective_bits=precision),
-            lambda what, done, total: bar.update(task, description=f"export: {what}"),
+            lambda what, done, total: bar.update(task, description=f"export: {what}", completed=done, total=total),
         )
     console.print(f"exported {TINY_LLAMA.name}: plan {plan_id[:16]}, bundles in {build}", soft_wrap=True)
     overrides = [*changes, f"model={build / CLIENT}", f"training.output_dir={runs / 'encrypted'}"]
@@ -55,7 +55,7 @@ def run_demo(out: Path, console: Console, precision: float = 8.0, changes: Seque
             before = _held_out(session.model, session, recipe)
             result = run_training(session.model, session.tokenizer, recipe)
             after = _held_out(session.model, session, recipe)
-    console.print("the same in plaintext: PEFT on the original float32 checkpoint, same seed and data order")
+    console.print("plaintext training: PEFT on the original float32 checkpoint, same seed and data order")
     plain = PlaintextPeftModel.from_pretrained(TINY_LLAMA, session.model.peft_config, SEQUENCE_BUCKETS, BATCH_SIZE)
     plain.load_adapter_state(initial)
     plain_recipe = load_recipe(RECIPE, [*overrides, f"training.output_dir={runs / 'plaintext'}"])

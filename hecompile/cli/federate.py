@@ -1,24 +1,26 @@
-"""`hecompile federate` runs a federation on this machine; `hecompile federation` has its parts, one process each."""
+"""Run `hecompile federate`, a federation on this machine, and `hecompile federation`, its parts in a process each."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-federation_app = typer.Typer(no_args_is_help=True, help="The processes of a federation, on one machine.")
+from hecompile.cli.console import wide_console
+from hecompile.cli.options import FederationRecipe, Overrides
 
-_Recipe = Annotated[Path, typer.Argument(help="YAML recipe; models/recipes/federation.yaml is a commented example.")]
-_Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045  typer evaluates it
-    typer.Argument(help="Changes to the recipe, e.g. federation.rounds=3 training.max_steps=5"),
+federation_app = typer.Typer(no_args_is_help=True, help="Run one process of a federation: the server, or an owner.")
+
+OwnerKeys = Annotated[
+    Path, typer.Option(help="This owner's private folder; identity.key is made there if it has none.")
 ]
+RosterFile = Annotated[Path, typer.Option(help="JSON of the owners' names and public keys.")]
 
 
 def federate(
-    recipe: _Recipe,
-    overrides: _Overrides = None,
+    recipe: FederationRecipe,
+    overrides: Overrides = None,
     compare: Annotated[
         bool,
         typer.Option(
@@ -29,14 +31,13 @@ def federate(
     """Train one adapter from several owners' private data: a server process and one per owner over loopback sockets. The
     server adds encrypted updates and learns their sum alone."""
     import transformers
-    from rich.console import Console
 
     from hecompile.runtime.federation.launch import read_adapter, run_processes
     from hecompile.runtime.federation.recipe import load_federation
     from hecompile.runtime.federation.report import accuracy_table, bytes_line
 
     transformers.utils.logging.disable_progress_bar()
-    console = Console()
+    console = wide_console()
     loaded = load_federation(recipe, overrides or ())
     agreement = loaded.agreement()
     console.print(
@@ -53,12 +54,12 @@ def federate(
 
 @federation_app.command("serve")
 def serve_command(
-    recipe: _Recipe,
-    roster: Annotated[Path, typer.Option(help="JSON of the owners' names and public keys.")],
-    overrides: _Overrides = None,
-    port: Annotated[int, typer.Option(help="On the loopback address; 0 picks a free one.")] = 7800,
+    recipe: FederationRecipe,
+    roster: RosterFile,
+    overrides: Overrides = None,
+    port: Annotated[int, typer.Option(help="Port on the loopback address; 0 picks a free one.")] = 7800,
 ) -> None:
-    """The server: it waits for all owners of the recipe, then runs its rounds."""
+    """Run the server: wait for all owners of the recipe, then run its rounds."""
     import transformers
 
     from hecompile.runtime.federation.launch import read_roster, serve
@@ -73,14 +74,14 @@ def serve_command(
 
 @federation_app.command("join")
 def join_command(
-    recipe: _Recipe,
-    owner: Annotated[str, typer.Option(help="Which owner of the recipe this is.")],
-    roster: Annotated[Path, typer.Option(help="JSON of the owners' names and public keys.")],
-    keys: Annotated[Path, typer.Option(help="This owner's private folder; identity.key is made there if it has none.")],
-    overrides: _Overrides = None,
-    server: Annotated[str, typer.Option(help="Where `federation serve` listens.")] = "tcp://127.0.0.1:7800",
+    recipe: FederationRecipe,
+    owner: Annotated[str, typer.Option(help="Name of the owner in the recipe.")],
+    roster: RosterFile,
+    keys: OwnerKeys,
+    overrides: Overrides = None,
+    server: Annotated[str, typer.Option(help="Where `hecompile federation serve` listens.")] = "tcp://127.0.0.1:7800",
 ) -> None:
-    """An owner: it trains on its own data and sends encrypted updates until the federation is over."""
+    """Take part as an owner: train on its own data and send encrypted updates until the federation is over."""
     import transformers
 
     from hecompile.runtime.federation.launch import join, read_roster
@@ -93,11 +94,11 @@ def join_command(
 
 @federation_app.command("identities")
 def identities_command(
-    recipe: _Recipe,
-    keys: Annotated[Path, typer.Option(help="Gets a private folder with identity.key for every owner.")],
+    recipe: FederationRecipe,
+    keys: Annotated[Path, typer.Option(help="Where to make a private folder with identity.key for every owner.")],
     roster: Annotated[Path, typer.Option(help="Where to write the roster.")],
 ) -> None:
-    """Identities of all owners of a recipe and their roster, for trying a federation out on one machine."""
+    """Make identities of all owners of a recipe and their roster, for trying a federation out on one machine."""
     from hecompile.runtime.federation.launch import write_roster
     from hecompile.runtime.federation.protocol.channels import Identity
     from hecompile.runtime.federation.recipe import load_federation
@@ -109,8 +110,8 @@ def identities_command(
 
 @federation_app.command("identity")
 def identity_command(
-    owner: Annotated[str, typer.Argument(help="The owner's name.")],
-    keys: Annotated[Path, typer.Option(help="Its private folder; identity.key is made there if it has none.")],
+    owner: Annotated[str, typer.Argument(help="Name of the owner in the recipe.")],
+    keys: OwnerKeys,
 ) -> None:
     """Print an owner's line of the roster."""
     import json

@@ -1,15 +1,17 @@
-"""`hecompile inspect`: what was compiled, of whatever kind it is."""
+"""Run `hecompile inspect`."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from hecompile.cli.console import wide_console
 from hecompile.errors import InputError
+
+if TYPE_CHECKING:  # imported when a command runs: help is to be quick
+    from rich.console import Console
 
 
 def inspect(
@@ -22,25 +24,18 @@ def inspect(
         ),
     ],
     draw: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Also draw the plan as a picture, client and worker in two colours (.svg or .png)."),
     ] = None,
     nodes: Annotated[
-        bool, typer.Option("--nodes", help="Of a polynomial graph, also the level of every node and every refresh.")
+        bool, typer.Option("--nodes", help="Show the level of every node and every refresh of a polynomial graph too.")
     ] = False,
 ) -> None:
     """Show what was compiled: per linear its shape, ring, limbs, security, predicted noise and bytes per token; totals.
-    Of a polynomial graph its depth and refreshes, under CKKS also parameters and bytes per evaluation."""
+    For a polynomial graph show its depth and refreshes, under CKKS also parameters and bytes per evaluation."""
     from hecompile.bundles.ckks import is_polynomial_bundle
-    from hecompile.bundles.client import ClientBundle
-    from hecompile.compiler.frontend import load_config
-    from hecompile.compiler.linear import CompileOptions
-    from hecompile.inspection.linear import circuit_table, totals_table
-    from hecompile.inspection.linear import draw as draw_plan
-    from hecompile.inspection.polynomial import approximation_table, depth_table, node_table, polynomial_file
-    from hecompile.inspection.prediction import ModelSize, prediction_table
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = wide_console()
     polynomial = build.is_file() or is_polynomial_bundle(build)
     if polynomial and draw is not None:
         raise InputError(
@@ -48,23 +43,38 @@ def inspect(
         )
     if nodes and not polynomial:
         raise InputError(f"--nodes shows a polynomial graph, and {build} has none; give an .onnx file or a CKKS bundle")
+    if polynomial:
+        _show_polynomial(console, build, nodes)
+    elif (build / "config.json").is_file():
+        from hecompile.cli.export import predicted_sizes
+        from hecompile.compiler.linear import CompileOptions
+
+        console.print(predicted_sizes(str(build), CompileOptions()))
+    else:
+        _show_plan(console, build, draw)
+
+
+def _show_polynomial(console: Console, build: Path, nodes: bool) -> None:
+    """Print the tables of a polynomial graph: an .onnx file, or a bundle of `hecompile ckks export`."""
+    from hecompile.inspection.ckks import bundle_tables
+    from hecompile.inspection.polynomial import depth_table, node_table, polynomial_file
+
     if build.is_file():
         model = polynomial_file(build)
-        console.print(depth_table(model))
-        if nodes:
-            console.print(node_table(model))
-        return
-    if polynomial:
-        from hecompile.inspection.ckks import bundle_tables
+        tables = [depth_table(model), *([node_table(model)] if nodes else [])]
+    else:
+        tables = bundle_tables(build, nodes)
+    for table in tables:
+        console.print(table)
 
-        for table in bundle_tables(build, nodes):
-            console.print(table)
-        return
-    if (build / "config.json").is_file():
-        defaults = CompileOptions()
-        tokens = defaults.batch_size * defaults.sequence_buckets[-1]
-        console.print(prediction_table(ModelSize.of(load_config(str(build))), defaults.weight_bits, tokens))
-        return
+
+def _show_plan(console: Console, build: Path, draw: Path | None) -> None:
+    """Print the tables of a build of `hecompile export llama`, or of its client bundle, and draw it."""
+    from hecompile.bundles.client import ClientBundle
+    from hecompile.inspection.linear import circuit_table, totals_table
+    from hecompile.inspection.linear import draw as draw_plan
+    from hecompile.inspection.polynomial import approximation_table
+
     bundle = ClientBundle.open(build / "client" if (build / "client").is_dir() else build)
     console.print(circuit_table(bundle))
     console.print(totals_table(bundle))

@@ -1,33 +1,85 @@
-"""Hold what several commands share: the console, progress columns, options of the same name."""
+"""Hold the options that several commands have, so that each has one name and one help text."""
 
 from __future__ import annotations
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-# typer evaluates annotations, so that `Path | None` would not do here.
-Authority = Annotated[Optional[Path], typer.Option(help="PEM of who signed the worker's certificate.")]  # noqa: UP045
-Certificate = Annotated[Optional[Path], typer.Option(help="PEM that this client shows.")]  # noqa: UP045
-Key = Annotated[Optional[Path], typer.Option(help="PEM of its key.")]  # noqa: UP045
-Token = Annotated[Optional[Path], typer.Option(help="A file with the bearer token.")]  # noqa: UP045
+if TYPE_CHECKING:  # imported when a command runs: help is to be quick
+    from hecompile.runtime.wire.credentials import ClientCredentials
+
+Checkpoint = Annotated[str, typer.Option(help="Checkpoint: a directory made by save_pretrained, or a hub id.")]
+BuildDirectory = Annotated[
+    Path, typer.Option(help="Where to write client/ and worker/. An earlier build there is replaced.")
+]
+ClientBundlePath = Annotated[Path, typer.Argument(help="The client bundle (build/client).")]
+WorkerBundlePath = Annotated[Path, typer.Argument(help="The worker bundle (build/worker).")]
+Adapter = Annotated[Path | None, typer.Option(help="A PEFT adapter, e.g. runs/demo/adapter.")]
+
+TrainingRecipe = Annotated[Path, typer.Argument(help="YAML recipe; models/recipes/demo.yaml is a commented example.")]
+FederationRecipe = Annotated[
+    Path, typer.Argument(help="YAML recipe; models/recipes/federation.yaml is a commented example.")
+]
+ConversionRecipe = Annotated[
+    Path, typer.Argument(help="YAML recipe; models/recipes/convert-reduced.yaml is a commented example.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes to the recipe as KEY=VALUE, e.g. training.learning_rate=1e-3")
+]
+
+Precision = Annotated[
+    float,
+    typer.Option(
+        help="Effective bits of every encrypted product: b bits mean noise of 2^-b of the result's own size (8: 0.4 %, "
+        "about what bfloat16 rounding does). Fewer bits send fewer bytes. `inspect` shows what was reached."
+    ),
+]
+MAX_NEW_TOKENS = "How many tokens an answer has at most."
+ON_BAD_WORKER = "After a wrong reply: stop, or retry-elsewhere, which needs several workers."
+WORKER_ADDRESS = "Where a worker listens, as in a recipe"
 
 
-def wide_console() -> Console:
-    """Return a console on standard output: as wide as the terminal, 160 columns where there is none."""
-    return Console(width=None if sys.stdout.isatty() else 160)
+@dataclass(frozen=True)
+class CredentialOptions:
+    """Hold what a client shows to a worker on a network, and whom it believes."""
+
+    panel = "Worker on a network"
+    authority: Annotated[
+        Path | None, typer.Option(help="PEM of the authority that signed the worker's certificate.")
+    ] = None
+    certificate: Annotated[Path | None, typer.Option(help="PEM of the certificate that this client shows.")] = None
+    key: Annotated[Path | None, typer.Option(help="PEM of the private key of --certificate.")] = None
+    token: Annotated[Path | None, typer.Option(help="A file with the bearer token.")] = None
+
+    def load(self) -> ClientCredentials:
+        """Read the files. Raises InputError for one that is missing or damaged."""
+        from hecompile.runtime.wire.credentials import ClientCredentials
+
+        return ClientCredentials.load(self.authority, self.certificate, self.key, self.token)
 
 
-def progress_columns() -> tuple[ProgressColumn, ...]:
-    """Return the columns of a bar that counts known steps: spinner, description, bar, count, elapsed time."""
-    return (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
+@dataclass(frozen=True)
+class PolynomialChoice:
+    """Hold what stands for softmax, norm and activation; None where the checkpoint decides."""
+
+    panel = "Polynomials (docs/polynomial.md)"
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="softmax, or what stands for it: power, gaussian_kernel (both for models trained with them), chebyshev. By "
+            "default what the checkpoint was converted for."
+        ),
+    ] = None
+    norm: Annotated[
+        str | None, typer.Option(help="exact or polynomial. By default what the checkpoint was converted for.")
+    ] = None
+    activation: Annotated[
+        str | None,
+        typer.Option(
+            help="silu, polynomial, composed, or quantized (a table of 8 bits). By default what the checkpoint was "
+            "converted for."
+        ),
+    ] = None

@@ -1,23 +1,21 @@
-"""`hecompile privacy`: what a ledger has on record."""
+"""Run `hecompile privacy`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
+
+from hecompile.cli.console import wide_console
 
 
 def privacy(
     ledger: Annotated[Path, typer.Argument(help="The ledger: by default TRAIN_FILE.ledger, beside the training file.")],
-    delta: Annotated[
-        Optional[float],  # noqa: UP045  typer evaluates it
-        typer.Option(help="Report epsilon at another delta too."),
-    ] = None,
+    delta: Annotated[float | None, typer.Option(help="Report epsilon at another delta too.")] = None,
 ) -> None:
-    """What has been released about a dataset, and the epsilon that it has spent: with sampling, and for an adversary who
+    """Show what has been released about a dataset and the epsilon that it has spent: with sampling, and for an adversary who
     knows who was in each sample."""
-    from rich.console import Console
     from rich.table import Table
 
     from hecompile.runtime.privacy.accountant import Mechanism, spent_epsilon
@@ -31,7 +29,7 @@ def privacy(
         table.add_column(heading, justify="right")
     for mechanism, count in history:
         table.add_row(str(count), f"{mechanism.noise_multiplier:.4g}", f"{mechanism.sampling_rate:.4g}")
-    console = Console(width=120)
+    console = wide_console()
     console.print(table)
     unsampled = [(Mechanism(mechanism.noise_multiplier, 1.0), count) for mechanism, count in history]
     for one in dict.fromkeys([subject.delta, *([] if delta is None else [delta])]):

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from hecompile.cli.options import wide_console
+from hecompile.cli.console import wide_console
+from hecompile.cli.options import ON_BAD_WORKER, Overrides, TrainingRecipe
 from hecompile.errors import WorkerError
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe; models/recipes/demo.yaml is a commented example.")],
-    overrides: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Argument(help="Changes to the recipe, e.g. training.max_steps=20 worker=tcp://127.0.0.1:7700"),
-    ] = None,
+    recipe: TrainingRecipe,
+    overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in training.output_dir.")] = False,
-    on_bad_worker: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="After a wrong reply: stop, or retry-elsewhere (the recipe then names several workers)."),
-    ] = None,
+    on_bad_worker: Annotated[str | None, typer.Option(help=f"{ON_BAD_WORKER} By default the recipe decides.")] = None,
 ) -> None:
-    """LoRA fine-tuning with encrypted products. Writes checkpoints, metrics.jsonl and the adapter in PEFT's format."""
+    """Fine-tune by LoRA with encrypted products; write checkpoints, metrics.jsonl and the adapter in PEFT's format."""
     from transformers.trainer_utils import get_last_checkpoint
 
     from hecompile.runtime.client.session import open_session
@@ -45,7 +40,8 @@ def train(
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(on) from None
             raise type(error)(f"{str(error).rstrip('.')}. The steps up to there are kept: {on}") from None
+    console = wide_console()
     figures = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
-    wide_console().print(f"{result.steps} steps, {figures}\nadapter: {result.adapter_dir}", soft_wrap=True)
+    console.print(f"{result.steps} steps, {figures}\nadapter: {result.adapter_dir}", soft_wrap=True)
     if result.privacy is not None:
-        wide_console().print(result.privacy, soft_wrap=True)
+        console.print(result.privacy, soft_wrap=True)

@@ -1,19 +1,112 @@
-"""`hecompile worker`: the command line of the untrusted side."""
+"""Run `hecompile worker serve` and `deploy`: the untrusted side."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from hecompile.cli.groups import with_groups
+from hecompile.cli.options import WorkerBundlePath
+from hecompile.errors import InputError
+
+if TYPE_CHECKING:  # imported when a command runs: help is to be quick
+    from hecompile.runtime.wire.credentials import ServerCredentials
 
 worker_app = typer.Typer(no_args_is_help=True, help="Run the untrusted side.")
 
 
+@dataclass(frozen=True)
+class NetworkOptions:
+    """Hold what the worker shows to clients on a network, and asks of them."""
+
+    panel = "Clients on other machines"
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="PEM of the certificate chain that the worker shows to clients.")
+    ] = None
+    tls_key: Annotated[Path | None, typer.Option(help="PEM of the private key of --tls-certificate.")] = None
+    client_authority: Annotated[
+        Path | None,
+        typer.Option(help="PEM of an authority: only clients with a certificate that it signed can connect."),
+    ] = None
+    token_file: Annotated[
+        Path | None, typer.Option(help="Tokens, one per line: a client must send one with every request.")
+    ] = None
+    development_certificates: Annotated[
+        Path | None,
+        typer.Option(
+            help="In place of those four, for trying things out: a folder of certificates and a token, which are made if "
+            "it has none. A client needs authority.pem, client.pem, client.key and token from it."
+        ),
+    ] = None
+    allow_plaintext_network: Annotated[
+        bool, typer.Option(help="Listen on an address other machines can reach, without authentication or TLS.")
+    ] = False
+
+    def credentials(self, listen: str) -> ServerCredentials:
+        """Read the files, or make development credentials for the address `listen`.
+
+        Raises InputError for files that are damaged or missing and for options that exclude each other.
+        """
+        from hecompile.runtime.wire.credentials import ServerCredentials
+
+        named = (self.tls_certificate, self.tls_key, self.client_authority, self.token_file)
+        if self.development_certificates is None:
+            return ServerCredentials.load(*named)
+        if any(path is not None for path in named):
+            raise InputError("--development-certificates stands in place of the four other options; drop it or them")
+        from hecompile.runtime.wire.development_certificates import development_credentials
+
+        return development_credentials(self.development_certificates, listen)
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """Hold what is told of the worker's work, and how."""
+
+    panel = "Logs and metrics"
+    metrics: Annotated[str | None, typer.Option(help="Serve Prometheus metrics at HOST:PORT/metrics.")] = None
+    log_format: Annotated[str, typer.Option(help="text, or json: one object per line.")] = "text"
+    events: Annotated[
+        str, typer.Option(help="What is printed for people, text, or for the program that started it, json.")
+    ] = "text"
+    verbose: Annotated[bool, typer.Option(help="Log every request (circuit, tokens, seconds; never the payload).")] = (
+        False
+    )
+
+    def set_up(self) -> None:
+        """Log to standard error. Raises InputError for an unknown format."""
+        from hecompile.runtime.worker.metering import JsonFormatter
+
+        for name, value in (("log-format", self.log_format), ("events", self.events)):
+            if value not in ("text", "json"):
+                raise InputError(f"--{name} is text or json, got {value!r}")
+        handler = logging.StreamHandler()
+        text = logging.Formatter("%(asctime)s %(name)s %(message)s")
+        handler.setFormatter(JsonFormatter() if self.log_format == "json" else text)
+        logging.basicConfig(level=logging.DEBUG if self.verbose else logging.INFO, handlers=[handler])
+        for noisy in ("matplotlib", "numba", "asyncio"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+
+    def tell_address(self, address: str) -> None:
+        """Say on standard output where the worker listens."""
+        from hecompile.runtime.wire.events import emit
+
+        if self.events == "json":
+            emit("listening", address=address)
+        else:
+            print(f"listening on {address}", flush=True)
+
+
 @worker_app.command("serve")
+@with_groups
 def worker_serve(
-    bundle: Annotated[Path, typer.Argument(help="The worker bundle (build/worker).")],
+    bundle: WorkerBundlePath,
+    network: NetworkOptions,
+    logs: LogOptions,
     listen: Annotated[
         str,
         typer.Option(
@@ -25,53 +118,17 @@ def worker_serve(
         str,
         typer.Option(
             help="auto (vnni where the CPU has AVX512-VNNI, else torch where it has AVX-VNNI or is not x86, else "
-            "onnxruntime), vnni, torch, torch-cuda, onnxruntime, or concrete (TFHE, tiny circuits)."
+            "onnxruntime), vnni, torch, torch-cuda, onnxruntime, or concrete (TFHE, tiny circuits). `hecompile doctor` says "
+            "which of them this machine can run."
         ),
     ] = "auto",
-    tls_certificate: Annotated[
-        Optional[Path],  # noqa: UP045  typer evaluates it
-        typer.Option(help="PEM of the certificate chain that the worker shows to clients."),
-    ] = None,
-    tls_key: Annotated[Optional[Path], typer.Option(help="PEM of its private key.")] = None,  # noqa: UP045
-    client_authority: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="PEM of an authority: only clients with a certificate that it signed can connect."),
-    ] = None,
-    token_file: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Tokens, one per line: a client must send one with every request."),
-    ] = None,
-    development_certificates: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            help="In place of those four, for trying things out: a folder of certificates and a token, which are made if "
-            "it has none. A client needs authority.pem, client.pem, client.key and token from it."
-        ),
-    ] = None,
-    allow_plaintext_network: Annotated[
-        bool, typer.Option(help="Listen on an address other machines can reach, without authentication or TLS.")
-    ] = False,
     layers: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Serve some decoder layers only, FIRST-LAST counted from 0; other workers serve the rest."),
     ] = None,
-    metrics: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Serve Prometheus metrics at HOST:PORT/metrics."),
-    ] = None,
-    log_format: Annotated[str, typer.Option(help="text, or json: one object per line.")] = "text",
-    events: Annotated[
-        str, typer.Option(help="What is printed for people, text, or for the program that started it, json.")
-    ] = "text",
-    verbose: Annotated[
-        bool, typer.Option(help="Log every request (circuit, tokens, seconds; never the payload).")
-    ] = False,
 ) -> None:
     """Serve a worker bundle until interrupted. The worker sees public weights and ciphertexts, nothing else."""
     from hecompile.bundles.worker import WorkerBundle
-    from hecompile.errors import InputError
-    from hecompile.runtime.wire.credentials import ServerCredentials
-    from hecompile.runtime.wire.events import emit
     from hecompile.runtime.worker.engines import create_engine
     from hecompile.runtime.worker.engines.base import Engine
     from hecompile.runtime.worker.metering import MeteredEngine
@@ -79,40 +136,22 @@ def worker_serve(
     from hecompile.runtime.worker.shards import parse_layers, shard
     from hecompile.runtime.worker.worker import Worker
 
-    if events not in ("text", "json"):
-        raise InputError(f"--events is text or json, got {events!r}")
-    _set_up_logging(log_format, verbose)
-    named = (tls_certificate, tls_key, client_authority, token_file)
-    if development_certificates is None:
-        credentials = ServerCredentials.load(*named)
-    elif any(path is not None for path in named):
-        raise InputError("--development-certificates stands in place of the four other options; drop it or them")
-    else:
-        from hecompile.runtime.wire.development_certificates import development_credentials
-
-        credentials = development_credentials(development_certificates, listen)
+    logs.set_up()
+    credentials = network.credentials(listen)
     opened = WorkerBundle.open(bundle)
     if layers is not None:
         opened = shard(opened, parse_layers(layers))
     chosen: Engine = create_engine(engine, opened)
-    if metrics is not None:
+    if logs.metrics is not None:
         chosen = metered = MeteredEngine(chosen)
-        host, port = metered.serve(metrics)
+        host, port = metered.serve(logs.metrics)
         logging.getLogger(__name__).info("metrics at http://%s:%d/metrics", host, port)
-    worker = Worker(opened, chosen)
-
-    def ready(address: str) -> None:
-        if events == "json":
-            emit("listening", address=address)
-        else:
-            print(f"listening on {address}", flush=True)
-
     serve(
-        worker,
+        Worker(opened, chosen),
         listen,
-        ready=ready,
+        ready=logs.tell_address,
         credentials=credentials,
-        allow_plaintext_network=allow_plaintext_network,
+        allow_plaintext_network=network.allow_plaintext_network,
     )
 
 
@@ -135,17 +174,3 @@ def worker_deploy(
         stopped.wait()
     finally:
         stop()
-
-
-def _set_up_logging(log_format: str, verbose: bool) -> None:
-    from hecompile.errors import InputError
-    from hecompile.runtime.worker.metering import JsonFormatter
-
-    if log_format not in ("text", "json"):
-        raise InputError(f"--log-format is text or json, got {log_format!r}")
-    handler = logging.StreamHandler()
-    text = logging.Formatter("%(asctime)s %(name)s %(message)s")
-    handler.setFormatter(JsonFormatter() if log_format == "json" else text)
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
-    for noisy in ("matplotlib", "numba", "asyncio"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)

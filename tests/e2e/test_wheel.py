@@ -75,7 +75,9 @@ def elsewhere(tmp_path: Path) -> Path:
 def modules(package: Path) -> set[str]:
     """Return the Python files of a package, relative to it, through the links in it."""
     walked = ((Path(folder), names) for folder, _, names in os.walk(package, followlinks=True))
-    return {str((folder / name).relative_to(package)) for folder, names in walked for name in names if name.endswith(".py")}
+    return {
+        str((folder / name).relative_to(package)) for folder, names in walked for name in names if name.endswith(".py")
+    }
 
 
 def test_the_wheel_has_one_name_its_data_and_nothing_else(wheel: Path) -> None:

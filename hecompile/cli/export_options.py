@@ -1,0 +1,110 @@
+"""Hold the options of `hecompile export llama` and make the compiler's options of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hecompile.cli.options import Precision
+from hecompile.errors import InputError
+from hecompile.graph.llama import LLAMA_LINEARS
+
+if TYPE_CHECKING:  # imported when a command runs: help is to be quick
+    from hecompile.he.random.sampling import PublicSeed
+    from hecompile.passes.offload.attach_lora import AttachLora
+
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Hold what the adapter looks like."""
+
+    panel = "Adapter"
+    lora_r: Annotated[int, typer.Option(help="Rank r of the LoRA matrices (PEFT's r).")] = 8
+    lora_alpha: Annotated[float, typer.Option(help="LoRA scaling is lora_alpha / r (PEFT's lora_alpha).")] = 16.0
+    lora_dropout: Annotated[float, typer.Option(help="Dropout before lora_A, in training (PEFT's lora_dropout).")] = 0.0
+    target_modules: Annotated[
+        str, typer.Option(help="Comma-separated linears that get an adapter, any subset of the seven.")
+    ] = ",".join(LLAMA_LINEARS)
+
+    def attach(self) -> AttachLora:
+        """Return the options of the pass that attaches the adapter. Raises InputError for a value out of range."""
+        from hecompile.passes.offload.attach_lora import AttachLora
+
+        return AttachLora(self.lora_r, self.lora_alpha, self.lora_dropout, tuple(_split(self.target_modules)))
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """Hold how many sequences of what lengths a batch has."""
+
+    panel = "Batches"
+    batch_size: Annotated[int, typer.Option(help="Most sequences per batch.")] = 8
+    sequence_buckets: Annotated[
+        str, typer.Option(help="Comma-separated padded lengths; a batch takes the smallest that fits.")
+    ] = "32,64,128"
+
+    def lengths(self) -> tuple[int, ...]:
+        """Return the padded lengths. Raises InputError for anything but whole numbers."""
+        try:
+            return tuple(int(part) for part in _split(self.sequence_buckets))
+        except ValueError:
+            raise InputError(
+                f"--sequence-buckets must be whole numbers with commas between, got {self.sequence_buckets!r}"
+            ) from None
+
+
+@dataclass(frozen=True)
+class EncryptionOptions:
+    """Hold what decides exactness, bytes and security of the encrypted products."""
+
+    panel = "Encrypted products"
+    precision: Precision = 8.0
+    weight_bits: Annotated[
+        int,
+        typer.Option(
+            help="Bits of the quantised frozen weights, 8 to 12. 8 is one product of bytes per limb on the worker and "
+            "follows the loss of float32 training; more take up to twice the worker's time and follow its gradients too."
+        ),
+    ] = 10
+    ring: Annotated[
+        str | None,
+        typer.Option(
+            help="Ring dimension x module rank, e.g. 512x3. All that can be selected have at least 128 bits of security; "
+            "by default the cheapest for the batch size is taken, the more secure where two cost about the same."
+        ),
+    ] = None
+    public_seed: Annotated[
+        str | None,
+        typer.Option(
+            help="64 hex digits: seed of the public matrix A. The same seed and input give the same bytes. By default a "
+            "fresh one is drawn, so that work done against one bundle is worth nothing against another."
+        ),
+    ] = None
+    placement: Annotated[
+        str,
+        typer.Option(
+            help="'offload': every decoder linear goes to the worker. 'cheapest': a minimum cut decides by cost; at small "
+            "sizes it may keep everything on the client."
+        ),
+    ] = "offload"
+    hints: Annotated[
+        bool,
+        typer.Option(
+            "--hints/--no-hints",
+            help="--no-hints stores no hints on the client; the worker then computes one with every product, which costs "
+            "its time and your download. `inspect` shows how many bytes, `python -m benchmarks hintless` the time.",
+        ),
+    ] = True
+
+    def seed(self) -> PublicSeed | None:
+        """Return the seed of the public matrix, None where one is drawn. Raises InputError for anything but 64 digits."""
+        from hecompile.he.random.sampling import PublicSeed
+
+        return None if self.public_seed is None else PublicSeed.from_hex(self.public_seed)
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

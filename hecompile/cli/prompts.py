@@ -1,0 +1,48 @@
+"""Take prompts from the command line and print answers to them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hecompile.errors import InputError
+
+if TYPE_CHECKING:  # imported when a command runs: help is to be quick
+    from hecompile.runtime.inference.answers import Prompt
+
+Prompts = Annotated[list[str] | None, typer.Argument(help="Prompts, each in quotes.")]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="One prompt per line, or a .jsonl file of objects with prompt (and completion, which the answer is then "
+        "compared with). - reads lines from standard input."
+    ),
+]
+
+
+def gather_prompts(prompts: Sequence[str] | None, file: Path | None) -> list[Prompt]:
+    """Return the prompts of the command line, or those of a file or of standard input.
+
+    Raises InputError where both or neither are given, where the file cannot be read and where there is no prompt.
+    """
+    from hecompile.runtime.inference.answers import Prompt, read_prompts
+
+    if bool(prompts) == (file is not None):
+        raise InputError("give prompts as arguments or in --prompts-file, one or the other")
+    if file is None:
+        return [Prompt(text) for text in prompts or ()]
+    if str(file) != "-":
+        return read_prompts(file)
+    lines = [Prompt(line.rstrip("\r\n")) for line in sys.stdin if line.strip()]
+    if not lines:
+        raise InputError("standard input holds no prompt; give one per line")
+    return lines
+
+
+def print_answer(prompts: Sequence[Prompt], number: int, answer: str) -> None:
+    """Print the answer to a prompt; where there are several prompts, with the prompt and a tab before it."""
+    print(f"{prompts[number].text}\t{answer}" if len(prompts) > 1 else answer, flush=True)
