@@ -15,9 +15,9 @@ from hecompile.cli.groups import with_groups
 from hecompile.cli.options import (
     MAX_NEW_TOKENS,
     WORKER_ADDRESS,
-    Adapter,
+    AdapterPath,
     BuildDirectory,
-    Checkpoint,
+    CheckpointName,
     ClientBundlePath,
     PolynomialChoice,
     WorkerBundlePath,
@@ -37,11 +37,11 @@ ckks_app = typer.Typer(
 @ckks_app.command("export")
 @with_groups
 def export(
-    model: Checkpoint,
+    model: CheckpointName,
     out: BuildDirectory,
     polynomials: PolynomialChoice,
     sequence_length: Annotated[int, typer.Option(min=2, help="How many tokens a prompt has at most.")],
-    adapter: Adapter = None,
+    adapter: AdapterPath = None,
     levels: Annotated[
         int, typer.Option(help="Multiplications between two refreshes: more take a larger ring; 0: no refreshes.")
     ] = 4,

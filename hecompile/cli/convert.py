@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 
 from hecompile.cli.console import message_console, progress_bar
-from hecompile.cli.options import ConversionRecipe, Overrides
+from hecompile.cli.options import ConversionRecipePath, Overrides
 
 
-def convert(recipe: ConversionRecipe, overrides: Overrides = None) -> None:
+def convert(recipe: ConversionRecipePath, overrides: Overrides = None) -> None:
     """Train a checkpoint on public text for polynomial attention, normalisation and activation, with a loss that keeps their
     inputs in range. `export llama` then finds the polynomials in its config.json. An interrupted conversion goes on when the
     same command is run again."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hecompile.cli.console import progress_bar, wide_console
 from hecompile.cli.export_options import BatchOptions, EncryptionOptions, LoraOptions
 from hecompile.cli.groups import with_groups
-from hecompile.cli.options import BuildDirectory, Checkpoint, PolynomialChoice
+from hecompile.cli.options import BuildDirectory, CheckpointName, PolynomialChoice
 from hecompile.errors import InputError
 
 if TYPE_CHECKING:  # imported when a command runs: help is to be quick
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # imported when a command runs: help is to be quick
 
 @with_groups
 def export_llama(
-    model: Checkpoint,
+    model: CheckpointName,
     out: BuildDirectory,
     lora: LoraOptions,
     encryption: EncryptionOptions,

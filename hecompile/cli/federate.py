@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hecompile.cli.console import wide_console
-from hecompile.cli.options import FederationRecipe, Overrides
+from hecompile.cli.options import FederationRecipePath, Overrides
+
+if TYPE_CHECKING:  # imported when a command runs: help is to be quick
+    from hecompile.runtime.federation.recipe import FederationRecipe
 
 federation_app = typer.Typer(no_args_is_help=True, help="Run one process of a federation: the server, or an owner.")
 
@@ -18,8 +21,18 @@ OwnerKeys = Annotated[
 RosterFile = Annotated[Path, typer.Option(help="JSON of the owners' names and public keys.")]
 
 
+def _load(recipe: Path, overrides: list[str] | None = None) -> FederationRecipe:
+    """Load a recipe, and show no progress of loading models from here on: every process would show its own."""
+    import transformers
+
+    from hecompile.runtime.federation.recipe import load_federation
+
+    transformers.utils.logging.disable_progress_bar()
+    return load_federation(recipe, overrides or ())
+
+
 def federate(
-    recipe: FederationRecipe,
+    recipe: FederationRecipePath,
     overrides: Overrides = None,
     compare: Annotated[
         bool,
@@ -30,15 +43,11 @@ def federate(
 ) -> None:
     """Train one adapter from several owners' private data: a server process and one per owner over loopback sockets. The
     server adds encrypted updates and learns their sum alone."""
-    import transformers
-
     from hecompile.runtime.federation.launch import read_adapter, run_processes
-    from hecompile.runtime.federation.recipe import load_federation
     from hecompile.runtime.federation.report import accuracy_table, bytes_line
 
-    transformers.utils.logging.disable_progress_bar()
     console = wide_console()
-    loaded = load_federation(recipe, overrides or ())
+    loaded = _load(recipe, overrides)
     agreement = loaded.agreement()
     console.print(
         f"{len(loaded.owners)} owners, {agreement.section.rounds} rounds; {agreement.threshold} open a sum, at least "
@@ -54,27 +63,21 @@ def federate(
 
 @federation_app.command("serve")
 def serve_command(
-    recipe: FederationRecipe,
+    recipe: FederationRecipePath,
     roster: RosterFile,
     overrides: Overrides = None,
     port: Annotated[int, typer.Option(help="Port on the loopback address; 0 picks a free one.")] = 7800,
 ) -> None:
     """Run the server: wait for all owners of the recipe, then run its rounds."""
-    import transformers
-
     from hecompile.runtime.federation.launch import read_roster, serve
-    from hecompile.runtime.federation.recipe import load_federation
 
-    transformers.utils.logging.disable_progress_bar()
-    directory = serve(
-        load_federation(recipe, overrides or ()), read_roster(roster), port, lambda line: print(line, flush=True)
-    )
+    directory = serve(_load(recipe, overrides), read_roster(roster), port, lambda line: print(line, flush=True))
     print(f"adapter: {directory}", flush=True)
 
 
 @federation_app.command("join")
 def join_command(
-    recipe: FederationRecipe,
+    recipe: FederationRecipePath,
     owner: Annotated[str, typer.Option(help="Name of the owner in the recipe.")],
     roster: RosterFile,
     keys: OwnerKeys,
@@ -82,28 +85,23 @@ def join_command(
     server: Annotated[str, typer.Option(help="Where `hecompile federation serve` listens.")] = "tcp://127.0.0.1:7800",
 ) -> None:
     """Take part as an owner: train on its own data and send encrypted updates until the federation is over."""
-    import transformers
-
     from hecompile.runtime.federation.launch import join, read_roster
-    from hecompile.runtime.federation.recipe import load_federation
 
-    transformers.utils.logging.disable_progress_bar()
-    directory = join(load_federation(recipe, overrides or ()), owner, read_roster(roster), keys, server)
+    directory = join(_load(recipe, overrides), owner, read_roster(roster), keys, server)
     print(f"adapter: {directory}", flush=True)
 
 
 @federation_app.command("identities")
 def identities_command(
-    recipe: FederationRecipe,
+    recipe: FederationRecipePath,
     keys: Annotated[Path, typer.Option(help="Where to make a private folder with identity.key for every owner.")],
     roster: Annotated[Path, typer.Option(help="Where to write the roster.")],
 ) -> None:
     """Make identities of all owners of a recipe and their roster, for trying a federation out on one machine."""
     from hecompile.runtime.federation.launch import write_roster
     from hecompile.runtime.federation.protocol.channels import Identity
-    from hecompile.runtime.federation.recipe import load_federation
 
-    names = load_federation(recipe).names
+    names = _load(recipe).names
     write_roster(roster, [Identity.load_or_create(name, keys / name / "identity.key") for name in names])
     print(f"roster: {roster}")
 

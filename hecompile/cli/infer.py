@@ -16,7 +16,7 @@ from hecompile.cli.options import (
     MAX_NEW_TOKENS,
     ON_BAD_WORKER,
     WORKER_ADDRESS,
-    Adapter,
+    AdapterPath,
     ClientBundlePath,
     CredentialOptions,
 )
@@ -65,7 +65,7 @@ class AnswerOptions:
     """Hold which model answers, how it draws tokens and where the answers go."""
 
     panel = "Answers"
-    adapter: Adapter = None
+    adapter: AdapterPath = None
     out: Annotated[
         Path | None,
         typer.Option(

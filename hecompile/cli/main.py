@@ -55,7 +55,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def _options_of_no_command(
+def _before_any_command(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -64,7 +64,10 @@ def _options_of_no_command(
 
 
 def main() -> None:
-    """Entry point: bad input is one line on standard error and exit status 2; an interrupt is status 130."""
+    """Run the command line and exit with its status.
+
+    Bad input is one line on standard error and status 2, an interrupt is status 130.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Client and worker may share the cores: a thread that spins while it waits would take them from the other side.

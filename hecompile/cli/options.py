@@ -11,19 +11,21 @@ import typer
 if TYPE_CHECKING:  # imported when a command runs: help is to be quick
     from hecompile.runtime.wire.credentials import ClientCredentials
 
-Checkpoint = Annotated[str, typer.Option(help="Checkpoint: a directory made by save_pretrained, or a hub id.")]
+CheckpointName = Annotated[str, typer.Option(help="Checkpoint: a directory made by save_pretrained, or a hub id.")]
 BuildDirectory = Annotated[
     Path, typer.Option(help="Where to write client/ and worker/. An earlier build there is replaced.")
 ]
 ClientBundlePath = Annotated[Path, typer.Argument(help="The client bundle (build/client).")]
 WorkerBundlePath = Annotated[Path, typer.Argument(help="The worker bundle (build/worker).")]
-Adapter = Annotated[Path | None, typer.Option(help="A PEFT adapter, e.g. runs/demo/adapter.")]
+AdapterPath = Annotated[Path | None, typer.Option(help="A PEFT adapter, e.g. runs/demo/adapter.")]
 
-TrainingRecipe = Annotated[Path, typer.Argument(help="YAML recipe; models/recipes/demo.yaml is a commented example.")]
-FederationRecipe = Annotated[
+TrainingRecipePath = Annotated[
+    Path, typer.Argument(help="YAML recipe; models/recipes/demo.yaml is a commented example.")
+]
+FederationRecipePath = Annotated[
     Path, typer.Argument(help="YAML recipe; models/recipes/federation.yaml is a commented example.")
 ]
-ConversionRecipe = Annotated[
+ConversionRecipePath = Annotated[
     Path, typer.Argument(help="YAML recipe; models/recipes/convert-reduced.yaml is a commented example.")
 ]
 Overrides = Annotated[

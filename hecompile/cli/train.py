@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 
 from hecompile.cli.console import wide_console
-from hecompile.cli.options import ON_BAD_WORKER, Overrides, TrainingRecipe
+from hecompile.cli.options import ON_BAD_WORKER, Overrides, TrainingRecipePath
 from hecompile.errors import WorkerError
 
 
 def train(
-    recipe: TrainingRecipe,
+    recipe: TrainingRecipePath,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in training.output_dir.")] = False,
     on_bad_worker: Annotated[str | None, typer.Option(help=f"{ON_BAD_WORKER} By default the recipe decides.")] = None,

@@ -21,7 +21,7 @@ from hecompile.runtime.transports import Answer, Transport, open_connection
 
 ROUND_TRIPS, PRODUCTS = 15, 3
 _Shape = tuple[int, int, int, int]
-"""Limbs up, input features, bytes of a reply, output features: what the time of a product depends on."""
+"""Limbs and features of an upload, bytes and features of a reply: products of one shape cost the same."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,15 @@ class Diagnosis:
     """Report on a worker. Times in seconds, speeds in bytes per second, per step of `tokens` tokens where it says so.
 
     Attributes:
-        engine: what the worker calls itself.
-        protocol: version.
+        engine: the name of the worker's engine.
+        protocol: the version of the protocol.
         round_trip: median of a request of one token.
         up, down: speed of the link; None where it was too fast beside the worker's own time to tell.
-        worker_step: the worker's own time.
-        wire_step: the rest of the time between request and reply.
-        client_step: the client's cryptography, by the cost model.
-        bytes_step: up and down.
+        tokens: how many tokens the step of the following figures has.
+        worker_step: the worker's own time in a step.
+        wire_step: the rest of the time between request and reply in a step.
+        client_step: the client's cryptography in a step, by the cost model.
+        bytes_step: bytes of a step, up and down together.
     """
 
     engine: str
@@ -58,6 +59,8 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class _Sample:
+    """Hold the cost of one product: bytes, the worker's own seconds, and the rest of the seconds until the reply."""
+
     bytes_up: int
     bytes_down: int
     worker: float
@@ -69,7 +72,10 @@ def diagnose(
 ) -> Diagnosis:
     """Request from the worker behind `transport` (not opened yet) one product of each shape that a step of the plan has.
 
-    Raises WorkerError as opening the connection does: when it serves another plan, computes wrongly or does not answer.
+    `tokens` is the number of tokens of a step; `progress` gets how many shapes are done and how many there are.
+
+    Raises:
+        WorkerError: the worker serves another plan, computes wrongly or does not answer.
     """
     info = open_connection(transport, bundle.plan_id)
     round_trip = _round_trip(transport, bundle.plan_id)

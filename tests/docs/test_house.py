@@ -18,7 +18,7 @@ MOST_FILES, MOST_LINES = 20, 350
 
 @pytest.fixture(scope="module")
 def sources() -> list[Path]:
-    """Every Python file that git knows or would take, relative to the top."""
+    """List every Python file that git knows or would take, relative to the top."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
         cwd=ROOT,
@@ -31,7 +31,7 @@ def sources() -> list[Path]:
 
 @pytest.fixture(scope="module")
 def imports() -> nx.DiGraph:
-    """The modules of the package with an edge from each to those that it imports, inside functions too."""
+    """Return the modules of the package with an edge from each to those that it imports, inside functions too."""
     built = grimp.build_graph("hecompile")
     graph = nx.DiGraph()
     graph.add_nodes_from(built.modules)
@@ -45,7 +45,7 @@ def circles(graph: nx.DiGraph) -> list[list[str]]:
 
 
 def folder_of(module: str) -> str:
-    """The folder that holds a module; a package's own `__init__` belongs to the package."""
+    """Return the folder that holds a module; a package's own `__init__` belongs to the package."""
     path = ROOT / module.replace(".", "/")
     return module if path.is_dir() else module.rpartition(".")[0]
 

@@ -1,4 +1,4 @@
-"""A wheel puts one name into site-packages, and `hecompile demo` runs from it in any directory."""
+"""Hold that a wheel puts one name into site-packages and that `hecompile demo` runs from it in any directory."""
 
 from __future__ import annotations
 

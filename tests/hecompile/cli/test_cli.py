@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import hecompile
@@ -52,6 +54,24 @@ def test_help_names_every_option(command: str) -> None:
     assert [word for word in HELP[command] if word not in text.lower()] == []
 
 
+DIFFERENT = {"--out", "--worker", "--engine", "--listen", "--roster", "--keys", "--on-bad-worker", "recipe"}
+"""Parameters that take different things in different commands, or have another default there."""
+
+
+def test_a_parameter_of_several_commands_has_one_help_text() -> None:
+    texts: dict[str, set[str | None]] = {}
+
+    def collect(command: Any) -> None:
+        for subcommand in getattr(command, "commands", {}).values():
+            collect(subcommand)
+        for parameter in command.params:
+            texts.setdefault(parameter.opts[0], set()).add(parameter.help)
+
+    collect(typer.main.get_command(app))
+    assert len(texts) > 50 and not any(None in helps for helps in texts.values())
+    assert {name for name, helps in texts.items() if len(helps) > 1} == DIFFERENT
+
+
 def test_the_version_is_the_packages() -> None:
     result = CliRunner().invoke(app, ["--version"])
     assert (result.exit_code, result.output) == (0, f"hecompile {hecompile.__version__}\n")
@@ -59,7 +79,7 @@ def test_the_version_is_the_packages() -> None:
 
 @pytest.mark.parametrize("arguments", [("--help",), ("export", "llama", "--help"), ("infer", "--help"), ("--version",)])
 def test_help_is_quick(arguments: tuple[str, ...]) -> None:
-    """What takes seconds to import is imported when a command runs."""
+    """Modules that take seconds to import are imported when a command runs."""
     heavy = ("torch", "transformers", "numpy", "numba", "onnx", "onnxruntime")
     program = (
         "import atexit, sys; from hecompile.cli.main import main; "

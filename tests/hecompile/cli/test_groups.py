@@ -1,4 +1,4 @@
-"""A command takes a dataclass, the command line has its fields as options under a heading."""
+"""Hold that a command takes a dataclass where the command line has its fields as options under a heading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which packages and extras are there is read off the package's metadata; nothing is listed twice."""
+"""Compare what `hecompile doctor` says of packages and extras with metadata and pyproject.toml."""
 
 from __future__ import annotations
 

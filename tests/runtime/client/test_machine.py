@@ -1,4 +1,4 @@
-"""What `hecompile doctor` says of this machine is what the engines and numba then do."""
+"""Compare what `hecompile doctor` says of this machine with what the engines and numba then do."""
 
 from __future__ import annotations
 
