@@ -14,7 +14,7 @@ from hecompile.approximation import exponential, goldschmidt
 from hecompile.graph.interpreter import Interpreter, graph_inputs
 from hecompile.graph.ir import ATTENTION_OPERATORS, DOMAIN, attributes_of, module_path
 from hecompile.graph.operators import OPERATORS, Context
-from hecompile.polynomial.ranges import ACTIVATIONS, NORMS
+from hecompile.polynomial.inputs import ACTIVATIONS, NORMS
 
 
 @dataclass(frozen=True)

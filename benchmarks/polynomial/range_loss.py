@@ -14,7 +14,7 @@ from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.graph.legality import POLYNOMIAL
 from hecompile.passes.approximation.calibrate import Calibrate
 from hecompile.passes.polynomial.expand_polynomials import ExpandPolynomials
-from hecompile.polynomial.depth import Demand, demand
+from hecompile.polynomial.depth import CircuitCost, circuit_cost
 from hecompile.polynomial.ranges import Interval
 from hecompile.runtime.conversion.data import load_rows
 from hecompile.runtime.conversion.recipe import ConversionRecipe, RangeLossSection, load_conversion
@@ -39,7 +39,7 @@ the checkpoint before and of the polynomials after.
 class _Converted:
     name: str
     report: Conversion
-    demand: Demand
+    cost: CircuitCost
 
 
 def run(quick: bool) -> str:
@@ -62,8 +62,8 @@ def run(quick: bool) -> str:
         for kind in found[0].report.domains
     ]  # fmt: skip
     costs = [
-        [one.name, one.report.heldout_loss_before, one.report.heldout_loss, one.demand.depth, one.demand.ciphertext_products,
-         one.demand.plaintext_products]
+        [one.name, one.report.heldout_loss_before, one.report.heldout_loss, one.cost.depth, one.cost.ciphertext_products,
+         one.cost.plaintext_products]
         for one in found
     ]  # fmt: skip
     section = recipe.training
@@ -83,7 +83,7 @@ def _convert(name: str, recipe: ConversionRecipe, samples: tuple[tuple[int, ...]
     options = PolynomialOptions.from_config(checkpoint.model.config)
     model = approximate(export_onnx(checkpoint.model), options, Calibrate(samples))
     model = run_step(model, "expand_polynomials", ExpandPolynomials(recipe.data.length), POLYNOMIAL)
-    return _Converted(name, report, demand(model))
+    return _Converted(name, report, circuit_cost(model))
 
 
 def _wanted(recipe: ConversionRecipe) -> dict[str, Interval]:

@@ -16,7 +16,8 @@ from hecompile.graph.ir import attributes_of
 from hecompile.graph.matching import attentions
 from hecompile.passes.approximation.approximate_softmax import ApproximateSoftmax
 from hecompile.passes.polynomial.expand_polynomials import ExpandPolynomials
-from hecompile.polynomial.depth import cost_of, demand, multiplications, product_kind
+from hecompile.polynomial.depth import circuit_cost, levels_used, multiplications, product_kind
+from hecompile.polynomial.inputs import AttentionInputs
 from hecompile.polynomial.ranges import AttentionRange, write_range
 
 LENGTHS, ERROR = (128, 1024), 1e-3
@@ -72,12 +73,12 @@ def softmax_cost(options: ApproximateSoftmax, length: int, head_size: int = 64, 
     bias = causal_attention_bias(torch.ones(1, length, dtype=torch.int64))
     model = ir.from_onnx_text(_TEXT.format(length=length, size=head_size, scale=scale))
     (node, _), *_ = attentions(model)
-    write_range(node.outputs[0], AttentionRange.measure(q, k, bias, scale))
+    write_range(node.outputs[0], AttentionRange.measure(AttentionInputs(q, k, bias, scale)))
     approximated = options(model).model
     (node, _), *_ = attentions(approximated)
     attributes = attributes_of(node)
     expanded = ExpandPolynomials(length)(approximated).model
-    whole = demand(expanded)
+    whole = circuit_cost(expanded)
     inner = [node for node in expanded.graph if node.op_type == "MatMul"]
     # What q and k are multiplied by stands in the rotary tables of a model, which it has anyway.
     folded = [
@@ -86,7 +87,7 @@ def softmax_cost(options: ApproximateSoftmax, length: int, head_size: int = 64, 
     return SoftmaxCost(
         iterations=attributes.get("iterations", 0)
         + attributes.get("halvings", 0) * attributes.get("square_iterations", 0),
-        depth=whole.depth - sum(map(cost_of, inner)) - min(1, len(folded)),
+        depth=whole.depth - sum(map(levels_used, inner)) - min(1, len(folded)),
         ciphertext_products=whole.ciphertext_products - sum(map(multiplications, inner)),
         plaintext_products=whole.plaintext_products - sum(map(multiplications, folded)),
         error_bound=float(attributes["error_bound"]),

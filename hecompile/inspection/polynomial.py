@@ -12,8 +12,8 @@ from hecompile.ckks.parameters import MAX_MODULUS_BITS, MAX_SCALE_BITS, CkksLite
 from hecompile.errors import InputError
 from hecompile.graph.ir import ATTENTION_OPERATORS, DOMAIN, attributes_of, module_path
 from hecompile.graph.legality import REFRESHED, check_stage
-from hecompile.polynomial.depth import Demand, demand, elements, levels, product_kind
-from hecompile.polynomial.ranges import NORMS
+from hecompile.polynomial.depth import CircuitCost, circuit_cost, elements, levels, product_kind
+from hecompile.polynomial.inputs import NORMS
 
 
 def polynomial_file(path: Path) -> ir.Model:
@@ -74,15 +74,15 @@ def depth_table(model: ir.Model, literal: CkksLiteral | None = None) -> Table:
 
     literal: the CKKS parameters that it was compiled for; None: the smallest that have its levels, where there are any.
     """
-    found = demand(model)
-    literal = literal or smallest(max(found.depth, 1))
+    cost = circuit_cost(model)
+    literal = literal or smallest(max(cost.depth, 1))
     table = Table(title="polynomial graph, per sequence", show_header=False)
     rows = (
-        ("levels" + (" between refreshes" if found.refreshes else ""), str(found.depth)),
-        *_modulus_rows(found, literal),
-        ("products of ciphertexts", str(found.ciphertext_products)),
-        ("products by constants", str(found.plaintext_products)),
-        ("numbers refreshed", str(found.refreshes)),
+        ("levels" + (" between refreshes" if cost.refreshes else ""), str(cost.depth)),
+        *_modulus_rows(cost, literal),
+        ("products of ciphertexts", str(cost.ciphertext_products)),
+        ("products by constants", str(cost.plaintext_products)),
+        ("numbers refreshed", str(cost.refreshes)),
     )
     for name, value in rows:
         table.add_row(name, value)
@@ -92,9 +92,9 @@ def depth_table(model: ir.Model, literal: CkksLiteral | None = None) -> Table:
     return table
 
 
-def _modulus_rows(found: Demand, literal: CkksLiteral | None) -> tuple[tuple[str, str], ...]:
+def _modulus_rows(cost: CircuitCost, literal: CkksLiteral | None) -> tuple[tuple[str, str], ...]:
     if literal is None:
-        bits = found.modulus_bits()
+        bits = cost.modulus_bits()
         none = f"none: at most {max(MAX_MODULUS_BITS.values())} bits are allowed; place refreshes"
         return ((f"modulus bits at {MAX_SCALE_BITS} per level", str(bits)), ("ring dimension at 128 bits", none))
     allowed = MAX_MODULUS_BITS[literal.ring_dim]

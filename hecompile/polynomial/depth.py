@@ -1,4 +1,4 @@
-"""The rule by which multiplicative depth is counted, and what a graph of sums and products needs of the scheme.
+"""Count the multiplicative depth, products and refreshes of a graph of sums and products.
 
     Mul, MatMul of two computed values   deepest operand + 1   (ciphertext × ciphertext)
     Mul by a constant, Linear             operand + 1            (ciphertext × plaintext)
@@ -24,7 +24,11 @@ from hecompile.graph.ir import DOMAIN, constant_of
 
 
 def product_kind(node: ir.Node) -> str | None:
-    """"ciphertext" or "plaintext" of a product by a computed value or a constant, "mask" for one by 0 and ±1, None else."""
+    """Return what a node multiplies by.
+
+    "ciphertext" for a computed value, "plaintext" for a constant, "mask" for a constant of zeros and ±1; None for a node
+    that is no product.
+    """
     if node.domain == DOMAIN:
         return "plaintext" if node.op_type == "Linear" else None
     if node.op_type not in ("Mul", "MatMul"):
@@ -37,39 +41,41 @@ def product_kind(node: ir.Node) -> str | None:
     return "plaintext"
 
 
-def is_constant(value: ir.Value | None) -> bool:
-    return value is None or constant_of(value) is not None
-
-
 def levels(model: ir.Model, masks_are_free: bool = True) -> dict[ir.Value, int]:
-    """Multiplicative depth of every value that depends on an input. Inputs have none."""
-    found: dict[ir.Value, int] = dict.fromkeys(model.graph.inputs, 0)
+    """Return the multiplicative depth of every value that depends on an input; that of inputs is 0."""
+    depths: dict[ir.Value, int] = dict.fromkeys(model.graph.inputs, 0)
     for node in model.graph:
-        operands = [found[value] for value in node.inputs if value is not None and value in found]
+        operands = [depths[value] for value in node.inputs if value is not None and value in depths]
         if not operands:
             continue
-        depth = 0 if node.op_type == "Refresh" else max(operands) + cost_of(node, masks_are_free)
-        found.update(dict.fromkeys(node.outputs, depth))
-    return found
+        depth = 0 if node.op_type == "Refresh" else max(operands) + levels_used(node, masks_are_free)
+        depths.update(dict.fromkeys(node.outputs, depth))
+    return depths
 
 
-def cost_of(node: ir.Node, masks_are_free: bool = True) -> int:
-    """Levels that a node uses: 0 or 1."""
+def levels_used(node: ir.Node, masks_are_free: bool = True) -> int:
+    """Return the levels that a node uses: 0 or 1."""
     kind = product_kind(node)
     return int(kind in ("ciphertext", "plaintext") or (kind == "mask" and not masks_are_free))
 
 
 def elements(value: ir.Value) -> int:
-    """Numbers in a tensor per entry of the batch. LegalityError where the shape is not static but for the batch."""
+    """Return how many numbers a tensor has per entry of the batch.
+
+    Raises LegalityError where the shape is not static but for the batch.
+    """
     if value.shape is None or any(not isinstance(dim, int) for dim in value.shape[1:]):
         raise LegalityError(f"the shape of {value.name} is not known; run expand_polynomials first")
     return math.prod(dim for dim in value.shape if isinstance(dim, int))
 
 
 @dataclass(frozen=True)
-class Demand:
-    """What a graph asks of the scheme. `depth`: the most levels between two refreshes, or of the graph; products of two
-    numbers and refreshed numbers, both per entry of the batch."""
+class CircuitCost:
+    """Count what a graph needs of the scheme; products of two numbers and refreshed numbers are per entry of the batch.
+
+    Attributes:
+        depth: the most levels between two refreshes, or of the graph where it has none.
+    """
 
     depth: int
     ciphertext_products: int
@@ -77,28 +83,28 @@ class Demand:
     refreshes: int
 
     def modulus_bits(self, bits_per_level: int = MAX_SCALE_BITS) -> int:
-        """log2 of the whole modulus of CKKS parameters with this depth (`hecompile.ckks.parameters.modulus_bits`)."""
+        """Return log2 of the whole modulus of CKKS parameters with this depth (`hecompile.ckks.parameters.modulus_bits`)."""
         return modulus_bits(self.depth, bits_per_level)
 
 
-def demand(model: ir.Model, masks_are_free: bool = True) -> Demand:
-    """Count over a graph at stage `polynomial`, refreshed or not."""
-    found = levels(model, masks_are_free)
+def circuit_cost(model: ir.Model, masks_are_free: bool = True) -> CircuitCost:
+    """Count the cost of a graph at stage `polynomial`, refreshed or not."""
+    depths = levels(model, masks_are_free)
     products = {"ciphertext": 0, "plaintext": 0}
     refreshes = 0
     for node in model.graph:
-        if node.outputs[0] not in found:
+        if node.outputs[0] not in depths:
             continue
         if node.op_type == "Refresh":
             refreshes += elements(node.outputs[0])
         kind = product_kind(node)
         if kind in products:
             products[kind] += multiplications(node)
-    return Demand(max(found.values(), default=0), products["ciphertext"], products["plaintext"], refreshes)
+    return CircuitCost(max(depths.values(), default=0), products["ciphertext"], products["plaintext"], refreshes)
 
 
 def multiplications(node: ir.Node) -> int:
-    """Products of two numbers that a Mul, MatMul or Linear takes per entry of the batch; masked entries count."""
+    """Return how many products of two numbers a Mul, MatMul or Linear takes per entry of the batch; masked entries count."""
     inner = 1
     if node.op_type in ("MatMul", "Linear"):
         first = node.inputs[0]

@@ -1,5 +1,4 @@
-"""What calibration records for the polynomials that replace attention, normalisation and activation, and the rule that a
-calibrated range must lie within the domain of what stands in the graph."""
+"""Record the ranges that polynomials must cover, and check that they lie within the domains of those in the graph."""
 
 from __future__ import annotations
 
@@ -13,38 +12,50 @@ from torch import Tensor
 
 from hecompile.errors import LegalityError
 from hecompile.graph.ir import APPROXIMATION_RANGE, attributes_of, module_path
-from hecompile.graph.polynomial_operators import attention_scores, gaussian_exponents
+from hecompile.polynomial.inputs import ACTIVATIONS, NORMS, AttentionInputs, is_approximated
 
 POWERS = (2, 4, 6, 8)
-NORMS, ACTIVATIONS = ("RMSNorm", "PolynomialRMSNorm"), ("SiLU", "PolynomialSiLU", "ComposedSiLU", "QuantizedSiLU")
 
 
 @dataclass(frozen=True)
 class Interval:
-    """The smallest and the largest value seen."""
+    """Represent a range by its smallest and largest value."""
 
     lower: float
     upper: float
 
     @classmethod
     def of(cls, values: Tensor) -> Interval:
+        """Return the range of the entries of `values`; NaN at both ends where one of them is NaN."""
+        values = values.detach()
         return cls(float(values.min()), float(values.max()))
 
+    def joined(self, other: Interval) -> Interval:
+        """Return the smallest range that holds both; NaN stays NaN."""
+        return Interval.of(torch.tensor([self.lower, self.upper, other.lower, other.upper], dtype=torch.float64))
+
     def widened(self, margin: float) -> Interval:
-        """Of positive values: both ends moved apart by a factor."""
+        """Return this range of positive values with both ends moved apart by the factor `margin`."""
         return Interval(self.lower / margin, self.upper * margin)
 
     def within(self, lower: float, upper: float) -> bool:
-        """Whether it lies in [lower, upper], up to the rounding of float32."""
+        """Tell whether it lies in [lower, upper], up to the rounding of float32."""
         slack = 1e-6
         return self.lower >= lower - slack * abs(lower) and self.upper <= upper + slack * abs(upper)
 
 
 @dataclass(frozen=True)
 class AttentionRange:
-    """Over every query, head and position of the sample: the scores t = q·kᵀ·scale of keys that are seen, the exponents
-    -‖q - k‖²·scale/2, log Σ exp(t) of a query, the sums and means over its keys of t^p (p = 2, 4, 6, 8), and the same sums
-    and means after t was divided by the query's largest |t|."""
+    """Hold the ranges that any polynomial attention must cover, over every query, head and position of a sample.
+
+    Attributes:
+        length: keys of the longest query.
+        scores: t = q·kᵀ·scale of visible keys.
+        exponents: -‖q - k‖²·scale/2 of visible keys.
+        log_sums: log Σ exp(t) of a query.
+        power_sums, power_means: sum and mean over a query's keys of t^p, by p = 2, 4, 6, 8.
+        stable_sums: power_sums after t was divided by the query's largest |t|.
+    """
 
     length: int
     scores: Interval
@@ -55,12 +66,11 @@ class AttentionRange:
     stable_sums: dict[str, Interval]
 
     @classmethod
-    def measure(cls, q: Tensor, k: Tensor, bias: Tensor, scale: float) -> AttentionRange:
-        """q and k [B, heads, S, D], bias broadcast to [B, heads, S, S]; a query with zero scores only has sums of zero."""
-        scores = attention_scores(q, k, scale)  # [B, heads, S, S]
-        mask = torch.exp(bias).expand_as(scores)
-        seen = mask > 0
-        visible = mask.sum(-1)  # [B, heads, S]
+    def measure(cls, inputs: AttentionInputs) -> AttentionRange:
+        """Return the ranges of an attention's inputs; a query whose scores are all zero has sums of zero."""
+        scores = inputs.scores  # [B, heads, S, S]
+        mask = inputs.mask.expand_as(scores)
+        keys = mask.sum(-1)  # [B, heads, S]
         stable = scores / (scores * mask).abs().amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
 
         def sums(values: Tensor, divisor: Tensor | float = 1.0) -> dict[str, Interval]:
@@ -68,91 +78,119 @@ class AttentionRange:
 
         return cls(
             length=scores.shape[-1],
-            scores=Interval.of(scores[seen]),
-            exponents=Interval.of(gaussian_exponents(q, k, scale)[seen]),
-            log_sums=Interval.of(torch.logsumexp(scores + bias, -1)),
+            scores=Interval.of(inputs.visible(scores)),
+            exponents=Interval.of(inputs.visible(inputs.exponents)),
+            log_sums=Interval.of(torch.logsumexp(scores + inputs.bias, -1)),
             power_sums=sums(scores),
-            power_means=sums(scores, visible),
+            power_means=sums(scores, keys),
             stable_sums=sums(stable),
         )
 
 
-def write_range(value: ir.Value, found: Interval | AttentionRange) -> None:
-    """Record `found` on the result that a polynomial would make."""
-    value.metadata_props[APPROXIMATION_RANGE] = json.dumps(_rounded(asdict(found)))
+def range_of(inputs: AttentionInputs | Tensor) -> Interval | AttentionRange:
+    """Return the range of what an `InputRecorder` received: of an attention, or of variances or activation inputs."""
+    return AttentionRange.measure(inputs) if isinstance(inputs, AttentionInputs) else Interval.of(inputs)
+
+
+def write_range(value: ir.Value, measured: Interval | AttentionRange) -> None:
+    """Record a range on the result that a polynomial would make, as JSON with six digits."""
+    value.metadata_props[APPROXIMATION_RANGE] = json.dumps(_rounded(asdict(measured)))
 
 
 def interval_of(value: ir.Value) -> Interval | None:
-    """The variances of an RMSNorm or the inputs of a SiLU, as recorded; None without calibration."""
+    """Return the recorded range of the variances of an RMSNorm or the inputs of a SiLU; None without calibration."""
     raw = value.metadata_props.get(APPROXIMATION_RANGE)
     return None if raw is None else Interval(**json.loads(raw))
 
 
 def attention_range_of(value: ir.Value) -> AttentionRange | None:
-    """What was recorded of an attention; None without calibration."""
+    """Return the recorded ranges of an attention; None without calibration."""
     raw = value.metadata_props.get(APPROXIMATION_RANGE)
     if raw is None:
         return None
-    found = json.loads(raw)
-    fields: dict[str, Any] = {name: Interval(**found[name]) for name in ("scores", "exponents", "log_sums")}
+    recorded = json.loads(raw)
+    fields: dict[str, Any] = {name: Interval(**recorded[name]) for name in ("scores", "exponents", "log_sums")}
     for name in ("power_sums", "power_means", "stable_sums"):
-        fields[name] = {power: Interval(**interval) for power, interval in found[name].items()}
-    return AttentionRange(length=found["length"], **fields)
+        fields[name] = {power: Interval(**interval) for power, interval in recorded[name].items()}
+    return AttentionRange(length=recorded["length"], **fields)
 
 
-def _rounded(found: object) -> object:
-    """Floats to six digits: the last ones differ between machines."""
-    if isinstance(found, dict):
-        return {name: _rounded(value) for name, value in found.items()}
-    return float(f"{found:.6g}") if isinstance(found, float) else found
+def _rounded(document: object) -> object:
+    """Round all floats to six digits: the last ones differ between machines."""
+    if isinstance(document, dict):
+        return {name: _rounded(value) for name, value in document.items()}
+    return float(f"{document:.6g}") if isinstance(document, float) else document
+
+
+@dataclass(frozen=True)
+class DomainCheck:
+    """Compare the range of one input of a polynomial, e.g. "the variance", with the domain that it must lie in."""
+
+    what: str
+    seen: Interval
+    domain: Interval
+
+    @property
+    def passed(self) -> bool:
+        return self.seen.within(self.domain.lower, self.domain.upper)
 
 
 def check_domain(node: ir.Node) -> None:
-    """LegalityError when what calibration saw leaves the domain that the polynomial `node` was made for."""
-    if APPROXIMATION_RANGE not in node.outputs[0].metadata_props or "error_bound" not in node.attributes:
-        return
+    """Raise LegalityError when a calibrated range leaves the domain that the polynomial `node` was made for."""
     output = node.outputs[0]
-    found = interval_of(output) if node.op_type in (*NORMS, *ACTIVATIONS) else attention_range_of(output)
-    assert found is not None
-    for what, seen, lower, upper in demands(node, found):
-        require_within(module_path(node) or str(output.name), what, seen, lower, upper)
+    if APPROXIMATION_RANGE not in output.metadata_props or not is_approximated(node):
+        return
+    recorded = interval_of(output) if node.op_type in (*NORMS, *ACTIVATIONS) else attention_range_of(output)
+    assert recorded is not None
+    for check in domain_checks(node, recorded):
+        where, domain = module_path(node) or str(output.name), check.domain
+        require_within(where, check.what, check.seen, domain.lower, domain.upper)
 
 
-def demands(node: ir.Node, found: Interval | AttentionRange) -> list[tuple[str, Interval, float, float]]:
-    """What must lie where, of what went into the polynomial `node`: (name, seen, lower, upper)."""
+def domain_checks(node: ir.Node, measured: Interval | AttentionRange) -> list[DomainCheck]:
+    """Return every input of the polynomial `node` with its measured range and its domain."""
     given = attributes_of(node)
     numbers = {name: float(value) for name, value in given.items() if isinstance(value, (int, float))}
-    if isinstance(found, Interval):
-        what = "the variance" if node.op_type in NORMS else "the input"
-        return [(what, found, numbers["domain_lower"], numbers["domain_upper"])]
+
+    def domain(name: str) -> Interval:
+        return Interval(numbers[f"{name}_lower"], numbers[f"{name}_upper"])
+
+    if isinstance(measured, Interval):
+        return [DomainCheck("the variance" if node.op_type in NORMS else "the input", measured, domain("domain"))]
     if node.op_type == "GaussianAttention":
         # ‖q - k‖² is computed from three sums: rounding may leave it a little below zero.
-        exponents = Interval(found.exponents.lower, min(found.exponents.upper, 0.0))
-        return [("the exponent", exponents, numbers["domain_lower"], numbers["domain_upper"])]
+        exponents = Interval(measured.exponents.lower, min(measured.exponents.upper, 0.0))
+        return [DomainCheck("the exponent", exponents, domain("domain"))]
     if node.op_type == "ChebyshevAttention":
         shift = numbers["shift"]
-        shifted = Interval(found.scores.lower - shift, found.scores.upper - shift)
-        demands = [("the score less its shift", shifted, numbers["domain_lower"], numbers["domain_upper"])]
+        shifted = Interval(measured.scores.lower - shift, measured.scores.upper - shift)
+        checks = [DomainCheck("the score less its shift", shifted, domain("domain"))]
         if numbers["halvings"]:
-            demands.append(("the number of keys", Interval(1, found.length), 1, 1 / numbers["square_lower"]))
-        return demands
-    demands = [("the score", found.scores, -numbers["domain_upper"], numbers["domain_upper"])]
+            keys = Interval(1, measured.length)
+            checks.append(DomainCheck("the number of keys", keys, Interval(1, 1 / numbers["square_lower"])))
+        return checks
+    bound = numbers["domain_upper"]
+    checks = [DomainCheck("the score", measured.scores, Interval(-bound, bound))]
     if given["division"] == "goldschmidt":
-        divisor = divisor_range(found, str(given["form"]), int(numbers["power"]), numbers["epsilon"])
-        demands.append(("the divisor", divisor, numbers["ratio_lower"], numbers["ratio_upper"]))
-    return demands
+        divisors = divisor_range(measured, str(given["form"]), int(numbers["power"]), numbers["epsilon"])
+        checks.append(DomainCheck("the divisor", divisors, domain("ratio")))
+    return checks
 
 
-def divisor_range(found: AttentionRange, form: str, power: int, epsilon: float) -> Interval:
-    """The divisors ε + Σ or ε + mean of a power attention."""
-    table = {"stable": found.stable_sums, "lipschitz": found.power_sums, "length_agnostic": found.power_means}[form]
-    if str(power) not in table:
+def divisor_range(measured: AttentionRange, form: str, power: int, epsilon: float) -> Interval:
+    """Return the range of the divisors ε + Σ or ε + mean of a power attention.
+
+    Raises LegalityError for a power that calibration does not record.
+    """
+    tables = {"stable": measured.stable_sums, "lipschitz": measured.power_sums, "length_agnostic": measured.power_means}
+    sums = tables[form].get(str(power))
+    if sums is None:
         raise LegalityError(f"calibration records powers {', '.join(map(str, POWERS))}, not {power}")
-    return Interval(table[str(power)].lower + epsilon, table[str(power)].upper + epsilon)
+    return Interval(sums.lower + epsilon, sums.upper + epsilon)
 
 
 def require_within(where: str, what: str, seen: Interval, lower: float, upper: float) -> None:
-    """LegalityError with the numbers when `seen` leaves [lower, upper]."""
+    """Raise LegalityError, with the numbers, when the range `seen` of `what` leaves a domain [lower, upper]."""
     if not seen.within(lower, upper):
         raise LegalityError(
             f"{where}: {what} was seen between {seen.lower:.6g} and {seen.upper:.6g}, outside the domain [{lower:.6g}, "

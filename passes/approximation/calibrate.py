@@ -24,8 +24,8 @@ from torch import Tensor
 from hecompile.errors import InputError
 from hecompile.graph.interpreter import Interpreter, graph_inputs
 from hecompile.graph.ir import DOMAIN, GRADIENT_RANGE, RANGE, nodes_of_type
-from hecompile.polynomial.range_watch import RangeWatch
-from hecompile.polynomial.ranges import check_domain, write_range
+from hecompile.polynomial.inputs import AttentionInputs, NonlinearNodes
+from hecompile.polynomial.ranges import check_domain, range_of, write_range
 
 Samples = tuple[tuple[int, ...], ...]
 """Token ids, one tuple per sequence."""
@@ -49,11 +49,13 @@ class Calibrate(ir.passes.InPlacePass):
         if not _linears(model):
             return ir.passes.PassResult(model, False)
         watched = {value for node in _linears(model) for value in (node.inputs[0], node.outputs[0])}
-        ranges = RangeWatch(model, lambda node, found: write_range(node.outputs[0], found))
+        input_ids = torch.tensor(self.samples, dtype=torch.int64)
+        inputs = graph_inputs(input_ids, torch.ones_like(input_ids)) | _adapter_at_zero(model)
+        recorder = NonlinearNodes(model).record(_write_range, inputs)
         seen: dict[ir.Value, Tensor] = {}
 
         def observe(value: ir.Value, result: Tensor) -> None:
-            ranges.observe(value, result)
+            recorder.observe(value, result)
             if value in watched:
                 if not result.requires_grad:
                     result.requires_grad_()  # a leaf here: everything before it is frozen
@@ -61,10 +63,6 @@ class Calibrate(ir.passes.InPlacePass):
                 seen[value] = result
 
         with torch.enable_grad():
-            input_ids = torch.tensor(self.samples, dtype=torch.int64)
-            inputs = graph_inputs(input_ids, torch.ones_like(input_ids)) | _adapter_at_zero(model)
-            for value in model.graph.inputs:
-                ranges.observe(value, inputs[str(value.name)])
             logits = Interpreter(model).run(inputs, observer=observe)[str(model.graph.outputs[0].name)]
             torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()).backward()
         for value, tensor in seen.items():
@@ -81,6 +79,10 @@ class Calibrate(ir.passes.InPlacePass):
         for node in _linears(model):
             if RANGE not in node.outputs[0].metadata_props:
                 raise ir.passes.PostconditionError(f"{node.name} was not reached by calibration")
+
+
+def _write_range(node: ir.Node, inputs: AttentionInputs | Tensor) -> None:
+    write_range(node.outputs[0], range_of(inputs))
 
 
 def _linears(model: ir.Model) -> list[ir.Node]:

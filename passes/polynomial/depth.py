@@ -18,7 +18,7 @@ import onnx_ir as ir
 from hecompile.ckks.parameters import MAX_SCALE_BITS, MIN_SCALE_BITS
 from hecompile.errors import InputError
 from hecompile.graph.ir import LEVEL
-from hecompile.polynomial.depth import demand, levels
+from hecompile.polynomial.depth import circuit_cost, levels
 
 METADATA = "hecompile.depth"
 
@@ -43,14 +43,14 @@ class Depth(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         for value, level in levels(model, self.masks_are_free).items():
             value.metadata_props[LEVEL] = str(level)
-        found = demand(model, self.masks_are_free)
+        cost = circuit_cost(model, self.masks_are_free)
         model.metadata_props.update(
             {
-                METADATA: str(found.depth),
-                f"{METADATA}.modulus_bits": str(found.modulus_bits(self.bits_per_level)),
-                f"{METADATA}.ciphertext_products": str(found.ciphertext_products),
-                f"{METADATA}.plaintext_products": str(found.plaintext_products),
-                f"{METADATA}.refreshes": str(found.refreshes),
+                METADATA: str(cost.depth),
+                f"{METADATA}.modulus_bits": str(cost.modulus_bits(self.bits_per_level)),
+                f"{METADATA}.ciphertext_products": str(cost.ciphertext_products),
+                f"{METADATA}.plaintext_products": str(cost.plaintext_products),
+                f"{METADATA}.refreshes": str(cost.refreshes),
             }
         )
         return ir.passes.PassResult(model, True)

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from hecompile.errors import InputError
 from hecompile.graph.ir import DOMAIN, ORIGIN, module_path
-from hecompile.polynomial.depth import cost_of, elements, levels
+from hecompile.polynomial.depth import elements, levels, levels_used
 from hecompile.polynomial.refresh_placement import Vertex, cheapest_refreshes
 
 METADATA = "hecompile.refreshes"
@@ -64,7 +64,7 @@ def _vertex(value: ir.Value, index: dict[ir.Value, int], masks_are_free: bool) -
     if node is None:
         return Vertex((), 0, elements(value))
     operands = tuple(sorted({index[operand] for operand in node.inputs if operand is not None and operand in index}))
-    return Vertex(operands, cost_of(node, masks_are_free), elements(value))
+    return Vertex(operands, levels_used(node, masks_are_free), elements(value))
 
 
 def _refresh(graph: ir.Graph, value: ir.Value) -> None:

@@ -23,10 +23,10 @@ from hecompile.graph.ir import DOMAIN, constant_of
 from hecompile.graph.legality import FUSED_CLIENT_PLAN, check_stage
 from hecompile.graph.operators import Context
 from hecompile.passes.offload.fuse import Fuse
-from hecompile.polynomial.range_watch import DomainWatch, Outside
+from hecompile.polynomial.domains import DomainMonitor, DomainViolation
 from hecompile.runtime.client.mapped import release
 from hecompile.runtime.client.products import Products
-from hecompile.runtime.client.range_terms import RangeLossWatch, WatchedOutput
+from hecompile.runtime.client.range_terms import RangeLoss, WatchedOutput
 from hecompile.runtime.model.adapter import head_digest
 from hecompile.runtime.model.head import linear_cross_entropy, scored_positions, scored_targets
 from hecompile.runtime.model.per_example import GradientCollector, PerExample
@@ -89,7 +89,7 @@ class EncryptedCausalLM(torch.nn.Module):
         check_stage(model, FUSED_CLIENT_PLAN)
         head = _detach_head(model)
         self._model, self._interpreter = model, Interpreter(model)
-        self._range_watch = RangeLossWatch(model)
+        self._range_loss = RangeLoss(model)
         self.with_range_terms = False
         self._head = self._interpreter.constants[head]  # f32 [V, H]
         self._mapped_head = constant_of(model.graph.initializers[head])
@@ -134,7 +134,7 @@ class EncryptedCausalLM(torch.nn.Module):
     @property
     def has_domains(self) -> bool:
         """Say whether the plan has polynomials with domains."""
-        return bool(self._range_watch.nodes)
+        return bool(self._range_loss)
 
     def forward(
         self,
@@ -153,8 +153,9 @@ class EncryptedCausalLM(torch.nn.Module):
         """
         wanted = scored_positions(labels) if labels is not None else logits_to_keep
         real, packed = self._pack(input_ids, attention_mask, wanted)
-        ranges = self._range_watch.start(packed.lengths) if self.with_range_terms and labels is not None else None
-        hidden = self._hidden(packed, generator, observer=None if ranges is None else ranges.observe)  # [N, H]
+        watched = self.with_range_terms and labels is not None
+        ranges, observer = self._range_loss.start(packed.lengths) if watched else (None, None)
+        hidden = self._hidden(packed, generator, observer=observer)  # [N, H]
         if labels is not None:
             targets = scored_targets(labels)
             count = len(targets) if num_items_in_batch is None else num_items_in_batch
@@ -182,14 +183,14 @@ class EncryptedCausalLM(torch.nn.Module):
 
     def outside_domains(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, generator: torch.Generator | None = None
-    ) -> tuple[Outside, ...]:
+    ) -> tuple[DomainViolation, ...]:
         """See `DomainModel`. The worker sees what it sees of any batch."""
         _, packed = self._pack(input_ids, attention_mask, scored_positions(labels))
-        watch = DomainWatch(self._model, packed.lengths)
+        monitor = DomainMonitor(self._model, packed.lengths)
         # A failure ends the look: what went before it has been seen, and the reason for looking is to be reported, not this.
         with torch.no_grad(), suppress(HecompileError):
-            self._hidden(packed, generator, observer=watch.observe)
-        return watch.outside
+            self._hidden(packed, generator, observer=monitor.observe)
+        return monitor.violations
 
     def next_logits(self, cache: AttentionCache, tokens: Mapping[int, Sequence[int]]) -> Tensor:
         """Compute the logits f32 [n, V] of the token after each of n sequences, in the order given.

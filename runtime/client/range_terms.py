@@ -1,123 +1,81 @@
-"""The range loss of private training: it keeps what goes into a plan's polynomials within their domains.
+"""Keep the inputs of a plan's polynomials within their domains while its adapter trains.
 
 LoRA changes what goes into the polynomials, and outside its domain a polynomial grows without limit. The client sees every
-value in the clear, so that it can do what conversion does:
-
-    Loss = α·L_range + β·L_var + L                       (Zimerman et al., Power-Softmax, arXiv 2410.09457)
-
-with the terms of `hecompile.runtime.conversion.ranges`, here node by node, for the domain that each node has. They are
-zero while values keep a tenth of their domain's size away from its ends.
+value in the clear, so that it can add a range loss as conversion does (`hecompile.polynomial.range_penalty`), here node by
+node for the domain that each node has. Its terms are zero while values keep a tenth of their domain's size from its ends.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import onnx_ir as ir
-import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
-from hecompile.graph.attention_cache import causal_mask
-from hecompile.graph.ir import ATTENTION_OPERATORS, attributes_of
-from hecompile.graph.polynomial_operators import attention_scores, gaussian_exponents, power_weights
-from hecompile.polynomial.range_penalty import beyond, outside
-from hecompile.polynomial.ranges import ACTIVATIONS, NORMS
+from hecompile.graph.interpreter import Observer
+from hecompile.graph.ir import attributes_of
+from hecompile.polynomial.inputs import NORMS, AttentionInputs, NonlinearNodes, is_approximated
+from hecompile.polynomial.range_penalty import RangeTerms
 
 INNER = 0.9
-"""Where the loss begins, of a domain."""
+"""The part of a domain in which there is no loss."""
 
 
-class RangeLossWatch:
-    """The polynomial nodes of a graph that runs sequences packed. Immutable: `start` makes what one run writes to."""
+class RangeLoss:
+    """Find the polynomials of a graph that runs sequences packed. Immutable: `start` measures one run."""
 
     def __init__(self, model: ir.Model) -> None:
-        watched = (*ATTENTION_OPERATORS, *NORMS, *ACTIVATIONS)
-        self.nodes = {
-            node.outputs[0]: node for node in model.graph if node.op_type in watched and "error_bound" in node.attributes
-        }
-        self.needed = {
-            value
-            for node in self.nodes.values()
-            for value in node.inputs[: 2 if node.op_type in ATTENTION_OPERATORS else 1]
-            if value is not None
-        }
+        self._nodes = NonlinearNodes(model, is_approximated)
 
-    def start(self, sequences: tuple[int, ...]) -> RangeTerms:
-        """For one run of packed sequences of these lengths."""
-        return RangeTerms(self, sequences)
+    def __bool__(self) -> bool:
+        return bool(self._nodes)
+
+    def start(self, lengths: tuple[int, ...]) -> tuple[RangeTerms, Observer]:
+        """Return the terms of one run of packed sequences of these lengths, and the observer that adds to them."""
+        terms = RangeTerms()
+
+        def receive(node: ir.Node, inputs: AttentionInputs | Tensor) -> None:
+            _add(terms, node, inputs)
+
+        return terms, self._nodes.record(receive, lengths=lengths, gradients=True).observe
 
 
-class RangeTerms:
-    """The terms of one forward run: scalars with a graph. Give `observe` to the interpreter."""
+def _add(terms: RangeTerms, node: ir.Node, inputs: AttentionInputs | Tensor) -> None:
+    given = attributes_of(node)
+    if isinstance(inputs, AttentionInputs):
+        _add_attention(terms, node.op_type, given, inputs)
+    elif node.op_type in NORMS:
+        terms.add_variances(inputs, given["domain_lower"] / INNER, given["domain_upper"] * INNER)
+    else:
+        terms.add_activations(inputs, INNER * given["domain_upper"])
 
-    def __init__(self, watch: RangeLossWatch, sequences: tuple[int, ...]) -> None:
-        self._watch, self._sequences = watch, sequences
-        self._values: dict[ir.Value, Tensor] = {}
-        self.range_term, self.variance_term = torch.zeros(()), torch.zeros(())
 
-    def loss(self, alpha: float, beta: float) -> Tensor:
-        """α·L_range + β·L_var."""
-        return alpha * self.range_term + beta * self.variance_term
-
-    def observe(self, value: ir.Value, result: Tensor) -> None:
-        """An observer of `hecompile.graph.interpreter.Interpreter.run`."""
-        if value in self._watch.needed:
-            self._values[value] = result
-        node = self._watch.nodes.get(value)
-        if node is None:
-            return
-        given = attributes_of(node)
-        inputs = [self._values[used] for used in node.inputs if used is not None and used in self._watch.needed]
-        if node.op_type in NORMS:
-            variance = inputs[0].pow(2).mean(-1) + float(given["epsilon"])
-            lower, upper = float(given["domain_lower"]), float(given["domain_upper"])
-            self.variance_term = self.variance_term + outside(variance, lower / INNER, upper * INNER)
-        elif node.op_type in ACTIVATIONS:
-            bound = float(given["domain_upper"])
-            self._add(beyond(inputs[0].abs().amax(-1), INNER * bound))
-        else:
-            query, key = inputs[0], inputs[-1]  # the same value where a model shares them
-            for q, k in zip(*(part.split(self._sequences, dim=2) for part in (query, key)), strict=True):
-                self._attention(node, given, q, k)
-
-    def _attention(self, node: ir.Node, given: dict[str, object], q: Tensor, k: Tensor) -> None:
-        """q and k [1, heads, L, D] of one sequence, which counts by its share of the positions."""
-        numbers = {name: float(value) for name, value in given.items() if isinstance(value, (int, float))}
-        mask, share = causal_mask(q.shape[2], k.shape[2]).to(q), q.shape[2] / sum(self._sequences)
-        if node.op_type == "GaussianAttention":
-            exponents = gaussian_exponents(q, k, numbers["scale"]).clamp_max(0.0)  # rounding may leave it a little above
-            lower = numbers["domain_lower"]
-            self._add(share * beyond((-exponents * mask).amax(-1), -INNER * lower))
-            return
-        scores = attention_scores(q, k, numbers["scale"])
-        if node.op_type == "ChebyshevAttention":
-            lower, upper = numbers["domain_lower"], numbers["domain_upper"]
-            centred, radius = scores - numbers["shift"] - (lower + upper) / 2, (upper - lower) / 2
-            self._add(share * beyond((centred * mask).abs().amax(-1), INNER * radius))
-            return
-        bound = numbers["domain_upper"]
-        self._add(share * beyond((scores * mask).abs().amax(-1), INNER * bound))
-        if given["division"] == "goldschmidt":
-            _, divisor, _ = power_weights(scores, mask, given)
-            lower, upper = numbers["ratio_lower"], numbers["ratio_upper"]
-            # The lower end is ε or near it, which a query whose scores are all zero has: nothing to keep away from.
-            self._add(share * outside(divisor, lower, upper * INNER))
-
-    def _add(self, term: Tensor) -> None:
-        self.range_term = self.range_term + term
+def _add_attention(terms: RangeTerms, op_type: str, given: dict[str, Any], inputs: AttentionInputs) -> None:
+    if op_type == "GaussianAttention":
+        terms.add_exponents(inputs, -INNER * given["domain_lower"])
+        return
+    if op_type == "ChebyshevAttention":
+        lower, upper = given["domain_lower"], given["domain_upper"]
+        centred, radius = inputs.scores - given["shift"] - (lower + upper) / 2, (upper - lower) / 2
+        terms.add_scores(inputs, centred, INNER * radius)
+        return
+    terms.add_scores(inputs, inputs.scores, INNER * given["domain_upper"])
+    if given["division"] == "goldschmidt":
+        # The lower end is ε or near it, which a query whose scores are all zero has: nothing to keep away from.
+        terms.add_divisors(inputs, inputs.divisors(given), given["ratio_lower"], given["ratio_upper"] * INNER)
 
 
 @dataclass
 class WatchedOutput(CausalLMOutput):
-    """ranges: the terms of the run; None where they were not asked for."""
+    """Hold a model's output with the range terms of its run; `ranges` is None where they were not asked for."""
 
     ranges: RangeTerms | None = None
 
 
 @runtime_checkable
 class RangeLossModel(Protocol):
-    """An `AdapterModel` whose output has `ranges` where `with_range_terms` is set and labels are given."""
+    """Require an `AdapterModel` whose output has `ranges` where `with_range_terms` is set and labels are given."""
 
     with_range_terms: bool

@@ -48,16 +48,11 @@ class TrainableGraph:
         self.observer = RangeObserver(model, recipe)
 
     def logits(self, tokens: Tensor, observer: RangeObserver | None = None) -> Tensor:
-        """float32 [B, S, V] of tokens int64 [B, S] without padding; `observer` hears the ranges."""
-        if observer is not None:
-            observer.reset()
-        parameters = {name: self.weights[found] for name, found in self._names.items()}
-        outputs = self._interpreter.run(
-            graph_inputs(tokens, torch.ones_like(tokens)),
-            observer=None if observer is None else observer.observe,
-            parameters=parameters,
-        )
-        return outputs["logits"]
+        """Return float32 [B, S, V] for tokens int64 [B, S] without padding; `observer` measures the run."""
+        inputs = graph_inputs(tokens, torch.ones_like(tokens))
+        parameters = {name: self.weights[checkpoint_name] for name, checkpoint_name in self._names.items()}
+        observe = None if observer is None else observer.start(inputs)
+        return self._interpreter.run(inputs, observer=observe, parameters=parameters)["logits"]
 
     def loss(self, tokens: Tensor, observer: RangeObserver | None = None) -> Tensor:
         """Mean cross entropy in nats of every next token."""

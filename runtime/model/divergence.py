@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hecompile.errors import NotFiniteError
-from hecompile.polynomial.range_watch import Outside
+from hecompile.polynomial.domains import DomainViolation
 
 _SHOWN = 3
 
@@ -24,7 +24,7 @@ class DomainModel(Protocol):
 
     def outside_domains(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, generator: torch.Generator | None = None
-    ) -> tuple[Outside, ...]:
+    ) -> tuple[DomainViolation, ...]:
         """Find what leaves the domain of its polynomial when a batch (int64 [B, S] each, padded on the right) runs forward.
 
         It is listed in the order of the graph, up to the first value that is infinite or NaN; empty without polynomials. No
@@ -48,7 +48,7 @@ def require_finite_gradients(parameters: Mapping[str, torch.nn.Parameter]) -> No
     raise NotFiniteError(f"{what} is not finite")
 
 
-def divergence_error(message: str, outside: Sequence[Outside]) -> NotFiniteError:
+def divergence_error(message: str, outside: Sequence[DomainViolation]) -> NotFiniteError:
     """Make the error `message` with what is known of why, and what to do.
 
     It shows ends of ranges of activations, and no other number of the text: they stay with the data owner, whose client

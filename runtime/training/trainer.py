@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hecompile.errors import InputError, NotFiniteError, VerificationError
 from hecompile.files import reason_of
-from hecompile.polynomial.range_watch import Outside
+from hecompile.polynomial.domains import DomainViolation
 from hecompile.runtime.client.range_terms import RangeLossModel, WatchedOutput
 from hecompile.runtime.model.adapter import AdapterModel, load_adapter, save_adapter
 from hecompile.runtime.model.data import Examples, PadToBucket
@@ -135,13 +135,13 @@ class AdapterTrainer(Trainer):
             raise divergence_error(f"{step}: {error}; the step was not taken", outside) from None
         return loss
 
-    def _outside_domains(self, micro_batches: list[dict[str, torch.Tensor]]) -> tuple[Outside, ...]:
+    def _outside_domains(self, micro_batches: list[dict[str, torch.Tensor]]) -> tuple[DomainViolation, ...]:
         """Find what leaves the domains of the model's polynomials, in the first micro-batch where something does."""
         model = self._adapter_model
         if not isinstance(model, DomainModel):
             return ()
 
-        def look(micro_batch: Mapping[str, torch.Tensor], generator: torch.Generator) -> tuple[Outside, ...]:
+        def look(micro_batch: Mapping[str, torch.Tensor], generator: torch.Generator) -> tuple[DomainViolation, ...]:
             return model.outside_domains(**micro_batch, generator=generator)
 
         return next((outside for outside in self._micro_batches.map(look, micro_batches) if outside), ())

@@ -13,7 +13,7 @@ import pytest
 from hecompile.ckks.keys import EvaluationKeys, SecretKey
 from hecompile.ckks.parameters import MAX_MODULUS_BITS, CkksLiteral, CkksParameters, select
 from hecompile.errors import HecompileError, InputError, SecurityError, WorkerError
-from hecompile.polynomial.depth import Demand
+from hecompile.polynomial.depth import CircuitCost
 from tests.runtime.ckks.support import key, parameters
 
 
@@ -36,7 +36,7 @@ def test_the_smallest_ring_is_selected_and_too_deep_is_refused_with_the_numbers(
 def test_depth_counts_the_modulus_that_the_parameters_have() -> None:
     for literal in (CkksLiteral(8192, 4), CkksLiteral(16384, 7, 28)):
         bits = math.prod(literal.validate().moduli).bit_length()
-        assert Demand(literal.levels, 0, 0, 0).modulus_bits(literal.scale_bits) == literal.modulus_bits == bits
+        assert CircuitCost(literal.levels, 0, 0, 0).modulus_bits(literal.scale_bits) == literal.modulus_bits == bits
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from hecompile.graph.legality import CANONICAL
 from hecompile.graph.matching import attentions
 from hecompile.graph.operators import Context
 from hecompile.passes.approximation.approximate_softmax import ApproximateSoftmax
+from hecompile.polynomial.inputs import AttentionInputs
 from hecompile.polynomial.ranges import AttentionRange, attention_range_of, check_domain, write_range
 from tests.conftest import Golden
 from tests.support.graphs import gaussian, parse, refused, run_pass
@@ -40,12 +41,16 @@ def data() -> dict[str, Tensor]:
     return inputs | {"bias": causal_attention_bias(torch.ones(1, LENGTH, dtype=torch.int64))}
 
 
+def attention_inputs(inputs: dict[str, Tensor], factor: float = 1.0) -> AttentionInputs:
+    return AttentionInputs(inputs["q"] * factor, inputs["k"], inputs["bias"], 0.5)
+
+
 def block(calibrated: bool = True) -> ir.Model:
     model = parse(TEXT, {"y": "model.layers.0.self_attn"})
     if calibrated:
         (node, _), *_ = attentions(model)
         inputs = data()
-        write_range(node.outputs[0], AttentionRange.measure(inputs["q"], inputs["k"], inputs["bias"], 0.5))
+        write_range(node.outputs[0], AttentionRange.measure(attention_inputs(inputs)))
     return model
 
 
@@ -196,7 +201,7 @@ def test_calibration_after_the_fact_refuses_a_domain_that_does_not_cover_it(name
     (node,) = model.graph
     inputs = data()
     for factor in (1.0, 8.0):
-        write_range(node.outputs[0], AttentionRange.measure(inputs["q"] * factor, inputs["k"], inputs["bias"], 0.5))
+        write_range(node.outputs[0], AttentionRange.measure(attention_inputs(inputs, factor)))
         if factor == 1.0:
             check_domain(node)
     with pytest.raises(LegalityError, match=r"model\.layers\.0\.self_attn: the .* was seen between .*, outside the domain"):
@@ -243,7 +248,7 @@ def test_wide_scores_are_halved() -> None:
     (node, _), *_ = attentions(model)
     inputs = data()
     q = inputs["q"] * 40
-    write_range(node.outputs[0], AttentionRange.measure(q, inputs["k"], inputs["bias"], 0.5))
+    write_range(node.outputs[0], AttentionRange.measure(attention_inputs(inputs, 40)))
     found = attention_range_of(node.outputs[0])
     assert found is not None and found.scores.upper - found.scores.lower > 100
     model = run_pass(model, "approximate_softmax", CANONICAL, variant="chebyshev").model

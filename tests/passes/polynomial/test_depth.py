@@ -16,7 +16,7 @@ from hecompile.graph.legality import POLYNOMIAL, REFRESHED
 from hecompile.inspection.polynomial import depth_table
 from hecompile.passes.polynomial.depth import Depth
 from hecompile.passes.polynomial.place_refreshes import PlaceRefreshes
-from hecompile.polynomial.depth import demand, levels
+from hecompile.polynomial.depth import circuit_cost, levels
 from hecompile.polynomial.refresh_placement import Vertex, cheapest_refreshes
 from tests.conftest import Golden
 from tests.support.graphs import evaluate, gaussian, parse, refused, run_pass
@@ -58,12 +58,12 @@ def test_levels_are_those_counted_by_hand(golden: Golden) -> None:
     written = {str(value.name): value.metadata_props.get(LEVEL) for value in levels(model)}
     assert written == {name: str(level) for name, level in found.items()}
     golden.check("depth", print_model(model))
-    counted = demand(model)
+    counted = circuit_cost(model)
     # x·x and masked·inverse are 24 products each, the narrow square 4; by constants 4, and 24 numbers of 6 products each.
     assert (counted.ciphertext_products, counted.plaintext_products) == (24 + 4 + 24, 4 + 144)
     assert counted.modulus_bits(28) == 31 + (5 + 2) * 28  # the special prime, five levels and two primes at the end
     assert model.metadata_props["hecompile.depth.modulus_bits"] == str(31 + 7 * 30)
-    assert demand(model, masks_are_free=False).plaintext_products == 4 + 144
+    assert circuit_cost(model, masks_are_free=False).plaintext_products == 4 + 144
     assert levels(model, masks_are_free=False)[next(v for v in levels(model) if v.name == "masked")] == 1
 
 
@@ -76,7 +76,7 @@ def test_refreshes_stand_where_they_are_cheapest(golden: Golden) -> None:
     assert torch.equal(evaluate(result.model, x=x), before)
     refreshed = [str(node.inputs[0].name) for node in result.model.graph if node.op_type == "Refresh" and node.inputs[0]]
     assert len(refreshed) == 1 and SHAPES[refreshed[0]] == 1
-    assert demand(result.model).depth <= 3 and demand(result.model).refreshes == 4
+    assert circuit_cost(result.model).depth <= 3 and circuit_cost(result.model).refreshes == 4
 
 
 def test_untouched_where_levels_suffice_and_refused_without_any() -> None:

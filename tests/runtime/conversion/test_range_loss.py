@@ -19,7 +19,8 @@ from hecompile.models import REDUCED_LLAMA
 from hecompile.passes.approximation.approximate_softmax import ApproximateSoftmax
 from hecompile.passes.approximation.calibrate import Calibrate
 from hecompile.passes.offload.fuse import Fuse
-from hecompile.runtime.client.range_terms import RangeLossWatch, RangeTerms
+from hecompile.polynomial.range_penalty import RangeTerms
+from hecompile.runtime.client.range_terms import RangeLoss
 from hecompile.runtime.conversion.data import load_rows
 from tests.runtime.conversion.support import TEXT, recipe
 
@@ -53,10 +54,10 @@ def run(attention: str, lengths: tuple[int, ...], operator: str = "", first: int
     for name, value in changes.items():
         list(nodes_of_type(model, operator))[1].attributes[name] = ir.AttrFloat32(name, value)
     tokens = torch.cat([row[:length] for row, length in zip(rows()[first:], lengths, strict=False)])[None]
-    found = RangeLossWatch(model).start(lengths)
+    terms, observer = RangeLoss(model).start(lengths)
     with torch.no_grad():
-        interpreter.run(packed_graph_inputs(tokens, lengths), Context(sequences=lengths), found.observe)
-    return found
+        interpreter.run(packed_graph_inputs(tokens, lengths), Context(sequences=lengths), observer)
+    return terms
 
 
 RAGGED = (9, *(14,) * 7)
