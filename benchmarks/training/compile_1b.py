@@ -104,7 +104,7 @@ def _checkpoint(folder: Path, layers: int, quick: bool) -> Iterator[Path]:
 def _markdown(measured: Export, checkpoint: Path, build: Path, layers: int) -> str:
     bundle = ClientBundle.open(build / CLIENT)
     size = ModelSize.of(load_config(str(checkpoint)))
-    hints, predicted = folder_bytes(bundle.hints), size.hint_bytes(bundle.ring)
+    hints, predicted = folder_bytes(bundle.hints), size.hint_file_bytes(bundle.ring)
     client, worker = folder_bytes(build / CLIENT), folder_bytes(build / WORKER)
     rows = [[what, f"{seconds:.1f}"] for what, seconds in grouped(measured).items()]
     rows.append(["**all**", f"**{measured.seconds:.1f}**"])

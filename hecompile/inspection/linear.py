@@ -15,7 +15,7 @@ from hecompile.files import reason_of
 from hecompile.graph.ir import DOMAIN, module_path
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.verification import tolerance
-from hecompile.inspection.prediction import megabytes, total_hint_bytes
+from hecompile.inspection.prediction import megabytes, stored_hint_bytes
 from hecompile.plan.costs import hint_bytes
 
 _CLIENT_COLOUR, _WORKER_COLOUR = "#9ecae1", "#fdae6b"
@@ -106,7 +106,7 @@ def totals_table(bundle: ClientBundle) -> Table:
     skipped = circuits_without_gradient(bundle.graph())
     training = predicted_traffic(bundle.circuits, skipped)
     forward = predicted_traffic({n: p for n, p in bundle.circuits.items() if n.endswith(".forward")})
-    stored = total_hint_bytes(bundle.ring, (p.out_features for p in bundle.circuits.values()))
+    stored = stored_hint_bytes(bundle.ring, (p.out_features for p in bundle.circuits.values()))
     weights = sum(p.in_features * p.out_features for n, p in bundle.circuits.items() if n.endswith(".forward"))
     table = Table(title="totals", show_header=False)
     table.add_column("what")

@@ -1,4 +1,4 @@
-"""What a build will take on disk and in memory, from a model's configuration alone: before anything is exported.
+"""Predict what a build takes on disk and in memory from a model's configuration, before anything is exported.
 
 Every decoder linear of a Llama is on the worker (placement "offload"), query, key and value being one product, gate and up
 another, each forward and backward. A hint has one row of `rank · ring_dim` words per output of a product.
@@ -14,32 +14,27 @@ from rich.table import Table
 from transformers import PretrainedConfig
 
 from hecompile.he.parameters import CATALOGUE, RingParameters
+from hecompile.plan.costs import hint_bytes
 
-WORD_BYTES = 4
 HINT_ROW_GROUP = 8
-"""Rows of a hint are padded to groups of as many on disk."""
+"""Rows of a hint are padded to a multiple of this on disk."""
 _LOGIT_COPIES = 5
 """Arrays of the size of the logits at the peak of a step: logits, log-softmax, their gradients, and a shifted copy."""
 
 
-def hint_bytes(ring: RingParameters, rows: int) -> int:
-    """Bytes of the hint of one product with `rows` outputs, file header not counted."""
-    return math.ceil(rows / HINT_ROW_GROUP) * HINT_ROW_GROUP * ring.lattice_dim * WORD_BYTES
-
-
-def total_hint_bytes(ring: RingParameters, outputs: Iterable[int]) -> int:
-    """Bytes of the hints of products with so many outputs."""
-    return sum(hint_bytes(ring, rows) for rows in outputs)
+def stored_hint_bytes(ring: RingParameters, outputs: Iterable[int]) -> int:
+    """Return the bytes on disk of the hints of products with these numbers of outputs, file headers not counted."""
+    return sum(hint_bytes(ring, math.ceil(rows / HINT_ROW_GROUP) * HINT_ROW_GROUP) for rows in outputs)
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The products of a model and what stays with the client.
+    """Describe the remote products of a model and what stays with the client.
 
     Attributes:
         products: (in, out) of every product, forward and backward.
-        plan_bytes: float32 embedding, norms and output head: the client's plan.
-        vocabulary: size of it.
+        plan_bytes: of the client's plan: float32 embedding, norms and output head.
+        vocabulary: how many tokens there are.
     """
 
     layers: int
@@ -49,7 +44,7 @@ class ModelSize:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> ModelSize:
-        """From the configuration of a Llama."""
+        """Read the sizes off the configuration of a Llama."""
         hidden, ffn, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
         head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
         queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
@@ -65,24 +60,27 @@ class ModelSize:
     def hint_rows(self) -> int:
         return sum(outputs for _, outputs in self.products)
 
-    def hint_bytes(self, ring: RingParameters) -> int:
-        """Storage that the hints take on the client, file headers not counted."""
-        return total_hint_bytes(ring, (outputs for _, outputs in self.products))
+    def hint_file_bytes(self, ring: RingParameters) -> int:
+        """Return the bytes of all hints on the client's disk, file headers not counted."""
+        return stored_hint_bytes(ring, (outputs for _, outputs in self.products))
 
     def worker_bytes(self, weight_bits: int) -> int:
-        """The worker bundle: the weights in bytes, forward and backward apart."""
+        """Return the bytes of the worker bundle: the weights, for forward and backward apart."""
         return sum(inputs * outputs for inputs, outputs in self.products) * (1 if weight_bits <= 8 else 2)
 
     def client_resident_bytes(self, ring: RingParameters, tokens: int) -> int:
-        """About what training keeps in memory: the plan (mapped), A in the FFT domain, the hints of two layers, and the
-        logits of `tokens` tokens. The activations of a long context and the libraries (0.5 GB) are not counted."""
-        two_layers = 2 * self.hint_bytes(ring) // self.layers
-        matrix = 2 * WORD_BYTES * ring.lattice_dim * max(inputs for inputs, _ in self.products)
+        """Estimate what training keeps in memory.
+
+        Counted: the plan (mapped), A in the FFT domain, the hints of two layers, the logits of `tokens` tokens. Not counted:
+        the activations of a long context, and the libraries (0.5 GB).
+        """
+        two_layers = 2 * self.hint_file_bytes(ring) // self.layers
+        matrix = 2 * hint_bytes(ring, max(inputs for inputs, _ in self.products))  # transforms take twice the bytes
         return self.plan_bytes + matrix + two_layers + _LOGIT_COPIES * 4 * tokens * self.vocabulary
 
 
 def prediction_table(size: ModelSize, weight_bits: int, tokens: int, ring: RingParameters | None = None) -> Table:
-    """Storage and memory for one ring, or for each that can be selected. `tokens`: of the largest batch."""
+    """Show storage and memory for one ring, or for each that can be selected. `tokens`: of the largest batch."""
     table = Table(title=f"{len(size.products)} products, {size.hint_rows} rows of hints; predicted")
     for heading in ("ring x rank", "security", "hints on the client", "client plan", "client memory", "worker bundle"):
         table.add_column(heading, justify="left" if heading == "ring x rank" else "right")
@@ -90,7 +88,7 @@ def prediction_table(size: ModelSize, weight_bits: int, tokens: int, ring: RingP
         table.add_row(
             f"{candidate.ring_dim} x {candidate.rank}",
             f"{candidate.security_bits:.0f} bits",
-            megabytes(size.hint_bytes(candidate)),
+            megabytes(size.hint_file_bytes(candidate)),
             megabytes(size.plan_bytes),
             f"about {megabytes(size.client_resident_bytes(candidate, tokens))}",
             megabytes(size.worker_bytes(weight_bits)),
@@ -99,5 +97,5 @@ def prediction_table(size: ModelSize, weight_bits: int, tokens: int, ring: RingP
 
 
 def megabytes(count: int) -> str:
-    """A number of bytes for people."""
+    """Format a number of bytes for people, in MB or GB."""
     return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"

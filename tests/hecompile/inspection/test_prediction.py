@@ -14,10 +14,9 @@ from hecompile.he.parameters import CATALOGUE
 from hecompile.inspection.prediction import (
     HINT_ROW_GROUP,
     ModelSize,
-    hint_bytes,
     megabytes,
     prediction_table,
-    total_hint_bytes,
+    stored_hint_bytes,
 )
 from tests.support.tiny import OPTIONS
 
@@ -29,9 +28,9 @@ def test_a_build_has_the_predicted_sizes(build: Path, checkpoint: Path) -> None:
     size = ModelSize.of(load_config(str(checkpoint)))
     files = list(bundle.hints.iterdir())
     real = sum(path.stat().st_size for path in files)
-    predicted = size.hint_bytes(bundle.ring)
+    predicted = size.hint_file_bytes(bundle.ring)
     assert predicted <= real <= predicted + _HEADER * len(files)
-    assert predicted == total_hint_bytes(bundle.ring, (p.out_features for p in bundle.circuits.values()))
+    assert predicted == stored_hint_bytes(bundle.ring, (p.out_features for p in bundle.circuits.values()))
     assert sorted(size.products) == sorted((p.in_features, p.out_features) for p in bundle.circuits.values())
     plan = (build / "client" / "plan.onnx.data").stat().st_size + (build / "client" / "plan.onnx").stat().st_size
     assert 0 <= plan - size.plan_bytes < 200_000  # the graph itself
@@ -46,7 +45,7 @@ def test_llama_3_2_1b() -> None:
     )  # fmt: skip
     size = ModelSize.of(config)
     assert size.hint_rows == 16 * (3072 + 2048 + 16384 + 2048 + 2048 + 2048 + 2048 + 8192)
-    assert size.hint_bytes(CATALOGUE["512x3"]) == size.hint_rows * 1536 * 4
+    assert size.hint_file_bytes(CATALOGUE["512x3"]) == size.hint_rows * 1536 * 4
     assert size.worker_bytes(8) == 2 * 973_078_528
     assert size.plan_bytes == pytest.approx(128256 * 2048 * 4, rel=0.01)
     untied = ModelSize.of(LlamaConfig(**{**config.to_dict(), "tie_word_embeddings": False}))
@@ -56,8 +55,8 @@ def test_llama_3_2_1b() -> None:
 
 def test_rows_are_padded_to_groups() -> None:
     ring = CATALOGUE["512x3"]
-    assert hint_bytes(ring, 1) == hint_bytes(ring, 8) == 8 * 1536 * 4
-    assert hint_bytes(ring, 9) == 16 * 1536 * 4
+    assert stored_hint_bytes(ring, [1]) == stored_hint_bytes(ring, [8]) == 8 * 1536 * 4
+    assert stored_hint_bytes(ring, [9, 8]) == (16 + 8) * 1536 * 4
     assert HINT_ROW_GROUP == LANES
 
 
