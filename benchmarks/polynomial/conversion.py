@@ -25,6 +25,7 @@ from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import NotFiniteError
 from hecompile.graph.interpreter import Interpreter, graph_inputs
 from hecompile.models import REDUCED_LLAMA, TINY_LLAMA
+from hecompile.models.worlds.public_world import write
 from hecompile.passes.approximation.approximate_softmax import ApproximateSoftmax, Form
 from hecompile.passes.approximation.calibrate import Calibrate
 from hecompile.polynomial.ranges import Interval
@@ -39,6 +40,8 @@ from hecompile.runtime.training.train import run_training
 from hecompile.runtime.worker.process import worker_process
 
 RECIPES = {"power": "convert-power.yaml", "gaussian_kernel": "convert-gaussian.yaml"}
+DOCUMENTS = {"power": 3000, "gaussian_kernel": 4000}
+"""Of the public text that each recipe names."""
 PROSE = """\
 ## The small Llama with polynomials in place of softmax, RMSNorm and SiLU
 
@@ -91,6 +94,8 @@ def run(quick: bool) -> str:
     """Markdown: quality, private training through the encrypted worker, ranges, errors."""
     torch.manual_seed(0)
     recipes = {} if quick else {name: load_conversion(RECIPE.parent / file) for name, file in RECIPES.items()}
+    for name, one in recipes.items():
+        write(one.data.train_file.parent, DOCUMENTS[name])
     reports = {name: _converted(name, recipe) for name, recipe in recipes.items()}
     recipe = next(iter(recipes.values()), None) or load_conversion(RECIPE.parent / "convert-reduced.yaml")
     original = TINY_LLAMA if recipes else REDUCED_LLAMA

@@ -71,8 +71,8 @@ class PolynomialChoice:
     attention: Annotated[
         str | None,
         typer.Option(
-            help="softmax, or what stands for it: power, gaussian_kernel (both for models trained with them), chebyshev. By "
-            "default what the checkpoint was converted for."
+            help="exact (softmax), or what stands for it: power, gaussian_kernel (both for models trained with them), "
+            "chebyshev. By default what the checkpoint was converted for."
         ),
     ] = None
     norm: Annotated[
@@ -81,7 +81,7 @@ class PolynomialChoice:
     activation: Annotated[
         str | None,
         typer.Option(
-            help="silu, polynomial, composed, or quantized (a table of 8 bits). By default what the checkpoint was "
+            help="exact, polynomial, composed, or quantized (a table of 8 bits). By default what the checkpoint was "
             "converted for."
         ),
     ] = None

@@ -1,4 +1,4 @@
-"""Choose the parts of a model that polynomials replace: by names, by options, or from the checkpoint.
+"""Choose which parts of a model are replaced by polynomials: by name, by options, or as its checkpoint says.
 
 A checkpoint that was converted for them says so in its config.json:
 
@@ -19,18 +19,19 @@ from hecompile.passes.approximation.approximate_rmsnorm import ApproximateRMSNor
 from hecompile.passes.approximation.approximate_silu import ApproximateSiLU
 from hecompile.passes.approximation.approximate_softmax import ApproximateSoftmax
 from hecompile.passes.approximation.quantize_activation import QuantizeActivation
+from hecompile.polynomial.names import EXACT, current_name
 
 CONFIG_KEY = "hecompile_polynomial"
-ATTENTIONS = ("softmax", "power", "gaussian_kernel", "chebyshev")
-NORMS = ("exact", "polynomial")
-ACTIVATIONS = ("silu", "polynomial", "composed", "quantized")
+ATTENTIONS = (EXACT, "power", "gaussian_kernel", "chebyshev")
+NORMS = (EXACT, "polynomial")
+ACTIVATIONS = (EXACT, "polynomial", "composed", "quantized")
 
 _Part = TypeVar("_Part", ApproximateSoftmax, ApproximateRMSNorm, ApproximateSiLU)
 
 
 @dataclass(frozen=True)
 class PolynomialOptions:
-    """Hold the passes to run, None for a part that stays exact."""
+    """Hold the pass to run for each part, None for a part that stays exact."""
 
     attention: ApproximateSoftmax | None = None
     norm: ApproximateRMSNorm | None = None
@@ -50,7 +51,7 @@ class PolynomialOptions:
 
     @classmethod
     def from_config(cls, config: Any) -> PolynomialOptions:
-        """Read the choice from a checkpoint's configuration. Raises InputError for anything malformed."""
+        """Read the options from a checkpoint's configuration. Raises InputError for anything malformed."""
         found = getattr(config, CONFIG_KEY, None)
         if found is None:
             return cls()
@@ -66,9 +67,10 @@ class PolynomialOptions:
         norm: str | ApproximateRMSNorm | None = None,
         activation: str | ApproximateSiLU | QuantizeActivation | None = None,
     ) -> PolynomialOptions:
-        """Replace the parts given, each by options or by a name of ATTENTIONS, NORMS, ACTIVATIONS.
+        """Return these options with other ones for the parts given.
 
-        A name that agrees with the present choice keeps its options. Raises InputError for an unknown name.
+        A part is given by options, or by a name of ATTENTIONS, NORMS, ACTIVATIONS (or one that older versions had for
+        "exact"). A name that agrees with these options keeps them. Raises InputError for another name.
         """
         chosen = self
         if attention is not None:
@@ -127,17 +129,16 @@ def _read(where: str, kind: type[_Part], value: object) -> _Part | None:
 def _attention(here: ApproximateSoftmax | None, wanted: str | ApproximateSoftmax) -> ApproximateSoftmax | None:
     if isinstance(wanted, ApproximateSoftmax):
         return wanted
-    _check("attention", wanted, ATTENTIONS)
-    if wanted == "softmax":
+    name = _checked("attention", wanted, ATTENTIONS)
+    if name == EXACT:
         return None
-    return here if here is not None and here.variant == wanted else ApproximateSoftmax(variant=wanted)  # type: ignore[arg-type]
+    return here if here is not None and here.variant == name else ApproximateSoftmax(variant=name)  # type: ignore[arg-type]
 
 
 def _norm(here: ApproximateRMSNorm | None, wanted: str | ApproximateRMSNorm) -> ApproximateRMSNorm | None:
     if isinstance(wanted, ApproximateRMSNorm):
         return wanted
-    _check("norm", wanted, NORMS)
-    return None if wanted == "exact" else here or ApproximateRMSNorm()
+    return None if _checked("norm", wanted, NORMS) == EXACT else here or ApproximateRMSNorm()
 
 
 def _activation(
@@ -145,15 +146,17 @@ def _activation(
 ) -> ApproximateSiLU | QuantizeActivation | None:
     if isinstance(wanted, (ApproximateSiLU, QuantizeActivation)):
         return wanted
-    _check("activation", wanted, ACTIVATIONS)
-    if wanted == "silu":
+    name = _checked("activation", wanted, ACTIVATIONS)
+    if name == EXACT:
         return None
-    if wanted == "quantized":
+    if name == "quantized":
         return here if isinstance(here, QuantizeActivation) else QuantizeActivation()
-    form: Literal["series", "composed"] = "series" if wanted == "polynomial" else "composed"
+    form: Literal["series", "composed"] = "series" if name == "polynomial" else "composed"
     return here if isinstance(here, ApproximateSiLU) and here.form == form else ApproximateSiLU(form=form)
 
 
-def _check(what: str, wanted: str, choices: tuple[str, ...]) -> None:
-    if wanted not in choices:
-        raise InputError(f"{what} must be one of {', '.join(choices)}, got {wanted!r}")
+def _checked(part: str, wanted: str, choices: tuple[str, ...]) -> str:
+    name: str = current_name(part, wanted)
+    if name not in choices:
+        raise InputError(f"{part} must be one of {', '.join(choices)}, got {wanted!r}")
+    return name

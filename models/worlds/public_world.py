@@ -1,4 +1,6 @@
-"""A public text corpus about a made-up world, from a seed: prose, stories, sums, and questions with answers.
+"""Generate a public text corpus about a made-up world from a seed: prose, stories, sums, and questions with answers.
+
+    python -m hecompile.models.worlds.public_world DIRECTORY --documents 4000      # train.jsonl and heldout.jsonl
 
 Two kinds of fact occur. Facts of the *fixed* world (towns and people that recur through the corpus) must be remembered.
 Facts of *passing* people are stated in a passage, or answered once, and then asked for again in another phrasing: they
@@ -9,9 +11,12 @@ A tenth of the (fact, phrasing) pairs of the fixed world is reserved for the hel
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
 from hecompile.errors import InputError
@@ -37,14 +42,14 @@ TOWN_ENDINGS = ("ford", "ham", "wick", "dale", "mere", "by", "port", "stead", "t
 
 @dataclass(frozen=True)
 class Fact:
-    """`relation` holds between `entity` and `value`."""
+    """State that `relation` holds between `entity` and `value`."""
 
     relation: Relation
     entity: str
     value: str
 
     def reserved(self, phrasing: int) -> bool:
-        """Whether question number `phrasing` on this fact belongs to the held-out part only (one pair in ten)."""
+        """Tell whether question number `phrasing` on this fact belongs to the held-out part only (one pair in ten)."""
         digest = hashlib.sha256(f"{self.relation.name}|{self.entity}|{phrasing}".encode()).digest()
         return digest[0] % 10 == 0
 
@@ -84,7 +89,7 @@ def _value(rng: Random, relation: Relation, healers: list[str], towns: list[str]
 
 @dataclass(frozen=True)
 class World:
-    """The fixed world: all facts, grouped by entity, and the names that passing people draw on."""
+    """Hold the fixed world: all facts, grouped by entity, and the names that passing people draw on."""
 
     facts_by_entity: tuple[tuple[Fact, ...], ...]
     healers: list[str]
@@ -92,7 +97,7 @@ class World:
 
     @property
     def facts(self) -> list[Fact]:
-        """All facts of the fixed world, in the order of their entities."""
+        """Return all facts of the fixed world, in the order of their entities."""
         return [fact for facts in self.facts_by_entity for fact in facts]
 
 
@@ -112,7 +117,7 @@ def build_world(seed: int = 0, towns: int = 40, people: int = 120, healers: int 
 
 
 def _recall(rng: Random, world: World, heldout: bool) -> str:
-    """Questions on facts of the fixed world, without context; the held-out part asks reserved pairs only."""
+    """Ask about facts of the fixed world, without context; the held-out part asks reserved pairs only."""
     facts = world.facts
     lines: list[str] = []
     wanted = rng.randint(2, 5)
@@ -136,7 +141,7 @@ def _stated(rng: Random, facts: list[Fact]) -> str:
 
 
 def _passing_facts(rng: Random, world: World, count: int) -> list[Fact]:
-    """`count` different facts on two people whose names are drawn for this document."""
+    """Draw `count` different facts on two people whose names are made up for this document."""
     healers = [_healer(rng, ("Doctor", "Mother", "Brother", "Sister")) for _ in range(2)]
     pairs = [(entity, relation) for entity in (person(rng), person(rng)) for relation in PERSON_RELATIONS]
     return [
@@ -146,14 +151,14 @@ def _passing_facts(rng: Random, world: World, count: int) -> list[Fact]:
 
 
 def _passage(rng: Random, world: World) -> str:
-    """A passage about passing people, then questions on it."""
+    """Write a passage about passing people, then questions on it."""
     facts = _passing_facts(rng, world, rng.randint(2, 4))
     asked = rng.sample(facts, rng.randint(1, 2))
     return _stated(rng, facts) + "".join(f.answered(rng.randrange(len(f.relation.questions))) for f in asked)
 
 
 def _paraphrases(rng: Random, world: World) -> str:
-    """Questions on passing people, each fact asked twice in different phrasings."""
+    """Ask about passing people, each fact twice in different phrasings."""
     facts = _passing_facts(rng, world, 2)
     phrasings = [rng.sample(range(len(f.relation.questions)), 2) for f in facts]
     first = [f.answered(p[0]) for f, p in zip(facts, phrasings, strict=True)]
@@ -163,7 +168,7 @@ def _paraphrases(rng: Random, world: World) -> str:
 
 
 def _sum(rng: Random, world: World) -> str:
-    """Prices of goods and simple sums; both numbers stay under thirteen so that the table can be learned."""
+    """Write a price or a simple sum; both numbers stay under thirteen so that the table can be learned."""
     del world
     price, count, good = rng.randint(2, 12), rng.randint(2, 12), rng.choice(GOODS)
     buyer = _word(rng, FIRST_NAME_ENDINGS)
@@ -178,7 +183,7 @@ def _sum(rng: Random, world: World) -> str:
 
 
 def _story(rng: Random, world: World) -> str:
-    """A short narrative whose last sentence follows from the first ones."""
+    """Write a short narrative whose last sentence follows from the first ones."""
     hero, town, good, day = person(rng), rng.choice(world.towns), rng.choice(GOODS), rng.choice(DAYS)
     opening = rng.choice(
         (
@@ -223,3 +228,35 @@ def documents(count: int, seed: int = 0, heldout: bool = False) -> list[str]:
     makers, weights = zip(*_MAKERS, strict=True)
     chosen = rng.choices(range(len(makers)), weights, k=count)
     return [_recall(rng, world, True) if heldout and i == 0 else makers[i](rng, world) for i in chosen]
+
+
+def write(directory: Path, count: int, heldout: int = 100, seed: int = 0) -> None:
+    """Write train.jsonl with `count` documents and heldout.jsonl with at most `heldout`, one `{"text": …}` a line.
+
+    A held-out document that occurs among the training documents word for word is left out.
+    Raises InputError if a count is not positive.
+    """
+    train = documents(count, seed)
+    known = set(train)
+    rest = [text for text in documents(heldout, seed, heldout=True) if text not in known]
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, texts in (("train", train), ("heldout", rest)):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (directory / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def main() -> None:
+    """Run the command line: write the two files of a corpus."""
+    parser = argparse.ArgumentParser(description="Write public text of a made-up world: train.jsonl and heldout.jsonl.")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--documents", type=int, required=True, help="of train.jsonl")
+    parser.add_argument("--heldout", type=int, default=100, help="of heldout.jsonl, at most")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if min(args.documents, args.heldout) < 1:
+        parser.error("--documents and --heldout must be at least 1")
+    write(args.directory, args.documents, args.heldout, args.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,8 @@
-"""Public text for a conversion, as rows of one length."""
+"""Read the public text of a conversion as rows of one length."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,45 +11,37 @@ from transformers import PreTrainedTokenizerBase
 
 from hecompile.errors import InputError
 from hecompile.runtime.conversion.recipe import ConversionData
-from hecompile.runtime.model.data import eos_and_pad, load_examples
+from hecompile.runtime.model.data import load_examples
 
 _UNLIMITED = 1 << 20
 
 
 def load_rows(data: ConversionData, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    """(training rows, held-out rows), int64 [N, length] each: texts with bos and eos one after the other, cut into rows;
-    what is left over is dropped.
+    """Return training rows and held-out rows, int64 [N, length] each.
 
+    Texts with bos and eos follow each other and are cut into rows; an incomplete last row is dropped.
     Raises InputError for a file that cannot be read, or for less text than one row.
     """
-    if data.generated_documents is not None:
-        from hecompile.models.worlds.public_world import documents
-
-        eos = eos_and_pad(tokenizer)[0]
-        texts = documents(data.generated_documents, data.seed)
-        seen = set(texts)
-        heldout = [text for text in documents(data.generated_heldout, data.seed, heldout=True) if text not in seen]
-        parts = [[[*ids, eos] for ids in tokenizer(found, verbose=False)["input_ids"]] for found in (texts, heldout)]
-    else:
-        assert data.train_file is not None and data.validation_file is not None  # the recipe was validated
-        examples = [load_examples(path, tokenizer, (_UNLIMITED,)) for path in (data.train_file, data.validation_file)]
-        parts = [[list(example.input_ids) for example in found.examples] for found in examples]
-    train, rest = (_rows(part, data.length) for part in parts)
-    for name, rows in (("training", train), ("held-out", rest)):
-        if len(rows) == 0:
-            raise InputError(
-                f"the {name} text is shorter than one row of {data.length} tokens; give more, or lower data.length"
-            )
-    return train, rest
+    train, heldout = (_rows(path, data.length, tokenizer) for path in (data.train_file, data.validation_file))
+    return train, heldout
 
 
-def _rows(texts: list[list[int]], length: int) -> Tensor:
-    stream = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in texts])
+def _rows(path: Path, length: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    if not path.exists():
+        raise InputError(
+            f"there is no text {path}. The project's public corpus is written by `python -m "
+            f"hecompile.models.worlds.public_world {path.parent} --documents N`; the first lines of a recipe in "
+            "models/recipes have its N"
+        )
+    examples = load_examples(path, tokenizer, (_UNLIMITED,)).examples
+    stream = np.concatenate([np.asarray(example.input_ids, dtype=np.int64) for example in examples])
+    if len(stream) < length:
+        raise InputError(f"the text {path} is shorter than one row of {length} tokens; give more, or lower data.length")
     return torch.from_numpy(stream[: len(stream) // length * length].reshape(-1, length))
 
 
 def batch_of(rows: Tensor, step: int, batch_size: int, seed: int) -> Tensor:
-    """The rows [batch, length] of a step: it depends on nothing else, so that a resumed run is the same run."""
+    """Return the rows [batch, length] of a step, which depend on the arguments alone: a resumed run is the same run."""
     size = min(batch_size, len(rows))
     epoch, index = divmod(step, len(rows) // size)
     order = np.random.default_rng([seed, epoch]).permutation(len(rows))

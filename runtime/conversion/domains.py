@@ -11,6 +11,7 @@ from hecompile.errors import LegalityError
 from hecompile.passes.approximation.approximate_rmsnorm import ApproximateRMSNorm
 from hecompile.passes.approximation.approximate_silu import ApproximateSiLU
 from hecompile.passes.approximation.approximate_softmax import ApproximateSoftmax
+from hecompile.polynomial.names import EXACT
 from hecompile.polynomial.ranges import Interval
 from hecompile.runtime.conversion.recipe import ConversionRecipe
 
@@ -20,7 +21,7 @@ Ranges = Mapping[str, Interval]
 def attention_alone(recipe: ConversionRecipe, training: bool = False) -> PolynomialOptions:
     """The attention's exact function, everything else as it was; `training`: in the form that the first stage has."""
     section = recipe.attention
-    if section.variant == "softmax":
+    if section.variant == EXACT:
         return PolynomialOptions()
     form = (section.training_form if training else None) or section.form
     chosen = ApproximateSoftmax(
@@ -36,7 +37,7 @@ def fitted(recipe: ConversionRecipe, seen: Ranges) -> PolynomialOptions:
 
 def _attention(recipe: ConversionRecipe, seen: Ranges) -> ApproximateSoftmax | None:
     section = recipe.attention
-    if section.variant == "softmax":
+    if section.variant == EXACT:
         return None
     common: dict[str, Any] = {"error": section.error, "margin": section.margin, "epsilon": section.epsilon}
     if section.variant == "gaussian_kernel":
@@ -58,7 +59,7 @@ def _attention(recipe: ConversionRecipe, seen: Ranges) -> ApproximateSoftmax | N
 
 def _norm(recipe: ConversionRecipe, seen: Ranges) -> ApproximateRMSNorm | None:
     section = recipe.norm
-    if section.form == "rmsnorm":
+    if section.form == EXACT:
         return None
     domain = seen["variances"].widened(section.margin)
     return ApproximateRMSNorm(
@@ -68,7 +69,7 @@ def _norm(recipe: ConversionRecipe, seen: Ranges) -> ApproximateRMSNorm | None:
 
 def _activation(recipe: ConversionRecipe, seen: Ranges) -> ApproximateSiLU | None:
     section = recipe.activation
-    if section.form == "silu":
+    if section.form == EXACT:
         return None
     inputs = seen["activation_inputs"]
     bound = max(-inputs.lower, inputs.upper) * section.margin

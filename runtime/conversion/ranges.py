@@ -15,6 +15,7 @@ from torch import Tensor
 from hecompile.graph.interpreter import Observer
 from hecompile.graph.ir import attribute
 from hecompile.polynomial.inputs import NORMS, AttentionInputs, NonlinearNodes
+from hecompile.polynomial.names import EXACT
 from hecompile.polynomial.range_penalty import RangeTerms
 from hecompile.polynomial.ranges import Interval
 from hecompile.runtime.conversion.recipe import ConversionRecipe
@@ -60,7 +61,7 @@ class RangeObserver:
                 self.measured.add_variances(inputs, norm.lower, norm.upper)
         else:
             self.measured.widen("activation_inputs", Interval.of(inputs))
-            if self._recipe.activation.form != "silu":
+            if self._recipe.activation.form != EXACT:
                 self.measured.add_activations(inputs, self._recipe.activation.bound)
 
     def _attention(self, node: ir.Node, inputs: AttentionInputs) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from hecompile.polynomial.names import EXACT, current_name
 from hecompile.runtime.recipes.document import load_document, resolve_paths
 from hecompile.runtime.recipes.section import Positive, Section
 from hecompile.runtime.recipes.training import RangeLossSection
@@ -24,7 +25,7 @@ class AttentionSection(Section):
     training_form: what the first stage trains with: `form` itself, or the stable form, whose powers lie between 0 and 1
     whatever the scores are. Ranges, range loss and all that follows the first stage are of `form`."""
 
-    variant: Literal["power", "gaussian_kernel", "softmax"] = "softmax"
+    variant: Literal["exact", "power", "gaussian_kernel"] = "exact"
     power: Literal[2, 4, 6, 8] = 4
     form: Literal["stable", "lipschitz", "length_agnostic"] = "length_agnostic"
     training_form: Literal["stable"] | None = None
@@ -51,7 +52,7 @@ class AttentionSection(Section):
 class NormSection(Section):
     """`form` and the fields of `ApproximateRMSNorm`; the range loss keeps variances between `lower` and `upper`."""
 
-    form: Literal["rmsnorm", "polynomial"] = "rmsnorm"
+    form: Literal["exact", "polynomial"] = "exact"
     error: PositiveFloat = 1e-3
     margin: Annotated[float, Field(ge=1)] = 1.5
     lower: PositiveFloat = 0.05
@@ -62,29 +63,38 @@ class ActivationSection(Section):
     """`form`: one series (polynomial), or a composition of odd polynomials (composed); the fields of `ApproximateSiLU`; the
     range loss keeps |inputs| under `bound`."""
 
-    form: Literal["silu", "polynomial", "composed"] = "silu"
+    form: Literal["exact", "polynomial", "composed"] = "exact"
     error: PositiveFloat = 1e-2
     margin: Annotated[float, Field(ge=1)] = 1.5
     bound: PositiveFloat = 6.0
 
 
 class ConversionData(Section):
-    """JSONL files (`prompt` and `completion`, or `text`), or `generated_documents` of the project's own public corpus.
-    Examples follow each other with bos and eos and are cut into rows of `length` tokens; the loss is on every token."""
+    """Name the text: JSONL files with `text`, or `prompt` and `completion`, on each line.
 
-    train_file: Path | None = None
-    validation_file: Path | None = None
-    generated_documents: Positive | None = None
-    generated_heldout: Positive = 100
-    seed: Annotated[int, Field(ge=0)] = 0
+    Examples follow each other with bos and eos and are cut into rows of `length` tokens; the loss is on every token.
+    """
+
+    train_file: Path
+    validation_file: Path
     length: Annotated[int, Field(ge=2)] = 64
 
-    @model_validator(mode="after")
-    def _one_source(self) -> ConversionData:
-        files = (self.train_file, self.validation_file)
-        if (self.generated_documents is None) == (None in files) or (self.generated_documents and files != (None, None)):
-            raise ValueError("give either train_file and validation_file, or generated_documents")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_generated_documents(cls, document: Any) -> Any:
+        if isinstance(document, dict) and (count := document.get("generated_documents")) is not None:
+            options = [f"--documents {count}"]
+            options += [
+                f"--{option} {document[key]}"
+                for option, key in (("heldout", "generated_heldout"), ("seed", "seed"))
+                if key in document
+            ]
+            raise ValueError(
+                "generated_documents is no key any more. Write the text with `python -m "
+                f"hecompile.models.worlds.public_world DIRECTORY {' '.join(options)}`, and give train_file "
+                "DIRECTORY/train.jsonl and validation_file DIRECTORY/heldout.jsonl"
+            )
+        return document
 
 
 class ConversionTraining(Section):
@@ -129,14 +139,16 @@ class ConversionRecipe(Section):
         if not isinstance(document, dict):
             return document
         document = dict(document)
-        for section, key in (("attention", "variant"), ("norm", "form"), ("activation", "form")):
-            if isinstance(document.get(section), str):
-                document[section] = {key: document[section]}
+        for part, key in (("attention", "variant"), ("norm", "form"), ("activation", "form")):
+            if isinstance(document.get(part), str):
+                document[part] = {key: document[part]}
+            if isinstance(document.get(part), dict) and key in document[part]:
+                document[part] = document[part] | {key: current_name(part, document[part][key])}
         return document
 
     @model_validator(mode="after")
     def _something(self) -> ConversionRecipe:
-        if (self.attention.variant, self.norm.form, self.activation.form) == ("softmax", "rmsnorm", "silu"):
+        if {self.attention.variant, self.norm.form, self.activation.form} == {EXACT}:
             raise ValueError("nothing to convert: give attention, norm or activation a polynomial")
         return self
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from hecompile.compiler.frontend import Checkpoint, export_onnx, load_checkpoint
@@ -39,7 +40,7 @@ from hecompile.runtime.conversion.domains import (
 )
 from hecompile.runtime.conversion.graph import TrainableGraph, write_back
 from hecompile.runtime.conversion.ranges import measure
-from hecompile.runtime.conversion.recipe import ConversionRecipe
+from hecompile.runtime.conversion.recipe import ConversionData, ConversionRecipe
 
 REPORT_FILE = "conversion_report.json"
 _STATE_FILE = "state.pt"
@@ -143,7 +144,7 @@ class _State:
             return cls()
         try:
             found = torch.load(path, weights_only=True)
-            same, fields = found["recipe"] == recipe.model_dump(mode="json"), found["state"]
+            same, fields = _recipe_of(found["recipe"]) == recipe, found["state"]
             if fields["first"] is not None:
                 fields["first"]["ranges"] = _intervals(fields["first"]["ranges"])
             if fields["seen"] is not None:
@@ -171,6 +172,15 @@ class _State:
     def load_weights(self, checkpoint: Checkpoint) -> None:
         assert self.weights is not None
         write_back(checkpoint, {name: torch.nn.Parameter(value) for name, value in self.weights.items()})
+
+
+def _recipe_of(stored: dict[str, Any]) -> ConversionRecipe | None:
+    """Read the recipe of a saved state, also one of an older version; None where it cannot be a recipe of this one."""
+    data = {key: value for key, value in stored["data"].items() if key in ConversionData.model_fields}
+    try:
+        return ConversionRecipe.model_validate(stored | {"data": data})
+    except ValidationError:
+        return None
 
 
 def _plain(ranges: Ranges) -> dict[str, dict[str, float]]:

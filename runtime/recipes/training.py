@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import peft
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from hecompile.errors import InputError
+from hecompile.polynomial.names import current_name
 from hecompile.runtime.recipes.document import load_document, resolve_paths
 from hecompile.runtime.recipes.privacy import PrivacySection
 from hecompile.runtime.recipes.section import Positive, Section
@@ -165,10 +166,15 @@ class Recipe(Workplace):
     training: TrainingSection
     lora: LoraSection | None = None
     privacy: PrivacySection | None = None
-    attention: Literal["softmax", "power", "gaussian_kernel", "chebyshev"] | None = None
-    norm: Literal["rmsnorm", "polynomial"] | None = None
-    activation: Literal["silu", "polynomial", "composed", "quantized"] | None = None
+    attention: Literal["exact", "power", "gaussian_kernel", "chebyshev"] | None = None
+    norm: Literal["exact", "polynomial"] | None = None
+    activation: Literal["exact", "polynomial", "composed", "quantized"] | None = None
     range_loss: RangeLossSection | None = None
+
+    @field_validator("attention", "norm", "activation", mode="before")
+    @classmethod
+    def _current_name(cls, name: Any, info: ValidationInfo) -> Any:
+        return current_name(str(info.field_name), name)
 
     @property
     def requests_in_flight(self) -> int:

@@ -208,12 +208,12 @@ def test_names_choose_over_the_checkpoint_and_keep_its_options_where_they_agree(
     found = PolynomialOptions.from_config(SimpleNamespace(**{CONFIG_KEY: {"attention": {"variant": "power", "power": 8}}}))
     assert found.retrained and found.choosing() == found
     assert found.choosing(attention="power") == found
-    assert found.choosing(attention="softmax") == PolynomialOptions()
+    assert found.choosing(attention="exact") == PolynomialOptions()
     chosen = found.choosing(attention="gaussian_kernel", norm="polynomial", activation="composed")
     assert chosen == PolynomialOptions(
         ApproximateSoftmax("gaussian_kernel"), ApproximateRMSNorm(), ApproximateSiLU(form="composed")
     )
-    assert chosen.choosing(norm="exact", activation="silu") == PolynomialOptions(chosen.attention)
+    assert chosen.choosing(norm="exact", activation="exact") == PolynomialOptions(chosen.attention)
     for part in ("attention", "norm", "activation"):
         with pytest.raises(InputError, match=f"{part} must be one of"):
             CompileOptions(**{part: "relu"})

@@ -167,6 +167,6 @@ def test_a_whole_plan_with_tables() -> None:
 def test_chosen_by_name() -> None:
     assert PolynomialOptions().choosing(activation="quantized").activation == QuantizeActivation(8)
     six = PolynomialOptions().choosing(activation=QuantizeActivation(6))
-    assert six.choosing(activation="quantized") == six and six.choosing(activation="silu") == PolynomialOptions()
-    with pytest.raises(InputError, match="silu, polynomial, composed, quantized"):
+    assert six.choosing(activation="quantized") == six and six.choosing(activation="exact") == PolynomialOptions()
+    with pytest.raises(InputError, match="exact, polynomial, composed, quantized"):
         PolynomialOptions().choosing(activation="table")

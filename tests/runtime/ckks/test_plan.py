@@ -97,8 +97,8 @@ def test_a_circuit_that_is_not_the_plans_is_refused(build: Path, tmp_path: Path)
 
 def test_what_cannot_be_compiled_is_refused_with_the_reason(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(LegalityError, match=r"its attention \(softmax\), and .* Export it with --attention chebyshev, or"):
-        export_polynomial(str(checkpoint), tmp_path / "exact", CkksOptions(3, attention="softmax"))
-    wrong = CkksOptions(3, attention="softmax", norm="exact", activation="quantized")
+        export_polynomial(str(checkpoint), tmp_path / "exact", CkksOptions(3, attention="exact"))
+    wrong = CkksOptions(3, attention="exact", norm="exact", activation="quantized")
     named = r"its attention \(softmax\), norm \(RMSNorm\), activation \(a table\), and"
     asked = "--attention chebyshev --norm polynomial --activation polynomial, or .*`hecompile convert`"
     with pytest.raises(LegalityError, match=f"{named} .*{asked}"):
