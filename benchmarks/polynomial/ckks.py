@@ -1,4 +1,4 @@
-"""The reduced Llama evaluated wholly by a worker process under CKKS: error, time by operation, refreshes, bytes."""
+"""Evaluate the reduced Llama wholly by a worker process under CKKS: error, time by operation, refreshes, bytes."""
 
 from __future__ import annotations
 
@@ -76,8 +76,10 @@ the slots, CKKS never costs less, and the table says how many times as much it c
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of `rows` int64 [B, S], and the logits of the cleartext polynomial graph, with the adapter merged and
-    without it, float32 [B, S, V]."""
+    """Hold one evaluation of `rows` int64 [B, S] beside the cleartext polynomial graph.
+
+    Logits are float32 [B, S, V], those of the cleartext graph with the adapter merged and without it.
+    """
 
     plan: CkksPlan
     parameters: CkksParameters
@@ -91,35 +93,35 @@ class Evaluation:
 
 
 def run(quick: bool) -> str:
-    """Markdown: errors and bytes, seconds by operation, the evaluator beside SEAL's, what a batch costs."""
+    """Write Markdown: errors and bytes, seconds by operation, the evaluator beside SEAL's, what a batch costs."""
     length = 2 if quick else LINE_TOKENS
     checkpoint = load_checkpoint(str(REDUCED_POLYNOMIAL))
     texts = checkpoint.tokenizer(lines(heldout=True, of_private=True))["input_ids"][: 4 if quick else None]
     whole = np.array([[*ids, checkpoint.tokenizer.eos_token_id] for ids in texts])
     with TemporaryDirectory() as directory:
         tuned = fine_tune(Path(directory), whole[:, :length], 2 if quick else STEPS)
-        found = [_evaluate(tuned, whole[:, :length], levels) for levels in ((4,) if quick else LEVELS)]
+        evaluations = [_evaluate(tuned, whole[:, :length], levels) for levels in ((4,) if quick else LEVELS)]
     batch = len(whole)
     prose = PROSE.format(
-        length=length, threads=os.cpu_count(), depth=found[0].plan.depth, batch=batch, rows=found[0].rows.size,
+        length=length, threads=os.cpu_count(), depth=evaluations[0].plan.depth, batch=batch, rows=evaluations[0].rows.size,
         steps=STEPS, rate=RATE, range_loss=RANGE_LOSS,
     )  # fmt: skip
-    headings = [f"{one.parameters.levels} levels, ring dimension {one.parameters.ring_dim}" for one in found]
-    operations = sorted(found[0].stats.worker_seconds, key=lambda name: -found[0].stats.worker_seconds[name])
-    seconds = [[name, *(one.stats.worker_seconds.get(name, 0.0) for one in found)] for name in operations]
+    headings = [f"{one.parameters.levels} levels, ring dimension {one.parameters.ring_dim}" for one in evaluations]
+    operations = sorted(evaluations[0].stats.worker_seconds, key=lambda name: -evaluations[0].stats.worker_seconds[name])
+    seconds = [[name, *(one.stats.worker_seconds.get(name, 0.0) for one in evaluations)] for name in operations]
     return "\n\n".join(
         [
             prose,
             QUALITY,
-            table(["private text, held out", "loss", "next token right", "answers right"], _quality(tuned, found)),
+            table(["private text, held out", "loss", "next token right", "answers right"], _quality(tuned, evaluations)),
             "The evaluation on ciphertexts:",
-            table(["measured", *headings], _rows(found)),
+            table(["measured", *headings], _rows(evaluations)),
             "Seconds of the worker by operation (`Refresh` is waiting for the client):",
             table(["operation", *headings], seconds),
             PRODUCTS,
             table(["level", "SEAL, ms", "kernels, ms", "ratio"], _products(quick)),
             PACKING.format(batch=batch, plan_batch=BATCH),
-            table(["", "interactive, each", *(f"CKKS pays from: {one}" for one in headings)], _pays(tuned, found)),
+            table(["", "interactive, each", *(f"CKKS pays from: {one}" for one in headings)], _pays(tuned, evaluations)),
         ]
     )
 
@@ -152,13 +154,13 @@ def _cleartext(checkpoint: Checkpoint, options: CkksOptions, rows: NDArray[np.in
         return np.asarray(Interpreter(graph).run({EMBEDDINGS: embeddings})["logits"].numpy())
 
 
-def _quality(tuned: Tuned, found: Sequence[Evaluation]) -> list[list[object]]:
-    first = found[0]
+def _quality(tuned: Tuned, evaluations: Sequence[Evaluation]) -> list[list[object]]:
+    first = evaluations[0]
     measured: dict[str, Quality] = {
         "before training, cleartext graph": quality(first.untuned, first.rows),
         "after, cleartext graph with the adapter merged": quality(first.cleartext, first.rows),
         "after, interactive plan": tuned.interactive.quality,
-        **{f"after, CKKS with {one.parameters.levels} levels": one.trial.quality for one in found},
+        **{f"after, CKKS with {one.parameters.levels} levels": one.trial.quality for one in evaluations},
     }
     return [
         [name, one.loss, f"{one.right:.1%}", "" if math.isnan(one.answers) else f"{one.answers:.1%}"]
@@ -166,8 +168,8 @@ def _quality(tuned: Tuned, found: Sequence[Evaluation]) -> list[list[object]]:
     ]
 
 
-def _pays(tuned: Tuned, found: Sequence[Evaluation]) -> list[list[object]]:
-    """A row per cost: of the interactive plan per sequence, and from how many sequences on CKKS takes less."""
+def _pays(tuned: Tuned, evaluations: Sequence[Evaluation]) -> list[list[object]]:
+    """Return a row per cost: of the interactive plan per sequence, and from how many sequences on CKKS takes less."""
     costs: dict[str, tuple[str, Callable[[ForwardPass], float]]] = {
         "seconds in all": ("s", lambda one: one.total_seconds),
         "seconds of the client": ("s", lambda one: one.client_seconds),
@@ -175,8 +177,8 @@ def _pays(tuned: Tuned, found: Sequence[Evaluation]) -> list[list[object]]:
     }
     rows: list[list[object]] = []
     for name, (unit, cost) in costs.items():
-        each = cost(tuned.interactive.passed) / len(found[0].rows)
-        cells = [_pays_from(cost(one.trial.passed), each, one.parameters.slots) for one in found]
+        each = cost(tuned.interactive.passed) / len(evaluations[0].rows)
+        cells = [_pays_from(cost(one.trial.passed), each, one.parameters.slots) for one in evaluations]
         rows.append([name, f"{each:.3g} {unit}", *cells])
     return rows
 
@@ -188,8 +190,8 @@ def _pays_from(constant: float, each: float, slots: int) -> str:
     return f"never ({needed} sequences, {slots} slots): {constant / slots / each:.3g} times"
 
 
-def _rows(found: Sequence[Evaluation]) -> list[list[object]]:
-    columns = [_figures(one) for one in found]
+def _rows(evaluations: Sequence[Evaluation]) -> list[list[object]]:
+    columns = [_figures(one) for one in evaluations]
     return [[name, *(column[name] for column in columns)] for name in columns[0]]
 
 
@@ -248,7 +250,7 @@ def _products(quick: bool) -> list[list[object]]:
 
 
 def _peak(process: int) -> float:
-    """Largest resident memory of a process so far, GB."""
+    """Return the largest resident memory of a process so far, in GB."""
     for line in Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 1e6

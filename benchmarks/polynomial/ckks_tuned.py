@@ -1,4 +1,4 @@
-"""What the CKKS section evaluates: the reduced polynomial Llama after private LoRA training, and its interactive plan."""
+"""Prepare what the CKKS section evaluates: the reduced polynomial Llama after private LoRA training, and its plan."""
 
 from __future__ import annotations
 
@@ -28,8 +28,14 @@ TRAINING_TEXT = REDUCED_POLYNOMIAL.parent / "reduced-text" / "private-train.json
 
 @dataclass(frozen=True)
 class Quality:
-    """loss: nats per token. right: the share of next tokens that are the likeliest; answers: of the tokens that the words
-    before them determine alone (`hecompile.models.worlds.reduced_world.ANSWERS`), NaN where rows end before them."""
+    """Hold how good predictions are.
+
+    Attributes:
+        loss: nats per token.
+        right: the share of next tokens that are the likeliest.
+        answers: that share among the tokens that the words before them determine
+            (`hecompile.models.worlds.reduced_world.ANSWERS`); NaN where rows end before them.
+    """
 
     loss: float
     right: float
@@ -37,7 +43,7 @@ class Quality:
 
 
 def quality(logits: NDArray[np.float32], rows: NDArray[np.int64]) -> Quality:
-    """Of logits [B, S, V] on rows [B, S]."""
+    """Return the quality of logits [B, S, V] on rows [B, S]."""
     targets = torch.from_numpy(rows[:, 1:]).flatten()
     loss = cross_entropy(torch.from_numpy(logits[:, :-1]).flatten(0, 1), targets)
     right = logits[:, :-1].argmax(-1) == rows[:, 1:]  # [B, S - 1], of the tokens at 1 to S - 1
@@ -47,21 +53,21 @@ def quality(logits: NDArray[np.float32], rows: NDArray[np.int64]) -> Quality:
 
 @dataclass(frozen=True)
 class Trial:
-    """A forward pass over held-out rows, what it cost and how good it is."""
+    """Hold a forward pass over held-out rows, what it cost and how good it is."""
 
     passed: ForwardPass
     quality: Quality
 
 
 def tried(model: RemoteModel, rows: NDArray[np.int64]) -> Trial:
-    """One pass of rows int64 [B, S], by whichever worker answers."""
+    """Pass rows int64 [B, S] through the model once."""
     passed = model.forward(rows)
     return Trial(passed, quality(passed.logits, rows))
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A PEFT adapter, and the held-out lines by the interactive plan that trained it."""
+    """Hold a PEFT adapter, and the trial of the interactive plan that trained it on held-out lines."""
 
     adapter: Path
     interactive: Trial

@@ -1,4 +1,4 @@
-"""The small Llama with polynomials: what conversion costs it, what it learns privately, ranges and errors."""
+"""Measure the small Llama with polynomials: what conversion costs it, what it learns privately, ranges and errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from hecompile.runtime.worker.process import worker_process
 
 RECIPES = {"power": "convert-power.yaml", "gaussian_kernel": "convert-gaussian.yaml"}
 DOCUMENTS = {"power": 3000, "gaussian_kernel": 4000}
-"""Of the public text that each recipe names."""
+"""Documents of the public text that each recipe names."""
 PROSE = """\
 ## The small Llama with polynomials in place of softmax, RMSNorm and SiLU
 
@@ -73,13 +73,15 @@ CALIBRATION_ROWS, HELDOUT_ROWS = 64, 16
 
 
 Options = Mapping[str, "str | ApproximateSoftmax"]
-"""Of `PolynomialOptions.choosing`."""
+"""Arguments of `PolynomialOptions.choosing`."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A checkpoint, what to export it with besides what it says itself, and the public quality and errors of its graph: on
-    rows of the calibration, and on held-out ones."""
+    """Hold a checkpoint, the options to export it with, and the public quality and errors of its graph.
+
+    Errors are on rows of the calibration and on held-out ones; options are those that the checkpoint does not give itself.
+    """
 
     name: str
     checkpoint: Path
@@ -91,7 +93,7 @@ class Variant:
 
 
 def run(quick: bool) -> str:
-    """Markdown: quality, private training through the encrypted worker, ranges, errors."""
+    """Write Markdown: quality, private training through the encrypted worker, ranges, errors."""
     torch.manual_seed(0)
     recipes = {} if quick else {name: load_conversion(RECIPE.parent / file) for name, file in RECIPES.items()}
     for name, one in recipes.items():
@@ -136,7 +138,7 @@ def run(quick: bool) -> str:
 
 
 def _converted(name: str, recipe: ConversionRecipe) -> Conversion:
-    """Of the checkpoint that the recipe makes; made here, by the command, if it is not there."""
+    """Return the report of the checkpoint that the recipe makes; the command makes it if it is not there."""
     if not recipe.out.is_dir():
         command = [sys.executable, "-m", "hecompile.cli", "convert", str(RECIPE.parent / RECIPES[name])]
         subprocess.run(command, check=True, cwd=ROOT)
@@ -144,8 +146,10 @@ def _converted(name: str, recipe: ConversionRecipe) -> Conversion:
 
 
 def _forms(path: Path) -> dict[str, Options]:
-    """The forms of power attention that a checkpoint does not have; divisors have the domain of calibration, twice as wide
-    as others: its few rows do not have the largest sum."""
+    """Return the forms of power attention that a checkpoint does not have.
+
+    Divisors have the domain of calibration, twice as wide as others: its few rows do not have the largest sum.
+    """
     own = PolynomialOptions.from_config(load_checkpoint(str(path)).model.config).attention
     if own is None:  # not converted
         own = ApproximateSoftmax("power", epsilon=0.1, error=1e-2)
@@ -175,7 +179,7 @@ def _tokens(rows: Tensor) -> tuple[tuple[int, ...], ...]:
 
 
 def _quality(model: ir.Model, rows: Tensor) -> tuple[float, float]:
-    """Nats per token, and the fraction of next tokens that are the likeliest."""
+    """Return nats per token, and the fraction of next tokens that are the likeliest."""
     interpreter, loss, right = Interpreter(model), 0.0, 0
     with torch.no_grad():
         for batch in rows.split(16):
@@ -221,8 +225,8 @@ def _private(variant: Variant, rate: str, range_loss: bool) -> list[object]:
 
 
 def _ranges(name: str, report: Conversion) -> list[list[object]]:
-    def shown(found: Interval | None) -> str:
-        return "" if found is None else f"{found.lower:.3g} to {found.upper:.3g}"
+    def shown(interval: Interval | None) -> str:
+        return "" if interval is None else f"{interval.lower:.3g} to {interval.upper:.3g}"
 
     return [
         [name, kind.replace("_", " "), *(shown(one.get(kind)) for one in (
@@ -238,7 +242,7 @@ def _errors(variant: Variant) -> list[list[object]]:
             [error for error in errors if error.operator == operator]
             for errors in (variant.calibrated, variant.heldout)
         )
-        numbers = [max(one.on_data for one in found) for found in (calibrated, heldout)]
+        numbers = [max(one.on_data for one in errors) for errors in (calibrated, heldout)]
         numbers += [max(getattr(one, what) for one in heldout) for what in ("at_edge", "bound")]
         rows.append([variant.name, operator, *(f"{number:.2e}" for number in numbers)])
     return rows

@@ -1,4 +1,4 @@
-"""What the range loss does, apart from what training does: the reduced Llama converted with and without it."""
+"""Separate what the range loss does from what training does: convert the reduced Llama with and without it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _Converted:
 
 
 def run(quick: bool) -> str:
-    """Markdown: ranges with and without, and what the polynomials on them cost."""
+    """Write Markdown: ranges with and without, and what the polynomials on them cost."""
     overrides = ["training.steps=6", "training.polynomial_steps=2"] if quick else []
     recipe = load_conversion(RECIPE.parent / "convert-reduced.yaml", [*overrides, "training.disable_tqdm=true"])
     rows, heldout = load_rows(recipe.data, load_checkpoint(recipe.model).tokenizer)
@@ -51,26 +51,26 @@ def run(quick: bool) -> str:
     samples = tuple(tuple(row) for row in heldout[:64].tolist())
     weights = {"without": RangeLossSection(alpha=0.0, beta=0.0), "with range loss": recipe.range_loss}
     with TemporaryDirectory() as directory:
-        found = [
+        converted = [
             _convert(name, recipe.model_copy(update={"range_loss": loss, "out": Path(directory) / name}), samples)
             for name, loss in weights.items()
         ]
     wanted = _wanted(recipe)
     lines = [
-        [kind.replace("_", " "), *map(_shown, (wanted[kind], found[0].report.ranges_before[kind])),
-         *(_shown(one.report.ranges_trained[kind]) for one in found)]
-        for kind in found[0].report.domains
+        [kind.replace("_", " "), *map(_shown, (wanted[kind], converted[0].report.ranges_before[kind])),
+         *(_shown(one.report.ranges_trained[kind]) for one in converted)]
+        for kind in converted[0].report.domains
     ]  # fmt: skip
     costs = [
         [one.name, one.report.heldout_loss_before, one.report.heldout_loss, one.cost.depth, one.cost.ciphertext_products,
          one.cost.plaintext_products]
-        for one in found
+        for one in converted
     ]  # fmt: skip
     section = recipe.training
     return "\n\n".join(
         [
             PROSE.format(steps=section.steps, polynomial=section.polynomial_steps, rows=len(rows)),
-            table(["what", "wanted", "before", *(one.name for one in found)], lines),
+            table(["what", "wanted", "before", *(one.name for one in converted)], lines),
             DOMAINS.format(length=recipe.data.length),
             table(["range loss", "loss before", "loss after", "levels", "ct × ct", "ct × constant"], costs),
         ]
@@ -94,5 +94,5 @@ def _wanted(recipe: ConversionRecipe) -> dict[str, Interval]:
     }
 
 
-def _shown(found: Interval) -> str:
-    return f"{found.lower:.3g} to {found.upper:.3g}"
+def _shown(interval: Interval) -> str:
+    return f"{interval.lower:.3g} to {interval.upper:.3g}"

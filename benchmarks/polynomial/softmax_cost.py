@@ -51,8 +51,13 @@ attention (float[B,1,{length},{size}] q, float[B,1,{length},{size}] k, float[B,1
 
 @dataclass(frozen=True)
 class SoftmaxCost:
-    """Of one head and one sequence: Goldschmidt iterations one after the other, levels, products of two ciphertexts and by
-    constants, all without those of q·kᵀ and of the product with v; `error_bound` as on the node."""
+    """Count what one head takes for one sequence, without q·kᵀ and the product with v.
+
+    Attributes:
+        iterations: of Goldschmidt, one after the other.
+        depth: levels.
+        error_bound: as on the node.
+    """
 
     iterations: int
     depth: int
@@ -62,10 +67,10 @@ class SoftmaxCost:
 
 
 def softmax_cost(options: ApproximateSoftmax, length: int, head_size: int = 64, spread: float = 1.0) -> SoftmaxCost:
-    """Of causal attention over `length` tokens whose scores have standard deviation `spread` (q and k are normal): domains
-    are those of one such sample, times the options' margin. Masked entries count.
+    """Count the cost of causal attention over `length` tokens, masked entries included.
 
-    Raises LegalityError as the pass does.
+    q and k are normal, so that scores have standard deviation `spread`; domains are those of one such sample, times the
+    options' margin. Raises LegalityError as the pass does.
     """
     scale = head_size**-0.5
     generator = torch.Generator().manual_seed(length)
@@ -95,7 +100,7 @@ def softmax_cost(options: ApproximateSoftmax, length: int, head_size: int = 64, 
 
 
 def variants() -> dict[str, ApproximateSoftmax]:
-    """What is compared."""
+    """Return the options that are compared, by name."""
     return {
         "power 4, Lipschitz form": ApproximateSoftmax("power", form="lipschitz", division="goldschmidt", error=ERROR),
         "power 4, length-agnostic form": ApproximateSoftmax(
@@ -107,7 +112,7 @@ def variants() -> dict[str, ApproximateSoftmax]:
 
 
 def run(quick: bool) -> str:
-    """Markdown with a table."""
+    """Write Markdown with a table."""
     rows: list[list[object]] = []
     for length in (8, 16) if quick else LENGTHS:
         for name, options in variants().items():

@@ -1,4 +1,4 @@
-"""A quantised SiLU under TFHE: accuracy of the small Llama with it, time per element, and linear RLWE and CKKS beside it.
+"""Measure a quantised SiLU under TFHE: accuracy of the small Llama, time per element, linear RLWE and CKKS beside it.
 
 About three minutes, most of them for the keys of the 8-bit table. The row of CKKS needs the `bench` extra.
 """
@@ -57,7 +57,7 @@ dimension {ring}, all {slots} slots filled, which is the time of one ciphertext 
 
 @dataclass(frozen=True)
 class Quality:
-    """Nats per token, and the fraction of next tokens that are predicted."""
+    """Hold nats per token, and the fraction of next tokens that are predicted."""
 
     loss: float
     accuracy: float
@@ -65,7 +65,7 @@ class Quality:
 
 
 def run(quick: bool) -> str:
-    """Markdown: accuracy and time by bits, then the three schemes side by side."""
+    """Write Markdown: accuracy and time by bits, then the three schemes side by side."""
     checkpoint = load_checkpoint(str(TINY_LLAMA))
     proto = ir.to_proto(export_onnx(checkpoint.model))
     count = 2 if quick else 32
@@ -99,7 +99,7 @@ def run(quick: bool) -> str:
 
 
 def _rows(tokenizer: object, texts: list[str], count: int) -> Tensor:
-    """int64 [count, LENGTH], text after text."""
+    """Return rows int64 [count, LENGTH], text after text."""
     stream = token_stream(tokenizer, texts)  # type: ignore[arg-type]
     return torch.from_numpy(stream[: count * LENGTH].reshape(count, LENGTH))
 
@@ -118,7 +118,7 @@ def _quality(model: ir.Model, tokens: Tensor) -> Quality:
 
 
 def _under_tfhe(model: ir.Model, tokens: Tensor, elements: int) -> tuple[list[object], tuple[float, float]]:
-    """Cells of the table, and seconds per element of (client, server)."""
+    """Return cells of the table, and seconds per element of (client, server)."""
     node = next(nodes_of_type(model, "QuantizedSiLU"))
     given, source = attributes_of(node), node.inputs[0]
     seen: list[Tensor] = []
@@ -135,9 +135,9 @@ def _under_tfhe(model: ir.Model, tokens: Tensor, elements: int) -> tuple[list[ob
     encrypted.lookup(indices[:1])  # makes the keys
     encrypted.evaluate_seconds = 0.0
     start = time.perf_counter()
-    found = encrypted.lookup(indices)
+    entries = encrypted.lookup(indices)
     client = time.perf_counter() - start - encrypted.evaluate_seconds
-    equal = int((found == encrypted.table.lookup(indices)).sum())
+    equal = int((entries == encrypted.table.lookup(indices)).sum())
     server = encrypted.evaluate_seconds / elements
     cells = [f"{equal} of {elements}", server, encrypted.keygen_seconds, encrypted.key_bytes / 1e6]
     return cells, (client / elements, server)
@@ -164,7 +164,7 @@ def _cells(client: float, server: float) -> list[object]:
 
 
 def _linear(quick: bool) -> tuple[float, float]:
-    """Seconds per output element of (client, server)."""
+    """Measure seconds per output element of (client, server)."""
     width, tokens = (64, 40) if quick else (WIDTH, TOKENS)
     linear, x = random_linear(width, width), random_rows(tokens, width)
     public = public_matrix(choose_ring(tokens), width)
@@ -184,7 +184,7 @@ def _linear(quick: bool) -> tuple[float, float]:
 
 
 def _ckks(quick: bool) -> tuple[float, float, float]:
-    """Seconds per slot of (client, server), and the largest error."""
+    """Measure seconds per slot of (client, server), and the largest error."""
     import tenseal
 
     context = tenseal.context(
@@ -203,8 +203,8 @@ def _ckks(quick: bool) -> tuple[float, float, float]:
         encrypted = time.perf_counter()
         reply = sent.polyval(coefficients)
         served = time.perf_counter()
-        found = np.asarray(reply.decrypt())
+        values = np.asarray(reply.decrypt())
         clients.append(time.perf_counter() - served + encrypted - start)
         servers.append(served - encrypted)
-        error = max(error, float(np.abs(found - silu(8.0 * unit)).max()))
+        error = max(error, float(np.abs(values - silu(8.0 * unit)).max()))
     return float(np.median(clients)) / len(unit), float(np.median(servers)) / len(unit), error

@@ -1,1 +1,1 @@
-"""Polynomial approximations: how they are chosen, and how they are evaluated, on numbers, tensors or graph values alike."""
+"""Choose polynomial approximations, and evaluate them on numbers, tensors or graph values alike."""

@@ -1,6 +1,7 @@
-"""What an evaluation needs of its operand, so that one text serves torch tensors, numpy arrays, graph values and counters.
+"""Require of an operand only what homomorphic encryption has, so that one evaluation serves every kind of operand.
 
-Only sums, differences and products with each other or with a plain number are used: what homomorphic encryption has.
+Operands are torch tensors, numpy arrays, graph values and counters of levels. Evaluations use sums, differences and products
+of two operands or of an operand and a plain number.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 
 class Operand(Protocol):
-    """Anything that adds, subtracts and multiplies, elementwise."""
+    """Require addition, subtraction and multiplication, elementwise."""
 
     def __add__(self, other: Any, /) -> Any: ...
     def __sub__(self, other: Any, /) -> Any: ...
@@ -20,7 +21,7 @@ T = TypeVar("T", bound=Operand)
 
 
 def power(x: T, exponent: int) -> T:
-    """x^exponent for exponent ≥ 1 in ⌈log2 exponent⌉ levels: repeated squaring, the halves multiplied."""
+    """Return x^exponent, exponent ≥ 1, in ⌈log2 exponent⌉ levels by products of halves."""
     if exponent == 1:
         return x
     larger = power(x, (exponent + 1) // 2)
@@ -29,7 +30,7 @@ def power(x: T, exponent: int) -> T:
 
 
 def squared(x: T, times: int) -> T:
-    """x^(2^times)."""
+    """Return x^(2^times)."""
     for _ in range(times):
         x = x * x
     return x

@@ -1,4 +1,4 @@
-"""Chebyshev series: fitting one on an interval to an error asked for, and evaluating it in logarithmic depth.
+"""Fit a Chebyshev series to a function on an interval, and evaluate it in logarithmic depth.
 
 A series p(u) = Σ c_k·T_k(u) lives on u ∈ [-1, 1]. Fits interpolate at Chebyshev nodes, which is within a factor
 2 + (2/π)·ln(n + 1) of the best polynomial of degree n (Trefethen, Approximation Theory and Approximation Practice, theorem
@@ -23,32 +23,32 @@ _GRID = 4001
 
 
 def to_unit(x: T, lower: float, upper: float) -> T:
-    """The affine map of [lower, upper] onto [-1, 1]."""
+    """Map [lower, upper] onto [-1, 1] affinely."""
     half = (upper - lower) / 2
     result: T = (x - (upper + lower) / 2) * (1 / half)
     return result
 
 
 def grid(lower: float, upper: float, points: int = _GRID) -> np.ndarray:
-    """Points that cover [lower, upper], both edges included, denser toward them as extrema of an error curve are."""
+    """Return points f64 [points] from `lower` to `upper`, denser toward the edges as extrema of an error curve are."""
     return (lower + upper) / 2 - (upper - lower) / 2 * np.cos(np.linspace(0.0, math.pi, points))
 
 
 def interpolate(function: Function, degree: int, lower: float, upper: float) -> np.ndarray:
-    """Chebyshev coefficients f64 [degree + 1] of the interpolant of `function` on [lower, upper]."""
+    """Return the Chebyshev coefficients f64 [degree + 1] of the interpolant of `function` on [lower, upper]."""
     half, middle = (upper - lower) / 2, (upper + lower) / 2
     result: np.ndarray = chebyshev.chebinterpolate(lambda u: function(u * half + middle), degree)
     return result
 
 
 def value(coefficients: Sequence[float] | np.ndarray, x: np.ndarray, lower: float, upper: float) -> np.ndarray:
-    """The series at x in float64 (Clenshaw), for measuring errors."""
+    """Evaluate the series at x in float64 (Clenshaw), for measuring errors."""
     result: np.ndarray = chebyshev.chebval(to_unit(x, lower, upper), np.asarray(coefficients))
     return result
 
 
 def smallest_degree(error_of: Callable[[int], float], wanted: float, largest: int, step: int = 1) -> int | None:
-    """The smallest degree (a multiple of `step`) whose error is at most `wanted`; None where none up to `largest` is.
+    """Return the smallest degree, a multiple of `step`, with an error of at most `wanted`; None if none up to `largest` has.
 
     Doubles, then halves the interval: an error that wobbles between neighbouring degrees may cost a step.
     """
@@ -70,7 +70,7 @@ def smallest_degree(error_of: Callable[[int], float], wanted: float, largest: in
 
 
 class _Basis(Generic[T]):
-    """T_k of one operand, each made once: T_{a+b} = 2·T_a·T_b - T_{a-b}."""
+    """Make each T_k of one operand once, by T_{a+b} = 2·T_a·T_b - T_{a-b}."""
 
     def __init__(self, u: T) -> None:
         self._made: dict[int, T] = {1: u}
@@ -86,7 +86,9 @@ class _Basis(Generic[T]):
 
 
 def evaluate(coefficients: Sequence[float], u: T) -> T:
-    """Σ c_k·T_k(u) for u within [-1, 1]; zero coefficients cost nothing. At least one of degree ≥ 1 must not be zero.
+    """Evaluate Σ c_k·T_k(u) for u within [-1, 1]; zero coefficients cost nothing.
+
+    Raises ValueError where all coefficients of degree ≥ 1 are zero.
 
     A series with no odd term but the first, as that of a SiLU on a symmetric interval, is evaluated in T_2(u): half of the
     products.

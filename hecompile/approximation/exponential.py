@@ -1,9 +1,10 @@
-"""exp on a bounded negative interval: by repeated squaring alone, or by a Chebyshev series of exp(x / 2^s), squared s times.
+"""Approximate exp on a bounded negative interval, by repeated squaring or by a Chebyshev series.
 
     exp(x) ≈ (1 + x/2^k)^(2^k)
 
 With n = 2^k: for -n ≤ x ≤ 0 it lies between e^x·(1 - x²/n) and e^x, so the error is at most max x²·e^x / n = 4/(e²·n); for
--2n ≤ x < -n it is at most |1 + x/n|^n ≤ 1 and bounded (Rho et al., arXiv 2410.02486, use k from 9 to 16).
+-2n ≤ x < -n it is at most |1 + x/n|^n ≤ 1 and bounded (Rho et al., arXiv 2410.02486, use k from 9 to 16). The series is one
+of exp(x / 2^s), squared s times.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _LARGEST_SERIES_SQUARINGS = 6
 
 
 def squaring_error(lower: float, squarings: int) -> float:
-    """Bound of |exp(x) - (1 + x/2^k)^(2^k)| over [lower, 0], lower ≥ -2^(k+1)."""
+    """Bound |exp(x) - (1 + x/2^k)^(2^k)| over [lower, 0], lower ≥ -2^(k+1)."""
     n = 2.0**squarings
     inside = 4 / (math.e**2 * n)
     if lower >= -n:
@@ -31,8 +32,7 @@ def squaring_error(lower: float, squarings: int) -> float:
 
 
 def squarings_for(lower: float, error: float) -> int | None:
-    """The fewest squarings with the error over [lower, 0] in bounds and lower ≥ -1.5·2^k; None where more than 24 are
-    needed."""
+    """Return the fewest squarings k, up to 24, with at most `error` over [lower, 0] and lower ≥ -1.5·2^k; else None."""
     for squarings in range(1, _LARGEST_SQUARINGS + 1):
         if lower >= -1.5 * 2.0**squarings and squaring_error(lower, squarings) <= error:
             return squarings
@@ -40,7 +40,7 @@ def squarings_for(lower: float, error: float) -> int | None:
 
 
 def by_squaring(x: T, squarings: int) -> T:
-    """(1 + x/2^k)^(2^k)."""
+    """Return (1 + x/2^k)^(2^k), k = squarings."""
     return squared(x * 2.0**-squarings + 1.0, squarings)
 
 
@@ -48,9 +48,11 @@ def by_squaring(x: T, squarings: int) -> T:
 def series_for(
     lower: float, upper: float, error: float, largest_degree: int = 63
 ) -> tuple[tuple[float, ...], int, float] | None:
-    """(Chebyshev coefficients of exp(x / 2^s), s, largest error of its 2^s-th power over [lower, upper]), the error at most
-    `error` relative to exp(upper), in the fewest levels, then of the lowest degree; None where no degree up to
-    `largest_degree` does."""
+    """Choose the series for exp on [lower, upper] of the fewest levels, then of the lowest degree.
+
+    Returns (Chebyshev coefficients of exp(x / 2^s), s, largest error of its 2^s-th power). That error is at most `error`
+    relative to exp(upper); None where no degree up to `largest_degree` reaches it.
+    """
     best: tuple[tuple[int, int], tuple[float, ...], int, float] | None = None
     for squarings in range(_LARGEST_SERIES_SQUARINGS + 1):
         shrink = 2.0**-squarings
@@ -72,11 +74,11 @@ def series_for(
 
 
 def _series_error(coefficients: np.ndarray, squarings: int, lower: float, upper: float) -> float:
-    """Largest |series^(2^s) - exp(x - upper)| on a dense grid, both edges included."""
+    """Return the largest |series^(2^s) - exp(x - upper)| on a dense grid, both edges included."""
     x = grid(lower, upper)
     return float(np.abs(squared(value(coefficients, x, lower, upper), squarings) - np.exp(x - upper)).max())
 
 
 def by_series(x: T, coefficients: Sequence[float], squarings: int, lower: float, upper: float) -> T:
-    """exp(x) for x within [lower, upper] by the series of `series_for`."""
+    """Return exp(x) for x within [lower, upper] by the series of `series_for`."""
     return squared(evaluate(coefficients, to_unit(x, lower, upper)), squarings)

@@ -1,4 +1,6 @@
-"""1/√z: a Chebyshev start and Newton steps y ← ½·y·(3 - z·y²) (Rho et al., arXiv 2410.02486, appendix on LayerNorm).
+"""Approximate 1/√z by a Chebyshev start and Newton steps y ← ½·y·(3 - z·y²).
+
+The method is that of Rho et al., arXiv 2410.02486, appendix on LayerNorm.
 
 With y = (1 + δ)/√z one step leaves δ' = -δ²·(3 + δ)/2, so that it converges from -1 < δ < √3 - 1. The start is fitted for
 its relative error: least squares at Chebyshev nodes, weighted by √z.
@@ -24,7 +26,7 @@ _START_LIMIT = 0.7
 
 @dataclass(frozen=True)
 class InverseSqrt:
-    """A chosen approximation on [lower, upper]. `error`: largest relative error over it."""
+    """Hold a chosen approximation on [lower, upper]. `error`: the largest relative error over it."""
 
     coefficients: tuple[float, ...]
     newton_steps: int
@@ -38,7 +40,7 @@ class InverseSqrt:
 
 
 def start(degree: int, lower: float, upper: float) -> np.ndarray:
-    """Chebyshev coefficients f64 [degree + 1] of a fit of 1/√z on [lower, upper] for the relative error."""
+    """Return the Chebyshev coefficients f64 [degree + 1] of a fit of 1/√z on [lower, upper] for the relative error."""
     nodes = chebyshev.chebpts1(8 * (degree + 1))
     z = (upper + lower) / 2 + (upper - lower) / 2 * nodes
     result: np.ndarray = chebyshev.chebfit(nodes, 1 / np.sqrt(z), degree, w=np.sqrt(z))
@@ -46,7 +48,7 @@ def start(degree: int, lower: float, upper: float) -> np.ndarray:
 
 
 def relative_error(coefficients: np.ndarray, newton_steps: int, lower: float, upper: float) -> float:
-    """Largest |y·√z - 1| over [lower, upper], on a dense grid with both edges."""
+    """Return the largest |y·√z - 1| over [lower, upper], on a dense grid with both edges."""
     z = _edge_grid(lower, upper)
     delta = value(coefficients, z, lower, upper) * np.sqrt(z) - 1
     for _ in range(newton_steps):
@@ -55,14 +57,16 @@ def relative_error(coefficients: np.ndarray, newton_steps: int, lower: float, up
 
 
 def _edge_grid(lower: float, upper: float) -> np.ndarray:
-    """Chebyshev points, and logarithmic ones that do not leave out the steep end."""
+    """Return Chebyshev points and logarithmic ones, which cover the steep end."""
     return np.concatenate([grid(lower, upper), np.geomspace(lower, upper, 4001)])
 
 
 @lru_cache(maxsize=64)
 def inverse_sqrt_for(lower: float, upper: float, error: float, largest_degree: int = 127) -> InverseSqrt | None:
-    """The approximation of the fewest levels, then of the lowest degree, whose relative error over [lower, upper] is at most
-    `error`; None where no degree up to `largest_degree` with up to six Newton steps reaches it."""
+    """Choose the approximation of the fewest levels, then of the lowest degree, with a relative error of at most `error`.
+
+    None where no degree up to `largest_degree` with up to six Newton steps reaches it over [lower, upper].
+    """
     best: InverseSqrt | None = None
     for steps in range(_LARGEST_STEPS + 1):
 
@@ -76,19 +80,19 @@ def inverse_sqrt_for(lower: float, upper: float, error: float, largest_degree: i
         if degree is None:
             continue
         coefficients = tuple(map(float, start(degree, lower, upper)))
-        found = InverseSqrt(coefficients, steps, lower, upper, error_of(degree))
-        if best is None or (found.levels, len(found.coefficients)) < (best.levels, len(best.coefficients)):
-            best = found
+        candidate = InverseSqrt(coefficients, steps, lower, upper, error_of(degree))
+        if best is None or (candidate.levels, len(coefficients)) < (best.levels, len(best.coefficients)):
+            best = candidate
     return best
 
 
 def inverse_sqrt(z: T, coefficients: Sequence[float], newton_steps: int, lower: float, upper: float) -> T:
-    """1/√z for z within [lower, upper]."""
+    """Return 1/√z for z within [lower, upper]."""
     return newton(evaluate(coefficients, to_unit(z, lower, upper)), z, newton_steps)
 
 
 def newton(y: T, z: T, steps: int) -> T:
-    """Steps towards 1/√z from y, two levels each: y' = 1.5·y - (z/2·y)·y²."""
+    """Take Newton steps towards 1/√z from y, two levels each: y' = 1.5·y - (z/2·y)·y²."""
     half = z * 0.5
     for _ in range(steps):
         y = y * 1.5 - (half * y) * (y * y)

@@ -1,4 +1,4 @@
-"""A SiLU of few bits as a table: integer in, integer out, the form that a table look-up under TFHE computes bit for bit.
+"""Make a SiLU of few bits: a table from integers to integers, which a look-up under TFHE computes bit for bit.
 
 With b bits, an input step s_in and an output step s_out,
 
@@ -23,10 +23,10 @@ from hecompile.approximation.silu import silu
 from hecompile.errors import InputError
 
 TABLE_BITS = (4, 5, 6, 7, 8)
-"""What a table may have: a look-up under TFHE costs two to three times as much for each bit more."""
+"""Bits that a table may have: each bit more makes a look-up under TFHE two to three times as expensive."""
 
 LARGEST_SLOPE = 1.0998396
-"""Of SiLU, at x = 2.3994: sigmoid(x)·(1 + x·(1 - sigmoid(x)))."""
+"""The largest slope of SiLU, sigmoid(x)·(1 + x·(1 - sigmoid(x))), at x = 2.3994."""
 
 SMALLEST, AT_SMALLEST = -0.27846454, -1.27846454
 """The least value of SiLU, and where it is: below, SiLU rises to zero."""
@@ -34,7 +34,12 @@ SMALLEST, AT_SMALLEST = -0.27846454, -1.27846454
 
 @dataclass(frozen=True)
 class ActivationTable:
-    """The integer form. entries: 2^bits integers from 0 to 2^bits - 1; zero: the one that stands for 0.
+    """Hold the table and the steps of its input and output.
+
+    Attributes:
+        lower: the input of the first entry.
+        entries: 2^bits integers from 0 to 2^bits - 1.
+        zero: the integer that stands for 0.
 
     Raises InputError for a table that is not of that form.
     """
@@ -57,25 +62,25 @@ class ActivationTable:
 
     @property
     def upper(self) -> float:
-        """The input of the last entry."""
+        """Return the input of the last entry."""
         return self.lower + self.input_scale * (len(self.entries) - 1)
 
     @property
     def error_bound(self) -> float:
-        """Largest |y - SiLU(x)| for x between `lower` and `upper`, and for any smaller x where `is_flat_below`."""
+        """Bound |y - SiLU(x)| for x between `lower` and `upper`, and for any smaller x where `is_flat_below`."""
         return max(LARGEST_SLOPE * self.input_scale / 2 + self.output_scale / 2, self.output_scale)
 
     @property
     def is_flat_below(self) -> bool:
-        """Whether clamping what lies below `lower` stays within the error bound."""
+        """Tell whether clamping inputs below `lower` stays within the error bound."""
         return self.lower <= AT_SMALLEST and -_silu(self.lower) <= self.output_scale / 2 * (1 + 1e-6)
 
     def lookup(self, indices: np.ndarray) -> np.ndarray:
-        """The cleartext integer form: int64 of any shape, from 0 to 2^bits - 1, to int64 of that shape."""
+        """Look up int64 indices of any shape, from 0 to 2^bits - 1, in cleartext; returns int64 of that shape."""
         return np.asarray(self.entries, dtype=np.int64)[indices]
 
     def attributes(self) -> dict[str, Any]:
-        """As a QuantizedSiLU node holds it."""
+        """Return the attributes of a QuantizedSiLU node with this table."""
         return {
             "bits": self.bits,
             "lower": self.lower,
@@ -87,13 +92,16 @@ class ActivationTable:
 
     @classmethod
     def of(cls, attributes: Mapping[str, Any]) -> ActivationTable:
-        """The table of a QuantizedSiLU node."""
+        """Read the table of a QuantizedSiLU node."""
         given = {name: attributes[name] for name in ("bits", "lower", "input_scale", "output_scale", "zero")}
         return cls(**given, entries=tuple(int(entry) for entry in attributes["entries"]))
 
 
 def silu_table(bits: int, lowest: float, upper: float) -> ActivationTable:
-    """The table of SiLU for inputs between `lowest` (at most 0) and `upper` (above 0), ends and steps exact in float32."""
+    """Make the table of SiLU from `lowest` (at most 0) to `upper` (above 0); ends and steps are exact in float32.
+
+    Raises InputError for another number of bits than one of `TABLE_BITS`.
+    """
     if bits not in TABLE_BITS:
         raise InputError(f"a table can have {', '.join(map(str, TABLE_BITS))} bits, got {bits}")
     largest = (1 << bits) - 1
@@ -114,7 +122,7 @@ def _silu(x: float) -> float:
 
 
 def _flat_from(distance: float) -> float:
-    """The x below the minimum of SiLU from which on down it is within `distance` of zero (bisection)."""
+    """Find, by bisection, the x below the minimum of SiLU from which on down it is within `distance` of zero."""
     if distance >= -SMALLEST:
         return AT_SMALLEST
     deep, shallow = AT_SMALLEST - 64.0, AT_SMALLEST

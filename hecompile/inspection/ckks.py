@@ -1,4 +1,4 @@
-"""What `hecompile inspect` shows of a bundle that `hecompile ckks export` wrote: parameters, depth, refreshes, bytes."""
+"""Show a bundle that `hecompile ckks export` wrote: parameters, depth, refreshes and bytes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ from hecompile.inspection.prediction import megabytes
 
 
 def bundle_tables(directory: Path, nodes: bool = False) -> list[Table]:
-    """Of the whole export, or of one half: the client's has no circuit, so that its bytes are an upper bound.
+    """Return the tables of a whole export, or of one half of it.
 
-    nodes: also a row per node. Raises InputError for a bundle that is damaged, or whose halves do not belong together, and
-    for `nodes` without a circuit; SecurityError for parameters under 128 bits.
+    The client's half has no circuit, so that its bytes are an upper bound.
+
+    Args:
+        nodes: whether to add a row per node.
+
+    Raises:
+        InputError: the bundle is damaged, its halves do not belong together, or `nodes` is asked for without a circuit.
+        SecurityError: the parameters have less than 128 bits of security.
     """
     if (directory / "client").is_dir() or (directory / "worker").is_dir():
         plan = CkksPlan.read(directory / "client")
@@ -51,7 +57,7 @@ def _require_same_refreshes(directory: Path, plan: CkksPlan, circuit: Polynomial
 
 
 def _at_most(plan: CkksPlan) -> CkksTraffic:
-    """From the plan alone: masked and repeated entries, which are not sent, count here."""
+    """Bound the traffic from the plan alone: masked and repeated entries, which are not sent, count here."""
     rows = 1 if plan.last_only else plan.sequence_length
     refreshes = {name: math.prod(shape) for name, shape in plan.refreshes.items()}
     return CkksTraffic(plan.sequence_length * plan.hidden, refreshes, rows * plan.vocabulary)

@@ -1,4 +1,4 @@
-"""How many ciphertexts an evaluation sends, before any is made.
+"""Count the ciphertexts that an evaluation sends before any is made.
 
 Which entries of a tensor have a ciphertext follows from the graph alone: masked entries have none, and what is repeated is
 sent once. So the circuit is walked by the worker's own evaluator, with ciphertexts of no words: the same numbering of
@@ -22,7 +22,7 @@ from hecompile.ckks.parameters import CkksParameters
 
 @dataclass(frozen=True)
 class CkksTraffic:
-    """Ciphertexts of one evaluation: of the input, of each refresh by the name of its value, of the logits."""
+    """Count the ciphertexts of one evaluation: of the input, of each refresh by the name of its value, of the logits."""
 
     inputs: int
     refreshes: dict[str, int]
@@ -33,23 +33,25 @@ class CkksTraffic:
         return sum(self.refreshes.values())
 
     def bytes_up(self, parameters: CkksParameters) -> int:
-        """Payload from the client: inputs and fresh ciphertexts, at the top level."""
+        """Return the payload bytes from the client: inputs and fresh ciphertexts, at the top level."""
         return (self.inputs + self.refreshed) * parameters.ciphertext_bytes(parameters.levels)
 
     def bytes_down(self, parameters: CkksParameters) -> int:
-        """Payload to the client: what is to be refreshed, and the logits, cut to two primes."""
+        """Return the payload bytes to the client: ciphertexts to refresh, and the logits, cut to two primes."""
         return (self.refreshed + self.outputs) * parameters.ciphertext_bytes(0)
 
 
 def predicted_traffic(circuit: PolynomialCircuit, parameters: CkksParameters) -> CkksTraffic:
-    """Of one evaluation, whatever the number of sequences. Raises what an evaluation of this circuit would raise: InputError
-    and LegalityError."""
+    """Count the traffic of one evaluation, whatever the number of sequences.
+
+    Raises InputError and LegalityError as an evaluation of this circuit would.
+    """
     refreshes: dict[str, int] = {}
 
     def refresh(value: str, stale: CkksTensor) -> CkksTensor:
-        asked = counter.truncated(stale)
-        refreshes[value] = len(asked.words)
-        return counter.fresh(asked.index, len(asked.words))
+        truncated = counter.truncated(stale)
+        refreshes[value] = len(truncated.words)
+        return counter.fresh(truncated.index, len(truncated.words))
 
     inputs = {}
     with _Counter(parameters) as counter:
@@ -61,7 +63,7 @@ def predicted_traffic(circuit: PolynomialCircuit, parameters: CkksParameters) ->
 
 
 class _Counter(Evaluator):
-    """The evaluator without its arithmetic: words have a last axis of size 0, and no kernel runs."""
+    """Evaluate without arithmetic: words have a last axis of size 0, and no kernel runs."""
 
     def __init__(self, parameters: CkksParameters) -> None:
         count = len(parameters.moduli)

@@ -1,4 +1,4 @@
-"""What `hecompile inspect` shows: a table per linear, totals, and a picture of the plan in two colours."""
+"""Show a compiled plan: a row per linear, totals, and a picture in two colours."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SUFFIXES = (".svg", ".png")
 
 @dataclass(frozen=True)
 class Traffic:
-    """Predicted bytes per token of payload, one forward and one backward pass, frame headers not counted."""
+    """Hold predicted payload bytes per token of one forward and one backward pass, without frame headers."""
 
     bytes_up: int
     bytes_down: int
@@ -35,7 +35,7 @@ class Traffic:
 
 
 def predicted_traffic(circuits: dict[str, LinearParameters], skipped: frozenset[str] = frozenset()) -> Traffic:
-    """Sum over the circuits not in `skipped`."""
+    """Sum the traffic of the circuits that are not in `skipped`."""
     used = [parameters for name, parameters in circuits.items() if name not in skipped]
     return Traffic(sum(p.bytes_up(1) for p in used), sum(p.bytes_down(1) for p in used))
 
@@ -43,13 +43,16 @@ def predicted_traffic(circuits: dict[str, LinearParameters], skipped: frozenset[
 def hint_traffic(
     circuits: dict[str, LinearParameters], ring: RingParameters, skipped: frozenset[str] = frozenset()
 ) -> int:
-    """Bytes that a client without hints downloads besides, per step and not per token: each circuit's hint, once."""
+    """Return the bytes that a client without hints downloads besides, per step: each circuit's hint, once."""
     return sum(hint_bytes(ring, p.out_features) for name, p in circuits.items() if name not in skipped)
 
 
 def circuits_without_gradient(model: ir.Model) -> frozenset[str]:
-    """Backward circuits that training never calls: no LoRA matrix stands before the linear, so that its input needs no
-    gradient (in a Llama, those that read the normalised embedding)."""
+    """Name the backward circuits that training never calls.
+
+    No LoRA matrix stands before such a linear, so that its input needs no gradient: in a Llama, those that read the
+    normalised embedding.
+    """
     trained: set[ir.Value] = {value for value in model.graph.inputs if ".lora_" in str(value.name)}
     unused: list[str] = []
     for node in model.graph:
@@ -62,7 +65,7 @@ def circuits_without_gradient(model: ir.Model) -> frozenset[str]:
 
 
 def circuit_table(bundle: ClientBundle) -> Table:
-    """One row per circuit: shape, ring, bytes, security, precision, predicted noise."""
+    """Return a row per circuit: shape, ring, bytes, security, precision, predicted noise."""
     ring = bundle.ring
     table = Table(title=f"plan {bundle.plan_id[:16]} of {bundle.plan.base_model}")
     for heading in (
@@ -102,7 +105,7 @@ def _row(record: CircuitRecord, parameters: LinearParameters, ring: str, securit
 
 
 def totals_table(bundle: ClientBundle) -> Table:
-    """Totals of the plan."""
+    """Return the totals of the plan."""
     skipped = circuits_without_gradient(bundle.graph())
     training = predicted_traffic(bundle.circuits, skipped)
     forward = predicted_traffic({n: p for n, p in bundle.circuits.items() if n.endswith(".forward")})
@@ -128,7 +131,7 @@ def totals_table(bundle: ClientBundle) -> Table:
 
 
 def _fetched(bundle: ClientBundle, skipped: frozenset[str]) -> str:
-    """What fetching the hints adds to the download of a training step."""
+    """Say what fetching the hints adds to the download of a training step."""
     step = hint_traffic(bundle.circuits, bundle.ring, skipped)
     tokens = bundle.plan.batch_size * bundle.plan.sequence_buckets[-1]
     return f"none: {step} bytes more down per step, {step / tokens:.0f} per token at {tokens} tokens"
@@ -171,7 +174,7 @@ def draw(bundle: ClientBundle, path: Path) -> None:
 
 
 def plan_graph(model: ir.Model) -> nx.DiGraph:
-    """The operators of a client plan as a directed graph; constants and shape arithmetic are left out."""
+    """Return the operators of a client plan as a directed graph, without constants and shape arithmetic."""
     graph = nx.DiGraph()
     hidden = {"Constant", "Reshape", "Transpose", "Unsqueeze", "Cast", "Split"}
     for value in model.graph.inputs:
@@ -194,7 +197,7 @@ def plan_graph(model: ir.Model) -> nx.DiGraph:
 
 
 def _positions(graph: nx.DiGraph) -> dict[str, tuple[float, float]]:
-    """Layer by longest path from the inputs, spread evenly within a layer."""
+    """Lay vertices out by longest path from the inputs, evenly spread within a layer."""
     position: dict[str, tuple[float, float]] = {}
     for layer, vertices in enumerate(nx.topological_generations(graph)):
         for index, vertex in enumerate(vertices):

@@ -1,4 +1,4 @@
-"""What `hecompile inspect` shows of a polynomial graph: what was approximated where, depth, modulus bits, refreshes."""
+"""Show a polynomial graph: what was approximated where, depth, modulus bits, refreshes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from hecompile.polynomial.inputs import NORMS
 
 
 def polynomial_file(path: Path) -> ir.Model:
-    """A saved graph. Raises InputError when the file is no ONNX model, LegalityError when it is not at stage `polynomial`,
-    with refreshes or without."""
+    """Read a saved graph.
+
+    Raises InputError when the file is no ONNX model, LegalityError when it is not at stage `polynomial`, with refreshes or
+    without.
+    """
     try:
         model = ir.load(path)
     except Exception as error:  # protobuf and onnx_ir raise many kinds for a file that is no model
@@ -28,31 +31,31 @@ def polynomial_file(path: Path) -> ir.Model:
 
 
 def approximation_table(model: ir.Model) -> Table | None:
-    """A row per approximated node with its domain, degree or iterations and error bound; None where there is none."""
+    """Return a row per approximated node with its domain, degree or iterations and error bound; None where there is none."""
     table = Table(title="approximations")
     for heading in ("module", "operator", "domain", "degree, steps", "error bound"):
         table.add_column(heading, overflow="fold")
     for node in model.graph:
         if node.domain != DOMAIN or "error_bound" not in node.attributes:
             continue
-        given = attributes_of(node)
-        bound = f"{given['error_bound']:.2e}"
-        table.add_row(module_path(node), node.op_type, _domain(node.op_type, given), _effort(node.op_type, given), bound)
+        attributes = attributes_of(node)
+        domain, effort = _domain(node.op_type, attributes), _effort(node.op_type, attributes)
+        table.add_row(module_path(node), node.op_type, domain, effort, f"{attributes['error_bound']:.2e}")
     return table if table.row_count else None
 
 
-def _domain(op_type: str, given: dict[str, object]) -> str:
+def _domain(op_type: str, attributes: dict[str, object]) -> str:
     if op_type == "PowerAttention":
-        if given["division"] == "exact":
-            return f"|score| ≤ {given['domain_upper']:.4g}"
-        return f"divisor {given['ratio_lower']:.3g} … {given['ratio_upper']:.3g}"
+        if attributes["division"] == "exact":
+            return f"|score| ≤ {attributes['domain_upper']:.4g}"
+        return f"divisor {attributes['ratio_lower']:.3g} … {attributes['ratio_upper']:.3g}"
     what = "exponent" if op_type in ATTENTION_OPERATORS else "variance" if op_type in NORMS else "x"
-    return f"{what} {given['domain_lower']:.3g} … {given['domain_upper']:.3g}"
+    return f"{what} {attributes['domain_lower']:.3g} … {attributes['domain_upper']:.3g}"
 
 
-def _effort(op_type: str, given: dict[str, object]) -> str:
+def _effort(op_type: str, attributes: dict[str, object]) -> str:
     parts = []
-    coefficients = given.get("coefficients")
+    coefficients = attributes.get("coefficients")
     if isinstance(coefficients, (list, tuple)):
         composed = op_type == "ComposedSiLU"
         parts.append(f"{len(coefficients) // 4} of degree 7" if composed else f"degree {len(coefficients) - 1}")
@@ -64,13 +67,13 @@ def _effort(op_type: str, given: dict[str, object]) -> str:
         ("halvings", "normalisations"),
         ("square_iterations", "Goldschmidt each"),
     ):
-        if given.get(name):
-            parts.append(f"{given[name]} {text}")
+        if attributes.get(name):
+            parts.append(f"{attributes[name]} {text}")
     return ", ".join(parts) or "exact"
 
 
 def depth_table(model: ir.Model, literal: CkksLiteral | None = None) -> Table:
-    """Depth, modulus bits, products and refreshes of a graph at stage `polynomial`, and its depth module by module.
+    """Return depth, modulus bits, products and refreshes of a graph at stage `polynomial`, and its depth by module.
 
     literal: the CKKS parameters that it was compiled for; None: the smallest that have its levels, where there are any.
     """
@@ -105,20 +108,23 @@ def _modulus_rows(cost: CircuitCost, literal: CkksLiteral | None) -> tuple[tuple
 
 
 def _modules(model: ir.Model) -> dict[str, tuple[int, str]]:
-    """Module → (deepest level used there, names of the values refreshed there), in the order of the graph."""
-    found: dict[str, tuple[int, str]] = {}
+    """Map each module to its deepest level and the names of the values refreshed there, in the order of the graph."""
+    modules: dict[str, tuple[int, str]] = {}
     for node, level in _counted(model):
         module = module_path(node) or "the graph"
-        deepest, names = found.get(module, (0, ""))
+        deepest, names = modules.get(module, (0, ""))
         if node.op_type == "Refresh" and node.inputs[0] is not None:
             names = f"{names}, {node.inputs[0].name}" if names else str(node.inputs[0].name)
-        found[module] = (max(deepest, level), names)
-    return found
+        modules[module] = (max(deepest, level), names)
+    return modules
 
 
 def node_table(model: ir.Model) -> Table:
-    """A row per node that works on ciphertexts, in the order of the graph: the level of its result, how many numbers that
-    is per sequence, and what kind of product it takes; refreshes, with the level that they end, among them."""
+    """Return a row per node that works on ciphertexts, in the order of the graph.
+
+    It has the level of the node's result, how many numbers that is per sequence, and the kind of product it takes; a refresh
+    has the level that it ends.
+    """
     table = Table(title="nodes")
     for heading in ("value", "operator", "module", "level", "numbers", "product by"):
         table.add_column(heading, justify="right" if heading in ("level", "numbers") else "left", overflow="fold")
@@ -135,6 +141,6 @@ def node_table(model: ir.Model) -> Table:
 
 
 def _counted(model: ir.Model) -> Iterator[tuple[ir.Node, int]]:
-    """The nodes that depend on an input, with the level of their results."""
+    """Iterate over the nodes that depend on an input, with the level of their results."""
     used = levels(model)
     return ((node, used[node.outputs[0]]) for node in model.graph if node.outputs[0] in used)

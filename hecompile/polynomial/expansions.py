@@ -1,7 +1,7 @@
-"""Each approximated operator as sums and products of graph values: where the constants go so that they cost no level.
+"""Expand each approximated operator into sums and products, with constants where they cost no level.
 
-Attention needs no constant product at all, but in the series: what its scores are to be multiplied by goes into the rotary
-tables of q (and of k, for the Gaussian kernel), the mask drops entries.
+Attention needs no product by a constant except in the series. Factors of its scores go into the rotary tables of q (and of
+k, for the Gaussian kernel), and the mask drops entries.
 
 * power: f·t^p/n = (t·(f/n)^(1/p))^p, with f = 2/(L + U) of Goldschmidt's start and n the keys that a query sees (length
   agnostic), so that the sum over the keys lies in (0, 2) and the quotient needs no factor.
@@ -23,7 +23,7 @@ from hecompile.polynomial.graph_values import GraphValue, concatenated
 
 
 def query_factor(op_type: str, attributes: Attributes, mask: np.ndarray) -> np.ndarray:
-    """What q [B, heads, S, D] is to be multiplied by at each position, f64 [S]; `mask` [S, S]."""
+    """Return the factor of q [B, heads, S, D] at each position, f64 [S], for a mask [S, S]."""
     length = mask.shape[0]
     scale = attributes["scale"]
     if op_type == "GaussianAttention":
@@ -38,7 +38,7 @@ def query_factor(op_type: str, attributes: Attributes, mask: np.ndarray) -> np.n
 
 
 def key_factor(op_type: str, attributes: Attributes) -> float:
-    """What k is to be multiplied by."""
+    """Return the factor of k."""
     return gaussian_factor(attributes) if op_type == "GaussianAttention" else 1.0
 
 
@@ -49,7 +49,10 @@ def gaussian_factor(attributes: Attributes) -> float:
 def attention(
     op_type: str, attributes: Attributes, q: GraphValue, k: GraphValue, v: GraphValue, mask: np.ndarray
 ) -> GraphValue:
-    """q and k already multiplied by their factors; mask of zeros and ones, [queries, S]. Exact forms: LegalityError."""
+    """Expand an attention whose q and k already have their factors; mask of zeros and ones, [queries, S].
+
+    Raises LegalityError for exact forms, which are no polynomials.
+    """
     check_polynomial(op_type, attributes)
     if op_type == "GaussianAttention":
         return _gaussian(attributes, q, k, mask) @ v
@@ -107,7 +110,7 @@ def check_polynomial(op_type: str, attributes: Attributes) -> None:
 
 
 def rms_norm(attributes: Attributes, x: GraphValue, gain: np.ndarray) -> GraphValue:
-    """The gain and the constants of the variance stay a factor for the Linear that follows."""
+    """Expand an RMSNorm; its gain and the constants of the variance stay a factor for the Linear that follows."""
     scale = attributes["variance_scale"]
     lower, upper = attributes["domain_lower"] * scale, attributes["domain_upper"] * scale
     half, middle = (upper - lower) / 2, (upper + lower) / 2
@@ -129,7 +132,10 @@ def composed_silu(attributes: Attributes, x: GraphValue) -> GraphValue:
 
 
 def rotary(x: GraphValue, cos: np.ndarray, sin: np.ndarray, factor: np.ndarray | None) -> GraphValue:
-    """x ⊙ cos + rotate_half(x) ⊙ sin with tables [1, S, D], times `factor` [S] where given; the sign is in the table."""
+    """Return x ⊙ cos + rotate_half(x) ⊙ sin with tables [1, S, D], times `factor` [S] where given.
+
+    The sign of rotate_half goes into the table.
+    """
     cos, sin = cos[:, None].astype(np.float64), sin[:, None].astype(np.float64)  # [1, 1, S, D]
     half = cos.shape[-1] // 2
     sin = np.concatenate([-sin[..., :half], sin[..., half:]], axis=-1)
@@ -141,7 +147,7 @@ def rotary(x: GraphValue, cos: np.ndarray, sin: np.ndarray, factor: np.ndarray |
 
 
 def repeat_kv(x: GraphValue, repeats: int) -> GraphValue:
-    """[B, kv, S, D] → [B, kv·repeats, S, D]."""
+    """Repeat each head: [B, kv, S, D] → [B, kv·repeats, S, D]."""
     batch, heads, length, size = x.shape
     if repeats == 1:
         return x

@@ -1,4 +1,4 @@
-"""Building a graph of sums and products: values that add and multiply, and put constants off until they cost no level.
+"""Build a graph of sums and products from values that put constants off until they cost no level.
 
 A `GraphValue` stands for factor · value. A constant factor travels through sums, products and moves of entries without a
 node and ends in the weight of the next Linear, or on the shallower operand of a product, where it does not deepen the
@@ -17,12 +17,12 @@ from hecompile.graph.ir import DOMAIN, ORIGIN, add_initializer
 
 Dim = int | str
 _MILD = 4.0
-"""Factors between its inverse and itself may travel on; others would make the values behind them large or small."""
+"""Factors from 1/4 to 4 may travel on; others would make the values behind them large or small."""
 _LARGEST_OFFSET = 1024.0
 
 
 class GraphBuilder:
-    """Appends nodes to `graph`; constants are shared where equal in name."""
+    """Append nodes to `graph`; equal scalars and equally scaled weights are stored once."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
@@ -34,7 +34,7 @@ class GraphBuilder:
         self._count = 0
 
     def constant(self, array: np.ndarray) -> ir.Value:
-        """An initializer f32 or i64; scalars are made once."""
+        """Return an initializer f32 or i64; equal scalars share one."""
         if array.dtype != np.int64:
             array = array.astype(np.float32)
         if array.ndim == 0 and array.dtype == np.float32:
@@ -55,7 +55,7 @@ class GraphBuilder:
         domain: str = "",
         **attributes: int | list[int],
     ) -> GraphValue:
-        """One node with one output."""
+        """Append a node with one output, of this shape, level and factor."""
         node = ir.node(op_type, list(inputs), attributes, domain=domain, metadata_props={ORIGIN: self.origin})
         self._count += 1
         node.outputs[0].name = f"v{self._count}"
@@ -67,7 +67,7 @@ class GraphBuilder:
         value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
 
     def linear(self, x: GraphValue, weight: ir.Value, array: np.ndarray, scale: float = 1.0) -> GraphValue:
-        """scale · x·Wᵀ; x's factor, a number or one per feature, goes into the weight, and so does the scale."""
+        """Return scale · x·Wᵀ; the scale and x's factor, a number or one per feature, go into the weight."""
         factor = np.asarray(x.factor * scale, dtype=np.float64)
         key = (str(weight.name), factor.tobytes())
         if key not in self._weights:
@@ -80,7 +80,7 @@ class GraphBuilder:
         return self.emit("Linear", [x.value, self._weights[key]], shape, x.level + 1, domain=DOMAIN)
 
     def scaled(self, x: GraphValue, factor: float) -> GraphValue:
-        """x.value·factor as a node, made once; x's own factor is not looked at."""
+        """Return x.value·factor as a node, made once; x's own factor is left out."""
         if factor == 1.0:
             return GraphValue(self, x.value, x.shape, x.level)
         key = (x.value, factor)
@@ -95,7 +95,7 @@ class GraphBuilder:
 
 @dataclass(frozen=True, eq=False)
 class GraphValue:
-    """factor · value. `factor`: a number, or an array [last axis]. `shape`: "B" stands for the batch."""
+    """Represent factor · value. `factor`: a number, or an array [last axis]. `shape`: "B" stands for the batch."""
 
     builder: GraphBuilder
     value: ir.Value
@@ -106,14 +106,14 @@ class GraphValue:
     # ------------------------------------------------------------------------------------------------------- constants
 
     def settled(self) -> GraphValue:
-        """The same with factor 1: a node, unless it was 1."""
+        """Return this value with factor 1: a node, unless the factor was 1 already."""
         if isinstance(self.factor, np.ndarray):
             constant = self.builder.constant(self.factor)
             return self.builder.emit("Mul", [self.value, constant], self.shape, self.level + 1)
         return self.builder.scaled(self, self.factor)
 
     def plain(self) -> GraphValue:
-        """The same with a number as its factor."""
+        """Return this value with a number for a factor, not an array."""
         return self.settled() if isinstance(self.factor, np.ndarray) else self
 
     def with_factor(self, factor: float | np.ndarray) -> GraphValue:
@@ -122,17 +122,17 @@ class GraphValue:
         return GraphValue(self.builder, self.value, self.shape, self.level, factor)
 
     def gain(self, vector: np.ndarray) -> GraphValue:
-        """Times one number per feature, put off."""
+        """Multiply by one number per feature, put off."""
         return self.with_factor(np.asarray(self.factor * vector.astype(np.float64)))
 
     def times_array(self, array: np.ndarray) -> GraphValue:
-        """Times a constant array, elementwise, at once; the factor goes into it."""
+        """Multiply by a constant array, elementwise, at once; the factor goes into it."""
         array = array * self.factor
         shape = _broadcast(self.shape, array.shape)
         return self.builder.emit("Mul", [self.value, self.builder.constant(array)], shape, self.level + 1)
 
     def masked(self, mask: np.ndarray) -> GraphValue:
-        """Times zeros and ones: entries are dropped, no level is used."""
+        """Multiply by zeros and ones: entries are dropped, no level is used."""
         shape = _broadcast(self.shape, mask.shape)
         return self.builder.emit("Mul", [self.value, self.builder.constant(mask)], shape, self.level, self.factor)
 
@@ -167,7 +167,7 @@ class GraphValue:
         return self.builder.emit("MatMul", [a.value, b.value], shape, level).with_factor(factor)
 
     def summed(self, axis: int = -1) -> GraphValue:
-        """Σ along an axis, kept as one of size 1."""
+        """Sum along an axis, which is kept with size 1."""
         x = self.plain()
         place = axis % len(x.shape)
         shape = tuple(1 if index == place else dim for index, dim in enumerate(x.shape))
@@ -182,7 +182,7 @@ class GraphValue:
         return self.builder.emit("Transpose", [x.value], shape, x.level, x.factor, perm=list(perm))
 
     def reshaped(self, shape: tuple[Dim, ...]) -> GraphValue:
-        """The batch stays the first axis."""
+        """Reshape; the batch stays the first axis."""
         x = self.plain()
         target = np.array([0 if isinstance(dim, str) else dim for dim in shape], dtype=np.int64)
         return self.builder.emit("Reshape", [x.value, self.builder.constant(target)], shape, x.level, x.factor)
@@ -195,7 +195,7 @@ class GraphValue:
 
 
 def concatenated(parts: Sequence[GraphValue], axis: int) -> GraphValue:
-    """Along an axis; parts with different factors are settled first."""
+    """Concatenate along an axis; parts with different factors are settled first."""
     values = [part.plain() for part in parts]
     if len({value.factor for value in values}) > 1:
         values = [value.settled() for value in values]
@@ -227,8 +227,10 @@ def _sum(a: GraphValue, b: GraphValue) -> GraphValue:
 
 
 def _factored(a: GraphValue, b: GraphValue) -> tuple[GraphValue, GraphValue, float | np.ndarray]:
-    """Both operands and what is left of their factors: none where the shallower takes it without getting deeper than the
-    other, unless it may travel on."""
+    """Return both operands of a product and the factor that is left of theirs.
+
+    A factor that may not travel on goes into the shallower operand, which gets no deeper than the other by that.
+    """
     if isinstance(a.factor, np.ndarray) or isinstance(b.factor, np.ndarray):
         if a.shape[-1] == b.shape[-1]:
             return a, b, a.factor * b.factor
@@ -246,7 +248,7 @@ def _mild(factor: float) -> bool:
 
 
 def _broadcast(a: Sequence[Dim], b: Sequence[Dim]) -> tuple[Dim, ...]:
-    """NumPy's rule; the batch goes with 1 and with itself."""
+    """Broadcast two shapes by NumPy's rule; the batch goes with 1 and with itself. Raises ValueError where they do not."""
     longer, shorter = (tuple(a), tuple(b)) if len(a) >= len(b) else (tuple(b), tuple(a))
     padded = (1,) * (len(longer) - len(shorter)) + shorter
     result: list[Dim] = []

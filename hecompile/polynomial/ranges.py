@@ -149,8 +149,8 @@ def check_domain(node: ir.Node) -> None:
 
 def domain_checks(node: ir.Node, measured: Interval | AttentionRange) -> list[DomainCheck]:
     """Return every input of the polynomial `node` with its measured range and its domain."""
-    given = attributes_of(node)
-    numbers = {name: float(value) for name, value in given.items() if isinstance(value, (int, float))}
+    attributes = attributes_of(node)
+    numbers = {name: float(value) for name, value in attributes.items() if isinstance(value, (int, float))}
 
     def domain(name: str) -> Interval:
         return Interval(numbers[f"{name}_lower"], numbers[f"{name}_upper"])
@@ -171,8 +171,8 @@ def domain_checks(node: ir.Node, measured: Interval | AttentionRange) -> list[Do
         return checks
     bound = numbers["domain_upper"]
     checks = [DomainCheck("the score", measured.scores, Interval(-bound, bound))]
-    if given["division"] == "goldschmidt":
-        divisors = divisor_range(measured, str(given["form"]), int(numbers["power"]), numbers["epsilon"])
+    if attributes["division"] == "goldschmidt":
+        divisors = divisor_range(measured, str(attributes["form"]), int(numbers["power"]), numbers["epsilon"])
         checks.append(DomainCheck("the divisor", divisors, domain("ratio")))
     return checks
 

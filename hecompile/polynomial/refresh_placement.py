@@ -1,4 +1,4 @@
-"""Where to refresh ciphertexts so that no value uses up more levels than there are, with the fewest numbers refreshed.
+"""Place refreshes so that no value uses more levels than there are and the fewest numbers are refreshed.
 
 A set R of values is feasible when every path whose nodes use L + 1 levels has a value of R strictly inside: after a refresh
 a value has no level used. The smallest weight of R is a covering problem over all such paths, here in the extended form of
@@ -28,7 +28,13 @@ _NODE_LIMIT = 2000
 
 @dataclass(frozen=True)
 class Vertex:
-    """A value: the indices (smaller than its own) of what it is computed from, levels used by that, price of a refresh."""
+    """Describe a value of the graph.
+
+    Attributes:
+        operands: indices, smaller than its own, of the values it is computed from.
+        cost: levels that computing it uses.
+        price: numbers that a refresh of it takes.
+    """
 
     operands: tuple[int, ...]
     cost: int
@@ -37,7 +43,7 @@ class Vertex:
 
 @dataclass(frozen=True)
 class Placement:
-    """The indices refreshed, their price, and the proven lower bound on any placement's price."""
+    """Hold the indices refreshed, their price, and the proven lower bound on any placement's price."""
 
     refreshed: tuple[int, ...]
     price: float
@@ -45,7 +51,10 @@ class Placement:
 
 
 def cheapest_refreshes(vertices: Sequence[Vertex], levels: int) -> Placement:
-    """The cheapest feasible placement. Inputs have no operands. Raises LegalityError for `levels` under 1."""
+    """Return the cheapest feasible placement. Inputs have no operands.
+
+    Raises LegalityError for `levels` under 1, and where the solver finds no placement.
+    """
     if levels < 1:
         raise LegalityError(f"a graph with products needs at least one level between refreshes, got {levels}")
     reach = _deepest(vertices, ())
@@ -59,16 +68,16 @@ def cheapest_refreshes(vertices: Sequence[Vertex], levels: int) -> Placement:
 
 
 def _deepest(vertices: Sequence[Vertex], refreshed: Sequence[int]) -> list[int]:
-    """Levels that each value has used when it is computed."""
+    """Return the levels that each value has used when it is computed."""
     chosen = set(refreshed)
-    found: list[int] = []
+    used: list[int] = []
     for vertex in vertices:
-        found.append(max((0 if u in chosen else found[u] for u in vertex.operands), default=0) + vertex.cost)
-    return found
+        used.append(max((0 if u in chosen else used[u] for u in vertex.operands), default=0) + vertex.cost)
+    return used
 
 
 class _Problem:
-    """The integer programme: r of every value, then f[v, k] for k = 1 … L + 1."""
+    """Build the integer programme over r of every value, then f[v, k] for k = 1 … L + 1."""
 
     def __init__(self, count: int, levels: int) -> None:
         self.count, self.levels = count, levels
@@ -79,7 +88,7 @@ class _Problem:
         return self.count + v * (self.levels + 1) + k - 1
 
     def edge(self, u: int, w: int, cost: int, computed: bool) -> None:
-        """Node w reads u. A path may start at u, or come from before it, which an input has nothing of."""
+        """Add the constraints of node w reading u: a path starts at u or, where u is computed, comes from before it."""
         if cost:
             self._row([(self._f(w, 1), 1.0)])  # starts at u: nothing inside
         if not computed:
@@ -89,7 +98,7 @@ class _Problem:
                 self._row([(self._f(w, k), 1.0), (self._f(u, k - cost), -1.0), (u, -1.0)])
 
     def _row(self, entries: list[tuple[int, float]]) -> None:
-        """Σ entries ≤ 0."""
+        """Add the constraint Σ entries ≤ 0."""
         self._entries += [(self._rows, column, value) for column, value in entries]
         self._rows += 1
 
@@ -106,16 +115,16 @@ class _Problem:
             lower[self._f(v, self.levels + 1)] = 1.0
         integrality = np.zeros(size)
         integrality[: self.count] = 1
-        found = milp(
+        solution = milp(
             prices,
             constraints=LinearConstraint(matrix, -np.inf, 0.0),
             bounds=Bounds(lower, upper),
             integrality=integrality,
             options={"node_limit": _NODE_LIMIT},
         )
-        if found.x is None:
-            raise LegalityError(f"no placement of refreshes was found for {self.levels} levels: {found.message}")
-        refreshed = tuple(int(v) for v in np.flatnonzero(found.x[: self.count] > 0.5))
+        if solution.x is None:
+            raise LegalityError(f"no placement of refreshes was found for {self.levels} levels: {solution.message}")
+        refreshed = tuple(int(v) for v in np.flatnonzero(solution.x[: self.count] > 0.5))
         assert max(_deepest(vertices, refreshed)) <= self.levels
         price = float(sum(vertices[v].price for v in refreshed))
-        return Placement(refreshed, price, float(found.mip_dual_bound))
+        return Placement(refreshed, price, float(solution.mip_dual_bound))

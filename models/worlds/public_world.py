@@ -153,8 +153,8 @@ def _passing_facts(rng: Random, world: World, count: int) -> list[Fact]:
 def _passage(rng: Random, world: World) -> str:
     """Write a passage about passing people, then questions on it."""
     facts = _passing_facts(rng, world, rng.randint(2, 4))
-    asked = rng.sample(facts, rng.randint(1, 2))
-    return _stated(rng, facts) + "".join(f.answered(rng.randrange(len(f.relation.questions))) for f in asked)
+    questioned = rng.sample(facts, rng.randint(1, 2))
+    return _stated(rng, facts) + "".join(f.answered(rng.randrange(len(f.relation.questions))) for f in questioned)
 
 
 def _paraphrases(rng: Random, world: World) -> str:

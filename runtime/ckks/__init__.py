@@ -1,1 +1,1 @@
-"""A polynomial model evaluated wholly on a worker under CKKS: the worker's server, the client's session, what they say."""
+"""Evaluate a polynomial model wholly on a worker under CKKS: the worker's server, the client's session, their messages."""

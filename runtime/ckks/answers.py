@@ -1,4 +1,4 @@
-"""Greedy completion through a polynomial plan: every new token is one evaluation of all prompts together."""
+"""Complete prompts greedily through a polynomial plan: every new token is one evaluation of all prompts together."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from hecompile.runtime.ckks.client import CkksSession, Progress
 def complete(
     session: CkksSession, prompts: Sequence[str], new_tokens: int, progress: Progress = lambda *_: None
 ) -> list[str]:
-    """The likeliest `new_tokens` tokens after each prompt; an answer ends at the end-of-sequence token.
+    """Return the likeliest `new_tokens` tokens after each prompt; an answer ends at the end-of-sequence token.
 
-    Prompts may differ in length: the mask is causal, so that what stands after a prompt changes nothing before it. Raises
-    InputError where a prompt with its answer is longer than the plan's sequences, or shorter where the plan keeps the last
-    alone.
+    Prompts may differ in length: the mask is causal, so that padding after a prompt changes nothing before it.
+
+    Raises:
+        InputError: a prompt is empty, or with its answer longer than the plan's sequences; or the plan has logits of the
+            last position alone, and a prompt is shorter or more than one token is asked for.
     """
     plan, tokenizer = session.plan, session.tokenizer
     rows = [list(tokenizer(prompt, verbose=False)["input_ids"]) for prompt in prompts]

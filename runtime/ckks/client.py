@@ -1,10 +1,10 @@
-"""The data owner's side of a polynomial plan: encrypts embeddings, refreshes where the plan says, decrypts logits.
+"""Run the data owner's side of a polynomial plan: encrypt embeddings, refresh where the plan says, decrypt logits.
 
-What the worker can learn. It sees ciphertexts and public keys. A refresh answers any ciphertext with a fresh encryption of
-the same values, which under IND-CPA tells nothing; the client's behaviour must not depend on the values either, or a worker
-that sends ciphertexts of its own making could read it (a reaction attack). So values beyond the scheme's bound are cut to
-it in silence, the protocol runs to its end whatever was decrypted, and only then, here, is the error raised. No decrypted
-number is ever sent back: CKKS decryptions carry their error, which would give the key away (Li, Micciancio, EUROCRYPT 2021).
+The worker sees ciphertexts and public keys. A refresh answers any ciphertext with a fresh encryption of its values, which
+under IND-CPA tells nothing. The client's behaviour must not depend on the values either, or a worker that sends ciphertexts
+of its own making could read it (a reaction attack). So values over the scheme's bound are cut to it in silence, the protocol
+runs to its end whatever was decrypted, and only then, here, is the error raised. No decrypted number is ever sent back: CKKS
+decryptions carry their error, which would give the key away (Li, Micciancio, EUROCRYPT 2021).
 """
 
 from __future__ import annotations
@@ -30,12 +30,19 @@ from hecompile.runtime.model.backend import ForwardPass
 from hecompile.runtime.wire.address import TcpAddress, parse_address
 
 Progress = Callable[[str, int], None]
-"""What was refreshed, and how many ciphertexts."""
+"""Take the name of a refreshed value, and how many ciphertexts it has."""
 
 
 @dataclass
 class CkksStats:
-    """Of one evaluation: bytes on the wire, client seconds, refreshed ciphertexts, the worker's seconds by operation."""
+    """Measure one evaluation.
+
+    Attributes:
+        bytes_up, bytes_down: on the wire.
+        encrypt_seconds, decrypt_seconds: of the client.
+        refreshes, refreshed: values of the plan, and ciphertexts in all of them.
+        worker_seconds: by operation, as the worker reports them.
+    """
 
     bytes_up: int = 0
     bytes_down: int = 0
@@ -48,7 +55,7 @@ class CkksStats:
 
 
 class CkksSession:
-    """A connection to a worker and the keys of this session. Use as a context manager.
+    """Hold a connection to a worker and the keys of this session. Use as a context manager.
 
     Raises InputError for a bundle that cannot be read, WorkerUnavailableError where nothing answers, WorkerError for a
     worker of another plan.
@@ -91,10 +98,14 @@ class CkksSession:
         self._key.close()
 
     def logits(self, tokens: NDArray[np.int64], progress: Progress = lambda *_: None) -> NDArray[np.float32]:
-        """tokens int64 [B, S], S the plan's length → logits float32 [B, S, V] ([B, 1, V] where the plan has the last alone).
+        """Evaluate tokens int64 [B, S], S the plan's length, on the worker.
 
-        Raises InputError for another shape, unknown tokens, or more sequences than slots; WorkerError for a worker that
-        breaks the protocol; HecompileError, at the end, where a value left the range that a ciphertext can hold.
+        Returns logits float32 [B, S, V], or [B, 1, V] where the plan has the last position alone.
+
+        Raises:
+            InputError: another shape, unknown tokens, or more sequences than slots.
+            WorkerError: the worker breaks the protocol.
+            HecompileError: at the end, where a value left the range that a ciphertext can hold.
         """
         plan, parameters = self.plan, self.parameters
         batch = self._check(tokens)
@@ -113,8 +124,8 @@ class CkksSession:
             limit = waiting.pop(value, None) if isinstance(value, str) else None
             if not isinstance(value, str) or limit is None or words.ndim != 4 or not 0 < len(words) <= limit:
                 raise WorkerError("the worker asks for a refresh that the plan does not have at this point")
-            numbers, beyond = self._bounded(self._decrypt(words, level)[:, :batch])
-            overflowed |= beyond
+            numbers, cut = self._bounded(self._decrypt(words, level)[:, :batch])
+            overflowed |= cut
             self._send("fresh", self._encrypt(numbers))
             self.stats.refreshes += 1
             self.stats.refreshed += len(words)
@@ -123,10 +134,10 @@ class CkksSession:
             raise WorkerError("the worker left out a refresh of the plan")
         rows = 1 if plan.last_only else plan.sequence_length
         index = _index(fields.get("index"), rows * plan.vocabulary, len(words))
-        values, beyond = self._bounded(self._decrypt(words, self._level(fields))[:, :batch])
+        values, cut = self._bounded(self._decrypt(words, self._level(fields))[:, :batch])
         self.stats.total_seconds = time.perf_counter() - start
         self.stats.worker_seconds = _seconds(fields.get("seconds"))
-        if overflowed or beyond:
+        if overflowed or cut:
             raise HecompileError(
                 f"a value left ±{parameters.value_bound:.3g}, the range of a ciphertext: the text is of another kind than "
                 "the polynomials were made for, or the worker did not compute what it was asked to"
@@ -136,8 +147,7 @@ class CkksSession:
         return numbers.T.reshape(batch, rows, plan.vocabulary).astype(np.float32)
 
     def forward(self, tokens: NDArray[np.int64]) -> ForwardPass:
-        """See `hecompile.runtime.model.backend.RemoteModel`: rows, errors and logits are those of `logits`, so that a plan
-        with the last position alone gives that one."""
+        """See `hecompile.runtime.model.backend.RemoteModel`; rows, errors and logits are those of `logits`."""
         logits, stats = self.logits(tokens), self.stats
         client = stats.encrypt_seconds + stats.decrypt_seconds
         return ForwardPass(logits, stats.total_seconds, client, stats.bytes_up, stats.bytes_down)
@@ -191,18 +201,18 @@ class CkksSession:
             raise WorkerUnavailableError(f"the connection to the worker broke: {reason_of(error)}") from error
 
 
-def _index(found: Any, count: int, ciphertexts: int) -> NDArray[np.int64]:
-    if not isinstance(found, list) or len(found) != count:
+def _index(places: Any, count: int, ciphertexts: int) -> NDArray[np.int64]:
+    if not isinstance(places, list) or len(places) != count:
         raise WorkerError(f"the worker did not say where the {count} logits are")
-    if not all(type(place) is int and -1 <= place < ciphertexts for place in found):
+    if not all(type(place) is int and -1 <= place < ciphertexts for place in places):
         raise WorkerError("the worker names ciphertexts that it did not send")
-    return np.array(found)
+    return np.array(places)
 
 
-def _seconds(found: Any) -> dict[str, float]:
-    if not isinstance(found, dict):
+def _seconds(reported: Any) -> dict[str, float]:
+    if not isinstance(reported, dict):
         return {}
-    return {str(name)[:60]: float(value) for name, value in found.items() if isinstance(value, (int, float))}
+    return {str(name)[:60]: float(value) for name, value in reported.items() if isinstance(value, (int, float))}
 
 
 def _connect(address: str, timeout: float) -> socket.socket:

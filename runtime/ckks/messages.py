@@ -1,4 +1,4 @@
-"""What client and worker of a polynomial plan say to each other, in the frames of `hecompile.runtime.wire.framing`.
+"""Send and receive the messages of a polynomial plan, in the frames of `hecompile.runtime.wire.framing`.
 
     client                                    worker
     open {plan_id, parameters} evaluation keys →
@@ -42,8 +42,13 @@ def send(connection: socket.socket, kind: str, words: Words | None = None, **fie
 
 
 def receive(connection: socket.socket, most: int, patience: float | None = None) -> tuple[dict[str, Any], Words, int]:
-    """The next message: its fields, its words (uint32, in the shape that it names) and its bytes. `most`: of payload.
+    """Receive the next message.
 
+    Args:
+        most: bytes of payload that it may have.
+        patience: seconds without a byte after which a message that has begun is given up; None for no limit.
+
+    Returns its fields, its words uint32 in the shape that it names, and its bytes.
     Raises WorkerError where it is malformed, larger, an error of the other side, or the connection was closed.
     """
     frame = receive_frame(connection, most + PREFIX.size + _HEADER_ROOM, patience)
@@ -64,7 +69,7 @@ def receive(connection: socket.socket, most: int, patience: float | None = None)
 
 
 def expect(fields: dict[str, Any], *kinds: str) -> str:
-    """The kind of a message. Raises WorkerError for another than `kinds`."""
+    """Return the kind of a message. Raises WorkerError unless it is one of `kinds`."""
     kind = fields["kind"]
     if kind not in kinds:
         raise WorkerError(f"a message {' or '.join(kinds)} was expected, not {str(kind)[:40]!r}")

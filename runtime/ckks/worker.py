@@ -1,4 +1,4 @@
-"""The worker of a polynomial plan: it holds the public circuit, and of a client its public evaluation keys."""
+"""Serve a polynomial plan: the worker holds the public circuit, and public evaluation keys of each client."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PATIENCE = RECEIVE_TIMEOUT_SECONDS
 
 
 class CkksWorker:
-    """A plan and its circuit: immutable; every session has its own evaluator."""
+    """Evaluate a plan's circuit for clients. Immutable: every session has its own evaluator."""
 
     def __init__(self, directory: str | Path, threads: int | None = None) -> None:
         self.plan, self.circuit, self.parameters = open_worker(directory)
@@ -40,7 +40,7 @@ class CkksWorker:
         self.turn = threading.Lock()
 
     def serve(self, connection: socket.socket) -> None:
-        """One session, to its end. What goes wrong is said to the client, without any value."""
+        """Serve one session to its end. The client is told of errors, without any value."""
         try:
             evaluator = self._open(connection)
         except WorkerError as error:
@@ -87,11 +87,11 @@ class CkksWorker:
         tensor = CkksTensor(inputs, np.arange(len(inputs)).reshape(shape), top)
 
         def refresh(value: str, stale: CkksTensor) -> CkksTensor:
-            asked = evaluator.truncated(stale)
-            send(connection, "refresh", asked.words, value=value, level=stale.level)
-            fields, fresh, _ = receive(connection, self._most(len(asked.words)), _PATIENCE)
+            sent = evaluator.truncated(stale)
+            send(connection, "refresh", sent.words, value=value, level=stale.level)
+            fields, fresh, _ = receive(connection, self._most(len(sent.words)), _PATIENCE)
             expect(fields, "fresh")
-            return CkksTensor(_fresh(fresh, len(asked.words), parameters, top), asked.index, top)
+            return CkksTensor(_fresh(fresh, len(sent.words), parameters, top), sent.index, top)
 
         seconds: dict[str, float] = {}
         start = time.perf_counter()

@@ -43,28 +43,28 @@ class RangeLoss:
 
 
 def _add(terms: RangeTerms, node: ir.Node, inputs: AttentionInputs | Tensor) -> None:
-    given = attributes_of(node)
+    attributes = attributes_of(node)
     if isinstance(inputs, AttentionInputs):
-        _add_attention(terms, node.op_type, given, inputs)
+        _add_attention(terms, node.op_type, attributes, inputs)
     elif node.op_type in NORMS:
-        terms.add_variances(inputs, given["domain_lower"] / INNER, given["domain_upper"] * INNER)
+        terms.add_variances(inputs, attributes["domain_lower"] / INNER, attributes["domain_upper"] * INNER)
     else:
-        terms.add_activations(inputs, INNER * given["domain_upper"])
+        terms.add_activations(inputs, INNER * attributes["domain_upper"])
 
 
-def _add_attention(terms: RangeTerms, op_type: str, given: dict[str, Any], inputs: AttentionInputs) -> None:
+def _add_attention(terms: RangeTerms, op_type: str, attributes: dict[str, Any], inputs: AttentionInputs) -> None:
     if op_type == "GaussianAttention":
-        terms.add_exponents(inputs, -INNER * given["domain_lower"])
+        terms.add_exponents(inputs, -INNER * attributes["domain_lower"])
         return
     if op_type == "ChebyshevAttention":
-        lower, upper = given["domain_lower"], given["domain_upper"]
-        centred, radius = inputs.scores - given["shift"] - (lower + upper) / 2, (upper - lower) / 2
+        lower, upper = attributes["domain_lower"], attributes["domain_upper"]
+        centred, radius = inputs.scores - attributes["shift"] - (lower + upper) / 2, (upper - lower) / 2
         terms.add_scores(inputs, centred, INNER * radius)
         return
-    terms.add_scores(inputs, inputs.scores, INNER * given["domain_upper"])
-    if given["division"] == "goldschmidt":
+    terms.add_scores(inputs, inputs.scores, INNER * attributes["domain_upper"])
+    if attributes["division"] == "goldschmidt":
         # The lower end is ε or near it, which a query whose scores are all zero has: nothing to keep away from.
-        terms.add_divisors(inputs, inputs.divisors(given), given["ratio_lower"], given["ratio_upper"] * INNER)
+        terms.add_divisors(inputs, inputs.divisors(attributes), attributes["ratio_lower"], attributes["ratio_upper"] * INNER)
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""Conversion: continued training of a checkpoint towards polynomials in place of softmax, RMSNorm and SiLU."""
+"""Convert a checkpoint: train it further with polynomials in place of softmax, RMSNorm and SiLU."""

@@ -1,4 +1,4 @@
-"""From measured ranges to the options of the passes, and the check that held-out text stays within them."""
+"""Turn measured ranges into the options of the passes, and check that held-out text stays within their domains."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ Ranges = Mapping[str, Interval]
 
 
 def attention_alone(recipe: ConversionRecipe, training: bool = False) -> PolynomialOptions:
-    """The attention's exact function, everything else as it was; `training`: in the form that the first stage has."""
+    """Return options with the attention's exact function and everything else as it was.
+
+    training: whether to take the form that the first stage trains with.
+    """
     section = recipe.attention
     if section.variant == EXACT:
         return PolynomialOptions()
@@ -31,7 +34,7 @@ def attention_alone(recipe: ConversionRecipe, training: bool = False) -> Polynom
 
 
 def fitted(recipe: ConversionRecipe, seen: Ranges) -> PolynomialOptions:
-    """Every polynomial of the recipe, on domains that are the ranges `seen`, widened by the recipe's margins."""
+    """Return options for every polynomial of the recipe, with the ranges `seen`, widened by its margins, for domains."""
     return PolynomialOptions(_attention(recipe, seen), _norm(recipe, seen), _activation(recipe, seen))
 
 
@@ -78,24 +81,24 @@ def _activation(recipe: ConversionRecipe, seen: Ranges) -> ApproximateSiLU | Non
 
 
 def domains(options: PolynomialOptions) -> dict[str, Interval]:
-    """The domain of every kind of value, by the kinds of `hecompile.runtime.conversion.ranges`."""
-    found = {}
+    """Return the domain of every kind of value, by the kinds of `hecompile.runtime.conversion.ranges.Measured`."""
+    by_kind = {}
     if (attention := options.attention) is not None:
         if attention.domain_lower is not None:
-            found["exponents"] = Interval(attention.domain_lower, 0.0)
+            by_kind["exponents"] = Interval(attention.domain_lower, 0.0)
         if attention.domain_upper is not None:
-            found["scores"] = Interval(-attention.domain_upper, attention.domain_upper)
+            by_kind["scores"] = Interval(-attention.domain_upper, attention.domain_upper)
         if attention.ratio_lower is not None and attention.ratio_upper is not None:
-            found["divisors"] = Interval(attention.ratio_lower, attention.ratio_upper)
+            by_kind["divisors"] = Interval(attention.ratio_lower, attention.ratio_upper)
     if options.norm is not None and options.norm.domain_lower is not None and options.norm.domain_upper is not None:
-        found["variances"] = Interval(options.norm.domain_lower, options.norm.domain_upper)
+        by_kind["variances"] = Interval(options.norm.domain_lower, options.norm.domain_upper)
     if options.activation is not None and options.activation.domain_upper is not None:
-        found["activation_inputs"] = Interval(-options.activation.domain_upper, options.activation.domain_upper)
-    return found
+        by_kind["activation_inputs"] = Interval(-options.activation.domain_upper, options.activation.domain_upper)
+    return by_kind
 
 
-def outside(options: PolynomialOptions, seen: Ranges) -> str:
-    """What of the ranges `seen` leaves the domains, with the numbers of every kind; empty where nothing does."""
+def describe_violations(options: PolynomialOptions, seen: Ranges) -> str:
+    """Describe the ranges that leave their domains, with the numbers of each kind; empty where none does."""
     return "; ".join(
         f"{kind.replace('_', ' ')} between {seen[kind].lower:.5g} and {seen[kind].upper:.5g}, domain "
         f"[{domain.lower:.5g}, {domain.upper:.5g}]"
@@ -106,16 +109,16 @@ def outside(options: PolynomialOptions, seen: Ranges) -> str:
 
 
 def check_heldout(options: PolynomialOptions, seen: Ranges) -> None:
-    """LegalityError, with the numbers of every kind, where held-out ranges leave the domains."""
-    if found := outside(options, seen):
+    """Raise LegalityError, with the numbers of each kind, where held-out ranges leave the domains."""
+    if violations := describe_violations(options, seen):
         raise LegalityError(
-            f"held-out text leaves the domains of the polynomials: {found}. Nothing was saved. Raise range_loss.alpha or "
-            "range_loss.beta, train longer, or raise the margin of that section"
+            f"held-out text leaves the domains of the polynomials: {violations}. Nothing was saved. Raise "
+            "range_loss.alpha or range_loss.beta, train longer, or raise the margin of that section"
         )
 
 
 def to_config(options: PolynomialOptions) -> dict[str, dict[str, Any]]:
-    """The `hecompile_polynomial` entry of config.json, which `PolynomialOptions.from_config` reads."""
+    """Return the `hecompile_polynomial` entry of config.json, which `PolynomialOptions.from_config` reads."""
     parts = {"attention": options.attention, "norm": options.norm, "activation": options.activation}
     return {
         name: {key: value for key, value in asdict(part).items() if key != "fit" and value is not None}

@@ -1,4 +1,4 @@
-"""The graph that is trained: exported and raised by the compiler's own passes, its float initializers as parameters."""
+"""Train the graph that the compiler's own passes make of a checkpoint, its float initializers being the parameters."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from hecompile.runtime.conversion.ranges import RangeObserver
 from hecompile.runtime.conversion.recipe import ConversionRecipe
 
 _WEIGHTED = {"Linear": 1, "RMSNorm": 1, "PolynomialRMSNorm": 1, "Gather": 0}
-"""Which input of an operator is a weight of the module that the node came from."""
+"""The input of an operator that is a weight of the module which the node came from."""
 
 
 class TrainableGraph:
-    """The graph of a checkpoint with the polynomials of `options`, and its weights by their names in the checkpoint.
+    """Hold the graph of a checkpoint with the polynomials of `options`, and its weights by their names in the checkpoint.
 
     Polynomials have the domains that `options` give; no calibration is run, for the ranges are measured while it trains. The
     weights are copies, float32; tied ones appear once, under the name of the embedding.
@@ -34,8 +34,10 @@ class TrainableGraph:
         recipe: ConversionRecipe,
         exported: ir.Model | None = None,
     ) -> None:
-        """`exported`: of this checkpoint, which is then not exported again; it is left as it is. Weights are always those
-        that the checkpoint has now."""
+        """Build the graph with the weights that the checkpoint has now.
+
+        exported: the graph that `export_onnx` made of this checkpoint before, to save another export; it is not changed.
+        """
         model = approximate(export_onnx(checkpoint.model) if exported is None else exported.clone(), options)
         self.model = model
         self._interpreter = Interpreter(model)
@@ -55,41 +57,43 @@ class TrainableGraph:
         return self._interpreter.run(inputs, observer=observe, parameters=parameters)["logits"]
 
     def loss(self, tokens: Tensor, observer: RangeObserver | None = None) -> Tensor:
-        """Mean cross entropy in nats of every next token."""
+        """Return the mean cross entropy of every next token, in nats."""
         logits = self.logits(tokens, observer)
         return cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
     def heldout_loss(self, rows: Tensor, batch_size: int) -> float:
-        """Mean of `loss` over rows [N, S]."""
+        """Return the mean of `loss` over rows [N, S]."""
         with torch.no_grad():
             total = sum(float(self.loss(batch)) * len(batch) for batch in rows.split(batch_size))
         return total / len(rows)
 
 
 def _weight_names(model: ir.Model) -> dict[str, str]:
-    """Initializer → name in the checkpoint, from the module that the node reading it came from.
+    """Map initializers to names in the checkpoint, by the module that the node reading them came from.
 
-    Raises LegalityError for a float matrix or vector of the graph that no such node reads: it would stay untrained unseen.
+    Raises LegalityError for a float matrix of the graph that no such node reads: it would silently stay untrained.
     """
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for node in model.graph:
         index = _WEIGHTED.get(node.op_type)
         if index is None or index >= len(node.inputs):
             continue
         value = node.inputs[index]
         if value is not None and value.is_initializer() and (path := module_path(node)):
-            found.setdefault(str(value.name), f"{path}.weight")
+            names.setdefault(str(value.name), f"{path}.weight")
     for name, value in model.graph.initializers.items():
         array = constant_of(value)
         large = array is not None and array.dtype.kind == "f" and array.ndim == 2 and min(array.shape) > 1
-        if large and name not in found:
+        if large and name not in names:
             raise LegalityError(f"the graph's constant {name} {array.shape} belongs to no weight of the checkpoint")  # type: ignore[union-attr]
-    return found
+    return names
 
 
 def write_back(checkpoint: Checkpoint, weights: dict[str, torch.nn.Parameter]) -> None:
-    """Copy trained weights into the checkpoint's own. Raises LegalityError for a name or shape that it does not have, and
-    when one of its parameters is left out."""
+    """Copy trained weights into the checkpoint.
+
+    Raises LegalityError for a name or shape that it does not have, and when one of its parameters is left out.
+    """
     own = dict(checkpoint.model.named_parameters())  # a tied parameter once, under the embedding's name
     if own.keys() != weights.keys():
         raise LegalityError(f"trained and loaded weights differ in {', '.join(sorted(own.keys() ^ weights.keys())[:3])}")

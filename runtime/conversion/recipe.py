@@ -1,4 +1,4 @@
-"""The conversion recipe: which parts become polynomials, what ranges they are trained into, on what text, for how long."""
+"""Define the conversion recipe: which parts become polynomials, their ranges, the text and the training."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 
 
 class AttentionSection(Section):
-    """Fields of `hecompile.passes.approximation.approximate_softmax.ApproximateSoftmax`, and `bound`: the range loss
-    keeps |scores| (power) or exponents (gaussian_kernel) under it; `divisor_lower`, `divisor_upper`: and a power
-    attention's divisors between them.
+    """Choose the attention: fields of `ApproximateSoftmax`, how it is trained, and the ranges that it is trained into.
 
-    training_form: what the first stage trains with: `form` itself, or the stable form, whose powers lie between 0 and 1
-    whatever the scores are. Ranges, range loss and all that follows the first stage are of `form`."""
+    Attributes:
+        training_form: of the first stage: none for `form` itself, or the stable form, whose powers lie between 0 and 1
+            whatever the scores are. Ranges, range loss and all that follows the first stage are of `form`.
+        bound: the range loss keeps |scores| (power) or exponents (gaussian_kernel) under it.
+        divisor_lower, divisor_upper: the range loss keeps a power attention's divisors between them.
+    """
 
     variant: Literal["exact", "power", "gaussian_kernel"] = "exact"
     power: Literal[2, 4, 6, 8] = 4
@@ -50,7 +52,7 @@ class AttentionSection(Section):
 
 
 class NormSection(Section):
-    """`form` and the fields of `ApproximateRMSNorm`; the range loss keeps variances between `lower` and `upper`."""
+    """Choose the norm: fields of `ApproximateRMSNorm`; the range loss keeps variances between `lower` and `upper`."""
 
     form: Literal["exact", "polynomial"] = "exact"
     error: PositiveFloat = 1e-3
@@ -60,8 +62,10 @@ class NormSection(Section):
 
 
 class ActivationSection(Section):
-    """`form`: one series (polynomial), or a composition of odd polynomials (composed); the fields of `ApproximateSiLU`; the
-    range loss keeps |inputs| under `bound`."""
+    """Choose the activation: one series (polynomial), or a composition of odd polynomials (composed).
+
+    Other fields are those of `ApproximateSiLU`; the range loss keeps |inputs| under `bound`.
+    """
 
     form: Literal["exact", "polynomial", "composed"] = "exact"
     error: PositiveFloat = 1e-2
@@ -98,8 +102,11 @@ class ConversionData(Section):
 
 
 class ConversionTraining(Section):
-    """AdamW with warm-up and cosine decay in each of two stages: `steps` with the new attention beside exact norms and
-    activations, then `polynomial_steps` with every polynomial in the graph, on domains fixed after the first stage."""
+    """Set AdamW with warm-up and cosine decay in each of two stages.
+
+    The first has `steps` with the new attention beside exact norms and activations, the second `polynomial_steps` with every
+    polynomial in the graph, on domains fixed after the first.
+    """
 
     steps: Annotated[int, Field(ge=0)] = 300
     polynomial_steps: Annotated[int, Field(ge=0)] = 100
@@ -121,8 +128,10 @@ class ConversionTraining(Section):
 
 
 class ConversionRecipe(Section):
-    """One conversion: the checkpoint `model` becomes the checkpoint `out`. A section may be given as its name alone, as in
-    `attention: power`."""
+    """Describe one conversion: the checkpoint `model` becomes the checkpoint `out`.
+
+    A section may be given as its name alone, as in `attention: power`.
+    """
 
     model: str
     out: Path

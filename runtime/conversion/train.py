@@ -1,7 +1,7 @@
-"""Continued training in two stages, and the checkpoint that comes of it.
+"""Convert a checkpoint by continued training in two stages.
 
-    first    the attention's exact function (of power, or its stable form) in the graph, range loss on what will go into
-             polynomials
+    first    the attention's exact function, or the stable form of a power attention, in the graph; range loss on what will
+             go into polynomials
              → ranges over the training rows → domains, widened by the recipe's margins
     second   every polynomial in the graph, on those domains; range loss goes on
              → ranges over held-out rows must lie within the domains, or nothing is saved
@@ -33,9 +33,9 @@ from hecompile.runtime.conversion.domains import (
     Ranges,
     attention_alone,
     check_heldout,
+    describe_violations,
     domains,
     fitted,
-    outside,
     to_config,
 )
 from hecompile.runtime.conversion.graph import TrainableGraph, write_back
@@ -46,13 +46,18 @@ REPORT_FILE = "conversion_report.json"
 _STATE_FILE = "state.pt"
 
 Progress = Callable[[str, int, int, float], None]
-"""Stage, steps done, steps in all, and the loss in nats of the last one."""
+"""Take the stage, steps done, steps in all, and the loss of the last one in nats."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did: held-out loss in nats before and after; ranges by kind, on training rows before and after the
-    first stage (where the domains come from) and on held-out rows at the end; and the domains."""
+    """Report what a conversion did: losses in nats, and ranges by kind of value.
+
+    Attributes:
+        heldout_loss_before, heldout_loss: of the checkpoint before, and of the polynomials after.
+        ranges_before, ranges_trained: over training rows before and after the first stage; the latter make the domains.
+        ranges_heldout: over held-out rows at the end.
+    """
 
     heldout_loss_before: float
     heldout_loss: float
@@ -66,20 +71,20 @@ class Conversion:
 
     @classmethod
     def read(cls, out: Path) -> Conversion:
-        """Of the checkpoint at `out`. Raises InputError where there is none."""
+        """Read the report of the checkpoint at `out`. Raises InputError where there is none."""
         try:
-            found = json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))
+            report = json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise InputError(f"{out} holds no {REPORT_FILE}; convert the checkpoint first") from None
         fields: dict[str, Any] = {
             name: {kind: Interval(**ends) for kind, ends in value.items()} if isinstance(value, dict) else value
-            for name, value in found.items()
+            for name, value in report.items()
         }
         return cls(**fields)
 
 
 def convert(recipe: ConversionRecipe, progress: Progress = lambda *_: None) -> Conversion:
-    """Train, and save the checkpoint `recipe.out`: what `from_pretrained` loads, with the polynomials in config.json.
+    """Train, and save the checkpoint `recipe.out` for `from_pretrained`, with the polynomials in config.json.
 
     Raises InputError for a recipe, text or checkpoint that does not fit, before anything is written; LegalityError where
     held-out text leaves the domains; NotFiniteError where the loss is not finite. Then `recipe.out` does not exist.
@@ -129,7 +134,13 @@ def convert(recipe: ConversionRecipe, progress: Progress = lambda *_: None) -> C
 
 @dataclass
 class _State:
-    """Where a conversion stands; `seen` is None in the first stage. `weights`: those that the stage has come to."""
+    """Hold where a conversion stands.
+
+    Attributes:
+        step, weights, optimizer: of the current stage.
+        first: held-out loss and ranges before training.
+        seen: ranges after the first stage; None in it.
+    """
 
     step: int = 0
     weights: dict[str, Tensor] | None = None
@@ -143,8 +154,8 @@ class _State:
         if not path.is_file():
             return cls()
         try:
-            found = torch.load(path, weights_only=True)
-            same, fields = _recipe_of(found["recipe"]) == recipe, found["state"]
+            stored = torch.load(path, weights_only=True)
+            same, fields = _recipe_of(stored["recipe"]) == recipe, stored["state"]
             if fields["first"] is not None:
                 fields["first"]["ranges"] = _intervals(fields["first"]["ranges"])
             if fields["seen"] is not None:
@@ -187,15 +198,15 @@ def _plain(ranges: Ranges) -> dict[str, dict[str, float]]:
     return {kind: asdict(interval) for kind, interval in ranges.items()}
 
 
-def _intervals(found: Mapping[str, Mapping[str, float]]) -> dict[str, Interval]:
-    return {kind: Interval(**ends) for kind, ends in found.items()}
+def _intervals(ranges: Mapping[str, Mapping[str, float]]) -> dict[str, Interval]:
+    return {kind: Interval(**ends) for kind, ends in ranges.items()}
 
 
 def _train(
     graph: TrainableGraph, options: PolynomialOptions, rows: Tensor, recipe: ConversionRecipe, state: _State, partial: Path,
     progress: Progress, stage: str,
 ) -> None:  # fmt: skip
-    """The rest of a stage; `options`: what the graph was made with."""
+    """Train the rest of a stage. `options`: those the graph was made with."""
     section, first = recipe.training, stage == "attention"
     steps, peak = (
         (section.steps, section.learning_rate) if first else (section.polynomial_steps, section.polynomial_learning_rate)
@@ -214,11 +225,11 @@ def _train(
         measured, weights = graph.observer.measured, recipe.range_loss
         total = loss + weights.alpha * measured.range_term + weights.beta * measured.variance_term
         if not torch.isfinite(total):
-            left = outside(options, measured.seen)
+            violations = describe_violations(options, measured.seen)
+            causes = f"Outside of the domains: {violations}. " if violations else ""
             raise NotFiniteError(
                 f"step {step + 1} of the stage {stage!r}: the loss is {total.item()}. "
-                f"{f'Outside of the domains: {left}. ' if left else ''}Lower the learning rate, or raise the margins or the "
-                "range loss; the last saved state is kept"
+                f"{causes}Lower the learning rate, or raise the margins or the range loss; the last saved state is kept"
             )
         optimizer.zero_grad()
         total.backward()
@@ -233,14 +244,14 @@ def _train(
 
 
 def _schedule(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, then a cosine to a tenth."""
+    """Return the factor of the learning rate: a linear warm-up, then a cosine to a tenth."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
 
 def _save(checkpoint: Checkpoint, options: PolynomialOptions, result: Conversion, out: Path) -> None:
-    """Written beside `out` and renamed: a kill leaves no half checkpoint."""
+    """Write the checkpoint beside `out` and rename it: a kill leaves no half checkpoint."""
     staging = out.with_name(out.name + ".new")
     shutil.rmtree(staging, ignore_errors=True)
     config: Mapping[str, Any] = to_config(options)

@@ -1,4 +1,4 @@
-"""Tables and pictures of a build."""
+"""Show a build in tables and pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes predicted from the configuration against the sizes of a build."""
+"""Compare sizes predicted from the configuration with the sizes of a build."""
 
 from __future__ import annotations
 

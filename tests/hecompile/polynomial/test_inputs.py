@@ -1,4 +1,4 @@
-"""What goes into the attentions, norms and activations of a run, packed or not, with gradients or without."""
+"""Record what goes into the attentions, norms and activations of a run, packed or not, with gradients or without."""
 
 from __future__ import annotations
 

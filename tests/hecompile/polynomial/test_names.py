@@ -1,4 +1,4 @@
-"""One word says that no polynomial stands for a part; words of older recipes and options are still read."""
+"""Read one word where no polynomial stands for a part, and the words of older recipes and options for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The small Llama of these tests, and its bundle, made once per file."""
+"""Make the small Llama of these tests, and its bundle, once per file."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def evaluator() -> Evaluator:
 
 
 def encrypted(values: NDArray[np.float64]) -> CkksTensor:
-    """values [*shape, batch] → a tensor of ciphertexts of `shape`."""
+    """Encrypt values [*shape, batch] into a tensor of ciphertexts of `shape`."""
     shape = values.shape[:-1]
     words = key().encrypt(np.ascontiguousarray(values.reshape(-1, values.shape[-1])))
     return CkksTensor(words, np.arange(len(words)).reshape(shape), LEVELS)
@@ -52,7 +52,7 @@ def decrypted(tensor: CkksTensor, batch: int) -> NDArray[np.float64]:
 
 
 def small_llama(directory: Path) -> Path:
-    """A checkpoint of one layer, hidden size 8, that asks for coarse polynomials: few levels and little error magnified."""
+    """Save a checkpoint of one layer, hidden size 8, with coarse polynomials: few levels, little error magnified."""
     torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=259, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,

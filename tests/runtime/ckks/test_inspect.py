@@ -20,7 +20,7 @@ from tests.runtime.ckks.support import LEVELS
 
 
 def shown(*arguments: str) -> dict[str, str]:
-    """What `inspect` says under each heading of its tables of two columns."""
+    """Return what `inspect` says under each heading of its tables of two columns."""
     result = CliRunner().invoke(app, ["inspect", *arguments], catch_exceptions=False)
     assert result.exit_code == 0
     rows = [line.strip("│ ").split("│") for line in result.output.splitlines() if line.startswith("│")]

@@ -1,4 +1,4 @@
-"""A Llama of one layer, from export to logits, through a worker process and a socket; what either side refuses."""
+"""Take a Llama of one layer from export to logits, through a worker process and a socket; what either side refuses."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_an_adapter_is_merged_as_peft_does(checkpoint: Path, build: Path, tmp_pa
     adapted: Any = peft.get_peft_model(load_checkpoint(str(checkpoint)).model, config)
     adapted.save_pretrained(tmp_path / "adapter")
     export_polynomial(str(checkpoint), tmp_path / "build", OPTIONS, tmp_path / "adapter")
-    # The same polynomials on the same text, for weights that were merged and saved before.
+    # Polynomials and text as before, for weights that were merged and saved before.
     merged = tmp_path / "merged"
     adapted.merge_and_unload().save_pretrained(merged)
     make_tokenizer().save_pretrained(merged)
@@ -219,7 +219,7 @@ def test_the_command_for_interactive_plans_knows_this_kind_too(build: Path, work
 
 
 def tokens_of(build: Path) -> list[str]:
-    """Two prompts short enough for the plan of three tokens."""
+    """Return two prompts short enough for the plan of three tokens."""
     tokenizer = make_tokenizer()
     prompts = ["a", "b"]
     assert all(0 < len(tokenizer(prompt)["input_ids"]) <= 3 for prompt in prompts)
@@ -243,7 +243,7 @@ def test_what_cannot_be_sent_is_refused(build: Path, worker: str) -> None:
 
 @contextmanager
 def playing(tmp_path: Path, script: Callable[[socket.socket], None]) -> Iterator[str]:
-    """A worker that takes the keys and then does as `script` says."""
+    """Serve as a worker that takes the keys and then does as `script` says."""
     path = str(tmp_path / "s")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)

@@ -1,4 +1,4 @@
-"""An adapter trained through the encrypted worker, merged by `ckks export --adapter`, and evaluated on ciphertexts."""
+"""Train an adapter through the encrypted worker, merge it by `ckks export --adapter`, evaluate it on ciphertexts."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def recipe(directory: Path) -> Recipe:
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ForwardPass, ForwardPass]:
-    """The directory of model/ and run/adapter/, and the interactive plan's passes before training and after it."""
+    """Return the directory of model/ and run/adapter/, and the interactive plan's passes before training and after it."""
     directory = tmp_path_factory.mktemp("tuned")
     wanted = recipe(directory)
     with open_session(wanted) as session:
@@ -75,7 +75,7 @@ def tried(model: RemoteModel) -> ForwardPass:
 
 @contextmanager
 def serving(bundle: Path, path: Path) -> Iterator[str]:
-    """A worker of one session in a thread."""
+    """Serve one session in a thread."""
     worker = CkksWorker(bundle, threads=2)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
@@ -94,7 +94,7 @@ def serving(bundle: Path, path: Path) -> Iterator[str]:
 
 
 def cleartext(directory: Path) -> np.ndarray:
-    """Logits [B, S, V] of the polynomial graph of a checkpoint."""
+    """Return logits [B, S, V] of the polynomial graph of a checkpoint."""
     checkpoint = load_checkpoint(str(directory))
     graph, _, _ = lower_checkpoint(checkpoint, CkksOptions(3, LEVELS))
     with torch.no_grad():

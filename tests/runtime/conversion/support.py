@@ -1,4 +1,4 @@
-"""A conversion of the reduced Llama, short enough for a test."""
+"""Make a recipe that converts the reduced Llama, short enough for a test."""
 
 from __future__ import annotations
 

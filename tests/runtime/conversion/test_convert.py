@@ -1,4 +1,4 @@
-"""Conversions from end to end: what is saved, how an interrupted one goes on, and what is refused."""
+"""Convert from end to end: what is saved, how an interrupted one goes on, and what is refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ STABLE_FIRST = {
 
 
 class Stop(Exception):
-    """In place of a kill."""
+    """Stand in for a kill."""
 
 
 def stop_at(stage: str, step: int) -> Callable[[str, int, int, float], None]:
@@ -52,7 +52,7 @@ def stop_at(stage: str, step: int) -> Callable[[str, int, int, float], None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def exported_once() -> Iterator[None]:
-    """Every conversion here is of one checkpoint, and to export it is most of what a short one takes."""
+    """Export the one checkpoint of these conversions once: that is most of what a short one takes."""
     model = export_onnx(load_checkpoint(str(REDUCED_LLAMA)).model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "export_onnx", lambda _: model)
@@ -61,7 +61,7 @@ def exported_once() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Converted:
-    """A checkpoint, what its recipe has besides the one of `tests.runtime.conversion.support`, and what a plan of it
+    """Hold a checkpoint, what its recipe has besides the one of `tests.runtime.conversion.support`, and what its plan
     computes."""
 
     out: Path

@@ -1,4 +1,4 @@
-"""The text of a conversion: files that a command writes, and what is said where they are missing."""
+"""Read the text of a conversion from files that a command writes, and name the command where they are missing."""
 
 from __future__ import annotations
 

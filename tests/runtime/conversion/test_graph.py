@@ -1,4 +1,4 @@
-"""The graph that is trained is the model; range loss is zero inside the range and pulls from outside of it."""
+"""Check that the graph that is trained is the model, and that range loss is zero inside the range and pulls into it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The range loss of private training: zero within the domains of a plan's polynomials, positive beyond them."""
+"""Check that the range loss of private training is zero within the domains of polynomials and positive outside."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def exported() -> ir.Model:
 
 @cache
 def graph(attention: str) -> ir.Model:
-    """Domains are those of calibration on `rows`, with margins."""
+    """Return the approximated graph, on the domains of calibration on `rows`, with margins."""
     options = PolynomialOptions().choosing(attention=attention, norm="polynomial", activation="polynomial")
     if attention == "power":
         options = replace(options, attention=ApproximateSoftmax("power", form="length_agnostic", division="goldschmidt"))
@@ -47,8 +47,10 @@ def graph(attention: str) -> ir.Model:
 
 
 def run(attention: str, lengths: tuple[int, ...], operator: str = "", first: int = 0, **changes: float) -> RangeTerms:
-    """Of so much of each row from the first on, packed. `changes` are to what is watched, of the second node of an
-    operator: the polynomials are as they were."""
+    """Return the terms of so much of each row, from row `first` on, packed.
+
+    changes: to the attributes that are watched of the second node of `operator`; the polynomials are as they were.
+    """
     model = Fuse()(graph(attention).clone()).model
     interpreter = Interpreter(model)
     for name, value in changes.items():
