@@ -30,7 +30,7 @@ from hecompile.compiler.calibration import write_samples
 from hecompile.compiler.frontend import Checkpoint, export_onnx, load_checkpoint
 from hecompile.compiler.options import CkksOptions
 from hecompile.compiler.pipeline import lower_polynomial
-from hecompile.compiler.polynomial_options import PolynomialOptions, require_polynomials
+from hecompile.compiler.polynomial_options import require_polynomials
 from hecompile.compiler.target import check_target
 from hecompile.errors import InputError
 from hecompile.files import reason_of, replace_directory
@@ -86,8 +86,7 @@ def lower_checkpoint(
     Returns the graph at stage `refreshed`, parameters that have its levels, and the depth that it has without refreshes.
     Raises LegalityError where a part of the model is no polynomial, or calibration leaves a domain.
     """
-    converted = PolynomialOptions.from_config(checkpoint.model.config)
-    polynomials = converted.choosing(options.attention, options.norm, options.activation)
+    polynomials = options.polynomials(checkpoint.model.config)
     require_polynomials(checkpoint.name, polynomials)
     progress("export")
     model = export_onnx(checkpoint.model)

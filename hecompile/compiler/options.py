@@ -36,13 +36,12 @@ class CompileOptions:
     costs: CostModel = field(default_factory=CostModel)
     remote_head: bool = False
     stored_hints: bool = True
-    """False: the client stores no hints, and the worker computes them with every product
-    (`hecompile.bundles.public_rows`)."""
+    """False: the client stores no hints; the worker computes them with every product (`hecompile.bundles.public_rows`)."""
     attention: str | ApproximateSoftmax | None = None
     norm: str | ApproximateRMSNorm | None = None
     activation: str | ApproximateSiLU | QuantizeActivation | None = None
-    """What stands for attention, RMSNorm and SiLU, by name (`hecompile.compiler.polynomial_options`) or with options;
-    None: what the checkpoint was converted for, else the exact ones."""
+    """Forms of attention, RMSNorm and SiLU, by name (`hecompile.compiler.polynomial_options`) or with options; None: the
+    form that the checkpoint was converted for, else the exact one."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -59,11 +58,10 @@ class CompileOptions:
 
     def polynomials(self, config: Any = None) -> PolynomialOptions:
         """Return what the plan of a checkpoint with this configuration replaces by polynomials."""
-        converted = PolynomialOptions.from_config(config)
-        return converted.choosing(self.attention, self.norm, self.activation)
+        return PolynomialOptions.from_config(config).choosing(self.attention, self.norm, self.activation)
 
     def ring_parameters(self) -> RingParameters | None:
-        """Return the parameters of the ring asked for; None where the cheapest is to be chosen."""
+        """Return the parameters of the ring named; None where the cheapest is to be chosen."""
         return None if self.ring is None else CATALOGUE[self.ring]
 
     def select_parameters(self) -> SelectParameters:
@@ -99,3 +97,7 @@ class CkksOptions:
             raise InputError(f"levels must be at least 1, or 0 for no refreshes, got {self.levels}")
         if self.sequence_length < 2:
             raise InputError(f"the sequence length must be at least 2, got {self.sequence_length}")
+
+    def polynomials(self, config: Any) -> PolynomialOptions:
+        """Return what the plan of a checkpoint with this configuration replaces by polynomials."""
+        return PolynomialOptions.from_config(config).choosing(self.attention, self.norm, self.activation)

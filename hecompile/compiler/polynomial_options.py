@@ -51,14 +51,14 @@ class PolynomialOptions:
 
     @classmethod
     def from_config(cls, config: Any) -> PolynomialOptions:
-        """Read the options from a checkpoint's configuration. Raises InputError for anything malformed."""
-        found = getattr(config, CONFIG_KEY, None)
-        if found is None:
+        """Read the choice from a checkpoint's configuration. Raises InputError for anything malformed."""
+        section = getattr(config, CONFIG_KEY, None)
+        if section is None:
             return cls()
         parts: dict[str, Any] = {"attention": ApproximateSoftmax, "norm": ApproximateRMSNorm, "activation": ApproximateSiLU}
-        if not isinstance(found, Mapping) or found.keys() - parts.keys():
+        if not isinstance(section, Mapping) or section.keys() - parts.keys():
             raise InputError(f"config.json: {CONFIG_KEY} must be an object with the keys {', '.join(parts)}")
-        read = {name: _read(f"{CONFIG_KEY}.{name}", parts[name], value) for name, value in found.items()}
+        read = {name: _read(f"{CONFIG_KEY}.{name}", parts[name], value) for name, value in section.items()}
         return cls(**cast("dict[str, Any]", read))
 
     def choosing(

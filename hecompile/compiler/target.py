@@ -31,10 +31,10 @@ def _check_folder(out: Path, wanted: BundleKind) -> None:
         return
     if not out.is_dir():
         raise InputError(f"{out} is a file; give a directory for the bundles")
-    found = kind_of(out / CLIENT)
+    kind = kind_of(out / CLIENT)
     inside = sorted(path.name for path in out.iterdir())
-    if inside and found is not wanted:
-        other = "" if found is None else f", but one of `hecompile {found.command}`"
+    if inside and kind is not wanted:
+        other = "" if kind is None else f", but one of `hecompile {kind.command}`"
         raise InputError(
             f"{out} is not empty and holds no earlier build of `hecompile {wanted.command}`{other}; give another directory"
         )

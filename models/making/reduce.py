@@ -25,9 +25,9 @@ def _tokens(texts: list[str]) -> torch.Tensor:
     """Return int64 [lines, LINE_TOKENS]."""
     tokenizer = make_tokenizer()
     rows = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
-    found = torch.tensor(rows)
-    assert found.shape[1] == LINE_TOKENS
-    return found
+    tokens = torch.tensor(rows)
+    assert tokens.shape[1] == LINE_TOKENS
+    return tokens
 
 
 def accuracy(logits: torch.Tensor, tokens: torch.Tensor) -> float:
@@ -83,10 +83,10 @@ def write_text(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name, of_private in (("public", False), ("private", True)):
         for part, heldout in (("train", False), ("heldout", True)):
-            found = lines(heldout, of_private)
-            Random(SEED).shuffle(found)  # noqa: S311
+            texts = lines(heldout, of_private)
+            Random(SEED).shuffle(texts)  # noqa: S311
             limit = 160 if of_private or heldout else 2000
-            text = "".join(json.dumps({"text": line}) + "\n" for line in found[:limit])
+            text = "".join(json.dumps({"text": line}) + "\n" for line in texts[:limit])
             (directory / f"{name}-{part}.jsonl").write_text(text, encoding="utf-8")
 
 

@@ -51,8 +51,8 @@ class ApproximateRMSNorm(ir.passes.InPlacePass):
             epsilon = float(attribute(node, "epsilon"))  # type: ignore[arg-type]
             domain = self._domain(where, interval_of(node.outputs[0]), epsilon)
             # Fitted on z = v / upper, whose domain ends at 1.
-            found = inverse_sqrt_for(domain.lower / domain.upper, 1.0, self.error, self.max_degree)
-            if found is None:
+            root = inverse_sqrt_for(domain.lower / domain.upper, 1.0, self.error, self.max_degree)
+            if root is None:
                 raise LegalityError(
                     f"{where}: 1/sqrt on variances from {domain.lower:.3g} to {domain.upper:.3g}, a factor of "
                     f"{domain.upper / domain.lower:.3g}, to {self.error:.3g} needs a start of degree above "
@@ -63,11 +63,11 @@ class ApproximateRMSNorm(ir.passes.InPlacePass):
                 {
                     "epsilon": epsilon,
                     "variance_scale": 1 / domain.upper,
-                    "coefficients": list(found.coefficients),
-                    "newton_steps": found.newton_steps,
+                    "coefficients": list(root.coefficients),
+                    "newton_steps": root.newton_steps,
                     "domain_lower": domain.lower,
                     "domain_upper": domain.upper,
-                    "error_bound": found.error,
+                    "error_bound": root.error,
                 }
             )
             new = ir.node(

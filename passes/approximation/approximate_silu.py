@@ -55,17 +55,17 @@ class ApproximateSiLU(ir.passes.InPlacePass):
             where = module_path(node)
             bound = self._bound(where, interval_of(node.outputs[0]))
             if self.form == "series":
-                op_type, found = "PolynomialSiLU", silu.series_for(bound, self.error, self.max_degree)
+                op_type, fit = "PolynomialSiLU", silu.series_for(bound, self.error, self.max_degree)
             else:
-                op_type, found = "ComposedSiLU", silu.composition_for(bound, self.error)
-            if found is None:
+                op_type, fit = "ComposedSiLU", silu.composition_for(bound, self.error)
+            if fit is None:
                 series = f"a degree above {self.max_degree}"
                 limit = series if self.form == "series" else "more than 4 composed polynomials"
                 raise LegalityError(
                     f"{where}: SiLU on [{-bound:.6g}, {bound:.6g}] to {self.error:.3g} needs {limit}; ask for a larger "
                     "error or train with a heavier range loss"
                 )
-            coefficients, error = found
+            coefficients, error = fit
             attributes = single(
                 {
                     "coefficients": list(coefficients),

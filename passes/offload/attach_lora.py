@@ -19,11 +19,6 @@ from hecompile.graph.ir import DOMAIN, ORIGIN, module_path, nodes_of_type, repla
 from hecompile.graph.llama import LLAMA_LINEARS
 
 
-def lora_name(path: str, matrix: str) -> str:
-    """Return the key of a LoRA matrix (`lora_A` or `lora_B`) in PEFT's adapter_model.safetensors."""
-    return f"base_model.model.{path}.{matrix}.weight"
-
-
 @dataclass(frozen=True)
 class AttachLora(ir.passes.InPlacePass):
     """Add LoRA branches; options as in PEFT's LoraConfig.
@@ -75,6 +70,11 @@ class AttachLora(ir.passes.InPlacePass):
             part.outputs[0].name = f"{path}.{suffix}"
             part.outputs[0].type, part.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
         replace_node(node, [frozen, branch, total], total.outputs)
+
+
+def lora_name(path: str, matrix: str) -> str:
+    """Return the key of a LoRA matrix (`lora_A` or `lora_B`) in PEFT's adapter_model.safetensors."""
+    return f"base_model.model.{path}.{matrix}.weight"
 
 
 def _trainable(graph: ir.Graph, name: str, shape: tuple[int | ir.SymbolicDim, ...]) -> ir.Value:

@@ -23,22 +23,27 @@ from hecompile.graph.ir import DOMAIN, ORIGIN, constant_of, module_path, remove_
 MatchResult = pattern.MatchResult
 
 
-def _scalar(value: ir.Value | None) -> float | None:
-    array = constant_of(value)
-    return float(array) if array is not None and array.size == 1 else None
+@dataclass(frozen=True)
+class Canonicalize(ir.passes.InPlacePass):
+    """Raise a simplified exporter graph to Linear, RMSNorm, SiLU, Softmax, RotaryEmbedding and RepeatKV nodes."""
 
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        rules = pattern.RewriteRuleSet([rule.rule() for rule in RULES], commute=True)
+        count = rules.apply_to_model(model)
+        remove_unused(model)
+        model.opset_imports[DOMAIN] = 1
+        for node in model.graph:
+            node.metadata_props.setdefault(ORIGIN, module_path(node))
+        return ir.passes.PassResult(model, count > 0)
 
-def _slice_start(value: ir.Value) -> float | None:
-    producer = value.producer()
-    return _scalar(source_of(producer.inputs[1])) if producer is not None else None
-
-
-def _made_from(output: ir.Value, matched: ir.Value) -> ir.Value:
-    """Stamp the node that produces `output` with the module that produced `matched`."""
-    producer, source = output.producer(), matched.producer()
-    assert producer is not None and source is not None
-    producer.metadata_props[ORIGIN] = module_path(source)
-    return output
+    def ensures(self, model: ir.Model) -> None:
+        for node in model.graph:
+            if node.op_type in ("Sigmoid", "Reciprocal", "Expand"):
+                raise ir.passes.PostconditionError(f"{node.op_type} of {module_path(node)} was not raised")
+            if node.op_type == "MatMul" and any(v is not None and v.is_initializer() for v in node.inputs):
+                raise ir.passes.PostconditionError(
+                    f"a product by a frozen weight in {module_path(node)} was not raised"
+                )
 
 
 class LinearRule(pattern.RewriteRuleClassBase):
@@ -157,24 +162,19 @@ class RepeatKVRule(pattern.RewriteRuleClassBase):
 RULES: tuple[type[pattern.RewriteRuleClassBase], ...] = (LinearRule, RMSNormRule, SiLURule, RotaryRule, RepeatKVRule)
 
 
-@dataclass(frozen=True)
-class Canonicalize(ir.passes.InPlacePass):
-    """Raise a simplified exporter graph to Linear, RMSNorm, SiLU, Softmax, RotaryEmbedding and RepeatKV nodes."""
+def _scalar(value: ir.Value | None) -> float | None:
+    array = constant_of(value)
+    return float(array) if array is not None and array.size == 1 else None
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        rules = pattern.RewriteRuleSet([rule.rule() for rule in RULES], commute=True)
-        count = rules.apply_to_model(model)
-        remove_unused(model)
-        model.opset_imports[DOMAIN] = 1
-        for node in model.graph:
-            node.metadata_props.setdefault(ORIGIN, module_path(node))
-        return ir.passes.PassResult(model, count > 0)
 
-    def ensures(self, model: ir.Model) -> None:
-        for node in model.graph:
-            if node.op_type in ("Sigmoid", "Reciprocal", "Expand"):
-                raise ir.passes.PostconditionError(f"{node.op_type} of {module_path(node)} was not raised")
-            if node.op_type == "MatMul" and any(v is not None and v.is_initializer() for v in node.inputs):
-                raise ir.passes.PostconditionError(
-                    f"a product by a frozen weight in {module_path(node)} was not raised"
-                )
+def _slice_start(value: ir.Value) -> float | None:
+    producer = value.producer()
+    return _scalar(source_of(producer.inputs[1])) if producer is not None else None
+
+
+def _made_from(output: ir.Value, matched: ir.Value) -> ir.Value:
+    """Stamp the node that produces `output` with the module that produced `matched`."""
+    producer, source = output.producer(), matched.producer()
+    assert producer is not None and source is not None
+    producer.metadata_props[ORIGIN] = module_path(source)
+    return output

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from hecompile.compiler.frontend import export_onnx
-from hecompile.compiler.linear import CompileOptions
+from hecompile.compiler.options import CompileOptions
 from hecompile.he.random.sampling import PublicSeed
 from hecompile.passes.offload.attach_lora import AttachLora
 from tests.support.training import make_base, make_tokenizer

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hecompile.compiler.linear import CompileOptions, compile_checkpoint
+from hecompile.compiler.linear import compile_checkpoint
+from hecompile.compiler.options import CompileOptions
 from hecompile.errors import HecompileError, InputError, SecurityError
 from hecompile.he.parameters import CATALOGUE, RingParametersLiteral
 from hecompile.he.parameters import RingParameters as Ring

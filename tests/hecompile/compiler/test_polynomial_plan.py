@@ -19,7 +19,8 @@ from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.ckks.parameters import MAX_MODULUS_BITS, select
 from hecompile.cli.main import app
-from hecompile.compiler.linear import CompileOptions, compile_checkpoint
+from hecompile.compiler.linear import compile_checkpoint
+from hecompile.compiler.options import CompileOptions
 from hecompile.compiler.pipeline import approximate, lower_linear, run_step
 from hecompile.compiler.polynomial_options import CONFIG_KEY, PolynomialOptions
 from hecompile.errors import InputError, LegalityError

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from hecompile.bundles.kinds import CLIENT_FORMAT, MANIFEST, PLAN, TABLE
-from hecompile.compiler.ckks import CkksOptions, export_polynomial
-from hecompile.compiler.linear import CompileOptions, compile_checkpoint
+from hecompile.compiler.ckks import export_polynomial
+from hecompile.compiler.linear import compile_checkpoint
+from hecompile.compiler.options import CkksOptions, CompileOptions
 from hecompile.errors import InputError
 
 Export = Callable[[Path], object]
