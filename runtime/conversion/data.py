@@ -28,6 +28,7 @@ def load_rows(data: ConversionData, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 def _rows(path: Path, length: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     if not path.exists():
+        path = path.resolve()  # without the `..` of a recipe's own path
         raise InputError(
             f"there is no text {path}. The project's public corpus is written by `python -m "
             f"hecompile.models.worlds.public_world {path.parent} --documents N`; the first lines of a recipe in "
