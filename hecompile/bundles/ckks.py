@@ -13,7 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from hecompile.bundles.kinds import CIRCUIT, PLAN, TABLE, BundleKind, mistaken
+from hecompile.bundles.kinds import CIRCUIT, PLAN, TABLE, BundleKind, explain_mix_up
 from hecompile.ckks.circuit import PolynomialCircuit
 from hecompile.ckks.parameters import CkksParameters
 from hecompile.errors import InputError
@@ -24,7 +24,7 @@ FORMAT = "hecompile-ckks-1"
 
 @dataclass(frozen=True)
 class CkksPlan:
-    """plan.json. refreshes: name of each refreshed value → its shape, the batch axis being 1."""
+    """Hold the contents of plan.json. refreshes: name of each refreshed value → its shape, the batch axis being 1."""
 
     model: str
     plan_id: str
@@ -38,62 +38,68 @@ class CkksPlan:
 
     @classmethod
     def read(cls, directory: str | Path) -> CkksPlan:
-        """Raises InputError naming what is wrong."""
+        """Read the plan in a bundle. Raises InputError naming what is wrong."""
         path = Path(directory) / PLAN
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found.pop("format") != FORMAT:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            if fields.pop("format") != FORMAT:
                 raise ValueError
-            cls(**found)  # no field is missing or unknown; their types are checked next
-            return TypeAdapter(cls).validate_json(json.dumps(found), strict=True)
+            cls(**fields)  # no field is missing or unknown; their types are checked next
+            return TypeAdapter(cls).validate_json(json.dumps(fields), strict=True)
         except OSError:
-            said = mistaken(Path(directory), BundleKind.CKKS_CLIENT)
+            mix_up = explain_mix_up(Path(directory), BundleKind.CKKS_CLIENT)
             none = f"{directory} is no polynomial bundle (no {PLAN}); make one with `hecompile ckks export`"
-            raise InputError(said or none) from None
+            raise InputError(mix_up or none) from None
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{path} is not a plan of this version; export again") from None
 
     def write(self, directory: Path) -> None:
+        """Write plan.json to a directory."""
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
         (directory / PLAN).write_text(text, encoding="utf-8")
 
 
 def is_polynomial_plan(directory: str | Path) -> bool:
-    """Whether a client's bundle is one of `export_polynomial`, of any version."""
+    """Tell whether a client's bundle is one of `export_polynomial`, of any version."""
     return (Path(directory) / PLAN).is_file()
 
 
 def is_polynomial_bundle(directory: str | Path) -> bool:
-    """Whether a directory is what `export_polynomial` wrote, or one half of it, of any version."""
+    """Tell whether `export_polynomial`, of any version, wrote a directory or the folder that it is in."""
     parts = (Path(directory), Path(directory) / "client", Path(directory) / "worker")
     return any(is_polynomial_plan(part) for part in parts)
 
 
 def read_table(directory: str | Path, plan: CkksPlan) -> NDArray[np.float32]:
-    """The client's embeddings, float32 [V, H]. Raises InputError when they are not those of the plan."""
+    """Read the client's embeddings, float32 [V, H]. Raises InputError when they are not those of the plan."""
     path = Path(directory) / TABLE
     try:
         table: NDArray[np.float32] = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        said = mistaken(Path(directory), BundleKind.CKKS_CLIENT)
-        raise InputError(said or f"{path} cannot be read; export again") from error
+        mix_up = explain_mix_up(Path(directory), BundleKind.CKKS_CLIENT)
+        raise InputError(mix_up or f"{path} cannot be read; export again") from error
     if table.shape != (plan.vocabulary, plan.hidden) or table.dtype != np.float32:
         raise InputError(f"{path} is not the table of the plan; export again")
     return table
 
 
 def open_worker(directory: str | Path) -> tuple[CkksPlan, PolynomialCircuit, CkksParameters]:
-    """The worker's half. Raises InputError when the circuit is not the one of the plan, SecurityError under 128 bits."""
-    if (said := mistaken(Path(directory), BundleKind.CKKS_WORKER)) is not None:
-        raise InputError(said)
+    """Open the worker's half: its plan, circuit and parameters.
+
+    Raises:
+        InputError: the circuit is not the one of the plan.
+        SecurityError: the parameters have less than 128 bits.
+    """
+    if (mix_up := explain_mix_up(Path(directory), BundleKind.CKKS_WORKER)) is not None:
+        raise InputError(mix_up)
     plan = CkksPlan.read(directory)
     path = Path(directory) / CIRCUIT
     try:
         serialized = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({reason_of(error)}); copy the worker bundle again") from None
-    found = hashlib.sha256(serialized + json.dumps(plan.parameters, sort_keys=True).encode()).hexdigest()
-    if found != plan.plan_id:
+    digest = hashlib.sha256(serialized + json.dumps(plan.parameters, sort_keys=True).encode()).hexdigest()
+    if digest != plan.plan_id:
         raise InputError(f"{path} is not the circuit of {PLAN}; copy the worker bundle again")
     circuit = PolynomialCircuit(ir.from_proto(onnx.ModelProto.FromString(serialized)))
     return plan, circuit, CkksParameters.from_fields(plan.parameters)

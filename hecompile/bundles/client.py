@@ -1,10 +1,10 @@
-"""The client bundle on disk: the client plan, the hints, the check vectors, the tokenizer and a manifest.
+"""Read the client bundle: the client plan, the hints, the check vectors, the tokenizer and a manifest.
 
-All of it is public but for the check vectors, which the worker must not see: who knows them can return wrong results that
-pass for right ones (and learns nothing about the data). No key is among them: those are drawn for each request.
+All of it is public but for the check vectors, which the worker must not see: with them it could return wrong results that
+pass for right ones (and would learn nothing about the data). The bundle holds no key: keys are drawn for each request.
 
 manifest.json   format, plan id, public seed, ring, LoRA options, buckets, every circuit's parameters, file hashes
-plan.onnx(.data) the client plan: embedding, norms, row scales, whatever linear stayed with the client
+plan.onnx(.data) the client plan: embedding, norms, row scales, and linears that stay with the client
 hints/*.npy     H = W·A mod q, one per circuit; none in a plan whose worker computes them (`hints` in the manifest)
 checks/*.npy    secret: what each reply is verified with, one per circuit (`hecompile.he.verification`)
 tokenizer/      what AutoTokenizer.from_pretrained loads
@@ -24,7 +24,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
-from hecompile.bundles.kinds import CLIENT_FORMAT, MANIFEST, BundleKind, mistaken
+from hecompile.bundles.kinds import CLIENT_FORMAT, MANIFEST, BundleKind, explain_mix_up
 from hecompile.errors import HecompileError, InputError
 from hecompile.files import file_sha256
 from hecompile.graph.ir import print_model
@@ -36,7 +36,7 @@ LOGGER = logging.getLogger(__name__)
 
 VERSION = 4
 READABLE = (3, 4)
-"""Version 3 had neither packed rings nor transformed hints, and is read as it is."""
+"""Versions that can be read; version 3 has neither packed rings nor transformed hints."""
 
 PLAN, PLAN_DATA = "plan.onnx", "plan.onnx.data"
 HINTS, CHECKS, TOKENIZER = "hints", "checks", "tokenizer"
@@ -48,7 +48,7 @@ class _Record(BaseModel):
 
 
 class RingRecord(_Record):
-    """An unchecked ring, as in the file; `ring()` checks it."""
+    """Hold an unchecked ring, as in the file; `ring()` checks it."""
 
     ring_dim: int
     rank: int
@@ -58,15 +58,16 @@ class RingRecord(_Record):
 
     @model_serializer(mode="wrap")
     def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `packed` where it is false: a plan of before there were packed rings must hash to its id."""
+        """Leave out `packed` where it is false: a plan from before there were packed rings must hash to its id."""
         return {name: value for name, value in serialize(self).items() if name != "packed" or value}
 
     def ring(self) -> RingParameters:
+        """Return the checked ring. Raises InputError or SecurityError as `RingParameters` does."""
         return RingParameters.from_literal(RingParametersLiteral(**self.model_dump()))
 
 
 class LoraRecord(_Record):
-    """LoRA options with the names of PEFT."""
+    """Hold LoRA options under the names of PEFT."""
 
     r: int = Field(ge=1)
     lora_alpha: float
@@ -75,7 +76,7 @@ class LoraRecord(_Record):
 
 
 class CircuitRecord(_Record):
-    """One product: its parameters and what was predicted of it."""
+    """Hold one product: its parameters, and the precision predicted for it."""
 
     linear: str
     direction: Literal["forward", "backward"]
@@ -90,7 +91,7 @@ class CircuitRecord(_Record):
     weight_sha256: str
 
     def parameters(self) -> LinearParameters:
-        """The checked form; raises InputError where the numbers cannot belong together."""
+        """Return the checked form. Raises InputError where the numbers cannot belong together."""
         return LinearParameters(
             in_features=self.in_features,
             out_features=self.out_features,
@@ -108,7 +109,7 @@ class FileRecord(_Record):
 
 
 class PlanRecord(_Record):
-    """What identifies a plan: everything that client and worker must agree on. Its hash is the plan id."""
+    """Hold everything that client and worker must agree on. Its hash is the plan id."""
 
     base_model: str
     public_seed: str
@@ -123,7 +124,7 @@ class PlanRecord(_Record):
     circuits: dict[str, CircuitRecord]
 
     def plan_id(self) -> str:
-        """SHA-256 of the canonical JSON form, in hex."""
+        """Return the SHA-256 of the canonical JSON form, in hex."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
 
 
@@ -137,7 +138,7 @@ class _Manifest(_Record):
 
 @dataclass(frozen=True)
 class ClientBundle:
-    """An opened bundle: every file was hashed, ring and circuits are checked objects."""
+    """Hold an opened bundle: every file was hashed, ring and circuits are checked objects."""
 
     directory: Path
     plan_id: str
@@ -179,8 +180,12 @@ class ClientBundle:
 
     @classmethod
     def open(cls, directory: str | Path) -> ClientBundle:
-        """Open after checking every file's size and hash. Raises InputError naming what is wrong, SecurityError when the
-        ring is under 128 bits."""
+        """Open a bundle after checking every file's size and hash.
+
+        Raises:
+            InputError: a file is missing, damaged or of another version.
+            SecurityError: the ring is under 128 bits.
+        """
         directory = Path(directory)
         manifest = _read_manifest(directory)
         if manifest.plan.plan_id() != manifest.plan_id:
@@ -210,13 +215,13 @@ class ClientBundle:
 
 
 def describe_file(directory: Path, path: Path) -> FileRecord:
-    """The record of a file of the bundle: hashes it."""
+    """Hash a file of the bundle and return its record."""
     relative = path.relative_to(directory).as_posix()
     return FileRecord(path=relative, bytes=path.stat().st_size, sha256=file_sha256(path))
 
 
 def is_intact(directory: Path, record: FileRecord) -> bool:
-    """Whether the file is there, whole and unchanged."""
+    """Tell whether the file of a record is there, whole and unchanged."""
     path = directory / record.path
     return path.is_file() and path.stat().st_size == record.bytes and file_sha256(path) == record.sha256
 
@@ -231,14 +236,14 @@ def write_manifest(directory: Path, plan: PlanRecord, hashed: Iterable[FileRecor
 
 
 def graph_sha256(model: ir.Model) -> str:
-    """SHA-256 of the printed graph, in hex: its operators, names, shapes and small constants."""
+    """Return the SHA-256 of the printed graph, in hex: its operators, names, shapes and small constants."""
     return hashlib.sha256(print_model(model).encode()).hexdigest()
 
 
 def _read_manifest(directory: Path) -> _Manifest:
     path = directory / MANIFEST
-    if (said := mistaken(directory, BundleKind.CLIENT)) is not None:
-        raise InputError(said)
+    if (mix_up := explain_mix_up(directory, BundleKind.CLIENT)) is not None:
+        raise InputError(mix_up)
     if not path.is_file():
         raise InputError(f"{directory} is not a client bundle: {MANIFEST} is missing; {_REMEDY}")
     try:

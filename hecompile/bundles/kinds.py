@@ -1,7 +1,7 @@
-"""What a directory is that was given for a bundle and is none of the kind that was wanted.
+"""Recognise bundle directories and explain mix-ups.
 
 Two commands make bundles, each a client's half and a worker's half, and the folder that holds both is easily given in place
-of one. An error that only says which file is missing sends people to export again what is in order.
+of one. An error that only names a missing file would send people to export again although their bundle is in order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CLIENT_FORMAT, WORKER_FORMAT = "hecompile-client", "hecompile-worker-bundle"
 
 
 class BundleKind(Enum):
-    """Whose half, what wrote it, and which command takes it."""
+    """Tell the kinds of bundles apart: whose half it is, which command wrote it, and which command takes it."""
 
     CLIENT = ("client", "export llama", "`hecompile train` and `hecompile infer` take")
     WORKER = ("worker", "export llama", "`hecompile worker serve {}` serves")
@@ -25,42 +25,46 @@ class BundleKind(Enum):
 
     @property
     def half(self) -> str:
-        """The folder's name in what the command wrote."""
+        """Return the name of its folder in an export."""
         return self.value[0]
 
     @property
     def command(self) -> str:
-        """Of `hecompile`, that writes it."""
+        """Return the command of `hecompile` that writes it."""
         return self.value[1]
 
     def __str__(self) -> str:
         return f"{'CKKS ' if self.command == 'ckks export' else ''}{self.half} bundle"
 
-    def used(self, directory: Path) -> str:
-        """What it is, and what takes it."""
+    def describe(self, directory: Path) -> str:
+        """Say which command wrote a bundle of this kind in `directory`, and which takes it."""
         _, command, use = self.value
         return f"a {self} of `hecompile {command}`, which {use.format(directory)}"
 
 
 def kind_of(directory: Path) -> BundleKind | None:
-    """By what its manifest says of itself, whatever the version and the state of the rest; the halves of a CKKS bundle have
-    one plan, and are told apart by the file that only one of them has."""
+    """Recognise a bundle by its manifest, of any version and even if other files are damaged; None where it is no bundle.
+
+    The halves of a CKKS bundle have one plan, and are told apart by the file that only one of them has.
+    """
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         named = {CLIENT_FORMAT: BundleKind.CLIENT, WORKER_FORMAT: BundleKind.WORKER}
         if isinstance(manifest, dict) and (found := named.get(str(manifest.get("format")))) is not None:
             return found
     except (OSError, ValueError, RecursionError):
-        pass  # none, or of something else
+        pass  # no manifest, or one of something else
     for file, kind in ((CIRCUIT, BundleKind.CKKS_WORKER), (TABLE, BundleKind.CKKS_CLIENT)):
         if (directory / PLAN).is_file() and (directory / file).is_file():
             return kind
     return None
 
 
-def mistaken(directory: Path, wanted: BundleKind) -> str | None:
-    """What to say to somebody who gave `directory` for a `wanted` bundle: what it is, and the directory that was probably
-    meant; None where there is nothing to say."""
+def explain_mix_up(directory: Path, wanted: BundleKind) -> str | None:
+    """Explain that `directory` is another kind of bundle than `wanted`, and name the directory that was probably meant.
+
+    None where it is of that kind, or nothing is known of it.
+    """
     inside, beside = directory / wanted.half, directory.parent / wanted.half
     here = kind_of(directory)
     if here is None and kind_of(inside) is wanted:
@@ -69,11 +73,11 @@ def mistaken(directory: Path, wanted: BundleKind) -> str | None:
         found = kind_of(place)
         if found not in (None, wanted):
             meant = f"; did you mean {beside}?" if kind_of(beside) is wanted else ""
-            return f"{place} is {found.used(place)}; a {wanted} is wanted here{meant or _made(wanted)}"
+            return f"{place} is {found.describe(place)}; a {wanted} is needed here{meant or _origin(wanted)}"
     return None
 
 
-def _made(wanted: BundleKind) -> str:
+def _origin(wanted: BundleKind) -> str:
     return f": the directory `{wanted.half}` of what `hecompile {wanted.command}` wrote"
 
 

@@ -1,6 +1,7 @@
-"""The circuit `known_answer` of every worker bundle: one extreme linear whose exact reply both sides can work out from the
-plan_id alone, with nothing secret in it. A worker is only as exact as its machine: x86 without VNNI saturates pairs
-of uint8 × int8 products at ±32767, some servers accumulate in float. Each changes a byte of this reply, so the client
+"""Derive the circuit `known_answer` of every worker bundle, and its exact reply, from the plan id.
+
+It is one extreme linear with nothing secret in it. A worker is only as exact as its machine: x86 without VNNI saturates
+pairs of uint8 × int8 products at ±32767, some servers accumulate in float. Each changes a byte of this reply, so the client
 asks for it at every connection.
 """
 
@@ -21,7 +22,7 @@ is prime, so every vector kernel meets its remainder loop."""
 
 
 def known_answer_weight(plan_id: str) -> np.ndarray:
-    """The weight, int8 [1031, 37]: columns 0 to 4 are fixed extremes, the rest is drawn from `plan_id`."""
+    """Return the weight, int8 [1031, 37]: columns 0 to 4 are fixed extremes, the rest is drawn from `plan_id`."""
     _, in_features, out_features = KNOWN_ANSWER_SHAPE
     drawn = _expand(plan_id, "weight", in_features * out_features).reshape(in_features, out_features)
     values = np.array([127, -127, -128], dtype=np.int8)[drawn % 3]
@@ -32,7 +33,7 @@ def known_answer_weight(plan_id: str) -> np.ndarray:
 
 
 def known_answer_vector(plan_id: str) -> tuple[np.ndarray, np.ndarray]:
-    """(planes uint8 [4, 5, 1031], expected reply uint8 [3, 5, 37]) for the plan, computed exactly in int64.
+    """Return (planes uint8 [4, 5, 1031], expected reply uint8 [3, 5, 37]) of the plan, computed exactly in int64.
 
     Token 0 is all 255, token 1 all 0, token 2 alternates, the rest is drawn from {0, 255} by `plan_id`.
     """
@@ -46,6 +47,6 @@ def known_answer_vector(plan_id: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _expand(plan_id: str, label: str, count: int) -> np.ndarray:
-    """`count` bytes from SHAKE-256 of the plan: the same on every platform and numpy version."""
+    """Draw `count` bytes from SHAKE-256 of the plan: the same on every platform and numpy version."""
     stream = hashlib.shake_256(f"hecompile known answer v1 {label} {plan_id}".encode()).digest(count)
     return np.frombuffer(stream, dtype=np.uint8)

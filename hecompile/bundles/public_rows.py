@@ -1,7 +1,7 @@
-"""The public matrix A as the worker multiplies it: a file of byte planes in the bundle of a plan without stored hints.
+"""Read the public matrix A as the worker multiplies it: a file of byte planes, in the bundle of a plan without stored hints.
 
 The hint of a circuit is H = W·A mod q. A client that stores none has the worker compute it with every request, by the
-circuit's own integer product: the rank · ring_dim columns of A are so many tokens, of which all four bytes count.
+circuit's own integer product: the rank · ring_dim columns of A are that many tokens, and all four bytes count.
 
     A ∈ R_q^(in × rank)   →   planes[l, r·ring_dim + k, j] = byte l of coefficient k of A[j, r], uint8 [4, rank·ring_dim, in]
     exact(planes)          →   byte planes of H[i, r·ring_dim + k], uint8 [4, rank·ring_dim, out]
@@ -9,8 +9,8 @@ circuit's own integer product: the rank · ring_dim columns of A are so many tok
 Row j of A does not depend on how many there are, so one file, as wide as the widest circuit, serves every circuit by its
 first `in` columns. The worker needs no seed and no cryptographic code: these are public numbers like the weights.
 
-Security. A is public by definition, and encryption under it uses a fresh secret each time, whoever computes H: nothing more
-can be learned from a plan without hints. H then comes from the untrusted worker, and is verified as its replies are.
+Security. A is public by definition, and encryption under it uses a fresh secret each time, whoever computes H: a plan
+without hints reveals nothing more. H then comes from the untrusted worker, and is verified as its replies are.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _EXACT = ".exact"
 
 
 def exact_name(circuit: str) -> str:
-    """The name of the circuit with the same weight that keeps all four bytes."""
+    """Return the name of the circuit with the same weight that keeps all four bytes."""
     return circuit + _EXACT
 
 
 def base_name(circuit: str) -> str:
-    """The circuit whose weight file `circuit` uses: its own, or that of the one it is the exact form of."""
+    """Return the circuit whose weight file `circuit` uses: itself, or the one that it is the exact form of."""
     return circuit.removesuffix(_EXACT)
 
 
 def open_public_rows(path: Path) -> np.ndarray:
-    """The planes, memory-mapped read-only. Raises InputError when the file cannot be read."""
+    """Map the planes read-only. Raises InputError when the file cannot be read."""
     try:
         planes: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The circuits of a worker bundle as a model repository of NVIDIA's Triton Inference Server; one circuit is one model.
+"""Lay the circuits of a worker bundle out as a model repository of NVIDIA's Triton Inference Server, a model each.
 
     circuits/<name>/config.pbtxt       its name, tensors and shapes, as protobuf text of Triton's ModelConfig
     circuits/<name>/1/model.onnx       the lowered circuit (standard integer operators, see passes/offload/lower_worker.py)
@@ -24,26 +24,26 @@ PLAN_ID_PARAMETER = "plan_id"
 
 
 def model_path(name: str) -> str:
-    """The ONNX file of circuit `name`, relative to the bundle."""
+    """Return the path of the ONNX file of circuit `name`, relative to the bundle."""
     return f"{_folder(name)}/{MODEL_VERSION}/{'exact' if base_name(name) != name else 'model'}.onnx"
 
 
 def weight_path(name: str) -> str:
-    """The weight file that circuit `name` refers to; the exact form of a circuit shares that circuit's."""
+    """Return the path of the weight file that circuit `name` uses; the exact form of a circuit shares that circuit's."""
     return f"{_folder(name)}/{MODEL_VERSION}/{WEIGHT_FILE}"
 
 
 def config_path(name: str) -> str | None:
-    """The configuration of the model `name`; None for an exact form, which is no model of the repository."""
+    """Return the path of the configuration of the model `name`; None for an exact form, which is no model."""
     return None if base_name(name) != name else f"{_folder(name)}/config.pbtxt"
 
 
 def triton_config(
     name: str, upload_limbs: int, in_features: int, reply_bytes: int, out_features: int, plan_id: str
 ) -> str:
-    """Protobuf text of the ModelConfig of uint8 [upload_limbs, T, in_features] → uint8 [reply_bytes, T, out_features].
+    """Write the ModelConfig of uint8 [upload_limbs, T, in_features] → uint8 [reply_bytes, T, out_features] as protobuf text.
 
-    Instances on the CPU are asked for: ONNX Runtime's CUDA provider has no product of uint8 by int8, so that with a GPU
+    Instances are on the CPU: ONNX Runtime's CUDA provider has no product of uint8 by int8, so that with a GPU
     every tensor would travel to it and back for nothing. A batch size of 0 says that the shapes are whole.
     """
     return f"""\

@@ -1,15 +1,15 @@
-"""The worker bundle: the directory that is given to the worker, with nothing secret in it.
+"""Read the worker bundle: the directory that is given to the worker, with nothing secret in it.
 
     manifest.json       format, version, plan_id, and for each circuit its dimensions and its files' SHA-256
     circuits/           one lowered circuit per folder, together a Triton model repository
-    (hecompile/bundles/triton_repository.py) public_rows.npy     only in a plan without stored hints: the matrix A in
-    byte planes (hecompile/bundles/public_rows.py), and
-                        beside each circuit `<name>.exact`, the same weight file with four bytes in and out
+                        (hecompile/bundles/triton_repository.py)
+    public_rows.npy     only in a plan without stored hints: the matrix A in byte planes (hecompile/bundles/public_rows.py);
+                        beside each circuit `<name>.exact`, with the same weight file and four bytes in and out
 
-This module reads it, on the worker's machine: it and what it imports know ONNX files and numbers, and neither torch nor
-`hecompile.he`. `worker_bundle_writer` writes it.
+This module runs on the worker's machine: it and its imports know ONNX files and numbers, and neither torch nor
+`hecompile.he`. `hecompile/compiler/worker_bundle_writer.py` writes the bundle.
 
-Every bundle also holds the circuit `known_answer` (hecompile/bundles/known_answer.py), asked for at every connection.
+Every bundle also holds the circuit `known_answer` (hecompile/bundles/known_answer.py), evaluated at every connection.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class WorkerBundle:
-    """An opened bundle: its directory, the plan it belongs to and its circuits by name."""
+    """Hold an opened bundle: its directory, the plan it belongs to and its circuits by name."""
 
     directory: Path
     plan_id: str
@@ -58,7 +58,7 @@ class WorkerBundle:
 
     @classmethod
     def open(cls, directory: str | Path) -> WorkerBundle:
-        """Open a bundle after hashing every file of it. Raises InputError naming the file that is not right."""
+        """Open a bundle after hashing every file of it. Raises InputError naming the file that is missing or damaged."""
         directory = Path(directory)
         manifest = read_manifest(directory)
         circuits = {spec.name: spec for spec in manifest.circuits}
@@ -74,22 +74,24 @@ class WorkerBundle:
         return cls(directory, manifest.plan_id, circuits, manifest.public_rows is not None)
 
     def circuit_path(self, name: str) -> Path:
-        """The ONNX file of circuit `name`."""
+        """Return the path of the ONNX file of circuit `name`."""
         return self.directory / self.circuits[name].file.path
 
     def public_rows(self) -> np.ndarray:
-        """The matrix A, uint8 [4, rank · ring_dim, features], memory-mapped. Raises InputError when there is none."""
+        """Map the matrix A, uint8 [4, rank · ring_dim, features]. Raises InputError when there is none."""
         if not self.has_public_rows:
             raise InputError(f"worker bundle {self.directory} holds no public rows: its plan has hints on the client")
         return open_public_rows(self.directory / PUBLIC_ROWS)
 
     def weight(self, name: str) -> np.ndarray:
-        """The right-hand side of circuit `name`: int8 or int16 [in_features, out_features]; int8 is mapped from its file
-        if large."""
+        """Return the right-hand side of circuit `name`, int8 or int16 [in_features, out_features].
+
+        A large int8 weight is mapped from its file.
+        """
         return from_balanced_bytes(self.weight_digits(name))
 
     def weight_digits(self, name: str) -> tuple[np.ndarray, ...]:
-        """The same as the circuit holds it: int8 digits in [-128, 127], lowest first, W = Σ_k digit_k · 256^k."""
+        """Return the weight as the circuit holds it: int8 digits in [-128, 127], lowest first, W = Σ_k digit_k · 256^k."""
         path = self.circuit_path(name)
         graph = onnx.load(path, load_external_data=False).graph
         constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -97,8 +99,10 @@ class WorkerBundle:
         return tuple(self._constant(constants[digit], path) for digit in digits)
 
     def _constant(self, tensor: onnx.TensorProto, circuit: Path) -> np.ndarray:
-        """Its values, mapped from the file that it refers to if it has none in itself. Raises InputError for a file that is
-        not of the bundle, or no longer what it was when the bundle was opened."""
+        """Return the values of `tensor`, mapped from a file if they are not in the circuit itself.
+
+        Raises InputError for a file that is not in the bundle, or has become too short since the bundle was opened.
+        """
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             return onnx.numpy_helper.to_array(tensor)
         place = {entry.key: entry.value for entry in tensor.external_data}

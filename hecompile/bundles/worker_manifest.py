@@ -1,4 +1,4 @@
-"""The manifest of a worker bundle: what it says of the circuits and of each file, and whether that is so."""
+"""Read the manifest of a worker bundle, and check the files that it lists."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from hecompile.bundles.kinds import MANIFEST, WORKER_FORMAT, BundleKind, mistaken
+from hecompile.bundles.kinds import MANIFEST, WORKER_FORMAT, BundleKind, explain_mix_up
 from hecompile.bundles.triton_repository import config_path, model_path, weight_path
 from hecompile.errors import InputError
 from hecompile.files import file_sha256
@@ -26,7 +26,7 @@ class _Record(BaseModel):
 
 
 class BundleFile(_Record):
-    """One file of the bundle; `path` is relative to the bundle."""
+    """Hold size and hash of one file; `path` is relative to the bundle."""
 
     path: str
     bytes: int = Field(ge=0)
@@ -34,10 +34,12 @@ class BundleFile(_Record):
 
 
 class CircuitSpec(_Record):
-    """One linear in one direction: uint8 [upload_limbs, T, in_features] → uint8 [reply_bytes, T, out_features].
+    """Describe one linear in one direction: uint8 [upload_limbs, T, in_features] → uint8 [reply_bytes, T, out_features].
 
-    file, data, config: the ONNX file, its weight file (None for a small weight, which is in `file`), and what Triton reads
-    (None for the exact form of a circuit).
+    Attributes:
+        file: the ONNX file.
+        data: its weight file; None for a small weight, which is in `file`.
+        config: Triton's configuration; None for the exact form of a circuit.
     """
 
     name: str = Field(pattern=rf"^{NAME.pattern}$")
@@ -58,7 +60,7 @@ class CircuitSpec(_Record):
         return self
 
     def files(self) -> Iterator[tuple[BundleFile, str]]:
-        """Each file that the circuit needs, and the path where it belongs, relative to the bundle."""
+        """Yield each file that the circuit needs, and the path where it belongs, relative to the bundle."""
         yield self.file, model_path(self.name)
         if self.data is not None:
             yield self.data, weight_path(self.name)
@@ -67,7 +69,7 @@ class CircuitSpec(_Record):
 
 
 class Manifest(_Record):
-    """All of `manifest.json`."""
+    """Hold the contents of `manifest.json`."""
 
     format: str
     version: int
@@ -77,10 +79,13 @@ class Manifest(_Record):
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of the bundle in `directory`. Raises InputError when it is none, of another version, or damaged."""
+    """Read the manifest of the bundle in `directory`.
+
+    Raises InputError when it is no bundle, of another version, or damaged.
+    """
     path = directory / MANIFEST
-    if (said := mistaken(directory, BundleKind.WORKER)) is not None:
-        raise InputError(said)
+    if (mix_up := explain_mix_up(directory, BundleKind.WORKER)) is not None:
+        raise InputError(mix_up)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -90,8 +95,7 @@ def read_manifest(directory: Path) -> Manifest:
     if not isinstance(raw, dict) or raw.get("format") != WORKER_FORMAT:
         raise InputError(f"{path} is not the manifest of a worker bundle; {_REMEDY}")
     if raw.get("version") != VERSION:
-        found = raw.get("version")
-        raise InputError(f"{path} has version {found!r}, this program reads {VERSION}; compile the model again")
+        raise InputError(f"{path} has version {raw.get('version')!r}, this program reads {VERSION}; compile the model again")
     try:
         return Manifest.model_validate_json(json.dumps(raw))
     except ValidationError as error:
@@ -100,12 +104,12 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def describe_bundle_file(directory: Path, path: str) -> BundleFile:
-    """The record of a file that is there. Raises OSError as files do."""
+    """Hash a file of the bundle and return its record. Raises OSError as files do."""
     return BundleFile(path=path, bytes=(directory / path).stat().st_size, sha256=file_sha256(directory / path))
 
 
 def check_bundle_file(directory: Path, file: BundleFile, expected_path: str) -> None:
-    """Raises InputError unless `file` is recorded at `expected_path` and lies there with that size and SHA-256."""
+    """Raise InputError unless `file` is recorded at `expected_path` and lies there with that size and SHA-256."""
     path = directory / expected_path
     if file.path != expected_path:
         raise damaged(directory / MANIFEST, f"it names {file.path!r} where {expected_path} belongs")
@@ -118,5 +122,5 @@ def check_bundle_file(directory: Path, file: BundleFile, expected_path: str) -> 
 
 
 def damaged(path: Path, reason: str) -> InputError:
-    """The error for a file that is not as it was written."""
+    """Make the error for a file that is not as it was written."""
     return InputError(f"worker bundle file {path} is damaged: {reason}; copy the bundle or compile the model again")

@@ -3,12 +3,12 @@
     .NAME.partial/export.json       the request, and the public seed that was drawn for it
     .NAME.partial/lock              held while an export is writing
     .NAME.partial/circuits.jsonl    the plan id, then one line per circuit whose files are complete, with their hashes
-    .NAME.partial/build/            what will become NAME
+    .NAME.partial/build/            will become NAME
 
-An export that is killed leaves the folder. The next export into the same target, with the same request, takes its seed and
-every circuit whose files still hash to their line, and makes the rest. A line is written after its files are on the disk, so
-an unfinished file is never listed; whatever is not listed is deleted. An export with another request, or with another plan
-(from another checkpoint), starts afresh. A folder that no export has made is refused and not touched.
+An export that is killed leaves the folder. The next export into that target with the same request takes its seed and every
+circuit whose files still hash to their line, and makes the rest. A line is written after its files are on the disk, so an
+unfinished file is never listed; files that are not listed are deleted. An export with another request, or whose plan turns
+out to be another (another checkpoint), starts afresh. A folder that no export has made is refused and not touched.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def staging_path(out: Path) -> Path:
 
 
 class Staging:
-    """Keep an opened staging folder and its journal. Make it with `staging`.
+    """Keep a build under way, with a journal of its complete circuits. Open it with `staging`.
 
     Attributes:
         build: the folder that will become the target.
-        public_seed: of this build; that of the interrupted one where it goes on from there.
-        resumed: whether an interrupted export with the same request was there.
+        public_seed: of this build; that of the interrupted one where it goes on.
+        resumed: whether it goes on from an interrupted export with the same request.
     """
 
     def __init__(self, folder: Path, request: str, drawn: PublicSeed) -> None:
@@ -69,7 +69,7 @@ class Staging:
         write_whole(folder / RECORD, json.dumps(fresh.model_dump()).encode() + b"\n")
 
     def begin(self, plan_id: str) -> list[dict[str, Any]]:
-        """Return the lines on circuits of this plan, oldest first; drop those of another plan with its files."""
+        """Return the journal's lines for circuits of this plan, oldest first; another plan's are dropped with its files."""
         lines = self._lines()
         if lines[:1] != [{"plan_id": plan_id}]:
             self._clear()
@@ -79,14 +79,14 @@ class Staging:
         return lines[1:]
 
     def note(self, line: dict[str, Any]) -> None:
-        """Append a line; it is on the disk when this returns."""
+        """Append a line to the journal; it is on the disk when this returns."""
         with self._journal.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
 
     def drop_unlisted(self, listed: Iterable[Path]) -> None:
-        """Delete every file of the build that is not listed."""
+        """Delete every file of the build that is not `listed`."""
         kept = set(listed)
         for path in self.build.rglob("*"):
             if path.is_file() and path not in kept:
@@ -94,11 +94,11 @@ class Staging:
 
     @property
     def worth_keeping(self) -> bool:
-        """Tell whether at least one circuit is complete."""
+        """Tell whether a circuit is complete."""
         return len(self._lines()) > 1
 
     def _lines(self) -> list[dict[str, Any]]:
-        """Read the lines up to the first that an interruption cut off."""
+        """Read the journal up to the first line that an interruption cut off."""
         lines = []
         with contextlib.suppress(FileNotFoundError, ValueError):
             for text in self._journal.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -115,12 +115,11 @@ class Staging:
 
 @contextlib.contextmanager
 def staging(out: Path, request: str, drawn: PublicSeed) -> Iterator[Staging]:
-    """Provide a folder for a build of `out`, which replaces `out` on a clean end.
-
-    An error removes what was made; an interruption keeps it.
+    """Make a build of `out`: on a clean end it replaces `out`; an error removes the build, an interruption keeps it.
 
     Args:
-        request: describes everything that decides the build; an interrupted export with the same request is continued.
+        out: the target.
+        request: identifies the export; an interrupted one with the same request goes on.
         drawn: the public seed of a fresh start.
 
     Raises:
@@ -130,7 +129,7 @@ def staging(out: Path, request: str, drawn: PublicSeed) -> Iterator[Staging]:
     made = _missing_parents(folder)
     keep = False
     try:
-        _check_ours(folder)
+        _refuse_foreign(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder, out):
             try:
@@ -153,12 +152,12 @@ def staging(out: Path, request: str, drawn: PublicSeed) -> Iterator[Staging]:
 
 
 def _missing_parents(folder: Path) -> list[Path]:
-    """List the parents that a build has to make, deepest first."""
+    """Return the parents that a build has to make, deepest first."""
     return [parent for parent in folder.parents if not parent.exists()]
 
 
-def _check_ours(folder: Path) -> None:
-    """Refuse a folder of this name without a valid record, unless it holds nothing but a lock: it is somebody else's."""
+def _refuse_foreign(folder: Path) -> None:
+    """Raise InputError for a folder that no export has made: it has neither a valid record nor a lock alone."""
     if not folder.exists() and not folder.is_symlink():
         return
     ours = folder.is_dir() and not folder.is_symlink()

@@ -1,4 +1,4 @@
-"""Check the folder that an export writes to: a build replaces it as a whole."""
+"""Check the folder that an export writes to: a build takes the place of the whole of it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from hecompile.files import reason_of
 
 
 def check_target(out: Path, wanted: BundleKind) -> None:
-    """Refuse a target that a build must not or cannot replace. Raises InputError; nothing is touched.
+    """Raise InputError for a target that a build must not, or cannot, replace. Nothing is touched.
 
     Args:
         out: may be missing, an empty folder, or a folder of nothing but an earlier build of the same kind.
-        wanted: what the client's half of the build will be.
+        wanted: kind of the client's half of the build.
     """
     if not out.name:
         raise InputError(f"{out} cannot be replaced as a whole; give the bundles a directory of their own")

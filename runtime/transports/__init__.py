@@ -1,4 +1,7 @@
-"""Transports: how a request reaches the worker. The client's code is the same over each."""
+"""Carry requests to a worker; the client's code is the same over every transport.
+
+The packages of a network transport are imported when one is connected.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a transport is, and what all of them share: messages to frames, the checks of a reply, the counters."""
+"""Define the protocol of transports, and do what all of them share: frames, the checks of a reply, the counters."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ from hecompile.runtime.wire.protocol import (
 
 Direction = Literal["sent", "received"]
 TrafficRecorder = Callable[[Direction, bytes], None]
-"""Called with every whole frame that passes, as the client sees it; for tests of what an eavesdropper sees."""
+"""Takes every whole frame that passes, as the client sees it; for tests of what an eavesdropper sees."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one request.
+    """Hold the reply to one request, and its costs.
 
-    planes: uint8 [reply_bytes, T, out], of the shape that the worker announced.
-    worker_seconds: what the worker says its engine took; the rest of the waiting time is the wire, and the worker's other
-    requests.
-    bytes_sent, bytes_received: whole frames of this request.
-    worker: which of several workers answered; "" where there is but one.
+    Attributes:
+        planes: uint8 [reply_bytes, T, out], of the shape that the worker announced.
+        worker_seconds: the engine's time as the worker gives it; the rest of the waiting time is the wire, and the worker's
+            other requests.
+        bytes_sent, bytes_received: whole frames of this request.
+        worker: which of several workers answered; "" where there is but one.
     """
 
     planes: np.ndarray
@@ -50,17 +51,18 @@ class Answer:
 
 
 class Transport(Protocol):
-    """The way to one worker. `evaluate` may be called from several threads at once where `concurrent` is true; hello and
-    close are the business of one thread, before the first and after the last.
+    """Carry requests to a worker and replies back.
 
-    A request names its circuit and carries its ciphertext, and the worker keeps no state between requests: so a transport
-    may send one again, or to another worker of the same plan. It resends the same ciphertext and never has it encrypted
-    again, which is for the caller to decide.
+    Several threads may call `evaluate` at once where `concurrent` is true; one thread calls hello before and close after.
+
+    A request names its circuit and carries its ciphertext, and the worker keeps no state between requests. A transport may
+    therefore send it again, also to another worker of the same plan. It sends the same ciphertext; the caller decides
+    whether to encrypt anew.
     """
 
     @property
     def concurrent(self) -> bool:
-        """Whether several threads may call `evaluate` at once."""
+        """Tell whether several threads may call `evaluate` at once."""
         ...
 
     def hello(self, plan_id: str) -> WorkerInfo:
@@ -68,16 +70,19 @@ class Transport(Protocol):
         ...
 
     def evaluate(self, circuit: str, planes: np.ndarray) -> Answer:
-        """planes: uint8 [upload_limbs, T, in].
+        """Multiply `planes`, uint8 [upload_limbs, T, in], by the weight of a circuit on the worker.
 
-        Raises WorkerError when the worker refuses or breaks the protocol, WorkerUnavailableError when it is gone or takes
-        too long.
+        Raises:
+            WorkerError: the worker refuses or breaks the protocol.
+            WorkerUnavailableError: it is gone or takes too long.
         """
         ...
 
     def setup(self, circuit: str, lattice_dim: int) -> Answer:
-        """The product of the circuit's weight and the public rows, planes uint8 [4, lattice_dim, out]: its hint, from a
-        worker whose bundle holds them. Raises WorkerError as `evaluate` does."""
+        """Compute the hint of a circuit on a worker whose bundle holds the public rows: planes uint8 [4, lattice_dim, out].
+
+        Raises WorkerError as `evaluate` does.
+        """
         ...
 
     def close(self) -> None:
@@ -86,9 +91,10 @@ class Transport(Protocol):
 
 
 class FrameTransport(abc.ABC):
-    """A transport over anything that exchanges one frame for one. As concurrent as its `_exchange`.
+    """Make a transport of anything that exchanges one frame for one. As concurrent as its `_exchange`.
 
-    bytes_sent, bytes_received: whole frames so far, hello and known answers included.
+    Attributes:
+        bytes_sent, bytes_received: whole frames so far, hello and known answers included.
     """
 
     concurrent = False
@@ -131,7 +137,7 @@ class FrameTransport(abc.ABC):
         return self._product(exact_name(circuit), SetupRequest(circuit), lattice_dim)
 
     def _product(self, circuit: str, request: Request, tokens: int) -> Answer:
-        """The reply to a request that `circuit` answers, for `tokens` tokens."""
+        """Send a request that `circuit` answers for `tokens` tokens, and check the shape of the reply."""
         if self._info is None:
             raise WorkerError(f"{type(request).__name__} before hello: open connections with open_connection")
         announced = self._info.circuits.get(circuit)
@@ -146,7 +152,7 @@ class FrameTransport(abc.ABC):
         return Answer(reply.planes, reply.compute_seconds, sent, received)
 
     def _request(self, request: Request) -> tuple[Reply, int, int]:
-        """(reply, bytes sent, bytes received)."""
+        """Send a request; returns (reply, bytes sent, bytes received)."""
         with self._lock:
             request_id = next(self._ids)
         frame = protocol.encode(request, request_id)

@@ -1,9 +1,9 @@
-"""Where the workers of a fleet are now: a small JSON document over HTTP, asked again after a failure.
+"""Fetch the addresses of a fleet's workers, a small JSON document over HTTP; asked again after a failure.
 
     GET  →  {"plan_id": "...", "workers": ["flight://10.0.0.7:40001", ...]}
 
-It names addresses and nothing else. What a worker may do is settled with the worker itself (certificate, token, known
-answers, verified replies), so that a directory that lies can only point at nobody.
+It names addresses and nothing else. Trust is settled with each worker (certificate, token, known answers, verified replies),
+so that a directory that lies can only point at nobody.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TIMEOUT_SECONDS, MAX_BYTES = 10.0, 1 << 20
 
 
 def fetch_workers(url: str, credentials: ClientCredentials | None = None) -> list[str]:
-    """The addresses that the directory at `url` lists.
+    """Return the addresses that the directory at `url` lists.
 
     Raises:
         WorkerUnavailableError: it does not answer.

@@ -1,4 +1,4 @@
-"""A worker behind Arrow Flight; see `hecompile.runtime.wire.flight_frames` for the messages."""
+"""Reach a worker over Arrow Flight; see `hecompile.runtime.wire.flight_frames` for the messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MIB = 1 << 20
 _TUNING = [
     # Each transport has a connection of its own; gRPC would share one among those to the same address.
     ("grpc.use_local_subchannel_pool", 1),
-    # As a rule 16 KiB, 64 KiB and 64 KiB: many small reads and writes for messages of several MiB.
+    # The defaults of 16 KiB, 64 KiB and 64 KiB mean many small reads and writes for messages of several MiB.
     ("grpc.http2.max_frame_size", 4 * _MIB),
     ("grpc.http2.lookahead_bytes", 16 * _MIB),
     ("grpc.http2.write_buffer_size", 16 * _MIB),
@@ -28,14 +28,19 @@ _TUNING = [
 
 
 class FlightTransport(FrameTransport):
-    """One connection that carries any number of requests at once. address: `flight://host:port` or `flights://...`.
+    """Carry any number of requests at once on one connection.
 
-    Nothing is sent before the first request. connect_timeout, reply_timeout: seconds to connect, and for a request from
-    its first byte to the last of its reply. A request that fails leaves the others on the connection alone; when the
-    connection itself is lost the transport is closed and stays so.
-    Bytes are counted as whole frames of `hecompile.runtime.wire.framing`; gRPC's own, some hundred a request, are not.
+    Nothing is sent before the first request. A request that fails leaves the others on the connection alone. When the
+    connection itself is lost the transport is closed and stays so. Bytes are counted as whole frames of
+    `hecompile.runtime.wire.framing`; gRPC's own, some hundred a request, are not.
 
-    Raises InputError for a malformed address, or credentials that would go over it in the clear.
+    Args:
+        address: `flight://host:port` or `flights://host:port`.
+        connect_timeout: seconds.
+        reply_timeout: seconds for a request, from its first byte to the last of its reply.
+
+    Raises:
+        InputError: the address is malformed, or `credentials` would go over it in the clear.
     """
 
     concurrent = True
@@ -109,7 +114,7 @@ class FlightTransport(FrameTransport):
         raise kind(failure)
 
     def _call(self, client: Any, frame: Frame) -> Frame:
-        """Raises WorkerError for a malformed reply, and what pyarrow raises."""
+        """Exchange one frame for one in a call. Raises WorkerError for a malformed reply, and what pyarrow raises."""
         writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(COMMAND), self._options)
         try:
             try:
@@ -153,13 +158,13 @@ def _checked_address(address: str, credentials: ClientCredentials) -> TcpAddress
 
 
 def _system_authorities() -> bytes | None:
-    """PEM of the authorities that this system trusts; None leaves it to gRPC, which has a list of its own."""
+    """Read the PEM of the authorities that this system trusts; None leaves it to gRPC, which has a list of its own."""
     file = ssl.get_default_verify_paths().cafile
     return None if file is None else Path(file).read_bytes()
 
 
 def _text(error: BaseException) -> str:
-    """What the worker or gRPC says, without what pyarrow adds; from a machine that is not trusted, for a terminal."""
+    """Return the worker's or gRPC's text without pyarrow's additions, safe for a terminal: the worker is not trusted."""
     own = getattr(error, "extra_info", None)
     text = own.decode("utf-8", "replace") if own else _status_text(str(error))
     return "".join(c if c.isprintable() else "?" for c in text[: protocol.MAX_ERROR_CHARACTERS])

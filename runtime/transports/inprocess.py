@@ -12,7 +12,8 @@ from hecompile.runtime.wire.framing import Frame
 class InProcessTransport(FrameTransport):
     """Call a worker of this process; its engine runs in the calling thread, and in several at once.
 
-    exchange: answers one frame with one frame, `Worker.exchange` of the worker.
+    Args:
+        exchange: answers one frame with one frame: `Worker.exchange` of the worker.
     """
 
     concurrent = True

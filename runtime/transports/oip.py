@@ -1,5 +1,7 @@
-"""A worker behind Open Inference Protocol v2 over gRPC: `hecompile worker serve`, or any other server of the worker bundle's
-model repository. Requests of several threads travel on one HTTP/2 connection at once.
+"""Reach a worker by Open Inference Protocol v2 over gRPC.
+
+The server is `hecompile worker serve`, or any other that serves the worker bundle's model repository. Requests of several
+threads travel on one HTTP/2 connection at once.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ from hecompile.runtime.wire.network import OIP_SCHEMES, check_client_access
 from hecompile.runtime.wire.protocol import CircuitInfo, WorkerInfo
 
 _ENDED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
-"""The worker was not reached, or its answer was not; every other status is the worker's own answer."""
+"""Statuses of a request or an answer that was lost; every other status is the worker's own answer."""
 
 
 class _Refused(WorkerError):
-    """The worker answered with `code`."""
+    """Report that the worker answered with the status `code`."""
 
     def __init__(self, code: grpc.StatusCode, text: str) -> None:
         super().__init__(text)
@@ -44,12 +46,17 @@ class _Refused(WorkerError):
 
 
 class OipTransport:
-    """Connects at `hello`. address: `grpc://` or `grpcs://host:port`.
+    """Carry requests of several threads on one gRPC connection, made at `hello`. A failed request leaves the others alone.
 
-    connect_timeout, reply_timeout: seconds that the first answer and every later one may take. A failed request leaves the
-    others alone. Raises InputError for an address that is malformed or to which `credentials` must not be shown.
+    Args:
+        address: `grpc://host:port` or `grpcs://host:port`.
+        connect_timeout, reply_timeout: seconds that the first answer and every later one may take.
 
-    bytes_sent, bytes_received: messages so far, hello and known answers included; without the framing of HTTP/2 and TLS.
+    Attributes:
+        bytes_sent, bytes_received: messages so far, hello and known answers included; without the framing of HTTP/2 and TLS.
+
+    Raises:
+        InputError: the address is malformed, or `credentials` must not be shown to it.
     """
 
     concurrent = True
@@ -81,8 +88,11 @@ class OipTransport:
         self._circuits: _Circuits | None = None
 
     def hello(self, plan_id: str) -> WorkerInfo:
-        """See `Transport.hello`. The protocol knows no plans: that the worker serves this one, the known-answer test shows,
-        as its weight depends on the plan. A worker that tells its plan and has another is refused at once."""
+        """See `Transport.hello`.
+
+        The protocol knows no plans. The known-answer test shows that the worker serves this one, as its weight depends on
+        the plan; a worker that tells its plan and has another is refused at once.
+        """
         ready = messages.ServerReadyResponse()
         self._call("ServerReady", messages.ServerReadyRequest(), ready, self._connect_timeout)
         known = messages.ModelReadyResponse()
@@ -132,7 +142,7 @@ class OipTransport:
             self._channel = None
 
     def shape_of(self, circuit: str) -> tuple[CircuitInfo, str]:
-        """What the worker says of a circuit, and of what evaluates it. Raises KeyError when it has none of that name."""
+        """Ask for the shape of a circuit and the platform that evaluates it. Raises KeyError where it has none."""
         request, response = messages.ModelMetadataRequest(name=circuit), messages.ModelMetadataResponse()
         try:
             self._call("ModelMetadata", request, response)
@@ -152,13 +162,13 @@ class OipTransport:
         return CircuitInfo(*sides[0], *sides[1]), _printable(response.platform) or "unknown"
 
     def names(self) -> list[str]:
-        """The models that are ready, where the server can list them. Raises WorkerError where not."""
+        """List the models that are ready. Raises WorkerError where the server cannot list them."""
         response = messages.RepositoryIndexResponse()
         self._call("RepositoryIndex", messages.RepositoryIndexRequest(ready=True), response)
         return sorted({model.name for model in response.models})
 
     def _told_plan(self) -> str | None:
-        """The plan in the configuration of the known answer; None where the server does not give it."""
+        """Return the plan in the configuration of the known answer; None where the server does not give it."""
         response = messages.ModelConfigResponse()
         try:
             self._call("ModelConfig", messages.ModelConfigRequest(name=KNOWN_ANSWER), response)
@@ -191,11 +201,11 @@ class OipTransport:
         return Answer(planes, compute_seconds(response), sent, received)
 
     def _call(self, method: str, request: Message, response: Message, timeout: float | None = None) -> None:
-        """One of the small requests."""
+        """Send one of the small requests; fills `response`."""
         self._exchange(method, request.SerializeToString(), response, timeout or self._reply_timeout)
 
     def _exchange(self, method: str, data: bytes, response: Message, timeout: float) -> tuple[int, int]:
-        """Fill `response` with the worker's answer; (bytes sent, bytes received). Raises WorkerError."""
+        """Fill `response` with the worker's answer; returns (bytes sent, bytes received). Raises WorkerError."""
         channel = self._channel
         if channel is None:
             raise WorkerUnavailableError(f"the connection to the worker at {self._address} is closed; connect again")
@@ -204,7 +214,7 @@ class OipTransport:
                 f"request of {len(data)} bytes; at most {self._max_message_bytes} are sent; use a smaller batch"
             )
         self._record("sent", data)
-        # Bytes in and out, and not messages: what is counted and recorded is then what travelled.
+        # Bytes in and out, and not messages, so that the bytes that travelled are counted and recorded.
         send = channel.unary_unary(f"/{SERVICE}/{method}")
         try:
             answer: bytes = send(data, timeout=timeout, metadata=self._metadata)
@@ -233,7 +243,7 @@ class OipTransport:
                 f"the worker at {self._address} cannot be reached ({status}: {details}); "
                 f"is it running (`hecompile worker serve`){advice}?"
             )
-        # It may also be that the message is too large, which it is elsewhere and later as well.
+        # This status also says that a message is too large, which it would be elsewhere and later as well.
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" not in details:
             return WorkerUnavailableError(f"the worker at {self._address} is busy ({status}): {details}")
         return _Refused(code, f"the worker at {self._address} refused the request ({status}): {details}")
@@ -249,9 +259,10 @@ class OipTransport:
 
 
 class _Circuits(Mapping[str, CircuitInfo]):
-    """The circuits of a worker, each asked for when it is first needed. Only a list of all needs a server that gives one.
+    """Map names to circuits of a worker, each fetched when first needed. Iteration needs a server that lists models.
 
-    platform: what evaluates the circuit that was asked for last.
+    Attributes:
+        platform: what evaluates the circuit that was fetched last.
     """
 
     def __init__(self, transport: OipTransport) -> None:
@@ -286,5 +297,5 @@ def _channel(address: TcpAddress, credentials: ClientCredentials, max_message_by
 
 
 def _printable(text: str) -> str:
-    """From a machine that is not trusted, for a terminal."""
+    """Make a text safe for a terminal: it comes from a machine that is not trusted."""
     return "".join(c if c.isprintable() else "?" for c in text[: protocol.MAX_ERROR_CHARACTERS])

@@ -1,4 +1,4 @@
-"""Opening a connection: the plan must be the same on both sides, and the worker's arithmetic must be exact."""
+"""Open a connection: check that both sides have the same plan, and that the worker's arithmetic is exact."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Several requests in flight: a pool of connections, each of which carries one at a time.
+"""Keep several requests in flight by a pool of connections, each of which carries one at a time.
 
-The worker serves each connection in a thread of its own, so that one request is read while another is computed and a third
-is answered; neither frames nor order on a connection need to know of it. A transport that carries several requests on one
-connection says so (`Transport.concurrent`) and needs no pool.
+The worker serves each connection in a thread of its own: it reads one request while it computes another and answers a third.
+Frames, and their order on a connection, are as without a pool. A transport that carries several requests on one connection
+(`Transport.concurrent`) needs none.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from hecompile.runtime.wire.protocol import WorkerInfo
 
 
 class TransportPool:
-    """Up to `size` connections to one worker, opened as they are needed; one that fails is closed and replaced.
+    """Share up to `size` connections to one worker, opened as they are needed; one that fails is closed and replaced.
 
-    connect: opens a connection; every one of them says hello and passes the known-answer test before it is used.
+    Args:
+        connect: opens a connection; each says hello and passes the known-answer test before it is used.
+        size: connections at most.
     """
 
     concurrent = True

@@ -1,9 +1,8 @@
-"""Several workers of one plan: a request goes to the one with least to do, and to another when that one fails.
+"""Send each request to the least busy of several workers of a plan, and to another when that one fails.
 
-Workers may hold some of the plan's circuits only (shards): each says which when it is met, and is asked for no other.
-
-The workers keep no state, so a request may be sent any number of times: it is always the same ciphertext, and whoever
-answers gives the same bytes. Time is measured on the monotonic clock, so that a clock that is set does no harm.
+A worker may hold some of the plan's circuits only (a shard): it says which when it is first connected, and is asked for no
+other. The workers keep no state, so a request may be sent any number of times: it is always the same ciphertext, and every
+worker answers with the same bytes. Time is measured on the monotonic clock, so that a clock that is set does no harm.
 """
 
 from __future__ import annotations
@@ -33,10 +32,12 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often a request is sent, and how long is waited before it is sent again.
+    """Say how often a request is sent, and how long to wait before it is sent again.
 
-    attempts: at most, over all workers. first_wait, longest_wait: seconds; each wait is twice the one before it, less up to
-    a half at random, so that clients of a restarted worker do not all come back at once.
+    Attributes:
+        attempts: how often at most, over all workers.
+        first_wait, longest_wait: seconds. Each wait is twice the one before it, less up to a half at random, so that clients
+            of a restarted worker do not all come back at once.
     """
 
     attempts: int = 6
@@ -44,7 +45,7 @@ class RetryPolicy:
     longest_wait: float = 30.0
 
     def wait(self, failures: int) -> float:
-        """Seconds to wait after so many failures."""
+        """Return the seconds to wait after `failures` failures."""
         longest = min(self.longest_wait, self.first_wait * 2.0 ** min(failures - 1, 30))
         return longest * random.uniform(0.5, 1.0)  # noqa: S311  no secret
 
@@ -54,8 +55,8 @@ class _Replica:
     name: str
     connect: Callable[[], Transport]
     transport: Transport | None = None  # once it has passed the known-answer test
-    circuits: Mapping[str, CircuitInfo] | None = None  # what it holds, once it was met; may ask it for each
-    holds: dict[str, bool] = field(default_factory=dict)  # what is known of that
+    circuits: Mapping[str, CircuitInfo] | None = None  # once it has said hello; a look-up may ask the worker
+    holds: dict[str, bool] = field(default_factory=dict)  # circuit → whether it has it, as far as known
     in_flight: int = 0
     failures: int = 0  # since it last answered
     retry_at: float = 0.0
@@ -63,14 +64,17 @@ class _Replica:
 
 
 class Replicas:
-    """A transport over several others, each of which takes several requests at once.
+    """Spread requests over several transports, each of which takes several requests at once.
 
-    workers: name → what makes a transport to it; each says hello and passes the known-answer test before its first request.
-    discover: returns workers as `workers` has them; asked after a failure for those that are new, such as the replacement of
-    one that died. May raise WorkerUnavailableError.
-    leave_bad: a worker that breaks the protocol, computes known answers wrongly or refuses a request is not asked again, and
-    another one is; else that ends the request.
-    sleep: for tests.
+    Args:
+        workers: name → function that makes a transport to it; each worker says hello and passes the known-answer test before
+            its first request.
+        policy: attempts and waits.
+        discover: returns workers as `workers` has them; called after a failure to find new ones, such as the replacement of
+            one that died. May raise WorkerUnavailableError.
+        leave_bad: whether a worker that breaks the protocol, computes known answers wrongly or refuses a request is left for
+            another; else that ends the request.
+        sleep: for tests.
     """
 
     concurrent = True
@@ -93,9 +97,9 @@ class Replicas:
         self._plan_id = ""
 
     def hello(self, plan_id: str) -> WorkerInfo:
-        """Meet every worker that answers, and at least one; the answer has the circuits of all. See `Transport.hello`.
+        """Connect to every worker that answers, and at least one; returns the circuits of all. See `Transport.hello`.
 
-        A worker that does not answer now is met when it is needed.
+        A worker that does not answer now is connected when it is needed.
         """
         self._plan_id = plan_id
         info = self._attempt(lambda replica: self._opened(replica).hello(plan_id))[0]
@@ -113,7 +117,7 @@ class Replicas:
         return replace(info, circuits=ChainMap(*cast("list[MutableMapping[str, CircuitInfo]]", maps)))
 
     def evaluate(self, circuit: str, planes: np.ndarray) -> Answer:
-        """See `Transport.evaluate`. The same planes may be sent several times, to several workers."""
+        """See `Transport.evaluate`. One request may be sent several times, to several workers."""
         return self._ask(circuit, lambda transport: transport.evaluate(circuit, planes))
 
     def setup(self, circuit: str, lattice_dim: int) -> Answer:
@@ -121,9 +125,9 @@ class Replicas:
         return self._ask(circuit, lambda transport: transport.setup(circuit, lattice_dim))
 
     def distrust(self, worker: str) -> bool:
-        """Never ask that worker again; returns whether another one is left, and few enough were caught so far.
+        """Never ask that worker again; returns whether another one is left and few enough have been distrusted so far.
 
-        Each name gets one try at a lie that the checks miss, and who runs the workers chooses how many names there are.
+        Each name gets one try at a lie that the checks miss, and whoever runs the workers chooses the number of names.
         """
         with self._lock:
             bad = [replica for replica in self._replicas if replica.name == worker]
@@ -149,7 +153,7 @@ class Replicas:
         return replace(answer, worker=name)
 
     def _opened(self, replica: _Replica) -> Transport:
-        with replica.lock:  # one thread makes its acquaintance
+        with replica.lock:  # one thread connects, the others wait
             if replica.transport is None:
                 transport = replica.connect()
                 replica.circuits = open_connection(transport, self._plan_id).circuits  # closes it when it refuses
@@ -157,7 +161,7 @@ class Replicas:
             return replica.transport
 
     def _attempt(self, ask: Callable[[_Replica], Result], circuit: str | None = None) -> tuple[Result, str]:
-        """What `ask` returns of the first worker with that circuit that has an answer, and that worker's name."""
+        """Try workers that have the circuit until one answers `ask`; returns the answer and the worker's name."""
         failure: WorkerError | None = None
         for attempt in range(1, self._policy.attempts + 1):
             replica = self._choose(circuit)
@@ -183,9 +187,9 @@ class Replicas:
         raise failure
 
     def _choose(self, circuit: str | None) -> _Replica:
-        """The worker with fewest requests in flight among those that may be asked now; waits until one may."""
+        """Pick the worker with fewest requests in flight among those that may be asked now; waits until one may."""
         while True:
-            self._meet_unknown(circuit)
+            self._ask_who_holds(circuit)
             with self._lock:
                 holders = [
                     replica
@@ -204,8 +208,8 @@ class Replicas:
                 wait = min(replica.retry_at for replica in holders) - now
             self._sleep(wait)
 
-    def _meet_unknown(self, circuit: str | None) -> None:
-        """Ask workers of which that is not known whether they hold the circuit, before one is sent what it may not have."""
+    def _ask_who_holds(self, circuit: str | None) -> None:
+        """Ask each worker that has not told yet whether it holds the circuit, so that no other is sent a request for it."""
         now = time.monotonic()
         for replica in self._known() if circuit is not None else ():
             if circuit not in replica.holds and replica.retry_at <= now:

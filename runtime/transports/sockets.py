@@ -1,4 +1,4 @@
-"""A worker behind a TCP or Unix socket."""
+"""Reach a worker over a TCP or Unix socket, and any worker by the scheme of its address."""
 
 from __future__ import annotations
 
@@ -16,11 +16,18 @@ from hecompile.runtime.wire.network import FLIGHT_SCHEMES, OIP_SCHEMES, load_net
 
 
 class SocketTransport(FrameTransport):
-    """Connected when made; one request at a time. address: `tcp://host:port` or `unix:///path`.
+    """Carry one request at a time over a socket; connects when made.
 
-    connect_timeout, reply_timeout: seconds; the second is the longest silence while a request is answered. After a
-    failure the connection is closed and stays so: a stream broken in mid-message cannot be read on. Raises InputError
-    for a malformed address, WorkerError when nothing answers there.
+    After a failure the connection is closed and stays so: a stream broken in mid-message cannot be read on.
+
+    Args:
+        address: `tcp://host:port` or `unix:///path`.
+        connect_timeout: seconds.
+        reply_timeout: the longest silence, in seconds, while a request is answered.
+
+    Raises:
+        InputError: the address is malformed.
+        WorkerUnavailableError: nothing answers there.
     """
 
     def __init__(
@@ -84,9 +91,11 @@ def connect(
     recorder: TrafficRecorder | None = None,
     reply_timeout: float = 600.0,
 ) -> Transport:
-    """A transport to the worker at `address`, by its scheme; see `SocketTransport`, `hecompile.runtime.transports.oip` and
-    `hecompile.runtime.transports.flight`.
-    `inprocess` has no address: the caller makes an `InProcessTransport` of its own worker."""
+    """Return a transport to the worker at `address`, by its scheme.
+
+    See `SocketTransport`, `hecompile.runtime.transports.oip` and `hecompile.runtime.transports.flight`. `inprocess` has no
+    address: the caller makes an `InProcessTransport` of its own worker.
+    """
     if address == "inprocess":
         raise InputError("an embedded worker is not connected to by address: make an InProcessTransport of it")
     parsed = parse_address(address)
@@ -108,8 +117,10 @@ def connect(
 def connect_for(
     address: str, in_flight: int, credentials: ClientCredentials | None = None, reply_timeout: float = 600.0
 ) -> Transport:
-    """A transport to the worker at `address` that takes `in_flight` requests at once: one connection where that carries
-    them, else a pool. See `connect`."""
+    """Return a transport to the worker at `address` that takes `in_flight` requests at once.
+
+    One connection where it carries them all, else a pool of connections. See `connect`.
+    """
     parsed = parse_address(address)
     if isinstance(parsed, TcpAddress) and parsed.scheme in OIP_SCHEMES:  # Flight is faster over several connections
         return connect(address, credentials=credentials, reply_timeout=reply_timeout)

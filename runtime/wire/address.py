@@ -1,8 +1,8 @@
-"""Where a worker listens, and in which protocol.
+"""Parse the addresses of workers; the scheme names the protocol.
 
     tcp://host:port, unix:///path        frames of `hecompile.runtime.wire.framing`, for processes of one machine
     grpc://host:port, grpcs://...        Open Inference Protocol v2 over gRPC, in the clear or over TLS
-    flight://host:port, flights://...    Arrow Flight, likewise
+    flight://host:port, flights://...    Arrow Flight, in the clear or over TLS
 
 An IPv6 address stands in brackets.
 """
@@ -18,12 +18,12 @@ from hecompile.errors import InputError
 TLS_SCHEMES = ("grpcs", "flights")
 SCHEMES = ("tcp", "grpc", "flight", *TLS_SCHEMES)
 DIRECTORY_SCHEMES = ("http://", "https://")
-"""Where a fleet's directory of workers is asked (`hecompile.runtime.transports.directory`)."""
+"""How the address of a fleet's directory begins (`hecompile.runtime.transports.directory`)."""
 
 
 @dataclass(frozen=True)
 class TcpAddress:
-    """A host name or IP address without brackets, a port (0 when listening: any free one), and the scheme."""
+    """Hold a host name or IP address without brackets, a port (0 when listening: any free one), and the scheme."""
 
     host: str
     port: int
@@ -31,17 +31,17 @@ class TcpAddress:
 
     @property
     def tls(self) -> bool:
-        """Whether the connection is encrypted and the worker shows a certificate."""
+        """Tell whether the connection is encrypted and the worker shows a certificate."""
         return self.scheme in TLS_SCHEMES
 
     @property
     def authority(self) -> str:
-        """host:port as in a URL."""
+        """Return host:port as in a URL."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can reach it; a host name other than `localhost` counts as no."""
+        """Tell whether only this machine can reach it; of host names, `localhost` alone counts as such."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -49,24 +49,24 @@ class TcpAddress:
 
     @property
     def socket_address(self) -> tuple[str, int]:
-        """What `socket.bind` and `connect` take."""
+        """Return the address as `socket.bind` and `connect` take it."""
         return self.host, self.port
 
 
 @dataclass(frozen=True)
 class UnixAddress:
-    """The path of a Unix domain socket."""
+    """Hold the path of a Unix domain socket."""
 
     path: str
 
     @property
     def socket_address(self) -> str:
-        """What `socket.bind` and `connect` take."""
+        """Return the address as `socket.bind` and `connect` take it."""
         return self.path
 
 
 def parse_address(address: str) -> TcpAddress | UnixAddress:
-    """Raises InputError when `address` is of neither form."""
+    """Parse the address of a worker. Raises InputError when it has none of the forms above."""
     wanted = "needs tcp://, grpc://, grpcs://, flight:// or flights://host:port, or unix:///path"
     try:
         parts = urlsplit(address)

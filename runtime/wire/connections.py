@@ -1,7 +1,7 @@
-"""The connections of the worker's socket server: a thread for each, and bounds on what one of them can hold up.
+"""Serve each connection in a thread of its own, and bound what one of them can hold up.
 
 A client may be silent between two messages for as long as it likes (it is computing); TCP's keep-alive finds out whether its
-machine is still there. Within a message it may not: one that stands still is given up.
+machine is still there. A message that has begun and stands still is given up with its connection.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from hecompile.runtime.wire.protocol import ErrorReply, encode
 
 LOGGER = logging.getLogger(__name__)
 SEND_TIMEOUT_SECONDS = 60
-"""A client that takes nothing of its reply for so long is given up, and does not hold up a shutdown."""
+"""Time after which a client that takes nothing of its reply is given up; it does not hold up a shutdown."""
 
 RECEIVE_TIMEOUT_SECONDS = 60.0
-"""A message of which nothing arrives for so long is given up with its connection."""
+"""Time without a byte after which a message that has begun is given up with its connection."""
 
 KEEPALIVE_SECONDS = 60
-"""After so long without traffic the other machine is probed, and given up if it does not answer."""
+"""Time without traffic after which the other machine is probed, and given up if it does not answer."""
 
 MAX_CONNECTIONS = 256
-"""Clients at once; each is a thread. One more is told so and turned away."""
+"""Clients at once, each in a thread; the next is told so and turned away."""
 
 DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1 << 20
 
@@ -40,10 +40,10 @@ Exchange = Callable[[Frame], Frame]
 
 
 def handler_class(exchange: Exchange, max_message_bytes: int) -> type[socketserver.BaseRequestHandler]:
-    """What answers the frames of one connection with those that `exchange` makes of them."""
+    """Make the class that answers each frame of a connection with the one that `exchange` returns for it."""
 
     class Handler(socketserver.BaseRequestHandler):
-        """One client's connection."""
+        """Serve one client's connection."""
 
         request: socket.socket
 
@@ -68,7 +68,7 @@ def handler_class(exchange: Exchange, max_message_bytes: int) -> type[socketserv
 
 
 def _refuse(connection: socket.socket, error: WorkerError) -> None:
-    """Say why nothing more is read of a connection."""
+    """Send the reason why nothing more is read of a connection."""
     LOGGER.warning("ended a connection: %s", error)
     send_frame(connection, encode(ErrorReply(str(error)), 0))
     _drain(connection)
@@ -84,7 +84,7 @@ def _drain(connection: socket.socket) -> None:
 
 
 class _ConnectionsMixin(socketserver.ThreadingMixIn):
-    """Threads that `server_close` waits for, and connections that can be ended from outside."""
+    """Keep the connections of a server, so that they can be ended from outside; `server_close` waits for their threads."""
 
     daemon_threads = False
     block_on_close = True
@@ -122,7 +122,7 @@ class _ConnectionsMixin(socketserver.ThreadingMixIn):
         LOGGER.info("a connection ended with %s", type(sys.exception()).__name__)
 
     def end_connections(self) -> None:
-        """No more requests are read; a reply under way is still sent."""
+        """Read no more requests; a reply under way is still sent."""
         with self._lock:
             for connection in self._connections:
                 with contextlib.suppress(OSError):  # closed by its client or its thread meanwhile
@@ -142,7 +142,7 @@ class _UnixServer(_ConnectionsMixin, socketserver.UnixStreamServer):
 
 
 def server_class(address: TcpAddress | UnixAddress) -> type[_TcpServer] | type[_UnixServer]:
-    """The kind of server that listens on `address`."""
+    """Return the class of server that listens on `address`."""
     if isinstance(address, UnixAddress):
         return _UnixServer
     return _Tcp6Server if ":" in address.host else _TcpServer

@@ -1,4 +1,4 @@
-"""Who is who on a network transport: certificates for TLS and mutual TLS, and bearer tokens.
+"""Load and check certificates, keys and bearer tokens of the network transports.
 
 Keys and tokens are in no `repr`, and the messages of errors name files only.
 """
@@ -21,11 +21,12 @@ LEAST_TOKEN_CHARACTERS = 16
 
 @dataclass(frozen=True)
 class ServerCredentials:
-    """What a worker shows and asks for.
+    """Hold what a worker shows to its clients and requires of them.
 
-    certificate, key: PEM of the chain and its private key; both None without TLS.
-    client_authority: PEM; with it every client must show a certificate that it signed.
-    token_digests: SHA-256 of the tokens, one of which every request must carry; none are asked for if it is empty.
+    Attributes:
+        certificate, key: PEM of the chain and its private key; both None without TLS.
+        client_authority: PEM; with it every client must show a certificate that it signed.
+        token_digests: SHA-256 of the tokens, one of which every request must carry; where it is empty, none is required.
     """
 
     certificate: bytes | None = None
@@ -35,15 +36,16 @@ class ServerCredentials:
 
     @property
     def tls(self) -> bool:
+        """Tell whether the worker shows a certificate."""
         return self.certificate is not None
 
     @property
     def authenticates(self) -> bool:
-        """Whether not everybody is served."""
+        """Tell whether clients must show a certificate or a token."""
         return self.client_authority is not None or bool(self.token_digests)
 
     def accepts(self, authorization: str | None) -> bool:
-        """Whether the value of an `authorization` header (`Bearer TOKEN`) is good enough. Takes the same time for any."""
+        """Tell whether the value of an `authorization` header (`Bearer TOKEN`) is known; every value takes the same time."""
         if not self.token_digests:
             return True
         scheme, _, token = (authorization or "").partition(" ")
@@ -59,15 +61,15 @@ class ServerCredentials:
         client_authority: Path | None = None,
         tokens: Path | None = None,
     ) -> ServerCredentials:
-        """From files; `tokens` has one per line. Raises InputError for one that is missing, damaged or too short."""
+        """Read files; `tokens` has one per line. Raises InputError for one that is missing, damaged or too short."""
         if (certificate is None) != (key is None):
             raise InputError("TLS needs both a certificate and its key: give both files or neither")
         if client_authority is not None and certificate is None:
-            raise InputError("clients can be asked for certificates over TLS only: give a server certificate as well")
+            raise InputError("client certificates can be required over TLS only: give a server certificate as well")
         lines = [] if tokens is None else _read(tokens, "token file").decode("utf-8", "replace").split()
         if tokens is not None and (not lines or min(map(len, lines)) < LEAST_TOKEN_CHARACTERS):
             raise InputError(
-                f"token file {tokens}: one token per line is wanted, each of {LEAST_TOKEN_CHARACTERS} characters or more"
+                f"token file {tokens}: needs one token per line, each of {LEAST_TOKEN_CHARACTERS} characters or more"
             )
         return cls(
             None if certificate is None else _certificates(certificate),
@@ -79,11 +81,12 @@ class ServerCredentials:
 
 @dataclass(frozen=True)
 class ClientCredentials:
-    """What a client shows, and whom it believes.
+    """Hold what a client shows to workers, and whose certificates it accepts.
 
-    authority: PEM of who signs workers' certificates; None for the system's own list.
-    certificate, key: PEM, for workers that ask clients for one.
-    token: sent with every request; over TLS or to this machine only.
+    Attributes:
+        authority: PEM of the authority that signs workers' certificates; None for the system's own list.
+        certificate, key: PEM, for workers that require a certificate of clients.
+        token: sent with every request; over TLS or to this machine only.
     """
 
     authority: bytes | None = None
@@ -99,12 +102,12 @@ class ClientCredentials:
         key: Path | None = None,
         token: Path | None = None,
     ) -> ClientCredentials:
-        """From files. Raises InputError for one that is missing or damaged."""
+        """Read files. Raises InputError for one that is missing or damaged."""
         if (certificate is None) != (key is None):
             raise InputError("a client certificate needs its key: give both files or neither")
         text = None if token is None else _read(token, "token file").decode("utf-8", "replace").strip()
         if text is not None and (len(text) < LEAST_TOKEN_CHARACTERS or not text.isascii() or not text.isprintable()):
-            raise InputError(f"token file {token}: one token of {LEAST_TOKEN_CHARACTERS} printable characters is wanted")
+            raise InputError(f"token file {token}: needs one token, {LEAST_TOKEN_CHARACTERS} printable characters or more")
         return cls(
             None if authority is None else _certificates(authority),
             None if certificate is None else _certificates(certificate),

@@ -1,4 +1,4 @@
-"""Lines of events: how a process tells the one that started it what has happened.
+"""Write and read lines of events, by which a process tells the one that started it what has happened.
 
 An event is one line of standard output that holds a JSON object with its name under `event` and its fields beside it. Other
 lines are for people, and `read_event` skips them.

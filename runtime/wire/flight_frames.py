@@ -1,12 +1,12 @@
-"""Frames of `hecompile.runtime.wire.framing` as Arrow Flight messages: what the Flight server and client share.
+"""Carry frames of `hecompile.runtime.wire.framing` as Arrow Flight messages, for the Flight server and client.
 
 A request is one DoExchange call with the descriptor `COMMAND`. Each side sends one message: the frame's header as the
 message's app_metadata, and its payload, if it has one, as the body of a record batch with one uint8 column of that many
-rows. What follows that message is not read. The sender's memory goes to gRPC as it is; the receiver's is gRPC's own
-buffer, into which the pieces from the network are gathered once: planes are copied once on their whole way.
+rows. Later messages are not read. The sender's memory goes to gRPC as it is. The receiver's is gRPC's own buffer, into which
+the pieces from the network are gathered: planes are copied once on their whole way.
 
-Arrow reads a message whole, and decompresses it if it came compressed, before anything here sees it. A limit on message
-size thus refuses what is too large, but does not keep it out of memory; certificates and tokens are checked before.
+Arrow reads a message whole, and decompresses it if it came compressed, before this module sees it. A limit on message size
+thus refuses a message that is too large, but does not keep it out of memory. Certificates and tokens are checked before.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SCHEMA = pyarrow.schema([pyarrow.field("payload", pyarrow.uint8(), nullable=Fal
 
 
 class _Memory:
-    """Memory of an Arrow buffer by NumPy's array interface, which keeps the buffer alive.
+    """Offer the memory of an Arrow buffer by NumPy's array interface, which keeps the buffer alive.
 
     A view of the buffer itself would be read-only, of which torch warns. It came from the network and has no other user.
     """
@@ -54,10 +54,11 @@ def write_frame(writer: Any, frame: Frame) -> None:
 
 
 def read_frame(reader: Any, max_bytes: int) -> Frame | None:
-    """The next message as a frame, or None when the other side has ended the stream.
+    """Return the next message as a frame, or None when the other side has ended the stream.
 
-    Raises WorkerError for a message that is no frame or is larger than `max_bytes`. FlightError, ArrowException and
-    OSError as pyarrow does: the other side failed, is gone, or sent what Arrow does not understand.
+    Raises:
+        WorkerError: the message is no frame, or is larger than `max_bytes`.
+        FlightError, ArrowException, OSError: the other side failed, is gone, or sent what Arrow does not understand.
     """
     try:
         message = reader.read_chunk()
@@ -71,7 +72,7 @@ def read_frame(reader: Any, max_bytes: int) -> Frame | None:
 
 
 def _payload(batch: Any) -> memoryview:
-    """The rows of the only column, sharing the batch's memory. The batch is what the network brought: trust no count."""
+    """Return the rows of the only column, sharing the batch's memory. No count in the batch is trusted."""
     if batch.num_columns != 1 or batch.schema.field(0).type != pyarrow.uint8():
         raise WorkerError("malformed message: the record batch is not one uint8 column")
     column, rows = batch.column(0), batch.num_rows

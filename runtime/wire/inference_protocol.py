@@ -1,7 +1,7 @@
-"""Open Inference Protocol v2 over gRPC, as both sides use it: one circuit is one model with one tensor in and one out.
+"""Define how both sides use Open Inference Protocol v2 over gRPC: a circuit is a model with one tensor in and one out.
 
     ModelInfer <circuit>          ciphertext UINT8 [limbs, T, in] → reply UINT8 [bytes, T, out], raw contents
-    ModelInfer <circuit>.exact    without an input but with the parameter `public_rows`: the hint of the circuit (a worker of
+    ModelInfer <circuit>.exact    without an input but with the parameter `public_rows`: the hint of the circuit (workers of
                                   this program only, see hecompile/bundles/public_rows.py)
     ModelMetadata, ModelConfig    the shapes; the parameter `plan_id` of every model's configuration
     ServerReady, ModelReady, RepositoryIndex
@@ -31,14 +31,14 @@ _WIRE_TYPE_BYTES = 2
 SERVICE = messages.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 DATATYPE = "UINT8"
 COMPUTE_SECONDS = "compute_seconds"
-"""Parameter of an answer: what the engine took, as a double."""
+"""Parameter of an answer: the engine's time, as a double."""
 
 PUBLIC_ROWS_PARAMETER = "public_rows"
-"""Parameter of a request: multiply by the public rows of the bundle, of which the client sends none."""
+"""Parameter of a request: multiply by the public rows in the worker's bundle; the client sends no tensor."""
 
 
 def compute_seconds(response: messages.ModelInferResponse) -> float:
-    """What the worker says its engine took; 0 where it says nothing of use, as servers of others do."""
+    """Return the engine's time as the worker gives it; 0 where it gives none, as other programs do, or no sensible one."""
     seconds: float = (
         response.parameters[COMPUTE_SECONDS].double_param if COMPUTE_SECONDS in response.parameters else 0.0
     )
@@ -46,7 +46,7 @@ def compute_seconds(response: messages.ModelInferResponse) -> float:
 
 
 def with_raw_contents(message: messages.ModelInferRequest | messages.ModelInferResponse, planes: np.ndarray) -> bytes:
-    """The bytes of `message` with uint8 `planes` as its one raw content.
+    """Serialise `message` with uint8 `planes` as its one raw content.
 
     Protobuf defines a message followed by more of its fields as the message with those fields. Setting the field and then
     serialising would copy the planes three times where this copies them once.
@@ -58,7 +58,7 @@ def with_raw_contents(message: messages.ModelInferRequest | messages.ModelInferR
 
 
 def _varint(value: int) -> bytes:
-    """Seven bits per byte, lowest first, the eighth set on all but the last."""
+    """Encode an integer as protobuf does: seven bits per byte, lowest first, the eighth set on all but the last."""
     digits = bytearray()
     while value > 0x7F:
         digits.append(value & 0x7F | 0x80)

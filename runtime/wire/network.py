@@ -1,4 +1,4 @@
-"""What the transports between machines share: their optional packages, and which credentials go with which address."""
+"""Load the optional packages of the network transports, and check which credentials may go with which address."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from hecompile.runtime.wire.address import TcpAddress
 from hecompile.runtime.wire.credentials import ClientCredentials, ServerCredentials
 
 OIP_SCHEMES = ("grpc", "grpcs")
-"""Open Inference Protocol v2; the second over TLS."""
+"""Open Inference Protocol v2, in the clear and over TLS."""
 FLIGHT_SCHEMES = ("flight", "flights")
-"""Arrow Flight, likewise."""
+"""Arrow Flight, in the clear and over TLS."""
 
 
 def load_network_module(name: str) -> ModuleType:
-    """The module `name` of this program, which imports packages of the extra `network`. Raises InputError without them."""
+    """Import a module of this program that needs packages of the extra `network`. Raises InputError without them."""
     try:
         return importlib.import_module(name)
     except (ImportError, RuntimeError) as error:  # RuntimeError: tritonclient without its own extra
@@ -28,10 +28,10 @@ def load_network_module(name: str) -> ModuleType:
 
 
 def check_server_access(address: TcpAddress, credentials: ServerCredentials, allow_plaintext_network: bool) -> None:
-    """Raises InputError when a worker must not listen on `address` like that.
+    """Raise InputError when a worker must not listen on `address` with these credentials.
 
-    Without TLS others can read tokens and change replies, so that beyond this machine it must be asked for; and tokens are
-    not accepted that way at all, as no client would send one.
+    Without TLS others can read tokens and change replies: beyond this machine that must be allowed explicitly. Tokens are
+    refused there in any case, as no client would send one.
     """
     where = f"{address.scheme}://{address.authority}"
     if address.tls and not credentials.tls:
@@ -52,7 +52,7 @@ def check_server_access(address: TcpAddress, credentials: ServerCredentials, all
 
 
 def check_client_access(address: TcpAddress, credentials: ClientCredentials) -> None:
-    """Raises InputError when `credentials` must not, or cannot, be shown to `address`."""
+    """Raise InputError when `credentials` must not, or cannot, be shown to `address`."""
     where = f"{address.scheme}://{address.authority}"
     if not address.tls and (credentials.authority is not None or credentials.certificate is not None):
         raise InputError(f"{where} is not encrypted and knows no certificates; connect to {address.scheme}s://")

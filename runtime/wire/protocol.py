@@ -7,7 +7,7 @@ The header has `kind`, `id` and the fields of that kind; the payload is the byte
              setup     circuit                               evaluate  shape [4, rank · ring_dim, out], seconds
                                                              error     message
 
-Everything is checked before it is used: whatever bytes arrive, decoding returns a message or raises WorkerError.
+Everything is checked before it is used: decoding returns a message or raises WorkerError, whatever bytes arrive.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_NAME_CHARACTERS = 256
 
 @dataclass(frozen=True)
 class HelloRequest:
-    """The client's opening: the plan it expects the worker to serve."""
+    """Open a connection: the client names the plan that it expects the worker to serve."""
 
     plan_id: str
     protocol: int = PROTOCOL_VERSION
@@ -38,7 +38,7 @@ class HelloRequest:
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """planes: uint8 [upload_limbs, T, in_features]."""
+    """Ask for the product of a circuit's weight and ciphertext planes, uint8 [upload_limbs, T, in_features]."""
 
     circuit: str
     planes: np.ndarray
@@ -46,15 +46,17 @@ class EvaluateRequest:
 
 @dataclass(frozen=True)
 class SetupRequest:
-    """The product of a circuit's weight and the public rows that the worker's bundle holds; see
-    hecompile/bundles/public_rows.py."""
+    """Ask for the product of a circuit's weight and the public rows in the worker's bundle.
+
+    See hecompile/bundles/public_rows.py.
+    """
 
     circuit: str
 
 
 @dataclass(frozen=True)
 class CircuitInfo:
-    """Shape of one circuit as the worker announces it."""
+    """Hold the shape of one circuit as the worker announces it."""
 
     upload_limbs: int
     in_features: int
@@ -64,7 +66,7 @@ class CircuitInfo:
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """The worker's answer to hello."""
+    """Answer hello: the worker's plan, engine and circuits."""
 
     plan_id: str
     engine: str
@@ -74,7 +76,7 @@ class WorkerInfo:
 
 @dataclass(frozen=True)
 class EvaluateReply:
-    """planes: uint8 [reply_bytes, T, out_features]; compute_seconds: of the engine alone, on the worker's clock."""
+    """Answer with a product: planes uint8 [reply_bytes, T, out_features], and the engine's seconds on the worker's clock."""
 
     planes: np.ndarray
     compute_seconds: float
@@ -82,7 +84,7 @@ class EvaluateReply:
 
 @dataclass(frozen=True)
 class ErrorReply:
-    """The worker could not do as asked; the message holds no byte of a payload."""
+    """Refuse a request; the message says why and holds no byte of a payload."""
 
     message: str
 
@@ -92,7 +94,7 @@ Reply = WorkerInfo | EvaluateReply | ErrorReply
 
 
 def encode(message: Request | Reply, request_id: int) -> Frame:
-    """The frame of `message`. The payload shares memory with its planes."""
+    """Return the frame of `message`. The payload shares memory with its planes."""
     payload: Buffer = b""
     fields: dict[str, Any]
     match message:
@@ -118,7 +120,7 @@ def encode(message: Request | Reply, request_id: int) -> Frame:
 
 
 def decode_request(frame: Frame) -> tuple[int, Request]:
-    """(request id, request). Raises WorkerError on anything but a well-formed request."""
+    """Return (request id, request). Raises WorkerError for anything but a well-formed request."""
     header = read_header(frame)
     request_id, kind = _field(header, "id", int), _field(header, "kind", str)
     if kind == "hello":
@@ -131,7 +133,7 @@ def decode_request(frame: Frame) -> tuple[int, Request]:
 
 
 def decode_reply(frame: Frame) -> tuple[int, Reply]:
-    """(request id, reply). Raises WorkerError on anything but a well-formed reply; an ErrorReply is returned."""
+    """Return (request id, reply). Raises WorkerError for anything but a well-formed reply; an ErrorReply is returned."""
     header = read_header(frame)
     request_id, kind = _field(header, "id", int), _field(header, "kind", str)
     if kind == "error":

@@ -1,13 +1,13 @@
-"""What a worker tells its operator: Prometheus metrics and structured logs, with nothing of what is in a request.
+"""Report to the worker's operator: Prometheus metrics and structured logs, with nothing of the contents of requests.
 
-    hecompile_requests_total{outcome}       products that were computed, or refused
+    hecompile_requests_total{outcome}       products, by outcome: computed, refused or failed
     hecompile_tokens_total                  rows in them
     hecompile_bytes_total{direction}        byte planes in and out
     hecompile_compute_seconds               histogram of the engine's time
-    hecompile_requests_in_flight            now
+    hecompile_requests_in_flight            requests under way
 
-Circuits are not labels: their names tell a layer, and a metric per circuit would let who reads the metrics follow a client's
-step.
+Circuits are not labels: their names tell a layer, and a metric per circuit would let readers of the metrics follow a
+client's step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0
 
 
 class MeteredEngine:
-    """An engine that counts. Raises InputError when prometheus_client is not installed."""
+    """Count the requests of an engine. Raises InputError when prometheus_client is not installed."""
 
     def __init__(self, engine: Engine, registry: CollectorRegistry | None = None) -> None:
         try:
@@ -69,7 +69,7 @@ class MeteredEngine:
         return reply
 
     def serve(self, address: str) -> tuple[str, int]:
-        """Answer GET /metrics at host:port (port 0: any free one), in a thread; returns where. Raises InputError."""
+        """Answer GET /metrics at host:port (port 0: any free one) in a thread; returns host and port. Raises InputError."""
         import prometheus_client
 
         host, _, port = address.rpartition(":")
@@ -81,7 +81,7 @@ class MeteredEngine:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line: time (UTC, ISO 8601), level, logger, message, and the exception's type if there is one."""
+    """Format a record as a line of JSON: time (UTC, ISO 8601), level, logger, message, and the type of an exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {

@@ -1,4 +1,4 @@
-"""A worker of some decoder layers only: it keeps the weights of those, and says so when a client connects."""
+"""Cut a worker bundle to some decoder layers, so that a worker serves those only and says so when a client connects."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def layer_of(circuit: str) -> int | None:
-    """The decoder layer that a circuit belongs to; None for one outside all of them."""
+    """Return the decoder layer that a circuit belongs to; None for a circuit outside all layers."""
     found = _LAYER.search(circuit)
     return int(found.group(1)) if found else None
 
 
 def layer_count(bundle: WorkerBundle) -> int:
-    """How many decoder layers have circuits."""
+    """Count the decoder layers that have circuits."""
     return 1 + max((layer for layer in map(layer_of, bundle.circuits) if layer is not None), default=0)
 
 
 def parse_layers(text: str) -> range:
-    """`4-7` or `4`. Raises InputError for anything else."""
+    """Parse `4-7` or `4`. Raises InputError for anything else."""
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
     first, last = (int(found.group(1)), int(found.group(2) or found.group(1))) if found else (1, 0)
     if first > last:
@@ -33,7 +33,7 @@ def parse_layers(text: str) -> range:
 
 
 def split_layers(layers: int, shards: int) -> list[range]:
-    """As even as may be. Raises InputError when there are more shards than layers."""
+    """Cut `layers` layers into `shards` ranges, as even as possible. Raises InputError for more shards than layers."""
     if not 1 <= shards <= layers:
         raise InputError(f"{layers} layers cannot be split into {shards} shards: use 1 to {layers}")
     bounds = [round(layers * index / shards) for index in range(shards + 1)]
@@ -41,7 +41,7 @@ def split_layers(layers: int, shards: int) -> list[range]:
 
 
 def shard(bundle: WorkerBundle, layers: range) -> WorkerBundle:
-    """The circuits of those layers and the known answer; those outside all layers go with layer 0.
+    """Keep the circuits of some layers and the known answer; circuits outside all layers go with layer 0.
 
     Raises InputError when there are none.
     """

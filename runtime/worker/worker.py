@@ -1,4 +1,4 @@
-"""The worker: public circuits and an engine. `handle` is the whole of its behaviour; the server only moves frames."""
+"""Answer requests with public circuits and an engine. `handle` decides every answer; servers only move frames."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ LOGGER = logging.getLogger(__name__)
 
 
 class Worker:
-    """A bundle and the engine that evaluates it: immutable once made, no state between requests.
+    """Hold a bundle and the engine that evaluates it: immutable once made, no state between requests.
 
-    engine: a name of `hecompile.runtime.worker.engines.ENGINES`, or an engine made already.
+    Args:
+        bundle: the circuits.
+        engine: a name of `hecompile.runtime.worker.engines.ENGINES`, or an engine made already.
     """
 
     def __init__(self, bundle: WorkerBundle, engine: str | Engine = DEFAULT_ENGINE) -> None:
@@ -39,7 +41,7 @@ class Worker:
         self._public_rows = bundle.public_rows() if bundle.has_public_rows else None
 
     def setup_product(self, circuit: str) -> tuple[str, np.ndarray]:
-        """What to evaluate for the hint of `circuit`: its exact form, and as many of the public rows as it has inputs.
+        """Return the product that is the hint of `circuit`: its exact form's name, and the public rows for its inputs.
 
         Raises WorkerError when the bundle cannot make hints, or has no such circuit.
         """
@@ -67,7 +69,7 @@ class Worker:
 
 
 def handle(request: Request, state: Worker) -> Reply:
-    """The answer to one request; depends on nothing but its arguments. Raises WorkerError to refuse."""
+    """Answer one request; depends on nothing but its arguments. Raises WorkerError to refuse."""
     bundle = state.bundle
     if isinstance(request, HelloRequest):
         if request.protocol != protocol.PROTOCOL_VERSION:

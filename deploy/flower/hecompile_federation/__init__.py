@@ -1,1 +1,1 @@
-"""The parts that Flower loads; the code is in hecompile.runtime.federation.flower."""
+"""Name the apps that Flower loads; the code is in hecompile.runtime.federation.flower."""

@@ -1,4 +1,4 @@
-"""What `flwr run` starts at every SuperNode."""
+"""Export the app that `flwr run` starts at every SuperNode."""
 
 from hecompile.runtime.federation.flower import client_app as app
 

@@ -1,4 +1,4 @@
-"""What `flwr run` starts at the SuperLink."""
+"""Export the app that `flwr run` starts at the SuperLink."""
 
 from hecompile.runtime.federation.flower import server_app as app
 

@@ -1,4 +1,4 @@
-"""Engines: what multiplies ciphertext byte planes by a public weight on the worker's machine."""
+"""Choose an engine: it multiplies ciphertext byte planes by a public weight on the worker's machine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _vnni(bundle: WorkerBundle) -> Engine:
 
 
 def _auto(bundle: WorkerBundle) -> Engine:
-    """The fastest on this machine's CPU. Never a GPU: that is asked for by name."""
+    """Make the fastest engine for this machine's CPU. A GPU is used only where it is named."""
     from hecompile.runtime.worker.engines.vnni_kernel import supported
 
     if supported():
@@ -51,7 +51,7 @@ def _concrete(bundle: WorkerBundle) -> Engine:
 
 DEFAULT_ENGINE = "auto"
 
-# The libraries are imported when an engine is asked for: each takes a second or more.
+# The libraries are imported when an engine is made: each takes a second or more.
 ENGINES: dict[str, Callable[[WorkerBundle], Engine]] = {
     "auto": _auto,
     "vnni": _vnni,
@@ -63,7 +63,7 @@ ENGINES: dict[str, Callable[[WorkerBundle], Engine]] = {
 
 
 def create_engine(name: str, bundle: WorkerBundle) -> Engine:
-    """The engine `name` over `bundle`. Raises InputError for a name that is not in `ENGINES`."""
+    """Make the engine `name` over `bundle`. Raises InputError for a name that is not in `ENGINES`."""
     if name not in ENGINES:
         raise InputError(f"unknown engine {name!r}; choose one of {', '.join(ENGINES)}")
     return ENGINES[name](bundle)

@@ -1,4 +1,4 @@
-"""What an engine is, and the check of a request that all of them share."""
+"""Define the protocol of engines, and the check of a request that all of them share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hecompile.errors import WorkerError
 
 
 class Engine(Protocol):
-    """Evaluates the circuits of one bundle. Weights are read when a circuit is first used and kept.
+    """Evaluate the circuits of one bundle. Weights are read when a circuit is first used and kept.
 
     Every engine returns the same bytes for the same request; `evaluate` may be called from several threads.
     """
@@ -19,7 +19,9 @@ class Engine(Protocol):
     name: str
 
     def evaluate(self, circuit: str, planes: np.ndarray) -> np.ndarray:
-        """uint8 [upload_limbs, T, in_features] → uint8 [reply_bytes, T, out_features], exact mod 2^(8·upload_limbs).
+        """Multiply `planes` by the weight of a circuit, exactly mod 2^(8·upload_limbs).
+
+        uint8 [upload_limbs, T, in_features] → uint8 [reply_bytes, T, out_features].
 
         Raises WorkerError when the circuit is unknown or the planes do not fit it.
         """
@@ -27,7 +29,7 @@ class Engine(Protocol):
 
 
 def check_request(bundle: WorkerBundle, circuit: str, planes: np.ndarray) -> CircuitSpec:
-    """The circuit's description. Raises WorkerError naming what of the request does not fit it."""
+    """Return the description of a circuit. Raises WorkerError where the planes do not fit it."""
     spec = bundle.circuits.get(circuit)
     if spec is None:
         raise WorkerError(f"the worker bundle has no circuit {circuit!r}; it holds {len(bundle.circuits)} others")

@@ -1,9 +1,9 @@
-"""The circuits under TFHE (concrete-python): a second, independent cryptographic backend, for small linears only.
+"""Evaluate circuits under TFHE (concrete-python): a second, independent cryptographic backend, for small linears only.
 
 Each byte plane of each token is one encrypted vector; the integer linear `x @ W` runs under TFHE and the limbs are
 recombined after decryption. There is no table look-up, so no bootstrapping, and results of 32 bits fit. keygen,
 encrypt, evaluate and decrypt all happen in this process: the engine shows that the circuits mean the same under another
-scheme, it is not a way to serve. One encrypted value takes about 15 kB, hence the size limit.
+scheme, and is not for serving. One encrypted value takes about 15 kB, hence the size limit.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ MAX_WEIGHTS = 1 << 16
 """Limit on in_features · out_features: at that size one plane of one token takes about half a second."""
 
 P_ERROR = 2.0**-40
-"""TFHE decrypts rightly up to this probability per output; concrete's default of 1e-5 or so would show."""
+"""Probability per output that TFHE decrypts wrongly; concrete's default of about 1e-5 would show."""
 
 
 class ConcreteEngine:
-    """One compiled and keyed TFHE circuit per circuit, made when it is first used."""
+    """Keep a compiled and keyed TFHE circuit for each circuit of a bundle, made when it is first used."""
 
     name = "concrete"
 
@@ -61,7 +61,7 @@ class ConcreteEngine:
 
 
 def _compile(spec: CircuitSpec, weight: np.ndarray) -> fhe.Circuit:
-    """TFHE circuit of `x [in] → x @ weight [out]`, its widths taken from the inputs that reach the extremes."""
+    """Compile `x [in] → x @ weight [out]` to a TFHE circuit, as wide as the inputs that reach the extremes need."""
 
     def linear(x: np.ndarray) -> np.ndarray:
         return x @ weight

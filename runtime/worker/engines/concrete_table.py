@@ -1,10 +1,9 @@
-"""A quantised activation of a plan under TFHE (concrete-python): a table look-up by programmable bootstrapping.
+"""Look up a quantised activation under TFHE (concrete-python), by programmable bootstrapping.
 
-Every element is one ciphertext and one bootstrapping, whose result is exactly the table's entry but for a probability that
-is chosen (Chillotti et al., TFHE, eprint 2018/421; programmable: Chillotti, Joye and Paillier, eprint 2021/091). keygen,
-encrypt, evaluate and decrypt all happen in this process: the engine shows what the integer form of a plan means under
-another scheme, and what it costs, it is not a way to serve. Concrete's parameters have at least 128 bits of security,
-its default.
+Every element is one ciphertext and one bootstrapping. Its result is exactly the table's entry, but for a probability that is
+chosen (Chillotti et al., TFHE, eprint 2018/421; programmable: Chillotti, Joye and Paillier, eprint 2021/091). keygen,
+encrypt, evaluate and decrypt all happen in this process: it shows what the integer form of a plan means under another scheme
+and what it costs, and is not for serving. Concrete's parameters have at least 128 bits of security, its default.
 """
 
 from __future__ import annotations
@@ -20,15 +19,20 @@ from hecompile.errors import InputError, WorkerError
 from hecompile.runtime.worker.engines.concrete_engine import P_ERROR
 
 MAX_ELEMENTS = 1 << 12
-"""Limit on the elements of one call: at 8 bits so many take hours."""
+"""Limit on the elements of one call, which at 8 bits would take hours."""
 
 
 class EncryptedTable:
-    """The TFHE circuit of one table, compiled and keyed when it is first used.
+    """Keep the TFHE circuit of one table, compiled and keyed when it is first used.
 
-    table: its integer form. block: elements that are encrypted together. p_error: with which probability, at most, a single
-    look-up is wrong. `keygen_seconds` and `evaluate_seconds` count what was spent; `key_bytes` is the size of the
-    bootstrapping key that the evaluating side needs.
+    Args:
+        table: its integer form.
+        block: elements that are encrypted together.
+        p_error: the largest probability with which a single look-up may be wrong.
+
+    Attributes:
+        keygen_seconds, evaluate_seconds: time spent so far.
+        key_bytes: size of the bootstrapping key that the evaluating side needs.
     """
 
     def __init__(self, table: ActivationTable, block: int = 8, p_error: float = P_ERROR) -> None:
@@ -40,7 +44,9 @@ class EncryptedTable:
         self._lock = threading.Lock()
 
     def lookup(self, indices: np.ndarray) -> np.ndarray:
-        """As `ActivationTable.lookup`, on ciphertexts: integers of any shape from 0 to 2^bits - 1, to int64 of that shape.
+        """Look up integers of any shape, from 0 to 2^bits - 1, on ciphertexts; returns int64 of that shape.
+
+        The result is that of `ActivationTable.lookup`.
 
         Raises WorkerError for an index outside the table, and for more than 4096 elements.
         """
@@ -79,7 +85,7 @@ class EncryptedTable:
 
 
 def _compile(table: ActivationTable, block: int, p_error: float) -> fhe.Circuit:
-    """TFHE circuit of `x [block] → table[x] [block]`."""
+    """Compile `x [block] → table[x] [block]` to a TFHE circuit."""
     entries = fhe.LookupTable(list(table.entries))
 
     def look_up(x: np.ndarray) -> np.ndarray:

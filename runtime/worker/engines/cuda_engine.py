@@ -1,4 +1,4 @@
-"""The circuits on the int8 tensor cores of a GPU: `torch._int_mm` between two fused kernels, weights resident.
+"""Evaluate circuits on the int8 tensor cores of a GPU: `torch._int_mm` between two fused kernels, weights resident.
 
     pinned request ─▶ planes ─▶ balanced digits ─▶ _int_mm a weight digit ─▶ word, rounding, bytes ─▶ pinned reply
                       copied    one Triton kernel   cuBLASLt                  one Triton kernel        copied
@@ -7,12 +7,12 @@ Long requests go in chunks of tokens over two streams in turn, so that the copie
 the other. `_int_mm` on CUDA needs more than 16 rows, inner and outer sizes that 8 divides (`_int_mm_out_cuda` in pytorch's
 aten/src/ATen/native/cuda/Blas.cpp), and the right-hand side with its inner dimension contiguous (`test__int_mm` in its
 test_linalg.py, where the other layouts are CUBLAS_STATUS_NOT_SUPPORTED).
-The one resident copy has that layout for the circuit that was asked for first; the other direction transposes it on the
-device for each chunk: one pass over the weight, small beside the product at a thousand tokens.
+The one resident copy has that layout for the circuit that was used first; the other direction transposes it on the device
+for each chunk: one pass over the weight, small beside the product at a thousand tokens.
 
-What was run: everything but the CUDA calls themselves, by the conformance tests, on the CPU (`device="cpu"`), and the
-Triton kernels under Triton's interpreter, also compiled for sm_80 and sm_90. Nothing of it has run on a GPU, and its speed
-is unknown; there the known-answer test of every connection decides.
+The conformance tests run everything but the CUDA calls themselves, on the CPU (`device="cpu"`). The Triton kernels run under
+Triton's interpreter, and are compiled for sm_80 and sm_90. Nothing of it has run on a GPU, and its speed is unknown; there
+the known-answer test of every connection decides.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CHUNK_TOKENS = 2048
 
 
 class Kernels(Protocol):
-    """What torch_engine.py and triton_kernels.py both have."""
+    """Name the functions that torch_engine.py and triton_kernels.py both have."""
 
     def split_digits(self, planes: Tensor, rows: int, features: int) -> Tensor: ...
 
@@ -51,9 +51,16 @@ class Kernels(Protocol):
 
 
 class CudaEngine:
-    """device: "cuda", or "cpu" for tests. kernels: None takes Triton's where it is installed, else plain torch.
+    """Evaluate the circuits of one bundle on a GPU.
 
-    Raises WorkerError when there is no such device.
+    Args:
+        bundle: the circuits.
+        device: "cuda", or "cpu" for tests.
+        kernels: None takes Triton's where it is installed, else plain torch.
+        chunk_tokens: tokens whose copies and products overlap with those of the next chunk.
+
+    Raises:
+        WorkerError: there is no such device.
     """
 
     name = "torch-cuda"
@@ -98,7 +105,7 @@ class CudaEngine:
         return reply.numpy()
 
     def _product(self, planes: Tensor, spec: CircuitSpec, resident: Sequence[Tensor], transposed: bool) -> Tensor:
-        """uint8 [limbs, T, in] → uint8 [reply_bytes, T, out] on the device."""
+        """Multiply on the device: uint8 [limbs, T, in] → uint8 [reply_bytes, T, out]."""
         limbs, tokens, _ = planes.shape
         digits = self._kernels.split_digits(planes, _round_up(limbs * tokens, ROW_GRANULE), _padded(spec.in_features))
         products = []
@@ -124,7 +131,7 @@ class CudaEngine:
         return stored
 
     def _pinned(self, *shape: int) -> Tensor:
-        """uint8 in memory that the GPU copies from and to by itself; torch keeps such memory for the next request."""
+        """Allocate uint8 in memory that the GPU copies from and to by itself; torch keeps it for the next request."""
         return torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
 
     def _stream(self, number: int) -> AbstractContextManager[object]:
@@ -133,7 +140,7 @@ class CudaEngine:
         return torch.cuda.stream(self._streams()[number % 2])
 
     def _streams(self) -> list[torch.cuda.Stream]:
-        """Two for each thread that calls, so that requests of several connections overlap as well."""
+        """Return the two streams of the calling thread, so that requests of several connections overlap as well."""
         if not hasattr(self._thread, "streams"):
             self._thread.streams = [torch.cuda.Stream(), torch.cuda.Stream()]
         streams: list[torch.cuda.Stream] = self._thread.streams

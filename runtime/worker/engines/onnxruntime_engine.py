@@ -1,8 +1,8 @@
-"""The lowered circuits as they are, in ONNX Runtime on the CPU: uint8 × constant int8 is its fast exact path.
+"""Run the lowered circuits as they are in ONNX Runtime on the CPU: uint8 × constant int8 is its fast exact path.
 
-The engine that runs exactly the file that is given to the worker, on any CPU that ONNX Runtime knows: the portable one, and
-a second opinion on the others. It needs its weights as constants of each circuit and repacks them, so that forward and
-backward are two copies in memory beside their files: where that matters use vnni or torch, which serve both from one.
+This engine runs exactly the file that is given to the worker, on any CPU that ONNX Runtime supports: it is portable, and an
+independent check of the others. It needs its weights as constants of each circuit and repacks them, so that forward and
+backward are two copies in memory beside their files. Where that matters use vnni or torch, which serve both from one.
 
 On x86 without VNNI the kernel for uint8 × int8 adds two products in 16 bits, where they may saturate. There the weights are
 given as uint8 with zero point 128, the same numbers, for which the kernel is exact and slower. (The option of ONNX Runtime
@@ -29,9 +29,11 @@ _ZERO_POINT = "unsigned_zero_point"
 
 
 class OnnxRuntimeEngine:
-    """One session per circuit, made when the circuit is first used.
+    """Keep a session for each circuit, made when the circuit is first used.
 
-    threads: of each session; 0 lets ONNX Runtime take every core.
+    Args:
+        bundle: the circuits.
+        threads: threads of each session; 0 lets ONNX Runtime take every core.
     """
 
     name = "onnxruntime"
@@ -69,13 +71,13 @@ class OnnxRuntimeEngine:
 
 
 def exact_here(path: Path) -> str | bytes:
-    """What ONNX Runtime must be given to run the model at `path` exactly: its path, or another form of it, serialized."""
+    """Return a form of the model at `path` that ONNX Runtime runs exactly here: its path, or a serialised model."""
     return str(path) if signed_product_is_exact() else with_unsigned_weights(onnx.load(path))
 
 
 @cache
 def signed_product_is_exact() -> bool:
-    """Whether ONNX Runtime multiplies uint8 and constant int8 exactly on this processor: asked with extreme values."""
+    """Try with extreme values whether ONNX Runtime multiplies uint8 and constant int8 exactly on this processor."""
     weight = np.array([[127, -128, 127, -128]] * 64, dtype=np.int8)
     weight[1::2, 2:] = -128, 127
     session = onnxruntime.InferenceSession(_product_model(weight), providers=["CPUExecutionProvider"])
@@ -96,7 +98,7 @@ def _product_model(weight: np.ndarray) -> bytes:
 
 
 def with_unsigned_weights(model: onnx.ModelProto) -> bytes:
-    """The model, changed: its constant int8 factors of MatMulInteger are uint8 with zero point 128. Serialized."""
+    """Turn the constant int8 factors of MatMulInteger to uint8 with zero point 128; returns the model, serialised."""
     multiplied = {node.input[1] for node in model.graph.node if node.op_type == "MatMulInteger"}
     unsigned = set()
     for initializer in model.graph.initializer:
@@ -113,7 +115,7 @@ def with_unsigned_weights(model: onnx.ModelProto) -> bytes:
 
 @cache
 def _register_shared_allocator() -> None:
-    """Once in a process (a second time would be an error), for every session that asks for it."""
+    """Register one pool of memory for the sessions of this process; a second time would be an error."""
     memory = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )

@@ -1,5 +1,7 @@
-"""The circuits as `torch._int_mm` (int8 × int8 → int32) on the CPU: the engine for machines without AVX512-VNNI that have
-another fast product of int8 (with AVX2 alone it is exact and of no use: seventy times slower than float32).
+"""Evaluate circuits by `torch._int_mm` (int8 × int8 → int32) on the CPU.
+
+This is the engine for machines without AVX512-VNNI that have another fast product of int8. With AVX2 alone it is exact but
+of no use: seventy times slower than float32.
 
 Bytes are unsigned and `_int_mm` is signed, so the word is rewritten in balanced digits, d_l in [-128, 127] with
 Σ d_l · 2^(8l) ≡ word mod 2^(8L). On words that is `(b + 0x80808080) ^ 0x80808080` read as int8; on byte planes it is
@@ -25,7 +27,10 @@ from hecompile.runtime.worker.engines.weights import Weights
 
 
 class TorchEngine:
-    """Memory beside the mapped weights: the request and 4 · limbs · T · out_features bytes of products, and its copies."""
+    """Evaluate the circuits of one bundle in torch.
+
+    Memory beside the mapped weights: the request, 4 · limbs · T · out_features bytes of products, and copies of those.
+    """
 
     name = "torch"
 
@@ -48,16 +53,17 @@ class TorchEngine:
 
 
 def readable(array: np.ndarray) -> Tensor:
-    """The same memory as a tensor; torch has no read-only ones, the engines write into none of these."""
+    """Return a tensor over the memory of `array`. Torch has no read-only tensors; the engines write into none of these."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
 
 
 def split_digits(planes: Tensor, rows: int, features: int) -> Tensor:
-    """uint8 [L, T, in] little-endian bytes → int8 [rows, features], the digits plane after plane, padded with zeros.
+    """Rewrite bytes as digits, plane after plane, padded with zeros.
 
-    Digits are in [-128, 127] and their words equal those of the bytes mod 2^(8L). rows ≥ L·T, features ≥ in.
+    uint8 [L, T, in], little-endian → int8 [rows, features]. Digits are in [-128, 127] and their words equal those of the
+    bytes mod 2^(8L). rows ≥ L·T, features ≥ in.
     """
     limbs, tokens, used = planes.shape
     digits = balanced_digits(planes).reshape(limbs * tokens, used)
@@ -66,9 +72,10 @@ def split_digits(planes: Tensor, rows: int, features: int) -> Tensor:
 
 
 def balanced_digits(planes: Tensor) -> Tensor:
-    """uint8 [L, ...] little-endian bytes → int8 [L, ...] digits in [-128, 127], equal to them mod 2^(8L).
+    """Rewrite bytes as digits in [-128, 127] that are equal to them mod 2^(8L).
 
-    A byte of 128 or more becomes itself minus 256 and carries one into the next; the last carry is worth 2^(8L).
+    uint8 [L, ...], little-endian → int8 [L, ...]. A byte of 128 or more becomes itself minus 256 and carries one into the
+    next; the last carry is worth 2^(8L).
     """
     digits = planes.clone(memory_format=torch.contiguous_format)
     carry = planes[0] >> 7
@@ -79,9 +86,10 @@ def balanced_digits(planes: Tensor) -> Tensor:
 
 
 def recombine(products: Sequence[Tensor], limbs: int, tokens: int, out_features: int, reply_bytes: int) -> Tensor:
-    """int32 [≥ (limbs - j)·T, ≥ out_features] for each weight digit j → uint8 [reply_bytes, T, out_features].
+    """Add the products of all digits up, and round to the bytes of the reply.
 
-    The word is Σ_(j+k < limbs) products_j[plane k] · 2^(8(j+k)) mod 2^(8·limbs), rounded to its top `reply_bytes` bytes.
+    int32 [≥ (limbs - j)·T, ≥ out_features] for each weight digit j → uint8 [reply_bytes, T, out_features]. The word is
+    Σ_(j+k < limbs) products_j[plane k] · 2^(8(j+k)) mod 2^(8·limbs), rounded to its top `reply_bytes` bytes.
     """
     word = torch.zeros(tokens, out_features, dtype=torch.int32, device=products[0].device)
     for j, product in enumerate(products):

@@ -1,8 +1,8 @@
-"""The two ends of a product on the GPU, each one pass over memory: bytes to balanced digits, products to reply bytes.
+"""Turn bytes to balanced digits, and products to reply bytes, on the GPU: each in one pass over memory.
 
-Same meaning and same signatures as `split_digits` and `recombine` of torch_engine.py. Imported only where Triton is
-(CUDA builds of torch bring it). The tests run them under Triton's interpreter, on the CPU, against those two, and compile
-them for sm_80 and sm_90 (Triton 3.7.0). They have run on no GPU.
+`split_digits` and `recombine` have the meaning and the signatures of those in torch_engine.py. This module is imported only
+where Triton is installed (CUDA builds of torch bring it). The tests run both under Triton's interpreter, on the CPU, against
+torch_engine.py, and compile them for sm_80 and sm_90 (Triton 3.7.0). They have run on no GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BLOCK = 1024
 
 @triton.jit
 def _split(planes, digits, tokens, used, rows, features, LIMBS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Words of BLOCK neighbouring positions of the padded [tokens, features]; the carry stays in registers."""
+    """Rewrite words at BLOCK neighbouring positions of the padded [tokens, features]; the carry stays in registers."""
     position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     token = position // features
     feature = position % features
@@ -52,7 +52,7 @@ def _recombine(  # type: ignore[no-untyped-def]
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK neighbouring words of [tokens, columns]: shifted, summed, rounded, and out as bytes."""
+    """Shift, add and round BLOCK neighbouring words of [tokens, columns], and store them as bytes."""
     position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     token = position // columns
     column = position % columns

@@ -1,4 +1,4 @@
-"""The circuits in one fused kernel for AVX512-VNNI (`vnni_kernel`): the fastest engine where the CPU has it."""
+"""Evaluate circuits in one fused kernel for AVX512-VNNI (`vnni_kernel`), the fastest engine where the CPU has it."""
 
 from __future__ import annotations
 
@@ -21,18 +21,24 @@ PACKING_TOKENS = 10
 """Packing a panel takes about as long as multiplying so many tokens."""
 
 SMALLEST_BLOCK = 256
-"""Tokens that packing a panel must be worth."""
+"""Fewest tokens in a piece of work, so that packing its panel pays."""
 
 WORK_PER_THREAD = 10_000_000
 """Products of a weight digit and a token, packing included, that a thread is worth waking for: about 0.15 ms."""
 
 
 class VnniEngine:
-    """threads: for one request at most; 0 takes every core that this process may use.
+    """Evaluate the circuits of one bundle on several threads.
 
-    Requests from several threads at once share the pool, and each gets on with its caller's thread alone. Memory beside
-    the mapped weights: the request, the reply, and 64 · in_features bytes a weight digit and thread.
-    Raises WorkerError where the CPU has no AVX512-VNNI.
+    Requests from several threads at once share the pool; each makes progress with its caller's thread alone. Memory beside
+    the mapped weights: the request, the reply, and 64 · in_features bytes for each weight digit and thread.
+
+    Args:
+        bundle: the circuits.
+        threads: threads of one request at most; 0 takes every core that this process may use.
+
+    Raises:
+        WorkerError: the CPU has no AVX512-VNNI.
     """
 
     name = "vnni"
@@ -72,12 +78,12 @@ class VnniEngine:
 
 
 def threads_worth(weight_digits: int, tokens: int) -> int:
-    """Threads for a request; waking more would take longer than they save."""
+    """Return how many threads are worth waking for a request: more would take longer than they save."""
     return max(1, weight_digits * (tokens + PACKING_TOKENS) // WORK_PER_THREAD)
 
 
 def block_tokens(tokens: int, out_features: int, limbs: int, threads: int) -> int:
-    """Tokens of one piece of work, a multiple of the tile's: all of them, unless there are too few panels to share out."""
+    """Return the tokens of one piece of work, a multiple of the tile's: all, unless there are too few panels to share."""
     panels = -(-out_features // PANEL)
     blocks = min(-(-PIECES_PER_THREAD * threads // panels), max(tokens // SMALLEST_BLOCK, 1))
     tile = TILE_TOKENS[limbs]
@@ -85,7 +91,7 @@ def block_tokens(tokens: int, out_features: int, limbs: int, threads: int) -> in
 
 
 def aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """uint32, uninitialised, at the start of a cache line."""
+    """Allocate uint32, uninitialised, at the start of a cache line."""
     size = 4 * int(np.prod(shape))
     room = np.empty(size + CACHE_LINE, dtype=np.uint8)
     start = -room.ctypes.data % CACHE_LINE
@@ -93,7 +99,7 @@ def aligned(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _in_quads(planes: np.ndarray, quads: int) -> np.ndarray:
-    """Read-only uint8 [limbs, T, 4 · quads] in C order, padded with zeros where the features are not whole quads."""
+    """Return read-only uint8 [limbs, T, 4 · quads] in C order, padded with zeros where the features are not whole quads."""
     if planes.shape[2] != 4 * quads:
         padded = np.zeros((*planes.shape[:2], 4 * quads), dtype=np.uint8)
         padded[..., : planes.shape[2]] = planes

@@ -1,6 +1,6 @@
-"""The encrypted product on AVX512-VNNI, fused: byte planes in, reply bytes out, nothing in between reaches memory.
+"""Compute the encrypted product on AVX512-VNNI in one pass: nothing between byte planes and reply bytes reaches memory.
 
-One tile is a few tokens × 64 output features; `vnni_tile` writes its instructions and has the formula.
+The product is cut into tiles of a few tokens × 64 output features; `vnni_tile` has their formula and their instructions.
 
 The layout is that of Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (2008), with one level:
 a panel of 64 columns of the weight is packed by quads of input features so that it lies in the second-level cache, and
@@ -26,14 +26,14 @@ PACK_BLOCK = 64
 
 
 def supported() -> bool:
-    """Whether this machine has the instructions that `multiply` is made of."""
+    """Tell whether this machine has the instructions that the kernel is made of."""
     features = llvmlite.binding.get_host_cpu_features()
     return all(features.get(name, False) for name in ("avx512f", "avx512bw", "avx512vl", "avx512vnni"))
 
 
 @intrinsic
 def _fetch_add(typing_context: Any, address: Any, amount: Any) -> Any:
-    """int64 at `address` before `amount` was added to it, atomically: how threads share out the panels."""
+    """Add `amount` to the int64 at `address`, atomically, and return its value before: so threads share out the panels."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
@@ -49,10 +49,10 @@ def _quad(a: int, b: int, c: int, d: int) -> np.uint32:
 
 @njit(nogil=True, cache=True)
 def pack_panel(weight: np.ndarray, transposed: bool, first: int, valid: int, packed: np.ndarray) -> None:
-    """Columns [first, first + valid) of the right-hand side, by quads of input features; the last quad padded with zeros.
+    """Pack columns [first, first + valid) of the right-hand side by quads of input features, the last padded with zeros.
 
     weight: the bytes of int8 [in, out], or of [out, in] if `transposed`, as uint8. packed: uint32 [quads, 64]; columns
-    from `valid` on are left as they are: what they multiply into is never stored.
+    from `valid` on are left as they are, as their products are never stored.
     """
     features = weight.shape[1] if transposed else weight.shape[0]
     full = features // 4
@@ -80,10 +80,10 @@ def pack_panel(weight: np.ndarray, transposed: bool, first: int, valid: int, pac
 
 @cache
 def product_kernel(limbs: int, digits: int) -> Any:
-    """The compiled loop over panels, for words of `limbs` bytes and weights of `digits` ≤ limbs digits.
+    """Return the compiled loop over panels, for words of `limbs` bytes and weights of `digits` ≤ limbs digits.
 
     Several threads may run it on one request: each calls it with the same `counter` and its own `packed`, and when the
-    last of them returns the reply is whole. It does not hold the interpreter lock.
+    last of them returns the reply is whole. The interpreter lock is not held.
     """
     step = TILE_TOKENS[limbs]
 

@@ -7,6 +7,8 @@ the whole sum is there:
 
     word = Σ_s (Σ_(l+j=s) plane_l · W_j) · 2^(8s)        (mod 2^32, read mod 2^(8·limbs))
     reply = the top reply_bytes of word + 2^(8(limbs - reply_bytes) - 1)
+
+Numba's cache of `vnni_kernel` does not notice a change in this file: touch that one as well.
 """
 
 from __future__ import annotations
@@ -44,9 +46,12 @@ def write_tile(
     columns: Any,
     valid: Any,
 ) -> Any:
-    """One tile. limbs, digits: compile-time constants. planes: address of uint8 [limbs, tokens, features]; panel: address
-    of int8 [digits, quads, 64, 4], 64-byte aligned; reply: address of uint8 [reply_bytes, tokens, columns] plus the
-    tile's first column, of which `valid` ≤ 64 are written. The tile's tokens beyond the last repeat the last."""
+    """Compute one tile of a reply; tokens of the tile beyond the last repeat the last.
+
+    limbs, digits: compile-time constants. planes: address of uint8 [limbs, tokens, features]. panel: address of int8
+    [digits, quads, 64, 4], 64-byte aligned. reply: address of uint8 [reply_bytes, tokens, columns] plus the tile's first
+    column, of which `valid` ≤ 64 are written.
+    """
     count, digit_count = limbs.literal_value, digits.literal_value
     signature = types.void(limbs, digits, *[types.int64] * 10)
 
@@ -58,7 +63,7 @@ def write_tile(
 
 
 class _TileBuilder:
-    """Writes the instructions of one tile: `VECTORS` × (limbs · tokens) accumulators through a loop over the quads."""
+    """Write the instructions of one tile: `VECTORS` × (limbs · tokens) accumulators through a loop over the quads."""
 
     I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
     BYTES = ir.VectorType(ir.IntType(8), 4 * LANES)
@@ -83,7 +88,7 @@ class _TileBuilder:
         self.store(words, rows, reply, b.mul(tokens, columns), reply_bytes, columns, valid)
 
     def products(self, sources: list[list[ir.Value]], panel: ir.Value, quads: ir.Value) -> list[list[list[ir.Value]]]:
-        """WORDS [shift][token][vector] after the loop over the quads."""
+        """Add up the products in a loop over the quads; returns WORDS [shift][token][vector]."""
         b = self.builder
         entry, loop, after = b.block, b.append_basic_block("quads"), b.append_basic_block("recombine")
         b.branch(loop)
@@ -133,7 +138,7 @@ class _TileBuilder:
         columns: ir.Value,
         valid: ir.Value,
     ) -> None:
-        """The `valid` first of the 64 features, rounded, to each reply plane of each token."""
+        """Round the words and store the first `valid` of the 64 features in each reply plane of each token."""
         b = self.builder
         dropped = b.mul(b.sub(self.long(self.limbs), reply_bytes), self.long(8))
         # 2^(dropped - 1), and 0 where nothing is dropped.
@@ -171,7 +176,7 @@ class _TileBuilder:
         self.builder.call(function, [value, pointer, ir.Constant(self.I32, 1), mask])
 
     def concatenated(self, parts: list[ir.Value]) -> ir.Value:
-        """Four vectors of 16 bytes as one of 64, by pairs."""
+        """Join four vectors of 16 bytes to one of 64, by pairs."""
         while len(parts) > 1:
             size = 2 * parts[0].type.count
             order = ir.Constant(ir.VectorType(self.I32, size), list(range(size)))

@@ -1,4 +1,4 @@
-"""The weights of a bundle as the engines on the CPU want them: mapped from their files, one copy for both directions."""
+"""Map the weights of a bundle from their files, one copy for both directions."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import numpy as np
 from hecompile.bundles.worker import CircuitSpec, WorkerBundle
 
 COMPARED_ROWS = 256
-"""Rows compared at a time: what is read of a second copy is let go at once, and the comparison itself stays small."""
+"""Rows compared at a time, so that little of a second copy is in memory at once."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """The right-hand side of a circuit: its int8 digits, lowest first, in C order and read-only.
+    """Hold the right-hand side of a circuit.
 
-    Each is [in_features, out_features], or [out_features, in_features] if `transposed`. owner: the circuit whose file
-    they are from, itself or the other direction of its linear.
+    Attributes:
+        digits: int8, lowest first, in C order and read-only; each [in_features, out_features], or [out_features,
+            in_features] if `transposed`.
+        owner: the circuit whose file they are from, itself or the other direction of its linear.
     """
 
     digits: tuple[np.ndarray, ...]
@@ -27,12 +29,12 @@ class Weight:
 
 
 class Weights:
-    """Weights by circuit, read when first asked for and kept; may be called from several threads.
+    """Read weights when a circuit first needs them, and keep them; may be called from several threads.
 
-    `<linear>.backward` is `<linear>.forward` transposed (or the other way round, whichever is asked for first) where the
-    bundle has both and their files agree, so that only one of them stays in memory. A large weight is not copied: it is
-    the mapped file, whose pages the operating system reads when they are touched, shares between processes and may drop.
-    The files must therefore stay as they are while they are served.
+    Where the bundle has both directions of a linear and their files agree, the one that is used later is the first one
+    transposed, so that only one stays in memory. A large weight is not copied: it is the mapped file, whose pages the
+    operating system reads when they are touched, shares between processes and may drop. The files must therefore stay as
+    they are while they are served.
     """
 
     def __init__(self, bundle: WorkerBundle) -> None:

@@ -1,7 +1,7 @@
-"""A fleet of workers on Ray Serve: shards by layer range, replicas of each, placed, watched and replaced by Ray.
+"""Run a fleet of workers on Ray Serve: shards by layer range, replicas of each, placed, watched and replaced by Ray.
 
-Ray carries no ciphertext. Each replica listens on a port of its own, clients talk to it directly, and what Ray Serve answers
-over HTTP is the directory of those addresses (`hecompile.runtime.transports.directory`). So Ray's own limits on the size of
+Ray carries no ciphertext. Each replica listens on a port of its own and clients talk to it directly. Ray Serve answers over
+HTTP with the directory of those addresses (`hecompile.runtime.transports.directory`). So Ray's own limits on the size of
 messages do not matter, and Ray sees no request.
 
 Ray's own ports (dashboard, GCS, object manager) have no authentication: whoever reaches them runs code on the machines.
@@ -26,13 +26,13 @@ from hecompile.runtime.worker.shards import layer_count, shard, split_layers
 
 APPLICATION, REGISTRY = "hecompile", "hecompile-registry"
 STALE_SECONDS = 15.0
-"""A replica that has not reported for so long is not listed; it reports with every health check."""
+"""Time without a report after which a replica is not listed; it reports with every health check."""
 HEALTH_SECONDS = 3.0
 _START_SECONDS = 120.0
 
 
 class FleetFile(BaseModel):
-    """The one YAML file of `hecompile worker deploy`. Relative paths are relative to it.
+    """Hold the YAML file of `hecompile worker deploy`. Relative paths are relative to it.
 
     * `bundle`: the worker bundle, on every machine under the same path (or on shared storage).
     * `shards`: into how many layer ranges it is cut; `replicas`: how many workers of each.
@@ -59,7 +59,7 @@ class FleetFile(BaseModel):
 
 
 def load_fleet(path: Path) -> FleetFile:
-    """Raises InputError with one message that names the key, or the file that cannot be read."""
+    """Read and check a fleet's file. Raises InputError that names the key, or the file that cannot be read."""
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(document, dict):
@@ -82,24 +82,24 @@ def load_fleet(path: Path) -> FleetFile:
 
 
 class Registry:
-    """The actor that knows where the replicas are: address → when it last reported."""
+    """Keep the addresses of the replicas, and when each last reported; an actor of Ray."""
 
     def __init__(self) -> None:
         self._seen: dict[str, float] = {}
 
     def report(self, address: str) -> None:
-        """The worker at that address is well."""
+        """Note that the worker at that address is well."""
         self._seen[address] = time.monotonic()
 
     def workers(self) -> list[str]:
-        """Those that reported lately."""
+        """Return the addresses that reported within the last `STALE_SECONDS`."""
         now = time.monotonic()
         self._seen = {address: seen for address, seen in self._seen.items() if now - seen < STALE_SECONDS}
         return sorted(self._seen)
 
 
 class ShardReplica:
-    """One worker: its server in a thread, its health in Ray's hands."""
+    """Serve one worker in a thread; Ray checks its health."""
 
     def __init__(self, fleet: FleetFile, layers: tuple[int, int]) -> None:
         import ray
@@ -142,14 +142,14 @@ class ShardReplica:
         self.check_health()
 
     def check_health(self) -> None:
-        """Called by Ray: raises when the server has ended, else tells the registry that it is there."""
+        """Report to the registry; Ray calls this. Raises RuntimeError when the server has ended."""
         if not self._thread.is_alive():
             raise RuntimeError("the worker's server has ended")
         self._registry.report.remote(self._address)
 
 
 class Directory:
-    """Answers HTTP requests with where the workers are."""
+    """Answer HTTP requests with the addresses of the workers."""
 
     def __init__(self, plan_id: str) -> None:
         import ray
@@ -162,11 +162,13 @@ class Directory:
 
 
 def deploy(fleet: FleetFile) -> str:
-    """Start the fleet on the Ray cluster that this process is connected to, or on a new one of this machine; returns the
-    directory's address once every replica is up.
+    """Start the fleet; returns the address of its directory once every replica is up.
+
+    It runs on the Ray cluster that this process is connected to, or on a new one of this machine.
 
     Raises:
-        InputError: Ray is not installed, the bundle cannot be opened or cut so, or the replicas did not start.
+        InputError: Ray is not installed, the bundle cannot be opened or cut into so many shards, or the replicas did not
+            start.
     """
     try:
         import ray

@@ -1,5 +1,4 @@
-"""The worker behind Arrow Flight, the fast path of the network transports; see `hecompile.runtime.wire.flight_frames` for
-the messages.
+"""Serve a worker over Arrow Flight, the fastest network transport; see `hecompile.runtime.wire.flight_frames` for messages.
 
 gRPC serves any number of connections, with any number of requests under way on each, in threads of its own.
 """
@@ -27,18 +26,25 @@ from hecompile.runtime.worker.worker import Worker, handle
 
 LOGGER = logging.getLogger(__name__)
 MAX_REQUESTS = 64
-"""Under way at once, of all clients together; each takes a thread, and the memory of a request and its reply."""
+"""Requests under way at once, of all clients; each takes a thread, and the memory of a request and its reply."""
 
 STOP_SECONDS = 5.0
-"""How long clients may go on sending requests, or taking replies, after the server was told to stop."""
+"""Time that clients have to finish sending requests and taking replies after the server was told to stop."""
 
 
 class FlightWorkerServer:
-    """Serves one worker at `flight://host:port` or, over TLS, `flights://host:port` (port 0: any free one).
+    """Serve one worker; listens once made, and stops at the end of a `with`.
 
-    Listens once made; use it as a context manager to stop it. credentials: the certificate for `flights`, and whom to
-    serve. Raises InputError for an address that cannot be served, for credentials that do not fit it, and for one in
-    the clear that other machines can reach unless `allow_plaintext_network`.
+    Args:
+        worker: answers the requests.
+        address: `flight://host:port` or, over TLS, `flights://host:port` (port 0: any free one).
+        credentials: the certificate for `flights`, and whom to serve.
+        allow_plaintext_network: whether other machines may reach it without TLS.
+        max_message_bytes: largest frame that is accepted.
+
+    Raises:
+        InputError: the address cannot be served, `credentials` do not fit it, or other machines can reach it without TLS
+            and `allow_plaintext_network` is false.
     """
 
     def __init__(
@@ -62,12 +68,12 @@ class FlightWorkerServer:
         try:
             self._server = _service(worker, max_message_bytes, self._calls)(location, **options)
         except (OSError, ValueError, pyarrow.ArrowException, flight.FlightError) as error:
-            reason = _why_not(self._parsed) or str(error).partition(". Detail")[0]
+            reason = _bind_failure(self._parsed) or str(error).partition(". Detail")[0]
             raise InputError(f"cannot listen on {address}: {reason}; free the address or choose another") from None
 
     @property
     def address(self) -> str:
-        """The address that clients connect to, with the real port."""
+        """Return the address that clients connect to, with the real port."""
         return f"{self._parsed.scheme}://{TcpAddress(self._parsed.host, self._server.port).authority}"
 
     def __enter__(self) -> FlightWorkerServer:
@@ -88,7 +94,7 @@ class FlightWorkerServer:
 
 
 class _Calls:
-    """Counts the calls that are under way, and of them those that compute."""
+    """Count the calls under way, and those that compute."""
 
     def __init__(self) -> None:
         self.computing = 0
@@ -97,7 +103,7 @@ class _Calls:
 
     @contextlib.contextmanager
     def one(self) -> Iterator[None]:
-        """A call. Raises FlightServerError when there are too many."""
+        """Count one call. Raises FlightServerError when there are too many."""
         if not self._free.acquire(blocking=False):
             raise _refusal(f"the worker has {MAX_REQUESTS} requests under way; send fewer at a time")
         try:
@@ -107,7 +113,7 @@ class _Calls:
 
     @contextlib.contextmanager
     def compute(self) -> Iterator[None]:
-        """The part of a call that no client can draw out."""
+        """Mark the part of a call that no client can prolong."""
         with self._lock:
             self.computing += 1
         try:
@@ -119,7 +125,7 @@ class _Calls:
 
 def _service(worker: Worker, max_message_bytes: int, calls: _Calls) -> type[Any]:
     class Service(flight.FlightServerBase):
-        """What Flight clients can call."""
+        """Answer the calls of Flight clients."""
 
         def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
             with calls.one():
@@ -130,7 +136,7 @@ def _service(worker: Worker, max_message_bytes: int, calls: _Calls) -> type[Any]
                 write_frame(writer, answer)
 
         def _answer(self, descriptor: Any, reader: Any) -> Frame | str:
-            """The reply, or why there is none."""
+            """Return the reply, or why there is none."""
             try:
                 if descriptor.command != COMMAND:
                     raise WorkerError(f"unknown command; this worker answers {COMMAND.decode()}")
@@ -155,8 +161,10 @@ def _service(worker: Worker, max_message_bytes: int, calls: _Calls) -> type[Any]
 
 
 class _Gate(flight.ServerMiddlewareFactory):
-    """Lets a call begin, before anything of it is read, if it is a DoExchange whose `authorization` header holds a token
-    that is known. (Methods left to pyarrow, which refuses them as well, would send the client a traceback.)"""
+    """Refuse a call, before anything of it is read, unless it is a DoExchange with a known token.
+
+    pyarrow refuses other methods as well, but would send the client a traceback.
+    """
 
     def __init__(self, credentials: ServerCredentials) -> None:
         super().__init__()
@@ -166,13 +174,13 @@ class _Gate(flight.ServerMiddlewareFactory):
         values = headers.get("authorization", [])
         if not self._credentials.accepts(values[0] if len(values) == 1 else None):
             LOGGER.warning("refused a call without a known token")
-            raise flight.FlightUnauthenticatedError("this worker wants a bearer token that it knows")
+            raise flight.FlightUnauthenticatedError("this worker needs a bearer token that it knows")
         if info.method != flight.FlightMethod.DO_EXCHANGE:
             raise _refusal("a hecompile worker answers DoExchange and no other call")
 
 
 def _refusal(text: str) -> Exception:
-    """The text goes twice: as it is for hecompile clients, and amid what pyarrow adds to it for others."""
+    """Make the error of a refused call; it carries the text twice, once without pyarrow's additions."""
     error: Exception = flight.FlightServerError(text, extra_info=text.encode())
     return error
 
@@ -183,12 +191,12 @@ def _listening_address(address: str, credentials: ServerCredentials, allow_plain
         raise InputError(f"{address} is no address of Arrow Flight; needs flight://host:port or flights://host:port")
     check_server_access(parsed, credentials, allow_plaintext_network)
     if parsed.tls and not parsed.is_loopback and not credentials.authenticates:
-        LOGGER.warning("whoever reaches %s is served: neither tokens nor client certificates are asked for", address)
+        LOGGER.warning("everybody who reaches %s is served: neither tokens nor client certificates are required", address)
     return parsed
 
 
-def _why_not(address: TcpAddress) -> str | None:
-    """The system's reason why `address` cannot be listened on, of which gRPC says nothing."""
+def _bind_failure(address: TcpAddress) -> str | None:
+    """Return the system's reason why `address` cannot be listened on, which gRPC does not give; None where it can be."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

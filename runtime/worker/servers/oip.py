@@ -1,4 +1,4 @@
-"""A worker behind Open Inference Protocol v2 over gRPC: the socket, TLS, tokens, and how much may be under way at once."""
+"""Serve a worker by Open Inference Protocol v2 over gRPC: the socket, TLS, tokens, and limits on requests under way."""
 
 from __future__ import annotations
 
@@ -19,17 +19,26 @@ from hecompile.runtime.worker.worker import Worker
 
 LOGGER = logging.getLogger(__name__)
 THREADS = 8
-"""Requests that are computed at once; a worker has few cores, so that more would only take more memory."""
+"""Requests computed at once; a worker has few cores, so that more would only take more memory."""
 
 MAX_REQUESTS = 32
-"""Requests under way at once, those that wait for a thread included; the next is refused with RESOURCE_EXHAUSTED."""
+"""Requests under way at once, including those that wait for a thread; the next is refused with RESOURCE_EXHAUSTED."""
 
 
 class OipServer:
-    """Listens when made, serves while entered. address: `grpc://` or `grpcs://host:port` (port 0: any free one).
+    """Serve one worker; listens when made, serves while entered.
 
-    credentials: with `grpcs`, a certificate and key; with a client authority only clients that it signed for can connect,
-    with tokens every call must carry one. Raises InputError for an address that cannot be served, or must not be.
+    Args:
+        worker: answers the requests.
+        address: of scheme `grpc` or `grpcs` (port 0: any free one).
+        credentials: a certificate and key with `grpcs`. With a client authority, clients need a certificate that it signed;
+            with tokens, every call must carry one.
+        allow_plaintext_network: whether other machines may reach it without TLS.
+        max_message_bytes: largest message that is accepted.
+        max_requests: requests under way at once.
+
+    Raises:
+        InputError: the address cannot be served, or must not be.
     """
 
     def __init__(
@@ -65,7 +74,7 @@ class OipServer:
             ) from error
         self._address = TcpAddress(address.host, port, address.scheme)
         if not credentials.authenticates and not address.is_loopback:
-            LOGGER.warning("%s serves every machine: it asks for no token or client certificate", self.address)
+            LOGGER.warning("%s serves every machine: it requires no token or client certificate", self.address)
 
     def _listen(self, address: TcpAddress, credentials: ServerCredentials) -> int:
         if not credentials.tls:
@@ -78,7 +87,7 @@ class OipServer:
 
     @property
     def address(self) -> str:
-        """The address that clients connect to, with the real port."""
+        """Return the address that clients connect to, with the real port."""
         return f"{self._address.scheme}://{self._address.authority}"
 
     def __enter__(self) -> OipServer:
@@ -92,17 +101,17 @@ class OipServer:
 
 
 class _TokenCheck(grpc.ServerInterceptor):
-    """Refuses every call that carries no token which is known, before any of its message is read."""
+    """Refuse every call without a known token, before any of its message is read."""
 
     def __init__(self, credentials: ServerCredentials) -> None:
         self._credentials = credentials
 
         def refuse(_: object, context: grpc.ServicerContext) -> None:
             context.abort(
-                grpc.StatusCode.UNAUTHENTICATED, "a token that the worker knows is wanted (authorization: Bearer)"
+                grpc.StatusCode.UNAUTHENTICATED, "a token that the worker knows is needed (authorization: Bearer)"
             )
 
-        # Of the kinds of handlers the one that is called before a message is there: an unknown client fills no memory.
+        # This kind of handler is called before a message has come: an unknown client fills no memory.
         self._refusal = grpc.stream_unary_rpc_method_handler(refuse)
 
     def intercept_service(

@@ -1,5 +1,4 @@
-"""The methods of Open Inference Protocol v2 over a worker: requests to messages of `hecompile.runtime.wire.protocol`,
-and back.
+"""Answer the methods of Open Inference Protocol v2 by a worker: as messages of `hecompile.runtime.wire.protocol`.
 
 Everything is checked before it is used. An error says what is wrong with the request and holds no byte of a tensor.
 """
@@ -34,13 +33,13 @@ from hecompile.runtime.worker.worker import Worker, handle
 
 LOGGER = logging.getLogger(__name__)
 SHOWN_CHARACTERS = 80
-"""Of a name that a client made up."""
+"""Most characters of a client's text that an error repeats."""
 
 Response = TypeVar("Response")
 
 
 class _Refusal(WorkerError):
-    """A request that is answered with `code` and the text."""
+    """Refuse a request with the status `code` and a text."""
 
     def __init__(self, code: grpc.StatusCode, text: str) -> None:
         super().__init__(text)
@@ -48,7 +47,7 @@ class _Refusal(WorkerError):
 
 
 class OipService:
-    """What there is to ask of `worker`; keeps no state. Methods that are not here answer UNIMPLEMENTED."""
+    """Answer the calls of clients by `worker`; keeps no state. Methods that are not here answer UNIMPLEMENTED."""
 
     METHODS = (
         "ServerLive",
@@ -66,8 +65,10 @@ class OipService:
         self._circuits = worker.bundle.circuits
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """To be added to a gRPC server. Not those that are generated with the messages: they serialise a message,
-        where `ModelInfer` answers bytes already."""
+        """Return the handlers for a gRPC server.
+
+        The generated ones would serialise a message, while `ModelInfer` returns bytes already.
+        """
         methods = {
             name: grpc.unary_unary_rpc_method_handler(
                 getattr(self, name),
@@ -99,14 +100,14 @@ class OipService:
         return messages.ModelReadyResponse(ready=known)
 
     def ModelMetadata(self, request: messages.ModelMetadataRequest, context: grpc.ServicerContext) -> object:
-        return _answered(context, lambda: self._metadata(self._spec(request.name, request.version)))
+        return _answer(context, lambda: self._metadata(self._spec(request.name, request.version)))
 
     def ModelConfig(self, request: messages.ModelConfigRequest, context: grpc.ServicerContext) -> object:
-        return _answered(context, lambda: self._config(self._spec(request.name, request.version)))
+        return _answer(context, lambda: self._config(self._spec(request.name, request.version)))
 
     def ModelInfer(self, request: messages.ModelInferRequest, context: grpc.ServicerContext) -> object:
-        """Returns the bytes of a ModelInferResponse."""
-        return _answered(context, lambda: self._infer(request, context))
+        """Evaluate a circuit; returns the bytes of a ModelInferResponse."""
+        return _answer(context, lambda: self._infer(request, context))
 
     def _spec(self, name: str, version: str) -> CircuitSpec:
         spec = self._circuits.get(name)
@@ -137,10 +138,10 @@ class OipService:
         return response
 
     def _infer(self, request: messages.ModelInferRequest, context: grpc.ServicerContext) -> bytes:
-        asked = self._request(request)
+        message = self._request(request)
         if not context.is_active():
             raise _Refusal(grpc.StatusCode.CANCELLED, "the client left before its turn came")
-        reply = handle(asked, self._worker)
+        reply = handle(message, self._worker)
         assert isinstance(reply, EvaluateReply)
         response = messages.ModelInferResponse(
             model_name=request.model_name, model_version=MODEL_VERSION, id=request.id
@@ -150,7 +151,7 @@ class OipService:
         return with_raw_contents(response, reply.planes)
 
     def _request(self, request: messages.ModelInferRequest) -> Request:
-        """What is asked for. Raises _Refusal unless it is well-formed; that it fits the circuit is `handle`'s to say."""
+        """Read the request. Raises _Refusal unless it is well-formed; `handle` checks that it fits the circuit."""
         if PUBLIC_ROWS_PARAMETER in request.parameters and request.parameters[PUBLIC_ROWS_PARAMETER].bool_param:
             return self._setup(request)
         name = self._spec(request.model_name, request.model_version).name
@@ -185,8 +186,8 @@ class OipService:
         return SetupRequest(base)
 
 
-def _answered(context: grpc.ServicerContext, method: Callable[[], Response]) -> Response:
-    """What `method` returns; its errors become a status of the call. Neither tensors nor tracebacks are sent or logged."""
+def _answer(context: grpc.ServicerContext, method: Callable[[], Response]) -> Response:
+    """Return the result of `method`; errors become a status of the call. No tensor and no traceback is sent or logged."""
     try:
         return method()
     except _Refusal as error:

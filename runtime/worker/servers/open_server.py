@@ -1,5 +1,4 @@
-"""Servers: how requests reach `hecompile.runtime.worker.worker.handle`. Which of them serves an address is decided by its
-scheme."""
+"""Open the server for an address, by its scheme. Every server hands requests to `hecompile.runtime.worker.worker.handle`."""
 
 from __future__ import annotations
 
@@ -15,11 +14,11 @@ from hecompile.runtime.worker.worker import Worker
 
 
 class Server(Protocol):
-    """A context manager that serves while it is entered; on leaving it, requests under way are still answered."""
+    """Serve while entered as a context manager; on leaving it, requests under way are still answered."""
 
     @property
     def address(self) -> str:
-        """The address that clients connect to, with the real port."""
+        """Return the address that clients connect to, with the real port."""
         ...
 
     def __enter__(self) -> Server: ...
@@ -35,7 +34,7 @@ def open_server(
     allow_plaintext_network: bool = False,
     max_message_bytes: int = framing.MAX_MESSAGE_BYTES,
 ) -> Server:
-    """A server of `worker` on `address`, listening already. Raises InputError for an address that cannot be served."""
+    """Return a server of `worker` that listens on `address`. Raises InputError for an address that cannot be served."""
     parsed = parse_address(address)
     scheme = parsed.scheme if isinstance(parsed, TcpAddress) else "unix"
     credentials = credentials or ServerCredentials()

@@ -27,7 +27,7 @@ def serve(
 ) -> None:
     """Serve until SIGINT, SIGTERM (both only when called in the main thread) or `stop`.
 
-    ready: called once with the address that is listened on. Raises InputError as `open_server`.
+    `ready` is called once with the address that clients connect to. Raises InputError as `open_server`.
     """
     stopped = stop or threading.Event()
     previous = {}

@@ -14,11 +14,19 @@ from hecompile.runtime.worker.worker import Worker
 
 
 class WorkerServer:
-    """Serves one worker on a socket, each client in a thread of its own.
+    """Serve one worker on a socket, each client in a thread of its own.
 
-    address: `tcp://host:port` (port 0: any free one) or `unix:///path`. An address that other machines can reach is
-    refused unless `allow_plaintext_network`: ciphertexts are safe to show, but the connection has no authentication,
-    and who changes replies stops the training. Raises InputError for an address that cannot be served.
+    An address that other machines can reach is refused unless `allow_plaintext_network`. Ciphertexts are safe to show, but
+    the connection has no authentication, and whoever changes replies stops the training.
+
+    Args:
+        worker: answers the requests.
+        address: `tcp://host:port` (port 0: any free one) or `unix:///path`.
+        allow_plaintext_network: whether other machines may reach it.
+        max_message_bytes: largest frame that is accepted.
+
+    Raises:
+        InputError: the address cannot be served.
     """
 
     def __init__(
@@ -49,7 +57,7 @@ class WorkerServer:
 
     @property
     def address(self) -> str:
-        """The address that clients connect to, with the real port."""
+        """Return the address that clients connect to, with the real port."""
         if self._unix_path is not None:
             return f"unix://{self._unix_path}"
         host, port = self._server.socket.getsockname()[:2]

@@ -9,7 +9,7 @@ import pytest
 
 from hecompile.bundles.ckks import CkksPlan, open_worker, read_table
 from hecompile.bundles.client import ClientBundle
-from hecompile.bundles.kinds import BundleKind, kind_of, mistaken
+from hecompile.bundles.kinds import BundleKind, explain_mix_up, kind_of
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
 
@@ -28,7 +28,7 @@ def test_every_kind_is_known(build: Path, ckks: Path, tmp_path: Path) -> None:
     found = [kind_of(folder / half) for folder in (build, ckks) for half in ("client", "worker")]
     assert found == list(BundleKind)
     assert kind_of(build) is kind_of(ckks) is kind_of(tmp_path / "absent") is None
-    assert mistaken(build / "client", BundleKind.CLIENT) is None
+    assert explain_mix_up(build / "client", BundleKind.CLIENT) is None
     for text in ("[]", "{", '{"format": ["a"]}'):
         (tmp_path / "manifest.json").write_text(text)
         assert kind_of(tmp_path) is None
@@ -45,7 +45,7 @@ def test_a_ckks_bundle_names_the_commands_that_take_it(ckks: Path) -> None:
     client, worker = said(ClientBundle.open, ckks / "client"), said(WorkerBundle.open, ckks / "worker")
     assert client == (
         "HERE is a CKKS client bundle of `hecompile ckks export`, which `hecompile infer HERE --worker ADDRESS` takes; "
-        "a client bundle is wanted here: the directory `client` of what `hecompile export llama` wrote"
+        "a client bundle is needed here: the directory `client` of what `hecompile export llama` wrote"
     )
     assert worker.startswith("HERE is a CKKS worker bundle of `hecompile ckks export`, which `hecompile ckks serve HERE ")
     assert said(ClientBundle.open, ckks).startswith("HERE/client is a CKKS client bundle")

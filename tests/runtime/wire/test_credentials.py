@@ -95,7 +95,7 @@ def test_bad_files_are_named(folder: Path, arguments: dict[str, str], message: s
 
 def test_a_short_client_token_is_refused(folder: Path) -> None:
     (folder / "short").write_text("secret\n")
-    with pytest.raises(InputError, match="short: one token"):
+    with pytest.raises(InputError, match="short: needs one token"):
         ClientCredentials.load(token=folder / "short")
 
 

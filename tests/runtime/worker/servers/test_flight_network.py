@@ -98,7 +98,7 @@ def test_only_the_right_token_is_served(
         client = without(client, "authority", "certificate", "key")
     with open_server(worker, listen, credentials=server_side) as server:
         assert_served(server.address, client)
-        message = "does not accept this client: this worker wants a bearer token that it knows"
+        message = "does not accept this client: this worker needs a bearer token that it knows"
         assert_refused(server.address, without(client, "token"), message)
         assert_refused(server.address, dataclasses.replace(client, token=stranger[1].token), message)
         assert_served(server.address, client)
@@ -139,10 +139,10 @@ def test_other_machines_are_served_over_tls_or_when_asked_for(
         assert_served(server.address.replace("0.0.0.0", "127.0.0.1"), None)
     with open_server(worker, "flights://0.0.0.0:0", credentials=pair[0]) as server:
         assert_served(server.address.replace("0.0.0.0", "127.0.0.1"), pair[1])
-    assert "whoever reaches" not in caplog.text
+    assert "everybody who reaches" not in caplog.text
     anybody = dataclasses.replace(pair[0], client_authority=None, token_digests=())
     with open_server(worker, "flights://0.0.0.0:0", credentials=anybody):
-        assert "whoever reaches flights://0.0.0.0:0 is served" in caplog.text
+        assert "everybody who reaches flights://0.0.0.0:0 is served" in caplog.text
 
 
 def test_ipv6(worker: Worker) -> None:

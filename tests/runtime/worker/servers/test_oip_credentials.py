@@ -120,7 +120,7 @@ def test_listening_in_the_clear_for_other_machines_when_asked_for(
         transport = OipTransport(server.address.replace("0.0.0.0", "127.0.0.1"))
         assert KNOWN_ANSWER in open_connection(transport, PLAN_ID).circuits
         transport.close()
-    assert "serves every machine: it asks for no token or client certificate" in caplog.text
+    assert "serves every machine: it requires no token or client certificate" in caplog.text
 
 
 def test_credentials_that_do_not_go_with_the_address_are_refused(worker: Worker, keys: Path) -> None:
