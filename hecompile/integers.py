@@ -1,4 +1,4 @@
-"""Wide integer weights as bytes: what lets a weight of more than 8 bits run on products of 8-bit integers."""
+"""Split wide integer weights into bytes, so that they run on products of 8-bit integers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import llvmlite.binding
 import numpy as np
 
 WEIGHT_DTYPES = (np.dtype(np.int8), np.dtype(np.int16))
-"""One byte a weight, or two."""
+"""Types of a weight: one byte, or two."""
 
 MAX_INT16_WEIGHT = 127 * 256 + 127
 """Largest weight that two balanced bytes hold: 127 · 256 + 127 (int16 itself goes 128 further)."""
@@ -17,9 +17,9 @@ MAX_INT16_WEIGHT = 127 * 256 + 127
 
 @cache
 def int8_products_are_fast() -> bool:
-    """Whether `torch._int_mm` has a kernel for this processor: on x86 that wants VNNI.
+    """Return whether `torch._int_mm` has a kernel for this processor: on x86 that wants VNNI.
 
-    Without it the products are right and take some seventy times as long as in float32, measured with AVX2 alone.
+    Without one the products are right, and take some seventy times as long as in float32, measured with AVX2 alone.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
@@ -28,9 +28,12 @@ def int8_products_are_fast() -> bool:
 
 
 def balanced_bytes(weight: np.ndarray) -> tuple[np.ndarray, ...]:
-    """An int8 or int16 array as int8 digits in [-128, 127], lowest first: weight = Σ_k digit_k · 256^k.
+    """Split an int8 or int16 array into int8 digits in [-128, 127], lowest first: weight = Σ_k digit_k · 256^k.
 
-    int8 is its own only digit. Raises ValueError for another type, or an int16 value above 32639.
+    An int8 array is its own only digit.
+
+    Raises:
+        ValueError: another type, or an int16 value above 32639.
     """
     if weight.dtype == np.int8:
         return (weight,)
@@ -42,7 +45,7 @@ def balanced_bytes(weight: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def from_balanced_bytes(digits: tuple[np.ndarray, ...]) -> np.ndarray:
-    """The inverse of `balanced_bytes`."""
+    """Invert `balanced_bytes`."""
     if len(digits) == 1:
         return digits[0]
     low, high = digits

@@ -1,4 +1,4 @@
-"""The encryption scheme: RLWE with a shared public matrix, where evaluating a linear layer is one integer product.
+"""Encrypt under RLWE with a shared public matrix, where evaluating a linear layer is one integer product.
 
-`scheme` has the verbs (keygen, encrypt, evaluate, decrypt, setup); `sampling` has the only randomness.
+`scheme` has the verbs (keygen, encrypt, evaluate, decrypt, setup); `random.sampling` has the only randomness.
 """

@@ -1,4 +1,7 @@
-"""Check vectors on disk: one file per circuit, readable by its owner alone. Secret from the worker; see `verification`."""
+"""Keep check vectors on disk: one file per circuit, readable by its owner alone, secret from the worker.
+
+`verification` says what they are for.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,11 @@ def _path(directory: Path, circuit: str) -> Path:
 
 
 def write_checks(directory: Path, circuit: str, checks: Checks) -> Path:
-    """Writes `<directory>/<circuit>.npy` with mode 0600, whole or not at all; returns the path.
+    """Write `<directory>/<circuit>.npy` with mode 0600, whole or not at all, and return the path.
 
-    Raises InputError for a name that is none, OSError as files do.
+    Raises:
+        InputError: `circuit` cannot be the name of a file.
+        OSError: the file cannot be written.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = _path(directory, circuit)
@@ -35,7 +40,7 @@ def write_checks(directory: Path, circuit: str, checks: Checks) -> Path:
 
 
 class CheckStore:
-    """The check vectors of a folder, read when first asked for and kept. Safe to use from several threads."""
+    """Serve the check vectors of a folder, each read at its first use and kept. Safe to use from several threads."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -43,7 +48,11 @@ class CheckStore:
         self._lock = threading.Lock()
 
     def checks(self, circuit: str, linear: LinearParameters) -> Checks:
-        """Of that circuit. Raises InputError where the file is missing, damaged or of another circuit."""
+        """Return the check vectors of that circuit.
+
+        Raises:
+            InputError: the file is missing, damaged or of another circuit.
+        """
         with self._lock:
             if circuit not in self._checks:
                 path = _path(self._directory, circuit)

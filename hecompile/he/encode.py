@@ -1,4 +1,4 @@
-"""Real activations and gradients as integers: one scale per token, so that each token uses the whole range."""
+"""Encode real activations and gradients as integers: one scale per token, so that each token uses the whole range."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from hecompile.he.kernels.norms import SMALLEST_SCALE
 
 
 def encode(x: Tensor, bound: int, norm_bound: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Scales each token to integers as large as may be: within [-bound, bound], or of Euclidean norm up to `norm_bound`
-    (plus √n/2 of rounding), whichever admits more.
+    """Scale each token to the largest integers that the bounds admit.
+
+    They are within [-bound, bound], or of Euclidean norm up to `norm_bound` (plus √n/2 of rounding), whichever admits more.
 
     Args:
         x: float `[T, n]` of any precision.
@@ -20,7 +21,7 @@ def encode(x: Tensor, bound: int, norm_bound: float = 0.0) -> tuple[Tensor, Tens
 
     Returns:
         int32 `[T, n]` and the scale, float64 `[T, 1]`, with x = integer · scale ± scale/2. A token that is all zeros
-        (padding, a masked gradient) has scale 0 and integers 0, and so has one below 1e-307 · bound.
+        (padding, a masked gradient) has scale 0 and integers 0. So has a token below 1e-307 · bound.
 
     Raises:
         InputError: x is not a float matrix.
@@ -46,12 +47,15 @@ def encode(x: Tensor, bound: int, norm_bound: float = 0.0) -> tuple[Tensor, Tens
 
 
 def decode(y: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Integers back to reals: y · scale.
+    """Turn integers back into reals: y · scale.
 
     Args:
         y: integer `[T, n]`.
         scale: float `[T, 1]`; where it is 0 the result is exactly +0, whatever noise y holds.
         dtype: of the result.
+
+    Raises:
+        InputError: the scale does not fit y.
     """
     if scale.shape != (y.shape[0], 1):
         raise InputError(f"decode wants a scale [{y.shape[0]}, 1] for {list(y.shape)}, got {list(scale.shape)}")

@@ -1,8 +1,8 @@
-"""Encrypting reals and decrypting to reals in one pass over memory: what the client does, at speed.
+"""Encrypt reals and decrypt to reals in one pass over memory: the client's side of the scheme, at speed.
 
-The scheme is that of `scheme.py`, to the bit: a ciphertext made here is the one that `scheme.encrypt` makes of the integers
-that `encode` makes, given the same scales, secrets and errors, and `decrypt_reals` is `decode(scheme.decrypt(...))`, to the
-bit where `LinearParameters.decryption_precision` is float64 and within `SINGLE_ERROR_BOUND` where it is float32.
+The scheme is that of `scheme.py`. Given the same scales, secrets and errors, a ciphertext made here is to the bit the one
+that `scheme.encrypt` makes of the integers that `encode` makes. `decrypt_reals` is `decode(scheme.decrypt(...))`: to the
+bit where `LinearParameters.decryption_precision` is float64, within `SINGLE_ERROR_BOUND` where it is float32.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from hecompile.he.scheme import Ciphertext, DecryptionKey, blocks, keygen
 from hecompile.he.verification import GROUP, Checks, Expectation, Received
 
 _TOKENS = 2048
-"""Tokens at work at a time, a multiple of every ring_dim: a tile of them fits the second-level cache."""
+"""Tokens processed at a time, a multiple of every ring_dim: a tile of them fits the second-level cache."""
 
 _CHUNK = 2**20
-"""Words encrypted or decrypted by one call of a kernel: large against the cost of the call, small against all of it."""
+"""Words encrypted or decrypted by one call of a kernel: many against the cost of the call, few against all words."""
 
 _SHARED_FROM = 9 * 2**18
-"""Products of a number of the matrix and one of a secret, at n points, from which on threads share them. To wake one and to
-wait for it takes 0.1 to 0.3 ms, and a million of these 0.3 to 0.8: fewer are done sooner by one thread."""
+"""Products of a number of the matrix and one of a secret, at n points, from which on threads share them. Waking a thread and
+waiting for it takes 0.1 to 0.3 ms, and a million products 0.3 to 0.8: fewer are done sooner by one thread."""
 
 _PAST_CACHES = 2**20
 """Bytes of a ciphertext from which on they are written past the caches: a store to a line that no cache has reads it from
-memory first, which is what two threads wait for. Of smaller ciphertexts much is in a cache still when they are sent."""
+memory first, and two threads wait for that. A smaller ciphertext is still largely in a cache when it is sent."""
 
 
 class RealKey(DecryptionKey):
-    """A `DecryptionKey` that also knows the scale of each token, and which rows were zero and not sent."""
+    """Extend a `DecryptionKey` by the scale of each token and by which rows were zero and not sent."""
 
     __slots__ = ("expectation", "rows", "scale", "sent_rows")
 
@@ -67,12 +67,12 @@ def encrypt_reals(
     public: PublicMatrix, x: Tensor, linear: LinearParameters, column_scale: Tensor | None = None,
     checks: Checks | None = None,
 ) -> tuple[Ciphertext, RealKey]:  # fmt: skip
-    """Encrypts the rows of x that are not zero, each block of ring_dim of them under a fresh secret.
+    """Encrypt the rows of x that are not zero, each block of ring_dim of them under a fresh secret.
 
     Args:
         public: A, with at least in_features rows.
         x: float32 `[T, in_features]`.
-        linear: the circuit; each token is scaled to use all the room it has.
+        linear: the circuit; each token is scaled to use all the room that it has.
         column_scale: float `[in_features]`, to encrypt x · column_scale instead.
         checks: of the circuit, for `decrypt_reals` to verify the reply with.
 
@@ -110,7 +110,7 @@ def encrypt_reals(
     del secrets, stacked  # the key has them: no other frame does
     planes = result_of((linear.upload_limbs, len(rows), linear.in_features), np.uint8)
     if len(rows):
-        # Both before the threads, which share them: a thread that waits for others to make one could wait for ever.
+        # Made before the threads, which share them: a thread that waits for others to make one could wait for ever.
         transformed = key.secrets_extended() if params.packed else key.secrets_transformed()
         matrix = public.transformed(linear.in_features)
         for_each(
@@ -123,6 +123,7 @@ def encrypt_reals(
 
 
 def _errors(random: SecretRandom, tokens: int, part: slice) -> NDArray[np.int8]:
+    """Draw the errors of features `part`: int8 `[tokens, part]`, in this thread's memory."""
     width = part.stop - part.start
     return random.discrete_gaussian((tokens, width), scratch("error", tokens * width, np.int8))
 
@@ -161,7 +162,7 @@ def _encrypt_part(
 def decrypt_reals(
     key: RealKey, hint: Hint, reply: Tensor, linear: LinearParameters, row_scale: Tensor | None = None
 ) -> Tensor:
-    """x·Wᵀ, plus noise within `linear.noise_bound` times the token's scale; zeros for rows that were zero.
+    """Return x·Wᵀ, plus noise within `linear.noise_bound` times the token's scale; zeros for rows that were zero.
 
     Args:
         key: of the ciphertext that was evaluated.
@@ -174,8 +175,8 @@ def decrypt_reals(
         float32 `[T, out_features]`.
 
     Raises:
-        VerificationError: the reply is not the product that was asked for; nothing of it is returned.
-        WorkerError: the reply does not have the shape asked for.
+        VerificationError: the reply is not the requested product; nothing of it is returned.
+        WorkerError: the reply does not have the requested shape.
         InputError: the key, hint and circuit do not belong together.
     """
     key.check(hint, reply, linear)
@@ -201,6 +202,7 @@ def _decrypt_part(
     key: RealKey, hint: Hint, planes: Tensor, linear: LinearParameters, factors: NDArray[np.float64], result: Tensor,
     part: slice, received: Received,
 ) -> None:  # fmt: skip
+    """Decrypt features `part`, which starts at a multiple of 8, into `result`, and add to the sums of `received`."""
     params, tokens, features = key.params, key.tokens, linear.out_features
     precision = linear.decryption_precision
     ring = ring_of(params, precision)
@@ -229,14 +231,14 @@ def _decrypt_part(
 def _check_vectors(
     key: RealKey, part: slice, by_lines: Callable[[Checks], NDArray[np.int32]]
 ) -> NDArray[np.int32]:
-    """Return what the words of `part` are multiplied with for verification: int32 `[lines, rows, 64]`."""
+    """Return the factors of the words of `part` in the sums of verification: int32 `[lines, rows, 64]`."""
     if key.expectation is None:
         return np.empty((0, 0, WIDTH), np.int32)
     return by_lines(key.expectation.checks)[part.start // WIDTH :]
 
 
 def _check_sums(key: RealKey, vectors: NDArray[np.int32], piece: slice, features: int) -> CheckSums:
-    """Return sums of zero for the tokens of `piece`, with what they are made of; each check covers so many features."""
+    """Return sums of zero for the tokens of `piece`, and their factors; each check covers that many features."""
     count, expectation = piece.stop - piece.start, key.expectation
     if expectation is None:
         return CheckSums(vectors, np.zeros(count, np.int64), np.zeros((0, count, SUM_LANES), np.int32), features)
@@ -254,7 +256,7 @@ def _scratch(ring: Ring, tokens: int, precision: type[np.floating]) -> Scratch:
 
 
 def _scales(rows: Tensor, factors: NDArray[np.float64], linear: LinearParameters) -> NDArray[np.float64]:
-    """Of each row times `factors`, as `encode` chooses it: float64 `[T]`, 0 for a row of zeros.
+    """Return the scale that `encode` chooses for each row times `factors`: float64 `[T]`, 0 for a row of zeros.
 
     Raises:
         NotFiniteError: a value is infinite or NaN.
@@ -282,8 +284,8 @@ def _factors(scale: Tensor | None, features: int) -> NDArray[np.float64]:
 
 
 def _parts(features: int, tokens: int, params: RingParameters) -> list[slice]:
-    """Pieces of whole tiles, at least two where there are threads to share them and they take long enough."""
-    products = features * params.lattice_dim * math.ceil(tokens / params.ring_dim)  # of few tokens as of a whole block
+    """Cut the features into pieces of whole tiles, at least two where threads can share them and it pays."""
+    products = features * params.lattice_dim * math.ceil(tokens / params.ring_dim)  # few tokens cost what a block does
     shared = math.ceil(features / (2 if products >= _SHARED_FROM and torch.get_num_threads() > 1 else 1))
     step = max(1, min(_CHUNK // max(1, tokens), shared) // WIDTH) * WIDTH
     return slices(features, step)

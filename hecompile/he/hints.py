@@ -1,11 +1,11 @@
-"""Hints H = W·A mod q: one file per circuit, memory-mapped, read ahead of their use and let go of after it.
+"""Store hints H = W·A mod q: one file per circuit, memory-mapped, read ahead of its use and released after it.
 
-A file holds the words of a hint, or, where decryption is in float32, their float32 transform, which takes no more room and
-saves rank of the rank + 1 transforms of decrypting a block of tokens.
+A file holds the words of a hint or, where decryption is in float32, their float32 transform. The transform takes no more
+room and saves rank of the rank + 1 transforms of decrypting a block of tokens.
 
-Training visits every circuit in turn, over and over. Where the transformed hints of all of them fit in memory (once or twice
-the size of the files) they stay there; else all are streamed: the order of the last visit tells which come next, the
-operating system is asked to read those, and the pages of a hint that was used are given back. (Under such a cycle a cache
+Training visits every circuit in turn, over and over. Where the transformed hints of all circuits fit in memory (once or
+twice the size of the files), they stay there. Otherwise all are streamed: the order of the last visit tells which come
+next, the operating system is told to read those, and the pages of a used hint are given back. (Under such a cycle a cache
 that is too small to hold everything saves little: it would hit for its share of the circuits alone.)
 """
 
@@ -35,19 +35,19 @@ Precision = type[np.floating]
 _NO_WORDS = np.empty(0, dtype=np.int32)
 
 _READ_AHEAD = 4
-"""Hints asked for ahead of the one in use: the circuits of one decoder layer in one direction."""
+"""Hints that are read ahead of the one in use: the circuits of one decoder layer in one direction."""
 
 
 class Hint:
-    """The hint of one circuit: `rows` polynomials vectors of R_q^rank, eight side by side for the kernels.
+    """Hold the hint of one circuit: `rows` vectors of R_q^rank, eight side by side for the kernels.
 
     Args:
         params: the ring.
-        stored: int32, `[groups, rank · ring_dim, 8]`, perhaps memory-mapped: what `interleave` makes; or float32, its
-            transform, for decryption in float32 alone.
+        stored: int32 `[groups, rank · ring_dim, 8]`, perhaps memory-mapped, as `interleave` makes it; or its transform in
+            float32, for decryption in float32 alone.
         rows: how many of the 8 · groups rows are real.
-        keep_transformed: float64 or float32, to transform words once in that precision and keep that; None, to do so at
-            each use.
+        keep_transformed: float64 or float32, to transform words once in that precision and keep the result; None, to
+            transform them at each use.
 
     Raises:
         InputError: the shape or type does not fit the ring or the rows.
@@ -77,25 +77,37 @@ class Hint:
     def from_coefficients(
         cls, params: RingParameters, coefficients: Tensor, keep_transformed: Precision | None = None
     ) -> Hint:
-        """Of what `setup` makes: int32 `[out_features, rank · ring_dim]`."""
+        """Make a hint of what `setup` returns: int32 `[out_features, rank · ring_dim]`.
+
+        Raises:
+            InputError: it has another type or shape.
+        """
         if coefficients.dtype != torch.int32 or coefficients.dim() != 2 or len(coefficients) == 0:
             raise InputError(f"a hint is int32 [out, rank * ring_dim], got {coefficients.dtype}")
         words = interleave(coefficients).reshape(-1, coefficients.shape[1], LANES)
         return cls(params, words, len(coefficients), keep_transformed)
 
     def coefficients(self, rows: slice) -> Tensor:
-        """Some rows: int32 `[rows, rank · ring_dim]`, a copy. Raises InputError for a float32 transform."""
+        """Return some rows: int32 `[rows, rank · ring_dim]`, a copy.
+
+        Raises:
+            InputError: this is a float32 transform.
+        """
         self.check_precision(np.float64)
         start, stop, _ = rows.indices(self.rows)
         return torch.from_numpy(deinterleave(self.words, slice(start, stop), self.params.lattice_dim))
 
     def check_precision(self, precision: Precision) -> None:
-        """Raises InputError if this is a float32 transform, and `precision` is not."""
+        """Check that this hint can decrypt in `precision`.
+
+        Raises:
+            InputError: it is a float32 transform, and `precision` is not float32.
+        """
         if self.words.size == 0 and precision is not np.float32:
             raise InputError("this hint was made for decryption in float32 alone: make the bundle again")
 
     def fft(self, rows: slice) -> Tensor:
-        """Some rows as `ring.FoldedFft.forward` has them: complex128 `[rank, rows, ring_dim/2]`. Made at each call."""
+        """Transform some rows, at each call, as `ring.FoldedFft.forward` does: complex128 `[rank, rows, ring_dim/2]`."""
         shaped = self.coefficients(rows).view(-1, self.params.rank, self.params.ring_dim)
         return folded_fft(self.params).forward(shaped.transpose(0, 1))
 
@@ -107,13 +119,16 @@ def _path(directory: Path, circuit: str) -> Path:
 
 
 def write_hint(directory: Path, circuit: str, hint: Tensor, single: RingParameters | None = None) -> Path:
-    """Writes the hint of `circuit` to `<directory>/<circuit>.npy`, whole or not at all; returns the path.
+    """Write the hint of `circuit` to `<directory>/<circuit>.npy`, whole or not at all, and return the path.
 
     Args:
         directory: made if it is missing.
         circuit: its name.
-        hint: int32 `[out_features, rank · ring_dim]`, as `setup` makes it; the file has it eight rows side by side.
-        single: the ring, to write the float32 transform, for circuits that are decrypted in float32; None, the words.
+        hint: int32 `[out_features, rank · ring_dim]`, as `setup` makes it; the file has eight rows side by side.
+        single: the ring, to write the float32 transform, for circuits that are decrypted in float32; None, for the words.
+
+    Raises:
+        InputError: the hint has another type or shape, or `circuit` cannot be the name of a file.
     """
     path = _path(directory, circuit)
     if hint.dtype != torch.int32 or hint.dim() != 2 or len(hint) == 0:
@@ -128,13 +143,13 @@ def write_hint(directory: Path, circuit: str, hint: Tensor, single: RingParamete
 
 
 class HintStore:
-    """The hints of a folder, opened when first asked for. Safe to use from several threads.
+    """Serve the hints of a folder, each opened at its first use. Safe to use from several threads.
 
     Args:
         directory: where `write_hint` wrote.
-        params: the ring they were made for.
-        cache_bytes: how much memory the transformed hints of the folder may take together, at most twice their files. If
-            they need more, each is read from the mapped file at each use, and transformed if it is not.
+        params: the ring that they were made for.
+        cache_bytes: memory that the transformed hints of the folder may take together, at most twice their files. If they
+            need more, each is read from the mapped file at each use, and transformed unless the file has the transform.
     """
 
     def __init__(self, directory: Path, params: RingParameters, cache_bytes: int) -> None:
@@ -144,17 +159,17 @@ class HintStore:
         self.cached = 2 * sum(path.stat().st_size for path in files) <= cache_bytes
         self._hints: dict[str, Hint] = {}
         self._maps: dict[str, mmap.mmap] = {}
-        self._next: dict[str, str] = {}  # circuit → the one that was asked for after it
+        self._next: dict[str, str] = {}  # circuit → the one used after it
         self._last: str | None = None
         self._lock = threading.Lock()
 
     def hint(self, circuit: str, rows: int, precision: Precision = np.float64) -> Hint:
-        """The hint of `circuit`, e.g. "model.layers.0.self_attn.qkv_proj.forward", which has `rows` output features.
+        """Return the hint of `circuit`, e.g. "model.layers.0.self_attn.qkv_proj.forward", which has `rows` output features.
 
-        `precision` is that of its decryption, in which it is kept transformed if it is.
+        `precision` is that of its decryption. A hint that is kept transformed is transformed in it.
 
         Raises:
-            InputError: there is none, its file is damaged, or it belongs to another ring or circuit.
+            InputError: there is no such hint, its file is damaged, or it belongs to another ring or circuit.
         """
         with self._lock:
             if circuit not in self._hints:
@@ -173,7 +188,7 @@ class HintStore:
             return self._hints[circuit]
 
     def release(self, circuit: str) -> None:
-        """Tells that the hint has been used: its pages leave this process (and stay in the system's file cache)."""
+        """Release a hint that has been used: its pages leave this process, and stay in the system's file cache."""
         with self._lock:
             if circuit in self._maps:
                 self._maps[circuit].madvise(mmap.MADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""Parameters: an unchecked literal goes in, an immutable object that is secure and cannot overflow comes out."""
+"""Check parameters: an unchecked literal goes in, an immutable object that is secure and cannot overflow comes out."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from hecompile.he.weight_norms import WeightNorms, measure_norms
 
 LOG_Q = 32
 SINGLE_ERROR_BOUND = 55_000_000
-"""At least `rounding_error_bound` in float32, and half for rounding to an integer: larger rings are refused."""
+"""Upper bound on `rounding_error_bound` in float32, plus half for rounding to an integer: larger rings are refused."""
 
 SINGLE_ERROR_STD = 2.0**13
-"""At least the standard deviation of that error, as measured; see tests/hecompile/he/kernels/test_single_precision.py."""
+"""Upper bound on the measured standard deviation of that error: tests/hecompile/he/kernels/test_single_precision.py."""
 
 _NORM_SLACK = 1e-9
 """Far above the rounding of the float64 norms that the two sides of the comparison are made of."""
 
 
 def _can_be_packed(rank: int) -> bool:
-    """Whether there is a ring of which `rank` features share an element: see `ring.py`."""
+    """Return whether there is a ring of which `rank` features share an element: see `ring.py`."""
     odd_part = rank // (rank & -rank)
     return rank > 1 and odd_part in (1, 3)
 
 
 @dataclass
 class RingParametersLiteral:
-    """What a file or an option says; nothing is promised about it until `RingParameters.from_literal` takes it."""
+    """Hold what a file or an option says, unchecked until `RingParameters.from_literal` takes it."""
 
     ring_dim: int
     rank: int
@@ -48,17 +48,17 @@ class RingParametersLiteral:
 
 @dataclass(frozen=True)
 class RingParameters:
-    """The LWE instance: q = 2^log_q, error width sigma, and tokens along the ring_dim coefficients of a base ring.
+    """Define the LWE instance: q = 2^log_q, error width sigma, and tokens along the ring_dim coefficients of a base ring.
 
-    Not packed, it is module-LWE: rows of R_q^rank with R_q = Z_q[Y]/(Y^ring_dim + 1), each of them for one feature.
+    Not packed, it is module-LWE: rows of R_q^rank with R_q = Z_q[Y]/(Y^ring_dim + 1), one row for each feature.
 
     Packed, it is ring-LWE in dimension N = ring_dim · rank, in Z_q[X]/(X^N + 1) or, for ranks divisible by 3,
-    Z_q[X]/(X^N - X^(N/2) + 1): a ring element serves `rank` features, as what `ring.py` says of Y = X^rank. So the public
-    matrix is `rank` times smaller, and its rows, one per feature, are as before: in R_q^rank, over the base ring.
+    Z_q[X]/(X^N - X^(N/2) + 1). A ring element serves `rank` features, by Y = X^rank (`ring.py`). So the public matrix is
+    `rank` times smaller; its rows, one for each feature, are in R_q^rank over the base ring as before.
 
     Raises:
-        InputError: not a power of two, not a positive rank, a rank that no packed ring has, or so large that products are
-            not exact in float64, or further off in float32 than `SINGLE_ERROR_BOUND`.
+        InputError: ring_dim is no power of two or too small, rank is not positive or no packed ring has it, or the ring is
+            so large that products are not exact in float64, or further off in float32 than `SINGLE_ERROR_BOUND`.
         SecurityError: less than 128 bits, or an error width that the sampler does not draw.
     """
 
@@ -73,7 +73,7 @@ class RingParameters:
     def __post_init__(self) -> None:
         if not isinstance(self.ring_dim, int) or not isinstance(self.rank, int):
             raise InputError(f"ring_dim and rank must be whole numbers, got {self.ring_dim} and {self.rank}")
-        smallest = 4 if self.insecure else SMALLEST_RING_DIM  # the simple path, which tests use, can do with less
+        smallest = 4 if self.insecure else SMALLEST_RING_DIM  # the simple path, which tests use, takes smaller ones
         if self.ring_dim < smallest or self.ring_dim & (self.ring_dim - 1):
             raise InputError(f"ring_dim must be a power of two of at least {smallest}, got {self.ring_dim}")
         if self.rank < 1:
@@ -99,11 +99,11 @@ class RingParameters:
 
     @classmethod
     def from_literal(cls, literal: RingParametersLiteral) -> RingParameters:
-        """Checks a literal. There is no literal for insecure parameters, so no file can ask for them."""
+        """Check a literal. There is none for insecure parameters, so no file can ask for them."""
         return RingParameters(literal.ring_dim, literal.rank, literal.log_q, literal.sigma, literal.packed)
 
     def to_literal(self) -> RingParametersLiteral:
-        """The plain fields, to be written to a file.
+        """Return the plain fields, to be written to a file.
 
         Raises:
             SecurityError: these are insecure test parameters.
@@ -114,42 +114,42 @@ class RingParameters:
 
     @property
     def packing(self) -> int:
-        """How many features share a ring element: the rank, or 1."""
+        """Return how many features share a ring element: the rank, or 1."""
         return self.rank if self.packed else 1
 
     @property
     def lattice_dim(self) -> int:
-        """The dimension at which LWE is counted: ring_dim · rank."""
+        """Return the dimension at which LWE is counted: ring_dim · rank."""
         return self.ring_dim * self.rank
 
     @property
     def security_bits(self) -> float:
-        """Bits of security by the table in `security`."""
+        """Return the bits of security by the table in `security`."""
         return security_bits(self.lattice_dim, self.log_q, self.sigma)
 
 
 class InsecureTestParameters(RingParameters):
-    """A toy ring with no security at all. Made by `test_insecure_parameters` only; never equal to a real one."""
+    """Define a toy ring with no security at all, made by `test_insecure_parameters` only, and never equal to a real one."""
 
     insecure: ClassVar[bool] = True
 
     @property
     def security_bits(self) -> float:
-        """None."""
+        """Return 0: there is no security."""
         return 0.0
 
 
 def test_insecure_parameters(ring_dim: int = 16, rank: int = 2, packed: bool = False) -> InsecureTestParameters:
-    """A ring small enough for tests to check by hand. It hides nothing; never use it outside a test."""
+    """Make a ring small enough for tests to check by hand. It hides nothing; never use it outside a test."""
     return InsecureTestParameters(ring_dim, rank, packed=packed)
 
 
 test_insecure_parameters.__test__ = False  # type: ignore[attr-defined]  # its name would make pytest collect it
 
 # A longer ring makes the hints cheaper to transform per token; a shorter one wastes less on short sequences. 128x12, 256x6
-# and 512x3 are one ring, Z_q[X]/(X^1536 - X^768 + 1), 1024x2 and 2048x1 are Z_q[X]/(X^2048 + 1). At least 161 bits each, for
-# all secrets of a bundle share A: against 2^33 of them it is 128 still (a hybrid argument: log2 of their number less). Rings
-# of 1280 dimensions, at 133 bits, have no such margin and cost more than packed ones; older bundles may have them.
+# and 512x3 are one ring, Z_q[X]/(X^1536 - X^768 + 1); 1024x2 and 2048x1 are Z_q[X]/(X^2048 + 1). Each has at least 161 bits,
+# because all secrets of a bundle share A: for 2^33 secrets 128 bits are left (a hybrid argument: log2 of their number less).
+# Rings of 1280 dimensions, at 133 bits, have no such margin and cost more than packed ones; older bundles may have them.
 CATALOGUE: dict[str, RingParameters] = {
     f"{ring_dim}x{rank}": RingParameters(ring_dim, rank, packed=_can_be_packed(rank))
     for ring_dim, rank in ((128, 12), (256, 6), (512, 3), (1024, 2), (2048, 1))
@@ -158,11 +158,11 @@ CATALOGUE: dict[str, RingParameters] = {
 
 @dataclass(frozen=True)
 class LinearParameters:
-    """One circuit: a public int8 or int16 matrix W `[out_features, in_features]` and how many bytes go up and come down.
+    """Describe one circuit: a public int8 or int16 matrix W `[out_features, in_features]`, and the bytes of a word each way.
 
     Args:
-        upload_limbs: L, bytes per uploaded word; below 4 the client rounds b to a multiple of U = 2^(8(4-L)).
-        reply_bytes: R ≤ L, bytes per returned word; the worker rounds to a multiple of G = 2^(8(4-R)).
+        upload_limbs: L, bytes of an uploaded word; below 4, the client rounds b to a multiple of U = 2^(8(4-L)).
+        reply_bytes: R ≤ L, bytes of a returned word; the worker rounds to a multiple of G = 2^(8(4-R)).
         max_l1: largest ‖W_i‖₁ of a row.
         max_l2: largest ‖W_i‖₂ of a row.
 
@@ -196,65 +196,59 @@ class LinearParameters:
 
     @classmethod
     def from_weight(cls, weight: Tensor, upload_limbs: int = 4, reply_bytes: int = 4) -> LinearParameters:
-        """The parameters of int8 or int16 `weight [out, in]`, with its norms measured."""
+        """Make the parameters of int8 or int16 `weight [out, in]`, whose norms are measured."""
         return cls.from_norms(measure_norms(weight)[0], upload_limbs, reply_bytes)
 
     @classmethod
     def from_norms(cls, norms: WeightNorms, upload_limbs: int = 4, reply_bytes: int = 4) -> LinearParameters:
-        """The parameters of a matrix that was measured before."""
-        return cls(
-            in_features=norms.in_features,
-            out_features=norms.out_features,
-            max_l1=norms.max_l1,
-            max_l2=norms.max_l2,
-            upload_limbs=upload_limbs,
-            reply_bytes=reply_bytes,
-        )
+        """Make the parameters of a matrix that was measured before."""
+        return cls(norms.in_features, norms.out_features, norms.max_l1, norms.max_l2, upload_limbs, reply_bytes)
 
     @property
     def upload_step(self) -> int:
-        """U: ciphertext words are rounded to its multiples (1 where all 4 bytes are sent)."""
+        """Return U, to whose multiples ciphertext words are rounded: 1 where all 4 bytes are sent."""
         return 1 << (8 * (4 - self.upload_limbs))
 
     @property
     def reply_step(self) -> int:
-        """G: replies are rounded to its multiples."""
+        """Return G, to whose multiples replies are rounded."""
         return 1 << (8 * (4 - self.reply_bytes))
 
     @property
     def decryption_precision(self) -> type[np.floating]:
-        """float32 where replies are rounded to multiples of 2^16 or more, beside which its error is small, or float64.
+        """Return float32 where replies are rounded to multiples of 2^16 or more, float64 otherwise.
 
-        It takes half the time. The masks of encryption are exact always.
+        Beside such rounding the error of float32 is small, and it takes half the time. The masks of encryption are always
+        exact.
         """
         return np.float32 if self.reply_bytes <= 2 else np.float64
 
     @property
     def _decryption_error(self) -> int:
-        """Largest error of the product of hint and secret that decryption subtracts."""
+        """Return the largest error of the product of hint and secret that decryption subtracts."""
         return SINGLE_ERROR_BOUND if self.decryption_precision is np.float32 else 0
 
     @property
     def _upload_error(self) -> int:
-        """Largest |ρ| from rounding b to a multiple of U: 0 or U/2."""
+        """Return the largest |ρ| from rounding b to a multiple of U: 0 or U/2."""
         return self.upload_step // 2 if self.upload_step > 1 else 0
 
     @property
     def _reply_error(self) -> int:
-        """Largest |ρ'| from rounding a multiple of U to a multiple of G: 0 or G/2."""
+        """Return the largest |ρ'| from rounding a multiple of U to a multiple of G: 0 or G/2."""
         return self.reply_step // 2 if self.reply_step > self.upload_step else 0
 
     @property
     def noise_bound(self) -> int:
-        """Largest |decrypted - W·x| that can ever occur: max_l1 · (ERROR_BOUND + U/2) + G/2 (halves where rounded) + D.
+        """Return the largest |decrypted - W·x| that can ever occur: max_l1 · (ERROR_BOUND + U/2) + G/2 + D.
 
-        D is the largest error of decryption in float32, or 0 in float64.
+        U/2 and G/2 are 0 where nothing is rounded. D is the largest error of decryption in float32, 0 in float64.
         """
         return self.max_l1 * (ERROR_BOUND + self._upload_error) + self._reply_error + self._decryption_error
 
     @cached_property
     def room(self) -> int:
-        """How large an exact result |W_i·x| may be: every such x decrypts without overflow, whatever the secret and error.
+        """Return the largest |W_i·x| for which x decrypts without overflow, whatever the secret and the error.
 
         Proof. The client sends b' = b + ρ mod q with b = ⟨A, s⟩ + e + x, |ρ| ≤ U/2, and word = b'/U mod 2^(8L). The
         worker has Y with U·Y = W·b' mod q, and replies Y' with U·Y' = W·b' + ρ' mod q, |ρ'| ≤ G/2. As U divides q,
@@ -267,30 +261,30 @@ class LinearParameters:
 
     @cached_property
     def input_bound(self) -> int:
-        """Largest X such that every |x| ≤ X stays within `room`: |W_i·x| ≤ ‖W_i‖₁·‖x‖_∞ (Hölder)."""
+        """Return the largest X such that every |x| ≤ X stays within `room`: |W_i·x| ≤ ‖W_i‖₁·‖x‖_∞ (Hölder)."""
         return self.room // max(1, self.max_l1)
 
     @cached_property
     def norm_bound(self) -> float:
-        """Largest N such that every real x with ‖x‖₂ ≤ N, rounded to integers, stays within `room`; may be negative.
+        """Return the largest N such that real x with ‖x‖₂ ≤ N, rounded to integers, stays within `room`; may be negative.
 
-        |W_i·x| ≤ ‖W_i‖₂·‖x‖₂ (Cauchy-Schwarz), and rounding adds at most √in/2 to the norm. For weights and activations
-        that are not all of one size this admits far larger x than `input_bound`: by 0.8 · crest for Gaussian weights.
+        |W_i·x| ≤ ‖W_i‖₂·‖x‖₂ (Cauchy-Schwarz), and rounding adds at most √in/2 to the norm. Where weights and activations
+        are not all of one size, this admits far larger x than `input_bound`: by 0.8 · crest for Gaussian weights.
         """
         return (self.room / max(1.0, self.max_l2) - math.sqrt(self.in_features) / 2) * (1 - _NORM_SLACK)
 
     def admits(self, x: Tensor) -> Tensor:
-        """Which rows of integer `x [T, in]` are within `room` by one of the two inequalities: bool `[T]`."""
+        """Return which rows of integer `x [T, in]` are within `room` by one of the two inequalities: bool `[T]`."""
         largest = x.abs().amax(dim=1).double()  # [T]
         length = torch.linalg.vector_norm(x.double(), dim=1)  # [T]
         return (largest <= self.input_bound) | (length * max(1.0, self.max_l2) <= self.room)
 
     def noise_std(self, row_l2: Tensor | float) -> Tensor | float:
-        """Predicted standard deviation of decrypted - W·x in a row with ‖W_i‖₂ = `row_l2` (a number or a float tensor).
+        """Predict the standard deviation of decrypted - W·x in a row with ‖W_i‖₂ = `row_l2` (a number or a float tensor).
 
-        √((σ² + (U² - 1)/12)·‖W_i‖₂² + (G² - U²)/12): the error, and two roundings of uniform words, each uniform over
-        the multiples of the finer step within the coarser one. Decryption in float32 adds SINGLE_ERROR_STD², as if its
-        error were independent of those.
+        It is √((σ² + (U² - 1)/12)·‖W_i‖₂² + (G² - U²)/12): the error, and two roundings of uniform words, each uniform over
+        the multiples of the finer step within the coarser one. Decryption in float32 adds SINGLE_ERROR_STD² to the variance,
+        as if its error were independent of those.
         """
         error = SIGMA**2 + (self.upload_step**2 - 1) / 12
         rounding = (self.reply_step**2 - self.upload_step**2) / 12
@@ -298,9 +292,9 @@ class LinearParameters:
         return (error * row_l2**2 + rounding + decryption) ** 0.5
 
     def bytes_up(self, tokens: int) -> int:
-        """Bytes of the ciphertext of `tokens` tokens."""
+        """Return the bytes of the ciphertext of `tokens` tokens."""
         return self.upload_limbs * tokens * self.in_features
 
     def bytes_down(self, tokens: int) -> int:
-        """Bytes of the reply for `tokens` tokens."""
+        """Return the bytes of the reply for `tokens` tokens."""
         return self.reply_bytes * tokens * self.out_features

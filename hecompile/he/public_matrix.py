@@ -1,4 +1,4 @@
-"""The public matrix A: rows of R_q^rank, expanded from a public seed and transformed, one for the whole model."""
+"""Expand the public matrix A from a public seed: rows of R_q^rank, transformed, one matrix for the whole model."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from hecompile.he.ring import folded_fft, times_y
 
 
 class PublicMatrix:
-    """A ∈ R_q^(rows × rank), expanded from the seed's stream "A". What a row is does not depend on `rows`.
+    """Hold A ∈ R_q^(rows × rank), expanded from the seed's stream "A".
 
-    Row j is block j of the stream, and uniform. In a packed ring block u is a ring element a = Σ_i a_i(Y)·X^i and serves
-    m = rank rows, one in each of m groups of eight: row 8·(m·g + k) + l, where u = 8·g + l, is row k of the matrix of
-    multiplication by a,
+    Row j is block j of the stream, and uniform, however many rows there are. In a packed ring, block u is a ring element a
+    = Σ_i a_i(Y)·X^i and serves m = rank rows, one in each of m groups of eight. With u = 8·g + l, row 8·(m·g + k) + l is
+    row k of the matrix of multiplication by a,
 
         a_k, a_{k-1}, …, a_0, Y·a_{m-1}, …, Y·a_{k+1}
 
-    (`ring.py`). Blocks are expanded when first used, in order, and kept transformed: 8 · rank · ring_dim bytes each (24 MiB
-    for 2048 rows at lattice dimension 1536, 8 MiB of a packed ring of rank 3). Safe to use from several threads.
+    (`ring.py`). Blocks are expanded at their first use, in order, and kept transformed: 8 · rank · ring_dim bytes each (24
+    MiB for 2048 rows at lattice dimension 1536, 8 MiB in a packed ring of rank 3). Safe to use from several threads.
 
     Args:
         params: the ring.
@@ -39,6 +39,7 @@ class PublicMatrix:
 
     Raises:
         SecurityError: `seed` is anything but a PublicSeed.
+        InputError: there are no rows.
     """
 
     def __init__(self, params: RingParameters, seed: PublicSeed, rows: int) -> None:
@@ -57,7 +58,7 @@ class PublicMatrix:
         self._values = aligned(self._groups * LANES * params.lattice_dim, np.float64)
 
     def coefficients(self, rows: slice) -> Tensor:
-        """The coefficients of some rows, centred: int32 `[rows, rank, ring_dim]`."""
+        """Return the coefficients of some rows, centred: int32 `[rows, rank, ring_dim]`."""
         start, stop, _ = rows.indices(self.rows)
         if not self.params.packed:
             return torch.from_numpy(self._blocks(range(start, stop)))
@@ -75,7 +76,7 @@ class PublicMatrix:
         return torch.from_numpy(result)
 
     def _blocks(self, blocks: Sequence[int]) -> NDArray[np.int32]:
-        """Blocks of the stream, centred: int32 `[blocks, rank, ring_dim]`."""
+        """Expand blocks of the stream, centred: int32 `[blocks, rank, ring_dim]`."""
         shape = (self.params.rank, self.params.ring_dim)
         words = np.empty((len(blocks), *shape), dtype=np.uint32)
         for place, block in enumerate(blocks):
@@ -84,13 +85,13 @@ class PublicMatrix:
         return words.view(np.int32)
 
     def fft(self, rows: slice) -> Tensor:
-        """Some rows as `ring.FoldedFft.forward` has them: complex128 `[rank, rows, ring_dim/2]`. Made at each call."""
+        """Transform some rows, at each call, as `ring.FoldedFft.forward` does: complex128 `[rank, rows, ring_dim/2]`."""
         return folded_fft(self.params).forward(self.coefficients(rows)).transpose(0, 1)
 
     def transformed(self, rows: int) -> NDArray[np.float64]:
-        """Blocks for at least the first `rows` rows as the kernels want them: flat, `[groups, rank, ring_dim/2, 2, 8]`.
+        """Return blocks for at least the first `rows` rows, for the kernels: flat, `[groups, rank, ring_dim/2, 2, 8]`.
 
-        Read only.
+        The caller must not change them.
         """
         wanted = -(-rows // (LANES * self.params.packing))
         if wanted > self._expanded:

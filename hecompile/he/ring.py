@@ -1,4 +1,4 @@
-"""Exact products in R_q = Z_q[Y]/(Y^d + 1) or Z_q[Y]/(Y^d - Y^(d/2) + 1), q = 2^32, of 32-bit and ternary polynomials.
+"""Multiply 32-bit and ternary polynomials exactly in Z_q[Y]/(Y^d + 1) or Z_q[Y]/(Y^d - Y^(d/2) + 1), q = 2^32.
 
 With n = d/2 let ω be a root of Z² + 1 or of Z² - Z + 1, so that Y^n takes the values ω and its conjugate at the roots of the
 modulus. A real polynomial a of degree < d is determined by its values at the n roots with Y^n = ω. Where ζ^n = ω, those at
@@ -43,13 +43,13 @@ DOUBLE, SINGLE = 2.0**-53, 2.0**-24
 """Relative error of one rounding in float64 and in float32."""
 
 _ROUND_TO_INTEGER = 1.5 * 2.0**52
-"""Adding it to |v| < 2^51 rounds v to the nearest integer and leaves that integer mod 2^32 in the low mantissa word."""
+"""Number whose sum with |v| < 2^51 rounds v to the nearest integer, which is then, mod 2^32, the low mantissa word."""
 
 _ROOT_OF_THREE = math.sqrt(3)
 
 
 def times_y(polynomials: NDArray[np.int32], of_trinomial: bool) -> NDArray[np.int32]:
-    """Y·a mod 2^32 for int32 `[..., d]`: Y^d is -1, or Y^(d/2) - 1."""
+    """Return Y·a mod 2^32 for int32 `[..., d]`: Y^d is -1, or Y^(d/2) - 1."""
     result = np.roll(polynomials, 1, axis=-1)
     if of_trinomial:
         result[..., result.shape[-1] // 2] += polynomials[..., -1]
@@ -58,10 +58,10 @@ def times_y(polynomials: NDArray[np.int32], of_trinomial: bool) -> NDArray[np.in
 
 
 def rounding_error_bound(params: HasRing, unit: float = DOUBLE) -> float:
-    """Proven bound on the error of any coefficient of Σ_{k≤m} a_k·s_k before it is rounded to an integer.
+    """Return a proven bound on the error of any coefficient of Σ_{k≤m} a_k·s_k before it is rounded to an integer.
 
-    Holds for all |a| ≤ 2^31 and ternary s, however they were chosen; the product is exact where it is below 1/2. `unit` is
-    the relative error u of one rounding.
+    It holds for all |a| ≤ 2^31 and ternary s, however they were chosen; the product is exact where it is below 1/2. `unit`
+    is the relative error u of one rounding.
 
     Percival, "Rapid multiplication modulo the sum and difference of highly composite numbers", Math. Comp. 72 (2003),
     theorem 5.1: an FFT convolution of length n = 2^t is off by at most ‖a‖₂‖s‖₂·((1+u)^3t (1+u√5)^(3t+1) (1+β)^3t - 1),
@@ -71,7 +71,7 @@ def rounding_error_bound(params: HasRing, unit: float = DOUBLE) -> float:
     the pointwise product is at most n‖a‖₂‖s‖₂; and each output of the inverse is 1/n times a sum in which each term
     passed t butterflies. Here every transform has one more product, by the twist (3 × (1+u√5)(1+β)), the sum over the rank
     adds m - 1 roundings, and a is rounded once where u cannot hold it. Higher radices round no more often on any path.
-    ‖a‖₂ ≤ 2^31·√d and ‖s‖₂ ≤ √d. For β twice what correct rounding gives is granted.
+    ‖a‖₂ ≤ 2^31·√d and ‖s‖₂ ≤ √d. β is taken as twice what correct rounding gives.
 
     A packed ring has one more product, of Y and transforms of s. With the trinomial, folding and unfolding are products too
     (3 more), and not isometries: |a + ωb|² ≤ 3/2·(a² + b²), for a and for s, and from z = a + ωb come b = Im z·2/√3 and
@@ -89,7 +89,10 @@ def rounding_error_bound(params: HasRing, unit: float = DOUBLE) -> float:
 
 
 class FoldedFft:
-    """The folded FFT for one `ring_dim` (a power of two ≥ 4) and modulus. Immutable; share it through `folded_fft`."""
+    """Compute the folded FFT for one `ring_dim`, a power of two ≥ 4, and modulus.
+
+    Immutable; share it through `folded_fft`.
+    """
 
     def __init__(self, ring_dim: int, of_trinomial: bool = False) -> None:
         self.ring_dim = ring_dim
@@ -102,7 +105,7 @@ class FoldedFft:
         self._untwist = torch.polar(torch.full_like(angle, 1 / self.half), -angle)  # complex128 [d/2]
 
     def forward(self, coefficients: Tensor) -> Tensor:
-        """Integer or float64 `[..., d]` → complex128 `[..., d/2]`, the values at ζ·exp(-2πi·j/n)."""
+        """Transform integer or float64 `[..., d]` to complex128 `[..., d/2]`, the values at ζ·exp(-2πi·j/n)."""
         folded = torch.empty((*coefficients.shape[:-1], self.half, 2), dtype=torch.float64)
         folded[..., 0] = coefficients[..., : self.half]
         folded[..., 1] = coefficients[..., self.half :]
@@ -112,9 +115,9 @@ class FoldedFft:
         return torch.fft.fft(torch.view_as_complex(folded).mul_(self._twist))  # [..., d/2]
 
     def inverse(self, values: Tensor, tokens: int | None = None) -> Tensor:
-        """Complex128 `[..., d/2]` → int32 `[..., tokens]`: rounded to nearest, mod 2^32, the first `tokens` (or all d).
+        """Transform complex128 `[..., d/2]` back to int32 `[..., tokens]`: the first `tokens` coefficients, or all d.
 
-        The values before rounding must be below 2^51 in absolute value.
+        They are rounded to nearest, mod 2^32, and must be below 2^51 in absolute value before.
         """
         tokens = self.ring_dim if tokens is None else tokens
         low = min(tokens, self.half)
@@ -126,7 +129,7 @@ class FoldedFft:
         return result
 
     def inner_product(self, matrix: Tensor, vector: Tensor, tokens: int | None = None) -> Tensor:
-        """⟨M_i, s⟩ mod 2^32 for each row i: complex128 `[rank, rows, d/2]` and `[rank, d/2]` → int32 `[rows, tokens]`.
+        """Return ⟨M_i, s⟩ mod 2^32 for each row i: complex128 `[rank, rows, d/2]`, `[rank, d/2]` → int32 `[rows, tokens]`.
 
         Both are outputs of `forward`. Exact for 32-bit × ternary polynomials: see `rounding_error_bound`.
         """
@@ -134,14 +137,14 @@ class FoldedFft:
 
     @staticmethod
     def accumulate(matrix: Tensor, vector: Tensor) -> Tensor:
-        """Σ_k matrix[k] · vector[k]: complex128 `[rank, rows, d/2]` and `[rank, d/2]` → `[rows, d/2]`."""
+        """Return Σ_k matrix[k] · vector[k]: complex128 `[rank, rows, d/2]` and `[rank, d/2]` → `[rows, d/2]`."""
         total = matrix[0] * vector[0]
         for k in range(1, len(matrix)):
             total.addcmul_(matrix[k], vector[k])
         return total
 
     def _inverse_folded(self, values: Tensor) -> Tensor:
-        """Complex128 `[..., d/2]` → float64 `[..., d/2, 2]`: coefficients k and k + d/2 side by side."""
+        """Invert `forward` without rounding: float64 `[..., d/2, 2]`, coefficients k and k + d/2 side by side."""
         folded = torch.view_as_real(torch.fft.ifft(values, norm="forward").mul_(self._untwist))
         if self._trinomial:
             folded[..., 1] *= 2 / _ROOT_OF_THREE
@@ -150,7 +153,7 @@ class FoldedFft:
 
 
 def folded_fft(params: HasRing) -> FoldedFft:
-    """The shared transform of a ring."""
+    """Return the shared transform of a ring."""
     return _folded_fft(params.ring_dim, trinomial(params))
 
 
@@ -160,6 +163,6 @@ def _folded_fft(ring_dim: int, of_trinomial: bool) -> FoldedFft:
 
 
 def row_chunks(rows: int, ring_dim: int) -> list[slice]:
-    """Slices of at most 2^17 coefficients per polynomial column, so that a chunk's products stay in the cache."""
+    """Cut rows into slices of at most 2^17 coefficients per polynomial column, whose products stay in the cache."""
     step = max(1, 2**17 // ring_dim)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

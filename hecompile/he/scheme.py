@@ -1,4 +1,4 @@
-"""The scheme, in five verbs: keygen, encrypt, evaluate, decrypt, and setup (`setup.py`).
+"""Define the scheme in five verbs: keygen, encrypt, evaluate, decrypt, and setup (`setup.py`).
 
 With q = 2^32, a ring R_q of polynomials of degree < d (`ring.py`), a public matrix A of rows in R_q^m, and tokens running
 along the coefficients:
@@ -10,11 +10,12 @@ along the coefficients:
     decrypt    Y_i - ⟨H_i, s⟩[0:T] mod q, centred = W_i·(x + e)
 
 This is Regev's encryption with a shared A and a fresh secret per message (Peikert, Vaikuntanathan, Waters, CRYPTO 2008;
-Frodo, CCS 2016), used as SimplePIR (Henzinger et al., USENIX Security 2023) does, over a module lattice or, where the ring
-is packed, an ideal lattice: m rows of A are then the matrix of multiplication by one ring element a, and their m masks the
-product a·s. b and Y may travel rounded (`LinearParameters`). Nothing but b is sent: T tokens cost T words per feature.
+Frodo, CCS 2016), used as SimplePIR (Henzinger et al., USENIX Security 2023) does. The lattice is a module lattice or, where
+the ring is packed, an ideal lattice: m rows of A are then the matrix of multiplication by one ring element a, and their m
+masks the product a·s. b and Y may travel rounded (`LinearParameters`). Nothing but b is sent: T tokens cost T words per
+feature.
 
-This module works on integers, simply, and is what `fused.py` is tested against; clients use that.
+This module works on integers in the simplest way. Clients use `fused.py`, which is tested against it.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ __all__ = ["Ciphertext", "DecryptionKey", "decrypt", "encrypt", "encrypt_tokens"
 
 @dataclass(frozen=True, eq=False)
 class Ciphertext:
-    """What the worker gets: little-endian byte planes of b / U, uint8 `[upload_limbs, T, in_features]`."""
+    """Hold what the worker gets: little-endian byte planes of b / U, uint8 `[upload_limbs, T, in_features]`."""
 
     planes: Tensor
 
 
 class DecryptionKey(Unsharable):
-    """The secrets of one ciphertext. Decrypts any number of replies; cannot be copied or pickled."""
+    """Hold the secrets of one ciphertext: they decrypt any number of replies, and cannot be copied or pickled."""
 
     __slots__ = ("_secrets", "_transformed", "linear", "params", "tokens")
 
@@ -62,11 +63,11 @@ class DecryptionKey(Unsharable):
         self._transformed: dict[type[np.floating], NDArray[Any]] = {}
 
     def secret_ffts(self) -> Tensor:
-        """As `ring.FoldedFft.forward` has them: complex128 `[blocks, rank, ring_dim/2]`."""
+        """Transform the secrets as `ring.FoldedFft.forward` does: complex128 `[blocks, rank, ring_dim/2]`."""
         return folded_fft(self.params).forward(torch.from_numpy(self._secrets))
 
     def secrets_transformed(self, precision: type[np.floating] = np.float64) -> NDArray[Any]:
-        """As the kernels want them, in float64 or float32: see `kernels.transform_secrets`."""
+        """Return the secrets for the kernels, in float64 or float32, made once: see `transform.transform_secrets`."""
         if np.float64 not in self._transformed:
             self._transformed[np.float64] = transform_secrets(self._secrets, self.params)
         if precision not in self._transformed:
@@ -74,11 +75,16 @@ class DecryptionKey(Unsharable):
         return self._transformed[precision]
 
     def secrets_extended(self) -> NDArray[np.float64]:
-        """As encryption under a packed ring wants them: see `kernels.extend_secrets`. Made at each call."""
+        """Extend the secrets, at each call, for encryption under a packed ring: see `transform.extend_secrets`."""
         return extend_secrets(self.secrets_transformed(), self.params)
 
     def check(self, hint: Hint, reply: Tensor, linear: LinearParameters) -> None:
-        """Raises WorkerError for a reply of another shape than was asked for, InputError for a strange hint or circuit."""
+        """Check that hint, reply and circuit belong to this key.
+
+        Raises:
+            WorkerError: the reply does not have the requested shape.
+            InputError: the hint or the circuit is another.
+        """
         if self.linear.in_features != linear.in_features or self.linear.upload_limbs != linear.upload_limbs:
             raise InputError("this ciphertext was made for a circuit with other inputs: decrypt with that one")
         if hint.params != self.params or hint.rows != linear.out_features:
@@ -88,21 +94,21 @@ class DecryptionKey(Unsharable):
         hint.check_precision(linear.decryption_precision)
         shape = (linear.reply_bytes, self.tokens, linear.out_features)
         if reply.dtype != torch.uint8 or reply.shape != shape:
-            raise WorkerError(f"a reply of uint8 {list(shape)} was asked for, got {reply.dtype} {list(reply.shape)}")
+            raise WorkerError(f"the reply must be uint8 {list(shape)}, got {reply.dtype} {list(reply.shape)}")
 
 
 def blocks(tokens: int, ring_dim: int) -> list[slice]:
-    """Cuts tokens into blocks of at most ring_dim."""
+    """Cut tokens into blocks of at most ring_dim."""
     return [slice(start, min(start + ring_dim, tokens)) for start in range(0, tokens, ring_dim)]
 
 
 def keygen(params: RingParameters) -> OneTimeSecret:
-    """A fresh secret for one block of tokens."""
+    """Draw a fresh secret for one block of tokens."""
     return OneTimeSecret(SecretRandom(), params.rank, params.ring_dim)
 
 
 def encrypt_tokens(public: PublicMatrix, x: Tensor, linear: LinearParameters) -> tuple[Ciphertext, DecryptionKey]:
-    """Encrypts any number of tokens, each block of ring_dim of them under a fresh secret: see `encrypt`."""
+    """Encrypt any number of tokens, each block of ring_dim of them under a fresh secret: see `encrypt`."""
     _check_input(public, x, linear)
     return encrypt(public, [keygen(public.params) for _ in blocks(len(x), public.params.ring_dim)], x, linear)
 
@@ -110,12 +116,12 @@ def encrypt_tokens(public: PublicMatrix, x: Tensor, linear: LinearParameters) ->
 def encrypt(
     public: PublicMatrix, secrets: Sequence[OneTimeSecret], x: Tensor, linear: LinearParameters
 ) -> tuple[Ciphertext, DecryptionKey]:
-    """Encrypts, and spends the secrets.
+    """Encrypt integers, and spend the secrets.
 
     Args:
         public: A, with at least in_features rows.
-        secrets: one per block of ring_dim tokens, all unspent.
-        x: int32 or int64 `[T, in_features]`, each row of which `linear.admits`.
+        secrets: one for each block of ring_dim tokens, all unspent.
+        x: int32 or int64 `[T, in_features]`; `linear.admits` every row.
         linear: the circuit.
 
     Raises:
@@ -138,7 +144,7 @@ def _encrypt_with(
     x: Tensor,
     linear: LinearParameters,
 ) -> tuple[Ciphertext, DecryptionKey]:
-    """The deterministic core: secrets int8 `[rank, ring_dim]` per block, error int8 `[T, in]`, x integer `[T, in]`."""
+    """Encrypt deterministically: secrets int8 `[rank, ring_dim]` per block, error int8 `[T, in]`, x integer `[T, in]`."""
     params = public.params
     fft = folded_fft(params)
     key = DecryptionKey(params, linear, len(x), np.stack(secrets))
@@ -152,7 +158,7 @@ def _encrypt_with(
 
 
 def evaluate(weight: Tensor, planes: Tensor, linear: LinearParameters) -> Tensor:
-    """What a worker computes, exactly and without haste: the reference that engines are tested against.
+    """Compute what a worker computes, exactly and simply: the reference that engines are tested against.
 
     Args:
         weight: int8 or int16 `[out, in]`.
@@ -161,6 +167,9 @@ def evaluate(weight: Tensor, planes: Tensor, linear: LinearParameters) -> Tensor
 
     Returns:
         uint8 `[reply_bytes, T, out]`: the top bytes of W·word mod 2^(8·upload_limbs), rounded to nearest.
+
+    Raises:
+        InputError: the weight or the planes do not have the circuit's type or shape.
     """
     if weight.shape != (linear.out_features, linear.in_features) or weight.dtype not in (torch.int8, torch.int16):
         raise InputError(f"the weight must be int8 or int16 [{linear.out_features}, {linear.in_features}]")
@@ -174,7 +183,7 @@ def evaluate(weight: Tensor, planes: Tensor, linear: LinearParameters) -> Tensor
 
 
 def decrypt(key: DecryptionKey, hint: Hint, reply: Tensor, linear: LinearParameters) -> Tensor:
-    """W·x plus noise within `linear.noise_bound`.
+    """Return W·x plus noise within `linear.noise_bound`.
 
     Args:
         key: of the ciphertext that was evaluated.
@@ -186,7 +195,7 @@ def decrypt(key: DecryptionKey, hint: Hint, reply: Tensor, linear: LinearParamet
         int64 `[T, out_features]`, centred.
 
     Raises:
-        WorkerError: the reply does not have the shape asked for.
+        WorkerError: the reply does not have the requested shape.
         InputError: the key, hint and circuit do not belong together.
     """
     key.check(hint, reply, linear)
@@ -215,14 +224,14 @@ def _check_input(public: PublicMatrix, x: Tensor, linear: LinearParameters) -> N
 
 
 def _top_bytes(words: Tensor, count: int, step: int) -> Tensor:
-    """Rounds int32 words mod 2^32 to multiples of `step` = 2^(8(4-count)), ties up: uint8 `[count, *words.shape]`."""
+    """Round int32 words mod 2^32 to multiples of `step` = 2^(8(4-count)), ties up: uint8 `[count, *words.shape]`."""
     rounded = words + step // 2 if step > 1 else words
     split = rounded.contiguous().view(torch.uint8).view(*words.shape, 4)[..., 4 - count :]
     return split.permute(2, 0, 1).contiguous()
 
 
 def _from_top_bytes(planes: Tensor) -> Tensor:
-    """Reads byte planes `[count, T, n]` as the top bytes of words mod 2^32: int32 `[T, n]`."""
+    """Read byte planes `[count, T, n]` as the top bytes of words mod 2^32: int32 `[T, n]`."""
     words = torch.zeros(planes.shape[1:], dtype=torch.int32)
     for index, plane in enumerate(planes.flip(0)):  # the top byte first
         words |= plane.to(torch.int32) << (24 - 8 * index)

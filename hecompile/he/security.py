@@ -1,4 +1,4 @@
-"""How many bits of security a lattice dimension, modulus and error width give: measured points, never a fit.
+"""Tell the bits of security of a lattice dimension, modulus and error width from estimated points, never from a fit.
 
 Each entry is the minimum over the `usvp`, `bdd` and `dual_hybrid` attacks that the lattice-estimator
 (https://github.com/malb/lattice-estimator, at HEAD; Albrecht, Player, Scott, "On the concrete hardness of Learning with
@@ -16,13 +16,13 @@ from hecompile.errors import SecurityError
 MINIMUM_BITS = 128.0
 
 AMPLE_BITS = 160.0
-"""Of one secret. All secrets of a bundle share A, and k of them cost log2 k bits: this leaves 128 after 2^32. More does not
-count as better."""
+"""Bits of one secret that are enough. All secrets of a bundle share A, and k of them cost log2 k bits: this leaves 128 bits
+after 2^32. More does not count as better."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One estimated point: LWE with dimension `lattice_dim`, modulus 2^`log_q` and error standard deviation `sigma`."""
+    """Record one estimate: LWE with dimension `lattice_dim`, modulus 2^`log_q` and error standard deviation `sigma`."""
 
     lattice_dim: int
     log_q: int
@@ -44,10 +44,10 @@ ESTIMATES: tuple[Estimate, ...] = (
 
 
 def security_bits(lattice_dim: int, log_q: int, sigma: float) -> float:
-    """Bits of security that the table vouches for.
+    """Return the bits of security that the table vouches for.
 
-    Hardness grows with the dimension and the error and falls with the modulus, so a point is at least as hard as every
-    entry that it dominates (dimension and sigma no smaller, modulus no larger); the best of those is returned.
+    Hardness grows with the dimension and the error and falls with the modulus. So a point is at least as hard as every entry
+    that it dominates (dimension and sigma no smaller, modulus no larger). The best of those is returned.
 
     Raises:
         SecurityError: the point dominates no entry, so nothing is known about it.

@@ -1,7 +1,7 @@
-"""Setup: the hint H = W·A mod 2^32, exactly, as integer matrix products of bytes where the machine does them right and fast.
+"""Make the hint H = W·A mod 2^32 exactly, by products of bytes where the machine computes them right and fast.
 
-Hints cost what `rank · ring_dim` tokens cost on the worker, forward and backward, through every frozen linear. So what the
-circuits of a model share is made once (`PreparedMatrix`: A and its digits), and nothing between the products allocates.
+Hints cost what `rank · ring_dim` tokens cost on the worker, forward and backward, through every frozen linear. So A and its
+digits, which the circuits of a model share, are made once (`PreparedMatrix`), and nothing between the products allocates.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ is large enough that a product does not spend its time on packing A, and keeps t
 
 
 class PreparedMatrix:
-    """A for the setup of many circuits: the balanced base-256 digits of its rows, expanded when first used and kept.
+    """Prepare A for the setup of many circuits: the balanced base-256 digits of its rows, expanded at first use and kept.
 
-    Takes 4 · rank · ring_dim bytes per row that was used: 100 MB for 16384 rows at lattice dimension 1536. Not for several
-    threads at once: the products inside use every core.
+    It takes 4 · rank · ring_dim bytes per row that was used: 100 MB for 16384 rows at lattice dimension 1536. Not for
+    several threads at once: the products inside use every core.
     """
 
     def __init__(self, public: PublicMatrix) -> None:
@@ -38,7 +38,7 @@ class PreparedMatrix:
         self._product = torch.empty((_CHUNK_OUT, self._lattice_dim), dtype=torch.int32)
 
     def setup(self, weight: Tensor) -> Tensor:
-        """The hint of a circuit: H = W·A mod q.
+        """Return the hint of a circuit: H = W·A mod q.
 
         Args:
             weight: int8 or int16 `[out, in]`, with in ≤ 32768 and in ≤ public.rows.
@@ -87,12 +87,12 @@ class PreparedMatrix:
 
 
 def setup(weight: Tensor, public: PublicMatrix) -> Tensor:
-    """The hint of one circuit; see `PreparedMatrix.setup`, which is what many circuits should share."""
+    """Return the hint of one circuit; for many circuits use `PreparedMatrix.setup` of one `PreparedMatrix`."""
     return PreparedMatrix(public).setup(weight)
 
 
 def multiply_in_float64(weight: Tensor, matrix: Tensor) -> Tensor:
-    """W·M mod 2^32 for int8 `[out, in]` and int32 `[in, n]`: int32 `[out, n]`, exact for in ≤ 32768 on any machine.
+    """Return W·M mod 2^32 for int8 `[out, in]` and int32 `[in, n]`: int32 `[out, n]`, exact for in ≤ 32768 on any machine.
 
     Every partial sum, in any order, is an integer of at most 128 · 2^31 · in ≤ 2^53, which float64 holds exactly.
     """
@@ -100,14 +100,14 @@ def multiply_in_float64(weight: Tensor, matrix: Tensor) -> Tensor:
 
 
 def multiply_by_limbs(weight: Tensor, matrix: Tensor) -> Tensor:
-    """The same by four int8 products; many times as fast with AVX512-VNNI."""
+    """Return what `multiply_in_float64` does, by four int8 products; many times as fast with AVX512-VNNI."""
     total = torch.zeros((weight.shape[0], matrix.shape[1]), dtype=torch.int32)
     add_limb_products(weight, balanced_limbs(matrix), total)
     return total
 
 
 def balanced_limbs(matrix: Tensor) -> Tensor:
-    """The digits M_l in [-128, 127] of M = Σ_l 2^(8l) · M_l mod 2^32: int32 `[in, n]` → int8 `[4, in, n]`.
+    """Return the digits M_l in [-128, 127] of M = Σ_l 2^(8l) · M_l mod 2^32: int32 `[in, n]` → int8 `[4, in, n]`.
 
     Adding 0x80808080 carries as balanced digits need, and the exclusive or takes the 0x80 away from each byte. The top
     carry is a multiple of 2^32.
@@ -120,7 +120,7 @@ def balanced_limbs(matrix: Tensor) -> Tensor:
 def add_limb_products(
     weight: Tensor, limbs: Tensor, total: Tensor, place: int = 0, product: Tensor | None = None
 ) -> None:
-    """total += 2^(8 · place) · W·M mod 2^32, in place, for M = Σ_l 2^(8l) · limbs[l].
+    """Add 2^(8 · place) · W·M mod 2^32 to `total`, in place, for M = Σ_l 2^(8l) · limbs[l].
 
     A product's 32-bit sums are at most 128 · 128 · in ≤ 2^29, so nothing overflows before the multiplication by 2^(8l),
     which wraps mod 2^32 as wanted; terms of 2^32 and above vanish.
@@ -141,7 +141,7 @@ def add_limb_products(
 
 @cache
 def limb_product_is_exact() -> bool:
-    """Whether int8 products are exact here: some x86 kernels without VNNI saturate when two products are added."""
+    """Return whether int8 products are exact here: some x86 kernels without VNNI saturate when two products are added."""
     weight = torch.tensor([[-128] * 64, [127] * 64, [-128, 127] * 32, [-127, -128] * 32], dtype=torch.int8)
     extremes = torch.tensor([-(2**31), 2**31 - 1, 0x7F7F7F7F, 0x80808080 - 2**32, -1, 0], dtype=torch.int32)
     matrix = extremes.repeat(64, 4)[:, :17].contiguous()  # 17 columns: a vector kernel's remainder too

@@ -1,4 +1,4 @@
-"""Norms of the rows of an integer matrix: what bounds, precision and noise of its circuit depend on."""
+"""Measure the norms of the rows of an integer matrix, on which bounds, precision and noise of its circuit depend."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NORM_CHUNK = 2**18
 
 @dataclass(frozen=True)
 class WeightNorms:
-    """Everything about an integer matrix `[out_features, in_features]` that bounds and precision depend on.
+    """Hold all that bounds and precision depend on of an integer matrix `[out_features, in_features]`.
 
     Attributes:
         max_l1: largest ‖W_i‖₁ of a row.
@@ -32,9 +32,12 @@ class WeightNorms:
 
 
 def measure_norms(weight: Tensor) -> tuple[WeightNorms, WeightNorms]:
-    """Norms of the rows of int8 or int16 `weight [out, in]`, and of its columns (the rows of its transpose), in one pass.
+    """Measure the rows of int8 or int16 `weight [out, in]`, and its columns (the rows of its transpose), in one pass.
 
-    Exact: float64 holds every sum of up to 2^23 squares of int16. Raises InputError on another type or rank.
+    The result is exact: float64 holds every sum of up to 2^23 squares of int16.
+
+    Raises:
+        InputError: the weight has another type or rank, or is empty.
     """
     if weight.dtype not in (torch.int8, torch.int16) or weight.dim() != 2 or 0 in weight.shape:
         raise InputError(f"a weight is int8 or int16 [out, in], got {weight.dtype} {list(weight.shape)}")
@@ -56,7 +59,7 @@ def measure_norms(weight: Tensor) -> tuple[WeightNorms, WeightNorms]:
 
 
 def _norms(in_features: int, sums: Tensor) -> WeightNorms:
-    """From float64 `[2, out]`: ‖W_i‖₁ and ‖W_i‖₂²."""
+    """Summarise float64 `[2, out]`: ‖W_i‖₁ and ‖W_i‖₂² of each row."""
     magnitudes, squares = sums
     return WeightNorms(
         in_features=in_features,

@@ -1,7 +1,7 @@
-"""The compiled part of `aggregation.py`: masks ⟨A, s⟩ of eight rows of A at a time, straight from the public stream.
+"""Compute the masks ⟨A, s⟩ of aggregation, eight rows of A at a time, straight from the public stream.
 
-The words of a group are read in the order in which the kernels hold them, `[rank, ring_dim, 8]`: A is uniform, so this
-order is as good as any, and neither A nor the masks are ever put into another one.
+The words of a group are read in the order in which the kernels hold them, `[rank, ring_dim, 8]`. A is uniform, so this order
+is as good as any, and neither A nor the masks are ever put into another one.
 """
 
 # mypy: disallow-untyped-defs = False
@@ -34,9 +34,9 @@ def _mask_group(ring, words, secret, values, work, mask):
 
 
 def masks(params: RingParameters, stream: PublicStream, secret: NDArray[np.float64], count: int) -> NDArray[np.int32]:
-    """The first `count` coordinates of ⟨A, s⟩ mod 2^32: int32 `[count]`.
+    """Return the first `count` coordinates of ⟨A, s⟩ mod 2^32: int32 `[count]`.
 
-    Coordinate 8·d·g + 8·c + l is coefficient c of row 8·g + l of A. `secret` comes from `kernels.transform_secrets`.
+    Coordinate 8·d·g + 8·c + l is coefficient c of row 8·g + l of A. `secret` comes from `transform.transform_secrets`.
     """
     size, ring = LANES * params.ring_dim, ring_of(params)
     groups = -(-count // size)

@@ -1,4 +1,4 @@
-"""Choose and bound what all clients of a sum agree on: security, the range of values, and room without overflow.
+"""Check what all clients of a sum agree on: security, the range of values, and room without overflow.
 
 |x| ≤ `integer_bound` = ⌊(2^31 - 1 - noise_bound(K)) / K⌋ for K = max_clients, so the sum over any K clients
 or fewer is within (-q/2, q/2). `noise_bound` adds the largest values of everything that is random or rounded; it holds
@@ -20,17 +20,17 @@ from hecompile.he.ring import rounding_error_bound
 from hecompile.he.security import MINIMUM_BITS, security_bits
 
 SAMPLES = 4
-"""How many samples of width SIGMA a coordinate of a key or an error is the sum of; √SAMPLES · SIGMA is its width."""
+"""Number of samples of width SIGMA whose sum is a coordinate of a key or an error, of width √SAMPLES · SIGMA."""
 SMALL_BOUND = SAMPLES * ERROR_BOUND
-"""Largest absolute value of such a coordinate."""
+"""Largest absolute value of a coordinate of a key or an error."""
 CLIENT_LIMIT = 128
-"""Most clients: their keys' sum must stay within half of the field that its shares live in
+"""Most clients: the sum of their keys must stay within half of the field that its shares live in
 (`runtime/federation/protocol/shamir.py`)."""
 
 
 @dataclass(frozen=True)
 class AggregationParameters:
-    """What all clients of a sum agree on.
+    """Hold what all clients of a sum agree on, validated.
 
     Args:
         max_clients: K, how many ciphertexts may be added.
@@ -63,7 +63,7 @@ class AggregationParameters:
 
     @property
     def security_bits(self) -> float:
-        """By the project's table at half the width of the secrets, less log2(max_clients); see above."""
+        """Return the bits of the project's table at half the width of the secrets, less log2(max_clients); see `scheme`."""
         if self.ring.insecure:
             return 0.0
         width = math.sqrt(SAMPLES) * SIGMA / 2
@@ -71,15 +71,15 @@ class AggregationParameters:
 
     @property
     def step(self) -> int:
-        """U: ciphertext words are rounded to its multiples."""
+        """Return U, to whose multiples ciphertext words are rounded."""
         return 1 << (8 * (4 - self.upload_bytes))
 
     def noise_bound(self, clients: int) -> int:
-        """Largest |opened - Σ x| that can occur over `clients` ciphertexts.
+        """Return the largest |opened - Σ x| that can occur over `clients` ciphertexts.
 
-        Each adds its error, half a step of rounding and what its float64 product may be off by; the product with the sum of
-        the keys adds the last of these once more. The products' bound is the ring's, times the norm of a key whose
-        coordinates are all SMALL_BOUND over that of a ternary one; in practice they are exact.
+        Each adds its error, half a step of rounding and the error of its float64 product. The product with the sum of the
+        keys adds the last of these once more. The products' bound is the ring's, times the norm of a key whose coordinates
+        are all SMALL_BOUND over that of a ternary one; in practice they are exact.
         """
         product = math.floor(rounding_error_bound(self.ring) * SMALL_BOUND + 0.5)
         rounding = self.step // 2 if self.step > 1 else 0
@@ -87,20 +87,20 @@ class AggregationParameters:
 
     @property
     def integer_bound(self) -> int:
-        """Largest |x| of a coordinate that a client may encrypt."""
+        """Return the largest |x| of a coordinate that a client may encrypt: see above."""
         return (2 ** (LOG_Q - 1) - 1 - self.noise_bound(self.max_clients)) // self.max_clients
 
     @property
     def scale(self) -> float:
-        """Integer steps per unit of a real value."""
+        """Return the integer steps per unit of a real value."""
         return self.integer_bound / self.value_range
 
     def value_error(self, clients: int) -> float:
-        """Largest error of a sum of reals over `clients` clients: noise, and half a step of quantisation each."""
+        """Return the largest error of a sum of reals over `clients` clients: noise, and half a step of quantisation each."""
         return (self.noise_bound(clients) + 0.5 * clients) / self.scale
 
     def quantise(self, values: NDArray[np.float32] | NDArray[np.float64]) -> NDArray[np.int32]:
-        """Reals → integers, rounded to nearest: int32 `[n]`.
+        """Turn reals into integers, rounded to nearest: int32 `[n]`.
 
         Raises:
             FederationError: a value is not finite, or beyond `value_range`.
@@ -121,5 +121,5 @@ class AggregationParameters:
         return np.rint(flat.astype(np.float64) * self.scale).astype(np.int32)
 
     def to_reals(self, sums: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Opened sums of integers → sums of reals."""
+        """Turn opened sums of integers into sums of reals."""
         return sums / self.scale

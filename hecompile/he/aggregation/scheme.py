@@ -1,4 +1,4 @@
-"""Sums of encrypted vectors that open with the sum of the keys, and with nothing less.
+"""Add encrypted vectors so that their sum opens with the sum of the keys, and with nothing less.
 
     keygen    s_k ← χ^(rank·d), e_k ← χ^N             for client k and one round, never again; χ a discrete Gaussian
     encrypt   b_k = ⟨A, s_k⟩ + e_k + x_k mod q         A ∈ R_q^(rows × rank) from the public seed of the round
@@ -7,11 +7,11 @@
 
 This is Regev's encryption with a shared A and a fresh key per message (`scheme.py`), whose keys add as its ciphertexts do:
 the form of LERNA (Li et al., 2023) and Willow (Bell-Clark et al., ePrint 2024/936). How the sum of the keys comes out
-without any single key is the business of `runtime/federation`.
+without any single key is the business of `runtime/federation`. `parameters.py` has the bounds on noise and overflow.
 
 **What opening reveals.** Besides Σ x_k it reveals S = Σ s_k and, as the sum of plaintexts is then known, E = Σ e_k. With two
-honest clients the second one's message is A·S + E + x_1 + x_2 - b_1, so that all rests on the first one's, an LWE sample
-given the hints s_1 + s_2 and e_1 + e_2 (ternary secrets would not do: a sum of ±2 gives both away). For discrete Gaussian
+honest clients the second one's message is A·S + E + x_1 + x_2 - b_1, so all rests on the first one's, an LWE sample given
+the hints s_1 + s_2 and e_1 + e_2 (ternary secrets would not do: a sum of ±2 gives both away). For discrete Gaussian
 secrets and errors of width σ this is Hint-MLWE with one hint and M = I, which is as hard as LWE of width σ_0 with
 1/σ_0² = 2·(1/σ² + 1/σ²), i.e. σ_0 = σ/2, where σ_0 ≥ √2·η_ε(Z^N) (Kim, Lee, Seo, Song, CRYPTO 2023, theorem 1; here
 √2·η = 3.10, as a standard deviation, at ε = 2^-100 and N = 2^36). So keys and errors are sums of four samples of width
@@ -38,16 +38,16 @@ from hecompile.he.kernels.transform import transform_secrets
 from hecompile.he.random.sampling import SIGMA, PublicSeed, SecretRandom, Unsharable
 
 _NORM_FACTOR = 1.5
-"""An honest sum of keys is longer than this many times its expected length with probability below 2^-400."""
+"""Most times its expected length that an honest sum of keys has, but for a probability below 2^-400."""
 
 Use = Literal["encrypt", "share"]
 
 
 class AggregationKey(Unsharable):
-    """s for one client and one round: encrypts once and is shared out once, and cannot be had otherwise.
+    """Hold the key s of one client for one round: it encrypts once and is shared out once, and cannot be had otherwise.
 
-    Two ciphertexts under one key and the same A reveal the difference of their plaintexts. The value leaves the object once
-    for each use and is gone after both; copies, pickles and forks are refused.
+    Two ciphertexts under one key and the same A reveal the difference of their plaintexts. So the value leaves the object
+    once for each use and is gone after both. Copies, pickles and forks are refused.
     """
 
     __slots__ = ("_lock", "_process", "_unused", "_value")
@@ -62,7 +62,7 @@ class AggregationKey(Unsharable):
         self._lock = threading.Lock()
 
     def spend(self, use: Use) -> NDArray[np.int32]:
-        """Hands the value out for one use: int32 `[rank, ring_dim]`.
+        """Hand the value out for one use: int32 `[rank, ring_dim]`.
 
         Raises:
             SecurityError: it served that use before, or this process is a fork of the one that drew it.
@@ -81,22 +81,26 @@ class AggregationKey(Unsharable):
 
 @dataclass(frozen=True, eq=False)
 class EncryptedVector:
-    """What the server gets: the top bytes of b, little endian, uint8 `[count, upload_bytes]`."""
+    """Hold what the server gets: the top bytes of b, little endian, uint8 `[count, upload_bytes]`."""
 
     words: NDArray[np.uint8]
 
     @property
     def count(self) -> int:
-        """Coordinates."""
+        """Return the number of coordinates."""
         return len(self.words)
 
     def to_bytes(self) -> bytes:
-        """count · upload_bytes bytes."""
+        """Return count · upload_bytes bytes."""
         return self.words.tobytes()
 
     @staticmethod
     def from_bytes(params: AggregationParameters, data: bytes, count: int) -> EncryptedVector:
-        """Raises FederationError where `data` is not `count` words long."""
+        """Read what `to_bytes` wrote.
+
+        Raises:
+            FederationError: `data` is not `count` words long.
+        """
         if len(data) != count * params.upload_bytes:
             raise FederationError(
                 f"an encrypted update of {count} coordinates has {count * params.upload_bytes} bytes, got {len(data)}: was "
@@ -106,14 +110,14 @@ class EncryptedVector:
 
 
 def keygen(params: AggregationParameters) -> AggregationKey:
-    """A fresh key."""
+    """Draw a fresh key."""
     return AggregationKey(SecretRandom(), params)
 
 
 def encrypt(
     params: AggregationParameters, seed: PublicSeed, key: AggregationKey, x: NDArray[np.int32]
 ) -> EncryptedVector:
-    """Encrypts integers `[n]`, |x| ≤ integer_bound, under the matrix of `seed`, and spends the key for this use.
+    """Encrypt integers `[n]`, |x| ≤ integer_bound, under the matrix of `seed`, and spend the key for this use.
 
     Raises:
         InputError: x is of another type or beyond the bound.
@@ -138,7 +142,7 @@ def _encrypt_with(
     error: NDArray[np.int32],
     x: NDArray[np.int32],
 ) -> EncryptedVector:
-    """The deterministic core: key int32 `[rank, ring_dim]`, error and x int32 `[n]`."""
+    """Encrypt deterministically: key int32 `[rank, ring_dim]`, error and x int32 `[n]`."""
     b = masks(params.ring, seed.stream("aggregation"), transform_secrets(key, params.ring), x.size)  # int32 [n], wraps mod q
     b += error
     b += x
@@ -149,7 +153,7 @@ def _encrypt_with(
 
 
 class EncryptedSum:
-    """Σ b_k, grown one ciphertext at a time; the server's memory is one word per coordinate."""
+    """Hold Σ b_k, grown one ciphertext at a time; the server's memory is one word per coordinate."""
 
     def __init__(self, params: AggregationParameters, count: int) -> None:
         self.params = params
@@ -157,7 +161,11 @@ class EncryptedSum:
         self._words = np.zeros(count, dtype=np.uint32)
 
     def add(self, vector: EncryptedVector) -> None:
-        """Raises FederationError for another length, or more clients than the parameters were made for."""
+        """Add one ciphertext.
+
+        Raises:
+            FederationError: another length, or more clients than the parameters were made for.
+        """
         if vector.words.shape != (self._words.size, self.params.upload_bytes):
             raise FederationError(f"a ciphertext of {vector.count} coordinates in a sum of {self._words.size}")
         if self.clients == self.params.max_clients:
@@ -168,7 +176,7 @@ class EncryptedSum:
         self.clients += 1
 
     def open(self, seed: PublicSeed, key_sum: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Σ x with an error of at most `noise_bound(clients)`: int64 `[n]`.
+        """Return Σ x with an error of at most `noise_bound(clients)`: int64 `[n]`.
 
         Args:
             seed: of the round.
@@ -193,7 +201,7 @@ class EncryptedSum:
 
 
 def _small(random: SecretRandom, count: int) -> NDArray[np.int32]:
-    """Discrete Gaussian of width √SAMPLES · SIGMA: int32 `[count]`."""
+    """Draw sums of SAMPLES discrete Gaussians, of width √SAMPLES · SIGMA: int32 `[count]`."""
     result = random.discrete_gaussian((count,)).astype(np.int32)
     for _ in range(SAMPLES - 1):
         result += random.discrete_gaussian((count,))

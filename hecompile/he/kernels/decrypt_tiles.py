@@ -71,7 +71,7 @@ def _decrypt(
     vectors, variants, sums, check_features,
     tile, values, work,
 ):  # fmt: skip
-    """Do what `decrypt` says, a line for each of its arguments: see `encrypt_tiles._encrypt`."""
+    """Run `decrypt` on its arguments unpacked, a line for each: see `encrypt_tiles._encrypt`."""
     stride = 8 * tokens + PADDING
     dropped = 8 * (4 - limbs)
     ring = Ring(n, rank, packing, real_address(roots), root_count)

@@ -70,7 +70,7 @@ def _encrypt(
     images, variants, sums, _,
     tile, values, work,
 ):  # fmt: skip
-    """Do what `encrypt` says, a line for each of its arguments: unpacking a tuple takes numba 1 µs, and small calls 50."""
+    """Run `encrypt` on its arguments unpacked, a line for each: as tuples they would cost each call 15 µs and not 4."""
     stride = 8 * tokens + PADDING
     lines = tile.size // (GROUPS * stride)
     ahead = max(1, AHEAD // lines)

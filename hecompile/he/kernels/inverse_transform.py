@@ -54,7 +54,7 @@ def _store_mask(mask, to, place, count):
 def _product_and_passes(ring, matrix, secret, wanted, work, ahead, lines):
     """Multiply, and run all passes of the inverse transform but the last: `work` gets `[n, 2, 8]`.
 
-    The last pass joins four quarters. Of each quarter at least the first `wanted` points are computed.
+    The last pass joins four quarters; at least the first `wanted` points of each quarter are computed.
     Returns the size of a quarter, n/4, and the address after the last line that was prefetched.
     """
     n, roots = ring.n, ring.roots

@@ -31,7 +31,7 @@ def compiled(function: Any) -> Any:
 
 
 def discard_older_than(seconds: float, directory: Path, name: str) -> None:
-    """Delete what numba lists in `directory` for the kernel `name`, where it is older than that time of the epoch."""
+    """Delete what numba keeps in `directory` for the kernel `name`, where it is older than that time of the epoch."""
     for index in directory.glob(f"{name}-*.nbi"):
         try:
             if index.stat().st_mtime < seconds:

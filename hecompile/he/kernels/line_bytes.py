@@ -1,4 +1,4 @@
-"""A line's words to wire bytes and back, for a number of limbs that is known only when the kernel runs."""
+"""Pack a line's words into wire bytes and back, for a number of limbs that is known only when the kernel runs."""
 
 # mypy: disallow-untyped-defs = False
 from __future__ import annotations
@@ -10,7 +10,7 @@ from hecompile.he.kernels.lines import pack_line, pack_line_past_caches, unpack_
 
 
 def _by_limbs(pack_line: Any) -> Any:
-    """The function of that name in `lines`, or its like, with `limbs` no constant."""
+    """Make a function like `pack_line` whose `limbs`, 1 to 4, need not be a compile-time constant."""
 
     @inlined
     def pack(limbs, line, out, plane):

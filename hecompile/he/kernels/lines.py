@@ -1,8 +1,8 @@
-"""A token's words of a whole tile at once: 64 features, whose bytes of one plane are one cache line.
+"""Work on lines: the words of one token for 64 features, whose bytes of one plane are one cache line.
 
-Eight stores of eight bytes each would do the same; but a core keeps only so many unfinished stores, and rows of wire bytes
-are far apart in memory. One store per line halved the time of packing. The words stay in registers from the tile to the wire
-or back, with the sums of verification taken on the way.
+Eight stores of eight bytes each would do the same. But a core keeps only so many unfinished stores, and rows of wire bytes
+are far apart in memory: one store per line halved the time of packing. The words stay in registers from the tile to the wire
+or back, and the sums of verification are taken on the way.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ GROUPS = 8
 """Groups of eight features in a line."""
 
 LINE_BYTES = 64
-"""Of one plane: a cache line."""
+"""Bytes of a line in one plane: a cache line."""
 
 SUM_LANES = 4
-"""int32 that the sum of one check is kept in: adding up a whole vector takes as long as the products in it."""
+"""Number of int32 that hold the sum of one check: adding up a whole vector takes as long as the products in it."""
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _GROUP = ir.VectorType(_I32, LANES)
@@ -33,7 +33,7 @@ _BYTES = ir.VectorType(_I8, LANES * GROUPS)
 
 
 class LineType(types.Type):
-    """64 int32; arithmetic wraps mod 2^32."""
+    """Represent 64 int32; arithmetic wraps mod 2^32."""
 
     def __init__(self) -> None:
         super().__init__(name="hecompile.Line")
@@ -50,7 +50,7 @@ class _LineModel(models.PrimitiveModel):
 
 @intrinsic
 def line_of(typing_context, a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-def]
-    """Eight groups of eight words side by side."""
+    """Put eight groups of eight words side by side."""
     if not all(group == I8 for group in (a, b, c, d, e, f, g, h)):
         return None
 
@@ -62,7 +62,7 @@ def line_of(typing_context, a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-
 
 @intrinsic
 def load_line(typing_context, tile, step):  # type: ignore[no-untyped-def]
-    """tile: address of the first eight words, the next ones `step` bytes further each time."""
+    """Load a line from a tile: eight words at the address `tile`, the next eight `step` bytes further, and so on."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         tile, step = args
@@ -73,7 +73,7 @@ def load_line(typing_context, tile, step):  # type: ignore[no-untyped-def]
 
 @intrinsic(prefer_literal=True)
 def group_of(typing_context, line, index):  # type: ignore[no-untyped-def]
-    """Eight of the words, from 8 · `index` on. index: compile-time constant."""
+    """Return eight of the words, from 8 · `index` on; `index` is a compile-time constant."""
     first = LANES * index.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -84,7 +84,7 @@ def group_of(typing_context, line, index):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def top_of_line(typing_context, line, half, dropped):  # type: ignore[no-untyped-def]
-    """The words plus `half`, without their lowest `dropped` bits: shifted down, unsigned."""
+    """Add `half` to the words and shift them down, unsigned, by `dropped` bits."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         line, half, dropped = args
@@ -95,7 +95,7 @@ def top_of_line(typing_context, line, half, dropped):  # type: ignore[no-untyped
 
 @intrinsic
 def line_shifted_up(typing_context, line, bits):  # type: ignore[no-untyped-def]
-    """The words times 2^bits."""
+    """Return the words times 2^bits."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.shl(args[0], _splat(builder, args[1]))
@@ -123,20 +123,22 @@ def _pack_line(align: int, past_the_caches: bool) -> Any:
 
 
 pack_line = _pack_line(align=1, past_the_caches=False)
-"""The lowest `limbs` bytes of the words: 64 bytes in each of as many planes.
+"""Store the lowest `limbs` bytes of the words, 64 bytes in each of as many planes.
 
-limbs: compile-time constant. out: address of the first plane's bytes, the next plane's `plane` bytes further.
+`limbs` is a compile-time constant, `out` the address of the first plane's bytes; the next plane is `plane` bytes further.
 """
 
 pack_line_past_caches = _pack_line(align=LINE_BYTES, past_the_caches=True)
-"""The same where both are multiples of LINE_BYTES: whole lines go to memory, which need not be read first. Other threads may
-read them after `stores_done`."""
+"""Do as `pack_line` where `out` and `plane` are multiples of LINE_BYTES: whole lines go to memory, which need not be read
+first. Other threads may read them after `stores_done`."""
 
 
 @intrinsic
 def stores_done(typing_context):  # type: ignore[no-untyped-def]
-    """Waits for all stores of this thread: those past the caches are in no order with others. (On x86 this is MFENCE or an
-    instruction with LOCK, and either drains the buffers that combine such stores.)"""
+    """Wait for all stores of this thread: those past the caches are in no order with others.
+
+    On x86 this is MFENCE or an instruction with LOCK. Either drains the buffers that combine such stores.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.fence("seq_cst")
@@ -147,7 +149,7 @@ def stores_done(typing_context):  # type: ignore[no-untyped-def]
 
 @intrinsic(prefer_literal=True)
 def unpack_line(typing_context, limbs, source, plane):  # type: ignore[no-untyped-def]
-    """The reverse."""
+    """Invert `pack_line`: load words from `limbs` planes, the first at the address `source`; bytes above are 0."""
     count = limbs.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -163,7 +165,7 @@ def unpack_line(typing_context, limbs, source, plane):  # type: ignore[no-untype
 
 @intrinsic
 def add_dot(typing_context, line, factors, sums):  # type: ignore[no-untyped-def]
-    """Adds Σ of the words times int32 factors [64], mod 2^32, to the sum of int32 [SUM_LANES]; both are addresses."""
+    """Add the Σ of words times int32 factors `[64]`, mod 2^32, to a sum int32 `[SUM_LANES]`; both are addresses."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         line, factors, sums = args

@@ -1,4 +1,4 @@
-"""The scale of a token, from the largest value and the length of its row, in one pass over memory."""
+"""Choose the scale of a token from the largest value and the length of its row, in one pass over memory."""
 
 # mypy: disallow-untyped-defs = False
 from __future__ import annotations

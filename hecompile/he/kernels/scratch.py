@@ -1,6 +1,6 @@
-"""Memory that a thread uses again and again: a fresh large array costs a page fault per 4 KiB, as much as what fills it.
+"""Keep memory for reuse: a fresh large array costs a page fault per 4 KiB, as much as filling it.
 
-What it holds between calls (samples, words on their way to wire bytes) stays inside the client's process, as secrets do.
+The contents between calls (samples, words on their way to wire bytes) stay inside the client's process, as secrets do.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ _LOCAL = threading.local()
 
 
 def scratch(name: str, count: int, dtype: type[np.generic]) -> NDArray[Any]:
-    """An uninitialized flat array of this thread, aligned to a cache line; the next call with `name` overwrites it."""
+    """Return an uninitialized flat array of this thread, aligned to a cache line.
+
+    The next call with the same `name` in this thread returns the same memory.
+    """
     arrays: dict[str, NDArray[Any]] = _LOCAL.__dict__.setdefault("arrays", {})
     array = arrays.get(name)
     if array is None or array.size < count or array.dtype != dtype:
@@ -32,7 +35,7 @@ def scratch(name: str, count: int, dtype: type[np.generic]) -> NDArray[Any]:
 
 
 _KEPT_FROM = 1 << 25
-"""Bytes from which on glibc gives memory back to the system whenever it is freed, but in training
+"""Bytes from which on glibc gives memory back to the system whenever it is freed, except in training
 (`hecompile.runtime.training.freed_memory`)."""
 
 _KEPT_IN_ALL = 1 << 28
@@ -43,10 +46,10 @@ _lock = threading.RLock()
 
 
 def result_of(shape: tuple[int, ...], dtype: type[np.generic]) -> Tensor:
-    """An uninitialized tensor for what is handed out, from a cache line on: the kernels write whole lines.
+    """Return an uninitialized tensor for a result that is handed out, aligned to a cache line for the kernels.
 
-    Where it is large its memory may be that of an earlier result of the same type that nothing refers to any more; what
-    goes to a worker and what was decrypted are of different types.
+    A large one may reuse the memory of an earlier result of the same type that nothing refers to any more. What goes to a
+    worker and what was decrypted have different types, so neither ever gets the other's memory.
     """
     count = math.prod(shape)
     size = count * np.dtype(dtype).itemsize
@@ -57,13 +60,16 @@ def result_of(shape: tuple[int, ...], dtype: type[np.generic]) -> Tensor:
         memory = aligned(count, dtype) if memory is None else memory
         handed_out = memory[:count].reshape(shape)  # the tensor, and whatever shares its storage, holds this very array
         if sum(each.nbytes for each, _ in _results) + memory.nbytes <= _KEPT_IN_ALL:
-            # Looked at when memory is wanted, and no callback: one would run in the midst of whatever lets a tensor go.
+            # Examined when memory is wanted, not by a callback, which would run in the midst of whatever lets a tensor go.
             _results.append((memory, weakref.ref(handed_out)))
     return torch.from_numpy(handed_out)
 
 
 def _reclaim(size: int, dtype: np.dtype[Any]) -> NDArray[Any] | None:
-    """Memory that fits. Where there is none, as much of what is free is let go as makes room for that many bytes."""
+    """Take the memory of a result that is gone, at most twice as large as wanted; None where there is none.
+
+    In that case enough free memory is released to make room for `size` bytes.
+    """
     for index, (memory, result) in enumerate(_results):
         if result() is None and memory.dtype == dtype and size <= memory.nbytes <= 2 * size:
             del _results[index]
@@ -78,7 +84,7 @@ def _reclaim(size: int, dtype: np.dtype[Any]) -> NDArray[Any] | None:
 
 @cache
 def second_level_cache() -> int:
-    """Bytes of it that a core has: as Linux tells, or 2^20 where it does not, which is a common size."""
+    """Return the bytes of a core's second-level cache, by Linux, or 2^20, a common size, where it does not tell."""
     try:
         text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text(encoding="ascii").strip()
         return 1024 * int(text.removesuffix("K"))

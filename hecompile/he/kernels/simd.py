@@ -1,4 +1,4 @@
-"""Arithmetic on the vectors of `vectors.py`: eight lanes of float64, float32 or int32."""
+"""Compute on the vectors of `vectors.py`: eight lanes of float64, float32 or int32."""
 
 from __future__ import annotations
 
@@ -87,14 +87,17 @@ to_f64 = _unary(I8, F8, lambda builder, v: builder.sitofp(v, DOUBLES))
 """int32 → float64, exact."""
 
 maximum = _pair(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
-"""Lane by lane; the second where one is not a number."""
+"""Larger of two, lane by lane; the second where one is not a number."""
 
 absolute = _unary(F8, F8, _emit_absolute)
 
 
 @intrinsic
 def round_mod_2_32(typing_context, a):  # type: ignore[no-untyped-def]
-    """|v| < 2^51 → the nearest integer (ties to even) mod 2^32: adding 1.5 · 2^52 leaves it in the low mantissa bits."""
+    """Round |v| < 2^51 to the nearest integer, ties to even, mod 2^32.
+
+    Adding 1.5 · 2^52 leaves the integer in the low bits of the mantissa.
+    """
     if a not in (F8, S8):
         return None
 

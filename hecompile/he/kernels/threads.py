@@ -1,4 +1,4 @@
-"""Work shared out over threads: as many as torch uses, so that one setting (`torch.set_num_threads`) governs both."""
+"""Share work out over as many threads as torch uses, so that `torch.set_num_threads` governs both."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Part = TypeVar("Part")
 
 
 def for_each(work: Callable[[Part], None], parts: Sequence[Part]) -> None:
-    """Calls `work` for every part, in any order, on several threads; returns when all are done.
+    """Call `work` for every part, in any order, on several threads, and return when all are done.
 
-    An exception in one part is raised here. Called from within such work it does all parts itself: threads that wait for
-    each other's free places would wait for ever.
+    An exception in one part is raised here. A call from within such work does all parts itself: threads that wait for each
+    other's free places would wait for ever.
     """
     threads = 1 if getattr(_LOCAL, "working", False) else min(torch.get_num_threads(), len(parts))
     if threads <= 1:
@@ -46,11 +46,11 @@ def for_each(work: Callable[[Part], None], parts: Sequence[Part]) -> None:
                 if not helper.cancel():
                     helper.result()
         finally:
-            todo.clear()  # a thread that comes late lets go of `share` late, and of what `work` refers to it would too
+            todo.clear()  # a late thread lets go of `share` late, and would hold on to all that `work` refers to
 
 
 def slices(total: int, step: int) -> list[slice]:
-    """[0, total) in pieces of `step`, the last one perhaps shorter."""
+    """Cut [0, total) into pieces of `step`, the last one perhaps shorter."""
     return [slice(start, min(start + step, total)) for start in range(0, total, step)]
 
 

@@ -1,7 +1,7 @@
-"""Compiled kernels: ring products of eight features at a time, with what comes before and after fused in.
+"""Transform polynomials of eight features at a time, in compiled kernels.
 
-`ring.py` has the mathematics and the proof of exactness; here the same transform is arranged for speed. A polynomial of
-degree < d folds to n = d/2 complex numbers modulo Y^n - ω (Y^n = ω identifies a_k + ω·a_{k+n}). From there, with X for Y,
+`ring.py` has the mathematics and the proof of exactness. Here the transform is arranged for speed. A polynomial of degree
+< d folds to n = d/2 complex numbers modulo Y^n - ω (Y^n = ω identifies a_k + ω·a_{k+n}). From there, with X for Y,
 
     X^2h - c² = (X^h - c)(X^h + c)
 
@@ -48,7 +48,7 @@ _LINE = 64
 
 
 def aligned(count: int, dtype: type[np.generic]) -> NDArray[Any]:
-    """An uninitialized flat array that starts at a cache line: loads that straddle lines cost twice as much."""
+    """Return an uninitialized flat array that starts at a cache line: loads that straddle lines cost twice as much."""
     size = np.dtype(dtype).itemsize
     raw = np.empty(count * size + _LINE, dtype=np.uint8)
     start = -raw.__array_interface__["data"][0] % _LINE  # four times as fast as raw.ctypes
@@ -56,7 +56,7 @@ def aligned(count: int, dtype: type[np.generic]) -> NDArray[Any]:
 
 
 def interleave(rows: NDArray[np.int32] | Tensor) -> NDArray[np.int32]:
-    """int32 `[rows, n]` → flat `[groups, n, 8]`: eight rows side by side, the last group filled with rows of zeros."""
+    """Lay eight rows side by side: int32 `[rows, n]` → flat `[groups, n, 8]`, the last group filled with rows of zeros."""
     source = torch.as_tensor(rows)
     groups, width = -(-len(source) // LANES), source.shape[1]
     result = aligned(groups * LANES * width, np.int32)
@@ -70,7 +70,7 @@ def interleave(rows: NDArray[np.int32] | Tensor) -> NDArray[np.int32]:
 
 
 def deinterleave(words: NDArray[Any], rows: slice, width: int) -> NDArray[Any]:
-    """Some rows of what `interleave` made, `[rows, width]`."""
+    """Return some rows of what `interleave` made: `[rows, width]`, a copy."""
     first, last = rows.start // LANES, -(-rows.stop // LANES)
     groups = words[first * LANES * width : last * LANES * width].reshape(last - first, width, LANES)
     flat = groups.transpose(0, 2, 1).reshape(-1, width)
@@ -80,9 +80,9 @@ def deinterleave(words: NDArray[Any], rows: slice, width: int) -> NDArray[Any]:
 def transform(
     words: NDArray[np.int32], params: HasRing, result: NDArray[Any] | None = None, precision: type[np.floating] = np.float64
 ) -> NDArray[Any]:
-    """Transforms interleaved polynomials: int32, flat `[polynomials, ring_dim, 8]` → real `[…, ring_dim/2, 2, 8]`.
+    """Transform interleaved polynomials: int32, flat `[polynomials, ring_dim, 8]` → real `[…, ring_dim/2, 2, 8]`.
 
-    In the precision of `result`, or else in `precision`: float64 or float32.
+    The precision is that of `result`, which is filled and returned, or else `precision`: float64 or float32.
     """
     values = aligned(words.size, precision) if result is None else result
     n = params.ring_dim // 2
@@ -91,9 +91,9 @@ def transform(
 
 
 def transform_secrets(secrets: NDArray[np.int8] | NDArray[np.int32], params: HasRing) -> NDArray[np.float64]:
-    """int8 or int32 `[blocks, rank, ring_dim]` → float64, flat `[blocks, rank, ring_dim/2, 2]`, divided by ring_dim/2.
+    """Transform secrets: int8 or int32 `[blocks, rank, ring_dim]` → float64, flat `[blocks, rank, n, 2]`, divided by n.
 
-    The division, exact as that is a power of two, is the one that the inverse transform wants.
+    The division by n = ring_dim/2 is the one that the inverse transform wants. It is exact, as n is a power of two.
     """
     n = params.ring_dim // 2
     result = np.empty(secrets.size)
@@ -103,9 +103,10 @@ def transform_secrets(secrets: NDArray[np.int8] | NDArray[np.int32], params: Has
 
 
 def extend_secrets(values: NDArray[np.float64], params: HasRing) -> NDArray[np.float64]:
-    """What `transform_secrets` made, float64 `[blocks, rank, n, 2]` flat → `[blocks, 2·rank - 1, n, 2]`, flat.
+    """Extend transformed secrets for a packed ring: float64, flat `[blocks, rank, n, 2]` → `[blocks, 2·rank - 1, n, 2]`.
 
-    Y·s_1, …, Y·s_{m-1}, s_0, …, s_{m-1}: of these, m one after the other are a row of the matrix of multiplication by s.
+    `values` comes from `transform_secrets`. The result is Y·s_1, …, Y·s_{m-1}, s_0, …, s_{m-1}, of which m one after the
+    other are a row of the matrix of multiplication by s.
     """
     n = params.ring_dim // 2
     secrets = values.view(np.complex128).reshape(-1, params.rank, n)
@@ -118,11 +119,11 @@ FOLD = 4
 
 
 def roots(params: HasRing, precision: type[np.floating] = np.float64) -> NDArray[Any]:
-    """Constants of folding, and the roots of the tree, pass by pass from the top: float64 or float32, flat.
+    """Return the constants of folding, and the roots of the tree, pass by pass from the top: float64 or float32, flat.
 
-    First real and imaginary part of ω, 1/Im ω and Re ω/Im ω: from z = a + ωb come b = Im z/Im ω, a = Re z - Re ω·b.
-    A radix-4 node X^4h - e^(iθ) has six numbers: e^(iθ/4), e^(iθ/2) and their product. Where log2 n is odd the lowest
-    level is radix 2, with e^(iθ/2) for each node.
+    The constants are the real and imaginary part of ω, 1/Im ω and Re ω/Im ω: from z = a + ωb come b = Im z/Im ω and
+    a = Re z - Re ω·b. A radix-4 node X^4h - e^(iθ) has six numbers: e^(iθ/4), e^(iθ/2) and their product. Where log2 n is
+    odd, the lowest level is radix 2, with e^(iθ/2) for each node.
     """
     return _roots(params.ring_dim, trinomial(params), precision.__name__)
 
@@ -158,7 +159,7 @@ def _roots(ring_dim: int, of_trinomial: bool, precision: str) -> NDArray[Any]:
 
 @lru_cache(maxsize=16)
 def _points(ring_dim: int, of_trinomial: bool) -> NDArray[np.complex128]:
-    """The n points, in the order of the leaves: what Y is there."""
+    """Return the value of Y at each of the n points, in the order of the leaves."""
     size, thirds = ring_dim // 2, _TOP[of_trinomial]
     while size >= 4:
         thirds = _split_turns(thirds)
@@ -173,12 +174,12 @@ _TOP = {False: np.array([0.75]), True: np.array([0.5])}
 
 
 def _split_turns(thirds: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The angles of the four grandchildren of each node."""
+    """Return the angles of the four grandchildren of each node."""
     return (thirds[:, None] / 4 + np.array([0.0, 1.5, 0.75, 2.25])).ravel()
 
 
 def _unit(thirds: NDArray[np.float64]) -> NDArray[np.complex128]:
-    """exp(2πi·thirds/3), each within 2^-52: the angle is reduced to an eighth of the circle while it is still exact."""
+    """Return exp(2πi·thirds/3), each within 2^-52: the angle is reduced to an eighth of the circle while still exact."""
     eighths = np.floor(thirds * 8 / 3 + 0.5).astype(np.int64)  # nearest multiple of 1/8
     rest = (thirds - eighths * 0.375) * (2 * np.pi / 3)  # |rest| ≤ π/8
     value = np.cos(rest) + 1j * np.sin(rest)
@@ -191,14 +192,14 @@ def _unit(thirds: NDArray[np.float64]) -> NDArray[np.complex128]:
 
 @compiled
 def forward_many(coefficients, count, n, roots, values):
-    """`count` polynomials, one after the other."""
+    """Transform `count` interleaved polynomials, one after the other."""
     for i in range(count):
         forward_at(address(coefficients), 16 * n * i, n, real_address(roots), real_address(values), 16 * n * i)
 
 
 @compiled
 def _transform_rows(rows, n, roots, words, values, result):
-    """Polynomials one after the other, divided by n: `transform` without a pass of its own for each change of order."""
+    """Transform polynomials that lie one after the other and divide by n, with no pass for each change of order."""
     width = 2 * n
     for start in range(0, rows.size, LANES * width):
         lanes = min(LANES, (rows.size - start) // width)
@@ -215,14 +216,14 @@ def _transform_rows(rows, n, roots, words, values, result):
 
 @inlined
 def _fold(coefficients, low, high, real, imaginary, work):
-    """a + ω·b for the coefficients a and b at those words."""
+    """Return a + ω·b for the coefficients a and b at words `low` and `high`, in the precision of `work`."""
     b = to_real(load_i32(coefficients, high), work)
     return fma(b, real, to_real(load_i32(coefficients, low), work)), b * imaginary
 
 
 @inlined
 def forward_at(coefficients, start, n, roots, work, at):
-    """int32 `[d, 8]` at word `start` of `coefficients` → complex `[n, 2, 8]` at number `at` of `work`."""
+    """Transform int32 `[d, 8]` at word `start` of `coefficients` to complex `[n, 2, 8]` at number `at` of `work`."""
     h = n // 4
     real, imaginary = broadcast(roots, 0), broadcast(roots, 1)
     for p in range(h):

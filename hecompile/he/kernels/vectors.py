@@ -1,13 +1,13 @@
-"""Vectors of eight lanes for numba kernels: what LLVM calls `<8 x double>`, `<8 x float>` and `<8 x i32>`.
+"""Give numba kernels vectors of eight lanes: LLVM's `<8 x double>`, `<8 x float>` and `<8 x i32>`.
 
-numba's own vectorizer cannot prove that the points of a butterfly do not overlap and falls back to scalar code. Here the
-vector is said outright: eight features side by side, one per lane. LLVM splits a vector where the machine's are shorter,
-so the code runs on any processor with the same result, bit for bit, fused multiply-add included.
+numba's own vectorizer cannot prove that the points of a butterfly do not overlap, and falls back to scalar code. Here the
+vector is explicit: eight features side by side, one per lane. LLVM splits a vector where the machine's are shorter, so the
+code runs on any processor with the same result, bit for bit, fused multiply-add included.
 
 Loads and stores take the address of a contiguous array (`address`), count in elements from there and are not
-bounds-checked. Addresses and not arrays, because numba counts references to an array wherever one is passed on, and would
-do so for each vector. An address of float32 has a type of its own (`real_address`), by which `load_real`, `store_real`,
-`broadcast` and `to_real` know the precision: a kernel written with them is compiled for either.
+bounds-checked. They take addresses because numba counts references to an array wherever one is passed on, and would do so
+for each vector. An address of float32 has a type of its own (`real_address`). By it `load_real`, `store_real`, `broadcast`
+and `to_real` know the precision: a kernel written with them is compiled for either.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ intrinsic: Any = typed_intrinsic  # what it makes is called with an argument les
 
 
 class F8Type(types.Type):
-    """Eight float64."""
+    """Represent eight float64."""
 
     def __init__(self) -> None:
         super().__init__(name="hecompile.F8")
 
 
 class I8Type(types.Type):
-    """Eight int32; arithmetic wraps mod 2^32."""
+    """Represent eight int32; arithmetic wraps mod 2^32."""
 
     def __init__(self) -> None:
         super().__init__(name="hecompile.I8")
 
 
 class S8Type(types.Type):
-    """Eight float32."""
+    """Represent eight float32."""
 
     def __init__(self) -> None:
         super().__init__(name="hecompile.S8")
 
 
 class SingleAddressType(types.Type):
-    """The address of float32 that a kernel computes with."""
+    """Represent the address of float32 that a kernel computes with."""
 
     def __init__(self) -> None:
         super().__init__(name="hecompile.SingleAddress")
@@ -101,10 +101,10 @@ def _address_as(result: Callable[[Any], types.Type]) -> Any:
 
 
 address = _address_as(lambda array: types.int64)
-"""Where a contiguous array starts, as an integer. It holds as long as the array lives."""
+"""Return where a contiguous array starts, as an integer. It holds as long as the array lives."""
 
 real_address = _address_as(lambda array: SINGLE_ADDRESS if array.dtype == types.float32 else types.int64)
-"""The same for an array of float64, or of float32, that a kernel computes with in the array's precision."""
+"""Return the address of an array of float64 or float32, typed so that a kernel computes in the array's precision."""
 
 
 def _pointer(builder: Any, start: Any, index: Any, element: ir.Type, target: ir.Type) -> Any:
@@ -143,7 +143,7 @@ def _store_as(vector: ir.Type, size: int, source: types.Type, narrow: Callable[[
 
 @intrinsic
 def load_real(typing_context, start, index):  # type: ignore[no-untyped-def]
-    """Eight numbers of the precision that `start` is an address of."""
+    """Load eight numbers of the precision that `start` is an address of."""
     vector, size, result = (SINGLES, 4, S8) if start == SINGLE_ADDRESS else (DOUBLES, 8, F8)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -156,7 +156,7 @@ def load_real(typing_context, start, index):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def store_real(typing_context, start, index, value):  # type: ignore[no-untyped-def]
-    """Eight numbers of the precision that `start` is an address of."""
+    """Store eight numbers of the precision that `start` is an address of."""
     vector, size, source = (SINGLES, 4, S8) if start == SINGLE_ADDRESS else (DOUBLES, 8, F8)
     if value != source:
         return None
@@ -174,7 +174,7 @@ def _real_start(start: types.Type) -> types.Type:
 
 @intrinsic
 def to_real(typing_context, words, start):  # type: ignore[no-untyped-def]
-    """int32 → the precision that `start` is an address of: exact in float64, rounded to nearest in float32."""
+    """Convert int32 to the precision that `start` is an address of: exact in float64, rounded to nearest in float32."""
     if words != I8:
         return None
     vector, result = (SINGLES, S8) if start == SINGLE_ADDRESS else (DOUBLES, F8)
@@ -202,7 +202,7 @@ def _splat(builder: Any, scalar: Any, vector: ir.Type) -> Any:
 
 @intrinsic
 def splat(typing_context, scalar):  # type: ignore[no-untyped-def]
-    """One float64 in all lanes."""
+    """Put one float64 in all lanes."""
     if scalar != types.float64:
         return None
 
@@ -214,7 +214,7 @@ def splat(typing_context, scalar):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def broadcast(typing_context, start, index):  # type: ignore[no-untyped-def]
-    """One number from memory, of the precision that `start` is an address of, in all lanes."""
+    """Put one number from memory, of the precision that `start` is an address of, in all lanes."""
     vector, result = (SINGLES, S8) if start == SINGLE_ADDRESS else (DOUBLES, F8)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -241,5 +241,5 @@ def _prefetch(write: int) -> Any:
 
 
 prefetch = _prefetch(0)
-"""Asks for the cache line at byte `offset` from the address `start`, which need not be valid."""
+"""Prefetch the cache line at byte `offset` from the address `start`, which need not be valid."""
 prefetch_to_write = _prefetch(1)

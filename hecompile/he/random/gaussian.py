@@ -1,4 +1,4 @@
-"""The discrete Gaussian: its table, and the inversion that turns uniform bits into samples. No randomness of its own."""
+"""Invert the table of the discrete Gaussian: turn uniform bits into samples. There is no randomness here."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ SIGMA = 3.2
 """Standard deviation of the error."""
 
 ERROR_BOUND = 29
-"""Largest |e| that is ever drawn. The mass beyond it is 2^-65.3, and cutting it makes the noise bound deterministic."""
+"""Largest |e| that is ever drawn. The mass beyond it is 2^-65.3; cutting it makes the noise bound deterministic."""
 
 _STRADDLES = 127
-"""Marks a table cell in which the sample is not decided by its top bits; beyond ERROR_BOUND, so no sample."""
+"""Mark of a table cell in which the top bits do not decide the sample; beyond ERROR_BOUND, so no sample."""
 
 _NO_STEP = 255
-"""In the place of a step's second byte, where a cell has no step."""
+"""Mark, in the place of a step's second byte, of a cell without a step."""
 
 _LANES = table_lookup.LANES
 _BLOCK = 1 << 15
-"""Samples whose open places are listed before they are looked at."""
+"""Samples whose undecided places are listed before they are looked up."""
 
 
 @cache
 def gaussian_cdf() -> NDArray[np.uint64]:
-    """2^64 · P(e ≤ k) for k = -ERROR_BOUND … ERROR_BOUND - 1, rounded to nearest: uint64 `[2 · ERROR_BOUND]`.
+    """Return 2^64 · P(e ≤ k) for k = -ERROR_BOUND … ERROR_BOUND - 1, rounded to nearest: uint64 `[2 · ERROR_BOUND]`.
 
     P(e = k) is proportional to exp(-k² / (2 σ²)). A step is off by at most 2^-65, so a sample is within statistical
     distance 2^-58 of the exact distribution. (Inversion by a cumulative table: Peikert, "An efficient and parallel
@@ -53,7 +53,7 @@ def gaussian_cdf() -> NDArray[np.uint64]:
 
 @cache
 def gaussian_table(bits: int) -> NDArray[np.int8]:
-    """The sample for each value of the top `bits` bits, or _STRADDLES where a step of the CDF lies inside: int8 `[2^bits]`.
+    """Return the sample for each value of the top `bits` bits, _STRADDLES where a step of the CDF lies inside: int8.
 
     At 16 bits 28 cells straddle, so about one sample in 2300 needs more.
     """
@@ -66,12 +66,12 @@ def gaussian_table(bits: int) -> NDArray[np.int8]:
 
 @cache
 def step_tables() -> NDArray[np.uint8]:
-    """For each top byte: the sample before the step of the CDF in its cell, and the step's next byte: uint8 `[2, 256]`.
+    """Return for each top byte the sample before its cell's step of the CDF, and the step's next byte: uint8 `[2, 256]`.
 
-    The sample (as int8) is the first one if the second byte of u is below the step's, one more if it is above, and
-    undecided if they are equal. The step's byte is 255 where there is none: then the second byte does not matter. A cell
-    with several steps, which are those of the tails, has _STRADDLES. So a second byte is wanted in 18 of 256 cells, and
-    about one sample in 120 is left open.
+    The sample (as int8) holds if the second byte of u is below the step's. It is one more if that is above, and undecided
+    if they are equal. The step's byte is 255 in a cell without a step: then the second byte does not matter. A cell with
+    several steps, which are those of the tails, has _STRADDLES. So a second byte is wanted in 18 of 256 cells, and about
+    one sample in 120 stays undecided.
     """
     fine = gaussian_table(16).reshape(256, 256)
     before, step = np.full(256, _STRADDLES, dtype=np.int8), np.full(256, _NO_STEP, dtype=np.uint8)
@@ -88,20 +88,25 @@ def step_tables() -> NDArray[np.uint8]:
 
 @cache
 def wants_second() -> NDArray[np.bool_]:
-    """For each top byte whether the second byte of u matters: bool `[256]`."""
+    """Return for each top byte whether the second byte of u matters: bool `[256]`."""
     before, step = step_tables()
     return (before == _STRADDLES) | (step != _NO_STEP)
 
 
 def second_bytes(count: int) -> int:
-    """How many second bytes to hold ready for `count` samples: 7 % are wanted; more than this with probability below 2^-200
-    (Chernoff: a sum of mean 0.0703·n exceeds 0.125·n + 1024 with probability below exp(-0.017·n - 590))."""
+    """Return how many second bytes to hold ready for `count` samples.
+
+    7 % of the samples want one. More than this are wanted with probability below 2^-200 (Chernoff: a sum of mean 0.0703·n
+    exceeds 0.125·n + 1024 with probability below exp(-0.017·n - 590)).
+    """
     return min(count, count // 8 + 1024) + _LANES
 
 
 def tail_bytes(count: int) -> int:
-    """How many of the remaining bytes to hold ready: 6 for each of one in 1024 samples and 16 more, of which one in 2300 is
-    undecided; where that is too few more are drawn."""
+    """Return how many of the remaining bytes to hold ready: 6 each for one sample in 1024, and for 16 more.
+
+    One sample in 2300 wants them. Where these are too few, more are drawn.
+    """
     return 6 * (count // 1024 + 16)
 
 
@@ -111,20 +116,20 @@ def gaussian_from_uniform(
     more_bytes: Callable[[int], bytes | NDArray[np.uint8]],
     out: NDArray[np.int8] | None = None,
 ) -> NDArray[np.int8]:
-    """Inverts the 64-bit CDF at uniform numbers given by their top byte, drawing the other 56 bits where they matter.
+    """Invert the 64-bit CDF at uniform numbers given by their top byte; the other 56 bits are drawn where they matter.
 
     Args:
         top: uniform uint8 `[n]`: the top byte of each number.
         second: uniform uint8, `second_bytes(n)` of them: the second byte of those numbers whose top byte `wants_second`, in
             order; the others have none.
-        more_bytes: returns that many uniform bytes; asked once, for 6 bytes per undecided sample.
+        more_bytes: returns that many uniform bytes; called once at most, for 6 bytes per undecided sample.
         out: int8 `[n]`, to be filled and returned.
 
     Returns:
         int8 `[n]`: the smallest k with u < 2^64 · P(e ≤ k).
 
     Raises:
-        SecurityError: there are too few second bytes. (A byte that served two samples would tie them together.)
+        SecurityError: there are too few second bytes. (A byte that served two samples would correlate them.)
     """
     count = top.size
     samples = np.empty(count, dtype=np.int8) if out is None else out
@@ -150,8 +155,10 @@ def gaussian_from_uniform(
 
 @compiled
 def _look_up_vectors(top, second, steps, fine, samples, low, places, undecided):  # type: ignore[no-untyped-def]
-    """Fills all of `samples` and `low` that is whole vectors; the places left open go to `undecided`. Returns how many bytes
-    of `second` were used (more than there are if it has too few) and the number of places."""
+    """Fill the whole vectors of `samples` and `low`, and list the undecided places in `undecided`.
+
+    Returns how many bytes of `second` were used (more than there are if it has too few), and the number of undecided places.
+    """
     used, left_open = 0, 0
     steps_, places_, second_ = address(steps), address(places), address(second)
     top_, samples_, low_ = address(top), address(samples), address(low)
@@ -180,9 +187,9 @@ _top_byte_samples = table_comparison.top_byte_samples(step_tables()[0].view(np.i
 
 @compiled
 def _compare_vectors(top, second, fine, samples, low, undecided):  # type: ignore[no-untyped-def]
-    """The same where the processor lacks what `bytewise` is made of.
+    """Run `_look_up_vectors` where the processor lacks the instructions of `table_lookup`.
 
-    The last lines stand in `_look_up_vectors` too: as a function of their own they took half as long again as all of this,
+    The last lines stand in `_look_up_vectors` too. As a function of their own they took half as long again as all of this,
     for numba counts references to arrays that are passed on.
     """
     used, left_open = 0, 0
@@ -206,7 +213,7 @@ def _compare_vectors(top, second, fine, samples, low, undecided):  # type: ignor
 
 @compiled
 def _look_up(top, second, start, used, wanted, steps, fine, samples, low, undecided, left_open):  # type: ignore[no-untyped-def]
-    """The same from place `start` on, one by one."""
+    """Fill places from `start` on, one by one, as `_look_up_vectors` does."""
     for i in range(start, top.size):
         high = np.int64(top[i])
         if not wanted[high]:
@@ -226,7 +233,7 @@ def _look_up(top, second, start, used, wanted, steps, fine, samples, low, undeci
 
 @compiled
 def _decide(top, low, undecided, tail, cdf, samples):  # type: ignore[no-untyped-def]
-    """Fills the open places with the number of steps of the CDF that are at most u, of which `tail` has the low 6 bytes."""
+    """Fill the undecided places by the number of steps of the CDF that are at most u; `tail` has the low 6 bytes of u."""
     for k in range(undecided.size):
         i = undecided[k]
         u = (np.uint64(top[i]) << np.uint64(56)) | (np.uint64(low[i]) << np.uint64(48))

@@ -1,9 +1,9 @@
-"""The only randomness of hecompile: public streams from a seed, secrets from the operating system, never mixed.
+"""Draw all randomness of hecompile: public streams from a seed, secrets from the operating system, never mixed.
 
-The two are different types and every function that takes one checks which it was given. Public values (the matrix A)
-may be reproduced by anyone who has the seed; secret values (ternary secrets, errors) come from `os.urandom`, or from the
-keystream of AES-256 in counter mode under a key that `os.urandom` made for one call, and cannot be reproduced, not even for
-a test: tests use the deterministic functions below these types instead.
+The two are different types, and every function that takes one checks which it was given. Public values (the matrix A) may
+be reproduced by anyone who has the seed. Secret values (ternary secrets, errors) come from `os.urandom`, or from the
+keystream of AES-256 in counter mode under a key that `os.urandom` made for one call. They cannot be reproduced, not even
+for a test: tests use the deterministic functions below these types instead.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ SEED_BYTES = 32
 
 @dataclass(frozen=True)
 class PublicSeed:
-    """32 public bytes from which public values are expanded. Printing it is fine: it is part of the bundle."""
+    """Hold 32 public bytes from which public values are expanded. It may be printed: it is part of the bundle.
+
+    Raises:
+        InputError: the value is not 32 bytes.
+    """
 
     value: bytes
 
@@ -44,27 +48,31 @@ class PublicSeed:
 
     @staticmethod
     def draw() -> PublicSeed:
-        """A fresh seed from the operating system's generator."""
+        """Draw a fresh seed from the operating system's generator."""
         return PublicSeed(os.urandom(SEED_BYTES))
 
     @staticmethod
     def from_hex(text: str) -> PublicSeed:
-        """The seed that `hex()` wrote."""
+        """Read the seed that `hex()` wrote.
+
+        Raises:
+            InputError: the text is something else.
+        """
         try:
             return PublicSeed(bytes.fromhex(text))
         except ValueError:
             raise InputError(f"a public seed is written as {2 * SEED_BYTES} hexadecimal digits") from None
 
     def hex(self) -> str:
-        """64 hexadecimal digits."""
+        """Return 64 hexadecimal digits."""
         return self.value.hex()
 
     def stream(self, label: str) -> PublicStream:
-        """The public stream named `label`; streams with different labels are independent."""
+        """Return the public stream named `label`; streams with different labels are independent."""
         return PublicStream(self._expand("stream", label))
 
     def derive(self, label: str) -> PublicSeed:
-        """A seed for a part that wants streams of its own."""
+        """Derive a seed for a part that wants streams of its own."""
         return PublicSeed(self._expand("seed", label))
 
     def _expand(self, use: str, label: str) -> bytes:
@@ -74,13 +82,13 @@ class PublicSeed:
 
 
 class PublicStream:
-    """Uniform public words: ChaCha20 with the stream's key, one nonce per block, so each block is found on its own."""
+    """Generate uniform public words: ChaCha20 with the stream's key, and one nonce per block, for access to any block."""
 
     def __init__(self, key: bytes) -> None:
         self._key = key
 
     def uint32(self, block: int, count: int) -> NDArray[np.uint32]:
-        """The first `count` words (uint32 `[count]`, little endian) of block number `block` (0 ≤ block < 2^64)."""
+        """Return the first `count` words, uint32 `[count]`, little endian, of block number `block`, 0 ≤ block < 2^64."""
         # The cipher's 16 bytes are a 64-bit little-endian counter that starts at 0 and then the 64-bit nonce.
         nonce = bytes(8) + block.to_bytes(8, "little")
         keystream = Cipher(ChaCha20(self._key, nonce), mode=None).encryptor().update(bytes(4 * count))
@@ -88,7 +96,7 @@ class PublicStream:
 
 
 class Unsharable:
-    """Base of secret objects: cannot be copied or serialized, and printing one shows nothing."""
+    """Protect secret objects, as their base: they cannot be copied or serialized, and printing one shows nothing."""
 
     __slots__ = ()
 
@@ -105,11 +113,11 @@ class Unsharable:
 
 
 class SecretRandom(Unsharable):
-    """Secret values from the operating system's generator. It has no state, no seed and no subclass.
+    """Draw secret values from the operating system's generator. It has no state, no seed and no subclass.
 
-    Where many bytes are wanted they are the keystream of AES-256 in counter mode under 32 fresh bytes of the generator, a
-    key that serves one call and is kept nowhere: the core of NIST SP 800-90A's CTR_DRBG, at twenty times the speed of the
-    operating system's generator.
+    Where many bytes are wanted, they are the keystream of AES-256 in counter mode under 32 fresh bytes of the generator, a
+    key that serves one call and is kept nowhere. This is the core of NIST SP 800-90A's CTR_DRBG, at twenty times the speed
+    of the operating system's generator.
 
     Sampling is by table look-up and is not constant time: the adversary is a worker across a network, who sees neither
     the client's cache nor the time of a single sample.
@@ -121,7 +129,7 @@ class SecretRandom(Unsharable):
         raise SecurityError("SecretRandom cannot be subclassed: secret values come from the operating system only")
 
     def ternary(self, count: int) -> NDArray[np.int8]:
-        """Independent uniform values of {-1, 0, 1}: int8 `[count]`. Two random bits each, the fourth case rejected."""
+        """Draw independent uniform values of {-1, 0, 1}: int8 `[count]`; of two bits each, the fourth case is rejected."""
         samples, filled = np.empty(count, dtype=np.int8), 0
         while filled < count:
             # 4 samples per byte, of which 3 survive on average; 32 spare bytes make a second round rare.
@@ -130,12 +138,14 @@ class SecretRandom(Unsharable):
         return samples
 
     def below_power_of_two(self, bits: int, count: int) -> NDArray[np.int64]:
-        """Independent uniform integers in [0, 2^bits), bits ≤ 8: int64 `[count]`."""
+        """Draw independent uniform integers in [0, 2^bits), bits ≤ 8: int64 `[count]`."""
         return (np.frombuffer(os.urandom(count), dtype=np.uint8) >> (8 - bits)).astype(np.int64)
 
     def below(self, bound: int, count: int) -> NDArray[np.int64]:
-        """Independent uniform integers in [0, bound), 1 ≤ bound ≤ 2^16: int64 `[count]`. 16 bits each, those from the
-        largest multiple of bound on rejected."""
+        """Draw independent uniform integers in [0, bound), 1 ≤ bound ≤ 2^16: int64 `[count]`.
+
+        Each takes 16 bits; values from the largest multiple of `bound` on are rejected.
+        """
         kept: list[NDArray[np.int64]] = []
         missing, limit = count, (1 << 16) // bound * bound
         while missing > 0:
@@ -146,7 +156,7 @@ class SecretRandom(Unsharable):
         return np.concatenate(kept) if kept else np.zeros(0, dtype=np.int64)
 
     def uniform_bytes(self, count: int) -> NDArray[np.uint8]:
-        """Independent uniform bytes: uint8 `[count]`."""
+        """Draw independent uniform bytes: uint8 `[count]`."""
         result = np.empty(count, dtype=np.uint8)
         keystream = _Keystream()
         for start in range(0, count, _PIECE):
@@ -155,9 +165,9 @@ class SecretRandom(Unsharable):
         return result
 
     def discrete_gaussian(self, shape: tuple[int, ...], out: NDArray[np.int8] | None = None) -> NDArray[np.int8]:
-        """Independent centred discrete Gaussian samples, standard deviation SIGMA, |e| ≤ ERROR_BOUND: int8 `shape`.
+        """Draw independent centred discrete Gaussian samples, standard deviation SIGMA, |e| ≤ ERROR_BOUND: int8 `shape`.
 
-        `out`: int8, flat, of as many elements, to be filled and returned in that shape.
+        `out`, int8 and flat with as many elements, is filled and returned in that shape.
         """
         count = math.prod(shape)
         samples = np.empty(count, dtype=np.int8) if out is None else out
@@ -171,27 +181,27 @@ class SecretRandom(Unsharable):
 
 
 _FROM_SYSTEM = 1 << 10
-"""Samples whose random bits the operating system draws sooner than a cipher is set up."""
+"""Most samples whose random bits the operating system draws sooner than a cipher is set up."""
 _PIECE = 1 << 20
 """Samples drawn at a time."""
 _CIPHER_MARGIN = 15
-"""Bytes more than wanted that the cipher asks room for."""
+"""Bytes of room that the cipher needs beyond those that it writes."""
 _ZEROS = bytes((1 << 20) + (1 << 18))
-"""What is encrypted at a time: as much as a piece of samples wants. The cipher lets go of Python's lock while it works, and
+"""Plaintext of the keystream, as long as a piece of samples wants: the cipher releases Python's lock while it works, and
 then waits for it."""
 
 
 class _Keystream(Unsharable):
-    """Secret bytes: AES-256 in counter mode under a key drawn here."""
+    """Generate secret bytes: AES-256 in counter mode under a key drawn here."""
 
     __slots__ = ("_encryptor",)
 
     def __init__(self) -> None:
-        # GCM encrypts in counter mode; its tag is never asked for. OpenSSL has vector AES for it and not for plain CTR.
+        # GCM encrypts in counter mode; its tag is never used. OpenSSL has vector AES for it and not for plain CTR.
         self._encryptor = Cipher(AES256(os.urandom(32)), mode=GCM(bytes(12))).encryptor()
 
     def fill(self, target: NDArray[np.uint8]) -> None:
-        """Overwrites all but the last _CIPHER_MARGIN bytes of `target` with fresh uniform bytes."""
+        """Overwrite all but the last _CIPHER_MARGIN bytes of `target` with fresh uniform bytes."""
         zeros, into = memoryview(_ZEROS), target.data
         end = target.size - _CIPHER_MARGIN
         for start in range(0, end, len(_ZEROS)):
@@ -201,19 +211,19 @@ class _Keystream(Unsharable):
                 raise SecurityError(f"the cipher wrote {written} of {size} random bytes: reinstall `cryptography`")
 
     def take(self, count: int) -> NDArray[np.uint8]:
-        """Fresh uniform bytes: uint8 `[count]`."""
+        """Return fresh uniform bytes: uint8 `[count]`."""
         target = np.empty(count + _CIPHER_MARGIN, dtype=np.uint8)
         self.fill(target)
         return target[:count]
 
 
 def _system_bytes(count: int) -> NDArray[np.uint8]:
-    """Uniform bytes of the operating system's generator: uint8 `[count]`."""
+    """Draw uniform bytes of the operating system's generator: uint8 `[count]`."""
     return np.frombuffer(bytearray(os.urandom(count)), dtype=np.uint8)  # writable: kernels are compiled for such arrays
 
 
 def _draw_gaussian(keystream: _Keystream, samples: NDArray[np.int8]) -> None:
-    """Fills them. All bytes that are likely to be wanted are drawn in one turn, for threads that wait for Python's lock."""
+    """Fill `samples`. All bytes that are likely to be wanted are drawn at once, as threads wait for Python's lock."""
     count = samples.size
     known = count + second_bytes(count)
     uniform = scratch("keystream", known + tail_bytes(count) + _CIPHER_MARGIN, np.uint8)
@@ -229,7 +239,7 @@ def _draw_gaussian(keystream: _Keystream, samples: NDArray[np.int8]) -> None:
 
 @compiled
 def _ternary_from_bits(raw, samples, filled):  # type: ignore[no-untyped-def]
-    """Fills `samples` from place `filled` on with pairs of bits, less 1, that are not 3; returns how many it has then."""
+    """Fill `samples` from place `filled` on with pairs of bits, less 1, that are not 3; return how many it then has."""
     for byte in raw:
         for shift in (0, 2, 4, 6):
             pair = (byte >> shift) & 3
@@ -240,10 +250,10 @@ def _ternary_from_bits(raw, samples, filled):  # type: ignore[no-untyped-def]
 
 
 class OneTimeSecret(Unsharable):
-    """A ternary secret s ∈ R^rank (int8 `[rank, ring_dim]`) that exactly one encryption may consume.
+    """Hold a ternary secret s ∈ R^rank, int8 `[rank, ring_dim]`, that exactly one encryption may consume.
 
     Two encryptions under one secret and the same A reveal the difference of their plaintexts. So the value leaves this
-    object once, and no copy of the object can be made: neither by copy, pickle nor a forked process.
+    object once, and no copy of the object can be made, by copy, pickle or a forked process.
     """
 
     __slots__ = ("_lock", "_process", "_value")
@@ -256,7 +266,7 @@ class OneTimeSecret(Unsharable):
         self._lock = threading.Lock()
 
     def spend(self) -> NDArray[np.int8]:
-        """Hands the value out, once: int8 `[rank, ring_dim]`.
+        """Hand the value out, once: int8 `[rank, ring_dim]`.
 
         Raises:
             SecurityError: it was spent before, or this process is a fork of the one that drew it.

@@ -1,6 +1,7 @@
-"""What the top byte says of 64 samples at a time, by comparisons: the same on any processor, and fast on those with AVX2.
+"""Decide 64 samples at a time by their top bytes, with comparisons: on any processor, and fast on those with AVX2.
 
-A look-up per sample would do, but for the branch: one sample in 14 wants a second byte, which no processor foresees.
+A look-up per sample would do as well, but for its branch: one sample in 14 wants a second byte, and no processor foresees
+which.
 """
 
 from __future__ import annotations
@@ -19,10 +20,17 @@ _BYTES = ir.VectorType(ir.IntType(8), LANES)
 
 
 def top_byte_samples(before: Sequence[int], wanted: Sequence[bool]) -> Any:
-    """An intrinsic for the table `before`: of the sample for each top byte, where that decides it, and `wanted` where not.
+    """Make an intrinsic that looks up 64 top bytes in the table `before`.
 
-    It takes the addresses of uint8 [64] and of int8 [64], fills the second with the samples, and returns the mask of the
-    lanes in which a second byte is wanted and the sample is not to be trusted. `before` must grow with the top byte.
+    It takes the addresses of top bytes, uint8 `[64]`, and of samples, int8 `[64]`. It fills the samples and returns the
+    mask of the lanes in which a second byte is wanted and the sample is not valid.
+
+    Args:
+        before: the sample for each top byte, growing by ones.
+        wanted: for each top byte, whether a second byte is wanted; `before` does not matter there.
+
+    Raises:
+        ValueError: the table does not grow by ones.
     """
     known = [value for value, want in zip(before, wanted, strict=True) if not want]
     values, last = [], known[0]
@@ -55,7 +63,7 @@ def top_byte_samples(before: Sequence[int], wanted: Sequence[bool]) -> Any:
 
 @intrinsic
 def lowest_bit(typing_context, mask):  # type: ignore[no-untyped-def]
-    """The place of the lowest bit that is set; `mask` is not 0."""
+    """Return the place of the lowest bit that is set; `mask` is not 0."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.cttz(args[0], ir.IntType(1)(1))

@@ -1,4 +1,4 @@
-"""Look-ups of 64 bytes at a time in tables of 256, by the byte permutations of AVX512-VBMI."""
+"""Look up 64 bytes at a time in tables of 256, by the byte permutations of AVX512-VBMI."""
 
 from __future__ import annotations
 
@@ -21,22 +21,30 @@ _QUARTERS = 4
 
 @cache
 def supported() -> bool:
-    """Whether this machine has the instructions that `step_sample` is made of."""
+    """Return whether this machine has the instructions of `step_sample`."""
     features = llvmlite.binding.get_host_cpu_features()
     return all(features.get(name, False) for name in ("avx512f", "avx512bw", "avx512vbmi", "avx512vbmi2"))
 
 
 @intrinsic
 def step_sample(typing_context, high, second, tables, samples, low, base, places):  # type: ignore[no-untyped-def]
-    """sample = before[high] + (low > step[high]) in 64 lanes, and a list of the lanes in which that is not to be trusted.
+    """Compute sample = before[high] + (low > step[high]) in 64 lanes, and list the lanes in which that is not valid.
 
-    low is read only in lanes whose step is not 255 or whose `before` is 127, from the bytes at `second` in order, and is 0
-    in the others. high: address of uint8 [64]; second: of as many readable bytes; tables: of `before` (int8 [256]) and
-    `step` (uint8 [256]) one after the other; samples, low: of int8 and uint8 [64], to be written; places: of uint16, to be
-    written: `base` + lane for each lane where low equals the step or `before` is 127 (and up to 32 entries of anything
-    after those).
-    Returns how many those are, plus 2^32 times the bytes used of `second`. There is no branch, because no processor could
-    foresee it.
+    A low byte is taken from the bytes at `second`, in order, in lanes whose step is not 255 or whose `before` is 127. In the
+    others it is 0. There is no branch, because no processor could foresee it.
+
+    Args:
+        high: address of uint8 `[64]`.
+        second: address of as many readable bytes.
+        tables: address of `before`, int8 `[256]`, and `step`, uint8 `[256]`, one after the other.
+        samples: address of int8 `[64]`, written.
+        low: address of uint8 `[64]`, written.
+        base: added to the listed lanes.
+        places: address of uint16, written: `base` + lane for each lane where low equals the step or `before` is 127, and up
+            to 32 arbitrary entries after those.
+
+    Returns:
+        How many lanes are listed, plus 2^32 times the bytes used of `second`.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -72,7 +80,7 @@ def step_sample(typing_context, high, second, tables, samples, low, base, places
 
 
 def _store_places(builder: Any, lanes: Any, base: Any, to: Any) -> None:
-    """`base` + k for each bit k of the 32-bit mask `lanes`, as uint16, one after the other."""
+    """Store `base` + k for each bit k of the 32-bit mask `lanes`, as uint16, one after the other."""
     first = builder.insert_element(ir.Constant(_PLACES, ir.Undefined), builder.trunc(base, _I16), ir.IntType(32)(0))
     zeros = ir.Constant(ir.VectorType(ir.IntType(32), 32), None)
     bases = builder.shuffle_vector(first, ir.Constant(_PLACES, ir.Undefined), zeros)
@@ -94,7 +102,7 @@ def _load(builder: Any, start: Any, offset: int = 0) -> Any:
 
 
 def _look_up(builder: Any, tables: Any, offset: int, index: Any, upper: Any) -> Any:
-    """table[index] for the 256 bytes at `offset`: one permutation for each half, chosen by the top bit of the index."""
+    """Return table[index] for the 256 bytes at `offset`: one permutation for each half, chosen by the index's top bit."""
     quarters = [_load(builder, tables, offset + LANES * k) for k in range(_QUARTERS)]
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(_BYTES, [_BYTES] * 3), "llvm.x86.avx512.vpermi2var.qi.512"

@@ -257,7 +257,7 @@ def test_wrong_shapes_are_refused() -> None:
         encrypt_reals(public, reals(4, 12), linear, torch.ones(11))
     key = encrypt_reals(public, reals(4, 12), linear)[1]
     hint = Hint.from_coefficients(TOY, setup(weights(9, 12), public))
-    with pytest.raises(WorkerError, match="was asked for"):
+    with pytest.raises(WorkerError, match="reply must be uint8"):
         decrypt_reals(key, hint, torch.zeros(4, 4, 8, dtype=torch.uint8), linear)
 
 
