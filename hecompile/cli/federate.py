@@ -19,6 +19,9 @@ OwnerKeys = Annotated[
     Path, typer.Option(help="This owner's private folder; identity.key is made there if it has none.")
 ]
 RosterFile = Annotated[Path, typer.Option(help="JSON of the owners' names and public keys.")]
+Events = Annotated[
+    str, typer.Option(help="What is printed for people, text, or for the program that started it, json.")
+]
 
 
 def _load(recipe: Path, overrides: list[str] | None = None) -> FederationRecipe:
@@ -67,12 +70,16 @@ def serve_command(
     roster: RosterFile,
     overrides: Overrides = None,
     port: Annotated[int, typer.Option(help="Port on the loopback address; 0 picks a free one.")] = 7800,
+    events: Events = "text",
 ) -> None:
     """Run the server: wait for all owners of the recipe, then run its rounds."""
-    from hecompile.runtime.federation.launch import read_roster, serve
+    from hecompile.runtime.federation.events import ADAPTER, reporting
+    from hecompile.runtime.federation.roster import read_roster
+    from hecompile.runtime.federation.server import serve
 
-    directory = serve(_load(recipe, overrides), read_roster(roster), port, lambda line: print(line, flush=True))
-    print(f"adapter: {directory}", flush=True)
+    with reporting(events) as report:
+        directory = serve(_load(recipe, overrides), read_roster(roster), port, report)
+        report(ADAPTER, directory=str(directory))
 
 
 @federation_app.command("join")
@@ -83,26 +90,28 @@ def join_command(
     keys: OwnerKeys,
     overrides: Overrides = None,
     server: Annotated[str, typer.Option(help="Where `hecompile federation serve` listens.")] = "tcp://127.0.0.1:7800",
+    events: Events = "text",
 ) -> None:
     """Take part as an owner: train on its own data and send encrypted updates until the federation is over."""
-    from hecompile.runtime.federation.launch import join, read_roster
+    from hecompile.runtime.federation.events import ADAPTER, reporting
+    from hecompile.runtime.federation.owner import join
+    from hecompile.runtime.federation.roster import read_roster
 
-    directory = join(_load(recipe, overrides), owner, read_roster(roster), keys, server)
-    print(f"adapter: {directory}", flush=True)
+    with reporting(events) as report:
+        directory = join(_load(recipe, overrides), owner, read_roster(roster), keys, server)
+        report(ADAPTER, directory=str(directory))
 
 
 @federation_app.command("identities")
 def identities_command(
     recipe: FederationRecipePath,
-    keys: Annotated[Path, typer.Option(help="Where to make a private folder with identity.key for every owner.")],
+    keys: Annotated[Path, typer.Option(help="Gets a private folder with identity.key for every owner.")],
     roster: Annotated[Path, typer.Option(help="Where to write the roster.")],
 ) -> None:
     """Make identities of all owners of a recipe and their roster, for trying a federation out on one machine."""
-    from hecompile.runtime.federation.launch import write_roster
-    from hecompile.runtime.federation.protocol.channels import Identity
+    from hecompile.runtime.federation.roster import own_identity, write_roster
 
-    names = _load(recipe).names
-    write_roster(roster, [Identity.load_or_create(name, keys / name / "identity.key") for name in names])
+    write_roster(roster, [own_identity(name, keys / name) for name in _load(recipe).names])
     print(f"roster: {roster}")
 
 
@@ -114,6 +123,6 @@ def identity_command(
     """Print an owner's line of the roster."""
     import json
 
-    from hecompile.runtime.federation.protocol.channels import Identity
+    from hecompile.runtime.federation.roster import own_identity
 
-    print(json.dumps({owner: Identity.load_or_create(owner, keys / "identity.key").public.hex()}))
+    print(json.dumps({owner: own_identity(owner, keys).public.hex()}))

@@ -1,6 +1,10 @@
-"""Several data owners train one adapter: a server adds their encrypted updates and learns the sum alone.
+"""Train one adapter from the data of several owners: a server adds their encrypted updates and learns the sum alone.
 
-`settings` what all agree on; `layout` and `pruning` which coordinates travel; `shamir`, `channels` and `keyring` the keys;
-`messages`, `client` and `server` the round as pure handlers; `local` the training in between; `sockets`, `launch` and
-`flower` carry the messages. docs/federation.md is the protocol in full.
+* `protocol/`: messages and cryptography of a round, as handlers without files or network
+* `recipe`, `owner`, `local`: who takes part, and how an owner trains between two messages
+* `server`, `records`, `output`, `roster`: all rounds of a federation, and the files around them
+* `sockets`, `flower`: ways for the messages; `launch` starts a federation as processes on one machine
+* `comparison`, `report`: what a federation gains
+
+docs/federation.md is the protocol in full.
 """

@@ -1,4 +1,4 @@
-"""What a federation is compared with, on the same data and steps: each owner alone, and updates averaged in the clear."""
+"""Train what a federation is compared with, on the same data and steps: each owner alone, and all in the clear."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from hecompile.errors import InputError
 from hecompile.runtime.federation.local import LocalTrainer
-from hecompile.runtime.federation.owner import LocalModel, local_trainer, owner_promise, plaintext_model
+from hecompile.runtime.federation.local_model import LocalModel, plaintext_model
+from hecompile.runtime.federation.owner import local_trainer, owner_promise
 from hecompile.runtime.federation.protocol.channels import Identity
 from hecompile.runtime.federation.protocol.keyring import MemoryKeys
 from hecompile.runtime.federation.protocol.layout import mask_digest
@@ -19,6 +20,7 @@ from hecompile.runtime.federation.protocol.participant import LocalUpdate, Parti
 from hecompile.runtime.federation.protocol.rounds import Federation, in_process
 from hecompile.runtime.federation.protocol.server_round import RoundResult, prune_global
 from hecompile.runtime.federation.protocol.settings import Agreement, FederationSection, RoundHeader
+from hecompile.runtime.federation.protocol.terms import Terms
 from hecompile.runtime.federation.recipe import FederationRecipe
 from hecompile.runtime.model.data import Examples
 from hecompile.runtime.privacy.ledger import PrivacyLedger
@@ -26,7 +28,7 @@ from hecompile.runtime.privacy.ledger import PrivacyLedger
 
 @dataclass(frozen=True)
 class Lab:
-    """All owners of a recipe in one process, training one plaintext model after the other: for experiments."""
+    """Hold all owners of a recipe in one process for experiments; they train one plaintext model, in turn."""
 
     recipe: FederationRecipe
     local: LocalModel
@@ -35,8 +37,10 @@ class Lab:
 
     @staticmethod
     def open(recipe: FederationRecipe, stack: ExitStack | None = None) -> Lab:
-        """Loads the model and everybody's data. `stack` is wanted where owners have privacy sections: it closes the
-        ledgers."""
+        """Load the model and everybody's data.
+
+        Where owners have privacy sections, `stack` must be given: it closes their ledgers. Raises InputError without it.
+        """
         local = plaintext_model(recipe)
         trainers = {}
         for owner in recipe.owners:
@@ -48,12 +52,12 @@ class Lab:
         return Lab(recipe, local, trainers, local.layout.flatten(local.model.adapter_state()))
 
     def heldout(self) -> dict[str, Examples]:
-        """The held-out questions by owner, those that have some."""
+        """Read the held-out questions by owner, for those that have some."""
         files = {owner.name: owner.validation_file for owner in self.recipe.owners}
         return {name: self.local.examples(path) for name, path in files.items() if path is not None}
 
     def alone(self, name: str) -> NDArray[np.float32]:
-        """The adapter of one owner after all rounds by itself."""
+        """Return the adapter of one owner after all rounds by itself, float32 `[size]`."""
         everything = np.ones(self.local.layout.size, dtype=bool)
         adapter = self.initial
         for number in range(1, self.recipe.federation.rounds + 1):
@@ -61,7 +65,7 @@ class Lab:
         return adapter
 
     def plain(self, report: Callable[[int], None] = lambda number: None) -> NDArray[np.float32]:
-        """The federation without encryption and without pruning."""
+        """Return the adapter, float32 `[size]`, of the federation without encryption and without pruning."""
         section = self.recipe.federation.model_copy(update={"pruning": None, "privacy": None})
         agreement = Agreement.of(self.recipe.names, section)
         adapter = self.initial
@@ -73,7 +77,7 @@ class Lab:
     def plain_round(
         self, agreement: Agreement, number: int, adapter: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], dict[str, LocalUpdate]]:
-        """One round in the clear, with the agreement's pruning; the new adapter and what each owner would have sent."""
+        """Run one round in the clear with the agreement's pruning; return the adapter and each owner's update."""
         start, mask = prune_global(self.local.layout, agreement, number, adapter)
         header = RoundHeader(
             number=number, nonce="0" * 32, agreement=agreement, layout=self.local.layout.digest(), mask=mask_digest(mask),
@@ -85,9 +89,10 @@ class Lab:
     def encrypted(
         self, section: FederationSection, ledgers: Mapping[str, PrivacyLedger] | None = None
     ) -> tuple[NDArray[np.float32], list[CheckedRound]]:
-        """The federation as it is, all in this process; every round's mean is compared with that of the exact updates.
+        """Run the federation as it is, all in this process; return the adapter float32 `[size]` and its rounds, checked.
 
-        Under differential privacy there is nothing to compare with, and `ledgers` are wanted.
+        Each round's mean is compared with that of the exact updates. Under differential privacy there is nothing to compare
+        with, and `ledgers` must be given.
         """
         agreement = Agreement.of(self.recipe.names, section)
         layout, updates = self.local.layout, dict[str, LocalUpdate]()
@@ -101,13 +106,12 @@ class Lab:
 
         identities = {name: Identity.generate(name) for name in self.recipe.names}
         roster = {name: identity.public for name, identity in identities.items()}
+        terms = Terms(agreement, roster, layout)
         participants = {
-            name: Participant(
-                identity, roster, agreement, layout, MemoryKeys(), recording(name), (ledgers or {}).get(name)
-            )
+            name: Participant(identity, terms, MemoryKeys(), recording(name), (ledgers or {}).get(name))
             for name, identity in identities.items()
         }
-        federation, adapter, rounds = Federation(agreement, roster, layout), self.initial, list[CheckedRound]()
+        federation, adapter, rounds = Federation(terms), self.initial, list[CheckedRound]()
         for number in range(1, section.rounds + 1):
             _, mask = prune_global(layout, agreement, number, adapter)
             result = federation.round(number, adapter, in_process(participants))
@@ -121,14 +125,14 @@ class Lab:
 
 @dataclass(frozen=True)
 class CheckedRound:
-    """A round, and how far its mean is from the weighted mean of the exact updates: the largest difference."""
+    """Hold a round and its error: the largest difference of its mean to the weighted mean of the exact updates."""
 
     result: RoundResult
     error: float
 
 
 def weighted_mean(updates: Mapping[str, LocalUpdate]) -> NDArray[np.float64]:
-    """Σ n_k·Δ_k / Σ n_k, float64 `[size]`."""
+    """Return Σ n_k·Δ_k / Σ n_k, float64 `[size]`, over updates Δ_k of n_k samples."""
     total = sum(update.samples for update in updates.values())
     return sum(
         (update.delta.astype(np.float64) * (update.samples / total) for update in updates.values()),

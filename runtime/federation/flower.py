@@ -1,11 +1,11 @@
-"""The same rounds carried by Flower (flwr 1.41): a ServerApp and a ClientApp, used by the app in deploy/flower.
+"""Carry the rounds of a federation over Flower (flwr 1.41): a ServerApp and a ClientApp, used by deploy/flower.
 
-A message is one ConfigRecord with the bytes of `messages.to_bytes`; Flower carries it and knows nothing of what is in it. A
-ClientApp may run in a new process for every message, so that the keys of a round are in the owner's private folder
+A message is one ConfigRecord with the bytes of `messages.to_bytes`; Flower knows nothing of what is in it. A ClientApp may
+run in a new process for every message. The keys of a round are therefore in the owner's private folder
 (`keyring.DirectoryKeys`), never in Flower's own context, which Flower serializes.
 
-A SuperNode says whose it is and where its own copies of recipe and roster and its private folder are, and nothing of the
-run's configuration is then looked at, for that comes from whoever started the run:
+A SuperNode says whose it is and where its own copies of recipe and roster and its private folder are. The run's
+configuration, which comes from whoever started the run, is then not looked at:
 
     --node-config 'owner="NAME" recipe="FILE" roster="FILE" keys="FOLDER"'
 
@@ -21,22 +21,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from hecompile.errors import FederationError, InputError
-from hecompile.runtime.federation.launch import RoundLog, read_roster
-from hecompile.runtime.federation.output import ADAPTER_DIR, require_free
-from hecompile.runtime.federation.owner import local_trainer, owner_ledger, owner_model, owner_promise, plaintext_model
-from hecompile.runtime.federation.protocol.channels import Identity
+from hecompile.runtime.federation.events import line_for
+from hecompile.runtime.federation.local_model import owner_model, plaintext_model
+from hecompile.runtime.federation.output import require_free
+from hecompile.runtime.federation.owner import local_trainer, owner_ledger, owner_promise, save_finished
 from hecompile.runtime.federation.protocol.keyring import DirectoryKeys
 from hecompile.runtime.federation.protocol.messages import Finished, Message, Start, from_bytes, read_header, to_bytes
 from hecompile.runtime.federation.protocol.participant import Participant
-from hecompile.runtime.federation.protocol.rounds import Federation
 from hecompile.runtime.federation.recipe import FederationRecipe, load_federation
+from hecompile.runtime.federation.roster import own_identity, read_roster
+from hecompile.runtime.federation.server import run_rounds
 
 _log = logging.getLogger(__name__)
 _RECORD, _PAYLOAD, _OWNER = "federation", "payload", "owner"
@@ -49,7 +49,7 @@ client_app = ClientApp()
 
 @dataclass(frozen=True)
 class _Place:
-    """An owner's own files."""
+    """Say which owner a node is, and where its own files are."""
 
     recipe: FederationRecipe
     owner: str
@@ -76,18 +76,16 @@ def _place(context: Context) -> _Place:
 
 
 def _rounds_left(recipe: FederationRecipe, request: Message) -> int:
-    """This one and those after it: a promise is calibrated anew in every round, on top of what its ledger has."""
+    """Count this round and those after it: noise is calibrated anew in every round, on top of what the ledger has."""
     number = read_header(request.header).number if isinstance(request, Start) else 1
     return max(1, recipe.federation.rounds + 1 - number)
 
 
-def _keys(context: Context, owner: str) -> Path:
-    own = context.node_config.get("keys")
-    return Path(str(own)) if own is not None else Path(str(context.run_config["keys"])) / owner
-
-
 class GridExchange:
-    """An `Exchange` over Flower's grid. Owners say who they are once; that they are is proven by every round's signature."""
+    """Exchange messages over Flower's grid, as an `Exchange`.
+
+    Nodes say once whose they are. The signature of every round proves it.
+    """
 
     def __init__(self, grid: Grid, owners: list[str], reply_timeout: float) -> None:
         self._grid = grid
@@ -95,14 +93,13 @@ class GridExchange:
         self._nodes = self._meet(owners)
 
     def __call__(self, requests: Mapping[str, Message]) -> dict[str, Message]:
-        """See `Exchange`."""
+        """Send each owner its message and return the replies, as `Exchange` says."""
         owners = {self._nodes[name]: name for name in requests if name in self._nodes}
         messages = []
         for node, name in owners.items():
             request = requests[name]
-            content = RecordDict({_RECORD: ConfigRecord({_PAYLOAD: to_bytes(request)})})
             kind = _TRAIN if isinstance(request, Start) else _ROUND
-            messages.append(FlowerMessage(content, node, kind, ttl=self._reply_timeout))
+            messages.append(FlowerMessage(_content({_PAYLOAD: to_bytes(request)}), node, kind, ttl=self._reply_timeout))
         replies: dict[str, Message] = {}
         for reply in self._grid.send_and_receive(messages, timeout=self._reply_timeout):
             name = owners[reply.metadata.src_node_id]
@@ -115,55 +112,58 @@ class GridExchange:
         return replies
 
     def _meet(self, owners: list[str]) -> dict[str, int]:
+        """Wait for as many nodes as there are owners, ask each whose it is, and return the nodes by owner."""
         deadline = time.monotonic() + _JOIN_SECONDS
         while len(nodes := list(self._grid.get_node_ids())) < len(owners):
             if time.monotonic() > deadline:
                 raise FederationError(f"{len(nodes)} of {len(owners)} nodes connected within {_JOIN_SECONDS:g} s")
             time.sleep(0.5)
-        asking = [FlowerMessage(RecordDict({_RECORD: ConfigRecord({})}), node, _HELLO) for node in nodes]
-        found: dict[str, int] = {}
-        for reply in self._grid.send_and_receive(asking, timeout=_JOIN_SECONDS):
+        questions = [FlowerMessage(_content({}), node, _HELLO) for node in nodes]
+        by_owner: dict[str, int] = {}
+        for reply in self._grid.send_and_receive(questions, timeout=_JOIN_SECONDS):
             if not reply.has_error():
                 name = str(reply.content.config_records[_RECORD][_OWNER])
-                if name in found:
+                if name in by_owner:
                     raise FederationError(f"two nodes say that they are {name!r}")
-                found[name] = reply.metadata.src_node_id
-        return found
+                by_owner[name] = reply.metadata.src_node_id
+        return by_owner
+
+
+def _content(values: Mapping[str, str | bytes]) -> RecordDict:
+    return RecordDict({_RECORD: ConfigRecord({**values})})
 
 
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
-    """All rounds of the recipe."""
+    """Run all rounds of the recipe, and write rounds.jsonl and the adapter."""
     recipe = _server_recipe(context)
     require_free(recipe.training, server=True)
     roster = read_roster(Path(str(context.run_config["roster"])))
     local = plaintext_model(recipe)
     exchange = GridExchange(grid, recipe.names, recipe.reply_timeout)
-    out = recipe.training.output_dir
-    adapter = local.layout.flatten(local.model.adapter_state())
-    with RoundLog(out, adapter, lambda line: _log.warning("%s", line)) as log:
-        try:
-            Federation(recipe.agreement(), roster, local.layout).run(adapter, exchange, log.report)
-        finally:
-            local.save(log.adapter, out / ADAPTER_DIR, recipe.model)
+    run_rounds(recipe, roster, local, exchange, _log_event)
+
+
+def _log_event(event: str, /, **fields: str | int | float | None) -> None:
+    _log.warning("%s", line_for(event, fields))
 
 
 @client_app.query("hello")
 def hello(message: FlowerMessage, context: Context) -> FlowerMessage:
-    """Whose node this is."""
-    return FlowerMessage(RecordDict({_RECORD: ConfigRecord({_OWNER: _place(context).owner})}), reply_to=message)
+    """Answer whose node this is."""
+    return FlowerMessage(_content({_OWNER: _place(context).owner}), reply_to=message)
 
 
 @client_app.query("round")
 @client_app.train("round")
 def answer(message: FlowerMessage, context: Context) -> FlowerMessage:
-    """A message of a round; the last one is not answered but its adapter saved."""
+    """Answer a message of a round; at the last one, save its adapter and answer nothing."""
     place = _place(context)
     content = message.content.config_records[_RECORD][_PAYLOAD]
     if not isinstance(content, bytes):
         raise FederationError("a message of the federation holds no bytes")
     payload = _answer(place, from_bytes(content))
-    return FlowerMessage(RecordDict({_RECORD: ConfigRecord({_PAYLOAD: payload})}), reply_to=message)
+    return FlowerMessage(_content({_PAYLOAD: payload}), reply_to=message)
 
 
 def _answer(place: _Place, request: Message) -> bytes:
@@ -175,14 +175,11 @@ def _answer(place: _Place, request: Message) -> bytes:
         owner_ledger(recipe, owner) as ledger,
     ):
         if isinstance(request, Finished):
-            adapter = np.frombuffer(request.adapter, dtype="<f4")
-            local.save(adapter, recipe.training.output_dir / owner.name / ADAPTER_DIR, recipe.model)
+            save_finished(recipe, owner.name, local, request)
             return b""
         participant = Participant(
-            Identity.load_or_create(owner.name, place.keys / "identity.key"),
-            read_roster(place.roster),
-            recipe.agreement(),
-            local.layout,
+            own_identity(owner.name, place.keys),
+            recipe.terms(read_roster(place.roster), local.layout),
             DirectoryKeys(place.keys / "rounds"),
             local_trainer(recipe, owner, local, private),
             ledger,

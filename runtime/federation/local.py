@@ -1,4 +1,4 @@
-"""What an owner does between two messages: train the adapter on its own text, within the mask, from the global adapter.
+"""Train an owner's adapter between two messages: on its own text, within the mask, from the global adapter.
 
 The optimizer is fresh in every round, as in FedAvg (McMahan et al., AISTATS 2017). FedProx (Li et al., MLSys 2020) adds
 mu/2·‖w - w_global‖² to the loss; its gradient mu·(w - w_global) joins the others after these were clipped.
@@ -6,20 +6,19 @@ mu/2·‖w - w_global‖² to the loss; its gradient mu·(w - w_global) joins th
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hecompile.runtime.federation.protocol.layout import Layout
+from hecompile.runtime.federation.local_model import LocalModel
 from hecompile.runtime.federation.protocol.participant import LocalUpdate
 from hecompile.runtime.federation.protocol.pruning import prune_client
 from hecompile.runtime.federation.protocol.settings import FederationSection, RoundHeader
 from hecompile.runtime.model.adapter import AdapterModel
-from hecompile.runtime.model.data import Examples, PadToBucket, eos_and_pad
+from hecompile.runtime.model.data import Examples, PadToBucket
 from hecompile.runtime.privacy.promise import PrivateSteps
 from hecompile.runtime.recipes.training import TrainingSection
 from hecompile.runtime.training.private_trainer import PrivateTrainer
@@ -27,42 +26,31 @@ from hecompile.runtime.training.trainer import AdapterTrainer
 
 
 class LocalTrainer:
-    """Trains `model`'s adapter for one round at a time; it is a `client.Train`.
+    """Train the adapter of `local` for one round at a time; a `protocol.participant.Train`.
 
     Args:
-        section: of one round. Its seed grows with the round, and by `index` from owner to owner; its learning rate falls
-            as the federation says.
-        output_dir: gets the metrics of every round.
-        private: makes every step differentially private for each example (`hecompile.runtime.privacy`); what is sent is
-        made of such
-            steps alone, so that the promise holds against the server and the other owners, whatever the sum hides besides.
+        section: settings of one round. Its seed grows with the round; its learning rate falls as the federation says; its
+            `output_dir` gets a folder with the metrics of each round.
+        private: makes every step differentially private for each example (`hecompile.runtime.privacy`). What is sent
+            consists of such steps alone: the promise holds against the server and the other owners.
     """
 
     def __init__(
-        self,
-        model: AdapterModel,
-        tokenizer: PreTrainedTokenizerBase,
-        examples: Examples,
-        section: TrainingSection,
-        output_dir: Path,
-        index: int = 0,
-        private: PrivateSteps | None = None,
+        self, local: LocalModel, examples: Examples, section: TrainingSection, private: PrivateSteps | None = None
     ) -> None:
-        self.model = model
-        self.layout = Layout.of(model.adapter_state())
+        self.private = private
+        self._local = local
+        self._layout = local.layout
         self._examples = examples
         self._section = section
-        self._output_dir = output_dir
-        self._index = index
-        self.private = private
-        self._collate = PadToBucket(model.sequence_buckets, eos_and_pad(tokenizer)[1])
+        self._collate = PadToBucket(local.model.sequence_buckets, local.pad_token_id)
 
     def __call__(self, header: RoundHeader, adapter: NDArray[np.float32], mask: NDArray[np.bool_]) -> LocalUpdate:
-        """One round."""
+        """Train one round, prune where owners do so by themselves, and return what changed."""
         section = header.agreement.section
         after = self.train(header.number, adapter, mask, section)
         if section.pruning is not None and section.pruning.mask == "per_client":
-            after = prune_client(self.layout, after, header.rate)
+            after = prune_client(self._layout, after, header.rate)
         return LocalUpdate(np.where(mask, after - adapter, np.float32(0)), len(self._examples))
 
     def train(
@@ -73,13 +61,26 @@ class LocalTrainer:
         federation: FederationSection,
         steps: int | None = None,
     ) -> NDArray[np.float32]:
-        """The adapter after the steps of one round (or `steps`) from `adapter`, float32 `[size]`; unchanged where the
-        mask is false."""
-        start = self.layout.unflatten(adapter)
-        self.model.load_adapter_state(start)
+        """Return the adapter after the steps of round `number` (or `steps`) from `adapter`, both float32 `[size]`.
+
+        Coordinates where `mask` is false stay as they are.
+        """
+        model = self._local.model
+        start = self._layout.unflatten(adapter)
+        model.load_adapter_state(start)
+        settings: dict[str, Any] = {}
+        parts = (model, self._round_section(number, federation, steps), settings, self._examples, None, self._collate)
+        trainer = AdapterTrainer(*parts) if self.private is None else PrivateTrainer(self.private, *parts)
+        mu = federation.mu if federation.algorithm == "fedprox" else 0.0
+        kept = self._layout.unflatten(mask.astype(np.float32))
+        trainer.add_callback(_Constraints(model, start, kept, mu))
+        trainer.train()
+        return np.where(mask, self._layout.flatten(model.adapter_state()), adapter)
+
+    def _round_section(self, number: int, federation: FederationSection, steps: int | None) -> TrainingSection:
         changes: dict[str, Any] = {
-            "output_dir": self._output_dir / f"round-{number}",
-            "seed": self._section.seed + 1000 * number + self._index,
+            "output_dir": self._section.output_dir / f"round-{number}",
+            "seed": self._section.seed + 1000 * number,
             "data_seed": None,
             "save_strategy": "no",
             "disable_tqdm": True,
@@ -87,19 +88,11 @@ class LocalTrainer:
         }
         if steps is not None:
             changes["max_steps"] = steps
-        section = self._section.model_copy(update=changes)
-        settings: dict[str, Any] = {}
-        parts = (self.model, section, settings, self._examples, None, self._collate)
-        trainer = AdapterTrainer(*parts) if self.private is None else PrivateTrainer(self.private, *parts)
-        mu = federation.mu if federation.algorithm == "fedprox" else 0.0
-        kept = self.layout.unflatten(mask.astype(np.float32))
-        trainer.add_callback(_Constraints(self.model, start, kept, mu))
-        trainer.train()
-        return np.where(mask, self.layout.flatten(self.model.adapter_state()), adapter)
+        return self._section.model_copy(update=changes)
 
 
 class _Constraints(TrainerCallback):
-    """Changes the gradients between clipping and update: the proximal term, then the mask."""
+    """Change the gradients between clipping and update: add the proximal term, then apply the mask."""
 
     def __init__(
         self, model: AdapterModel, start: dict[str, torch.Tensor], kept: dict[str, torch.Tensor], mu: float

@@ -1,4 +1,4 @@
-"""The output directory of a federation: what is where, and that a finished one is not lost to the next by accident."""
+"""Guard the output directory of a federation: a finished one is not lost to the next by accident."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def require_free(section: TrainingSection, *, server: bool = False, owners: Sequ
     """Return whether the output directory holds a federation, which is then to be replaced.
 
     Looks for what the server wrote, and for the copies of the adapter that `owners` have. Nothing is written or removed yet:
-    a federation that cannot begin after all is not to cost anybody the one before. Raises InputError where the recipe does
-    not allow to replace it.
+    if the new federation cannot begin, the one before must remain. Raises InputError where the recipe does not allow to
+    replace it, or the directory is a file.
     """
     out = section.output_dir
     if out.exists() and not out.is_dir():
@@ -25,8 +25,8 @@ def require_free(section: TrainingSection, *, server: bool = False, owners: Sequ
     earlier = [*(_of_server(out) if server else ()), *(path for name in owners for path in _of_owner(out, name))]
     if earlier and not section.overwrite_output_dir:
         raise InputError(
-            f"training.output_dir {out} already holds a federation ({earlier[0].relative_to(out)}), which cannot be gone on "
-            f"with; choose another directory, or set training.overwrite_output_dir=true to replace it"
+            f"training.output_dir {out} already holds a federation ({earlier[0].relative_to(out)}), which cannot be "
+            f"continued; choose another directory, or set training.overwrite_output_dir=true to replace it"
         )
     return bool(earlier)
 

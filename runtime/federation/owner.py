@@ -1,94 +1,85 @@
-"""An owner's side of a recipe: its model, its data, and what it does with them."""
+"""Run an owner's side of a federation: its promises of privacy, its training, and its process."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hecompile.errors import InputError
 from hecompile.he.aggregation.parameters import CLIENT_LIMIT
-from hecompile.runtime.client.session import open_session
 from hecompile.runtime.federation.local import LocalTrainer
-from hecompile.runtime.federation.protocol.layout import Layout
+from hecompile.runtime.federation.local_model import LocalModel, owner_model
+from hecompile.runtime.federation.output import ADAPTER_DIR, clear_owner, require_free
+from hecompile.runtime.federation.protocol.channels import Roster
+from hecompile.runtime.federation.protocol.keyring import MemoryKeys
+from hecompile.runtime.federation.protocol.messages import Finished
+from hecompile.runtime.federation.protocol.participant import LocalUpdate, Participant, Train
+from hecompile.runtime.federation.protocol.settings import RoundHeader
 from hecompile.runtime.federation.recipe import FederationRecipe, OwnerSection
-from hecompile.runtime.model.adapter import AdapterModel, save_adapter
-from hecompile.runtime.model.data import Examples, eos_and_pad, load_examples
-from hecompile.runtime.model.evaluation import Evaluation, evaluate
-from hecompile.runtime.model.plaintext import PlaintextPeftModel
+from hecompile.runtime.federation.roster import own_identity
+from hecompile.runtime.federation.sockets import take_part
 from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
 from hecompile.runtime.privacy.promise import PrivateRun, PrivateSteps, private_steps
-from hecompile.runtime.recipes.training import LoraSection, check_lora
 
 LEDGER_SUFFIX = ".rounds.ledger"
 
 
-@dataclass(frozen=True)
-class LocalModel:
-    """A model to train or evaluate, and its tokenizer."""
+def join(recipe: FederationRecipe, name: str, roster: Roster, keys: Path, address: str) -> Path:
+    """Take part until the federation ends, save the global adapter, and return its directory.
 
-    model: AdapterModel
-    tokenizer: PreTrainedTokenizerBase
-
-    @property
-    def layout(self) -> Layout:
-        return Layout.of(self.model.adapter_state())
-
-    def examples(self, path: Path) -> Examples:
-        """Tokenised."""
-        return load_examples(path, self.tokenizer, self.model.sequence_buckets)
-
-    def evaluate(self, adapter: NDArray[np.float32], examples: Examples) -> Evaluation:
-        """Of the adapter float32 `[size]`."""
-        self.model.load_adapter_state(self.layout.unflatten(adapter))
-        return evaluate(self.model, examples, eos_and_pad(self.tokenizer)[1])
-
-    def save(self, adapter: NDArray[np.float32], directory: Path, base: Path) -> Path:
-        """In PEFT's format."""
-        self.model.load_adapter_state(self.layout.unflatten(adapter))
-        return save_adapter(self.model, directory, base)
+    `keys` is the owner's private folder. Raises InputError and FederationError as `server.serve` does, for the owner's own
+    copy.
+    """
+    owner = recipe.owner(name)
+    replaces = require_free(recipe.training, owners=[name])
+    identity = own_identity(name, keys)
+    with (
+        owner_model(recipe, owner) as local,
+        owner_promise(recipe, owner, local) as private,
+        owner_ledger(recipe, owner) as ledger,
+    ):
+        train = _clearing_first(
+            local_trainer(recipe, owner, local, private), recipe.training.output_dir, name, replaces
+        )
+        participant = Participant(identity, recipe.terms(roster, local.layout), MemoryKeys(), train, ledger)
+        return save_finished(recipe, name, local, take_part(participant, identity, address))
 
 
-def plaintext_model(recipe: FederationRecipe) -> LocalModel:
-    """The checkpoint with an adapter drawn from the recipe's seed: the same for all who draw it."""
-    if not recipe.model.is_dir():
-        raise InputError(f"recipe: no model directory {recipe.model}")
-    torch.manual_seed(recipe.training.seed)
-    model = PlaintextPeftModel.from_pretrained(
-        recipe.model, recipe.lora.config(), tuple(recipe.sequence_buckets), recipe.batch_size
-    )
-    return LocalModel(model, AutoTokenizer.from_pretrained(recipe.model))
+def _clearing_first(train: Train, out: Path, name: str, replaces: bool) -> Train:
+    """Return `train` such that its first call removes what the owner wrote in an earlier federation."""
+
+    def clearing(header: RoundHeader, adapter: NDArray[np.float32], mask: NDArray[np.bool_]) -> LocalUpdate:
+        nonlocal replaces
+        if replaces or header.number == 1:  # an owner that comes back in the middle keeps the metrics that it has
+            clear_owner(out, name)
+            replaces = False
+        return train(header, adapter, mask)
+
+    return clearing
 
 
-@contextmanager
-def owner_model(recipe: FederationRecipe, owner: OwnerSection) -> Iterator[LocalModel]:
-    """As `OwnerSection` says: on this machine, or through its encrypted worker. Raises InputError for a plan that was
-    exported with another LoRA."""
-    place = owner.workplace()
-    if place is None:
-        yield plaintext_model(recipe)
-        return
-    with open_session(place) as session:
-        check_lora(LoraSection(**recipe.lora.model_dump()), session.model.peft_config)
-        yield LocalModel(session.model, session.tokenizer)
+def save_finished(recipe: FederationRecipe, name: str, local: LocalModel, finished: Finished) -> Path:
+    """Save an owner's copy of the final global adapter, and return its directory."""
+    adapter = np.frombuffer(finished.adapter, dtype="<f4")
+    return local.save(adapter, recipe.training.output_dir / name / ADAPTER_DIR, recipe.model)
 
 
 @contextmanager
 def owner_ledger(recipe: FederationRecipe, owner: OwnerSection) -> Iterator[PrivacyLedger | None]:
-    """What the owner as a whole released in all federations, beside its training file; None without differential privacy of
-    owners."""
+    """Open the record, beside its training file, of all that the owner as a whole released in any federation.
+
+    Yields None without differential privacy of owners.
+    """
     privacy = recipe.federation.privacy
     if privacy is None:
         yield None
         return
-    # What is protected is one owner of a federation of any size, so that delta is held against the largest.
+    # The unit of privacy is one owner of a federation of any size, so that delta is held against the largest.
     subject = Subject.of_file(owner.train_file, CLIENT_LIMIT, privacy.delta)
     path = owner.train_file.with_name(owner.train_file.name + LEDGER_SUFFIX)
     with PrivacyLedger(path, subject, privacy.epsilon) as ledger:
@@ -99,8 +90,11 @@ def owner_ledger(recipe: FederationRecipe, owner: OwnerSection) -> Iterator[Priv
 def owner_promise(
     recipe: FederationRecipe, owner: OwnerSection, local: LocalModel, rounds: int | None = None
 ) -> Iterator[PrivateSteps | None]:
-    """The owner's promise about single examples, its noise fixed for the steps of `rounds` (all of them by default); None
-    without a privacy section. Raises InputError where the budget does not suffice, PrivacyError for a bad ledger."""
+    """Open the owner's promise about single examples, with noise for the steps of `rounds` (of all rounds by default).
+
+    Yields None where the owner has no privacy section. Raises InputError where the budget does not suffice, PrivacyError
+    for a bad ledger.
+    """
     if owner.privacy is None:
         yield None
         return
@@ -119,12 +113,14 @@ def owner_promise(
 def local_trainer(
     recipe: FederationRecipe, owner: OwnerSection, local: LocalModel, private: PrivateSteps | None = None
 ) -> LocalTrainer:
-    """For the rounds. Checks the data before anything starts. Raises InputError."""
+    """Build the owner's trainer, from its place in the recipe and its data. Raises InputError for too many examples."""
     examples = local.examples(owner.train_file)
     if len(examples) > recipe.federation.max_samples and recipe.federation.privacy is None:
         raise InputError(
             f"{owner.train_file} has {len(examples)} examples, over federation.max_samples {recipe.federation.max_samples}"
         )
-    index = recipe.names.index(owner.name)
-    folder = recipe.training.output_dir / owner.name
-    return LocalTrainer(local.model, local.tokenizer, examples, recipe.training, folder, index, private)
+    own = {
+        "output_dir": recipe.training.output_dir / owner.name,
+        "seed": recipe.training.seed + recipe.names.index(owner.name),
+    }
+    return LocalTrainer(local, examples, recipe.training.model_copy(update=own), private)

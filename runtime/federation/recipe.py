@@ -1,5 +1,7 @@
-"""The recipe of a federation: who the owners are, where their data is, and how they train. YAML, as
-`hecompile.runtime.recipes.training`."""
+"""Read the recipe of a federation: who the owners are, where their data is, and how they train.
+
+It is YAML, as the recipes of `hecompile.runtime.recipes.training`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,10 @@ from pydantic import Field, field_validator, model_validator
 
 from hecompile.errors import InputError
 from hecompile.graph.llama import LLAMA_LINEARS
+from hecompile.runtime.federation.protocol.channels import Roster
+from hecompile.runtime.federation.protocol.layout import Layout
 from hecompile.runtime.federation.protocol.settings import Agreement, FederationSection
+from hecompile.runtime.federation.protocol.terms import Terms
 from hecompile.runtime.recipes.document import load_document, resolve_paths, sections_at
 from hecompile.runtime.recipes.privacy import PrivacySection
 from hecompile.runtime.recipes.section import Positive, Section
@@ -27,9 +32,12 @@ _PATH_KEYS = (
 
 
 class OwnerSection(Section):
-    """One owner. With `plan`, a client bundle, it trains through its encrypted worker (`worker`, or `worker_bundle` in
-    its own process), otherwise in plaintext on its own machine from the recipe's checkpoint. `privacy` is a promise about
-    every single example of `train_file`, as in a recipe for training alone."""
+    """Describe one owner: its data, and where it trains.
+
+    With `plan`, a client bundle, it trains through its encrypted worker (`worker`, or `worker_bundle` in its own process),
+    otherwise in plaintext on its own machine from the recipe's checkpoint. `privacy` is a promise about every single
+    example of `train_file`, as in a recipe for training alone.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     train_file: Path
@@ -45,14 +53,14 @@ class OwnerSection(Section):
         return self
 
     def workplace(self) -> Workplace | None:
-        """Where its products are computed; None on its own machine in plaintext."""
+        """Return where its products are computed, or None where it trains in plaintext on its own machine."""
         if self.plan is None:
             return None
         return Workplace(model=self.plan, worker=self.worker, worker_bundle=self.worker_bundle)
 
 
 class LoraShape(Section):
-    """The adapter of all owners, in PEFT's names."""
+    """Describe the adapter of all owners, in PEFT's names."""
 
     r: Positive = 8
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
@@ -60,15 +68,17 @@ class LoraShape(Section):
     target_modules: list[str] = Field(default=list(LLAMA_LINEARS))
 
     def config(self) -> peft.LoraConfig:
-        """As PEFT has it."""
+        """Return it as PEFT's configuration."""
         return peft.LoraConfig(**self.model_dump(), task_type="CAUSAL_LM")
 
 
 class FederationRecipe(Section):
-    """`model` is the checkpoint that all owners start from; `training` one round at one owner (`max_steps` local steps or
-    `num_train_epochs` passes), its `output_dir` holds everybody's files in this command, and an earlier federation's
-    are replaced with `overwrite_output_dir` only. `reply_timeout`: seconds an owner may be silent before the round goes on
-    without it."""
+    """Describe a federation: the owners, the checkpoint that all start from, and their training.
+
+    * `training`: one round at one owner, `max_steps` local steps or `num_train_epochs` passes. Its `output_dir` holds
+      everybody's files; those of an earlier federation are replaced with `overwrite_output_dir` only.
+    * `reply_timeout`: seconds an owner may be silent before the round goes on without it.
+    """
 
     model: Path
     owners: Annotated[list[OwnerSection], Field(min_length=2)]
@@ -96,11 +106,15 @@ class FederationRecipe(Section):
         return [owner.name for owner in self.owners]
 
     def agreement(self) -> Agreement:
-        """What the owners agree on."""
+        """Return what the owners agree on."""
         return Agreement.of(self.names, self.federation)
 
+    def terms(self, roster: Roster, layout: Layout) -> Terms:
+        """Return what the recipe's owners go by, with this roster and this layout of the adapter."""
+        return Terms(self.agreement(), roster, layout)
+
     def owner(self, name: str) -> OwnerSection:
-        """Raises InputError for a stranger."""
+        """Return the owner of that name. Raises InputError for a stranger."""
         for owner in self.owners:
             if owner.name == name:
                 return owner

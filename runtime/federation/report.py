@@ -1,4 +1,4 @@
-"""What a federation is worth, as tables for people."""
+"""Show what a federation gains, and what it sends, to people."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from hecompile.runtime.federation.comparison import Lab
-from hecompile.runtime.federation.launch import RoundRecord
 from hecompile.runtime.federation.recipe import FederationRecipe
+from hecompile.runtime.federation.records import RoundRecord
 
 
 def accuracy(lab: Lab, adapter: NDArray[np.float32]) -> dict[str, float]:
-    """Exact match on the held-out questions of each owner, and over all of them under ``all``."""
-    found, right, asked = {}, 0.0, 0
+    """Return exact match on the held-out questions of each owner, and over all of them under ``all``."""
+    shares, right, prompts = {}, 0.0, 0
     for name, examples in lab.heldout().items():
         evaluation = lab.local.evaluate(adapter, examples)
-        found[name] = evaluation.exact_match or 0.0
-        right += found[name] * evaluation.prompts
-        asked += evaluation.prompts
-    return {**found, "all": right / max(1, asked)}
+        shares[name] = evaluation.exact_match or 0.0
+        right += shares[name] * evaluation.prompts
+        prompts += evaluation.prompts
+    return {**shares, "all": right / max(1, prompts)}
 
 
 def comparison_rows(
     lab: Lab, adapters: Mapping[str, NDArray[np.float32]], compare: bool, say: Callable[[str], None]
 ) -> dict[str, dict[str, float]]:
-    """Accuracy by adapter: the given ones, and with `compare` each owner alone and the plain federation."""
+    """Return accuracy by adapter: the given ones, and with `compare` each owner alone and the plain federation."""
     rows = {"before": accuracy(lab, lab.initial)}
     if compare:
         for name in lab.recipe.names:
@@ -41,7 +41,7 @@ def comparison_rows(
 def accuracy_table(
     recipe: FederationRecipe, adapters: Mapping[str, NDArray[np.float32]], compare: bool, say: Callable[[str], None]
 ) -> Table:
-    """See `comparison_rows`."""
+    """Build the table of `comparison_rows`."""
     lab = Lab.open(recipe)
     rows = comparison_rows(lab, adapters, compare, say)
     table = Table(title="exact match on held-out phrasings of each owner's private questions")
@@ -55,7 +55,7 @@ def accuracy_table(
 
 
 def bytes_line(records: Sequence[RoundRecord]) -> str:
-    """What travelled, and how exact the sums are."""
+    """Say how many bytes travelled, and how exact the sums are."""
     first, last = records[0], records[-1]
     return (
         f"up per owner and round: {first.bytes_up / len(first.contributors) / 1e3:.0f} kB in the first round, "

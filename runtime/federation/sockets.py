@@ -1,4 +1,4 @@
-"""The messages of a federation over TCP on one machine: a server and its owners, each in a process of its own.
+"""Carry the messages of a federation over TCP on one machine, between a server and owners in processes of their own.
 
     server → owner   challenge, 32 random bytes
     owner → server   its name and an Ed25519 signature over the challenge
@@ -15,7 +15,6 @@ import os
 import socket
 import struct
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -38,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class _Link:
-    """A connected owner; `answers` holds what came, by request number."""
+    """Hold the connection of an owner, and in `answers` what it sent, by request number."""
 
     connection: socket.socket
     answers: dict[int, bytes] = field(default_factory=dict)
@@ -46,9 +45,9 @@ class _Link:
 
 
 class FederationServer:
-    """Listens on a loopback address, and is an `Exchange`. Use it as a context manager.
+    """Listen on a loopback address for owners, and exchange messages with them, as an `Exchange`; a context manager.
 
-    An owner whose connection breaks, or that is silent for `reply_timeout` seconds, is left out of the exchange; one that
+    An owner whose connection breaks, or that is silent for `reply_timeout` seconds, is left out of the exchange. One that
     comes back takes part from the next on.
     """
 
@@ -79,7 +78,7 @@ class FederationServer:
                 link.connection.close()
 
     def wait_for(self, count: int, timeout: float) -> list[str]:
-        """The owners that are connected, once they are `count`. Raises FederationError after `timeout` seconds."""
+        """Wait for `count` owners and return the names of all. Raises FederationError after `timeout` seconds."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._links) >= count, timeout)
             if len(self._links) < count:
@@ -87,7 +86,7 @@ class FederationServer:
             return sorted(self._links)
 
     def __call__(self, requests: Mapping[str, Message]) -> dict[str, Message]:
-        """See `Exchange`; `Finished` is not answered."""
+        """Send each owner its message and return the replies, as `Exchange` says; `Finished` is not answered."""
         with self._changed:
             self._number += 1
             number = self._number
@@ -100,19 +99,21 @@ class FederationServer:
                 self._drop(name, link)
         if all(isinstance(message, Finished) for message in requests.values()):
             return {}
-        deadline = time.monotonic() + self._reply_timeout
-        with self._changed:
-            self._changed.wait_for(
-                lambda: all(number in link.answers or link.broken for link in links.values()),
-                max(0.0, deadline - time.monotonic()),
-            )
-            answers = {name: link.answers.pop(number) for name, link in links.items() if number in link.answers}
-            for link in links.values():
-                link.answers.clear()
+        answers = self._wait_for_answers(links, number)
         for name in sorted(links.keys() - answers.keys()):
             _log.warning("%s did not answer; the round goes on without it if enough are left", name)
         self.bytes_received += sum(map(len, answers.values()))
         return {name: from_bytes(answer) for name, answer in answers.items()}
+
+    def _wait_for_answers(self, links: Mapping[str, _Link], number: int) -> dict[str, bytes]:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: all(number in link.answers or link.broken for link in links.values()), self._reply_timeout
+            )
+            answers = {name: link.answers.pop(number) for name, link in links.items() if number in link.answers}
+            for link in links.values():
+                link.answers.clear()
+        return answers
 
     def _accept(self) -> None:
         while True:
@@ -126,19 +127,13 @@ class FederationServer:
         try:
             connection.settimeout(_HELLO_SECONDS)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            name = self._greet(connection)
+            name = self._authenticate(connection)
             connection.settimeout(None)
         except (OSError, FederationError, UnicodeDecodeError) as error:
             _log.warning("a connection was refused: %s", error)
             connection.close()
             return
-        link = _Link(connection)
-        with self._changed:
-            earlier = self._links.get(name)
-            self._links[name] = link
-            self._changed.notify_all()
-        if earlier is not None:
-            earlier.connection.close()
+        link = self._register(name, connection)
         try:
             while True:
                 number, content = _receive(connection)
@@ -149,7 +144,19 @@ class FederationServer:
         except (OSError, FederationError):
             self._drop(name, link)
 
-    def _greet(self, connection: socket.socket) -> str:
+    def _register(self, name: str, connection: socket.socket) -> _Link:
+        """Put a connection in the place of an earlier one of that owner."""
+        link = _Link(connection)
+        with self._changed:
+            earlier = self._links.get(name)
+            self._links[name] = link
+            self._changed.notify_all()
+        if earlier is not None:
+            earlier.connection.close()
+        return link
+
+    def _authenticate(self, connection: socket.socket) -> str:
+        """Return the name of the owner who proves to be it. Raises FederationError for anybody else."""
         challenge = os.urandom(32)
         connection.sendall(challenge)
         _, hello = _receive(connection, limit=1024)
@@ -170,8 +177,10 @@ class FederationServer:
 
 
 def take_part(participant: Participant, identity: Identity, address: str, timeout: float = 60.0) -> Finished:
-    """Connect, answer until the federation is over, and return its last message. Raises FederationError when the server
-    is gone."""
+    """Connect, answer until the federation is over, and return its last message.
+
+    Raises FederationError where no server answers within `timeout` seconds, or the connection breaks.
+    """
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     try:
         connection = socket.create_connection((host, int(port)), timeout)

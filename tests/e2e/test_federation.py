@@ -12,12 +12,16 @@ from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.errors import InputError
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime.federation.comparison import Lab, weighted_mean
-from hecompile.runtime.federation.launch import processes, read_records
-from hecompile.runtime.federation.owner import local_trainer, owner_model
+from hecompile.runtime.federation.events import ROUND
+from hecompile.runtime.federation.launch import processes
+from hecompile.runtime.federation.local_model import owner_model
+from hecompile.runtime.federation.owner import local_trainer
 from hecompile.runtime.federation.protocol.layout import mask_digest
 from hecompile.runtime.federation.protocol.pruning import is_a
 from hecompile.runtime.federation.protocol.settings import RoundHeader
 from hecompile.runtime.federation.recipe import FederationRecipe, load_federation
+from hecompile.runtime.federation.records import read_records
+from hecompile.runtime.wire.events import read_event
 from tests.e2e.conftest import BATCH_SIZE, Build
 
 RECIPE = TINY_LLAMA.parent / "recipes" / "federation.yaml"
@@ -90,7 +94,8 @@ def test_an_owner_killed_in_the_middle_of_a_round_does_not_stop_the_federation(t
     overrides = [f"training.output_dir={tmp_path}", "training.max_steps=1", "federation.rounds=2"]
     with processes(RECIPE, overrides) as running:
         assert running.server.stdout is not None
-        assert running.server.stdout.readline().startswith("round 1: 3 contributed")
+        first = read_event(running.server.stdout.readline())
+        assert first is not None and (first["event"], first["number"], first["contributed"]) == (ROUND, 1, 3)
         running.owners["owner-2"].send_signal(signal.SIGKILL)
         _, errors = running.server.communicate(timeout=120)
         assert running.server.returncode == 0, errors

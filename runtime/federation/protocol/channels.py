@@ -1,4 +1,4 @@
-"""Who a participant is, and how one sends a share to another through a server that cannot read it.
+"""Prove who a participant is, and seal shares from one to another through a server that cannot read them.
 
 An identity is an Ed25519 key; the roster says whose is whose. For each round a participant draws an X25519 key and signs it
 together with everything public that the round is about. Two such keys give a secret (RFC 7748), HKDF-SHA256 (RFC 5869)
@@ -33,7 +33,7 @@ Roster = Mapping[str, bytes]
 
 
 class Identity(Unsharable):
-    """An owner's name and long-term signing key."""
+    """Hold an owner's name and its long-term signing key."""
 
     __slots__ = ("_key", "name")
 
@@ -43,12 +43,15 @@ class Identity(Unsharable):
 
     @staticmethod
     def generate(name: str) -> Identity:
-        """A new one, from the operating system's generator."""
+        """Draw a new identity from the operating system's generator."""
         return Identity(name, Ed25519PrivateKey.generate())
 
     @staticmethod
     def load_or_create(name: str, path: Path) -> Identity:
-        """The one whose 32 secret bytes are in the file `path`; a new one is written there, readable by its owner alone."""
+        """Read the identity whose 32 secret bytes are in `path`, or write a new one, readable by its owner alone.
+
+        Raises InputError for a file of another length.
+        """
         if path.exists():
             secret = path.read_bytes()
             if len(secret) != 32:
@@ -63,20 +66,20 @@ class Identity(Unsharable):
 
     @property
     def public(self) -> bytes:
-        """32 bytes, for the roster."""
+        """Return the public key for the roster, 32 bytes."""
         return self._key.public_key().public_bytes_raw()
 
     def sign_hello(self, challenge: bytes) -> bytes:
-        """Proves to a server that this is the owner; `challenge` starts with a label that nothing else signed has."""
+        """Prove to a server that this is the owner; `challenge` starts with a label that nothing else signed has."""
         return self._key.sign(challenge)
 
     def sign_advert(self, context: bytes, public: bytes) -> bytes:
-        """A signature over the round's public key of this owner, bound to `context`."""
+        """Sign this owner's public key of the round, bound to `context`; 64 bytes."""
         return self._key.sign(_advert(context, self.name, public))
 
 
 def check_advert(roster: Roster, name: str, context: bytes, public: bytes, signature: bytes) -> None:
-    """Raises FederationError unless `name` is in the roster and signed `public` for `context`."""
+    """Raise FederationError unless `name` is in the roster and signed `public` for `context`."""
     if name not in roster:
         raise FederationError(f"{name!r} is not in the roster of this federation")
     try:
@@ -89,7 +92,7 @@ def check_advert(roster: Roster, name: str, context: bytes, public: bytes, signa
 
 @dataclass(frozen=True)
 class Channels:
-    """Sealing and opening between the participants of one round.
+    """Seal and open shares between the participants of one round.
 
     Args:
         context: digest of everything public about the round, all participants' keys included.
@@ -102,13 +105,13 @@ class Channels:
     context: bytes
 
     def seal(self, recipient: str, content: bytes) -> bytes:
-        """For `recipient`'s eyes: nonce, ciphertext and tag."""
+        """Encrypt for `recipient` alone; returns nonce, ciphertext and tag."""
         nonce = os.urandom(_NONCE_BYTES)
         associated = _direction(self.context, self.name, recipient)
         return nonce + self._cipher(recipient, associated).encrypt(nonce, content, associated)
 
     def unseal(self, sender: str, sealed: bytes) -> bytes:
-        """Raises FederationError for anything that `sender` did not seal for this participant in this round."""
+        """Decrypt; raises FederationError for anything that `sender` did not seal for this participant in this round."""
         associated = _direction(self.context, sender, self.name)
         try:
             return self._cipher(sender, associated).decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], associated)
@@ -135,5 +138,5 @@ def _advert(context: bytes, name: str, public: bytes) -> bytes:
 
 
 def _sized(part: bytes) -> bytes:
-    """With its length before it, so that no two lists of parts read alike."""
+    """Put the length before a part, so that no two lists of parts read alike."""
     return len(part).to_bytes(4, "little") + part

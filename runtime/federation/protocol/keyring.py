@@ -1,10 +1,9 @@
-"""The secret state of a participant between two messages of a round: its X25519 key, which serves one contribution and one
-opening.
+"""Keep a participant's secret between two messages of a round: its X25519 key, for one contribution and one opening.
 
-The key of the encryption itself is not here: it is drawn, used and dropped within one handler (`client.py`). What is kept
-can only unseal shares of *others'* keys that are addressed to this participant. Taking it deletes it, so that shares are
-revealed for one set of contributors per round and no other: two sums over sets that differ by one owner would give that
-owner's update as their difference.
+The key of the encryption itself is not here: it is drawn, used and dropped within one handler (`participant.py`). The key
+kept here can only unseal shares of *others'* keys that are addressed to this participant. Taking it deletes it. Shares are
+therefore revealed for one set of contributors per round and no other: two sums over sets that differ by one owner would give
+that owner's update as their difference.
 """
 
 from __future__ import annotations
@@ -21,21 +20,20 @@ from hecompile.he.random.sampling import Unsharable
 
 
 class RoundKeys(Protocol):
-    """One key per round number; round numbers only grow."""
+    """Hold one key per round number; round numbers only grow."""
 
     def begin(self, number: int) -> X25519PrivateKey:
-        """A fresh key for round `number`; an unfinished earlier round is forgotten. Raises FederationError for an old
-        one."""
+        """Draw a fresh key for round `number` and forget an unfinished round. Raises FederationError for an old number."""
 
     def contribute(self, number: int) -> X25519PrivateKey:
-        """The key, for the one contribution of the round. Raises FederationError at the second."""
+        """Return the key for the one contribution of the round. Raises FederationError at the second."""
 
     def take(self, number: int) -> X25519PrivateKey:
-        """The key, for the one opening of the round; it is gone then. Raises FederationError at the second."""
+        """Return the key for the one opening of the round, and forget it. Raises FederationError at the second."""
 
 
 class MemoryKeys(Unsharable):
-    """For a participant that lives as long as the federation: nothing touches a disk."""
+    """Hold keys in memory, for a participant that lives as long as the federation."""
 
     __slots__ = ("_contributed", "_key", "_lock", "_number")
 
@@ -45,7 +43,7 @@ class MemoryKeys(Unsharable):
         self._lock = threading.Lock()
 
     def begin(self, number: int) -> X25519PrivateKey:
-        """See `RoundKeys`."""
+        """Draw a fresh key, as `RoundKeys` says."""
         with self._lock:
             if number <= self._number:
                 raise _old(number, self._number)
@@ -53,7 +51,7 @@ class MemoryKeys(Unsharable):
             return self._key
 
     def contribute(self, number: int) -> X25519PrivateKey:
-        """See `RoundKeys`."""
+        """Return the key for the contribution, as `RoundKeys` says."""
         with self._lock:
             if number != self._number or self._contributed or self._key is None:
                 raise _spent(number, "contributed to")
@@ -61,7 +59,7 @@ class MemoryKeys(Unsharable):
             return self._key
 
     def take(self, number: int) -> X25519PrivateKey:
-        """See `RoundKeys`."""
+        """Return the key for the opening, as `RoundKeys` says."""
         with self._lock:
             key, self._key = self._key if number == self._number else None, None
         if key is None:
@@ -70,7 +68,7 @@ class MemoryKeys(Unsharable):
 
 
 class DirectoryKeys(Unsharable):
-    """The same in a private directory, for a participant whose every message is handled by a new process.
+    """Hold keys in a private directory, for a participant whose every message is handled by a new process.
 
     `round-N.key` is there from the invitation to the opening, `round-N.contributed` marks the contribution, and
     `last-round` has the number. Each right is a file that is created or unlinked exactly once, whatever crashes.
@@ -83,7 +81,7 @@ class DirectoryKeys(Unsharable):
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def begin(self, number: int) -> X25519PrivateKey:
-        """See `RoundKeys`."""
+        """Draw a fresh key, as `RoundKeys` says."""
         last = self._last()
         if number <= last:
             raise _old(number, last)
@@ -95,7 +93,7 @@ class DirectoryKeys(Unsharable):
         return key
 
     def contribute(self, number: int) -> X25519PrivateKey:
-        """See `RoundKeys`."""
+        """Return the key for the contribution, as `RoundKeys` says."""
         try:
             content = self._path(number).read_bytes()
             create_private(self._directory / f"round-{number}.contributed", b"")
@@ -104,7 +102,7 @@ class DirectoryKeys(Unsharable):
         return X25519PrivateKey.from_private_bytes(content)
 
     def take(self, number: int) -> X25519PrivateKey:
-        """See `RoundKeys`."""
+        """Return the key for the opening, as `RoundKeys` says."""
         taken = self._directory / f"round-{number}.taken"
         try:
             self._path(number).rename(taken)  # one of two callers wins
@@ -127,7 +125,7 @@ class DirectoryKeys(Unsharable):
 
 def _old(number: int, last: int) -> FederationError:
     return FederationError(
-        f"round {number} was asked for after round {last}: round numbers only grow, a repeated one is refused"
+        f"round {number} was requested after round {last}: round numbers only grow, a repeated one is refused"
     )
 
 

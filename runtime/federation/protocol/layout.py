@@ -1,4 +1,4 @@
-"""An adapter as one vector: which matrix lies where, and which coordinates of it travel."""
+"""Lay an adapter out as one vector: which matrix lies where; and name masks of its coordinates."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from hecompile.errors import FederationError
 
 @dataclass(frozen=True)
 class Layout:
-    """Names and shapes of an adapter's matrices, in the order of the names."""
+    """Hold names and shapes of an adapter's matrices, in the order of the names."""
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
 
     @staticmethod
     def of(state: Mapping[str, Tensor]) -> Layout:
-        """The layout of `AdapterModel.adapter_state()`."""
+        """Return the layout of `AdapterModel.adapter_state()`."""
         return Layout(tuple((name, tuple(state[name].shape)) for name in sorted(state)))
 
     @property
     def size(self) -> int:
-        """Coordinates of the whole adapter."""
+        """Count the coordinates of the whole adapter."""
         return sum(int(np.prod(shape)) for _, shape in self.shapes)
 
     def digest(self) -> str:
-        """64 hexadecimal digits."""
+        """Return a hash of names and shapes, 64 hexadecimal digits."""
         text = json.dumps(self.shapes, separators=(",", ":"))
         return hashlib.sha256(b"hecompile/federation/layout/1" + text.encode()).hexdigest()
 
     def slices(self) -> list[tuple[str, slice]]:
-        """Where each matrix lies."""
+        """Return where each matrix lies, by name."""
         result, start = [], 0
         for name, shape in self.shapes:
             size = int(np.prod(shape))
@@ -46,7 +46,7 @@ class Layout:
         return result
 
     def flatten(self, state: Mapping[str, Tensor]) -> NDArray[np.float32]:
-        """float32 `[size]`. Raises FederationError naming the first matrix that is missing or of another shape."""
+        """Return the vector, float32 `[size]`. Raises FederationError for a matrix that is missing or of another shape."""
         for name, shape in self.shapes:
             if name not in state or tuple(state[name].shape) != shape:
                 found = list(state[name].shape) if name in state else "missing"
@@ -58,13 +58,13 @@ class Layout:
         return torch.cat([state[name].detach().reshape(-1).float() for name, _ in self.shapes]).numpy()
 
     def unflatten(self, vector: NDArray[np.float32]) -> dict[str, Tensor]:
-        """The matrices, float32; copies."""
+        """Return the matrices of a vector `[size]` as float32 copies, by name."""
         whole = torch.from_numpy(np.array(vector, dtype=np.float32))
         shapes = dict(self.shapes)
         return {name: whole[where].reshape(shapes[name]).clone() for name, where in self.slices()}
 
 
 def mask_digest(mask: NDArray[np.bool_]) -> str:
-    """64 hexadecimal digits of a mask bool `[n]`."""
+    """Return a hash of a mask bool `[n]`, 64 hexadecimal digits."""
     packed = np.packbits(mask).tobytes()
     return hashlib.sha256(b"hecompile/federation/mask/1" + len(mask).to_bytes(8, "little") + packed).hexdigest()

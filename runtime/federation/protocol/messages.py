@@ -1,8 +1,8 @@
-"""What participants and server send each other, and how it is written: JSON for the structure, raw bytes for the payload.
+"""Write and read the messages of participants and server: JSON for the structure, raw bytes for the payload.
 
     8 bytes length of the JSON | JSON {"kind", "fields", "blobs": [lengths]} | the blobs, one after the other
 
-Nothing is executed to read one, every field is checked, and sizes are bounded by whoever carries the bytes.
+Reading executes nothing and checks every field; whoever carries the bytes bounds their number.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _BLOB = "$blob"
 
 
 class Message(BaseModel):
-    """Base; `kind` names it on the wire."""
+    """Serve as the base of all messages; `kind` names one on the wire."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     kind: ClassVar[str]
 
 
 class Advert(Message):
-    """Participant → server: the X25519 key of the round and the signature over it."""
+    """Send the X25519 key of the round and the signature over it: participant → server."""
 
     kind = "advert"
     name: str
@@ -35,14 +35,14 @@ class Advert(Message):
 
 
 class Invitation(Message):
-    """Server → participants: a round begins."""
+    """Begin a round: server → participants."""
 
     kind = "invitation"
     header: dict[str, Any]
 
 
 class Start(Message):
-    """Server → participants: who takes part, and the global adapter, float32 little endian."""
+    """Say who takes part, with the global adapter, float32 little endian: server → participants."""
 
     kind = "start"
     header: dict[str, Any]
@@ -51,7 +51,7 @@ class Start(Message):
 
 
 class Contribution(Message):
-    """Participant → server: the encrypted update, and a sealed share of its key for every participant."""
+    """Send the encrypted update, and a sealed share of its key for every participant: participant → server."""
 
     kind = "contribution"
     name: str
@@ -60,7 +60,7 @@ class Contribution(Message):
 
 
 class Opening(Message):
-    """Server → one participant: whose updates were added, and their sealed shares for this participant."""
+    """Say whose updates were added, with their sealed shares for this participant: server → one participant."""
 
     kind = "opening"
     header: dict[str, Any]
@@ -69,7 +69,7 @@ class Opening(Message):
 
 
 class SumShare(Message):
-    """Participant → server: its share of the sum of the contributors' keys."""
+    """Send its share of the sum of the contributors' keys: participant → server."""
 
     kind = "sum_share"
     name: str
@@ -77,7 +77,7 @@ class SumShare(Message):
 
 
 class Refusal(Message):
-    """Participant → server: it cannot go on. The reason has no figure of the owner's update or data."""
+    """Refuse to go on, for a reason without a figure of the owner's update or data: participant → server."""
 
     kind = "refusal"
     name: str
@@ -85,7 +85,7 @@ class Refusal(Message):
 
 
 class Finished(Message):
-    """Server → participants: the federation is over; the global adapter as in `Start`."""
+    """End the federation, with the global adapter as in `Start`: server → participants."""
 
     kind = "finished"
     adapter: bytes
@@ -99,15 +99,15 @@ M = TypeVar("M", bound=Message)
 
 
 def to_bytes(message: Message) -> bytes:
-    """The message as it travels."""
+    """Write a message as it travels."""
     blobs: list[bytes] = []
-    fields = _out({name: getattr(message, name) for name in type(message).model_fields}, blobs)
+    fields = _detach({name: getattr(message, name) for name in type(message).model_fields}, blobs)
     head = json.dumps({"kind": message.kind, "fields": fields, "blobs": [len(blob) for blob in blobs]}).encode()
     return b"".join([len(head).to_bytes(8, "little"), head, *blobs])
 
 
 def from_bytes(data: bytes) -> Message:
-    """Raises FederationError for anything that `to_bytes` does not write."""
+    """Read a message. Raises FederationError for anything that `to_bytes` does not write."""
     try:
         size = int.from_bytes(data[:8], "little")
         head = json.loads(data[8 : 8 + size])
@@ -119,13 +119,13 @@ def from_bytes(data: bytes) -> Message:
             at += length
         if at != len(data):
             raise ValueError
-        return _KINDS[head["kind"]].model_validate(_in(head["fields"], blobs))
+        return _KINDS[head["kind"]].model_validate(_attach(head["fields"], blobs))
     except (ValueError, KeyError, TypeError, IndexError, RecursionError, ValidationError):
         raise FederationError("a message of the federation is malformed or cut short") from None
 
 
 def expect(kind: type[M], message: Message) -> M:
-    """The message, if it is of that kind. Raises FederationError otherwise; a refusal with its reason."""
+    """Return the message if it is of that kind. Raises FederationError otherwise; for a refusal, with its reason."""
     if isinstance(message, Refusal):
         raise FederationError(f"{message.name!r} refused: {message.reason}")
     if not isinstance(message, kind):
@@ -134,7 +134,7 @@ def expect(kind: type[M], message: Message) -> M:
 
 
 def read_header(fields: dict[str, Any]) -> RoundHeader:
-    """The header of a message, checked. Raises FederationError."""
+    """Read and check the header of a message. Raises FederationError."""
     try:
         return RoundHeader.model_validate(fields)
     except ValidationError as error:
@@ -142,24 +142,26 @@ def read_header(fields: dict[str, Any]) -> RoundHeader:
         raise FederationError(f"the round's header is not acceptable: {reason}") from None
 
 
-def _out(value: Any, blobs: list[bytes]) -> Any:
+def _detach(value: Any, blobs: list[bytes]) -> Any:
+    """Return `value` with a reference in the place of every bytes, which are appended to `blobs`."""
     if isinstance(value, bytes):
         blobs.append(value)
         return {_BLOB: len(blobs) - 1}
     if isinstance(value, Message):
-        return {name: _out(getattr(value, name), blobs) for name in type(value).model_fields}
+        return {name: _detach(getattr(value, name), blobs) for name in type(value).model_fields}
     if isinstance(value, dict):
-        return {key: _out(item, blobs) for key, item in value.items()}
+        return {key: _detach(item, blobs) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_out(item, blobs) for item in value]
+        return [_detach(item, blobs) for item in value]
     return value
 
 
-def _in(value: Any, blobs: list[bytes]) -> Any:
+def _attach(value: Any, blobs: list[bytes]) -> Any:
+    """Undo `_detach`."""
     if isinstance(value, dict):
         if value.keys() == {_BLOB}:
             return blobs[value[_BLOB]]
-        return {key: _in(item, blobs) for key, item in value.items()}
+        return {key: _attach(item, blobs) for key, item in value.items()}
     if isinstance(value, list):
-        return [_in(item, blobs) for item in value]
+        return [_attach(item, blobs) for item in value]
     return value

@@ -1,4 +1,4 @@
-"""Differential privacy of whole owners: each clips its update and adds a share of the noise, and the sum has all of it.
+"""Give whole owners differential privacy: each clips its update and adds a share of the noise; the sum has all of it.
 
     share     x_k = round(Δ_k · min(1, C'/‖Δ_k‖) / g) + D_k,   D_k discrete Gaussian of SHARE_SIGMA steps, g the grid
     sum       Σ x_k·g = Σ clipped updates + noise of standard deviation σ·C·√(K / (m - c)) ≥ σ·C
@@ -32,7 +32,7 @@ _PIECE = 1 << 16
 def private_update(
     agreement: Agreement, number: int, delta: NDArray[np.float64], ledger: PrivacyLedger | None
 ) -> NDArray[np.float64]:
-    """Clipped, rounded and noisy, in multiples of the grid: float64 `[n]`. The release is in the ledger when this returns.
+    """Clip, round and add noise: float64 `[n]`, multiples of the grid. The release is in the ledger when this returns.
 
     Raises:
         PrivacyError: the owner's budget does not allow for another round.
@@ -53,7 +53,7 @@ def private_update(
 
 
 def clip_to_grid(privacy: NoiseSection, fewest: int, delta: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Grid steps, of Euclidean norm at most clip / g: int64 `[n]`."""
+    """Return the update in grid steps, of Euclidean norm at most clip / g: int64 `[n]`. Raises FederationError."""
     step = noise_step(privacy, fewest)
     bound = privacy.clip - step * math.sqrt(delta.size) / 2
     if bound < privacy.clip / 2:
@@ -66,7 +66,7 @@ def clip_to_grid(privacy: NoiseSection, fewest: int, delta: NDArray[np.float64])
 
 
 def share_of_noise(count: int) -> NDArray[np.int64]:
-    """Discrete Gaussian of SHARE_SIGMA steps from the operating system's generator: int64 `[count]`."""
+    """Draw discrete Gaussians of SHARE_SIGMA steps from the operating system's generator: int64 `[count]`."""
     random, result = SecretRandom(), np.empty(count, dtype=np.int64)
     for start in range(0, count, _PIECE):
         piece = result[start : start + _PIECE]

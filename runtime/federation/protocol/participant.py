@@ -1,4 +1,4 @@
-"""A participant of a round: message in, message out, no network.
+"""Handle a round as a participant: message in, message out, no network.
 
     invitation → advert        a fresh X25519 key, signed
     start      → contribution  train; draw a one-time key, encrypt under it, share it out; the key is gone
@@ -14,7 +14,6 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +22,9 @@ from hecompile.errors import FederationError, HecompileError, PrivacyError
 from hecompile.he.aggregation import scheme as aggregation
 from hecompile.he.random.sampling import SecretRandom
 from hecompile.runtime.federation.protocol import shamir
-from hecompile.runtime.federation.protocol.channels import Channels, Identity, Roster
+from hecompile.runtime.federation.protocol.channels import Channels, Identity
 from hecompile.runtime.federation.protocol.keyring import RoundKeys
-from hecompile.runtime.federation.protocol.layout import Layout, mask_digest
+from hecompile.runtime.federation.protocol.layout import mask_digest
 from hecompile.runtime.federation.protocol.messages import (
     Advert,
     Contribution,
@@ -39,7 +38,8 @@ from hecompile.runtime.federation.protocol.messages import (
 )
 from hecompile.runtime.federation.protocol.noise import private_update
 from hecompile.runtime.federation.protocol.pruning import shared_mask
-from hecompile.runtime.federation.protocol.settings import Agreement, RoundHeader
+from hecompile.runtime.federation.protocol.settings import RoundHeader
+from hecompile.runtime.federation.protocol.terms import Terms
 from hecompile.runtime.federation.protocol.transcript import Transcript, check_enough, encode, read_transcript
 from hecompile.runtime.privacy.ledger import PrivacyLedger
 
@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class LocalUpdate:
-    """What training changed, float32 `[size]` over the whole adapter, and on how many examples."""
+    """Hold what training changed, float32 `[size]` over the whole adapter, and on how many examples."""
 
     delta: NDArray[np.float32]
     samples: int
@@ -59,23 +59,19 @@ Train = Callable[[RoundHeader, NDArray[np.float32], NDArray[np.bool_]], LocalUpd
 
 
 class Participant:
-    """One owner. `roster` and `agreement` are its own copies; `train` is called once per round; `ledger` is its own
-    record of what it released, wanted where the agreement has differential privacy."""
+    """Answer the messages of a federation for one owner.
+
+    `terms` are its own copies; `train` is called once per round; `ledger` is its own record of what it released, and must
+    be there where the agreement has differential privacy.
+    """
 
     def __init__(
-        self,
-        identity: Identity,
-        roster: Roster,
-        agreement: Agreement,
-        layout: Layout,
-        keys: RoundKeys,
-        train: Train,
-        ledger: PrivacyLedger | None = None,
+        self, identity: Identity, terms: Terms, keys: RoundKeys, train: Train, ledger: PrivacyLedger | None = None
     ) -> None:
         self.identity = identity
-        self.roster = roster
-        self.agreement = agreement
-        self.layout = layout
+        self.terms = terms
+        self.agreement = terms.agreement
+        self.layout = terms.layout
         self._keys = keys
         self._train = train
         self._ledger = ledger
@@ -85,7 +81,7 @@ class Participant:
         return self.identity.name
 
     def answer(self, message: Message) -> Message:
-        """The reply. Raises FederationError, or what training raised; then this participant is out of the round."""
+        """Return the reply. After an error, FederationError or one of training's, this participant is out of the round."""
         if isinstance(message, Invitation):
             return self._advertise(message)
         if isinstance(message, Start):
@@ -95,7 +91,7 @@ class Participant:
         raise FederationError(f"a participant does not answer a message {message.kind!r}")
 
     def answer_or_refuse(self, message: Message) -> Message:
-        """The same with errors as refusals, which tell the others no figure of this owner's; the log has them in full."""
+        """Answer, with errors as refusals, which tell the others no figure of this owner's; the log has them in full."""
         try:
             return self.answer(message)
         except FederationError as error:
@@ -129,7 +125,7 @@ class Participant:
 
     def _contribute(self, message: Start) -> Contribution:
         header = self._accept(message.header)
-        transcript = read_transcript(header, message.adverts, self.roster)
+        transcript = read_transcript(header, message.adverts, self.terms.roster)
         if self.name not in transcript.publics:
             raise FederationError(f"{self.name!r} was asked to contribute to a round that it is not part of")
         adapter, mask = self._adapter(header, message.adapter)
@@ -146,7 +142,7 @@ class Participant:
         adapter = np.frombuffer(content, dtype="<f4") if len(content) % 4 == 0 else np.zeros(0, dtype="<f4")
         if adapter.size != self.layout.size or not np.isfinite(adapter).all():
             raise FederationError(
-                f"the global adapter has {adapter.size} values, {self.layout.size} finite ones are wanted"
+                f"the global adapter has {adapter.size} values; it must have {self.layout.size}, all finite"
             )
         section = self.agreement.section
         shared = section.pruning is None or section.pruning.mask == "shared"
@@ -161,7 +157,7 @@ class Participant:
     def _values(
         self, header: RoundHeader, update: LocalUpdate, mask: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float64], int]:
-        """Weighted, with noise where agreed: float64 `[kept]`, and the count that goes with it."""
+        """Return the weighted update, with noise where agreed, float64 `[kept]`, and the count that goes with it."""
         if update.delta.shape != (self.layout.size,):
             raise FederationError(f"the update has {list(update.delta.shape)} values, the adapter {self.layout.size}")
         delta = update.delta[mask].astype(np.float64)
@@ -192,7 +188,7 @@ class Participant:
 
     def _open(self, message: Opening) -> SumShare:
         header = self._accept(message.header)
-        transcript = read_transcript(header, message.adverts, self.roster)
+        transcript = read_transcript(header, message.adverts, self.terms.roster)
         contributors = sorted(message.shares)
         if not set(contributors) <= set(transcript.names):
             raise FederationError(f"round {header.number}: a share of somebody who takes no part is to be opened")
@@ -207,11 +203,8 @@ class Participant:
         size = self.agreement.parameters().ring.lattice_dim
         row = np.frombuffer(content, dtype="<u2") if len(content) == 2 * size else np.zeros(0, dtype="<u2")
         if row.size != size or int(row.max()) >= shamir.PRIME:
-            self._bad_share(sender)
+            raise FederationError(f"the share of {sender!r} for {self.name!r} is no share of a key of this federation")
         return row
-
-    def _bad_share(self, sender: str) -> NoReturn:
-        raise FederationError(f"the share of {sender!r} for {self.name!r} is no share of a key of this federation")
 
     def _own(self, transcript: Transcript, public: bytes) -> None:
         if transcript.publics.get(self.name) != public:

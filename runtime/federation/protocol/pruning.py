@@ -1,4 +1,4 @@
-"""L1 pruning of LoRA matrices, as FedShield-LLM does it (Mia, Amini, arXiv 2506.05640), with the mask made public.
+"""Prune LoRA matrices by magnitude, as FedShield-LLM does (Mia, Amini, arXiv 2506.05640), with the mask made public.
 
     shared       mask = the (1 - rate) largest |w| of every matrix of the previous global adapter; all compute the same one,
                  train within it, and send the coordinates it keeps
@@ -19,7 +19,7 @@ from hecompile.runtime.federation.protocol.layout import Layout
 
 
 def shared_mask(layout: Layout, adapter: NDArray[np.float32], rate: float, freeze_a: bool) -> NDArray[np.bool_]:
-    """Which coordinates are trained and sent: bool `[size]`.
+    """Return which coordinates are trained and sent: bool `[size]`.
 
     `freeze_a` leaves out all of A (FFA-LoRA; Sun et al., ICLR 2024). A matrix of zeros, such as B before the first round,
     is not pruned: its coordinates have no order yet. Equal magnitudes are kept in the order of their places.
@@ -34,7 +34,7 @@ def shared_mask(layout: Layout, adapter: NDArray[np.float32], rate: float, freez
 
 
 def prune_client(layout: Layout, weights: NDArray[np.float32], rate: float) -> NDArray[np.float32]:
-    """The published form: each matrix of one owner's trained weights with its smallest `rate` set to zero."""
+    """Set the smallest `rate` of each matrix of one owner's trained weights to zero, as published: float32 `[size]`."""
     pruned = weights.copy()
     for _, where in layout.slices():
         if weights[where].any():
@@ -43,7 +43,7 @@ def prune_client(layout: Layout, weights: NDArray[np.float32], rate: float) -> N
 
 
 def largest(values: NDArray[np.float32], rate: float) -> NDArray[np.bool_]:
-    """The ⌈(1 - rate)·n⌉ largest magnitudes: bool `[n]`."""
+    """Select the ⌈(1 - rate)·n⌉ largest magnitudes: bool `[n]`."""
     keep = values.size - int(rate * values.size)
     order = np.argsort(-np.abs(values), kind="stable")
     mask = np.zeros(values.size, dtype=bool)
@@ -52,5 +52,5 @@ def largest(values: NDArray[np.float32], rate: float) -> NDArray[np.bool_]:
 
 
 def is_a(name: str) -> bool:
-    """Whether a matrix of the adapter is an A, by PEFT's names."""
+    """Return whether a matrix of the adapter is an A, by PEFT's names."""
     return ".lora_A." in name

@@ -1,4 +1,4 @@
-"""Rounds over any transport: what is sent to whom, and what comes of it."""
+"""Run the rounds of a federation over any transport, from the server's side."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hecompile.runtime.federation.protocol.channels import Roster
-from hecompile.runtime.federation.protocol.layout import Layout
 from hecompile.runtime.federation.protocol.messages import Finished, Message, from_bytes, to_bytes
 from hecompile.runtime.federation.protocol.participant import Participant
 from hecompile.runtime.federation.protocol.server_round import RoundResult, ServerRound
-from hecompile.runtime.federation.protocol.settings import Agreement
+from hecompile.runtime.federation.protocol.terms import Terms
 
 Exchange = Callable[[Mapping[str, Message]], Mapping[str, Message]]
 """Sends each owner its message and waits for the replies; owners that did not reply in time are left out."""
@@ -21,17 +19,15 @@ Exchange = Callable[[Mapping[str, Message]], Mapping[str, Message]]
 
 @dataclass(frozen=True)
 class Federation:
-    """The server's side of all rounds."""
+    """Run the server's side of all rounds, on its own `terms`."""
 
-    agreement: Agreement
-    roster: Roster
-    layout: Layout
+    terms: Terms
 
     def round(self, number: int, adapter: NDArray[np.float32], exchange: Exchange) -> RoundResult:
-        """One round. Raises FederationError; `adapter` is never changed."""
-        current = ServerRound(self.agreement, self.roster, self.layout, number, adapter)
+        """Run one round from `adapter`, float32 `[size]`, which is never changed. Raises FederationError where it fails."""
+        current = ServerRound(self.terms, number, adapter)
         invitation = current.invitation()
-        adverts = exchange(dict.fromkeys(self.agreement.owners, invitation))
+        adverts = exchange(dict.fromkeys(self.terms.agreement.owners, invitation))
         start = current.start(adverts)
         openings = current.open(exchange(dict.fromkeys(adverts, start)))
         return current.finish(exchange(openings))
@@ -42,21 +38,22 @@ class Federation:
         exchange: Exchange,
         report: Callable[[int, RoundResult], None] = lambda number, result: None,
     ) -> NDArray[np.float32]:
-        """All rounds of the agreement; the final global adapter, which the owners are told too.
+        """Run all rounds of the agreement, tell the owners the final global adapter, and return it, float32 `[size]`.
 
         Raises FederationError where a round fails; what `report` was told of the earlier ones stands.
         """
-        rounds = self.agreement.section.rounds
+        agreement = self.terms.agreement
+        rounds = agreement.section.rounds
         for number in range(1, rounds + 1):
             result = self.round(number, adapter, exchange)
             adapter = result.adapter
             report(number, result)
-        exchange(dict.fromkeys(self.agreement.owners, Finished(adapter=adapter.astype("<f4").tobytes(), rounds=rounds)))
+        exchange(dict.fromkeys(agreement.owners, Finished(adapter=adapter.astype("<f4").tobytes(), rounds=rounds)))
         return adapter
 
 
 def in_process(participants: Mapping[str, Participant]) -> Exchange:
-    """Participants in this process, through the bytes of the wire all the same."""
+    """Return an exchange with participants in this process, through the bytes of the wire all the same."""
 
     def exchange(requests: Mapping[str, Message]) -> dict[str, Message]:
         replies = {}

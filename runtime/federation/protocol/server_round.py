@@ -1,9 +1,9 @@
-"""The server of a round: replies in, requests out, no network. It holds no secret; what it learns is the sum.
+"""Handle a round as its server: replies in, requests out, no network. It holds no secret; it learns the sum alone.
 
     invitation → adverts → start → contributions → opening → sum shares → result
 
-Whoever does not reply in time is simply absent from the replies: a round goes on while enough are left and fails closed
-when not. Whoever refuses ends it with the reason. The global adapter changes in no other way than by `finish`'s result.
+Whoever does not reply in time is absent from the replies: a round goes on while enough are left, and fails closed when not.
+Whoever refuses ends it with the reason. The global adapter changes only by the result of `finish`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from hecompile.errors import FederationError
 from hecompile.he.aggregation.scheme import EncryptedSum, EncryptedVector
 from hecompile.runtime.federation.protocol import shamir
-from hecompile.runtime.federation.protocol.channels import Roster
 from hecompile.runtime.federation.protocol.layout import Layout, mask_digest
 from hecompile.runtime.federation.protocol.messages import (
     Advert,
@@ -31,8 +30,9 @@ from hecompile.runtime.federation.protocol.messages import (
     SumShare,
     expect,
 )
-from hecompile.runtime.federation.protocol.pruning import shared_mask
+from hecompile.runtime.federation.protocol.pruning import is_a, shared_mask
 from hecompile.runtime.federation.protocol.settings import Agreement, RoundHeader
+from hecompile.runtime.federation.protocol.terms import Terms
 from hecompile.runtime.federation.protocol.transcript import (
     Transcript,
     check_enough,
@@ -46,7 +46,7 @@ M = TypeVar("M", Advert, Contribution, SumShare)
 
 @dataclass(frozen=True, eq=False)
 class RoundResult:
-    """What a round gave.
+    """Hold what a round gave.
 
     Attributes:
         adapter: the new global adapter, float32 `[size]`.
@@ -70,32 +70,29 @@ class RoundResult:
 def prune_global(
     layout: Layout, agreement: Agreement, number: int, adapter: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """The adapter that round `number` starts from, pruned coordinates set to zero, and the mask of what travels."""
+    """Prune the adapter that round `number` starts from: float32 `[size]`; and the mask of what travels: bool `[size]`."""
     section = agreement.section
     rate = section.pruning.rate(number) if section.pruning is not None and section.pruning.mask == "shared" else 0.0
     pruned = adapter * shared_mask(layout, adapter, rate, freeze_a=False)
     if section.freeze_a:
         for name, where in layout.slices():
-            if ".lora_A." in name:
+            if is_a(name):
                 pruned[where] = adapter[where]
     return pruned, shared_mask(layout, pruned, rate, section.freeze_a)
 
 
 class ServerRound:
-    """One round from `adapter`, float32 `[size]`. Call the five methods in their order."""
+    """Handle one round from `adapter`, float32 `[size]`. Call the four methods in their order."""
 
-    def __init__(
-        self, agreement: Agreement, roster: Roster, layout: Layout, number: int, adapter: NDArray[np.float32]
-    ) -> None:
-        self.agreement = agreement
-        self.roster = roster
-        self.layout = layout
-        self.adapter, self.mask = prune_global(layout, agreement, number, adapter)
+    def __init__(self, terms: Terms, number: int, adapter: NDArray[np.float32]) -> None:
+        self.agreement = terms.agreement
+        self.roster = terms.roster
+        self.adapter, self.mask = prune_global(terms.layout, terms.agreement, number, adapter)
         self.header = RoundHeader(
             number=number,
             nonce=os.urandom(16).hex(),
-            agreement=agreement,
-            layout=layout.digest(),
+            agreement=terms.agreement,
+            layout=terms.layout.digest(),
             mask=mask_digest(self.mask),
             coordinates=int(self.mask.sum()),
         )
@@ -107,18 +104,20 @@ class ServerRound:
         self._bytes_up = 0
 
     def invitation(self) -> Invitation:
-        """For all owners."""
+        """Return the message that begins the round, for all owners."""
         return Invitation(header=self._fields)
 
     def start(self, replies: Mapping[str, Message]) -> Start:
-        """For those who replied. Raises FederationError for too few, or a key that is not signed."""
+        """Return the message for those who replied. Raises FederationError for too few, or a key that is not signed."""
         self._adverts = [_from(name, expect(Advert, reply)) for name, reply in sorted(replies.items())]
         self._transcript = read_transcript(self.header, self._adverts, self.roster)
         return Start(header=self._fields, adverts=self._adverts, adapter=self.adapter.astype("<f4").tobytes())
 
     def open(self, replies: Mapping[str, Message]) -> dict[str, Opening]:
-        """Adds the contributions; what to send to each participant. Raises FederationError for too few or a malformed
-        one."""
+        """Add the contributions, and return the message to each participant.
+
+        Raises FederationError for too few contributions, or a malformed one.
+        """
         transcript = self._transcript
         if transcript is None or self._sum is not None:
             raise FederationError("a round is opened once, after it was started")
@@ -142,10 +141,24 @@ class ServerRound:
         }
 
     def finish(self, replies: Mapping[str, Message]) -> RoundResult:
-        """The new global adapter. Raises FederationError for too few shares, forged ones, or an impossible sum."""
+        """Open the sum, and return the new global adapter with what is known of the round.
+
+        Raises FederationError for too few shares, forged ones, or an impossible sum.
+        """
         transcript, total = self._transcript, self._sum
         if transcript is None or total is None:
             raise FederationError("a round is finished after it was opened")
+        ring = self.header.parameters.ring
+        shares = self._shares_by_point(transcript, replies)
+        if len(shares) < self.agreement.threshold:
+            raise FederationError(
+                f"round {self.header.number}: {len(shares)} owners opened, but it takes {self.agreement.threshold}; "
+                "the sum stays closed and the global adapter is unchanged"
+            )
+        key_sum = shamir.combine(shares, self.agreement.threshold).reshape(ring.rank, ring.ring_dim)
+        return self._result(total, total.open(transcript.seed, key_sum), tuple(sorted(replies)))
+
+    def _shares_by_point(self, transcript: Transcript, replies: Mapping[str, Message]) -> dict[int, NDArray[np.uint16]]:
         points = {name: index + 1 for index, name in enumerate(transcript.names)}
         shares: dict[int, NDArray[np.uint16]] = {}
         ring = self.header.parameters.ring
@@ -156,18 +169,12 @@ class ServerRound:
                     f"{name!r} sent no share of the sum of this round's keys; the global adapter is unchanged"
                 )
             shares[points[name]] = np.frombuffer(one.share, dtype="<u2")
-        if len(shares) < self.agreement.threshold:
-            raise FederationError(
-                f"round {self.header.number}: {len(shares)} owners opened, but it takes {self.agreement.threshold}; "
-                "the sum stays closed and the global adapter is unchanged"
-            )
-        key_sum = shamir.combine(shares, self.agreement.threshold).reshape(ring.rank, ring.ring_dim)
-        return self._result(total, total.open(transcript.seed, key_sum), tuple(sorted(replies)))
+        return shares
 
     def _result(self, total: EncryptedSum, opened: NDArray[np.int64], opened_by: tuple[str, ...]) -> RoundResult:
         parameters, clients = self.header.parameters, total.clients
         sums, samples = decode(parameters, opened, clients)
-        largest = self.agreement.section.max_samples if self.agreement.private_weight else 1
+        largest = self.agreement.section.max_samples if self.agreement.weighted_by_samples else 1
         if not clients <= samples <= clients * largest:
             raise FederationError(
                 f"{clients} owners claim {samples} samples together, at most {largest} each were agreed on"
@@ -188,7 +195,7 @@ class ServerRound:
 
 
 def _from(name: str, message: M) -> M:
-    """The message, if it names its sender rightly: the transport says who sent it."""
+    """Return the message, if its name is that of its sender, as the transport says. Raises FederationError otherwise."""
     if message.name != name:
         raise FederationError(f"{name!r} sent a message in the name of {message.name!r}")
     return message

@@ -1,4 +1,4 @@
-"""What all participants of a federation agree on before it starts, and what each round adds; both public."""
+"""Define what all owners of a federation agree on before it starts, and what each round adds; both are public."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class PruningSection(Section):
-    """L1 pruning at a rising rate: from round `start_round` on `start_rate` of every matrix, rising linearly to
-    `end_rate` in round `end_round`. `shared` takes one public mask from the previous global adapter and sends no pruned
-    coordinate; `per_client` is FedShield-LLM as published: each client prunes what it trained, and zeros travel too."""
+    """Prune by magnitude at a rising rate: `start_rate` of every matrix in round `start_round`, `end_rate` in `end_round`.
+
+    The rate rises linearly between them, and is 0 before. `shared` takes one public mask from the previous global adapter
+    and sends no pruned coordinate. `per_client` is FedShield-LLM as published: each client prunes what it trained, and
+    zeros travel too.
+    """
 
     start_rate: Rate = 0.2
     end_rate: Rate = 0.5
@@ -37,7 +40,7 @@ class PruningSection(Section):
         return self
 
     def rate(self, number: int) -> float:
-        """Of round `number`, counted from 1."""
+        """Return the pruned share of round `number`, counted from 1."""
         if number < self.start_round:
             return 0.0
         if number >= self.end_round:
@@ -47,7 +50,7 @@ class PruningSection(Section):
 
 
 class NoiseSection(Section):
-    """Client-level differential privacy; see `noise.py`. Weights are then equal.
+    """Give whole owners differential privacy (`noise.py`); all weights are then equal.
 
     * `clip`: the Euclidean norm that the whole update of an owner is cut to, times the `noise_multiplier` is the standard
       deviation of the noise of a sum, put together from all contributors' shares.
@@ -63,7 +66,7 @@ class NoiseSection(Section):
 
 
 class FederationSection(Section):
-    """The agreement. A client compares it with its own copy, so that a server cannot weaken it.
+    """Hold the agreement; a client compares it with its own copy, so that a server cannot weaken it.
 
     * `threshold`: how many participants open a sum together; fewer, with or without the server, open nothing. More than half
       of the owners, so that two different sums of one round cannot both be opened. Default: just more than half.
@@ -90,12 +93,12 @@ class FederationSection(Section):
     privacy: NoiseSection | None = None
 
     def decay(self, number: int) -> float:
-        """What round `number`'s learning rate is multiplied by."""
+        """Return the factor of round `number`'s learning rate."""
         return 1.0 if self.round_decay == "none" else (1 + math.cos(math.pi * (number - 1) / self.rounds)) / 2
 
 
 class Agreement(Section):
-    """A `FederationSection` made definite for a list of owners.
+    """Complete a `FederationSection` for a list of owners.
 
     Raises pydantic's ValidationError, with the reason, for a threshold or minimum that protects nothing.
     """
@@ -107,7 +110,7 @@ class Agreement(Section):
 
     @staticmethod
     def of(owners: list[str], section: FederationSection) -> Agreement:
-        """With the defaults filled in."""
+        """Return the agreement of `owners`, with the defaults filled in."""
         threshold = section.threshold or len(owners) // 2 + 1
         return Agreement(
             owners=sorted(owners), threshold=threshold, minimum=section.minimum or max(2, threshold), section=section
@@ -127,18 +130,20 @@ class Agreement(Section):
         privacy = self.section.privacy
         if privacy is not None and privacy.colluding > self.fewest - 2:
             raise ValueError(
-                f"{privacy.colluding} colluding of {self.fewest} contributors leave too few who add noise in earnest"
+                f"{privacy.colluding} colluding of {self.fewest} contributors leave too few whose noise stays secret"
             )
         return self
 
     @property
     def fewest(self) -> int:
-        """Contributors of the smallest sum that is opened."""
+        """Return the number of contributors of the smallest sum that is opened."""
         return max(self.threshold, self.minimum)
 
     def parameters(self, number: int = 1) -> AggregationParameters:
-        """Of the encryption, for as many clients as there are owners. Under differential privacy a step of the integers
-        is the grid of the noise, so that nothing is rounded after it was added."""
+        """Return the parameters of round `number`'s encryption, for as many clients as there are owners.
+
+        Under differential privacy a step of the integers is the grid of the noise: nothing is rounded after it was added.
+        """
         section, count = self.section, len(self.owners)
         # A client that prunes moves what it prunes all the way to zero, however small the steps of training have become.
         falls = section.pruning is None or section.pruning.mask == "shared"
@@ -149,19 +154,22 @@ class Agreement(Section):
         return AggregationParameters(count, value_range, section.upload_bytes)
 
     @property
-    def private_weight(self) -> bool:
-        """Whether weights follow sample counts; with differential privacy all weigh the same."""
+    def weighted_by_samples(self) -> bool:
+        """Return whether weights follow sample counts; with differential privacy all weigh the same."""
         return self.section.privacy is None
 
 
 def noise_step(privacy: NoiseSection, fewest: int) -> float:
-    """The grid of the noise in units of the update: one contributor's share has standard deviation SHARE_SIGMA steps, and
-    the shares of fewest - colluding contributors together noise_multiplier · clip."""
+    """Return the grid of the noise, in units of the update.
+
+    One contributor's share has standard deviation SHARE_SIGMA steps. Those of fewest - colluding contributors together have
+    noise_multiplier · clip.
+    """
     return privacy.noise_multiplier * privacy.clip / math.sqrt(fewest - privacy.colluding) / SHARE_SIGMA
 
 
 class RoundHeader(Section):
-    """Everything public about one round. Its digest is part of every signature, key and seal."""
+    """Hold everything public about one round. Its digest is part of every signature, key and seal."""
 
     number: Positive
     nonce: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
@@ -179,16 +187,16 @@ class RoundHeader(Section):
 
     @property
     def parameters(self) -> AggregationParameters:
-        """Of this round's encryption."""
+        """Return the parameters of this round's encryption."""
         return self.agreement.parameters(self.number)
 
     @property
     def rate(self) -> float:
-        """Pruned share."""
+        """Return the pruned share of this round."""
         pruning = self.agreement.section.pruning
         return pruning.rate(self.number) if pruning is not None else 0.0
 
     def digest(self) -> bytes:
-        """32 bytes."""
+        """Return a hash of all fields, 32 bytes."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(b"hecompile/federation/round/1" + text.encode()).digest()

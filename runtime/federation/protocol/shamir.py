@@ -1,4 +1,4 @@
-"""Shamir's secret sharing of integer vectors, coordinate by coordinate, over the field of 65521 elements.
+"""Share secret integer vectors by Shamir's scheme, coordinate by coordinate, over the field of 65521 elements.
 
     share     f(X) = s + c_1·X + … + c_(t-1)·X^(t-1),  c uniform;  participant j = 1 … n gets f(j)
     combine   s = Σ_j λ_j·f(j) over any t participants, λ_j = Π_(i≠j) i / (i - j)
@@ -23,7 +23,7 @@ PRIME = 65521
 
 
 def share(secret: NDArray[np.int32], threshold: int, count: int, random: SecretRandom) -> NDArray[np.uint16]:
-    """Shares of `secret [m]` for participants 1 … count, any `threshold` of which determine it: uint16 `[count, m]`.
+    """Draw shares of `secret [m]` for participants 1 … count, any `threshold` of which determine it: uint16 `[count, m]`.
 
     Raises InputError where 1 ≤ threshold ≤ count < PRIME does not hold or a coordinate is beyond PRIME / 2.
     """
@@ -36,7 +36,7 @@ def share(secret: NDArray[np.int32], threshold: int, count: int, random: SecretR
 
 
 def _share_with(secret: NDArray[np.int32], coefficients: NDArray[np.int64], count: int) -> NDArray[np.uint16]:
-    """The deterministic core: coefficients int64 `[threshold - 1, m]`, lowest degree first."""
+    """Evaluate the polynomials, without randomness: coefficients int64 `[threshold - 1, m]`, lowest degree first."""
     points = np.arange(1, count + 1, dtype=np.int64)[:, None]  # [count, 1]
     values = np.zeros((count, secret.size), dtype=np.int64)
     for row in coefficients[::-1]:  # Horner
@@ -45,7 +45,7 @@ def _share_with(secret: NDArray[np.int32], coefficients: NDArray[np.int64], coun
 
 
 def add(shares: Sequence[NDArray[np.uint16]]) -> NDArray[np.uint16]:
-    """One participant's shares of several secrets → its share of their sum: uint16 `[m]`."""
+    """Add one participant's shares of several secrets to its share of their sum: uint16 `[m]`."""
     total = np.zeros(len(shares[0]), dtype=np.int64)
     for one in shares:
         total += one
@@ -53,7 +53,7 @@ def add(shares: Sequence[NDArray[np.uint16]]) -> NDArray[np.uint16]:
 
 
 def combine(shares: dict[int, NDArray[np.uint16]], threshold: int) -> NDArray[np.int64]:
-    """The secret, centred, from shares `[m]` by participant: int64 `[m]`.
+    """Open the secret, centred, from shares `[m]` by participant: int64 `[m]`.
 
     More shares than the threshold are checked against the polynomial of the first ones: the redundancy of a Reed-Solomon
     code, which shows any number of wrong shares up to the surplus.
@@ -76,7 +76,7 @@ def combine(shares: dict[int, NDArray[np.uint16]], threshold: int) -> NDArray[np
 
 
 def _interpolate(points: Sequence[int], rows: NDArray[np.int64], at: int) -> NDArray[np.int64]:
-    """The polynomial through `rows [t, m]` at `points`, evaluated at `at`: int64 `[m]`, in [0, PRIME)."""
+    """Evaluate at `at` the polynomials through `rows [t, m]` at `points`: int64 `[m]`, in [0, PRIME)."""
     total = np.zeros(rows.shape[1], dtype=np.int64)
     for index, point in enumerate(points):
         numerator = denominator = 1

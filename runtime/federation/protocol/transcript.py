@@ -1,4 +1,4 @@
-"""What participants and server both derive from the public part of a round, and the vector that is encrypted in it."""
+"""Derive what participants and server share of a round, and encode the vector that is encrypted in it."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ CHECK_WORDS = 32
 
 @dataclass(frozen=True)
 class Transcript:
-    """The participants of a round in the order of their evaluation points, and their keys."""
+    """Hold the participants of a round, by their evaluation points, and their keys."""
 
     header: RoundHeader
     publics: Mapping[str, bytes]
 
     @property
     def names(self) -> list[str]:
-        """Participant i of the list has point i + 1."""
+        """Return the names in the order of the points: participant i has point i + 1."""
         return sorted(self.publics)
 
     @property
     def context(self) -> bytes:
-        """32 bytes that bind header, names and keys."""
+        """Return 32 bytes that bind header, names and keys."""
         digest = hashlib.sha256(b"hecompile/federation/transcript/1" + self.header.digest())
         for name in self.names:
             encoded = name.encode()
@@ -45,13 +45,15 @@ class Transcript:
 
     @property
     def seed(self) -> PublicSeed:
-        """Of the round's matrix A: a hash of everybody's fresh keys, so that nobody alone chooses it, and it is never
-        old."""
+        """Return the seed of the round's matrix A: a hash of everybody's fresh keys.
+
+        Nobody alone chooses it, and no seed is used twice.
+        """
         return PublicSeed(hashlib.sha256(b"hecompile/federation/matrix/1" + self.context).digest())
 
 
 def read_transcript(header: RoundHeader, adverts: Sequence[Advert], roster: Roster) -> Transcript:
-    """Checks who takes part. Raises FederationError for a stranger, a bad signature, a double, or too few."""
+    """Check who takes part. Raises FederationError for a stranger, a bad signature, a double, or too few."""
     publics: dict[str, bytes] = {}
     for advert in adverts:
         if advert.name in publics or advert.name not in header.agreement.owners:
@@ -63,22 +65,22 @@ def read_transcript(header: RoundHeader, adverts: Sequence[Advert], roster: Rost
 
 
 def check_enough(header: RoundHeader, names: Iterable[str], what: str) -> None:
-    """Raises FederationError unless as many are left as open a sum, and as a sum must be over."""
-    count, wanted = len(list(names)), header.agreement.fewest
-    if count < wanted:
+    """Raise FederationError unless `names` are enough to open a sum, and to be summed."""
+    count, fewest = len(list(names)), header.agreement.fewest
+    if count < fewest:
         raise FederationError(
-            f"round {header.number}: {count} owners {what}, but it takes {wanted} (threshold {header.agreement.threshold}, "
+            f"round {header.number}: {count} owners {what}, but it takes {fewest} (threshold {header.agreement.threshold}, "
             f"minimum {header.agreement.minimum}); the global adapter is unchanged"
         )
 
 
 def digit_spacing(parameters: AggregationParameters) -> int:
-    """Integer steps between two values of a digit: over twice the largest noise, so that rounding finds the sum."""
+    """Return the integer steps between two values of a digit: over twice the largest noise, so that rounding is exact."""
     return 1 << (2 * parameters.noise_bound(parameters.max_clients)).bit_length()
 
 
 def encode(parameters: AggregationParameters, values: NDArray[np.float64], samples: int) -> NDArray[np.int32]:
-    """The plaintext: quantised values, the digits of the count, zeros: int32 `[n + 8 + 32]`."""
+    """Encode the plaintext: quantised values, the digits of the count, zeros: int32 `[n + 8 + 32]`."""
     digits = [(samples >> (DIGIT_BITS * i)) & ((1 << DIGIT_BITS) - 1) for i in range(WEIGHT_DIGITS)]
     tail = np.zeros(WEIGHT_DIGITS + CHECK_WORDS, dtype=np.int32)
     tail[:WEIGHT_DIGITS] = np.array(digits, dtype=np.int64) * digit_spacing(parameters)
@@ -88,7 +90,7 @@ def encode(parameters: AggregationParameters, values: NDArray[np.float64], sampl
 def decode(
     parameters: AggregationParameters, opened: NDArray[np.int64], clients: int
 ) -> tuple[NDArray[np.float64], int]:
-    """Sums of the values `[n]`, and of the counts.
+    """Decode an opened sum: the sums of the values, float64 `[n]`, and of the counts.
 
     Raises:
         FederationError: what was opened is not a sum of such plaintexts.
@@ -105,5 +107,5 @@ def decode(
 
 
 def coordinates(kept: int) -> int:
-    """Of the encrypted vector for `kept` coordinates of the adapter."""
+    """Count the coordinates of the encrypted vector for `kept` coordinates of the adapter."""
     return kept + WEIGHT_DIGITS + CHECK_WORDS

@@ -18,6 +18,7 @@ from hecompile.runtime.federation.protocol.messages import Message
 from hecompile.runtime.federation.protocol.participant import LocalUpdate, Participant
 from hecompile.runtime.federation.protocol.rounds import Exchange, Federation, in_process
 from hecompile.runtime.federation.protocol.settings import Agreement, FederationSection, RoundHeader
+from hecompile.runtime.federation.protocol.terms import Terms
 
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
 LAYOUT = Layout(((f"{PREFIX}.lora_A.weight", (4, 16)), (f"{PREFIX}.lora_B.weight", (24, 4))))
@@ -58,7 +59,7 @@ def make_world(
     names = [f"owner-{index}" for index in range(owners)]
     identities = {name: Identity.generate(name) for name in names}
     roster = {name: identity.public for name, identity in identities.items()}
-    agreement = Agreement.of(names, FederationSection(max_samples=64, **section))
+    terms = Terms(Agreement.of(names, FederationSection(max_samples=64, **section)), roster, layout)
     updates = {
         name: LocalUpdate(generator.normal(0, 0.02, layout.size).astype(np.float32), 10 + 9 * index)
         for index, name in enumerate(names)
@@ -68,13 +69,11 @@ def make_world(
         return lambda header, adapter, mask: updates[name]
 
     participants = {
-        name: Participant(
-            identities[name], roster, agreement, layout, MemoryKeys() if keys is None else keys(name), train(name)
-        )
+        name: Participant(identities[name], terms, MemoryKeys() if keys is None else keys(name), train(name))
         for name in names
     }
     adapter = generator.normal(0, 0.1, layout.size).astype(np.float32)
-    return World(Federation(agreement, roster, layout), participants, identities, updates, adapter)
+    return World(Federation(terms), participants, identities, updates, adapter)
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ flwr_app = pytest.importorskip("flwr.app")
 
 from hecompile.models import TINY_LLAMA  # noqa: E402
 from hecompile.runtime.federation.flower import client_app, main  # noqa: E402
-from hecompile.runtime.federation.launch import read_records, write_roster  # noqa: E402
-from hecompile.runtime.federation.protocol.channels import Identity  # noqa: E402
+from hecompile.runtime.federation.records import read_records  # noqa: E402
+from hecompile.runtime.federation.roster import own_identity, write_roster  # noqa: E402
 
 RECIPE = TINY_LLAMA.parent / "recipes" / "federation.yaml"
 NODES = {11: 0, 22: 1, 33: 2}
@@ -52,7 +52,7 @@ def test_a_round_over_flower_goes_on_without_a_node_and_keeps_no_secret_in_its_s
     overrides = f"federation.rounds=1 training.max_steps=1 training.output_dir={tmp_path / 'out'}"
     names = ["owner-1", "owner-2", "owner-3"]
     keys, roster = tmp_path / "keys", tmp_path / "roster.json"
-    write_roster(roster, [Identity.load_or_create(name, keys / name / "identity.key") for name in names])
+    write_roster(roster, [own_identity(name, keys / name) for name in names])
     run_config = {"recipe": str(RECIPE), "roster": str(roster), "keys": str(keys), "overrides": overrides}
     grid = LocalGrid(run_config)
     grid.broken.add(33)

@@ -13,11 +13,14 @@ import yaml
 
 from hecompile.errors import FederationError, InputError
 from hecompile.models import TINY_LLAMA
-from hecompile.runtime.federation.launch import Processes, _end_if_an_owner_fails, read_roster, write_roster
+from hecompile.runtime.federation.events import FAILED, ROUND, reporting
+from hecompile.runtime.federation.launch import Processes, _end_if_an_owner_fails
 from hecompile.runtime.federation.owner import owner_ledger
 from hecompile.runtime.federation.protocol.channels import Identity
 from hecompile.runtime.federation.recipe import load_federation
+from hecompile.runtime.federation.roster import read_roster, write_roster
 from hecompile.runtime.privacy.accountant import Mechanism
+from hecompile.runtime.wire.events import read_event
 
 RECIPE = TINY_LLAMA.parent / "recipes" / "federation.yaml"
 
@@ -96,3 +99,16 @@ def test_a_roster_is_read_as_it_was_written(tmp_path: Path) -> None:
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(FederationError, match="is no roster"):
             read_roster(tmp_path / "bad.json")
+
+
+def test_people_read_lines_and_programs_events_with_the_reason_of_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    fields = {"number": 2, "contributed": 3, "opened": 2, "seconds": 1.25}
+    for as_events in (False, True):
+        with pytest.raises(FederationError), reporting(as_events) as report:
+            report(ROUND, **fields)
+            raise FederationError("too few")
+    people, *programs = capsys.readouterr().out.splitlines()
+    assert people == "round 2: 3 contributed, 2 opened, 1.2 s"
+    assert [read_event(line) for line in programs] == [
+        {"event": ROUND, **fields}, {"event": FAILED, "reason": "too few"},
+    ]  # fmt: skip

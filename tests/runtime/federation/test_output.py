@@ -8,9 +8,12 @@ import pytest
 
 from hecompile.errors import FederationError, InputError
 from hecompile.models import TINY_LLAMA
-from hecompile.runtime.federation.launch import join, run_processes, serve
+from hecompile.runtime.federation.launch import run_processes
 from hecompile.runtime.federation.output import clear_owner, clear_server, require_free
+from hecompile.runtime.federation.owner import join
 from hecompile.runtime.federation.recipe import FederationRecipe, load_federation
+from hecompile.runtime.federation.server import serve
+from hecompile.runtime.wire.events import emit
 
 RECIPE = TINY_LLAMA.parent / "recipes" / "federation.yaml"
 KEEP, REPLACE = ("training.overwrite_output_dir=false",), ("training.overwrite_output_dir=true",)
@@ -39,13 +42,13 @@ def test_a_finished_federation_is_refused_by_every_process_and_stays_as_it_was(t
     said: list[str] = []
     for start, held in (
         (lambda: run_processes(RECIPE, [f"training.output_dir={out}", *KEEP], said.append), r"rounds\.jsonl"),
-        (lambda: serve(recipe, {}, 0, said.append), r"rounds\.jsonl"),
+        (lambda: serve(recipe, {}, 0, emit), r"rounds\.jsonl"),
         (lambda: join(recipe, "owner-1", {}, tmp_path / "keys", "tcp://127.0.0.1:9"), "owner-1/adapter"),
     ):
         with pytest.raises(InputError) as caught:
             start()  # type: ignore[no-untyped-call]
         assert caught.match(
-            rf"output_dir {out} already holds a federation \({held}\), which cannot be gone on with; choose another "
+            rf"output_dir {out} already holds a federation \({held}\), which cannot be continued; choose another "
             r"directory, or set training\.overwrite_output_dir=true to replace it$"
         )
     assert files(out) == before and not said and not (tmp_path / "keys").exists()

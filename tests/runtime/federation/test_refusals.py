@@ -31,11 +31,11 @@ def fails(world: World, pattern: str, *steps: Any, number: int = 1) -> None:
 def swap(world: World, name: str, **changes: Any) -> None:
     """One participant that differs from what the federation agreed on."""
     own = world.participants[name]
-    settings: dict[str, Any] = {
-        "identity": own.identity, "roster": own.roster, "agreement": own.agreement, "layout": own.layout,
-        "keys": MemoryKeys(), "train": lambda header, adapter, mask: world.updates[name],
-    }  # fmt: skip
-    world.participants[name] = Participant(**{**settings, **changes})
+    identity = changes.pop("identity", own.identity)
+    terms = replace(own.terms, **changes)
+    world.participants[name] = Participant(
+        identity, terms, MemoryKeys(), lambda header, adapter, mask: world.updates[name]
+    )
 
 
 def test_other_lora_shapes() -> None:
@@ -50,7 +50,7 @@ def test_other_lora_shapes() -> None:
 def test_a_server_cannot_change_the_agreement(change: dict[str, Any]) -> None:
     world = make_world()
     section = FederationSection(**{"max_samples": 64, **change})
-    swap(world, "owner-1", agreement=Agreement.of(world.federation.agreement.owners, section))
+    swap(world, "owner-1", agreement=Agreement.of(world.federation.terms.agreement.owners, section))
     fails(world, "'owner-1' refused: round 1 is not what 'owner-1' agreed to")
 
 
@@ -246,7 +246,7 @@ def test_no_message_and_no_log_holds_a_key(caplog: pytest.LogCaptureFixture, mon
         return replies
 
     world.federation.round(1, world.adapter, exchange)
-    keys = [key for key in drawn if key.size == world.federation.agreement.parameters().ring.lattice_dim]
+    keys = [key for key in drawn if key.size == world.federation.terms.agreement.parameters().ring.lattice_dim]
     assert len(keys) == 3
     for key in keys:
         for pattern in (key[:16].astype(dtype).tobytes() for dtype in ("<i1", "<i2", "<i4", "<f4", "<f8")):
@@ -261,7 +261,7 @@ def test_secret_objects_are_not_serialized() -> None:
     from hecompile.he.aggregation.scheme import keygen
 
     world = make_world()
-    for secret in (keygen(world.federation.agreement.parameters()), MemoryKeys(), world.identities["owner-0"]):
+    for secret in (keygen(world.federation.terms.agreement.parameters()), MemoryKeys(), world.identities["owner-0"]):
         for refused in (copy.copy, copy.deepcopy, pickle.dumps):
             with pytest.raises(SecurityError, match="cannot be copied, pickled"):
                 refused(secret)
@@ -270,7 +270,7 @@ def test_secret_objects_are_not_serialized() -> None:
 
 def test_phases_out_of_order() -> None:
     world = make_world()
-    current = ServerRound(world.federation.agreement, world.federation.roster, LAYOUT, 1, world.adapter)
+    current = ServerRound(world.federation.terms, 1, world.adapter)
     for phase in (current.open, current.finish):
         with pytest.raises(FederationError, match="after it was"):
             phase({})

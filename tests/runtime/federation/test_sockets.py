@@ -53,7 +53,7 @@ def make_dying(world: World, name: str, at: str) -> None:
 def test_a_federation_goes_on_without_an_owner_that_is_gone(at: str) -> None:
     world = make_world(4, rounds=2, threshold=3)
     make_dying(world, "owner-3", at)
-    with FederationServer(world.federation.roster, reply_timeout=20) as server:
+    with FederationServer(world.federation.terms.roster, reply_timeout=20) as server:
         threads, ends = owners(world, server.address, list(world.participants))
         server.wait_for(4, 10)
         results = []
@@ -80,7 +80,7 @@ def test_a_silent_owner_is_left_out_and_its_late_answer_is_not_mistaken(monkeypa
         return original(message)
 
     monkeypatch.setattr(slow, "answer_or_refuse", dawdle)
-    with FederationServer(world.federation.roster, reply_timeout=1.5) as server:
+    with FederationServer(world.federation.terms.roster, reply_timeout=1.5) as server:
         threads, ends = owners(world, server.address, list(world.participants))
         server.wait_for(3, 10)
         results = []
@@ -98,7 +98,7 @@ def test_a_silent_owner_is_left_out_and_its_late_answer_is_not_mistaken(monkeypa
 
 def test_strangers_and_impostors_are_refused() -> None:
     world = make_world(3)
-    with FederationServer(world.federation.roster) as server:
+    with FederationServer(world.federation.terms.roster) as server:
         for identity in (Identity.generate("eve"), Identity.generate("owner-0")):
             with pytest.raises(FederationError, match="broke"):
                 take_part(world.participants["owner-0"], identity, server.address)
@@ -108,7 +108,7 @@ def test_strangers_and_impostors_are_refused() -> None:
 
 def test_garbage_does_not_stop_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     world = make_world(3, rounds=1)
-    with FederationServer(world.federation.roster, reply_timeout=20) as server:
+    with FederationServer(world.federation.terms.roster, reply_timeout=20) as server:
         host, _, port = server.address.removeprefix("tcp://").rpartition(":")
         for garbage in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 64):
             with socket.create_connection((host, int(port))) as connection:

@@ -1,0 +1,32 @@
+"""Keep identities and the roster of a federation as files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from hecompile.errors import FederationError
+from hecompile.runtime.federation.protocol.channels import Identity, Roster
+
+IDENTITY_FILE = "identity.key"
+
+
+def own_identity(name: str, folder: Path) -> Identity:
+    """Return the identity in an owner's private folder, made there if it has none. Raises InputError for a damaged one."""
+    return Identity.load_or_create(name, folder / IDENTITY_FILE)
+
+
+def write_roster(path: Path, identities: Sequence[Identity]) -> None:
+    """Write names and public keys, in hexadecimal, as a JSON object."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({one.name: one.public.hex() for one in identities}, indent=2) + "\n", encoding="utf-8")
+
+
+def read_roster(path: Path) -> Roster:
+    """Read the roster that `write_roster` wrote. Raises FederationError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {str(name): bytes.fromhex(key) for name, key in content.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        raise FederationError(f"{path} is no roster: a JSON object of names and public keys in hexadecimal") from None
