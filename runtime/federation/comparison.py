@@ -94,8 +94,23 @@ class Lab:
         Each round's mean is compared with that of the exact updates. Under differential privacy there is nothing to compare
         with, and `ledgers` must be given.
         """
-        agreement = Agreement.of(self.recipe.names, section)
-        layout, updates = self.local.layout, dict[str, LocalUpdate]()
+        updates: dict[str, LocalUpdate] = {}
+        terms, participants = self._participants(section, updates, ledgers or {})
+        federation, adapter, rounds = Federation(terms), self.initial, list[CheckedRound]()
+        for number in range(1, section.rounds + 1):
+            _, mask = prune_global(terms.layout, terms.agreement, number, adapter)
+            result = federation.round(number, adapter, in_process(participants))
+            error = float("nan")
+            if section.privacy is None:
+                error = float(np.abs(result.mean - weighted_mean(updates)[mask]).max())
+            rounds.append(CheckedRound(result, error))
+            adapter = result.adapter
+        return adapter, rounds
+
+    def _participants(
+        self, section: FederationSection, updates: dict[str, LocalUpdate], ledgers: Mapping[str, PrivacyLedger]
+    ) -> tuple[Terms, dict[str, Participant]]:
+        """Make participants with fresh identities, which keep each update in `updates` beside sending it encrypted."""
 
         def recording(name: str) -> Train:
             def train(header: RoundHeader, adapter: NDArray[np.float32], mask: NDArray[np.bool_]) -> LocalUpdate:
@@ -106,21 +121,11 @@ class Lab:
 
         identities = {name: Identity.generate(name) for name in self.recipe.names}
         roster = {name: identity.public for name, identity in identities.items()}
-        terms = Terms(agreement, roster, layout)
-        participants = {
-            name: Participant(identity, terms, MemoryKeys(), recording(name), (ledgers or {}).get(name))
+        terms = Terms(Agreement.of(self.recipe.names, section), roster, self.local.layout)
+        return terms, {
+            name: Participant(identity, terms, MemoryKeys(), recording(name), ledgers.get(name))
             for name, identity in identities.items()
         }
-        federation, adapter, rounds = Federation(terms), self.initial, list[CheckedRound]()
-        for number in range(1, section.rounds + 1):
-            _, mask = prune_global(layout, agreement, number, adapter)
-            result = federation.round(number, adapter, in_process(participants))
-            error = float("nan")
-            if section.privacy is None:
-                error = float(np.abs(result.mean - weighted_mean(updates)[mask]).max())
-            rounds.append(CheckedRound(result, error))
-            adapter = result.adapter
-        return adapter, rounds
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from hecompile.errors import HecompileError
+from hecompile.errors import HecompileError, InputError
 from hecompile.runtime.wire.events import emit
 
 LISTENING, ROUND, ADAPTER, FAILED = "listening", "round", "adapter", "failed"
@@ -37,9 +37,14 @@ def line_for(event: str, fields: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def reporting(as_events: bool) -> Iterator[Report]:
-    """Yield how a command reports: as lines of JSON, where a failure is an event too, or as lines for people."""
-    if not as_events:
+def reporting(events: str) -> Iterator[Report]:
+    """Yield how a command reports: `json`, where a failure is an event too, or `text` for people.
+
+    Raises InputError for other values of `events`.
+    """
+    if events not in ("text", "json"):
+        raise InputError(f"--events is text or json, got {events!r}")
+    if events == "text":
         yield lambda event, /, **fields: print(line_for(event, fields), flush=True)
         return
     try:

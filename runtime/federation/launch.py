@@ -72,7 +72,7 @@ def processes(recipe_file: Path, overrides: Sequence[str]) -> Iterator[Processes
     require_free(recipe.training, server=True, owners=recipe.names)
     folders = {name: out / KEYS_DIR / name for name in recipe.names}
     write_roster(out / ROSTER_FILE, [own_identity(name, folder) for name, folder in folders.items()])
-    common = [str(recipe_file), *overrides, "--roster", str(out / ROSTER_FILE), "--events"]
+    common = [str(recipe_file), *overrides, "--roster", str(out / ROSTER_FILE), "--events", "json"]
     environment = _environment(recipe)
     started: list[subprocess.Popen[str]] = []
 

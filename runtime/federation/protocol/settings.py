@@ -72,8 +72,9 @@ class FederationSection(Section):
       of the owners, so that two different sums of one round cannot both be opened. Default: just more than half.
     * `minimum`: fewest contributors of a sum, at least 2. With c owners in league with the server, a sum hides an update
       only among minimum - c others: take c + 2 or more. Default: the threshold, or 2.
-    * `value_range`: largest |weight · update| of a coordinate in round 1, weight ≤ 1; with a
-      shared mask, or none, it falls with the learning rate. `max_samples`: the count with weight 1.
+    * `value_range`: largest |weight · update| of a coordinate in round 1, weight ≤ 1; with a shared mask, or none, it falls
+      with the learning rate.
+    * `max_samples`: the count with weight 1.
     * `algorithm`: fedavg, or fedprox with `mu`, which adds mu/2·‖w - w_global‖² to every owner's loss.
     * `round_decay`: the learning rate of round n of N is that of the recipe times (1 + cos(π·(n - 1)/N)) / 2, or `none`.
     * `freeze_a`: FFA-LoRA: A stays as it was drawn, B is trained and sent alone.

@@ -103,8 +103,8 @@ def test_a_roster_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_people_read_lines_and_programs_events_with_the_reason_of_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
     fields = {"number": 2, "contributed": 3, "opened": 2, "seconds": 1.25}
-    for as_events in (False, True):
-        with pytest.raises(FederationError), reporting(as_events) as report:
+    for kind in ("text", "json"):
+        with pytest.raises(FederationError), reporting(kind) as report:
             report(ROUND, **fields)
             raise FederationError("too few")
     people, *programs = capsys.readouterr().out.splitlines()
@@ -112,3 +112,5 @@ def test_people_read_lines_and_programs_events_with_the_reason_of_a_failure(caps
     assert [read_event(line) for line in programs] == [
         {"event": ROUND, **fields}, {"event": FAILED, "reason": "too few"},
     ]  # fmt: skip
+    with pytest.raises(InputError, match="text or json, got 'xml'"), reporting("xml"):
+        pass
