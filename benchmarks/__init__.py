@@ -1,4 +1,4 @@
-"""What the performance claims in the README are made with: one module per section, one page of results.
+"""Measure what the README claims about performance: one module per section, one page of results.
 
     python -m benchmarks [--quick] [SECTION ...]     run sections one after the other, then assemble results/README.md
 

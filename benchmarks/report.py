@@ -1,4 +1,4 @@
-"""The page of results: machine and versions in its header, one stored piece of Markdown per section, plots beside it."""
+"""Write the page of results: machine and versions in its header, a stored piece of Markdown per section, plots beside it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8
 
 
 def results_directory() -> Path:
-    """Where results go: benchmarks/results (build/quick-benchmarks for quick runs), or $HECOMPILE_BENCHMARK_RESULTS."""
+    """Return where results go: benchmarks/results, build/quick-benchmarks if quick, or $HECOMPILE_BENCHMARK_RESULTS."""
     return Path(os.environ.get(_RESULTS, ROOT / "benchmarks" / "results"))
 
 
@@ -44,7 +44,7 @@ def use_quick_directory() -> None:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table; the first column is left-aligned, the others right-aligned. Floats are shown to three digits."""
+    """Write a Markdown table: the first column left-aligned, the others right-aligned, floats to three digits."""
     lines = ["| " + " | ".join(headings) + " |", "|" + "|".join(["---"] + ["---:"] * (len(headings) - 1)) + "|"]
     for row in rows:
         if len(row) != len(headings):
@@ -75,7 +75,7 @@ def save_plot(figure: Figure, name: str, caption: str) -> str:
 
 
 def new_figure(title: str, x: str, y: str, size: tuple[float, float] = (6.4, 3.6)) -> tuple[Figure, Axes]:
-    """A figure with one pair of labelled axes and a light grid."""
+    """Make a figure with one pair of labelled axes and a light grid."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -90,7 +90,7 @@ def new_figure(title: str, x: str, y: str, size: tuple[float, float] = (6.4, 3.6
 
 
 def machine() -> dict[str, str]:
-    """The machine and the versions, as the page's header shows them."""
+    """Describe the machine and the versions, as the page's header shows them."""
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
     values = {line.split(":")[0].strip(): line.split(":")[-1].strip() for line in info.splitlines() if ":" in line}
     flags = set(values.get("flags", "").split())
@@ -115,7 +115,7 @@ def _version(package: str) -> str:
 
 
 def commit() -> str:
-    """The short git commit, with a mark where tracked files differ from it."""
+    """Return the short git commit, with a mark where tracked files differ from it."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -175,7 +175,9 @@ def section_main(name: str) -> None:
     parser = argparse.ArgumentParser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smallest sizes, to check that the code works")
     quick = parser.parse_args().quick
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the processes of a section end with it
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # an exception, so that the processes of a section end with it
     try:
         print(store_section(name, module, quick).read_text(encoding="utf-8"))
     except HecompileError as error:
@@ -184,7 +186,7 @@ def section_main(name: str) -> None:
 
 
 def run_section_process(name: str, quick: bool) -> bool:
-    """Run one section in a process of its own; whether it succeeded. A failure leaves its earlier result as it was."""
+    """Run one section in a process of its own; return whether it succeeded. A failure leaves its earlier result."""
     program = f"from benchmarks.report import section_main; section_main({name!r})"
     command = [sys.executable, "-c", program, *(["--quick"] if quick else [])]
     environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}

@@ -1,4 +1,4 @@
-"""Timing: medians of interleaved runs in one process, so that a slow spell of the machine slows all of them alike."""
+"""Time functions by medians of interleaved runs in one process: a slow spell of the machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _NUMBA_THREADS = numba.get_num_threads()  # at the start, as many as there can b
 
 @dataclass
 class Samples:
-    """Wall and CPU seconds of the calls of one function; CPU seconds are of the whole process, all threads together."""
+    """Hold wall and CPU seconds of the calls of one function; CPU seconds are those of all threads of the process."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
-        """Median wall seconds of a call."""
+        """Return the median wall seconds of a call."""
         return statistics.median(self.wall)
 
     @property
     def cpu_seconds(self) -> float:
-        """Median CPU seconds of a call."""
+        """Return the median CPU seconds of a call."""
         return statistics.median(self.cpu)
 
 
@@ -61,7 +61,7 @@ def paired(
 
 
 def ratio(own: list[float], reference: list[float]) -> float:
-    """Median over the rounds of own / reference: each round is one pair."""
+    """Return the median over the rounds of own / reference: each round is one pair."""
     return statistics.median(a / b for a, b in zip(own, reference, strict=True))
 
 
@@ -79,13 +79,13 @@ def threads(count: int) -> Iterator[None]:
 
 
 def thread_counts() -> list[int]:
-    """1, and as many as there are cores for this process."""
+    """Return 1, and as many as there are cores for this process."""
     cores = len(os.sched_getaffinity(0))
     return [1] if cores == 1 else [1, cores]
 
 
 def describe_threads() -> str:
-    """How this process is pinned and threaded, for the header of a page."""
+    """Describe how this process is pinned and threaded, for the header of a page."""
     cores = sorted(os.sched_getaffinity(0))
     policy = os.environ.get("OMP_WAIT_POLICY", "unset")
     return (
@@ -95,14 +95,14 @@ def describe_threads() -> str:
 
 
 def resident_bytes(pid: int | str = "self") -> tuple[int, int]:
-    """(now, peak) resident set of a process, in bytes: VmRSS and VmHWM of /proc."""
+    """Return the (present, peak) resident set of a process in bytes: VmRSS and VmHWM of /proc."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     values = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("VmRSS", "VmHWM"))}
     return 1024 * int(values["VmRSS"]), 1024 * int(values["VmHWM"])
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system CPU seconds of another process so far."""
+    """Return the user and system CPU seconds of another process so far."""
     times = psutil.Process(pid).cpu_times()
     return float(times.user + times.system)
 

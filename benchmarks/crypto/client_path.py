@@ -1,4 +1,4 @@
-"""The client's side of a product as training calls it, and the simple path that it is tested against."""
+"""Name the client's side of a product: as training calls it, and the simple path that it is tested against."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from hecompile.he.scheme import Ciphertext, DecryptionKey, decrypt, encrypt_toke
 
 @dataclass(frozen=True)
 class ClientPath:
-    """encrypt: (A, real rows f32 [T, in], circuit) → ciphertext and what decrypts its reply.
-    decrypt: (that, hint, reply uint8 [reply_bytes, T, out], circuit) → real rows f32 [T, out]."""
+    """Hold both halves of a client's work on a product.
+
+    encrypt: (A, real rows f32 [T, in], circuit) → ciphertext, and the secret that decrypts its reply.
+    decrypt: (that, hint, reply uint8 [reply_bytes, T, out], circuit) → real rows f32 [T, out].
+    """
 
     encrypt: Callable[[PublicMatrix, Tensor, LinearParameters], tuple[Ciphertext, Any]]
     decrypt: Callable[[Any, Hint, Tensor, LinearParameters], Tensor]
@@ -40,7 +43,7 @@ def _reference_decrypt(
 
 
 TRAINED = ClientPath(encrypt_reals, decrypt_reals)
-"""What `hecompile.runtime.client.products` calls."""
+"""The functions that `hecompile.runtime.client.products` calls."""
 
 REFERENCE = ClientPath(_reference_encrypt, _reference_decrypt)
 

@@ -1,10 +1,9 @@
-"""What the client saves: CPU seconds of its cryptography over those of computing the frozen linears itself, by width."""
+"""Measure what the client saves: CPU seconds of its cryptography over those of the frozen linears themselves, by width."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from benchmarks.crypto.client_path import TRAINED
 from benchmarks.report import new_figure, save_plot, table
 from benchmarks.timing import paired
-from benchmarks.worker.linears import parameters_of_shape, public_matrix, random_hint, random_rows
+from benchmarks.worker.linears import llama_layer, parameters_of_shape, public_matrix, random_hint, random_rows
 from hecompile.he.parameters import RingParameters
 from hecompile.passes.offload.select_parameters import choose_ring
 
@@ -29,34 +28,17 @@ are random.
 """
 
 
-@dataclass(frozen=True)
-class _Shape:
-    name: str
-    in_features: int
-    out_features: int
-
-
-def layer(hidden: int) -> list[_Shape]:
-    """The stacked linears of a decoder layer of the Llama-3 family: key and value have a quarter of the heads."""
-    return [
-        _Shape("qkv", hidden, hidden + hidden // 2),
-        _Shape("o", hidden, hidden),
-        _Shape("gate_up", hidden, 8 * hidden),
-        _Shape("down", 4 * hidden, hidden),
-    ]
-
-
 def run(quick: bool) -> str:
-    """Markdown with a table and a plot."""
+    """Return Markdown with a table and a plot."""
     widths, tokens = ((64, 128), 32) if quick else (WIDTHS, TOKENS)
     ring = choose_ring(tokens)
     rows: list[list[object]] = []
     ratios = []
     for hidden in widths:
         encrypted = plain = 0.0
-        for shape in layer(hidden):
-            for direction in (shape, _Shape(shape.name, shape.out_features, shape.in_features)):
-                own, reference = cpu_seconds_of_product(direction, ring, tokens, 1 if quick else 5)
+        for forward in llama_layer(hidden).values():
+            for shape in (forward, forward[::-1]):
+                own, reference = cpu_seconds_of_product(shape, ring, tokens, 1 if quick else 5)
                 encrypted, plain = encrypted + own, plain + reference
         ratios.append(encrypted / plain)
         rows.append([hidden, 4 * hidden, 1e6 * encrypted / tokens, 1e6 * plain / tokens, ratios[-1]])
@@ -69,16 +51,21 @@ def run(quick: bool) -> str:
     axes.legend()
     headings = ["hidden", "ffn", "encrypted: client CPU µs/token", "float32 CPU µs/token", "ratio"]
     plot = save_plot(figure, "client_saved", "client CPU seconds over float32 linears by hidden size")
-    return "\n\n".join([PROSE.format(tokens=tokens, ring=f"{ring.ring_dim} × {ring.rank}"), table(headings, rows), plot])
+    return "\n\n".join(
+        [PROSE.format(tokens=tokens, ring=f"{ring.ring_dim} × {ring.rank}"), table(headings, rows), plot]
+    )
 
 
-def cpu_seconds_of_product(shape: _Shape, ring: RingParameters, tokens: int, repeats: int) -> tuple[float, float]:
-    """(client cryptography, float32 product) of one product, CPU seconds: medians of interleaved runs."""
-    parameters = parameters_of_shape(shape.in_features, shape.out_features)
-    public = public_matrix(ring, shape.in_features)
-    x = random_rows(tokens, shape.in_features)
-    weight = torch.randn(shape.out_features, shape.in_features)
-    reply = torch.randint(0, 256, (parameters.reply_bytes, tokens, shape.out_features), dtype=torch.uint8)
+def cpu_seconds_of_product(
+    shape: tuple[int, int], ring: RingParameters, tokens: int, repeats: int
+) -> tuple[float, float]:
+    """Measure CPU seconds of one (in, out) product, (client cryptography, float32 product): medians of interleaved runs."""
+    in_features, out_features = shape
+    parameters = parameters_of_shape(in_features, out_features)
+    public = public_matrix(ring, in_features)
+    x = random_rows(tokens, in_features)
+    weight = torch.randn(out_features, in_features)
+    reply = torch.randint(0, 256, (parameters.reply_bytes, tokens, out_features), dtype=torch.uint8)
     with ExitStack() as stack:
         hint = stack.enter_context(random_hint(ring, parameters))
 

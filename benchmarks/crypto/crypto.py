@@ -1,4 +1,4 @@
-"""The client's cryptography: nanoseconds per element and core to encrypt and to decrypt, everything included."""
+"""Measure the client's cryptography: nanoseconds per element and core to encrypt and to decrypt, everything included."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ exact one. Target: at most {TARGET_NS:g} ns per element and core.
 
 
 def run(quick: bool) -> str:
-    """Markdown: by shape and tokens with the ring that the compiler would choose, by ring, and the reference's split."""
+    """Return Markdown: by shape and tokens with the ring that the compiler would choose, by ring, and the parts' split."""
     shapes, tokens = (((64, 96),), (40,)) if quick else (SHAPES, TOKENS)
     ring_shape, ring_tokens = ((64, 64), 48) if quick else (RING_SHAPE, RING_TOKENS)
     repeats = 2 if quick else 9

@@ -1,4 +1,4 @@
-"""Against the field: one encrypted 2048-wide linear here, in concrete-ml-extensions and in TenSEAL, in one run.
+"""Compare one encrypted 2048-wide linear here, in concrete-ml-extensions and in TenSEAL, in one run.
 
 Needs the `bench` extra: pip install -e ".[bench]" (Linux with glibc 2.34 or newer).
 """
@@ -51,7 +51,7 @@ features. Ours and theirs ran in turn in one process. The evaluation key that co
 
 
 class Ours(System):
-    """The client's functions that training calls, and the worker's engine."""
+    """Run this project's linear: the client's functions that training calls, and the worker's engine."""
 
     name = "hecompile"
 
@@ -73,7 +73,7 @@ class Ours(System):
 
 
 def run(quick: bool) -> str:
-    """Markdown: the table, and the ratios with their targets. Raises InputError without the `bench` extra."""
+    """Return Markdown: the table, and the ratios with their targets. Raises InputError without the `bench` extra."""
     for package in ("concrete_ml_extensions", "tenseal"):
         if importlib.util.find_spec(package) is None:
             raise InputError(f'{package} is not installed: pip install -e ".[bench]"')
@@ -109,7 +109,7 @@ def run(quick: bool) -> str:
 
 
 def measure(systems: list[System], width: int, repeats: int) -> tuple[list[list[object]], dict[str, float]]:
-    """Rows of the table, and by name how many times faster per token the first system's server is (median of pairs)."""
+    """Measure all systems: rows, and by name how many times faster per token the first one's server is (median of pairs)."""
     for system in systems:
         system.encrypt()
     served = paired({system.name: system.serve for system in systems}, repeats, budget_seconds=600)
@@ -124,7 +124,9 @@ def measure(systems: list[System], width: int, repeats: int) -> tuple[list[list[
         share_in, share_out = (computed / width for computed in system.features)
         work = system.tokens * share_in * share_out  # tokens of the whole linear that one call is worth
         samples = served[system.name]
-        ratios[system.name] = ratio([s / work for s in samples.wall], [s / systems[0].tokens for s in served[first].wall])
+        ratios[system.name] = ratio(
+            [s / work for s in samples.wall], [s / systems[0].tokens for s in served[first].wall]
+        )
         encrypt = client[f"{system.name} encrypt"].seconds / (system.tokens * share_in)
         decrypt = client[f"{system.name} decrypt"].seconds / (system.tokens * share_out)
         system.serve()  # with the ciphertexts of the last encryption

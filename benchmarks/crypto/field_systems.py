@@ -1,4 +1,4 @@
-"""One encrypted linear in other systems, each in the way that is fastest in it: concrete-ml-extensions and TenSEAL.
+"""Run one encrypted linear in other systems, each in the way that is fastest in it: concrete-ml-extensions and TenSEAL.
 
 All compute x·Wᵀ for the same int8 weights. `serve` takes objects in memory and gives such objects: reading and writing
 the wire's bytes is left out of their server time, in their favour. Their packages come with the `bench` extra.
@@ -17,9 +17,9 @@ from torch import Tensor
 
 
 class System(abc.ABC):
-    """A client and a server of an encrypted linear, with one batch: x f32 [T, in], weight int8 [out, in].
+    """Represent a client and a server of an encrypted linear, with one batch: x f32 [T, in], weight int8 [out, in].
 
-    tokens, features: T and (in, out) of what is really computed. bytes_up, bytes_down: the serialized messages of that
+    tokens, features: T and (in, out) of the product that is computed. bytes_up, bytes_down: the serialized messages of that
     batch, known once `encrypt` and `decrypt` were called. Call the three in their order; each may be repeated.
     """
 
@@ -41,12 +41,12 @@ class System(abc.ABC):
     def decrypt(self) -> Tensor: ...
 
     def exact(self) -> Tensor:
-        """x·Wᵀ in float64 [T, out]."""
+        """Return x·Wᵀ in float64 [T, out]."""
         return self.x.double() @ self.weight.double().t()
 
 
 class ConcreteMl(System):
-    """Encrypted by row as GLWE with 2048 features in a polynomial; the result is one keyswitch per output.
+    """Encrypt by row as GLWE with 2048 features in a polynomial; the result is one keyswitch per output.
 
     The activations are 8-bit integers, one scale per token. The bits reserved for the result are as many as it needs, as in
     the library's own tests of correctness.
@@ -75,9 +75,7 @@ class ConcreteMl(System):
         self.bytes_up = len(self._sent.serialize())
 
     def serve(self) -> None:
-        self._reply = self._library.matrix_multiplication(
-            self._sent, self._matrix.astype(np.uint64), self._compression
-        )
+        self._reply = self._library.matrix_multiplication(self._sent, self._matrix.astype(np.uint64), self._compression)
 
     def decrypt(self) -> Tensor:
         self.bytes_down = len(self._reply.serialize())
@@ -91,7 +89,7 @@ class ConcreteMl(System):
 
 
 class TensealTensor(System):
-    """CKKSTensor with the tokens in the slots, one ciphertext per feature, and its own matrix product (its threads: all)."""
+    """Multiply by CKKSTensor's own product: tokens in the slots, one ciphertext per feature, on `thread_count` threads."""
 
     name = "TenSEAL, CKKSTensor.mm"
     degree, modulus_bits, scale = 8192, (60, 40, 60), 2.0**40
@@ -125,8 +123,10 @@ class TensealTensor(System):
 
 
 class TensealScalars(System):
-    """The same by hand through TenSEAL's bindings of SEAL: one multiply_plain by a scalar and one add per weight, over a
-    single 50-bit prime, without any rescaling. The least work that CKKS can do here; one thread."""
+    """Multiply by hand through TenSEAL's bindings of SEAL: one multiply_plain by a scalar and one add per weight.
+
+    Over a single 50-bit prime, without any rescaling, on one thread: the least work that CKKS can do here.
+    """
 
     name = "TenSEAL, SEAL calls by hand"
     degree, modulus_bits, scale = 8192, (50, 50), 2.0**24

@@ -1,5 +1,4 @@
-"""The unit costs of `hecompile.plan.costs.CostModel` on this machine: measured, fitted, and how well the model then
-predicts.
+"""Fit the unit costs of `hecompile.plan.costs.CostModel` to this machine, and show how well the model then predicts.
 
     python -m benchmarks unit_costs [--quick]
 
@@ -17,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from benchmarks.report import table
 from hecompile.he.fused import decrypt_reals, encrypt_reals
 from hecompile.he.hints import Hint
 from hecompile.he.kernels.transform import interleave, transform
@@ -35,36 +35,34 @@ REPEATS, QUICK_REPEATS = 9, 2
 
 
 def run(quick: bool) -> str:
-    """Markdown: the fitted unit costs beside the defaults, and measured against predicted seconds."""
+    """Return Markdown: the fitted unit costs beside the defaults, and measured against predicted seconds."""
     points, repeats = (QUICK_POINTS, QUICK_REPEATS) if quick else (POINTS, REPEATS)
     measured = [_point(CATALOGUE[name], tokens, repeats) for name, tokens in points]
-    costs, rows = fit([(CATALOGUE[name], tokens, *times) for (name, tokens), times in zip(points, measured, strict=True)])
+    costs, rows = fit(
+        [(CATALOGUE[name], tokens, *times) for (name, tokens), times in zip(points, measured, strict=True)]
+    )
     default = CostModel()
-    lines = [
-        "## Unit costs of the cost model",
-        "",
-        "Fitted to this machine, beside the defaults that parameter selection uses (only their ratios matter).",
-        "",
-        "| | fitted | default |",
-        "|---|---:|---:|",
-        f"| ring products, flops/s | {costs.transform_flops:.3g} | {default.transform_flops:.3g} |",
-        f"| encrypting an element beside, ns | {1e9 * costs.encrypt_seconds:.2f} | {1e9 * default.encrypt_seconds:.2f} |",
-        f"| decrypting an element beside, ns | {1e9 * costs.decrypt_seconds:.2f} | {1e9 * default.decrypt_seconds:.2f} |",
-        f"| reading hints and A, bytes/s | {costs.hint_bandwidth:.3g} | {default.hint_bandwidth:.3g} |",
-        f"| float32 products, flops/s | {_float_speed(repeats):.3g} | {default.client_flops:.3g} |",
-        f"| int8 products, operations/s | {_int8_speed(repeats):.3g} | {default.worker_flops:.3g} |",
-        "",
-        f"ns per element of {FEATURES} features, measured and by the fitted model:",
-        "",
-        "| ring | tokens | encrypt | model | decrypt | model |",
-        "|---|---:|---:|---:|---:|---:|",
-        *rows,
+    fitted: list[list[object]] = [
+        ["ring products, flops/s", f"{costs.transform_flops:.3g}", f"{default.transform_flops:.3g}"],
+        ["encrypting an element beside, ns", *(f"{1e9 * one.encrypt_seconds:.2f}" for one in (costs, default))],
+        ["decrypting an element beside, ns", *(f"{1e9 * one.decrypt_seconds:.2f}" for one in (costs, default))],
+        ["reading hints and A, bytes/s", f"{costs.hint_bandwidth:.3g}", f"{default.hint_bandwidth:.3g}"],
+        ["float32 products, flops/s", f"{_float_speed(repeats):.3g}", f"{default.client_flops:.3g}"],
+        ["int8 products, operations/s", f"{_int8_speed(repeats):.3g}", f"{default.worker_flops:.3g}"],
     ]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(
+        [
+            "## Unit costs of the cost model",
+            "Fitted to this machine, beside the defaults that parameter selection uses (only their ratios matter).",
+            table(["", "fitted", "default"], fitted),
+            f"ns per element of {FEATURES} features, measured and by the fitted model:",
+            table(["ring", "tokens", "encrypt", "model", "decrypt", "model"], rows),
+        ]
+    )
 
 
-def fit(points: list[tuple[RingParameters, int, float, float]]) -> tuple[CostModel, list[str]]:
-    """The cost model that fits (ring, tokens, seconds to encrypt, seconds to decrypt) best, and a table row per point."""
+def fit(points: list[tuple[RingParameters, int, float, float]]) -> tuple[CostModel, list[list[object]]]:
+    """Return the cost model that fits (ring, tokens, seconds to encrypt, to decrypt) best, and a table row per point."""
     unit = CostModel(transform_flops=1.0, encrypt_seconds=0.0, decrypt_seconds=0.0, hint_bandwidth=float("inf"))
     matrix, seconds = [], []
     for ring, tokens, encrypting, decrypting in points:
@@ -81,16 +79,16 @@ def fit(points: list[tuple[RingParameters, int, float, float]]) -> tuple[CostMod
         decrypt_seconds=float(solution[2]),
         hint_bandwidth=float(1 / solution[3]) if solution[3] > 0 else float("inf"),
     )
-    rows = []
+    rows: list[list[object]] = []
     for ring, tokens, encrypting, decrypting in points:
         scale = 1e9 / (FEATURES * tokens)
         cells = [encrypting, costs.encrypt(ring, tokens, FEATURES), decrypting, costs.decrypt(ring, tokens, FEATURES)]
-        rows.append(f"| {ring.ring_dim}x{ring.rank} | {tokens} | " + " | ".join(f"{scale * c:.2f}" for c in cells) + " |")
+        rows.append([f"{ring.ring_dim}x{ring.rank}", tokens, *(f"{scale * cell:.2f}" for cell in cells)])
     return costs, rows
 
 
 def _point(ring: RingParameters, tokens: int, repeats: int) -> tuple[float, float]:
-    """Seconds to encrypt and to decrypt [tokens, FEATURES]."""
+    """Measure the seconds to encrypt and to decrypt [tokens, FEATURES]."""
     linear = LinearParameters(FEATURES, FEATURES, max_l1=2**15, max_l2=2.0**10, upload_limbs=3, reply_bytes=2)
     public = PublicMatrix(ring, PublicSeed.from_hex("33" * 32), FEATURES)
     generator = torch.Generator().manual_seed(0)

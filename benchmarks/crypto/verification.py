@@ -1,4 +1,4 @@
-"""What verifying every reply costs the client, and how often lies are caught."""
+"""Measure what verifying every reply costs the client."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import torch
 
 from benchmarks.report import section_main, table
 from benchmarks.timing import Samples, paired, ratio, threads
-from benchmarks.worker.linears import public_matrix, random_linear, random_rows, stored_hint
-from benchmarks.worker.worker import LAYER
+from benchmarks.worker.linears import llama_layer, public_matrix, random_linear, random_rows, stored_hint
 from hecompile.he.fused import decrypt_reals, encrypt_reals
 from hecompile.he.random.sampling import SecretRandom
 from hecompile.he.scheme import evaluate
 from hecompile.he.verification import Checks, check_count, tolerance
 from hecompile.passes.offload.select_parameters import choose_ring
 
-SHAPES = [shape for there in LAYER.values() for shape in (there, there[::-1])]
-"""Of the circuits of a layer of Llama-3.2-1B, forward and backward."""
+SHAPES = [shape for there in llama_layer(2048).values() for shape in (there, there[::-1])]
+"""(in, out) of the circuits of a layer of Llama-3.2-1B, forward and backward."""
 
 TOKENS = (512, 2048)
 TARGET = 0.05
@@ -34,7 +33,7 @@ is wrong by twice that is always caught. *Noise bound*: of decryption, in the sa
 
 
 def run(quick: bool) -> str:
-    """Markdown: one row per shape and number of tokens."""
+    """Return Markdown: one row per shape and number of tokens."""
     shapes, tokens = (((64, 96),), (40,)) if quick else (SHAPES, TOKENS)
     repeats = 2 if quick else 9
     rows = []
@@ -52,7 +51,7 @@ def run(quick: bool) -> str:
 def _row(
     in_features: int, out_features: int, tokens: int, repeats: int
 ) -> tuple[list[object], dict[tuple[str, str], float]]:
-    """The cells, and the median seconds of each half with and without the check."""
+    """Measure one shape: its cells, and the median seconds of each half with and without the check."""
     linear = random_linear(in_features, out_features)
     parameters = linear.parameters
     public = public_matrix(choose_ring(tokens), in_features)

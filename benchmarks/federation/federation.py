@@ -1,4 +1,4 @@
-"""Several owners, one adapter: what each owner's adapter knows, and what that of all of them does."""
+"""Measure what the adapter of several owners knows, beside the adapter of each owner alone."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ and bytes as between processes.
 
 
 def run(quick: bool) -> str:
-    """Markdown."""
+    """Return Markdown: accuracy with three owners and all variants, then with five."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         three, five = _recipe(Path(folder), 3, quick), _recipe(Path(folder), 5, quick)
@@ -65,35 +65,43 @@ def _recipe(folder: Path, owners: int, quick: bool) -> FederationRecipe:
 
 
 def _accuracy(recipe: FederationRecipe, folder: Path, everything: bool) -> str:
+    """Train all ways; with `everything`, also each owner alone and every variant of the federation."""
     lab = Lab.open(recipe)
-    section = recipe.federation
-    assert section.pruning is not None
     rows: dict[str, Mapping[str, float]] = {}
     if everything:
-        for name in recipe.names:
-            rows[f"{name} alone"] = accuracy(lab, lab.alone(name))
+        rows |= {f"{name} alone": accuracy(lab, lab.alone(name)) for name in recipe.names}
     rows["federated, in the clear"] = accuracy(lab, lab.plain())
     started = time.perf_counter()
-    adapter, rounds = lab.encrypted(section)
+    adapter, rounds = lab.encrypted(recipe.federation)
     seconds = time.perf_counter() - started
     rows["federated, encrypted, shared mask rising to 50 %"] = accuracy(lab, adapter)
     notes = [_rounds_note(rounds, seconds)]
     if everything:
-        published = section.pruning.model_copy(update={"mask": "per_client"})
-        adapter, of_published = lab.encrypted(section.model_copy(update={"pruning": published}))
-        rows["federated, encrypted, each client prunes (published)"] = accuracy(lab, adapter)
-        adapter, frozen = lab.encrypted(section.model_copy(update={"freeze_a": True, "pruning": None}))
-        rows["federated, encrypted, A frozen (FFA-LoRA), no pruning"] = accuracy(lab, adapter)
-        notes.append(
-            f"Bytes up per owner in the last round: shared mask {_kilobytes(rounds[-1])} kB, pruned by each client "
-            f"{_kilobytes(of_published[-1])} kB, A frozen {_kilobytes(frozen[-1])} kB.\n"
-        )
-        for name, row, note in (_private_examples(recipe, folder), _private_owners(lab, section, folder)):
+        notes.append(_pruned_otherwise(lab, rows, rounds[-1]))
+        for name, row, note in (
+            _private_examples(recipe, folder),
+            _private_owners(lab, recipe.federation, folder),
+        ):
             rows[name] = row
             notes.append(note)
     columns = list(next(iter(rows.values())))
     body = [[name, *(f"{100 * row[column]:.1f} %" for column in columns)] for name, row in rows.items()]
     return "\n".join([table((f"{len(recipe.owners)} owners", *columns), body), "", *notes])
+
+
+def _pruned_otherwise(lab: Lab, rows: dict[str, Mapping[str, float]], shared: CheckedRound) -> str:
+    """Train with the published pruning and with A frozen, add their rows, and compare what the last rounds sent."""
+    section = lab.recipe.federation
+    assert section.pruning is not None
+    by_client = section.pruning.model_copy(update={"mask": "per_client"})
+    adapter, published = lab.encrypted(section.model_copy(update={"pruning": by_client}))
+    rows["federated, encrypted, each client prunes (published)"] = accuracy(lab, adapter)
+    adapter, frozen = lab.encrypted(section.model_copy(update={"freeze_a": True, "pruning": None}))
+    rows["federated, encrypted, A frozen (FFA-LoRA), no pruning"] = accuracy(lab, adapter)
+    return (
+        f"Bytes up per owner in the last round: shared mask {_kilobytes(shared)} kB, pruned by each client "
+        f"{_kilobytes(published[-1])} kB, A frozen {_kilobytes(frozen[-1])} kB.\n"
+    )
 
 
 def _rounds_note(rounds: list[CheckedRound], seconds: float) -> str:
@@ -113,7 +121,7 @@ def _kilobytes(one: CheckedRound) -> str:
 
 
 def _private_examples(recipe: FederationRecipe, folder: Path) -> tuple[str, Mapping[str, float], str]:
-    """DP-SGD at every owner, no pruning."""
+    """Run the federation with DP-SGD at every owner, without pruning: name, accuracy, note."""
     owners = [
         owner.model_copy(update={"privacy": PROMISE.model_copy(update={"ledger": folder / f"{owner.name}.steps"})})
         for owner in recipe.owners
@@ -133,7 +141,7 @@ def _private_examples(recipe: FederationRecipe, folder: Path) -> tuple[str, Mapp
 
 
 def _private_owners(lab: Lab, section: FederationSection, folder: Path) -> tuple[str, Mapping[str, float], str]:
-    """Noise on whole updates, shared out over the owners."""
+    """Run the federation with noise on whole updates, shared out over the owners: name, accuracy, note."""
     noisy = section.model_copy(update={"privacy": NOISE, "rounds": min(NOISY_ROUNDS, section.rounds), "pruning": None})
     with ExitStack() as stack:
         ledgers = {

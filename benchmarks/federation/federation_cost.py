@@ -1,4 +1,4 @@
-"""What one round of a federation costs: encrypted sums beside the published scheme."""
+"""Measure what one round of a federation costs: encrypted sums beside the published scheme."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HEADINGS = ("", "MB up", "client s", "server s per client", "opening s", "large
 
 
 def run(quick: bool) -> str:
-    """Markdown with a table."""
+    """Return Markdown with a table."""
     torch.set_num_threads(1)
     count = 20_000 if quick else COUNT
     updates = made_up_updates(CLIENTS, count)

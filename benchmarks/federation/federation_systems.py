@@ -1,4 +1,4 @@
-"""One round's cryptography of two ways to add updates: this project's, and the published one of FedShield-LLM."""
+"""Time the cryptography of a round in two ways to add updates: this project's, and the published one of FedShield-LLM."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ POINTS, MODULUS_BITS, SCALE = 8192, (60, 40, 40, 60), 2.0**40
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one round: seconds of one client up to its bytes, of the server, of whoever opens; error of the mean over the rms
-    of an update, largest and root mean square."""
+    """Hold the costs of one round.
+
+    client, server, opening: seconds of one client until its bytes are ready, of the server, and of whoever opens the sum.
+    largest_error, rms_error: of the mean, over the root mean square of an update.
+    """
 
     client: float
     server: float
@@ -37,7 +40,7 @@ class Cost:
 
 
 def made_up_updates(clients: int, count: int) -> list[NDArray[np.float32]]:
-    """Normal with standard deviation 0.02, about that of a round of the small Llama."""
+    """Draw normal updates with standard deviation 0.02, about that of a round of the small Llama."""
     generator = np.random.default_rng(0)
     return [generator.normal(0, 0.02, count).astype(np.float32) for _ in range(clients)]
 
@@ -49,7 +52,7 @@ def _errors(mean: NDArray[np.float64], updates: list[NDArray[np.float32]]) -> tu
 
 
 def ours(updates: list[NDArray[np.float32]], value_range: float) -> Cost:
-    """Everything that a participant computes and sends (quantising, key, encryption, shares, sealing), and the sum."""
+    """Time all that a participant computes and sends (quantising, key, encryption, shares, sealing), and the sum."""
     clients, count = len(updates), len(updates[0])
     threshold, parameters = clients // 2 + 1, AggregationParameters(clients, value_range)
     seed, names = PublicSeed.draw(), [f"owner-{index}" for index in range(clients)]
@@ -82,7 +85,7 @@ def ours(updates: list[NDArray[np.float32]], value_range: float) -> Cost:
 
 
 def tenseal_ckks(updates: list[NDArray[np.float32]]) -> Cost:
-    """As published: one key, held by all clients, CKKS vectors of the flattened update, summed and scaled by the server."""
+    """Time the published way: one key of all clients, CKKS vectors of the update, summed and scaled by the server."""
     import tenseal
 
     context: Any = tenseal.context(

@@ -1,7 +1,7 @@
-"""Utility, membership inference and accounting of private training on the small Llama; and what gradients per example cost.
+"""Measure utility, membership inference and accounting of private training on the small Llama, and gradients per example.
 
-Trains six adapters in plaintext and one through the encrypted worker: about twenty minutes of one core. What is trained
-is kept in build/privacy-benchmark until all is, so that an interrupted run goes on.
+Trains six adapters in plaintext and one through the encrypted worker: about twenty minutes of one core. Adapters are kept in
+build/privacy-benchmark until all are trained, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -49,36 +49,35 @@ BUCKETS, ROWS = (32, 48), 64
 PRIVATE = (
     "training.per_device_train_batch_size=32", "training.gradient_accumulation_steps=4", "training.num_train_epochs=2.5",
 )  # fmt: skip
-"""Of the private runs: half the recipe's batch and epochs, for half the time."""
+"""Settings of the private runs: half the recipe's batch and epochs, for half the time."""
 PLAIN_ROWS, UNTRAINED = 16, "untrained"
 PLAIN = (
     "privacy=null", f"training.per_device_train_batch_size={PLAIN_ROWS}", "training.gradient_accumulation_steps=1",
     "training.learning_rate=4e-3", "training.num_train_epochs=5",
 )  # fmt: skip
-"""Of the runs without privacy: small batches, for it is noise that wants large ones."""
+"""Settings of the runs without privacy: small batches, for only noise needs large ones."""
 LORA = AttachLora(r=2, lora_alpha=4.0)
 """Noise is added to every parameter: few of them serve privacy best."""
 PROSE = """\
 ## Differential privacy
 
-**Utility and membership inference.** `models/recipes/private.yaml` on {train} lines, one per patient, {epochs:g} epochs
-in batches of {batch}, δ = {delta:g}: most lines ask for what is the clinic's rule, one in eight for what is a patient's
-own. *Held-out*: other patients, by the rule (loss in nats per token; exact match, of which knowing both remedies and
-guessing gets half).
-*Remembered*: exact match on the training lines that ask for a patient's own, which can only be remembered; guessing gets
-14 %. The attacks ask which of {members} such lines were in the training file and which of as many others were not, by the
-loss and by the loss less that of a reference model trained without privacy on {train} lines of other patients: advantage
-(true less false positive rate, of the threshold that is best on half of the lines, on the other half) and, in brackets,
-the area under the curve; an attack that knows nothing has 0 ± {error:.2f} and 0.5.
-*Bound*: the most advantage that any attack can have. ε = ∞ is training without a privacy section, {passes:g} epochs in
-batches of {rows}. Trained as plaintext PEFT in float32, but for the row *encrypted*, which went through the encrypted
-worker (10-bit weights, precision {precision:g}); every adapter is measured in plaintext PEFT.
+**Utility and membership inference.** `models/recipes/private.yaml` on {train} lines, one per patient, {epochs:g} epochs in
+batches of {batch}, δ = {delta:g}: most lines ask for what is the clinic's rule, one in eight for what is a patient's own.
+*Held-out*: other patients, by the rule (loss in nats per token; exact match, of which knowing both remedies and guessing
+gets half). *Remembered*: exact match on the training lines that ask for a patient's own, which can only be remembered;
+guessing gets 14 %. The attacks ask which of {members} such lines were in the training file and which of as many others were
+not, by the loss and by the loss less that of a reference model trained without privacy on {train} lines of other patients:
+advantage (true less false positive rate, of the threshold that is best on half of the lines, on the other half) and, in
+brackets, the area under the curve; an attack that knows nothing has 0 ± {error:.2f} and 0.5. *Bound*: the most advantage
+that any attack can have. ε = ∞ is training without a privacy section, {passes:g} epochs in batches of {rows}. Trained as
+plaintext PEFT in float32, but for the row *encrypted*, which went through the encrypted worker (10-bit weights, precision
+{precision:g}); every adapter is measured in plaintext PEFT.
 """
 
 
 @dataclass(frozen=True)
 class Row:
-    """One trained adapter, measured."""
+    """Hold what was measured of one adapter."""
 
     name: str
     epsilon: float
@@ -91,7 +90,7 @@ class Row:
     by_reference: Attack | None
 
     def cells(self) -> list[object]:
-        """For the table."""
+        """Return its row of the table."""
 
         def shown(found: Attack | None) -> str:
             return "" if found is None else f"{found.advantage:.2f} ({found.auc:.2f})"
@@ -109,7 +108,7 @@ def _number(value: float) -> str:
 
 
 class Sweep:
-    """Trains and measures; `quick` takes a few lines and steps."""
+    """Train adapters and measure them; `quick` takes a few lines and steps."""
 
     def __init__(self, scratch: Path, quick: bool) -> None:
         self.scratch, self.train = scratch, 128 if quick else TRAIN
@@ -158,7 +157,7 @@ class Sweep:
         return model
 
     def measure(self, name: str, epsilon: float, model: PlaintextPeftModel) -> Row:
-        """Utility and attacks."""
+        """Measure the utility of an adapter, and the attacks on it."""
         heldout = evaluate(model, self.ruled, self.pad)
         members, others = losses(model, self.members, self.pad), losses(model, self.others, self.pad)
         assert heldout.exact_match is not None
@@ -188,7 +187,7 @@ class Sweep:
 
 
 def plaintext() -> PlaintextPeftModel:
-    """The small Llama with the same fresh adapter every time."""
+    """Load the small Llama with the same fresh adapter every time."""
     config = peft.LoraConfig(
         r=LORA.r, lora_alpha=int(LORA.lora_alpha), target_modules=list(LORA.target_modules), task_type="CAUSAL_LM"
     )
@@ -197,7 +196,7 @@ def plaintext() -> PlaintextPeftModel:
 
 
 def run(quick: bool) -> str:
-    """Markdown: utility and attacks by ε with a plot, the accountants, the published mechanism, the price."""
+    """Return Markdown: utility and attacks by ε with a plot, the accountants, the published mechanism, the price."""
     with _kept(quick) as scratch:
         sweep = Sweep(scratch, quick)
         started = time.perf_counter()
@@ -226,7 +225,7 @@ def run(quick: bool) -> str:
 
 @contextmanager
 def _kept(quick: bool) -> Iterator[Path]:
-    """A folder that is removed when all has gone well."""
+    """Open a folder that is removed when all has gone well."""
     if quick:
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)

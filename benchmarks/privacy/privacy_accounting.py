@@ -1,4 +1,4 @@
-"""What the privacy section does not train for: the accountant beside Opacus', DP-LoRA as published, what gradients cost."""
+"""Measure without training: the accountant beside Opacus', DP-LoRA as published, and the price of gradients per example."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PAPER = """\
 
 
 def price(model: PlaintextPeftModel, batch: dict[str, Any], quick: bool) -> str:
-    """Markdown: seconds of a private step's parts over those of the gradient of `batch`."""
+    """Return Markdown: seconds of a private step's parts over those of the gradient of `batch`."""
     repeats = 1 if quick else REPEATS
     parameters, grid = model.adapter_state(), Grid.of(1.0, 1.0)
     taken: dict[str, list[float]] = {name: [] for name in ("batch", "each", "clip", "noise")}
@@ -60,7 +60,7 @@ def price(model: PlaintextPeftModel, batch: dict[str, Any], quick: bool) -> str:
 
 
 def accountants(quick: bool) -> str:
-    """Markdown: ε by three accountants."""
+    """Return Markdown: ε by three accountants."""
     from opacus.accountants import PRVAccountant, RDPAccountant
 
     rows: list[list[object]] = []
@@ -77,7 +77,7 @@ def accountants(quick: bool) -> str:
 
 
 def published(steps: int = 50, rate: float = 0.1, delta: float = 1e-5) -> str:
-    """Markdown: the paper's ε and the real one."""
+    """Return Markdown: the paper's ε and the real one."""
     rows: list[list[object]] = []
     for epsilon in (0.5, 1.0, 2.0, 4.0):
         noise = paper_noise(epsilon, delta)

@@ -1,4 +1,4 @@
-"""Compiled models for the sections that need one: of the 1B shape, or of any other."""
+"""Compile models for the sections that need one: of the 1B shape, or of any other."""
 
 from __future__ import annotations
 
@@ -22,29 +22,36 @@ from hecompile.inspection.linear import Traffic, circuits_without_gradient, pred
 from hecompile.models import TINY_LLAMA
 
 PRECISION, WEIGHT_BITS = 8.0, 8
-"""Effective bits and bits of the weights where nothing else is asked for; the precision section shows what they cost."""
+"""Effective bits and bits of the weights in most sections; the precision section shows what they cost."""
 
 DEFAULTS = (CompileOptions().effective_bits, CompileOptions().weight_bits)
-"""The same of a plan for which nothing was chosen."""
+"""Effective bits and bits of the weights of a plan with the default options."""
 
 ONE_B = "HECOMPILE_BENCHMARK_1B"
 
 
 @dataclass(frozen=True)
 class Built:
-    """A checkpoint and the bundles compiled from it."""
+    """Hold a checkpoint and the folder of the bundles compiled from it."""
 
     checkpoint: Path
     build: Path
 
     def traffic(self) -> Traffic:
-        """What `inspect` predicts for a training step, bytes per token."""
+        """Return what `inspect` predicts for a training step, bytes per token."""
         bundle = ClientBundle.open(self.build / CLIENT)
         return predicted_traffic(bundle.circuits, circuits_without_gradient(bundle.graph()))
 
 
-def options(batch_size: int, length: int, precision: float = PRECISION, weight_bits: int = WEIGHT_BITS) -> CompileOptions:
-    """LoRA of rank 8 on all seven linears, everything else by default."""
+def forward_weights(bundle: ClientBundle) -> int:
+    """Count the frozen weights that the worker multiplies by."""
+    return sum(p.in_features * p.out_features for name, p in bundle.circuits.items() if name.endswith(".forward"))
+
+
+def options(
+    batch_size: int, length: int, precision: float = PRECISION, weight_bits: int = WEIGHT_BITS
+) -> CompileOptions:
+    """Return options with LoRA of rank 8 on all seven linears, and defaults for the rest."""
     return CompileOptions(
         effective_bits=precision, weight_bits=weight_bits, batch_size=batch_size, sequence_buckets=(length,)
     )
@@ -54,8 +61,12 @@ def options(batch_size: int, length: int, precision: float = PRECISION, weight_b
 def llama_1b(
     layers: int, batch_size: int, length: int, precision: float = PRECISION, weight_bits: int = WEIGHT_BITS
 ) -> Iterator[Built]:
-    """The 1B shape with `layers` layers: the folders `checkpoint` and `build` of $HECOMPILE_BENCHMARK_1B where that is set
-    (made for at least that batch, in any precision), or newly made under build/ and removed afterwards (15 GB)."""
+    """Open a model of the 1B shape with `layers` layers.
+
+    It is that in the folders `checkpoint` and `build` of $HECOMPILE_BENCHMARK_1B where this is set (made for at least that
+    batch, in any precision). Otherwise it is made under build/ and removed afterwards (15 GB). Raises InputError where one
+    of these folders is missing.
+    """
     given = os.environ.get(ONE_B)
     if given:
         built = Built(Path(given) / "checkpoint", Path(given) / "build")
@@ -64,7 +75,7 @@ def llama_1b(
                 raise InputError(f"{ONE_B}={given}: there is no {path}")
         yield built
         return
-    with _scratch() as scratch:
+    with scratch_folder() as scratch:
         checkpoint = make_checkpoint(scratch / "checkpoint", layers)
         compile_checkpoint(str(checkpoint), scratch / "build", options(batch_size, length, precision, weight_bits))
         yield Built(checkpoint, scratch / "build")
@@ -72,12 +83,15 @@ def llama_1b(
 
 @contextmanager
 def llama_of(hidden: int, layers: int, batch_size: int, length: int) -> Iterator[Built]:
-    """A random Llama of another size: the 1B configuration with this hidden size, heads of 64 features (4 query heads for
-    each key-value head), ffn = 4 × hidden and the small Llama's 1024 tokens."""
+    """Make a random Llama of another size: the 1B configuration with this hidden size.
+
+    Heads have 64 features, with 4 query heads for each key-value head, ffn = 4 × hidden, and the vocabulary is the small
+    Llama's 1024 tokens.
+    """
     config = llama_1b_config(layers)
     config.hidden_size, config.intermediate_size, config.vocab_size = hidden, 4 * hidden, 1024
     config.num_attention_heads, config.num_key_value_heads = hidden // 64, max(1, hidden // 256)
-    with _scratch() as scratch, torch.random.fork_rng(devices=[]):
+    with scratch_folder() as scratch, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(scratch / "checkpoint")
         AutoTokenizer.from_pretrained(TINY_LLAMA).save_pretrained(scratch / "checkpoint")
@@ -86,8 +100,8 @@ def llama_of(hidden: int, layers: int, batch_size: int, length: int) -> Iterator
 
 
 @contextmanager
-def _scratch() -> Iterator[Path]:
-    """Not in /tmp, which may be memory."""
+def scratch_folder() -> Iterator[Path]:
+    """Make a temporary folder on disk, under build/: /tmp may be memory."""
     (ROOT / "build").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / "build", prefix="benchmark-") as scratch:
         yield Path(scratch)

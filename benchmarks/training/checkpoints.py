@@ -1,4 +1,4 @@
-"""Checkpoints of the shape of Llama-3.2-1B with random weights, saved as a real one is and loaded by the same path.
+"""Make checkpoints of the shape of Llama-3.2-1B with random weights, saved and loaded as real ones are.
 
     python benchmarks/training/checkpoints.py DIR [--layers 16]
 
@@ -18,7 +18,7 @@ from hecompile.models import TINY_LLAMA
 
 
 def llama_1b_config(layers: int = 16) -> LlamaConfig:
-    """The configuration of meta-llama/Llama-3.2-1B, with the special tokens of the small Llama's tokenizer."""
+    """Return the configuration of meta-llama/Llama-3.2-1B, with the special tokens of the small Llama's tokenizer."""
     return LlamaConfig(
         vocab_size=128256,
         hidden_size=2048,
@@ -46,8 +46,11 @@ def llama_1b_config(layers: int = 16) -> LlamaConfig:
 
 
 def make_checkpoint(directory: Path, layers: int = 16, seed: int = 0) -> Path:
-    """Save a model of that configuration in bfloat16 with Hugging Face's own initialisation (normal weights of standard
-    deviation 0.02, unit norms), and a tokenizer beside it. 2.5 GB at 16 layers, 0.8 GB at 2; returns `directory`."""
+    """Save a random model of that configuration in bfloat16, and a tokenizer beside it; returns `directory`.
+
+    The initialisation is Hugging Face's: normal weights of standard deviation 0.02, unit norms. The folder takes 2.5 GB at
+    16 layers, 0.8 GB at 2.
+    """
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -1,4 +1,4 @@
-"""Exporting and compiling a checkpoint of the shape of Llama-3.2-1B: seconds by phase, peak memory, bytes on disk.
+"""Measure the export of a checkpoint of the shape of Llama-3.2-1B: seconds by phase, peak memory, bytes on disk.
 
     python -m benchmarks compile_1b [--quick]
 
@@ -14,13 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.report import ROOT, table
-from benchmarks.training.builds import ONE_B
+from benchmarks.training.builds import ONE_B, scratch_folder
 from benchmarks.training.checkpoints import make_checkpoint
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT, WORKER
@@ -44,7 +42,7 @@ _MEANING = {
 
 @dataclass(frozen=True)
 class Export:
-    """What one run of `hecompile export llama` took: wall seconds, bytes of peak resident memory, seconds by phase."""
+    """Hold what a run of `hecompile export llama` took: wall seconds, peak resident bytes, seconds by phase."""
 
     seconds: float
     peak_bytes: int
@@ -62,14 +60,14 @@ def export(checkpoint: Path, out: Path) -> Export:
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         text = output.read()
-    found = re.search(r"^seconds: .*$", text, re.MULTILINE)
-    if process.returncode or found is None:
+    summary = re.search(r"^seconds: .*$", text, re.MULTILINE)
+    if process.returncode or summary is None:
         raise RuntimeError(f"{' '.join(command)} failed with {process.returncode}: {text[-500:]}")
-    return Export(seconds, usage.ru_maxrss * 1024, parse_summary(found.group()))
+    return Export(seconds, usage.ru_maxrss * 1024, parse_summary(summary.group()))
 
 
 def grouped(export: Export) -> dict[str, float]:
-    """Seconds by group of phases, in the order of `_MEANING`; what is in no phase is start-up and imports."""
+    """Sum seconds by group of phases, in the order of `_MEANING`; time in no phase is start-up and imports."""
     groups = dict.fromkeys(_MEANING, 0.0)
     for phase, seconds in export.phases.items():
         groups["hints" if phase.startswith(("hints", "resume")) else _GROUPS.get(phase, PASSES)] += seconds
@@ -79,26 +77,17 @@ def grouped(export: Export) -> dict[str, float]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Of all files under it."""
+    """Sum the sizes of all files under a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def run(quick: bool) -> str:
-    """The section."""
+    """Return Markdown: seconds by phase, and sizes beside their predictions."""
     layers = 2 if quick else 16
-    (ROOT / "build").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=ROOT / "build") as folder, _checkpoint(Path(folder), layers, quick) as checkpoint:
-        measured = export(checkpoint, Path(folder) / "out")
-        return _markdown(measured, checkpoint, Path(folder) / "out", layers)
-
-
-@contextmanager
-def _checkpoint(folder: Path, layers: int, quick: bool) -> Iterator[Path]:
     given = os.environ.get(ONE_B)
-    if given and not quick:
-        yield Path(given) / "checkpoint"
-    else:
-        yield make_checkpoint(folder / "checkpoint", layers)
+    with scratch_folder() as folder:
+        here = Path(given) / "checkpoint" if given and not quick else make_checkpoint(folder / "checkpoint", layers)
+        return _markdown(export(here, folder / "out"), here, folder / "out", layers)
 
 
 def _markdown(measured: Export, checkpoint: Path, build: Path, layers: int) -> str:
@@ -113,7 +102,10 @@ def _markdown(measured: Export, checkpoint: Path, build: Path, layers: int) -> s
         ["client bundle", f"{client / 1e9:.2f} GB"],
         ["of it hints", f"{hints / 1e9:.3f} GB"],
         ["hints, predicted from the configuration", f"{predicted / 1e9:.3f} GB ({hints / predicted - 1:+.2%} real)"],
-        ["client plan without hints, predicted", f"{size.plan_bytes / 1e9:.3f} GB ({(client - hints) / 1e9:.3f} GB real)"],
+        [
+            "client plan without hints, predicted",
+            f"{size.plan_bytes / 1e9:.3f} GB ({(client - hints) / 1e9:.3f} GB real)",
+        ],
         ["worker bundle", f"{worker / 1e9:.2f} GB ({size.worker_bytes(8) / 1e9:.2f} GB predicted)"],
     ]
     return "\n\n".join(

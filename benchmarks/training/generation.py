@@ -1,4 +1,4 @@
-"""Generation through the encrypted worker with the key-value cache and without it, and its answers beside Hugging Face's.
+"""Measure generation through the encrypted worker with and without the key-value cache, beside Hugging Face's answers.
 
 Trains the demo's adapter first: about two minutes in all on two cores.
 """
@@ -28,7 +28,7 @@ from hecompile.runtime.client.session import Session, open_session
 from hecompile.runtime.inference.generation import CachedSteps, PrefixSteps, generate
 from hecompile.runtime.model.adapter import load_adapter
 from hecompile.runtime.model.data import encode_prompt, eos_and_pad
-from hecompile.runtime.recipes.training import load_recipe
+from hecompile.runtime.recipes.training import Recipe, load_recipe
 from hecompile.runtime.training.train import run_training
 
 NEW_TOKENS, ANSWER_TOKENS = 12, 16
@@ -52,45 +52,56 @@ afresh in each).
 
 
 def run(quick: bool) -> str:
-    """Markdown: speed and bytes by answers at once, then the agreement with Hugging Face."""
+    """Return Markdown: speed and bytes by answers at once, then the agreement with Hugging Face."""
     steps = 2 if quick else load_recipe(RECIPE, ["worker=tcp://127.0.0.1:1"]).training.max_steps
+    repeats = 1 if quick else REPEATS
+    records = [json.loads(line) for line in PRIVATE_HELDOUT.read_text("utf-8").splitlines() if line]
+    records = records[: 4 if quick else None]
     with tempfile.TemporaryDirectory() as scratch:
-        build = Path(scratch) / "build"
-        options = CompileOptions(
-            batch_size=BATCH_SIZE, sequence_buckets=SEQUENCE_BUCKETS, effective_bits=PRECISION, weight_bits=10
-        )
-        compile_checkpoint(str(TINY_LLAMA), build, options)
-        changes = [f"model={build / CLIENT}", f"worker_bundle={build / WORKER}", f"training.max_steps={steps}"]
-        changes += [f"training.output_dir={Path(scratch) / 'run'}", "training.save_strategy=no"]
-        changes += ["training.disable_tqdm=true", f"training.warmup_steps={min(10, steps - 1)}"]
-        with open_session(load_recipe(RECIPE, changes)) as session:
-            adapter = run_training(session.model, session.tokenizer, load_recipe(RECIPE, changes)).adapter_dir
+        recipe = _compile(Path(scratch), steps)
+        with open_session(recipe) as session:
+            adapter = run_training(session.model, session.tokenizer, recipe).adapter_dir
             load_adapter(session.model, adapter)
-            records = [json.loads(line) for line in PRIVATE_HELDOUT.read_text("utf-8").splitlines() if line]
             prompts = [encode_prompt(session.tokenizer, record["prompt"]) for record in records]
-            some = prompts[: 4 if quick else 16]
-            repeats = 1 if quick else REPEATS
-            settings = [(n, cached) for n in AT_ONCE if n <= len(some) for cached in (True, False)]
-            runs = [[_row(session, some, *setting) for setting in settings] for _ in range(repeats)]
-            rows = [_median(list(same)) for same in zip(*runs, strict=True)]
-            asked = slice(0, 4 if quick else len(prompts))
-            agreement = _agreement(session, adapter, prompts[asked], [record["completion"] for record in records[asked]])
+            some = prompts[:16]
+            rows = _speed(session, some, repeats)
+            agreement = _agreement(session, adapter, prompts, [record["completion"] for record in records])
     prose = PROSE.format(
         steps=steps, precision=PRECISION, prompts=len(some), shortest=min(map(len, some)), longest=max(map(len, some)),
         new=NEW_TOKENS, repeats=repeats, forward=forward_bytes(session.bundle) / 1e3,
     )  # fmt: skip
-    headings = ["at once", "cache", "tokens/s", "client cryptography, s", "worker, s", "tokens computed", "kB per token"]
-    return "\n\n".join([prose, table(headings, rows), agreement])
+    headings = ["at once", "cache", "tokens/s", "client cryptography, s", "worker, s", "tokens computed"]
+    return "\n\n".join([prose, table([*headings, "kB per token"], rows), agreement])
+
+
+def _compile(scratch: Path, steps: int) -> Recipe:
+    """Compile the small Llama, and return the demo's recipe for it."""
+    build = scratch / "build"
+    options = CompileOptions(
+        batch_size=BATCH_SIZE, sequence_buckets=SEQUENCE_BUCKETS, effective_bits=PRECISION, weight_bits=10
+    )
+    compile_checkpoint(str(TINY_LLAMA), build, options)
+    changes = [f"model={build / CLIENT}", f"worker_bundle={build / WORKER}", f"training.max_steps={steps}"]
+    changes += [f"training.output_dir={scratch / 'run'}", "training.save_strategy=no"]
+    changes += ["training.disable_tqdm=true", f"training.warmup_steps={min(10, steps - 1)}"]
+    return load_recipe(RECIPE, changes)
+
+
+def _speed(session: Session, prompts: list[list[int]], repeats: int) -> list[list[object]]:
+    """Measure a row for each number of answers at once, with the cache and without it: medians of runs in turn."""
+    settings = [(n, cached) for n in AT_ONCE if n <= len(prompts) for cached in (True, False)]
+    runs = [[_row(session, prompts, *setting) for setting in settings] for _ in range(repeats)]
+    return [_median(list(of_one_setting)) for of_one_setting in zip(*runs, strict=True)]
 
 
 def forward_bytes(bundle: ClientBundle) -> int:
-    """Payload of one token forward through every circuit, up and down."""
+    """Count the payload bytes of one token forward through every circuit, up and down."""
     circuits = [parameters for name, parameters in bundle.circuits.items() if name.endswith(".forward")]
     return sum(p.upload_limbs * p.in_features + p.reply_bytes * p.out_features for p in circuits)
 
 
 def _median(runs: list[list[object]]) -> list[object]:
-    """Of each cell that is a float; the others are the same in every run."""
+    """Return the median of each cell that is a float; the others are the same in every run."""
     cells = zip(*runs, strict=True)
     return [statistics.median(cell) if isinstance(cell[0], float) else cell[0] for cell in cells]
 
@@ -133,7 +144,7 @@ def _completion(tokenizer: PreTrainedTokenizerBase, text: str, eos: int) -> list
 def _hugging_face(
     adapter: Path, prompts: list[list[int]], eos: int, pad: int, model: EncryptedCausalLM
 ) -> list[list[int]]:
-    """Answers of `generate` by PEFT, one prompt at a time, each as long as the plan lets one be."""
+    """Generate answers by PEFT, one prompt at a time, each as long as the plan allows."""
     base = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32)
     tuned = peft.PeftModel.from_pretrained(base, adapter).eval()
     answers = []

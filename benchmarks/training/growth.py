@@ -1,11 +1,11 @@
-"""Growth: seconds and bytes per token of a training step against tokens per batch, hidden size and depth."""
+"""Measure growth: seconds and bytes per token of a training step against tokens per batch, hidden size and depth."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from benchmarks.report import new_figure, save_plot, table
-from benchmarks.training.builds import llama_of
+from benchmarks.training.builds import forward_weights, llama_of
 from benchmarks.training.stepping import Batch, measure_steps
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT
@@ -40,7 +40,7 @@ _HEADINGS = [
 
 @dataclass(frozen=True)
 class Point:
-    """One measured plan; times in seconds and bytes, per token."""
+    """Hold one measured plan; times in seconds, and bytes, are per token."""
 
     hidden: int
     layers: int
@@ -72,7 +72,7 @@ class Point:
 
 
 def run(quick: bool) -> str:
-    """Markdown with a table per thing that grows, and one plot."""
+    """Return Markdown with a table per thing that grows, and one plot."""
     if quick:
         series = {"tokens per batch": [(128, 1, 16), (128, 1, 32)]}
         prose = PROSE.format(hidden=128, layers=1, tokens=16)
@@ -101,10 +101,9 @@ def measure(hidden: int, layers: int, tokens: int, quick: bool) -> Point:
     with llama_of(hidden, layers, batch.sequences, length) as built:
         bundle = ClientBundle.open(built.build / CLIENT)
         rounds, steps = (1, 1) if quick else (3, 2)
-        measured = measure_steps(built.build, built.checkpoint, batch, rounds, steps)
-        weights = sum(p.in_features * p.out_features for name, p in bundle.circuits.items() if name.endswith(".forward"))
+        measured = measure_steps(built, batch, rounds, steps)
+        weights = forward_weights(bundle)
     encrypted, plain = measured.encrypted, measured.plaintext
-    assert plain is not None
     return Point(
         hidden,
         layers,

@@ -1,6 +1,6 @@
-"""The price of storing no hints: training steps of the small Llama with stored hints and without, over a worker process.
+"""Measure the price of storing no hints: training steps of the small Llama with and without them, over a worker process.
 
-    python -m benchmarks hintless [--quick]
+python -m benchmarks hintless [--quick]
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ The price falls with the tokens per batch, as a hint does not depend on their nu
 
 
 def run(quick: bool) -> str:
-    """Markdown: two rows per batch size; the last three columns are ratios to the row with stored hints."""
+    """Return Markdown: two rows per batch size; the last three columns are ratios to the row with stored hints."""
     batches, steps = (QUICK_BATCHES, QUICK_STEPS) if quick else (BATCHES, STEPS)
     return PROSE.format(steps=steps) + "\n".join(row for batch in batches for row in _rows(batch, steps)) + "\n"
 
@@ -46,7 +46,7 @@ def run(quick: bool) -> str:
 def _rows(batch: int, steps: int) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as scratch:
         stored, tokens, bundle = _train(Path(scratch) / "stored", batch, steps, stored_hints=True)
-        # The same ring on both sides: what is compared is where the hints come from.
+        # One ring for both: the comparison is of where the hints come from.
         ring = f"{bundle.ring.ring_dim}x{bundle.ring.rank}"
         fetched, _, without = _train(Path(scratch) / "fetched", batch, steps, stored_hints=False, ring=ring)
         hints = hint_traffic(without.circuits, without.ring, circuits_without_gradient(without.graph())) / tokens
@@ -71,7 +71,7 @@ def _line(cells: list[str]) -> str:
 def _train(
     directory: Path, batch: int, steps: int, stored_hints: bool, ring: str | None = None
 ) -> tuple[StepSplit, float, ClientBundle]:
-    """(what a step took, mean tokens per step, the bundle) of training with the recipe of the demo."""
+    """Train with the recipe of the demo: (what a step took, mean tokens per step, the bundle)."""
     options = CompileOptions(
         batch_size=batch, sequence_buckets=SEQUENCE_BUCKETS, stored_hints=stored_hints, weight_bits=8, ring=ring
     )

@@ -1,4 +1,4 @@
-"""One training step at Llama-3.2-1B size: encrypted over plaintext PEFT, its split, memory, and bytes on the wire.
+"""Measure a training step at Llama-3.2-1B size: encrypted over plaintext PEFT, its split, memory, bytes on the wire.
 
 $HECOMPILE_BENCHMARK_1B may name a folder with `checkpoint` and `build`, which alone is then measured; else both are made
 for each of two plans (minutes, 15 GB of disk).
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from benchmarks.report import table
-from benchmarks.training.builds import DEFAULTS, ONE_B, PRECISION, WEIGHT_BITS, Built, llama_1b
+from benchmarks.training.builds import DEFAULTS, ONE_B, PRECISION, WEIGHT_BITS, Built, forward_weights, llama_1b
 from benchmarks.training.stepping import Batch, Side, Steps, measure_steps
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT
@@ -34,21 +34,20 @@ Weights of more than 8 bits take two bytes on the worker, and twice the products
 
 
 def run(quick: bool) -> str:
-    """Markdown: seconds and their split, CPU seconds and memory by process, bytes per token and their prediction."""
+    """Return Markdown: seconds and their split, CPU seconds and memory by process, bytes per token and their prediction."""
     layers, batch = (QUICK_LAYERS, QUICK_BATCH) if quick else (LAYERS, BATCH)
     rounds, steps = (1, 1) if quick else (2, 2)
     plans = [(PRECISION, WEIGHT_BITS)] if quick or os.environ.get(ONE_B) else [(PRECISION, WEIGHT_BITS), DEFAULTS]
     parts = []
     for precision, weight_bits in plans:
         with llama_1b(layers, batch.micro_batch or batch.sequences, batch.length, precision, weight_bits) as built:
-            parts.append(describe(built, batch, measure_steps(built.build, built.checkpoint, batch, rounds, steps)))
+            parts.append(describe(built, batch, measure_steps(built, batch, rounds, steps)))
     return "\n\n".join([HEADING, parts[0], *(text for part in parts[1:] for text in (BY_DEFAULT, part))])
 
 
 def describe(built: Built, batch: Batch, measured: Steps) -> str:
-    """The Markdown of one plan."""
+    """Return the Markdown of one plan: seconds, memory, bytes."""
     encrypted, plain = measured.encrypted, measured.plaintext
-    assert plain is not None
     plan = ClientBundle.open(built.build / CLIENT).plan
     prose = PROSE.format(
         layers=sum(name.endswith("down_proj.forward") for name in plan.circuits),
@@ -82,7 +81,7 @@ def describe(built: Built, batch: Batch, measured: Steps) -> str:
 
 
 def bytes_table(built: Built, encrypted: Side) -> str:
-    """Bytes per token on the wire, whole frames, beside what `inspect` predicts of the payload."""
+    """Show bytes per token on the wire, whole frames, beside what `inspect` predicts of the payload."""
     predicted = built.traffic()
     up, down = encrypted.per_token("bytes_up"), encrypted.per_token("bytes_down")
     rows = [
@@ -99,6 +98,5 @@ def bytes_table(built: Built, encrypted: Side) -> str:
 
 def _worker_target(built: Built) -> str:
     bundle = ClientBundle.open(built.build / CLIENT)
-    weights = sum(p.in_features * p.out_features for name, p in bundle.circuits.items() if name.endswith(".forward"))
     bytes_each = 1 if bundle.plan.weight_bits <= 8 else 2
-    return f"≤ 1.5 × {bytes_each * weights / 1e9:.2f} GB of weights + one batch"
+    return f"≤ 1.5 × {bytes_each * forward_weights(bundle) / 1e9:.2f} GB of weights + one batch"

@@ -1,4 +1,4 @@
-"""Whole training steps, encrypted and plaintext, in turn: three processes (client, worker, plaintext PEFT) on one machine.
+"""Time whole training steps, encrypted and plaintext, in turn: client, worker and plaintext PEFT are a process each.
 
 Each side runs `hecompile.runtime.training.train.run_training` for a few steps when told to, while the others wait, so that a
 slow spell of the machine slows both. The first step of every round is not counted.
@@ -6,12 +6,9 @@ slow spell of the machine slows both. The first step of every round is not count
 
 from __future__ import annotations
 
-import contextlib
 import json
-import select
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,24 +19,24 @@ from typing import Any
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks.report import ROOT
-from benchmarks.timing import available_bytes, cpu_seconds, resident_bytes
+from benchmarks.processes import end_first, module_process, next_event
+from benchmarks.timing import cpu_seconds, resident_bytes
+from benchmarks.training.builds import Built
 from benchmarks.training.training_process import Spec
 from hecompile.bundles.client import MANIFEST
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.errors import HecompileError
 from hecompile.runtime.client.session import DEFAULT_ENGINE
-from hecompile.runtime.wire.events import read_event
-from hecompile.runtime.worker.process import serve_command, stop_process
+from hecompile.runtime.training.metrics import read_metrics
+from hecompile.runtime.worker.process import running_worker
 
 _WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he")
 _COSTS = ("client_crypto_seconds", "worker_seconds", "wire_seconds")
-_POLL_SECONDS, _LEAST_MEMORY = 0.25, 2 * 10**9
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one optimizer step is made of: `sequences` of exactly `length` tokens, in micro-batches of `micro_batch`."""
+    """Describe the batch of an optimizer step: `sequences` of exactly `length` tokens, in micro-batches of `micro_batch`."""
 
     sequences: int
     length: int
@@ -52,7 +49,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Side:
-    """One side's rounds: the counted steps' records of metrics.jsonl per round, CPU seconds per step, resident bytes."""
+    """Hold one side's rounds: the counted steps' records of metrics.jsonl, CPU seconds per step, peak resident bytes."""
 
     rounds: list[list[dict[str, Any]]]
     cpu_seconds: float
@@ -60,7 +57,7 @@ class Side:
     first_loss: float
 
     def median(self, *names: str) -> float:
-        """Median over the counted steps of the sum of some figures."""
+        """Return the median over the counted steps of the sum of some figures."""
         return statistics.median(sum(step[name] for name in names) for steps in self.rounds for step in steps)
 
     @property
@@ -75,22 +72,22 @@ class Side:
 
 @dataclass(frozen=True)
 class Steps:
-    """A comparison: `worker_cpu_seconds` per step, `worker_peak` in bytes, ratio: median over rounds of the pair's."""
+    """Compare both sides. `worker_cpu_seconds` are per step, `worker_peak` is in bytes."""
 
     encrypted: Side
-    plaintext: Side | None
+    plaintext: Side
     worker_cpu_seconds: float
     worker_peak: int
 
     @property
     def ratio(self) -> float:
-        assert self.plaintext is not None
+        """Return the median over the rounds of encrypted / plaintext seconds of a step."""
         pairs = zip(self.encrypted.rounds, self.plaintext.rounds, strict=True)
         return statistics.median(_seconds(own) / _seconds(plain) for own, plain in pairs)
 
     @property
     def split(self) -> dict[str, float]:
-        """Seconds of an encrypted step by who spent them (medians, which need not add up to the whole)."""
+        """Split the seconds of an encrypted step by who spent them: medians, which need not add up to the whole."""
         whole = [step for steps in self.encrypted.rounds for step in steps]
         rest = statistics.median(step["seconds"] - sum(step[name] for name in _COSTS) for step in whole)
         return {
@@ -105,52 +102,59 @@ def _seconds(steps: Sequence[dict[str, Any]]) -> float:
     return statistics.median(step["seconds"] for step in steps)
 
 
-def measure_steps(
-    build: Path,
-    checkpoint: Path,
-    batch: Batch,
-    rounds: int,
-    steps: int,
-    plaintext: bool = True,
-    engine: str = DEFAULT_ENGINE,
-) -> Steps:
+def measure_steps(built: Built, batch: Batch, rounds: int, steps: int) -> Steps:
     """Train `rounds` times `steps` + 1 steps on each side, in turn. Raises HecompileError when a process fails."""
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        plan = json.loads((build / CLIENT / MANIFEST).read_text(encoding="utf-8"))["plan"]
-        recipe = _write_recipe(scratch, build, checkpoint, batch, steps + 1)
-        worker, address = stack.enter_context(serving(build / WORKER, engine))
-        shape = {key: plan[key] for key in ("sequence_buckets", "batch_size")}
-        sides = {"encrypted": address} | ({"plaintext": None} if plaintext else {})
-        processes = {}
-        for name, worker_address in sides.items():
-            spec = Spec(str(recipe[name]), str(checkpoint), worker_address, plan["lora"], **shape)
-            processes[name] = stack.enter_context(_trainer(spec.save(scratch / f"{name}.json")))
-        answers: dict[str, list[dict[str, Any]]] = {name: [] for name in processes}
+        worker, address = stack.enter_context(running_worker(built.build / WORKER, ("--engine", DEFAULT_ENGINE)))
+        end_first(worker.pid)
+        recipes = _write_recipes(scratch, built, batch, steps + 1)
+        specs = {
+            "encrypted": _spec(built, recipes["encrypted"], address),
+            "plaintext": _spec(built, recipes["plaintext"]),
+        }
+        trainers = {
+            name: stack.enter_context(_trainer(spec.save(scratch / f"{name}.json"))) for name, spec in specs.items()
+        }
+        answers: dict[str, list[_Round]] = {name: [] for name in trainers}
         used = []
         for _ in range(rounds):
-            for name, process in processes.items():
+            for name, process in trainers.items():
                 before = cpu_seconds(worker.pid)
-                answers[name].append(_round(process))
+                answers[name].append(_train_round(process))
                 if name == "encrypted":
                     used.append((cpu_seconds(worker.pid) - before) / (steps + 1))
         peak = resident_bytes(worker.pid)[1]
-    found = {name: _side(rounds_of_side) for name, rounds_of_side in answers.items()}
-    return Steps(found["encrypted"], found.get("plaintext"), statistics.median(used), peak)
+    return Steps(_side(answers["encrypted"]), _side(answers["plaintext"]), statistics.median(used), peak)
 
 
-def _side(answers: list[dict[str, Any]]) -> Side:
+@dataclass(frozen=True)
+class _Round:
+    """Hold what a trainer answers after a round: the records of all its steps, CPU seconds, peak resident bytes."""
+
+    steps: list[dict[str, Any]]
+    cpu_seconds: float
+    peak: int
+
+
+def _side(answers: list[_Round]) -> Side:
     return Side(
-        rounds=[answer["steps"][1:] for answer in answers],
-        cpu_seconds=statistics.median(answer["cpu_seconds"] / len(answer["steps"]) for answer in answers),
-        peak=max(answer["peak"] for answer in answers),
-        first_loss=answers[0]["steps"][0]["loss"],
+        rounds=[answer.steps[1:] for answer in answers],
+        cpu_seconds=statistics.median(answer.cpu_seconds / len(answer.steps) for answer in answers),
+        peak=max(answer.peak for answer in answers),
+        first_loss=answers[0].steps[0]["loss"],
     )
 
 
-def _write_recipe(scratch: Path, build: Path, checkpoint: Path, batch: Batch, steps: int) -> dict[str, Path]:
-    """The data and a recipe for each side, which differ in the directory they write to."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+def _spec(built: Built, recipe: Path, worker: str | None = None) -> Spec:
+    plan = json.loads((built.build / CLIENT / MANIFEST).read_text(encoding="utf-8"))["plan"]
+    shape = {key: plan[key] for key in ("sequence_buckets", "batch_size")}
+    return Spec(str(recipe), str(built.checkpoint), worker, plan["lora"], **shape)
+
+
+def _write_recipes(scratch: Path, built: Built, batch: Batch, steps: int) -> dict[str, Path]:
+    """Write the data, and a recipe for each side; they differ in the directory they write to."""
+    tokenizer = AutoTokenizer.from_pretrained(built.checkpoint)
     lines = [json.dumps({"text": text_of_length(tokenizer, batch.length, seed)}) for seed in range(batch.sequences)]
     (scratch / "data.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     micro = batch.micro_batch or batch.sequences
@@ -168,7 +172,7 @@ def _write_recipe(scratch: Path, build: Path, checkpoint: Path, batch: Batch, st
             "seed": 1,
         }
         document = {
-            "model": str(build / CLIENT),
+            "model": str(built.build / CLIENT),
             "worker": "tcp://127.0.0.1:1",  # each process is told the real one
             "data": {"train_file": str(scratch / "data.jsonl")},
             "training": training,
@@ -179,7 +183,7 @@ def _write_recipe(scratch: Path, build: Path, checkpoint: Path, batch: Batch, st
 
 
 def text_of_length(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> str:
-    """A text that makes `length` tokens with eos. Raises HecompileError where the words do not add up to it."""
+    """Write a text of exactly `length` tokens with eos. Raises HecompileError where the words do not add up to it."""
 
     def count(words: list[str]) -> int:
         return len(tokenizer(" ".join(words), verbose=False)["input_ids"]) + 1  # with eos
@@ -198,52 +202,15 @@ def text_of_length(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -
 
 
 @contextmanager
-def serving(
-    bundle: Path, engine: str, listen: str = "tcp://127.0.0.1:0"
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A worker process and its address. Raises HecompileError when it does not start."""
-    with _process([*serve_command(bundle), "--listen", listen, "--engine", engine]) as process:
-        event = read_event(line := _line(process))
-        if event is None or event["event"] != "listening":
-            raise HecompileError(f"the worker process did not start: {line!r}")
-        yield process, event["address"]
-
-
-@contextmanager
 def _trainer(spec: Path) -> Iterator[subprocess.Popen[str]]:
-    with _process([sys.executable, "-m", "benchmarks.training.training_process", str(spec)]) as process:
-        _line(process)  # ready
+    with module_process("benchmarks.training.training_process", str(spec)) as process:
+        next_event(process, "ready")
         yield process
 
 
-def _round(process: subprocess.Popen[str]) -> dict[str, Any]:
-    assert process.stdin is not None
-    process.stdin.write("go\n")
-    process.stdin.flush()
-    answer: dict[str, Any] = json.loads(_line(process))
-    return answer
-
-
-def _line(process: subprocess.Popen[str]) -> str:
-    """The next line, of which there is never more than one. Gives up before the machine has no memory left."""
-    assert process.stdout is not None
-    while not select.select([process.stdout], [], [], _POLL_SECONDS)[0]:
-        if available_bytes() < _LEAST_MEMORY:
-            raise HecompileError(
-                f"only {available_bytes() / 1e9:.1f} GB of memory are left: stopped. Free some, or measure a smaller model"
-            )
-    line = process.stdout.readline()
-    if not line:
-        raise HecompileError(f"a benchmark process ended early with status {process.wait()}; its messages are above")
-    return line
-
-
-@contextmanager
-def _process(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with contextlib.suppress(OSError):  # if memory runs out all the same, it is these processes that end, and no others
-        Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000", encoding="utf-8")
-    try:
-        yield process
-    finally:
-        stop_process(process)
+def _train_round(trainer: subprocess.Popen[str]) -> _Round:
+    assert trainer.stdin is not None
+    trainer.stdin.write("go\n")
+    trainer.stdin.flush()
+    answer = next_event(trainer, "round")
+    return _Round(read_metrics(Path(answer["metrics"])), answer["cpu_seconds"], answer["peak"])

@@ -1,6 +1,6 @@
-"""A worker that does no work: each circuit has one reply per number of tokens, made once, for measuring what is around it.
+"""Serve a worker that does no work, to measure what is around it: a circuit has one reply per number of tokens, made once.
 
-    python -m benchmarks.worker.fixed_reply BUNDLE ADDRESS [CREDENTIALS]      serve it until terminated, print the address
+    python -m benchmarks.worker.fixed_reply BUNDLE ADDRESS [CREDENTIALS]      serve until terminated; prints one event
 
 CREDENTIALS is a folder of `make_development_certificates`; the worker then shows its certificate and asks for the token.
 """
@@ -15,13 +15,14 @@ import numpy as np
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.runtime.wire.credentials import ServerCredentials
 from hecompile.runtime.wire.development_certificates import SERVER, SERVER_KEY, TOKEN
+from hecompile.runtime.wire.events import emit
 from hecompile.runtime.worker.engines.base import check_request
 from hecompile.runtime.worker.servers.serve import serve
 from hecompile.runtime.worker.worker import Worker
 
 
 class FixedReplyEngine:
-    """Checks a request, multiplies nothing, and returns the same array each time. No answer of it is right."""
+    """Check a request, multiply nothing, and return the same array each time, which is no right answer."""
 
     name = "fixed-reply"
 
@@ -30,7 +31,7 @@ class FixedReplyEngine:
         self._replies: dict[tuple[str, int], np.ndarray] = {}
 
     def evaluate(self, circuit: str, planes: np.ndarray) -> np.ndarray:
-        """uint8 [limbs, T, in] → uint8 [reply_bytes, T, out], uniform values. Raises WorkerError as every engine does."""
+        """Return uint8 [reply_bytes, T, out], uniform, for uint8 [limbs, T, in]. Raises WorkerError as every engine does."""
         spec = check_request(self._bundle, circuit, planes)
         tokens = planes.shape[1]
         reply = self._replies.get((circuit, tokens))
@@ -50,7 +51,7 @@ def main() -> None:
     serve(
         Worker(bundle, FixedReplyEngine(bundle)),
         sys.argv[2],
-        ready=lambda address: print(address, flush=True),
+        ready=lambda address: emit("listening", address=address),
         credentials=own,
     )
 

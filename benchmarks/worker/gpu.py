@@ -1,4 +1,4 @@
-"""The GPU engine: exact at extreme values, and its products against bfloat16 and int8 ones of the same shape.
+"""Check the GPU engine at extreme values, and time its products against bfloat16 and int8 ones of the same shape.
 
     python -m benchmarks gpu [--quick]
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.report import table
 from benchmarks.timing import paired, ratio
-from benchmarks.worker.worker import LAYER, REPLY_BYTES, random_planes, write_bundle
+from benchmarks.worker.linears import REPLY_BYTES, llama_layer, random_planes, write_random_bundle
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.runtime.worker.engines.cuda_engine import CudaEngine
@@ -45,11 +45,11 @@ NOT_RUN = (
 
 
 def run(quick: bool) -> str:
-    """The section as Markdown. Raises RuntimeError for a reply that is not exact."""
+    """Return the section as Markdown. Raises RuntimeError for a reply that is not exact."""
     on_gpu = torch.cuda.is_available()
-    linears = LAYER if on_gpu and not quick else SMALL_LAYER
+    linears = llama_layer(2048) if on_gpu and not quick else SMALL_LAYER
     with tempfile.TemporaryDirectory() as scratch:
-        bundle = write_bundle(Path(scratch) / "worker", linears)
+        bundle = write_random_bundle(Path(scratch) / "worker", linears)
         engine = CudaEngine(bundle, "cuda" if on_gpu else "cpu")
         names = [spec.name for spec in bundle.circuits.values() if spec.linear != spec.name]
         for name in names:
@@ -61,7 +61,7 @@ def run(quick: bool) -> str:
 
 
 def check_extremes(engine: CudaEngine, bundle: WorkerBundle, circuit: str) -> None:
-    """RuntimeError unless the replies to all-255, all-0, all-128 and uniform bytes are exact."""
+    """Raise RuntimeError unless the replies to all-255, all-0, all-128 and uniform bytes are exact."""
     planes = random_planes(CHECKED_TOKENS, bundle.circuits[circuit].in_features)
     planes[:, 0], planes[:, 1], planes[:, 2] = 255, 0, 128
     expected = encrypted_linear_reference(planes, bundle.weight(circuit), REPLY_BYTES)
@@ -90,7 +90,7 @@ def _speed(engine: CudaEngine, bundle: WorkerBundle, names: list[str], tokens: t
 def _row(
     engine: CudaEngine, bundle: WorkerBundle, circuit: str, tokens: int, rounds: int
 ) -> tuple[list[object], float]:
-    """The cells of one circuit, and the seconds of the engine."""
+    """Measure one circuit: the cells of its row, and the seconds of the engine."""
     spec = bundle.circuits[circuit]
     planes = random_planes(tokens, spec.in_features)
     product = device_product(engine, circuit, readable(planes))
@@ -113,7 +113,7 @@ def _row(
 
 
 def device_product(engine: CudaEngine, circuit: str, planes: Tensor) -> Callable[[], Tensor]:
-    """What `engine.evaluate` does between its two copies, on planes uint8 [limbs, T, in] that lie on the device."""
+    """Return the work of `engine.evaluate` between its two copies, on planes uint8 [limbs, T, in] put on the device."""
     spec = engine._bundle.circuits[circuit]
     weight = engine._host[spec]
     resident = engine._on_device(weight)[: len(weight.digits)]
@@ -122,6 +122,8 @@ def device_product(engine: CudaEngine, circuit: str, planes: Tensor) -> Callable
 
 
 def synchronized(function: Callable[[], object]) -> Callable[[], None]:
+    """Return `function` followed by a synchronisation, so that its time is that of the device too."""
+
     def call() -> None:
         function()
         torch.cuda.synchronize()

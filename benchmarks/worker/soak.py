@@ -1,4 +1,4 @@
-"""Soak: clients with connections of their own against one worker process, for a while: nothing lost, nothing mixed up.
+"""Soak a worker process: clients with connections of their own, for a while; nothing is lost, nothing mixed up.
 
 $HECOMPILE_BENCHMARK_SOAK sets the seconds per transport (60).
 """
@@ -16,15 +16,13 @@ import numpy as np
 
 from benchmarks.report import table
 from benchmarks.timing import resident_bytes
-from benchmarks.training.stepping import serving
+from benchmarks.worker.linears import PLAN_ID, write_random_bundle
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
-from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
-from hecompile.passes.offload.lower_worker import LowerWorker
-from hecompile.plan.encrypted_linear import encrypted_linear_model
+from hecompile.bundles.worker import WorkerBundle
 from hecompile.runtime.transports import connect, open_connection
+from hecompile.runtime.worker.process import running_worker
 
 CLIENTS, SECONDS, QUICK_SECONDS = 8, 60.0, 2.0
-PLAN_ID = "50ac" * 16
 IN, OUT, TOKENS = 256, 512, 64
 ADDRESSES = {
     "frames, TCP": "tcp://127.0.0.1:0",
@@ -48,24 +46,21 @@ class _Tally:
 
 
 def run(quick: bool) -> str:
-    """Markdown: one row per transport."""
+    """Return Markdown: one row per transport."""
     seconds = QUICK_SECONDS if quick else float(os.environ.get("HECOMPILE_BENCHMARK_SOAK", SECONDS))
-    weight = np.random.default_rng(0).integers(-127, 128, (IN, OUT), dtype=np.int8)
     rows: list[list[object]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        bundle = Path(scratch) / "worker"
-        with WorkerBundleWriter(bundle, PLAN_ID) as writer:
-            writer.add(LowerWorker()(encrypted_linear_model(weight, 3, 2, "linear.forward")).model)
-            writer.commit()
+        bundle = write_random_bundle(Path(scratch) / "worker", {"linear": (IN, OUT)})
         for name, listen in ADDRESSES.items():
-            rows.append([name, *_soak(bundle, listen, weight, seconds)])
+            rows.append([name, *_soak(bundle, listen, seconds)])
     headings = ["transport", "requests", "wrong", "failed", "p50 ms", "p99 ms", "memory, MB", "growth"]
     prose = PROSE.format(clients=CLIENTS, seconds=seconds, tokens=TOKENS, inputs=IN, outputs=OUT)
     return f"{prose}\n\n{table(headings, rows)}"
 
 
-def _soak(bundle: Path, listen: str, weight: np.ndarray, seconds: float) -> list[object]:
-    with serving(bundle, "auto", listen) as (process, address):
+def _soak(bundle: WorkerBundle, listen: str, seconds: float) -> list[object]:
+    weight = bundle.weight("linear.forward")
+    with running_worker(bundle.directory, ("--listen", listen)) as (process, address):
         tallies = [_Tally() for _ in range(CLIENTS)]
         stop = time.monotonic() + seconds
         threads = [

@@ -1,18 +1,16 @@
-"""Transports: bytes per second and the latency of small requests on the loopback, with a worker that does no work.
+"""Measure transports on the loopback: bytes per second, and the latency of small requests, with a worker that does no work.
 
     python -m benchmarks transports [--quick]
 
-The worker's engine returns a reply made beforehand (`benchmarks.worker.fixed_reply`), so that all that is measured is
-the way of the byte planes to it and back: encoding, copies, the kernel, and the checks of client and worker. Each
-worker is a process of its own, except in process. Requests in flight share one connection where it carries several,
-else have one each. """
+The worker's engine returns a reply made beforehand (`benchmarks.worker.fixed_reply`). All that is measured is the way of the
+byte planes to it and back: encoding, copies, the kernel, and the checks of client and worker. Each worker is a process of
+its own, except in process. Requests in flight share one connection where it carries several, else have one each.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,10 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.report import ROOT, table
+from benchmarks.processes import module_process, next_event
+from benchmarks.report import table
 from benchmarks.timing import paired
 from benchmarks.worker.fixed_reply import FixedReplyEngine
-from benchmarks.worker.worker import LIMBS, PLAN_ID, REPLY_BYTES, random_planes, write_bundle
+from benchmarks.worker.linears import PLAN_ID, REPLY_BYTES, UPLOAD_LIMBS, random_planes, write_random_bundle
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
 from hecompile.runtime.transports import InProcessTransport, Transport, connect
@@ -42,7 +41,7 @@ GIGABYTE = 1e9
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to a worker. listen: where the worker listens; `{folder}` is a folder of the run. None: in process."""
+    """Describe a way to a worker. listen: its address, `{folder}` being a folder of the run; None: in process."""
 
     name: str
     listen: str | None
@@ -64,18 +63,18 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Measured:
-    """bytes_per_second: by requests in flight. latencies: seconds of small requests, one at a time."""
+    """Hold the figures of a kind: bytes per second by requests in flight; seconds of small requests, one at a time."""
 
     bytes_per_second: dict[int, float]
     latencies: list[float]
 
 
 def run(quick: bool) -> str:
-    """The section as Markdown. quick: small payloads and few requests; its figures are no measurement."""
+    """Return the section as Markdown. quick: small payloads and few requests; its figures are no measurement."""
     tokens, requests, rounds, small = (16, 4, 2, 20) if quick else (512, 8, 9, 300)
     kinds = [kind for kind in KINDS if available(kind)]
     measured = measure(kinds, tokens, requests, rounds, small)
-    up, down = LIMBS * tokens * LARGE_SHAPE[0], REPLY_BYTES * tokens * LARGE_SHAPE[1]
+    up, down = UPLOAD_LIMBS * tokens * LARGE_SHAPE[0], REPLY_BYTES * tokens * LARGE_SHAPE[1]
     rows = [
         [name, *(result.bytes_per_second[count] / GIGABYTE for count in IN_FLIGHT), *_percentiles(result.latencies)]
         for name, result in measured.items()
@@ -87,13 +86,16 @@ def run(quick: bool) -> str:
         f"Loopback, a worker process whose engine returns a fixed reply at once. GB/s: planes up and down ({up / 1e6:.1f} "
         f"and {down / 1e6:.1f} MB a request) over the wall time of {requests} requests, median of {rounds} interleaved "
         "rounds; 10^9 bytes. In process no byte is moved: it shows what the checks of both sides take. "
-        f"Latency: {small} requests of one token, {LIMBS * SMALL_SHAPE[0]} bytes up, {REPLY_BYTES * SMALL_SHAPE[1]} down, "
-        "one at a time." + (f" Not installed: {absent}." if absent else "") + "\n\n" + table(headings, rows)
+        f"Latency: {small} requests of one token, {UPLOAD_LIMBS * SMALL_SHAPE[0]} bytes up, "
+        f"{REPLY_BYTES * SMALL_SHAPE[1]} down, one at a time."
+        + (f" Not installed: {absent}." if absent else "")
+        + "\n\n"
+        + table(headings, rows)
     )
 
 
 def available(kind: Kind) -> bool:
-    """Whether this program has such a transport, and the packages it needs."""
+    """Return whether this program has such a transport, and the packages it needs."""
     if kind.needs is None:
         return True
     try:
@@ -106,10 +108,10 @@ def available(kind: Kind) -> bool:
 
 
 def measure(kinds: list[Kind], tokens: int, requests: int, rounds: int, small: int) -> dict[str, Measured]:
-    """Figures by the kind's name; the kinds run in turn in every round."""
+    """Measure all kinds, in turn in every round; the figures by the kind's name."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        bundle = write_bundle(folder / "worker", {"large": LARGE_SHAPE, "small": SMALL_SHAPE})
+        bundle = write_random_bundle(folder / "worker", {"large": LARGE_SHAPE, "small": SMALL_SHAPE})
         make_development_certificates(folder / "credentials")
         connections = {kind.name: stack.enter_context(_connections(kind, bundle, folder)) for kind in kinds}
         threads = stack.enter_context(ThreadPoolExecutor(max(IN_FLIGHT)))
@@ -122,7 +124,7 @@ def measure(kinds: list[Kind], tokens: int, requests: int, rounds: int, small: i
             for count in IN_FLIGHT
         }
         latencies = _latencies({name: own[0] for name, own in connections.items()}, small)
-    size = requests * tokens * (LIMBS * LARGE_SHAPE[0] + REPLY_BYTES * LARGE_SHAPE[1])
+    size = requests * tokens * (UPLOAD_LIMBS * LARGE_SHAPE[0] + REPLY_BYTES * LARGE_SHAPE[1])
     return {
         kind.name: Measured(
             {count: size / seconds[count][kind.name].seconds for count in IN_FLIGHT}, latencies[kind.name]
@@ -133,7 +135,7 @@ def measure(kinds: list[Kind], tokens: int, requests: int, rounds: int, small: i
 
 @contextlib.contextmanager
 def _connections(kind: Kind, bundle: WorkerBundle, folder: Path) -> Iterator[list[Transport]]:
-    """As many transports as there are requests in flight at most: one, again and again, if it carries several."""
+    """Open as many transports as there are requests in flight at most: one, again and again, if it carries several."""
     with contextlib.ExitStack() as stack:
         own = None
         if kind.listen is None:
@@ -143,8 +145,9 @@ def _connections(kind: Kind, bundle: WorkerBundle, folder: Path) -> Iterator[lis
             made = folder / "credentials" if kind.tls else None
             if made is not None:
                 own = ClientCredentials.load(made / AUTHORITY, token=made / TOKEN)
-            address = stack.enter_context(_worker_process(bundle, kind.listen.format(folder=folder), made))
-            open_one = partial(connect, address, credentials=own)
+            arguments = [str(bundle.directory), kind.listen.format(folder=folder), *([str(made)] if made else [])]
+            worker_process = stack.enter_context(module_process("benchmarks.worker.fixed_reply", *arguments))
+            open_one = partial(connect, next_event(worker_process, "listening")["address"], credentials=own)
         transports = [open_one()]
         if transports[0].concurrent:
             transports *= max(IN_FLIGHT)
@@ -156,35 +159,21 @@ def _connections(kind: Kind, bundle: WorkerBundle, folder: Path) -> Iterator[lis
         yield transports
 
 
-@contextlib.contextmanager
-def _worker_process(bundle: WorkerBundle, listen: str, credentials_folder: Path | None) -> Iterator[str]:
-    """The address of a worker with the engine of fixed replies."""
-    command = [sys.executable, "-m", "benchmarks.worker.fixed_reply", str(bundle.directory), listen]
-    command += [] if credentials_folder is None else [str(credentials_folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().strip()
-    finally:
-        process.terminate()
-        process.communicate()
-
-
 def _burst(
     threads: ThreadPoolExecutor, transports: list[Transport], planes: np.ndarray, in_flight: int, requests: int
 ) -> None:
-    """`requests` requests, as many at once as `in_flight`, a thread for each."""
+    """Send `requests` requests, `in_flight` at once, each from a thread of its own."""
 
-    def ask(transport: Transport) -> None:
+    def send(transport: Transport) -> None:
         for _ in range(requests // in_flight):
             transport.evaluate(LARGE, planes)
 
-    for done in [threads.submit(ask, transport) for transport in transports[:in_flight]]:
+    for done in [threads.submit(send, transport) for transport in transports[:in_flight]]:
         done.result()
 
 
 def _latencies(transports: dict[str, Transport], count: int) -> dict[str, list[float]]:
-    """Seconds of `count` small requests each, the transports in turn."""
+    """Measure the seconds of `count` small requests each, the transports in turn."""
     planes = random_planes(1, SMALL_SHAPE[0])
     seconds: dict[str, list[float]] = {name: [] for name in transports}
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""The worker: an encrypted product against the plaintext float32 one, and resident memory against the weights.
+"""Measure the worker: an encrypted product against the plaintext float32 one, and resident memory against the weights.
 
     python -m benchmarks worker [--quick]
 
@@ -23,25 +23,18 @@ import torch
 
 from benchmarks.report import table
 from benchmarks.timing import paired, ratio, resident_bytes
+from benchmarks.worker.linears import REPLY_BYTES, UPLOAD_LIMBS, llama_layer, random_planes, write_random_bundle
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
 from hecompile.bundles.worker import WorkerBundle
-from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.integers import int8_products_are_fast
-from hecompile.passes.offload.lower_worker import LowerWorker
-from hecompile.plan.encrypted_linear import encrypted_linear_model
 from hecompile.runtime.transports import connect, open_connection
 from hecompile.runtime.worker.engines import Engine, create_engine
 from hecompile.runtime.worker.engines.vnni_kernel import supported
 from hecompile.runtime.worker.process import running_worker
 
-LIMBS, REPLY_BYTES = 3, 2
-PLAN_ID = "be" * 16
 SHAPES = [(2048, 2048), (2048, 8192), (8192, 2048)]
 TOKENS = [256, 1024, 2048]
 CHECKED_TOKENS = 2
-LAYER = {"qkv": (2048, 3072), "o": (2048, 2048), "gate_up": (2048, 16384), "down": (8192, 2048)}
-"""(in, out) of the circuits of one decoder layer of Llama-3.2-1B: q, k, v share an upload, and so do gate and up."""
-
 ROW_SECONDS = 30.0
 """No round of a row begins later than this, but three are always taken."""
 
@@ -50,7 +43,7 @@ MIB = 1 << 20
 
 
 def run(quick: bool) -> str:
-    """The section as Markdown. quick: fewer shapes and rounds, one layer instead of 16; its figures are no measurement."""
+    """Return the section as Markdown. quick: fewer shapes and rounds, one layer of 16; its figures are no measurement."""
     engines = [*(["vnni"] if supported() else []), *(["torch"] if int8_products_are_fast() else []), "onnxruntime"]
     return "\n\n".join(["## Worker", _speed(engines, quick), _memory(engines, quick)])
 
@@ -63,19 +56,19 @@ def _speed(engines: list[str], quick: bool) -> str:
     shapes, tokens, rounds = ([(512, 1024)], [64, 256], 3) if quick else (SHAPES, TOKENS, 15)
     for in_features, out_features in shapes:
         with tempfile.TemporaryDirectory() as directory:
-            bundle = write_bundle(Path(directory) / "worker", {"linear": (in_features, out_features)})
+            bundle = write_random_bundle(Path(directory) / "worker", {"linear": (in_features, out_features)})
             made = {name: create_engine(name, bundle) for name in engines}
             for direction in ("forward", "backward"):
                 lines += [_row(bundle, made, direction, count, rounds) for count in tokens]
     return (
-        f"An encrypted linear ({LIMBS} bytes up, {REPLY_BYTES} down per value), wire bytes in and out included, on "
+        f"An encrypted linear ({UPLOAD_LIMBS} bytes up, {REPLY_BYTES} down per value), wire bytes in and out included, on "
         f"{torch.get_num_threads()} threads. A backward row multiplies by the transpose: its inner dimension is `out`.\n\n"
         + table(headings, lines)
     )
 
 
 def _plain() -> tuple[str, ...]:
-    """What encrypted products are compared with; not with a product of int8 that has no kernel here and takes seconds."""
+    """Name the products that encrypted ones are compared with: int8 only where it has a kernel, else it takes seconds."""
     return ("float32", "int8") if int8_products_are_fast() else ("float32",)
 
 
@@ -108,7 +101,7 @@ def _row(bundle: WorkerBundle, engines: dict[str, Engine], direction: str, token
 
 
 def _check(engine: Engine, circuit: str, planes: np.ndarray, bundle: WorkerBundle) -> None:
-    """A time is only worth something for the right reply. Raises RuntimeError for a wrong one."""
+    """Raise RuntimeError for a wrong reply, whose time would mean nothing."""
     reply = engine.evaluate(circuit, planes)
     expected = encrypted_linear_reference(planes[:, :CHECKED_TOKENS], bundle.weight(circuit), REPLY_BYTES)
     if not np.array_equal(reply[:, :CHECKED_TOKENS], expected):
@@ -120,10 +113,10 @@ def _memory(engines: list[str], quick: bool) -> str:
     headings = ["engine", "int8 weights", "one batch", "at the start", "after forward", "and backward", "/ weights"]
     lines: list[list[object]] = []
     with tempfile.TemporaryDirectory() as directory:
-        linears = {f"layer_{i}.{name}": shape for i in range(layers) for name, shape in LAYER.items()}
-        bundle = write_bundle(Path(directory) / "worker", linears)
+        linears = {f"layer_{i}.{name}": shape for i in range(layers) for name, shape in llama_layer(2048).items()}
+        bundle = write_random_bundle(Path(directory) / "worker", linears)
         weights = sum(rows * columns for rows, columns in linears.values())
-        batch = max(MEMORY_TOKENS * (LIMBS * rows + REPLY_BYTES * columns) for rows, columns in linears.values())
+        batch = max(MEMORY_TOKENS * (UPLOAD_LIMBS * rows + REPLY_BYTES * columns) for rows, columns in linears.values())
         for name in engines:
             start, forward, both = worker_memory(bundle, name)
             cells = [weights, batch, start, forward, both]
@@ -137,7 +130,7 @@ def _memory(engines: list[str], quick: bool) -> str:
 
 
 def worker_memory(bundle: WorkerBundle, engine: str) -> tuple[int, int, int]:
-    """Resident bytes of a worker process: when it listens, after every forward circuit, after every backward one too."""
+    """Return resident bytes of a worker process: when it listens, after all forward circuits, after all backward ones."""
     with running_worker(bundle.directory, ("--engine", engine)) as (process, address):
         transport = connect(address)
         with contextlib.closing(transport):
@@ -149,20 +142,3 @@ def worker_memory(bundle: WorkerBundle, engine: str) -> tuple[int, int, int]:
                         transport.evaluate(spec.name, random_planes(MEMORY_TOKENS, spec.in_features))
                 sizes.append(resident_bytes(process.pid)[0])
     return sizes[0], sizes[1], sizes[2]
-
-
-def write_bundle(directory: Path, linears: dict[str, tuple[int, int]]) -> WorkerBundle:
-    """linears: name → (in, out) of its forward circuit. Random int8 weights, both directions."""
-    rng = np.random.default_rng(0)
-    with WorkerBundleWriter(directory, PLAN_ID) as writer:
-        for name, shape in linears.items():
-            weight = rng.integers(-127, 128, shape, dtype=np.int8)
-            for direction, matrix in (("forward", weight), ("backward", weight.T)):
-                model = encrypted_linear_model(matrix, LIMBS, REPLY_BYTES, f"{name}.{direction}")
-                writer.add(LowerWorker()(model).model)
-        return writer.commit()
-
-
-def random_planes(tokens: int, features: int) -> np.ndarray:
-    """uint8 [LIMBS, tokens, features]: what a ciphertext looks like to who has no key."""
-    return np.random.default_rng(tokens).integers(0, 256, (LIMBS, tokens, features), dtype=np.uint8)

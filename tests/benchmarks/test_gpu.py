@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from benchmarks.worker import gpu
-from benchmarks.worker.worker import random_planes, write_bundle
+from benchmarks.worker.linears import random_planes, write_random_bundle
 from hecompile.runtime.worker.engines.cuda_engine import CudaEngine
 from hecompile.runtime.worker.engines.torch_engine import readable
 
 
 @pytest.fixture
 def engine(tmp_path: Path) -> CudaEngine:
-    return CudaEngine(write_bundle(tmp_path / "worker", {"linear": (24, 40)}), "cpu")
+    return CudaEngine(write_random_bundle(tmp_path / "worker", {"linear": (24, 40)}), "cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the section measures")

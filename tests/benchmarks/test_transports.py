@@ -10,7 +10,7 @@ import pytest
 from benchmarks import report
 from benchmarks.worker import transports
 from benchmarks.worker.fixed_reply import FixedReplyEngine
-from benchmarks.worker.worker import PLAN_ID, write_bundle
+from benchmarks.worker.linears import PLAN_ID, write_random_bundle
 from hecompile.errors import WorkerError
 from hecompile.runtime.transports import InProcessTransport, open_connection
 from hecompile.runtime.worker.worker import Worker
@@ -20,7 +20,9 @@ def test_section_has_a_row_per_transport(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HECOMPILE_BENCHMARK_RESULTS", str(tmp_path))
     monkeypatch.setattr(transports, "LARGE_SHAPE", (64, 128))
     page = report.store_section("transports", transports, quick=True).read_text()
-    rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in page.splitlines() if line.startswith("| ")}
+    rows = {
+        line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in page.splitlines() if line.startswith("| ")
+    }
     for kind in transports.KINDS:
         if transports.available(kind):
             assert all(float(cell.strip(" |")) > 0 for cell in rows[kind.name])
@@ -34,7 +36,7 @@ def test_a_transport_without_its_package_is_left_out() -> None:
 
 
 def test_fixed_replies_have_the_right_shape_and_no_client_believes_them(tmp_path: Path) -> None:
-    bundle = write_bundle(tmp_path / "worker", {"linear": (8, 6)})
+    bundle = write_random_bundle(tmp_path / "worker", {"linear": (8, 6)})
     engine = FixedReplyEngine(bundle)
     planes = np.zeros((3, 5, 8), np.uint8)
     reply = engine.evaluate("linear.forward", planes)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from benchmarks.worker import worker
+from benchmarks.worker.linears import write_random_bundle
 from hecompile.runtime.worker.engines import create_engine
 
 
 def test_a_wrong_reply_is_not_timed(tmp_path: Path) -> None:
-    bundle = worker.write_bundle(tmp_path / "worker", {"linear": (12, 8)})
+    bundle = write_random_bundle(tmp_path / "worker", {"linear": (12, 8)})
     engine = create_engine("torch", bundle)
 
     class OneByteOff:
@@ -28,7 +29,7 @@ def test_a_wrong_reply_is_not_timed(tmp_path: Path) -> None:
 
 
 def test_memory_is_that_of_a_worker_process_which_has_served_every_circuit(tmp_path: Path) -> None:
-    bundle = worker.write_bundle(tmp_path / "worker", {"linear": (2048, 2048)})
+    bundle = write_random_bundle(tmp_path / "worker", {"linear": (2048, 2048)})
     start, forward, both = worker.worker_memory(bundle, "auto")
     assert 10 * worker.MIB < start < forward
     assert forward - start > 2048 * 2048  # the weight, at least
