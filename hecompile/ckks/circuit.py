@@ -1,7 +1,7 @@
 """Evaluate a polynomial graph on ciphertexts, node by node.
 
-Values are CkksTensors (ciphertexts), or numpy arrays (constants). The batch runs along the slots, so that axis 0 of every
-ciphertext tensor has size 1 here. A value is let go after its last use.
+Values are CkksTensors (ciphertexts) or numpy arrays (constants). The batch runs along the slots, so axis 0 of every
+ciphertext tensor has size 1 here. A value is dropped after its last use.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from hecompile.graph.ir import attributes_of, constant_of
 from hecompile.graph.legality import REFRESHED, check_stage
 
 Refresh = Callable[[str, CkksTensor], CkksTensor]
-"""Name of the refreshed value, its ciphertexts → fresh ones of the same shape at the top level."""
+"""Function of the name of a refreshed value and its ciphertexts; returns fresh ones of the same shape at the top level."""
 
 
 class PolynomialCircuit:
-    """A prepared graph at stage `refreshed`. `run` is a pure function of its arguments.
+    """Prepare a graph at stage `refreshed` for evaluation; `run` is a pure function of its arguments.
 
-    Raises LegalityError for an operator that has no implementation on ciphertexts.
+    Raises:
+        LegalityError: an operator has no implementation on ciphertexts, or a constant is not numeric.
     """
 
     def __init__(self, model: ir.Model) -> None:
@@ -54,7 +55,7 @@ class PolynomialCircuit:
         self._fused = {node for node in self._nodes if _only_summed(node)}
         self._last: dict[str, int] = {}
         for position, node in enumerate(self._nodes):
-            # What a fused product reads must live until its sum.
+            # Operands of a fused product must live until its sum.
             reads = [*node.inputs]
             for value in node.inputs:
                 producer = None if value is None else value.producer()
@@ -64,12 +65,12 @@ class PolynomialCircuit:
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape, the batch axis being 1."""
+        """Map the name of each input to its shape, with 1 for the batch."""
         return {str(value.name): shape_of(value) for value in self.graph.inputs}
 
     @property
     def refreshed(self) -> dict[str, tuple[int, ...]]:
-        """Name of each value that is refreshed → its shape, the batch axis being 1."""
+        """Map the name of each refreshed value to its shape, with 1 for the batch."""
         nodes = [node for node in self._nodes if node.op_type == "Refresh"]
         return {str(node.outputs[0].name): shape_of(node.outputs[0]) for node in nodes}
 
@@ -80,7 +81,18 @@ class PolynomialCircuit:
         refresh: Refresh,
         seconds: dict[str, float] | None = None,
     ) -> CkksTensor:
-        """The graph's output on ciphertexts. `seconds` collects time per operator."""
+        """Return the graph's output on ciphertexts.
+
+        Args:
+            evaluator: of the client whose ciphertexts these are.
+            inputs: by name.
+            refresh: called for each value that is refreshed.
+            seconds: collects time per operator.
+
+        Raises:
+            InputError: an input is missing or has another shape.
+            LegalityError: the output does not depend on the inputs.
+        """
         spent = defaultdict(float) if seconds is None else seconds
         kept = {str(value.name) for value in self.graph.outputs} | self.constants.keys()
         values: dict[str, Any] = dict(self.constants)
@@ -128,7 +140,11 @@ class PolynomialCircuit:
 
 
 def shape_of(value: ir.Value) -> tuple[int, ...]:
-    """The static shape, 1 in place of the symbolic batch. Raises LegalityError for another symbolic axis."""
+    """Return the static shape, with 1 for the symbolic batch.
+
+    Raises:
+        LegalityError: there is no shape, or another axis is symbolic.
+    """
     if value.shape is None:
         raise LegalityError(f"{value.name} has no shape: the graph must be static but for the batch")
     dims = [dim if isinstance(dim, int) else None for dim in value.shape]
@@ -138,7 +154,7 @@ def shape_of(value: ir.Value) -> tuple[int, ...]:
 
 
 def _only_summed(node: ir.Node) -> bool:
-    """A product of two ciphertexts whose one reader sums it: relinearised after the sum."""
+    """Return whether this is a product of two ciphertexts whose only reader sums it: it is relinearised after the sum."""
     readers = list(node.outputs[0].consumers()) if node.op_type == "Mul" else []
     constant = any(constant_of(value) is not None for value in node.inputs)
     return len(readers) == 1 and readers[0].op_type == "ReduceSum" and not constant

@@ -1,9 +1,9 @@
-"""The worker's side: tensors of ciphertexts and the operations on them. Public material only.
+"""Operate on tensors of ciphertexts, on the worker's side, with public material only.
 
-A `CkksTensor` is an array of element numbers into a store of ciphertexts of one level, so that moving entries costs nothing;
--1 is an entry that is known to be zero (masked). Every ciphertext of level l has the scale Δ_l of the parameters exactly: a
-product of two is divided by the prime that makes it Δ_{l-1}; a constant c is multiplied by as round(c·Δ_{l-1}·q_{l+1}/Δ_l).
-Sums of products are relinearised and rescaled once per result.
+A `CkksTensor` is an array of element numbers into a store of ciphertexts of one level, so moving entries costs nothing; -1
+is an entry that is known to be zero (masked). Every ciphertext of level l has exactly the scale Δ_l of the parameters. A
+product of two is divided by the prime that makes its scale Δ_{l-1}. A constant c is encoded as
+round(c·Δ_{l-1}·q_{l+1}/Δ_l). Sums of products are relinearised and rescaled once per result.
 """
 
 from __future__ import annotations
@@ -26,24 +26,26 @@ from hecompile.errors import InputError, LegalityError
 
 _SPLIT_BITS = 15
 _MAX_INNER = 256
-"""Inner products of 30-bit words and 15-bit digits of weights are exact in float64 up to this length: 2^(30 + 14 + 8) <
+"""Length up to which inner products of 30-bit words and 15-bit digits of weights are exact in float64: 2^(30 + 14 + 8) <
 2^53."""
 
 
 @dataclass(frozen=True, eq=False)
 class CkksTensor:
-    """words: uint32 [elements, 2, level + 2, ring_dim]; index: int64, the tensor's shape, the batch axis being 1."""
+    """Hold ciphertexts of one level, and where they stand in a tensor."""
 
     words: Words
+    """uint32 `[elements, 2, level + 2, ring_dim]`."""
     index: NDArray[np.int64]
+    """Element numbers, in the tensor's shape, with 1 for the batch; -1 for zero."""
     level: int
 
     def moved(self, index: NDArray[Any]) -> CkksTensor:
-        """The same ciphertexts in other places."""
+        """Return these ciphertexts in other places."""
         return CkksTensor(self.words, np.ascontiguousarray(index), self.level)
 
     def compact(self) -> CkksTensor:
-        """A store of the elements in use alone, each once; what is not used can be freed."""
+        """Copy the elements in use, each once, so that the others can be freed."""
         used, inverse = np.unique(self.index[self.index >= 0], return_inverse=True)
         index = np.full(self.index.shape, -1, dtype=np.int64)
         index[self.index >= 0] = inverse
@@ -51,7 +53,7 @@ class CkksTensor:
 
 
 class Evaluator:
-    """Operations on CkksTensors under one client's evaluation keys, in `threads` threads."""
+    """Operate on CkksTensors under one client's evaluation keys, in `threads` threads."""
 
     def __init__(self, keys: EvaluationKeys, threads: int | None = None) -> None:
         self.parameters = keys.parameters
@@ -61,6 +63,7 @@ class Evaluator:
         self._pool = ThreadPoolExecutor(self._threads)
 
     def close(self) -> None:
+        """End the threads."""
         self._pool.shutdown()
 
     # ------------------------------------------------------------------------------------------------------- products
@@ -68,7 +71,7 @@ class Evaluator:
     def product_sums(
         self, a: CkksTensor, b: CkksTensor, a_index: NDArray[Any], b_index: NDArray[Any], shape: tuple[int, ...]
     ) -> CkksTensor:
-        """Σ_t a[a_index[e, t]]·b[b_index[e, t]] for each e, int64 [elements, terms] into the stores; result of `shape`."""
+        """Return Σ_t a[a_index[e, t]]·b[b_index[e, t]] for each e, in `shape`; the indices are int64 `[elements, terms]`."""
         a, b = self._same_level(a, b)
         self._need_level(a)
         alive = ((a_index >= 0) & (b_index >= 0)).any(axis=1)
@@ -79,18 +82,18 @@ class Evaluator:
         return CkksTensor(out, _numbered(alive).reshape(shape), a.level - 1)
 
     def multiply(self, a: CkksTensor, b: CkksTensor) -> CkksTensor:
-        """Entry by entry, with broadcasting."""
+        """Multiply entry by entry, with broadcasting."""
         left, right = np.broadcast_arrays(a.index, b.index)
         return self.product_sums(a, b, left.reshape(-1, 1), right.reshape(-1, 1), left.shape)
 
     def matmul(self, a: CkksTensor, b: CkksTensor) -> CkksTensor:
-        """[.., M, K] by [.., K, N], with broadcasting of what stands before."""
+        """Multiply `[.., M, K]` by `[.., K, N]`, with broadcasting of the leading axes."""
         left, right = np.broadcast_arrays(a.index[..., :, None, :], np.swapaxes(b.index, -1, -2)[..., None, :, :])
         inner = left.shape[-1]
         return self.product_sums(a, b, left.reshape(-1, inner), right.reshape(-1, inner), left.shape[:-1])
 
     def scale(self, a: CkksTensor, constant: NDArray[np.float64]) -> CkksTensor:
-        """Times a constant, with broadcasting. Where there is nothing but zeros and plus or minus ones it costs no level."""
+        """Multiply by a constant, with broadcasting. A constant of zeros, ones and minus ones costs no level."""
         index, factors = np.broadcast_arrays(a.index, constant)
         index = np.where(factors == 0, -1, index)
         if np.isin(factors, (0, 1)).all():
@@ -106,7 +109,7 @@ class Evaluator:
         return self._scaled(a, a.level - 1, index.reshape(-1)[alive], factors.reshape(-1)[alive], alive, index.shape)
 
     def linear(self, a: CkksTensor, weight: NDArray[np.float64]) -> CkksTensor:
-        """[.., in] by weight float64 [out, in] → [.., out]: exact integer products in float64, see `_MAX_INNER`.
+        """Multiply `[.., in]` by weight float64 `[out, in]`: `[.., out]`, by exact integer products (`_MAX_INNER`).
 
         An output whose weights are all zero is known to be zero.
         """
@@ -146,7 +149,7 @@ class Evaluator:
         return total
 
     def _digits(self, integers: list[int], prime: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
-        """Residues of smallest size, as high · 2^15 + low: float64 [2·out, in], the high ones first."""
+        """Split residues of smallest size into high · 2^15 + low: float64 `[2·out, in]`, the high ones first."""
         residues = np.array([(v + prime // 2) % prime - prime // 2 for v in integers], dtype=np.int64).reshape(shape)
         low = ((residues + (1 << _SPLIT_BITS - 1)) & ((1 << _SPLIT_BITS) - 1)) - (1 << _SPLIT_BITS - 1)
         return np.concatenate([(residues - low) >> _SPLIT_BITS, low]).astype(np.float64)
@@ -154,7 +157,7 @@ class Evaluator:
     # ----------------------------------------------------------------------------------------------------------- sums
 
     def add(self, a: CkksTensor, b: CkksTensor, sign: int = 1) -> CkksTensor:
-        """a + sign·b with broadcasting."""
+        """Return a + sign·b, with broadcasting."""
         a, b = self._same_level(a, b)
         left, right = np.broadcast_arrays(a.index, b.index)
         alive = ((left >= 0) | (right >= 0)).reshape(-1)
@@ -165,8 +168,11 @@ class Evaluator:
         return CkksTensor(out, _numbered(alive).reshape(left.shape), a.level)
 
     def add_constant(self, a: CkksTensor, constant: NDArray[np.float64]) -> CkksTensor:
-        """Plus a constant, with broadcasting. Raises LegalityError where an entry is known to be zero: it has no
-        ciphertext."""
+        """Add a constant, with broadcasting.
+
+        Raises:
+            LegalityError: an entry is known to be zero, so there is no ciphertext to add to.
+        """
         index, values = np.broadcast_arrays(a.index, constant)
         flat = np.ascontiguousarray(index.reshape(-1))
         if (flat[values.reshape(-1) != 0] < 0).any():
@@ -178,7 +184,7 @@ class Evaluator:
         return CkksTensor(out, _numbered(alive).reshape(index.shape), a.level)
 
     def reduce_sum(self, a: CkksTensor, axes: tuple[int, ...], keep: bool) -> CkksTensor:
-        """The sum over axes."""
+        """Sum over axes."""
         terms, shape = sum_terms(a.index, axes, keep)
         alive = (terms >= 0).any(axis=1)
         out = self._empty(int(alive.sum()), a.level)
@@ -186,7 +192,7 @@ class Evaluator:
         return CkksTensor(out, _numbered(alive).reshape(shape), a.level)
 
     def concat(self, parts: list[CkksTensor], axis: int) -> CkksTensor:
-        """One after the other, at the lowest of their levels."""
+        """Concatenate tensors at the lowest of their levels."""
         level = min(part.level for part in parts)
         lowered = [self.lowered(part, level).compact() for part in parts]
         starts = np.cumsum([0, *(len(part.words) for part in lowered[:-1])])
@@ -196,7 +202,7 @@ class Evaluator:
     # --------------------------------------------------------------------------------------------------------- levels
 
     def lowered(self, a: CkksTensor, level: int) -> CkksTensor:
-        """The same values at a lower level, with that level's scale: one product by a constant, however far it is."""
+        """Return the values at a lower level, with its scale: one product by a constant, however far it is."""
         if level == a.level:
             return a
         a = a.compact()
@@ -206,7 +212,7 @@ class Evaluator:
         return CkksTensor(moved.words, a.index, level)
 
     def truncated(self, a: CkksTensor) -> CkksTensor:
-        """Without all but the first two primes, what a client needs to decrypt; the scale stays that of a's level."""
+        """Keep the first two primes alone, which a client needs to decrypt; the scale stays that of a's level."""
         a = a.compact()
         return CkksTensor(np.ascontiguousarray(a.words[:, :, :2]), a.index, 0)
 
@@ -217,7 +223,7 @@ class Evaluator:
     def _need_level(self, a: CkksTensor) -> None:
         if a.level < 1:
             raise LegalityError(
-                f"a product is asked for where the {self.parameters.levels} levels are used up: run place_refreshes with "
+                f"the graph multiplies where the {self.parameters.levels} levels are used up: run place_refreshes with "
                 f"levels={self.parameters.levels}"
             )
 
@@ -225,7 +231,7 @@ class Evaluator:
         self, a: CkksTensor, level: int, index: NDArray[Any], factors: NDArray[Any], alive: NDArray[Any],
         shape: tuple[int, ...],
     ) -> CkksTensor:  # fmt: skip
-        """a's elements times factors, then rescaled from level + 1 to level."""
+        """Multiply a's elements by factors and rescale from level + 1 to level."""
         values, inverse = np.unique(factors, return_inverse=True)
         residues = self._residues(self._integers(values, a.level, level), level + 1)[inverse]
         scaled = self._empty(len(index), level + 1)
@@ -237,7 +243,11 @@ class Evaluator:
         return CkksTensor(out, _numbered(alive).reshape(shape), level)
 
     def _integers(self, values: NDArray[Any], source: int, target: int) -> list[int]:
-        """Constants encoded so that a product at level target + 1 with scale Δ_source, rescaled, has scale Δ_target."""
+        """Encode constants so that a product at level target + 1 with scale Δ_source, rescaled, has scale Δ_target.
+
+        Raises:
+            InputError: a constant is too large.
+        """
         p = self.parameters
         factor = p.scales[target] * p.moduli[p.primes(target + 1) - 1] / p.scales[source]
         if values.size and np.abs(values).max() * factor >= 2.0**62:
@@ -256,7 +266,7 @@ class Evaluator:
         return np.empty((count, 2, self.parameters.primes(level), self.parameters.ring_dim), dtype=np.uint32)
 
     def _run(self, count: int, kernel: Callable[..., None], *arguments: Any) -> None:
-        """The kernel over [0, count), shared among the threads."""
+        """Run the kernel over [0, count), shared among the threads."""
         bounds = np.linspace(0, count, min(self._threads, count) + 1).astype(int) if count else np.zeros(1, dtype=int)
         futures = [
             self._pool.submit(kernel, *arguments, start, stop) for start, stop in itertools.pairwise(bounds)
@@ -266,7 +276,7 @@ class Evaluator:
 
 
 def sum_terms(index: NDArray[np.int64], axes: tuple[int, ...], keep: bool) -> tuple[NDArray[np.int64], tuple[int, ...]]:
-    """The terms of a sum over axes, [elements, terms], and the result's shape."""
+    """Return the terms of a sum over axes, `[elements, terms]`, and the result's shape."""
     axes = tuple(axis % index.ndim for axis in axes)
     kept = [axis for axis in range(index.ndim) if axis not in axes]
     count = int(np.prod([index.shape[axis] for axis in kept], dtype=np.int64))
@@ -276,5 +286,5 @@ def sum_terms(index: NDArray[np.int64], axes: tuple[int, ...], keep: bool) -> tu
 
 
 def _numbered(alive: NDArray[Any]) -> NDArray[np.int64]:
-    """0, 1, 2, … where alive, -1 elsewhere."""
+    """Number the entries 0, 1, 2, … where alive, -1 elsewhere."""
     return np.where(alive, np.cumsum(alive) - 1, -1).astype(np.int64)

@@ -1,9 +1,9 @@
-"""What a worker does with the words of ciphertexts: sums of products, relinearisation, rescaling, products by constants.
+"""Compute on the words of ciphertexts: sums of products, relinearisation, rescaling, products by constants.
 
-A ciphertext is uint32 [2, k, N], in transformed (NTT) form modulo q_0 … q_{k-1}. Relinearisation is SEAL's hybrid key
+A ciphertext is uint32 `[2, k, N]`, in transformed (NTT) form modulo q_0 … q_{k-1}. Relinearisation is SEAL's hybrid key
 switching with one special prime P, digits modulo each q_j (Chen, Han, 2018; native/src/seal/evaluator.cpp,
-switch_key_inplace), rescaling its division with rounding by the last prime: results equal SEAL's bit for bit. Every kernel
-releases the GIL and writes its own elements alone, so that threads share the work.
+switch_key_inplace). Rescaling is its division with rounding by the last prime. Results equal SEAL's bit for bit. Every
+kernel releases the GIL and writes its own elements alone, those from `start` to `stop`, so that threads share the work.
 """
 
 # mypy: disallow-untyped-defs = False
@@ -22,7 +22,7 @@ _LAZY = 8  # products below 2^60 are summed so often before a reduction
 
 @inlined
 def _reduce(x, p, inverse):
-    """x mod p for x < 2^63; inverse: 1/p as float64. The quotient is off by one at most."""
+    """Return x mod p for x < 2^63, given `inverse` = 1/p as float64: the quotient is off by one at most."""
     r = x - np.uint64(np.float64(x) * inverse) * p
     r = min(r, r + p)
     return min(r, r - p)
@@ -148,7 +148,7 @@ def product_sums(a, b, keys, tables, out, start, stop):
 
 @compiled
 def rescale(words, tables, out, start, stop):
-    """out[e] = words[e] divided by its last prime, rounded. words: uint32 [.., 2, k, N]; out: uint32 [.., 2, k - 1, N]."""
+    """Set out[e] to words[e] divided by its last prime, rounded: uint32 `[.., 2, k, N]` → `[.., 2, k - 1, N]`."""
     k, n = words.shape[2], words.shape[3]
     last = np.zeros(n, dtype=np.uint64)
     scratch = np.zeros(n, dtype=np.uint64)
@@ -161,8 +161,10 @@ def rescale(words, tables, out, start, stop):
 
 @compiled
 def scale(words, index, factors, moduli, out, start, stop):
-    """out[e] = words[index[e]] · factors[e] mod q; factors: uint64 [.., k] residues; the first k primes of words are
-    read."""
+    """Set out[e] = words[index[e]] · factors[e] mod q.
+
+    factors: residues, uint64 `[.., k]`. The first k primes of the words are read.
+    """
     for e in range(start, stop):
         for c in range(2):
             for i in range(out.shape[2]):
@@ -175,7 +177,7 @@ def scale(words, index, factors, moduli, out, start, stop):
 
 @compiled
 def sums(words, index, moduli, out, start, stop):
-    """out[e] = Σ_t words[index[e, t]]; index -1: left out. The first k primes of words, k those of out."""
+    """Set out[e] = Σ_t words[index[e, t]], without terms of index -1, for the primes of `out`, the first of the words."""
     total = np.zeros(out.shape[3], dtype=np.uint64)
     for e in range(start, stop):
         for c in range(2):
@@ -222,7 +224,7 @@ def add(a, b, sign, moduli, out, start, stop):
 
 @compiled
 def add_constants(words, residues, moduli, start, stop):
-    """words[e] += residues[e] in every slot; residues: uint64 [.., k]."""
+    """Add residues[e], uint64 `[.., k]`, to words[e] in every slot."""
     for e in range(start, stop):
         for i in range(words.shape[2]):
             p, r = moduli[i], residues[e, i]
@@ -234,7 +236,7 @@ def add_constants(words, residues, moduli, start, stop):
 
 @compiled
 def gather(words, index, prime, out, start, stop):
-    """out[f] = the two polynomials mod one prime of words[index[f]] as float64 [2N]."""
+    """Set out[f] to the two polynomials of words[index[f]] modulo one prime, as float64 `[2N]`."""
     n = words.shape[3]
     for f in range(start, stop):
         if index[f] < 0:

@@ -1,7 +1,7 @@
-"""Who holds what: the client a `SecretKey`, a worker `EvaluationKeys`, and between them the words of ciphertexts.
+"""Make keys: the client holds a `SecretKey`, a worker `EvaluationKeys`, and words of ciphertexts go between them.
 
-Keys are drawn by SEAL from the operating system's generator, per session; encryption is symmetric, with fresh randomness
-each.
+SEAL draws keys from the operating system's generator, for each session. Encryption is symmetric, each time with fresh
+randomness.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ Words = NDArray[np.uint32]
 
 @dataclass(frozen=True, eq=False)
 class EvaluationKeys:
-    """Public by design: relinearisation keys, encryptions of s² under s. words: uint32 [digits, 2, moduli, ring_dim].
+    """Hold relinearisation keys, encryptions of s² under s, which are public by design.
 
-    There are no rotation keys, for nothing rotates. Raises InputError for words that are no keys of these parameters.
+    There are no rotation keys, for nothing rotates.
+
+    Raises:
+        InputError: the words are no keys of these parameters.
     """
 
     parameters: CkksParameters
     words: Words
+    """uint32 `[digits, 2, moduli, ring_dim]`."""
 
     def __post_init__(self) -> None:
         count = len(self.parameters.moduli)
@@ -44,7 +48,7 @@ class EvaluationKeys:
 
 
 class SecretKey(Unsharable):
-    """Draws a key, encrypts and decrypts with it. It cannot be copied, pickled, printed, or used by a forked process."""
+    """Draw a key, encrypt and decrypt with it; it cannot be copied, pickled, printed, or used by a forked process."""
 
     __slots__ = ("_context", "_decryptor", "_encoder", "_encryptor", "_fields", "_file", "_key", "_process", "parameters")
 
@@ -61,11 +65,11 @@ class SecretKey(Unsharable):
         self._fields = self._fields_per_level()
 
     def close(self) -> None:
-        """Let go of the memory that ciphertexts passed through."""
+        """Release the memory that ciphertexts passed through."""
         self._file.close()
 
     def evaluation_keys(self) -> EvaluationKeys:
-        """The public keys that a worker needs to multiply."""
+        """Make the public keys that a worker needs to multiply."""
         api = seal()
         self._check()
         keys = api.RelinKeys()
@@ -75,9 +79,16 @@ class SecretKey(Unsharable):
         return EvaluationKeys(self.parameters, np.stack(digits))
 
     def encrypt(self, values: NDArray[np.float64]) -> Words:
-        """float64 [count, slots] or [count] (the same in all slots) → uint32 [count, 2, moduli, ring_dim] at the top level.
+        """Encrypt values at the top level.
 
-        Raises InputError for values that are not finite or beyond the scheme's bound; the message shows none.
+        Args:
+            values: float64 `[count, slots]`, or `[count]` for values that stand in all slots.
+
+        Returns:
+            uint32 `[count, 2, moduli, ring_dim]`.
+
+        Raises:
+            InputError: values are not finite or beyond the scheme's bound, or too many; the message shows none of them.
         """
         self._check()
         parameters = self.parameters
@@ -97,9 +108,10 @@ class SecretKey(Unsharable):
         return result
 
     def decrypt(self, words: Words, scale_level: int) -> NDArray[np.float64]:
-        """uint32 [count, 2, k, ring_dim], whose scale is that of `scale_level` → float64 [count, slots].
+        """Decrypt uint32 `[count, 2, k, ring_dim]`, whose scale is that of `scale_level`: float64 `[count, slots]`.
 
-        Raises WorkerError for words that are no ciphertexts of these parameters.
+        Raises:
+            WorkerError: the words are no ciphertexts of these parameters.
         """
         self._check()
         parameters, api = self.parameters, seal()
@@ -119,7 +131,7 @@ class SecretKey(Unsharable):
         return result
 
     def _fields_per_level(self) -> dict[int, bytes]:
-        """What SEAL writes before the coefficients, from a ciphertext of zero at every level."""
+        """Return the fields that SEAL writes before the coefficients, by level, from encryptions of zero."""
         api, parameters = seal(), self.parameters
         evaluator, ciphertext, plain = api.Evaluator(self._context), api.Ciphertext(self._context), api.Plaintext()
         self._encoder.encode(0.0, parameters.scales[-1], plain)
@@ -138,6 +150,6 @@ class SecretKey(Unsharable):
 
 
 def in_range(words: Words, moduli: tuple[int, ...]) -> bool:
-    """Whether every word is below its modulus; words: uint32 [.., k, ring_dim], the first k moduli."""
+    """Return whether every word is below its modulus: words uint32 `[.., k, ring_dim]`, of the first k moduli."""
     bounds: Any = np.array(moduli[: words.shape[-2]], dtype=np.uint32)[:, None]
     return all(bool((one < bounds).all()) for one in words)

@@ -1,4 +1,4 @@
-"""SEAL as TenSEAL binds it, and the words inside its objects.
+"""Reach SEAL through TenSEAL, and the words inside its objects.
 
 The bindings show no words, so they are read from SEAL's serialized form (SEAL 4.1, native/src/seal/serialization.h): a
 header of 16 bytes (its byte 5 the compression, its bytes 8 to 15 the size), then, compressed with zstd, fields and at the
@@ -19,11 +19,15 @@ from hecompile.errors import InputError
 _HEADER = struct.Struct("<HBBBBHQ")
 _MAGIC, _NONE, _ZSTD = 0xA15E, 0, 2
 _SCALE_OFFSET = 32 + 1 + 8 + 8 + 8
-"""Of a ciphertext's fields: parms_id, is_ntt_form, size, ring_dim, moduli, and then the scale as a double."""
+"""Bytes before the scale, a double, in a ciphertext's fields: parms_id, is_ntt_form, size, ring_dim, moduli."""
 
 
 def seal() -> Any:
-    """The module `tenseal.sealapi`. Raises InputError when it is not installed."""
+    """Return the module `tenseal.sealapi`.
+
+    Raises:
+        InputError: it is not installed.
+    """
     try:
         from tenseal import sealapi
     except ImportError:
@@ -40,7 +44,7 @@ def _zstd() -> Any:
 
 
 class MemoryFile:
-    """An anonymous file in memory with a path of this process alone, which is what the bindings read and write."""
+    """Keep an anonymous file in memory, with a path of this process alone, for the bindings to read and write."""
 
     def __init__(self) -> None:
         self._descriptor = os.memfd_create("hecompile", os.MFD_CLOEXEC)
@@ -72,7 +76,11 @@ class MemoryFile:
 
 
 def fields_and_words(ciphertext: Any, file: MemoryFile, shape: tuple[int, ...]) -> tuple[bytes, NDArray[np.uint32]]:
-    """SEAL's version (2 bytes) with what it writes before the coefficients, uncompressed, and those: uint32 `shape`."""
+    """Read SEAL's version (2 bytes) with its fields before the coefficients, uncompressed, and those: uint32 `shape`.
+
+    Raises:
+        InputError: this SEAL writes another form.
+    """
     ciphertext.save(file.path)
     raw = file.read()
     magic, header_bytes, *version, compression, _, size = _HEADER.unpack_from(raw)
@@ -87,7 +95,7 @@ def fields_and_words(ciphertext: Any, file: MemoryFile, shape: tuple[int, ...]) 
 
 
 def load_words(ciphertext: Any, context: Any, file: MemoryFile, fields: bytes, scale: float, words: NDArray[Any]) -> None:
-    """Fill a ciphertext with words, given the fields of another of the same level. SEAL checks that they are in range."""
+    """Fill a ciphertext with words, given the fields of another of its level; SEAL checks that the words are in range."""
     data = np.ascontiguousarray(words, dtype="<u8")
     version, fields = fields[:2], fields[2:]
     changed = fields[:_SCALE_OFFSET] + struct.pack("<d", scale) + fields[_SCALE_OFFSET + 8 :]

@@ -20,6 +20,7 @@ Operation = Callable[[Evaluator, Mapping[str, Any], Any], Value | tuple[Value, .
 
 
 def sum_of_products(evaluator: Evaluator, attributes: Mapping[str, Any], factors: list[Any], rest: list[Any]) -> Value:
+    """Evaluate ReduceSum(Mul(factors), *rest) with one relinearisation for each result."""
     a, b = factors
     if not isinstance(a, CkksTensor) or not isinstance(b, CkksTensor):
         return _reduce_sum(evaluator, attributes, [_mul(evaluator, {}, [a, b]), *rest])
@@ -86,7 +87,7 @@ def _reduce_sum(evaluator: Evaluator, attributes: Mapping[str, Any], arguments: 
 
 
 def _rearranging(move: Callable[[NDArray[Any], Mapping[str, Any], list[Any]], Any]) -> Operation:
-    """An operator that moves entries: the same for constants and for ciphertexts, by their numbers."""
+    """Make an operator of a function that rearranges entries: those of constants, or the element numbers of ciphertexts."""
 
     def operation(_: Evaluator, attributes: Mapping[str, Any], arguments: list[Any]) -> Value | tuple[Value, ...]:
         x = arguments[0]

@@ -1,4 +1,4 @@
-"""CKKS parameters: an unchecked literal in, an immutable validated object out; and the choice of the cheapest that will do.
+"""Check CKKS parameters, an unchecked literal in and an immutable object out, and choose the cheapest that will do.
 
 A ciphertext of level l has the moduli q_0 … q_{l+1}: two primes stay at the end, room for values up to 2^(bits - 1), and
 one is divided off per multiplication. Level l has one exact scale, Δ_{l-1} = Δ_l² / q_{l+1} (Kim, Papadimitriou, Polyakov,
@@ -21,35 +21,36 @@ from hecompile.ckks.library import seal
 from hecompile.errors import InputError, SecurityError
 
 MAX_MODULUS_BITS = {4096: 109, 8192: 218, 16384: 438, 32768: 881}
-"""ring_dim → bits of the whole modulus at 128 bits of security."""
+"""Bits of the whole modulus at 128 bits of security, by ring_dim."""
 BASE_PRIMES = 2
 SPECIAL_BITS = 31
 MAX_SCALE_BITS, MIN_SCALE_BITS = 30, 22
 
 
 def modulus_bits(levels: int, scale_bits: int = MAX_SCALE_BITS) -> int:
-    """Upper bound of log2 of the whole modulus, the special prime included, for `levels` primes of `scale_bits` each and the
-    two that stay."""
+    """Bound log2 of the whole modulus from above: `levels` primes of `scale_bits`, the two that stay, the special prime."""
     return SPECIAL_BITS + (levels + BASE_PRIMES) * scale_bits
 
 
 @dataclass(frozen=True)
 class CkksLiteral:
-    """Unchecked: ring_dim N (slots N/2), levels (multiplications between refreshes), scale_bits (of a prime and of the
-    scale)."""
+    """Hold unchecked parameters."""
 
     ring_dim: int
+    """N; a ciphertext has N/2 slots."""
     levels: int
+    """Multiplications between refreshes."""
     scale_bits: int = MAX_SCALE_BITS
+    """Bits of a prime and of the scale."""
 
     @property
     def modulus_bits(self) -> int:
-        """Upper bound of log2 of the whole modulus."""
+        """Return an upper bound of log2 of the whole modulus."""
         return modulus_bits(self.levels, self.scale_bits)
 
     @property
     def error_bits(self) -> float:
-        """-log2 of the standard deviation that rounding in one rescaling adds to every slot, for values of size 1.
+        """Return -log2 of the standard deviation that rounding in one rescaling adds to every slot, for values of size 1.
 
         The rounding c0 + c1·s has variance (1 + 2N/3)/12 per coefficient for ternary s, and a slot is a sum of N of them:
         N/√18.
@@ -57,17 +58,29 @@ class CkksLiteral:
         return self.scale_bits - float(np.log2(self.ring_dim / np.sqrt(18)))
 
     def validate(self) -> CkksParameters:
-        """Raises SecurityError under 128 bits, InputError for what no set can be."""
+        """Check the literal.
+
+        Raises:
+            SecurityError: under 128 bits.
+            InputError: no set has these numbers.
+        """
         return CkksParameters(self)
 
 
 @dataclass(frozen=True)
 class CkksParameters:
-    """A validated set; equal literals give equal primes. moduli: q_0 …, then the special prime P. scales[l]: Δ_l."""
+    """Hold a validated set; equal literals give equal primes.
+
+    Raises:
+        SecurityError: under 128 bits.
+        InputError: no set has these numbers.
+    """
 
     literal: CkksLiteral
     moduli: tuple[int, ...] = field(init=False)
+    """q_0 …, then the special prime P."""
     scales: tuple[float, ...] = field(init=False)
+    """Δ_l at place l."""
 
     def __post_init__(self) -> None:
         literal = self.literal
@@ -97,7 +110,7 @@ class CkksParameters:
 
     @property
     def slots(self) -> int:
-        """Independent values per ciphertext: sequences per batch."""
+        """Return how many independent values a ciphertext holds: sequences per batch."""
         return self.literal.ring_dim // 2
 
     @property
@@ -106,25 +119,29 @@ class CkksParameters:
 
     @property
     def value_bound(self) -> float:
-        """Values beyond this wrap around at level 0."""
+        """Return the size beyond which values wrap around at level 0."""
         return self.moduli[0] * self.moduli[1] / max(self.scales) / 4
 
     def primes(self, level: int) -> int:
-        """How many moduli a ciphertext of this level has."""
+        """Return how many moduli a ciphertext of this level has."""
         return level + BASE_PRIMES
 
     def ciphertext_bytes(self, level: int) -> int:
-        """On the wire and in memory: two polynomials of 32-bit words."""
+        """Return the bytes on the wire and in memory: two polynomials of 32-bit words."""
         return 2 * self.primes(level) * self.ring_dim * 4
 
     @property
     def evaluation_key_bytes(self) -> int:
-        """On the wire: for every prime but the special one, two polynomials at all primes, of 32-bit words."""
+        """Return the bytes on the wire: per prime but the special one, two polynomials of 32-bit words at all primes."""
         count = len(self.moduli)
         return 4 * (count - 1) * 2 * count * self.ring_dim
 
     def context(self) -> Any:
-        """SEAL's context, which checks the security once more."""
+        """Make SEAL's context, which checks the security once more.
+
+        Raises:
+            SecurityError: SEAL refuses the parameters.
+        """
         api = seal()
         parameters = api.EncryptionParameters(api.SCHEME_TYPE.CKKS)
         parameters.set_poly_modulus_degree(self.ring_dim)
@@ -135,12 +152,16 @@ class CkksParameters:
         return context
 
     def fields(self) -> dict[str, int]:
-        """What another party needs to make the same object with `from_fields`."""
+        """Return the fields from which another party makes an equal object with `from_fields`."""
         return {name: getattr(self.literal, name) for name in ("ring_dim", "levels", "scale_bits")}
 
     @staticmethod
     def from_fields(fields: Any) -> CkksParameters:
-        """Raises InputError for anything but what `fields()` returned."""
+        """Make the parameters that `fields` was called on.
+
+        Raises:
+            InputError: `fields` did not return this.
+        """
         names = {"ring_dim", "levels", "scale_bits"}
         if not isinstance(fields, dict) or fields.keys() != names or any(type(v) is not int for v in fields.values()):
             raise InputError("CKKS parameters are the integers ring_dim, levels and scale_bits")
@@ -150,7 +171,7 @@ class CkksParameters:
 
 
 def _order(primes: list[int], levels: int) -> tuple[list[int], list[float]]:
-    """The order of the primes in which the scales stay nearest to where they start, and Δ_0 … Δ_L."""
+    """Return the order of the primes in which the scales stay nearest to where they start, and Δ_0 … Δ_L."""
     rest = sorted(primes)
     first = rest.pop(len(rest) // 2)
     chosen, scales = [first], [float(first)]
@@ -166,11 +187,14 @@ def _order(primes: list[int], levels: int) -> tuple[list[int], list[float]]:
 
 
 PRECISION = 16.0
+"""Bits behind the binary point after one multiplication, by default."""
 
 
 def smallest(levels: int, precision: float = PRECISION) -> CkksLiteral | None:
-    """The smallest ring, and in it the largest scale, with at least `levels` and at least `precision` bits behind the binary
-    point after one multiplication; None when there is none at 128 bits."""
+    """Find the smallest ring, and in it the largest scale, with at least `levels` levels and `precision` bits.
+
+    The precision is in bits behind the binary point after one multiplication. Returns None when there is no set at 128 bits.
+    """
     for ring_dim, most in MAX_MODULUS_BITS.items():
         for bits in range(MAX_SCALE_BITS, MIN_SCALE_BITS - 1, -1):
             literal = CkksLiteral(ring_dim, levels, bits)
@@ -180,7 +204,11 @@ def smallest(levels: int, precision: float = PRECISION) -> CkksLiteral | None:
 
 
 def select(levels: int, precision: float = PRECISION) -> CkksParameters:
-    """`smallest`, validated. Raises InputError with the numbers when there is none at 128 bits."""
+    """Return what `smallest` finds, validated.
+
+    Raises:
+        InputError: there is no set at 128 bits; the message shows the numbers.
+    """
     literal = smallest(levels, precision)
     if literal is not None:
         return literal.validate()

@@ -1,4 +1,4 @@
-"""The number-theoretic transform modulo X^N + 1 in SEAL's order, and its tables.
+"""Compute the number-theoretic transform modulo X^N + 1 in SEAL's order, and its tables.
 
 Values at the odd powers of ψ, the least primitive 2N-th root of unity mod p, in bit-reversed order (Longa, Naehrig,
 "Speeding up the number theoretic transform", CANS 2016); a product by a root takes Shoup's precomputed quotient (Harvey,
@@ -35,7 +35,7 @@ class Tables(NamedTuple):
 
 @lru_cache(maxsize=4)
 def tables(ring_dim: int, moduli: tuple[int, ...]) -> Tables:
-    """The tables of a chain of NTT-friendly primes."""
+    """Compute the tables of a chain of NTT-friendly primes."""
     bits = ring_dim.bit_length() - 1
     reverse = np.array([int(format(i, f"0{bits}b")[::-1], 2) for i in range(ring_dim)])
     roots = np.zeros((len(moduli), 4, ring_dim), dtype=np.uint64)
@@ -56,6 +56,7 @@ def tables(ring_dim: int, moduli: tuple[int, ...]) -> Tables:
 
 
 def _least_root(order: int, prime: int) -> int:
+    """Return the least primitive root of unity of that order, a power of two, modulo the prime."""
     for candidate in range(2, prime):
         root = pow(candidate, (prime - 1) // order, prime)
         if pow(root, order // 2, prime) == prime - 1:
@@ -68,7 +69,8 @@ def _least_root(order: int, prime: int) -> int:
 
 
 @compiled
-def forward(x, roots, p):  # x: uint64 [N], in place, reduced
+def forward(x, roots, p):
+    """Transform x, uint64 `[N]`, reduced, in place."""
     n = x.size
     t, m = n, 1
     while m < n:
@@ -90,7 +92,8 @@ def forward(x, roots, p):  # x: uint64 [N], in place, reduced
 
 
 @compiled
-def backward(x, roots, inverse, p):  # the inverse; inverse: [N^-1, its quotient]
+def backward(x, roots, inverse, p):
+    """Invert `forward` in place; `inverse` is N^-1 and its quotient."""
     n = x.size
     t, m = 1, n >> 1
     while m >= 1:
