@@ -107,7 +107,8 @@ def _check_machine() -> None:
     console.print(_table("installation", rows))
     if all(state.version for state in packages):  # what follows is found out with those packages
         problems += _print_machine_and_engines(console, package)
-    console.print(_extras_table(installation.extra_states(required.packages, package)))
+    if required.packages:
+        console.print(_extras_table(installation.extra_states(required.packages, package)))
     for problem in problems:
         message_console().print(f"problem: {problem}", soft_wrap=True, markup=False)
     if problems:

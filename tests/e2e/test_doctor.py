@@ -71,6 +71,13 @@ def test_a_missing_package_is_a_problem_and_status_1(monkeypatch: pytest.MonkeyP
     assert "missing no-such-package>=2; pip install -e '.[ckks]'" in result.stdout
 
 
+def test_sources_that_nobody_installed_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installation, "read_requirements", lambda: None)
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "hecompile is not installed" in result.stderr and "extras" not in result.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(("tcp://127.0.0.1:9",), "give --plan, the client bundle"), (("--plan", "none"), "give the worker's address too")],
