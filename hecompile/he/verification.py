@@ -7,8 +7,8 @@ to R bytes: |ρ'_i| ≤ G/2, and 0 where nothing is rounded. For an honest worke
     D = Σ_i r_i·Y'_i - Σ_j v_j·b'_j = Σ_i r_i·ρ'_i   (mod q, centred)
 
 is small. The tolerance is 8 standard deviations of the right-hand side for the r that were drawn. With ρ'_i independent and
-uniform, which is sub-Gaussian with its own variance, |D| exceeds it with probability below 2·exp(-32) < 3e-14 for each
-check. A reply is accepted if |D| is within the tolerance for every check of every token.
+uniform, which is sub-Gaussian with its own variance, |D| exceeds the tolerance with probability below 2·exp(-32) < 3e-14
+for each check. A reply is accepted if |D| is within the tolerance for every check of every token.
 
 **Caught.** Let the reply of a token be W·b' + δ mod q, from a worker that does not know r: nothing that it is sent depends
 on r. Let |δ_i| > 2·tolerance for some output i, and let the other r have any values. The four values of r_i move D by ±δ_i
@@ -25,10 +25,10 @@ q to within 2·tolerance. Any three of the four have a pair that differs by δ_i
   step. Then a token passes with probability about 2·tolerance/q: half a percent at 2048 outputs and 2 bytes of reply, 11 %
   for the coarsest replies that are admitted. A batch practically never passes.
 
-**Not caught** are errors below the tolerance. `inspect` shows it in standard deviations of the noise of decryption; at 2048
-outputs it is some hundreds of them, a tenth to a half of a typical result. So a worker can, without risk, add a bias of some
-percent to single results of its choice. Only the Euclidean norm of all that it adds to a token is held near that of the
-noise. `LinearParameters` whose tolerance comes near q cannot be checked and are refused.
+**Not caught** are errors below the tolerance. `inspect` shows the tolerance in standard deviations of the noise of
+decryption; at 2048 outputs it is some hundreds of them, a tenth to a half of a typical result. So a worker can, without
+risk, add a bias of some percent to single results of its choice. Only the Euclidean norm of all that it adds to a token is
+held near that of the noise. `LinearParameters` whose tolerance comes near q cannot be checked and are refused.
 
 The check looks at ciphertext words, replies and r, and at nothing decrypted. What the client does after it tells nothing
 about data, adapter or encryption secrets, only about r. A check covers GROUP outputs. A wider reply has several checks,
@@ -265,7 +265,7 @@ class Received(_Sums):
         if wrong:
             # The message shows no deviation: a worker could arrange it to spell out some of r for whoever sees the log.
             raise VerificationError(
-                f"{wrong} of {len(deviation)} tokens of the reply are not the requested product: their check sums "
+                f"{wrong} of {len(deviation)} tokens of the reply are not the product that was asked for: their check sums "
                 "deviate by more than rounding can explain"
             )
 
