@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from hecompile.models.worlds.reduced_world import LINE_TOKENS, lines
 from hecompile.passes.polynomial.expand_polynomials import EMBEDDINGS
 from hecompile.runtime.ckks.client import CkksSession, CkksStats
 from hecompile.runtime.model.backend import ForwardPass
+from hecompile.runtime.worker.process import running_server
 
 LEVELS = (4,)
 PROSE = """\
@@ -132,15 +132,12 @@ def _evaluate(tuned: Tuned, rows: NDArray[np.int64], levels: int) -> Evaluation:
         build, address = Path(directory) / "build", f"unix://{directory}/worker"
         plan = export_polynomial(str(REDUCED_POLYNOMIAL), build, options, tuned.adapter)
         command = [sys.executable, "-m", "hecompile.cli", "ckks", "serve", str(build / "worker"), "--listen", address]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
-            try:
-                assert worker.stdout is not None
-                worker.stdout.readline()
-                with CkksSession(build / "client", address) as session:
-                    trial = tried(session, rows)
-                    peak = _peak(worker.pid)
-            finally:
-                worker.terminate()
+        with (
+            running_server([*command, "--events", "json"]) as (worker, _),
+            CkksSession(build / "client", address) as session,
+        ):
+            trial = tried(session, rows)
+            peak = _peak(worker.pid)
     before = load_checkpoint(str(REDUCED_POLYNOMIAL))
     untuned = _cleartext(before, options, rows)
     cleartext = _cleartext(merged_checkpoint(before, tuned.adapter), options, rows)

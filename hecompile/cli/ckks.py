@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hecompile.cli.console import message_console, progress_bar
+from hecompile.cli.console import EVENTS, check_events, message_console, progress_bar, tell_address
 from hecompile.cli.groups import with_groups
 from hecompile.cli.options import (
     MAX_NEW_TOKENS,
@@ -78,11 +78,13 @@ def serve(
     bundle: WorkerBundlePath,
     listen: Annotated[str, typer.Option(help="tcp://127.0.0.1:PORT or unix:///path/to/socket.")],
     threads: Annotated[int | None, typer.Option(min=1, help="How many threads; by default one per core.")] = None,
+    events: Annotated[str, EVENTS] = "text",
 ) -> None:
     """Serve a polynomial plan until interrupted."""
     from hecompile.runtime.ckks.worker import serve as run
 
-    run(bundle, listen, threads)
+    check_events(events)
+    run(bundle, listen, threads, ready=lambda address: tell_address(events, address))
 
 
 @ckks_app.command("infer")

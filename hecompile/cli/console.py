@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -15,10 +16,31 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from hecompile.errors import InputError
+from hecompile.runtime.wire.events import emit
+
 
 def wide_console() -> Console:
     """Return a console on standard output: as wide as the terminal, 160 columns where there is none."""
     return Console(width=None if sys.stdout.isatty() else 160)
+
+
+EVENTS = typer.Option(help="What is printed for people, text, or for the program that started it, json.")
+
+
+def tell_address(events: str, address: str) -> None:
+    """Say on standard output where a server listens: a sentence, or an event. Raises InputError for unknown `events`."""
+    check_events(events)
+    if events == "json":
+        emit("listening", address=address)
+    else:
+        print(f"listening on {address}", flush=True)
+
+
+def check_events(events: str) -> None:
+    """Raise InputError unless `events` is text or json."""
+    if events not in ("text", "json"):
+        raise InputError(f"--events is text or json, got {events!r}")
 
 
 def message_console() -> Console:

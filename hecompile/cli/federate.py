@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hecompile.cli.console import wide_console
+from hecompile.cli.console import EVENTS, wide_console
 from hecompile.cli.options import FederationRecipePath, Overrides
 
 if TYPE_CHECKING:  # imported when a command runs: help is to be quick
@@ -19,9 +19,7 @@ OwnerKeys = Annotated[
     Path, typer.Option(help="This owner's private folder; identity.key is made there if it has none.")
 ]
 RosterFile = Annotated[Path, typer.Option(help="JSON of the owners' names and public keys.")]
-Events = Annotated[
-    str, typer.Option(help="What is printed for people, text, or for the program that started it, json.")
-]
+Events = Annotated[str, EVENTS]
 
 
 def _load(recipe: Path, overrides: list[str] | None = None) -> FederationRecipe:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hecompile.cli.console import EVENTS, check_events, tell_address
 from hecompile.cli.groups import with_groups
 from hecompile.cli.options import WorkerBundlePath
 from hecompile.errors import InputError
@@ -70,9 +71,7 @@ class LogOptions:
     panel = "Logs and metrics"
     metrics: Annotated[str | None, typer.Option(help="Serve Prometheus metrics at HOST:PORT/metrics.")] = None
     log_format: Annotated[str, typer.Option(help="text, or json: one object per line.")] = "text"
-    events: Annotated[
-        str, typer.Option(help="What is printed for people, text, or for the program that started it, json.")
-    ] = "text"
+    events: Annotated[str, EVENTS] = "text"
     verbose: Annotated[bool, typer.Option(help="Log every request (circuit, tokens, seconds; never the payload).")] = (
         False
     )
@@ -81,24 +80,15 @@ class LogOptions:
         """Log to standard error. Raises InputError for an unknown format."""
         from hecompile.runtime.worker.metering import JsonFormatter
 
-        for name, value in (("log-format", self.log_format), ("events", self.events)):
-            if value not in ("text", "json"):
-                raise InputError(f"--{name} is text or json, got {value!r}")
+        check_events(self.events)
+        if self.log_format not in ("text", "json"):
+            raise InputError(f"--log-format is text or json, got {self.log_format!r}")
         handler = logging.StreamHandler()
         text = logging.Formatter("%(asctime)s %(name)s %(message)s")
         handler.setFormatter(JsonFormatter() if self.log_format == "json" else text)
         logging.basicConfig(level=logging.DEBUG if self.verbose else logging.INFO, handlers=[handler])
         for noisy in ("matplotlib", "numba", "asyncio"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
-
-    def tell_address(self, address: str) -> None:
-        """Say on standard output where the worker listens."""
-        from hecompile.runtime.wire.events import emit
-
-        if self.events == "json":
-            emit("listening", address=address)
-        else:
-            print(f"listening on {address}", flush=True)
 
 
 @worker_app.command("serve")
@@ -149,7 +139,7 @@ def worker_serve(
     serve(
         Worker(opened, chosen),
         listen,
-        ready=logs.tell_address,
+        ready=lambda address: tell_address(logs.events, address),
         credentials=credentials,
         allow_plaintext_network=network.allow_plaintext_network,
     )

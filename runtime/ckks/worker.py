@@ -10,6 +10,7 @@ import socketserver
 import struct
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,19 @@ def _tell(connection: socket.socket, error: Exception) -> None:
         LOGGER.info("the client had gone")
 
 
-def serve(directory: str | Path, address: str, threads: int | None = None) -> None:
+def serve(
+    directory: str | Path,
+    address: str,
+    threads: int | None = None,
+    *,
+    ready: Callable[[str], None] = lambda address: None,
+) -> None:
     """Serve a worker bundle at `tcp://127.0.0.1:port` or `unix:///path` until SIGTERM or SIGINT.
 
     The connection has neither TLS nor authentication: addresses that other machines can reach are refused; forward the port.
-    Raises InputError for such an address, and what `open_worker` raises.
+
+    ready: called once with the address that is listened on.
+    Raises InputError for an address that is refused, and what `open_worker` raises.
     """
     worker, parsed = CkksWorker(directory, threads), parse_address(address)
     if isinstance(parsed, TcpAddress) and (parsed.scheme != "tcp" or not parsed.is_loopback):
@@ -152,7 +161,7 @@ def serve(directory: str | Path, address: str, threads: int | None = None) -> No
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
         LOGGER.info("listening on %s, plan %s", _where(server, parsed), worker.plan.plan_id[:12])
-        print(f"listening on {_where(server, parsed)}", flush=True)
+        ready(_where(server, parsed))
         try:
             server.serve_forever(poll_interval=0.2)
         finally:

@@ -30,6 +30,17 @@ def running_worker(bundle: Path, options: Sequence[str] = ()) -> Iterator[tuple[
         WorkerError: it ended before it listened; the message has its last words.
     """
     command = [*serve_command(bundle), "--listen", "tcp://127.0.0.1:0", *options]
+    with running_server(command) as started:
+        yield started
+
+
+@contextmanager
+def running_server(command: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run a command of this program that serves and prints events; yields the process and where it listens.
+
+    Raises:
+        WorkerError: it ended before it listened; the message has its last words.
+    """
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:  # a pipe that nobody reads would stop the worker when full
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)  # noqa: S603  this program
         try:

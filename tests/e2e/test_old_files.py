@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from hecompile.runtime.model.evaluation import inference
 from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
 from hecompile.runtime.training.metrics import read_metrics
 from hecompile.runtime.transports import InProcessTransport
+from hecompile.runtime.worker.process import running_server
 from hecompile.runtime.worker.worker import Worker
 
 OLD_FILES = Path(__file__).parent / "old_files"
@@ -145,13 +145,8 @@ def test_a_ckks_bundle_opens_and_gives_the_old_logits(old: Path, arrays: dict[st
     assert read_table(client, plan).shape == (259, 8)
     address = f"unix://{old}/s"
     serve = [sys.executable, "-m", "hecompile.cli", "ckks", "serve", str(worker), "--listen", address]
-    with subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        try:
-            assert process.stdout is not None and "listening" in process.stdout.readline()
-            with CkksSession(client, address) as session:
-                found = session.logits(arrays["ckks_tokens"])
-        finally:
-            process.terminate()
+    with running_server([*serve, "--events", "json"]), CkksSession(client, address) as session:
+        found = session.logits(arrays["ckks_tokens"])
     expected = arrays["ckks_logits"]
     assert found.shape == expected.shape == (3, 2, 259)
     assert np.abs(found - expected).max() < 2e-3 * (expected.max() - expected.min())

@@ -33,6 +33,7 @@ from hecompile.passes.polynomial.place_refreshes import PlaceRefreshes
 from hecompile.runtime.ckks.answers import complete
 from hecompile.runtime.ckks.client import CkksSession
 from hecompile.runtime.ckks.messages import receive, send
+from hecompile.runtime.worker.process import running_server
 from tests.runtime.ckks.support import LEVELS, OPTIONS
 from tests.support.training import make_tokenizer
 
@@ -43,8 +44,8 @@ TOKENS = np.array([[1, 70, 80], [1, 90, 100], [1, 5, 6]])
 def worker(build: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     address = f"unix://{tmp_path_factory.mktemp('w')}/s"
     command = [sys.executable, "-m", "hecompile.cli", "ckks", "serve", str(build / "worker"), "--listen", address]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None and "listening" in process.stdout.readline()
+    with running_server([*command, "--events", "json"]) as (process, told):
+        assert told == address
         yield address
         process.terminate()
         assert process.wait(timeout=20) == 0
