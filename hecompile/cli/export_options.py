@@ -9,12 +9,11 @@ import typer
 
 from hecompile.cli.options import Precision
 from hecompile.errors import InputError
-from hecompile.graph.llama import LLAMA_LINEARS
+from hecompile.llama import LLAMA_LINEARS
 
 if TYPE_CHECKING:  # imported when a command runs: help is to be quick
     from hecompile.he.random.sampling import PublicSeed
     from hecompile.passes.offload.attach_lora import AttachLora
-
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from hecompile.errors import InputError
 from hecompile.graph.ir import DOMAIN, ORIGIN, module_path, nodes_of_type, replace_node
-from hecompile.graph.llama import LLAMA_LINEARS
+from hecompile.llama import LLAMA_LINEARS
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import peft
 from pydantic import Field, field_validator, model_validator
 
 from hecompile.errors import InputError
-from hecompile.graph.llama import LLAMA_LINEARS
+from hecompile.llama import LLAMA_LINEARS
 from hecompile.runtime.federation.protocol.channels import Roster
 from hecompile.runtime.federation.protocol.layout import Layout
 from hecompile.runtime.federation.protocol.settings import Agreement, FederationSection

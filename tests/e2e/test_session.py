@@ -19,7 +19,7 @@ from hecompile.runtime.training.train import run_training
 from tests.e2e.conftest import Build
 from tests.support.training import make_recipe
 
-EXACT = {"attention": "softmax", "norm": "rmsnorm", "activation": "silu"}
+EXACT = {"attention": "exact", "norm": "exact", "activation": "exact"}
 
 
 @pytest.fixture
