@@ -14,7 +14,7 @@ from pathlib import Path
 
 import peft
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 from benchmarks.report import table
 from benchmarks.training.builds import PRECISION
@@ -28,6 +28,7 @@ from hecompile.runtime.client.session import Session, open_session
 from hecompile.runtime.inference.generation import CachedSteps, PrefixSteps, generate
 from hecompile.runtime.model.adapter import load_adapter
 from hecompile.runtime.model.data import encode_prompt, eos_and_pad
+from hecompile.runtime.model.tokens import TextEncoder
 from hecompile.runtime.recipes.training import Recipe, load_recipe
 from hecompile.runtime.training.train import run_training
 
@@ -65,7 +66,7 @@ def run(quick: bool) -> str:
             prompts = [encode_prompt(session.tokenizer, record["prompt"]) for record in records]
             some = prompts[:16]
             rows = _speed(session, some, repeats)
-            agreement = _agreement(session, adapter, prompts, [record["completion"] for record in records])
+            agreement = _agreement(session, adapter, prompts, records)
     prose = PROSE.format(
         steps=steps, precision=PRECISION, prompts=len(some), shortest=min(map(len, some)), longest=max(map(len, some)),
         new=NEW_TOKENS, repeats=repeats, forward=forward_bytes(session.bundle) / 1e3,
@@ -120,13 +121,14 @@ def _row(session: Session, prompts: Sequence[Sequence[int]], at_once: int, cache
     return [at_once, "yes" if cached else "no", tokens / seconds, *spent, int(used["tokens"]), kilobytes]
 
 
-def _agreement(session: Session, adapter: Path, prompts: list[list[int]], completions: list[str]) -> str:
+def _agreement(session: Session, adapter: Path, prompts: list[list[int]], records: list[dict[str, str]]) -> str:
     model, tokenizer = session.model, session.tokenizer
     eos, pad = eos_and_pad(tokenizer)
     cached = [list(a.tokens) for a in generate(model, CachedSteps(model), prompts, eos, ANSWER_TOKENS)]
     plain = [list(a.tokens) for a in generate(model, PrefixSteps(model, pad), prompts, eos, ANSWER_TOKENS)]
     theirs = _hugging_face(adapter, prompts, eos, pad, model)
-    wanted = [_completion(tokenizer, text, eos) for text in completions]
+    encoder = TextEncoder(tokenizer, eos)
+    wanted = [encoder.completion(record["prompt"], record["completion"]) for record in records]
 
     def same(one: list[list[int]], other: list[list[int]]) -> int:
         return sum(a == b for a, b in zip(one, other, strict=True))
@@ -135,10 +137,6 @@ def _agreement(session: Session, adapter: Path, prompts: list[list[int]], comple
         count=len(prompts), limit=ANSWER_TOKENS, same=same(cached, theirs), right=same(cached, wanted),
         theirs=same(theirs, wanted), cached=same(cached, plain),
     )  # fmt: skip
-
-
-def _completion(tokenizer: PreTrainedTokenizerBase, text: str, eos: int) -> list[int]:
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], eos]
 
 
 def _hugging_face(

@@ -111,8 +111,8 @@ def answer_under_ckks(plan: Path, worker: str, prompts: Sequence[Prompt], new_to
     console = message_console()
     with CkksSession(plan, worker) as session, progress_bar(console, quiet=not sys.stderr.isatty()) as bar:
         task = bar.add_task("refreshes", total=new_tokens * len(session.plan.refreshes))
-        texts = [prompt.text for prompt in prompts]
-        answers = complete(session, texts, new_tokens, lambda *_: bar.advance(task))
+        texts, places = [prompt.text for prompt in prompts], [prompt.where for prompt in prompts]
+        answers = complete(session, texts, new_tokens, lambda *_: bar.advance(task), places)
         stats = session.stats
     for number, written in enumerate(answers):
         print_answer(prompts, number, written)

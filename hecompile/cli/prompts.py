@@ -29,7 +29,8 @@ def gather_prompts(prompts: Sequence[str] | None, file: Path | None) -> list[Pro
 
     Raises InputError where both or neither are given, where the file cannot be read and where there is no prompt.
     """
-    from hecompile.runtime.inference.answers import Prompt, read_prompts
+    from hecompile.runtime.inference.answers import Prompt, plain_prompts, read_prompts
+    from hecompile.runtime.model.lines import split_lines
 
     if bool(prompts) == (file is not None):
         raise InputError("give prompts as arguments or in --prompts-file, one or the other")
@@ -37,7 +38,8 @@ def gather_prompts(prompts: Sequence[str] | None, file: Path | None) -> list[Pro
         return [Prompt(text) for text in prompts or ()]
     if str(file) != "-":
         return read_prompts(file)
-    lines = [Prompt(line.rstrip("\r\n")) for line in sys.stdin if line.strip()]
+    # Its bytes: the text layer would guess another encoding than that of a file.
+    lines = plain_prompts(split_lines(sys.stdin.buffer.read(), "standard input"))
     if not lines:
         raise InputError("standard input holds no prompt; give one per line")
     return lines

@@ -8,29 +8,29 @@ import numpy as np
 
 from hecompile.errors import InputError
 from hecompile.runtime.ckks.client import CkksSession, Progress
+from hecompile.runtime.model.tokens import TextEncoder, encode_prompts
 
 
 def complete(
-    session: CkksSession, prompts: Sequence[str], new_tokens: int, progress: Progress = lambda *_: None
+    session: CkksSession,
+    prompts: Sequence[str],
+    new_tokens: int,
+    progress: Progress = lambda *_: None,
+    places: Sequence[str | None] | None = None,
 ) -> list[str]:
     """Return the likeliest `new_tokens` tokens after each prompt; an answer ends at the end-of-sequence token.
 
-    Prompts may differ in length: the mask is causal, so that padding after a prompt changes nothing before it.
+    Prompts may differ in length: the mask is causal, so that padding after a prompt changes nothing before it. `places` are
+    what errors call the prompts: file and line, or None for the number.
 
     Raises:
         InputError: a prompt is empty, or with its answer longer than the plan's sequences; or the plan has logits of the
             last position alone, and a prompt is shorter or more than one token is asked for.
     """
     plan, tokenizer = session.plan, session.tokenizer
-    rows = [list(tokenizer(prompt, verbose=False)["input_ids"]) for prompt in prompts]
-    for number, row in enumerate(rows, 1):
-        if not row:
-            raise InputError(f"prompt {number} has no tokens: give it some text")
-        if len(row) + new_tokens - 1 > plan.sequence_length:
-            raise InputError(
-                f"prompt {number} has {len(row)} tokens, with {new_tokens} new ones more than the plan's "
-                f"{plan.sequence_length}: shorten it, ask for fewer or export with a larger --sequence-length"
-            )
+    encoder, named = TextEncoder(tokenizer, tokenizer.eos_token_id), places or [None] * len(prompts)
+    rows = encode_prompts(encoder, zip(prompts, named, strict=True), plan.sequence_length, new_tokens)
+    for row in rows:
         if plan.last_only and (len(row) != plan.sequence_length or new_tokens > 1):
             raise InputError(f"the plan has logits of the last position alone: prompts need {plan.sequence_length} tokens")
     starts = [len(row) for row in rows]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,18 +15,22 @@ from hecompile.errors import InputError
 from hecompile.files import reason_of, write_whole
 from hecompile.runtime.client.session import Session
 from hecompile.runtime.inference.generation import Answer, CachedSteps, Sampling, generate
-from hecompile.runtime.model.data import encode_prompt, eos_and_pad
+from hecompile.runtime.model.data import Example, encode_example, eos_and_pad
+from hecompile.runtime.model.lines import parse_object, read_lines
+from hecompile.runtime.model.tokens import TextEncoder, encode_prompts, has_half_characters
 
 JSON_SUFFIXES = (".jsonl", ".json")
 _KEYS = ("prompt", "completion")
+_LONGEST_KEY = 20
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Hold a prompt, and the completion that its answer is compared with, if there is one."""
+    """Hold a prompt, the completion that its answer is compared with, if there is one, and what an error calls it."""
 
     text: str
     completion: str | None = None
+    where: str | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         return f"Prompt({len(self.text)} characters)"
@@ -49,41 +52,39 @@ class Reply:
 def read_prompts(path: Path) -> list[Prompt]:
     """Read the prompts of a file: JSONL objects with `prompt` (and `completion`), or one prompt per line of any other file.
 
-    Empty lines are skipped. Raises InputError, naming file and line and no text, for what cannot be read.
+    Blank lines are skipped. Raises InputError, naming file and line and no text, for what cannot be read.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise InputError(f"cannot read the prompts in {path}: {reason_of(error)}") from None
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if path.suffix in JSON_SUFFIXES:
-        prompts = [_parse(line, f"{path}, line {number}") for number, line in lines]
-    else:
-        prompts = [Prompt(line.rstrip("\r")) for _, line in lines]
+    lines = read_lines(path, "prompts in")
+    in_json = path.suffix in JSON_SUFFIXES
+    prompts = [_parse(line, where) for where, line in lines] if in_json else plain_prompts(lines)
     if not prompts:
         raise InputError(f"{path} holds no prompt; give one per line, or JSON objects with prompt in a .jsonl file")
     return prompts
 
 
+def plain_prompts(lines: Iterable[tuple[str, str]]) -> list[Prompt]:
+    """Return a prompt per line, each line after its place. Raises InputError for a line with a NUL, which is no text."""
+    prompts = [Prompt(line, where=where) for where, line in lines]
+    for prompt in prompts:
+        if "\0" in prompt.text:
+            raise InputError(f"{prompt.where}: has a NUL, which is no text; save it as UTF-8")
+    return prompts
+
+
 def _parse(line: str, where: str) -> Prompt:
-    try:
-        record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not valid JSON at column {error.colno}") from None
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: not a JSON object with a string prompt")
+    record = parse_object(line, where, _KEYS)
     for key in record:
         # Other keys are left alone, as in training data; one that is misspelt would silently not be compared with.
-        if key not in _KEYS and (near := difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.8)):
+        if key not in _KEYS and (near := difflib.get_close_matches(key[:_LONGEST_KEY], _KEYS, n=1, cutoff=0.8)):
             raise InputError(f"{where}: unknown key {key!r}; did you mean {near[0]}?")
     if not isinstance(record.get("prompt"), str):
         raise InputError(f"{where}: not a JSON object with a string prompt")
     completion = record.get("completion")
     if completion is not None and not isinstance(completion, str):
         raise InputError(f"{where}: completion must be a string, not {type(completion).__name__}")
-    return Prompt(record["prompt"], completion)
+    if completion == "":
+        raise InputError(f"{where}: completion is an empty string; leave it out where there is nothing to compare with")
+    return Prompt(record["prompt"], completion, where)
 
 
 def infer(
@@ -101,7 +102,9 @@ def infer(
     """
     sampling, tokenizer = sampling or Sampling(), session.tokenizer
     eos, _ = eos_and_pad(tokenizer)
-    encoded = _encode(prompts, tokenizer)
+    encoder, longest = TextEncoder(tokenizer, eos), session.model.sequence_buckets[-1]
+    encoded = encode_prompts(encoder, [(prompt.text, prompt.where) for prompt in prompts], longest)
+    wanted = [_wanted(encoder, prompt, longest) for prompt in prompts]
     partial = None if out is None else _Partial(out, _fingerprint(session, prompts, max_new_tokens, sampling))
     replies = {} if partial is None else partial.read()
     for number, reply in sorted(replies.items()):
@@ -110,7 +113,7 @@ def infer(
 
     def keep(index: int, answer: Answer) -> None:
         number = missing[index]
-        replies[number] = _reply(prompts[number], answer, tokenizer, eos)
+        replies[number] = _reply(wanted[number], answer, tokenizer)
         if partial is not None:
             partial.add(number, replies[number])
         on_reply(number, replies[number])
@@ -124,26 +127,32 @@ def infer(
     return ordered
 
 
-def _encode(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    for number, prompt in enumerate(prompts, start=1):
-        if not prompt.text.strip():
-            raise InputError(f"prompt {number} is empty; give some text")
-    return [encode_prompt(tokenizer, prompt.text) for prompt in prompts]
+def _wanted(encoder: TextEncoder, prompt: Prompt, longest: int) -> Example | None:
+    """Return what the answer is compared with. Raises InputError for a completion that no answer can be."""
+    if prompt.completion is None:
+        return None
+    try:
+        if has_half_characters(prompt.completion):
+            raise InputError("it has half a character")
+        if not encoder.takes(prompt.completion, longest):
+            raise InputError(
+                f"it has {len(prompt.completion)} characters, the plan takes sequences of {longest} tokens"
+            )
+        return encode_example(encoder, prompt.text, prompt.completion)
+    except InputError as error:
+        raise InputError(f"{prompt.where or 'a prompt'}: the completion cannot be compared with: {error}") from None
 
 
-def _reply(prompt: Prompt, answer: Answer, tokenizer: PreTrainedTokenizerBase, eos: int) -> Reply:
+def _reply(wanted: Example | None, answer: Answer, tokenizer: PreTrainedTokenizerBase) -> Reply:
     text = str(tokenizer.decode(list(answer.tokens), skip_special_tokens=True))
-    match = None
-    if prompt.completion is not None:
-        completion = tokenizer(prompt.completion, add_special_tokens=False, verbose=False)["input_ids"]
-        match = list(answer.tokens) == [*completion, eos]
-    return Reply(text, len(answer.tokens), answer.finish, match)
+    return Reply(text, len(answer.tokens), answer.finish, None if wanted is None else wanted.matches(answer.tokens))
 
 
 def _fingerprint(session: Session, prompts: Sequence[Prompt], max_new_tokens: int, sampling: Sampling) -> str:
     """Hash all that decides the answers, in hex: a partial file with another fingerprint holds other answers."""
     state = hashlib.sha256(session.bundle.plan_id.encode())
-    state.update(json.dumps([max_new_tokens, asdict(sampling), [asdict(prompt) for prompt in prompts]]).encode())
+    asked = [{"text": prompt.text, "completion": prompt.completion} for prompt in prompts]
+    state.update(json.dumps([max_new_tokens, asdict(sampling), asked]).encode())
     for name, value in sorted(session.model.adapter_state().items()):
         state.update(name.encode() + value.detach().contiguous().numpy().tobytes())
     return state.hexdigest()
@@ -169,7 +178,7 @@ class _Partial:
             self._path.write_text(json.dumps(self._fingerprint) + "\n", encoding="utf-8")
         except OSError as error:
             raise InputError(f"cannot write the answers to {self._path}: {reason_of(error)}") from None
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise InputError(f"{self._path} is damaged: delete it, or give another --out") from None
         return {}
 

@@ -1,25 +1,25 @@
 """Turn private text into token batches: JSONL with `prompt` and `completion`, or with `text`, one object per line.
 
-A prompt is tokenised as the tokenizer does by default (with bos, for Llama), the completion after it on its own, and
-eos ends each example. The loss is taken on the completion and eos; of a `text` on all of it. No error shows any text.
+`hecompile.runtime.model.tokens` says which ids a text has; eos ends each example. The loss is taken on the completion and
+eos; of a `text` on all of it. No error shows any text.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hecompile.errors import InputError
-from hecompile.files import reason_of
+from hecompile.runtime.model.lines import parse_object, read_lines
+from hecompile.runtime.model.tokens import TextEncoder
 
+_KEYS = ("prompt", "completion", "text")
 IGNORED = -100
 """The label of a position that the loss leaves out; the value that transformers and torch's cross entropy use."""
 
@@ -29,6 +29,7 @@ class Example:
     """Hold one example: `input_ids` with eos at its end, of which the first `prompt_length` carry no loss.
 
     `prompt_length` is at least 1: the first token is predicted from nothing, so that it has no loss in any case.
+    `has_prompt` tells whether it is a prompt that inference answers: neither none, nor white space, nor without a token.
     """
 
     input_ids: tuple[int, ...]
@@ -42,6 +43,15 @@ class Example:
     def labels(self) -> list[int]:
         """Return `input_ids` with `IGNORED` in place of the prompt."""
         return [IGNORED] * self.prompt_length + list(self.input_ids[self.prompt_length :])
+
+    def matches(self, answer: Sequence[int]) -> bool:
+        """Tell whether an answer is exactly the completion, its eos included: the rule of evaluation and of inference.
+
+        Tokens are compared, so that white space counts. An answer ends at the first eos: no answer is a completion with eos
+        in its midst, although what stands behind it can be predicted.
+        """
+        wanted = self.input_ids[self.prompt_length :]
+        return tuple(answer) == wanted and wanted.index(wanted[-1]) == len(wanted) - 1
 
     def item(self) -> dict[str, list[int]]:
         """Return the lists `input_ids` and `labels`, of equal length, as `PadToBucket` collates them."""
@@ -119,11 +129,21 @@ def eos_and_pad(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the token ids that `prompt` begins an example with: bos if the tokenizer adds one, and no eos."""
-    ids: list[int] = list(tokenizer(prompt, verbose=False)["input_ids"])
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()
-    return ids
+    """Return the ids that `prompt` begins an example with: see `hecompile.runtime.model.tokens`."""
+    return TextEncoder(tokenizer, tokenizer.eos_token_id).prompt(prompt)
+
+
+def encode_example(encoder: TextEncoder, prompt: str | None, completion: str) -> Example:
+    """Return a completion behind a prompt as an example, or without a prompt the completion as its text.
+
+    Raises InputError where the tokenizer makes no token of what there is to learn.
+    """
+    start = [] if prompt is None else encoder.prompt(prompt)
+    answer = encoder.text(completion) if prompt is None else encoder.completion(prompt, completion)
+    prompt_length = max(1, len(start))
+    if not answer or len(start) + len(answer) <= prompt_length:
+        raise InputError("the tokenizer makes no token of it, there is nothing to learn from it")
+    return Example((*start, *answer), prompt_length, prompt is not None and bool(start and prompt.strip()))
 
 
 def load_examples(
@@ -138,21 +158,10 @@ def load_examples(
     object with the expected text, or an example with eos is longer than `max_length` or the largest sequence bucket.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8 JSONL") from None
-    except OSError as error:
-        raise InputError(f"cannot read the dataset {path}: {reason_of(error)}") from None
-    eos, _ = eos_and_pad(tokenizer)
+    lines = read_lines(path, "dataset")
+    encoder = TextEncoder(tokenizer, eos_and_pad(tokenizer)[0])
     limit = min(max_length or max(sequence_buckets), max(sequence_buckets))
-    examples = []
-    # Not splitlines(): U+2028 and its like are legal inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            prompt, completion = _parse(line, where)
-            examples.append(_encode(prompt, completion, tokenizer, eos, limit, where))
+    examples = [_example(*_parse(line, where), encoder, limit, where) for where, line in lines]
     if not examples:
         raise InputError(f"the dataset {path} is empty; give one JSON object with prompt and completion per line")
     return Examples(examples)
@@ -160,12 +169,7 @@ def load_examples(
 
 def _parse(line: str, where: str) -> tuple[str | None, str]:
     """Return (prompt, completion), or (None, text)."""
-    try:
-        record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not valid JSON at column {error.colno}") from None
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: not a JSON object; each line must be one, with prompt and completion, or text")
+    record = parse_object(line, where, _KEYS)
     if "text" in record and ("prompt" in record or "completion" in record):
         raise InputError(f"{where}: has text and also prompt or completion; give one form or the other")
     if "text" not in record and not {"prompt", "completion"} <= record.keys():
@@ -181,22 +185,25 @@ def _parse(line: str, where: str) -> tuple[str | None, str]:
     return (None, record["text"]) if keys == ("text",) else (record["prompt"], record["completion"])
 
 
-def _encode(
-    prompt: str | None, completion: str, tokenizer: PreTrainedTokenizerBase, eos: int, limit: int, where: str
-) -> Example:
-    if prompt is None:
-        ids = [*encode_prompt(tokenizer, completion), eos]
-        lengths, prompt_length = f"text has {len(ids) - 1} tokens", 1
-    else:
-        start = encode_prompt(tokenizer, prompt)
-        answer: list[int] = list(tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"])
-        ids = [*start, *answer, eos]
-        lengths, prompt_length = f"prompt has {len(start)} tokens and completion {len(answer)}", max(1, len(start))
-    if len(ids) > limit:
-        raise InputError(
-            f"{where}: {lengths}, with eos {len(ids)}, over the limit of {limit} tokens (the largest sequence bucket "
-            f"or data.max_length); shorten it or export the model with a larger bucket"
+def _example(prompt: str | None, completion: str, encoder: TextEncoder, limit: int, where: str) -> Example:
+    for key, text in (("prompt", prompt or ""), ("completion" if prompt is not None else "text", completion)):
+        if not encoder.takes(text, limit):
+            raise _too_long(f"{where}: {key} has {len(text)} characters", limit)
+    try:
+        example = encode_example(encoder, prompt, completion)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    if (count := len(example.input_ids)) > limit:
+        start, own = example.prompt_length, count - 1
+        lengths = (
+            f"text has {own} tokens" if prompt is None else f"prompt has {start} tokens and completion {own - start}"
         )
-    if len(ids) == prompt_length:
-        raise InputError(f"{where}: the tokenizer makes no token of it, there is nothing to learn from it")
-    return Example(tuple(ids), prompt_length, has_prompt=prompt is not None)
+        raise _too_long(f"{where}: {lengths}, with eos {count}", limit)
+    return example
+
+
+def _too_long(found: str, limit: int) -> InputError:
+    return InputError(
+        f"{found}, over the limit of {limit} tokens (the largest sequence bucket or data.max_length); shorten it or export "
+        f"the model with a larger bucket"
+    )

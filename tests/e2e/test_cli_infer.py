@@ -74,6 +74,7 @@ def test_a_token_costs_one_row_of_every_circuit_whatever_came_before(build: Buil
         (("A", "--prompts-file", "-"), "one or the other"),
         (("word " * 90,), "tokens, the plan takes sequences of at most 64"),
         (("A", " "), "prompt 2 is empty"),
+        (("A", "caf\udce9"), "prompt 2 has half a character, or a byte that is not UTF-8"),
         (("A", "--worker", "tcp://127.0.0.1:9", "--attempts", "1"), "127.0.0.1:9"),
         (("A", "--attempts", "0"), "attempts"),
         (("A", "--worker", "tpc://127.0.0.1:9"), "tpc"),
@@ -92,6 +93,20 @@ def test_bad_input(build: Build, tmp_path: Path, arguments: tuple[str, ...], mes
         infer(build, *given, stdin="")
     assert message in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bytes_of_another_encoding_on_standard_input(build: Build) -> None:
+    command = ["infer", str(build.client.directory), "--worker", "tcp://127.0.0.1:9", "--prompts-file", "-"]
+    result = CliRunner().invoke(app, command, input=b"One\ncaf\xe9\n")
+    assert isinstance(result.exception, HecompileError)
+    assert "standard input is not UTF-8 text (byte 7): see line 2" in str(result.exception)
+
+
+def test_a_prompt_of_a_file_is_named_by_its_line(build: Build, tmp_path: Path) -> None:
+    for name, content in (("p.txt", "A\n\n" + "word " * 90), ("p.jsonl", '{"prompt": "A"}\n\n{"prompt": " "}\n')):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(HecompileError, match=rf"{name}, line 3: the prompt (has \d+ tokens|is empty)"):
+            infer(build, "--prompts-file", str(tmp_path / name))
 
 
 def test_a_misspelt_key_is_refused_and_others_are_left_alone(tmp_path: Path) -> None:

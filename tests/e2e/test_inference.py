@@ -16,6 +16,8 @@ from hecompile.runtime.client.products import CleartextProducts
 from hecompile.runtime.client.session import Session
 from hecompile.runtime.inference.answers import Prompt, Reply, infer, read_prompts
 from hecompile.runtime.inference.generation import CachedSteps, PrefixSteps, Sampling, generate
+from hecompile.runtime.model.data import load_examples
+from hecompile.runtime.model.evaluation import evaluate
 from tests.e2e.conftest import SEQUENCE_BUCKETS, Build
 
 TEXTS = ["Question: Who", "The", "Question: Where does the baker live?\nAnswer:", "In the", "A", "Who is it?"]
@@ -101,12 +103,38 @@ def test_an_interrupted_run_goes_on(
     assert ["match" in record for record in records] == [False, True] * 3
 
 
+def test_a_match_is_what_evaluation_counts(
+    model: EncryptedCausalLM, tokenizer: PreTrainedTokenizerBase, build: Build, tmp_path: Path
+) -> None:
+    """Completions that the model writes, and others that differ by a space, a line or an eos."""
+    session = Session(model, tokenizer, build.client)
+    texts = [*TEXTS, "Question: Who treats Ada Stone?\nAnswer:", "<s>The", "user: hi</s>", "Answer: "]
+    written = infer(session, [Prompt(text) for text in texts], 40)
+    ends = ("", "</s>", " ", "\n", "</s> more", "\nmore")
+    asked = [
+        Prompt(text, reply.answer + end)
+        for text, reply in zip(texts, written, strict=True)
+        for end in ends
+        if reply.answer and reply.finish == "eos"
+    ]
+    assert len(asked) >= 3 * len(ends)
+    matches = [reply.match for reply in infer(session, asked, 60)]
+    for prompt, match in zip(asked, matches, strict=True):
+        path = tmp_path / "one.jsonl"
+        path.write_text(json.dumps({"prompt": prompt.text, "completion": prompt.completion}))
+        examples = load_examples(path, tokenizer, model.sequence_buckets)
+        assert match == (evaluate(model, examples, 0).exact_match == 1.0), prompt.completion
+    assert matches.count(True) >= len(asked) // 6
+
+
 def test_bad_input_is_named_before_anything_is_computed(
     model: EncryptedCausalLM, tokenizer: PreTrainedTokenizerBase, build: Build, tmp_path: Path
 ) -> None:
     session = Session(model, tokenizer, build.client)
     with pytest.raises(InputError, match=rf"prompt 2 has \d+ tokens, the plan takes .* at most {SEQUENCE_BUCKETS[-1]}"):
         infer(session, [Prompt("A"), Prompt("word " * 200)], 5)
+    with pytest.raises(InputError, match="q, line 2: the completion cannot be compared with: it has half a character"):
+        infer(session, [Prompt("A", "\ud83d", "q, line 2")], 5)
     with pytest.raises(InputError, match="prompt 1 is empty"):
         generate(model, CachedSteps(model), [[]], 2, 5)
     assert model.stats()["tokens"] == 0
@@ -117,7 +145,11 @@ def test_bad_input_is_named_before_anything_is_computed(
         infer(session, [Prompt("A")], 5, out=tmp_path)
     bad = tmp_path / "bad.jsonl"
     for text, message in (
-        ("{", "line 1: not valid JSON"), ('{"completion": "SECRET"}', "a string prompt"), ("\n", "holds no prompt")
+        ("{", "line 1: not valid JSON"), ('{"completion": "SECRET"}', "a string prompt"), ("\n", "holds no prompt"),
+        ('{"prompt": "SECRET", "completion": ""}', "line 1: completion is an empty string"),
+        ('{"prompt": "SECRET", "prompt": "A"}', "line 1: prompt is given 2 times"),
+        ('{"prompt": "SECRET\\ud83d"}', "line 1: prompt has half a character"),
+        ('\n{"prompt": "SECRET", "id": ' + "[" * 100_000, "line 2: lists or objects are nested too deeply"),
     ):  # fmt: skip
         bad.write_text(text)
         with pytest.raises(InputError, match=message) as caught:
@@ -125,4 +157,10 @@ def test_bad_input_is_named_before_anything_is_computed(
         assert "SECRET" not in str(caught.value)
     (tmp_path / "plain.txt").write_text("One\n\nTwo\n")
     assert read_prompts(tmp_path / "plain.txt") == [Prompt("One"), Prompt("Two")]
+    (tmp_path / "plain.txt").write_bytes(b"\xef\xbb\xbfOne\r\n \r\nTwo \rThree")
+    assert read_prompts(tmp_path / "plain.txt") == [Prompt("One"), Prompt("Two "), Prompt("Three")]
+    for content, message in ((b"One\nTw\0o", "line 2: has a NUL"), (b"One\nTw\xe9", r"\(byte 6\): see line 2")):
+        (tmp_path / "plain.txt").write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            read_prompts(tmp_path / "plain.txt")
     assert "SECRET" not in repr(Prompt("SECRET")) + repr(Reply("SECRET", 1, "eos"))

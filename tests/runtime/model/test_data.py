@@ -58,6 +58,22 @@ def test_lines_may_be_empty_and_strings_may_hold_unusual_line_separators(tmp_pat
     assert len(load_examples(path, TOKENIZER, BUCKETS)) == 2
 
 
+def test_the_ends_of_lines_are_no_text(tmp_path: Path) -> None:
+    lines = [b'{"prompt": "ab", "completion": "c\\r\\n"}', b'{"text": "d\\u0000"}']
+    path, digests = tmp_path / "a.jsonl", set()
+    for end in (b"\n", b"\r\n", b"\r", b"\n \t\n\n"):
+        for last in (b"", end):
+            path.write_bytes(end.join(lines) + last)
+            digests.add(load_examples(path, TOKENIZER, BUCKETS).digest)
+    assert len(digests) == 1
+
+
+def test_other_keys_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": 1, "prompt": "ab", "id": {"prompt": 1, "prompt": 2}, "x": "\\ud83d", "completion": "c"}')
+    assert len(load_examples(path, TOKENIZER, BUCKETS)) == 1
+
+
 def test_padding_is_on_the_right_to_the_smallest_bucket() -> None:
     items = [{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [8], "labels": [8]}]
     batch = PadToBucket((8, 4), PAD)(items)
@@ -114,7 +130,15 @@ def test_a_long_line_has_one_message_and_no_warning_of_transformers_besides(
         (f'{{"text": "{SECRET}", "prompt": "a"}}', "line 2: has text and also prompt or completion"),
         (f'{{"prompt": "{SECRET}", "completion": 3}}', "line 2: completion must be a string, not int"),
         (f'{{"prompt": "{SECRET}", "completion": ""}}', "line 2: completion is an empty string"),
+        (f'{{"prompt": "{SECRET}", "completion": "\\ud83d"}}', "line 2: completion has half a character"),
+        (f'{{"text": "{SECRET}", "text": "b"}}', "line 2: text is given 2 times"),
+        (f'{{"text": "{SECRET}", "id": {"7" * 5000}}}', "line 2: a number has too many digits"),
+        (f'{{"text": "{SECRET}", "id": {"[" * 100_000}', "line 2: lists or objects are nested too deeply"),
+        ("[" * 100_000 + "]" * 100_000, "line 2: lists or objects are nested too deeply"),
+        (f'{{"text": "{SECRET}\0"}}', "line 2: not valid JSON at column 19"),
+        (f'{{"text": "{SECRET * 1_300_000}"}}', "line 2: text has 10400000 characters, over the limit of 32 tokens"),
     ],
+    ids=lambda text: text[:40],
 )
 def test_a_bad_line_is_named_and_not_shown(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "a.jsonl"
@@ -136,6 +160,13 @@ def test_missing_empty_and_binary_files(tmp_path: Path) -> None:
     (tmp_path / "binary.jsonl").write_bytes(b'{"text": "\xff"}')
     with pytest.raises(InputError, match=r"binary\.jsonl is not UTF-8 text \(byte 10\)"):
         load_examples(tmp_path / "binary.jsonl", TOKENIZER, BUCKETS)
+    (tmp_path / "binary.jsonl").write_bytes('{"text": "é"}\r\n'.encode() + b'{"text": "\xe9"}\n')
+    with pytest.raises(
+        InputError, match=r"binary\.jsonl is not UTF-8 text \(byte 26\): see line 2, and save it as UTF-8"
+    ):
+        load_examples(tmp_path / "binary.jsonl", TOKENIZER, BUCKETS)
+    with pytest.raises(InputError, match=r"cannot read the dataset .*: embedded null byte"):
+        load_examples("a\0b", TOKENIZER, BUCKETS)
 
 
 def test_a_tokenizer_must_have_eos_and_need_not_have_padding() -> None:

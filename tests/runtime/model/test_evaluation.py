@@ -88,6 +88,14 @@ def test_exact_match_agrees_with_generation(model: PlaintextPeftModel, eos: int)
     assert together.exact_match == sum(matches) / len(matches)
 
 
+def test_an_answer_ends_at_the_first_eos() -> None:
+    assert Example((1, 7, 8, 2), 2, True).matches([8, 2])
+    for answer in ([8], [8, 2, 2], [2], [], [7, 8, 2]):
+        assert not Example((1, 7, 8, 2), 2, True).matches(answer)
+    assert Example((2, 7, 2), 2, True).matches([2])  # eos before the completion is the prompt's
+    assert not Example((1, 7, 8, 2, 9, 2), 2, True).matches([8, 2, 9, 2])
+
+
 def test_the_loss_is_the_mean_over_unmasked_tokens_whatever_the_batches(tmp_path: Path) -> None:
     model = make_model(dropout=0.5)
     examples = load_examples(write_jsonl(tmp_path / "a.jsonl", [*RECORDS, {"text": "plain"}]), TOKENIZER, BUCKETS)
