@@ -100,7 +100,7 @@ class Staging:
     def _lines(self) -> list[dict[str, Any]]:
         """Read the journal up to the first line that an interruption cut off."""
         lines = []
-        with contextlib.suppress(FileNotFoundError, ValueError):
+        with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
             for text in self._journal.read_text(encoding="utf-8").splitlines(keepends=True):
                 if not text.endswith("\n"):
                     break

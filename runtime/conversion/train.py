@@ -74,7 +74,7 @@ class Conversion:
         """Read the report of the checkpoint at `out`. Raises InputError where there is none."""
         try:
             report = json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             raise InputError(f"{out} holds no {REPORT_FILE}; convert the checkpoint first") from None
         fields: dict[str, Any] = {
             name: {kind: Interval(**ends) for kind, ends in value.items()} if isinstance(value, dict) else value

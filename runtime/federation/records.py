@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from hecompile.errors import InputError
 from hecompile.runtime.federation.events import ROUND, Report
 from hecompile.runtime.federation.output import ROUNDS_FILE, clear_server
 from hecompile.runtime.federation.protocol.server_round import RoundResult
@@ -66,6 +67,12 @@ class RoundLog:
 
 
 def read_records(directory: Path) -> list[RoundRecord]:
-    """Read the records in a federation's output directory."""
-    lines = (directory / ROUNDS_FILE).read_text(encoding="utf-8").splitlines()
-    return [RoundRecord(**json.loads(line)) for line in lines]
+    """Read the records in a federation's output directory. Raises InputError, naming the line, where one is damaged."""
+    path = directory / ROUNDS_FILE
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            records.append(RoundRecord(**json.loads(line)))
+        except (ValueError, TypeError, RecursionError):
+            raise InputError(f"{path}, line {number}: damaged, not the record of a round") from None
+    return records

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hecompile.errors import FederationError
 from hecompile.runtime.federation.protocol.channels import Identity, Roster
 
 IDENTITY_FILE = "identity.key"
+PUBLIC_KEY_BYTES = 32
 
 
 def own_identity(name: str, folder: Path) -> Identity:
@@ -26,7 +28,19 @@ def write_roster(path: Path, identities: Sequence[Identity]) -> None:
 def read_roster(path: Path) -> Roster:
     """Read the roster that `write_roster` wrote. Raises FederationError for anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {str(name): bytes.fromhex(key) for name, key in content.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        raise FederationError(f"{path} is no roster: a JSON object of names and public keys in hexadecimal") from None
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        roster = {str(name): bytes.fromhex(key) for name, key in content.items()}
+        if any(len(key) != PUBLIC_KEY_BYTES for key in roster.values()):
+            raise ValueError("a key of another length")
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        raise FederationError(
+            f"{path} is no roster: a JSON object of names, each once, and public keys, {PUBLIC_KEY_BYTES} bytes each in "
+            "hexadecimal"
+        ) from None
+    return roster
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(content := dict(pairs)) < len(pairs):
+        raise ValueError("a name is given twice")
+    return content

@@ -148,7 +148,7 @@ def load_adapter(model: AdapterModel, directory: str | Path) -> None:
         base = (directory / BASE_FILE).read_text(encoding="ascii").strip() if (directory / BASE_FILE).is_file() else None
     except OSError as error:
         raise InputError(f"no PEFT adapter in {directory}: {reason_of(error)}") from None
-    except (ValueError, SafetensorError):
+    except (ValueError, RecursionError, SafetensorError):
         raise InputError(f"the adapter in {directory} is damaged; save it again") from None
     own = json.loads(json.dumps(model.peft_config.to_dict(), default=_jsonable))
     for name in _DEFINING:

@@ -70,7 +70,7 @@ class Subject:
             return Subject(str(header["dataset"]), int(header["examples"]), float(header["delta"]))
         except OSError as error:
             raise InputError(f"cannot read the privacy ledger {path}: {reason_of(error)}") from None
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise PrivacyError(f"{path} is not a privacy ledger, or its first line is damaged") from None
 
 

@@ -89,7 +89,7 @@ class LedgerFile:
         try:
             record = dict(json.loads(line))
             chain = record.pop("chain")
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise self.damaged(number) from None
         if chain != _link(self._chain, record):
             raise self.damaged(number)

@@ -1,4 +1,4 @@
-"""Load a YAML recipe of any kind: unique keys, overrides, relative paths, errors that name the place.
+"""Load a YAML recipe of any kind: overrides, relative paths, errors that name the place.
 
 A relative path in the file is relative to the file's directory, so that a recipe and its data can be moved together; one in
 an override is relative to the working directory, as on any command line.
@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import ValidationError
 
 from hecompile.errors import InputError
-from hecompile.files import reason_of
 from hecompile.runtime.recipes.key_hints import explain, suggest
 from hecompile.runtime.recipes.section import Section
+from hecompile.runtime.recipes.yaml_text import parse_yaml, read_yaml
 
 Kind = TypeVar("Kind", bound=Section)
 Resolve = Callable[[dict[str, Any], Path], None]
@@ -61,29 +60,10 @@ def sections_at(document: Any, place: Sequence[str]) -> Iterator[dict[str, Any]]
 
 
 def _read(path: Path, kind: type[Section]) -> dict[str, Any]:
-    try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506  a SafeLoader
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the recipe {path}: {reason_of(error)}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    document = read_yaml(path, f"the recipe {path}")
     if not isinstance(document, dict):
         raise InputError(f"the recipe {path} must be a YAML mapping with the keys {', '.join(kind.model_fields)}")
     return document
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuse a mapping with a repeated key, where YAML would silently keep the last one; otherwise a SafeLoader."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str) or key in seen:
-                problem = f"repeated or non-text key {key!r}"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def _apply_override(document: dict[str, Any], override: str, kind: type[Section], resolve: Resolve) -> None:
@@ -92,10 +72,7 @@ def _apply_override(document: dict[str, Any], override: str, kind: type[Section]
     keys = dotted.split(".")
     if not equals or not all(keys):
         raise InputError(f"override {override!r} must have the form key=value, for example training.max_steps=20")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"override {dotted}: the value is not valid YAML") from None
+    value = parse_yaml(text, f"override {dotted}: the value")
     *sections, leaf = keys
     changed = {leaf: value}
     part: dict[str, Any] = changed

@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hecompile.files import write_whole
+from hecompile.errors import InputError
+from hecompile.files import reason_of, write_whole
 
 METRICS_FILE = "metrics.jsonl"
 _LOGGED = ("epoch", "loss", "learning_rate", "grad_norm")
@@ -65,9 +66,25 @@ class MetricsWriter(TrainerCallback):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics file; a last line that a kill left incomplete is dropped."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Return the records of a metrics file; a last line that a kill left incomplete is dropped.
+
+    Raises InputError for a file that cannot be read, and naming the line for a record that is none.
+    """
+    try:
+        content = path.read_bytes() if path.is_file() else b""
+    except OSError as error:
+        raise InputError(f"cannot read the metrics {path}: {reason_of(error)}") from None
+    return [_record(line, f"{path}, line {number}") for number, line in enumerate(content.split(b"\n")[:-1], start=1)]
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise InputError(f"{where}: damaged, not a record of a step; delete the line")
+    return record
 
 
 def forget_after(path: Path, step: int) -> None:

@@ -62,7 +62,7 @@ def check_resumable(checkpoint: Path, output_dir: Path, settings: dict[str, obje
     try:
         step = int(json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))["global_step"])
         started = dict(json.loads((checkpoint / SETTINGS_FILE).read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise InputError(f"checkpoint {checkpoint} is damaged; resume from another one") from None
     for name in _ARCHIVES:
         if not _whole(checkpoint / name):

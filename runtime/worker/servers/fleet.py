@@ -15,12 +15,11 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
-from hecompile.files import reason_of
+from hecompile.runtime.recipes.yaml_text import read_yaml
 from hecompile.runtime.wire.address import UnixAddress, parse_address
 from hecompile.runtime.worker.shards import layer_count, shard, split_layers
 
@@ -60,18 +59,14 @@ class FleetFile(BaseModel):
 
 def load_fleet(path: Path) -> FleetFile:
     """Read and check a fleet's file. Raises InputError that names the key, or the file that cannot be read."""
+    document = read_yaml(path, str(path))
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(document, dict):
             raise InputError(f"{path} must be a YAML mapping with the keys {', '.join(FleetFile.model_fields)}")
         for key in ("bundle", "tls_certificate", "tls_key", "client_authority", "token_file"):
             if isinstance(document.get(key), str):
                 document[key] = str(path.resolve().parent / document[key])
         fleet = FleetFile.model_validate(document)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {reason_of(error)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -110,6 +110,7 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], object], str]] = {
         "manifest.json is damaged",
     ),
     "manifest of something else": (lambda d: (d / MANIFEST).write_text("[]"), "not the manifest of a worker bundle"),
+    "long number in the manifest": (lambda d: (d / MANIFEST).write_text("7" * 5000), "manifest.json is damaged"),
     "deep manifest": (lambda d: (d / MANIFEST).write_text("[" * 100_000), "manifest.json is damaged"),
     "earlier version": (edit_manifest(lambda m: m.update(version=1)), "has version 1, this program reads 2"),
     "unknown field": (edit_manifest(lambda m: m.update(note="x")), "note: Extra inputs are not permitted"),

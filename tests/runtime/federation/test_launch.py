@@ -95,7 +95,9 @@ def test_a_roster_is_read_as_it_was_written(tmp_path: Path) -> None:
     identities = [Identity.generate(name) for name in ("a", "b")]
     write_roster(tmp_path / "roster.json", identities)
     assert read_roster(tmp_path / "roster.json") == {one.name: one.public for one in identities}
-    for content in ("[1]", json.dumps({"a": "xyz"}), ""):
+    key = identities[0].public.hex()
+    twice = f'{{"a": "{key}", "a": "{identities[1].public.hex()}"}}'
+    for content in ("[1]", json.dumps({"a": "xyz"}), "", "[" * 100_000, twice, json.dumps({"a": key[2:]})):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(FederationError, match="is no roster"):
             read_roster(tmp_path / "bad.json")

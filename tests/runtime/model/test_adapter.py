@@ -126,3 +126,6 @@ def test_loading_a_missing_or_damaged_adapter(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-5])
     with pytest.raises(InputError, match="is damaged"):
         load_adapter(make_model(), directory)
+    (directory / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="is damaged"):
+        load_adapter(make_model(), directory)

@@ -103,7 +103,10 @@ def changed(line: bytes, **values: object) -> bytes:
     return json.dumps(json.loads(line) | values).encode() + b"\n"
 
 
-@pytest.mark.parametrize("damage", ["noise", "count", "left out", "exchanged", "garbage", "flipped", "header", "twice"])
+@pytest.mark.parametrize(
+    "damage",
+    ["noise", "count", "left out", "exchanged", "garbage", "flipped", "header", "twice", "deep", "digits"],
+)
 def test_a_damaged_ledger_is_refused_with_the_line(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "ledger"
     with PrivacyLedger(path, SUBJECT) as ledger:
@@ -119,6 +122,8 @@ def test_a_damaged_ledger_is_refused_with_the_line(tmp_path: Path, damage: str) 
         "flipped": ([*lines[:4], lines[4].replace(b"1.3", b"1.4")], 5),
         "header": ([changed(lines[0], examples=2000), *lines[1:]], 1),
         "twice": ([*lines, lines[4]], 6),
+        "deep": ([*lines[:2], b"[" * 100_000 + b"\n", *lines[3:]], 3),
+        "digits": ([*lines[:2], lines[2].replace(b"1,", b"7" * 5000 + b",", 1), *lines[3:]], 3),
     }[damage]
     path.write_bytes(b"".join(lines))
     before = path.read_bytes()

@@ -53,9 +53,10 @@ def test_what_cannot_be_resumed_is_refused_and_left_as_it_was(tmp_path: Path) ->
             with pytest.raises(InputError, match=rf"checkpoint-6 is damaged \({name}\); resume from another one"):
                 run_training(make_model(), TOKENIZER, make_recipe(tmp_path, max_steps=7), resume=True)
         path.write_bytes(whole)
-    (tmp_path / "run/checkpoint-6/trainer_state.json").write_text("{")
-    with pytest.raises(InputError, match="checkpoint-6 is damaged"):
-        run_training(make_model(), TOKENIZER, make_recipe(tmp_path), resume=True)
+    for state in ("{", "[" * 100_000, '{"global_step": 1e999}'):
+        (tmp_path / "run/checkpoint-6/trainer_state.json").write_text(state)
+        with pytest.raises(InputError, match="checkpoint-6 is damaged"):
+            run_training(make_model(), TOKENIZER, make_recipe(tmp_path), resume=True)
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == metrics
 
 

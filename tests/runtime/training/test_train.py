@@ -260,3 +260,11 @@ def test_a_torn_last_line_of_the_metrics_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1, "loss": 2.5}) + '\n{"step": 2, "lo')
     assert read_metrics(path) == [{"step": 1, "loss": 2.5}]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"loss": 1}', "[" * 100_000, '{"step": ' + "7" * 5000 + "}", "caf\xe9"])
+def test_a_damaged_line_of_the_metrics_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n', encoding="latin-1")
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2: damaged, not a record of a step; delete the line"):
+        read_metrics(path)

@@ -36,6 +36,8 @@ def test_bad_fleet_files_are_named(tmp_path: Path) -> None:
         ("bundle: x\nsurprise: 1\n", "surprise: Extra inputs"),
         ("shards: 2\n", "bundle: Field required"),
         ("[]", "must be a YAML mapping"),
+        ("bundle: x\nshards: 2\nshards: 3\n", "repeated or non-text key 'shards' .* line 3"),
+        ("bundle: " + "[" * 10_000, "nested too deeply"),
         ("bundle: x\nreplicas: 2\nlisten: tcp://127.0.0.1:5000\n", "cannot be the address of several workers"),
         ("bundle: x\nlisten: http://x\n", "needs tcp://"),
     ):
