@@ -35,4 +35,4 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:
-	rm -rf build build-private build-gaussian build-ckks build-converted runs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build build-demo build-private build-gaussian build-ckks build-converted build-text runs .pytest_cache .ruff_cache .mypy_cache

@@ -26,7 +26,7 @@ def doctor(
     credentials: CredentialOptions,
     worker: Annotated[str | None, typer.Argument(help=f"{WORKER_ADDRESS}. Without it this machine is checked.")] = None,
     plan: Annotated[
-        Path | None, typer.Option(help="The client bundle (build/client) whose plan the worker serves.")
+        Path | None, typer.Option(help="The client bundle (OUT/client) whose plan the worker serves.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens per step to predict for.")] = 512,
 ) -> None:
@@ -38,7 +38,7 @@ def doctor(
     """
     if worker is not None:
         if plan is None:
-            raise InputError("give --plan, the client bundle (build/client) whose plan the worker serves")
+            raise InputError("give --plan, the client bundle (OUT/client) whose plan the worker serves")
         _check_worker(worker, plan, tokens, credentials)
     elif plan is not None:
         raise InputError("--plan is for the check of a worker: give the worker's address too")

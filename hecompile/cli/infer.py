@@ -38,7 +38,7 @@ class WorkerOptions:
     )
     worker_bundle: Annotated[
         Path | None,
-        typer.Option(help="Instead of --worker: run this worker bundle (build/worker) in this process."),
+        typer.Option(help="Instead of --worker: run this worker bundle (OUT/worker) in this process."),
     ] = None
     engine: Annotated[str | None, typer.Option(help="With --worker-bundle: its engine.")] = None
     reply_timeout: Annotated[float, typer.Option(help="Seconds of silence after which a request counts as lost.")] = (

@@ -15,8 +15,8 @@ CheckpointName = Annotated[str, typer.Option(help="Checkpoint: a directory made 
 BuildDirectory = Annotated[
     Path, typer.Option(help="Where to write client/ and worker/. An earlier build there is replaced.")
 ]
-ClientBundlePath = Annotated[Path, typer.Argument(help="The client bundle (build/client).")]
-WorkerBundlePath = Annotated[Path, typer.Argument(help="The worker bundle (build/worker).")]
+ClientBundlePath = Annotated[Path, typer.Argument(help="The client bundle (OUT/client).")]
+WorkerBundlePath = Annotated[Path, typer.Argument(help="The worker bundle (OUT/worker).")]
 AdapterPath = Annotated[Path | None, typer.Option(help="A PEFT adapter, e.g. runs/demo/adapter.")]
 
 TrainingRecipePath = Annotated[

@@ -13,7 +13,7 @@ from hecompile.runtime.recipes.training import load_recipe
 from tests.conftest import ROOT
 
 RECIPES = ROOT / "models" / "recipes"
-DEMO = ROOT / "build"
+DEMO = ROOT / "build-demo"
 FIRST_RUN = ROOT / "docs" / "first-run.md"  # which has the demo's commands
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = [path for path in PAGES if path != FIRST_RUN]
@@ -26,8 +26,24 @@ def exports(path: Path) -> set[str]:
 
 
 def test_the_demo_builds_where_its_recipe_looks() -> None:
-    assert exports(FIRST_RUN) == {"build"}
-    assert load_recipe(RECIPES / "demo.yaml").model.resolve() == DEMO / "client"
+    assert exports(FIRST_RUN) == {"build-demo"}
+    recipe = load_recipe(RECIPES / "demo.yaml")
+    assert recipe.model.resolve() == DEMO / "client"
+    assert recipe.worker_bundle is not None and recipe.worker_bundle.resolve() == DEMO / "worker"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_no_page_builds_or_looks_where_an_installation_builds(path: Path) -> None:
+    """`pip install .` puts the package into build/, with which an export would be mixed or which it would refuse."""
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"(?<![\w/-])build/(client|worker)|--out (build|dist)\b(?!-)", text)
+
+
+def test_what_the_pages_build_is_neither_committed_nor_left_by_make_clean() -> None:
+    clean = re.search(r"^\trm -rf (.*)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert clean is not None and "/build-*/" in (ROOT / ".gitignore").read_text().split()
+    shipped = {out for path in PAGES for out in exports(path) if not out.isupper()} - {"build-mine"}  # yours
+    assert DEMO.name in shipped and shipped <= set(clean[1].split())
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "docs" / "own-data.md"], ids=lambda path: path.name)
