@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import re
@@ -94,3 +95,22 @@ def reason_of(error: OSError | UnicodeDecodeError) -> str:
 
 def _created(path: Path, mode: int) -> BinaryIO:
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
+
+
+def near_neighbour(path: Path) -> Path | None:
+    """Return what lies beside a path that does not exist and has nearly its name; None where nothing does."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return None
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
+    return path.with_name(near[0]) if near else None
+
+
+def explain_missing(path: Path) -> str:
+    """Say that nothing is at a path: how far it exists, and what has nearly its name."""
+    if (near := near_neighbour(path)) is not None:
+        return f"{path}: it does not exist; did you mean {near}?"
+    existing = next((folder for folder in path.parents if folder.is_dir()), None)
+    within = "" if existing in (None, path.parent) else f", {existing} being the last folder that does"
+    return f"{path}: it does not exist{within}"

@@ -10,6 +10,8 @@ import json
 from enum import Enum
 from pathlib import Path
 
+from hecompile.files import explain_missing
+
 MANIFEST = "manifest.json"
 PLAN, CIRCUIT, TABLE = "plan.json", "circuit.onnx", "embeddings.npy"
 CLIENT_FORMAT, WORKER_FORMAT = "hecompile-client", "hecompile-worker-bundle"
@@ -63,8 +65,10 @@ def kind_of(directory: Path) -> BundleKind | None:
 def explain_mix_up(directory: Path, wanted: BundleKind) -> str | None:
     """Explain that `directory` is another kind of bundle than `wanted`, and name the directory that was probably meant.
 
-    None where it is of that kind, or nothing is known of it.
+    Also that there is nothing at all. None where it is of that kind, or nothing is known of it.
     """
+    if not directory.exists():
+        return f"no {wanted} at {explain_missing(directory)}"
     inside, beside = directory / wanted.half, directory.parent / wanted.half
     here = kind_of(directory)
     if here is None and kind_of(inside) is wanted:

@@ -9,6 +9,7 @@ import typer
 
 from hecompile.cli.console import wide_console
 from hecompile.errors import InputError
+from hecompile.files import explain_missing
 
 if TYPE_CHECKING:  # imported when a command runs: help is to be quick
     from rich.console import Console
@@ -35,6 +36,8 @@ def inspect(
     For a polynomial graph show its depth and refreshes, under CKKS also parameters and bytes per evaluation."""
     from hecompile.bundles.ckks import is_polynomial_bundle
 
+    if not build.exists():
+        raise InputError(f"nothing to inspect at {explain_missing(build)}")
     console = wide_console()
     polynomial = build.is_file() or is_polynomial_bundle(build)
     if polynomial and draw is not None:

@@ -7,18 +7,16 @@ import io
 import logging
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import torch
 import transformers
 from torch import Tensor
 
-from hecompile.errors import InputError
+from hecompile.checkpoint.loading import load_configuration, load_model
+from hecompile.checkpoint.place import find_checkpoint
 from hecompile.graph.ir import NAME_SCOPES
 
-SUPPORTED_MODEL_TYPES = ("llama",)
 OPSET = 23
 _GRAPH_INPUTS = ("input_ids", "attention_bias", "position_ids")
 
@@ -51,57 +49,19 @@ class _ExportWrapper(torch.nn.Module):
 def load_config(model_name_or_path: str) -> transformers.PretrainedConfig:
     """Load the configuration of a Llama checkpoint (local directory or hub id).
 
-    Raises InputError when it cannot be found or read, or when its architecture is not supported.
+    Raises InputError when it cannot be found or read, or when it asks for what is not supported.
     """
-    local = Path(model_name_or_path)
-    if local.exists() and not local.is_dir():
-        raise InputError(f"model {model_name_or_path} is a file; give the directory that holds config.json")
-    if local.is_dir() and not (local / "config.json").is_file():
-        raise InputError(f"model directory {model_name_or_path} has no config.json; is it a save_pretrained directory?")
-    try:
-        config = transformers.AutoConfig.from_pretrained(model_name_or_path)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"cannot read the model configuration of {model_name_or_path}: {_first_line(error)}"
-        ) from error
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        raise InputError(
-            f"model {model_name_or_path} has architecture {config.model_type!r}; "
-            f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
-        raise InputError(f"model {model_name_or_path} has biases in its linear layers, which is not supported")
-    return config
+    return load_configuration(find_checkpoint(model_name_or_path, whole=False))
 
 
 def load_checkpoint(model_name_or_path: str) -> Checkpoint:
     """Load a Llama checkpoint (local directory or hub id) in float32 for export, with its tokenizer.
 
-    Raises InputError as `load_config` does, and when the weights or the tokenizer cannot be read.
+    Raises InputError as `load_config` does, and when the weights or the tokenizer cannot be read or do not belong together.
     """
-    load_config(model_name_or_path)
-    try:
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            model_name_or_path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-        )
-        model, info = loaded
-    except Exception as error:  # safetensors and torch raise many kinds for a corrupt file
-        raise InputError(
-            f"cannot load the weights of {model_name_or_path}: {_first_line(error)}; "
-            "check that the weight files are complete"
-        ) from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise InputError(f"the weights of {model_name_or_path} lack {len(missing)} tensors, first: {missing[0]}")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_name_or_path)
-    except Exception as error:
-        raise InputError(f"cannot load the tokenizer of {model_name_or_path}: {_first_line(error)}") from error
-    return Checkpoint(model_name_or_path, model.eval(), tokenizer)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    load_config(model_name_or_path)  # what it refuses need not be fetched
+    model, tokenizer = load_model(find_checkpoint(model_name_or_path))
+    return Checkpoint(model_name_or_path, model, tokenizer)
 
 
 def export_onnx(model: transformers.PreTrainedModel) -> ir.Model:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar, cast
 
+from hecompile.checkpoint.configuration import POLYNOMIAL_KEY
 from hecompile.errors import InputError, LegalityError
 from hecompile.passes.approximation.approximate_rmsnorm import ApproximateRMSNorm
 from hecompile.passes.approximation.approximate_silu import ApproximateSiLU
@@ -21,7 +22,7 @@ from hecompile.passes.approximation.approximate_softmax import ApproximateSoftma
 from hecompile.passes.approximation.quantize_activation import QuantizeActivation
 from hecompile.polynomial.names import EXACT, current_name
 
-CONFIG_KEY = "hecompile_polynomial"
+CONFIG_KEY = POLYNOMIAL_KEY
 ATTENTIONS = (EXACT, "power", "gaussian_kernel", "chebyshev")
 NORMS = (EXACT, "polynomial")
 ACTIVATIONS = (EXACT, "polynomial", "composed", "quantized")

@@ -11,11 +11,11 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.worker import WorkerBundle
-from hecompile.errors import InputError
+from hecompile.checkpoint.tokenizer import load_tokenizer as read_tokenizer
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import CleartextProducts, EncryptedProducts, Products
 from hecompile.runtime.model.backend import ForwardPass
@@ -86,11 +86,7 @@ def connect_workers(place: Workplace) -> Replicas:
 
 def load_tokenizer(bundle: ClientBundle) -> PreTrainedTokenizerBase:
     """Load the tokenizer that travels with the plan: the original checkpoint is not needed."""
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(bundle.tokenizer)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the tokenizer of {bundle.directory}; export the bundle again") from error
-    return tokenizer
+    return read_tokenizer(bundle.tokenizer)
 
 
 def open_products(bundle: ClientBundle, place: Workplace) -> Products:

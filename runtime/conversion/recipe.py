@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from hecompile.checkpoint.place import local_path
 from hecompile.polynomial.names import EXACT, current_name
 from hecompile.runtime.recipes.document import load_document, resolve_paths
 from hecompile.runtime.recipes.section import Positive, Section
@@ -165,7 +166,7 @@ class ConversionRecipe(Section):
 def load_conversion(path: str | Path, overrides: Sequence[str] = ()) -> ConversionRecipe:
     """Load a conversion recipe, see `hecompile.runtime.recipes.document.load_document`.
 
-    A `model` that is no directory beside the recipe is a hub id.
+    A `model` is a path as seen from the recipe, or a hub id (`hecompile.checkpoint.place.local_path`).
     """
     return load_document(path, overrides, ConversionRecipe, _resolve)
 
@@ -173,5 +174,5 @@ def load_conversion(path: str | Path, overrides: Sequence[str] = ()) -> Conversi
 def _resolve(document: dict[str, Any], directory: Path) -> None:
     resolve_paths(document, _PATH_KEYS, directory)
     model = document.get("model")
-    if isinstance(model, str) and (directory / model).is_dir():
-        document["model"] = str(directory / model)
+    if isinstance(model, str) and (path := local_path(model, directory)) is not None:
+        document["model"] = str(path)

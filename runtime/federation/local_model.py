@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from hecompile.checkpoint.loading import load_configuration
+from hecompile.checkpoint.tokenizer import load_tokenizer
 from hecompile.errors import InputError
+from hecompile.files import explain_missing
 from hecompile.runtime.client.session import open_session
 from hecompile.runtime.federation.protocol.layout import Layout
 from hecompile.runtime.federation.recipe import FederationRecipe, OwnerSection
@@ -56,12 +59,12 @@ class LocalModel:
 def plaintext_model(recipe: FederationRecipe) -> LocalModel:
     """Load the recipe's checkpoint with an adapter drawn from its seed, the same for all. Raises InputError without one."""
     if not recipe.model.is_dir():
-        raise InputError(f"recipe: no model directory {recipe.model}")
+        raise InputError(f"recipe: no model directory {explain_missing(recipe.model)}")
     torch.manual_seed(recipe.training.seed)
     model = PlaintextPeftModel.from_pretrained(
         recipe.model, recipe.lora.config(), tuple(recipe.sequence_buckets), recipe.batch_size
     )
-    return LocalModel(model, AutoTokenizer.from_pretrained(recipe.model))
+    return LocalModel(model, load_tokenizer(recipe.model, load_configuration(recipe.model)))
 
 
 @contextmanager

@@ -10,10 +10,12 @@ from typing import cast
 
 import peft
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from hecompile.checkpoint.loading import load_model
 from hecompile.errors import InputError
+from hecompile.files import explain_missing
 from hecompile.runtime.model.adapter import head_digest
 from hecompile.runtime.model.head import linear_cross_entropy, scored_positions, scored_targets
 from hecompile.runtime.model.per_example import GradientCollector, PerExample
@@ -53,8 +55,8 @@ class PlaintextPeftModel(torch.nn.Module):
     ) -> PlaintextPeftModel:
         """Load the checkpoint in the directory `model`, with the attention that transformers prefers (SDPA)."""
         if not Path(model).is_dir():
-            raise InputError(f"no model directory {model}")
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+            raise InputError(f"no model directory {explain_missing(Path(model))}")
+        base, _ = load_model(Path(model), "sdpa")
         return cls(base, peft_config, sequence_buckets, batch_size, max_batch_tokens)
 
     @property

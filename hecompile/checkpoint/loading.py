@@ -1,0 +1,59 @@
+"""Load a Llama from a checkpoint's folder: configuration, tokenizer and weights, each read by what is in its file alone.
+
+transformers gets values and never the folder: given a folder it would attach an adapter, read defaults of generation, look
+up the hub, and open pickles where there are no safetensors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from hecompile.checkpoint.configuration import read_answer_ends, read_configuration
+from hecompile.checkpoint.folder import check_folder
+from hecompile.checkpoint.tokenizer import check_vocabulary, load_tokenizer
+from hecompile.checkpoint.weights import read_weights
+from hecompile.errors import InputError
+
+
+def load_configuration(directory: Path) -> LlamaConfig:
+    """Read and check the configuration of the checkpoint in `directory`. Raises InputError for what is not supported."""
+    check_folder(directory)
+    config = read_configuration(directory)
+    read_answer_ends(directory, config)
+    return config
+
+
+def load_model(
+    directory: Path, attention: Literal["eager", "sdpa"] = "eager"
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """Load the checkpoint in `directory`, float32, and its tokenizer. Raises InputError naming what is wrong.
+
+    What does not need the weights is refused before they are read. The model's generation_config has the ids of bos, eos and
+    padding, and nothing else: `answer_ends` reads them.
+    """
+    config = load_configuration(directory)
+    ends = read_answer_ends(directory, config)
+    tokenizer = load_tokenizer(directory, config)
+    check_vocabulary(directory, tokenizer, config.vocab_size)
+    weights = read_weights(directory, config)
+    try:
+        model: Any = LlamaForCausalLM.from_pretrained(
+            None, config=config, state_dict=weights, dtype=torch.float32, attn_implementation=attention
+        )
+    except Exception as error:  # whatever transformers finds in weights that are those of a Llama
+        raise InputError(f"cannot load the weights of {directory}: {' '.join(str(error).split())}") from error
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, pad_token_id=config.pad_token_id,
+        eos_token_id=ends[0] if len(ends) == 1 else ends or None,
+    )  # fmt: skip
+    return model.eval(), tokenizer
+
+
+def answer_ends(model: Any) -> frozenset[int]:
+    """Return the ids of the tokens that end an answer of a transformers model, by its generation_config."""
+    ids = model.generation_config.eos_token_id
+    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
