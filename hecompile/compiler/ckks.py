@@ -12,18 +12,20 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import peft
-import transformers
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hecompile.bundles.ckks import CkksPlan
 from hecompile.bundles.kinds import CIRCUIT, TABLE, BundleKind
+from hecompile.checkpoint.adapter import check_settings, check_targets, default_settings, read_matrices, read_settings
+from hecompile.checkpoint.values import number, whole
 from hecompile.ckks.circuit import PolynomialCircuit
 from hecompile.ckks.parameters import CkksParameters
 from hecompile.compiler.calibration import write_samples
@@ -34,6 +36,7 @@ from hecompile.compiler.polynomial_options import require_polynomials
 from hecompile.compiler.target import check_target
 from hecompile.errors import InputError
 from hecompile.files import reason_of, replace_directory
+from hecompile.graph.llama import LLAMA_LINEARS
 from hecompile.he.random.sampling import PublicSeed
 
 _PHASES = {"expand_polynomials": "expand", "place_refreshes": "place refreshes"}
@@ -101,15 +104,50 @@ def lower_checkpoint(
 
 
 def merged_checkpoint(checkpoint: Checkpoint, adapter: Path) -> Checkpoint:
-    """Put W + scaling·B·A in place of W, by PEFT. Raises InputError where the adapter is none or does not fit."""
-    if not (adapter / "adapter_config.json").is_file():
-        raise InputError(f"{adapter} is no PEFT adapter: it has no adapter_config.json")
-    try:
-        model: Any = peft.PeftModel.from_pretrained(checkpoint.model, str(adapter))
-        merged: transformers.PreTrainedModel = model.merge_and_unload()
-    except Exception as error:  # PEFT, torch and safetensors raise many kinds for a file that does not fit
-        raise InputError(f"the adapter {adapter} does not fit {checkpoint.name}: {str(error).splitlines()[0]}") from error
-    return Checkpoint(checkpoint.name, merged.eval(), checkpoint.tokenizer)
+    """Put W + scaling·B·A in place of W. Raises InputError where the adapter is none, is of another kind, or does not fit.
+
+    The weights of `checkpoint` are changed. PEFT, given the folder, would do whatever else its settings ask for.
+    """
+    settings = read_settings(adapter)
+    check_settings(adapter, settings, default_settings(), free=("r", "lora_alpha"))
+    rank = whole(str(adapter), "r", settings["r"], 1, 2**20)
+    alpha = number(str(adapter), "lora_alpha", settings["lora_alpha"])
+    state = read_matrices(adapter)
+    check_targets(adapter, settings["target_modules"], state)
+    linears = {
+        name: module
+        for name, module in checkpoint.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in LLAMA_LINEARS
+    }
+    pairs = _pairs(adapter, checkpoint.name, state, linears, rank)
+    with torch.no_grad():
+        for name, (a, b) in pairs.items():  # [r, in], [out, r]
+            merged = linears[name].weight + (b @ a) * (alpha / rank)
+            if not torch.isfinite(merged).all():
+                raise InputError(f"the adapter {adapter} makes weights of {name} that are not finite")
+            linears[name].weight = torch.nn.Parameter(merged)
+    return checkpoint
+
+
+def _pairs(
+    adapter: Path, model: str, state: dict[str, Tensor], linears: Mapping[str, torch.nn.Linear], rank: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return A and B of every linear that the adapter has matrices for. Raises InputError unless all of them fit."""
+    left, pairs = dict(state), {}
+    for name, linear in linears.items():
+        keys = [f"base_model.model.{name}.lora_{side}.weight" for side in "AB"]
+        if not any(key in left for key in keys):
+            continue
+        for key, shape in zip(keys, ((rank, linear.in_features), (linear.out_features, rank)), strict=True):
+            found = list(left[key].shape) if key in left else "missing"
+            if found != list(shape):
+                raise InputError(f"the adapter {adapter} does not fit {model}: {key} is {found} but must be {list(shape)}")
+        a, b = (left.pop(key).to(torch.float32) for key in keys)
+        pairs[name] = (a, b)
+    if left or not pairs:
+        which = f"has no place for {min(left)}" if left else "has no matrices of LoRA for it"
+        raise InputError(f"the adapter {adapter} does not fit {model}, which {which}")
+    return pairs
 
 
 def _write(out: Path, plan: CkksPlan, circuit: bytes, table: NDArray[Any], tokenizer: Any) -> None:

@@ -12,23 +12,26 @@ from typing import Protocol
 
 import peft
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers.modeling_outputs import CausalLMOutput
 
+from hecompile.checkpoint.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_settings,
+    check_targets,
+    jsonable,
+    plain_settings,
+    read_matrices,
+    read_settings,
+)
 from hecompile.errors import InputError
 from hecompile.files import reason_of, replace_directory
 
 _LOG = logging.getLogger(__name__)
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 BASE_FILE = "base.sha256"
 """The digest of the model that the matrices were trained on. PEFT ignores it; an adapter need not have it."""
-# The settings besides the matrices that change what an adapter computes (`lora_dropout` acts in training only).
-_DEFINING = (
-    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern"
-)  # fmt: skip
 
 
 class AdapterModel(Protocol):
@@ -120,7 +123,7 @@ def save_adapter(model: AdapterModel, directory: str | Path, base_model_name_or_
     config["inference_mode"] = True  # as PEFT saves it: a loaded adapter is frozen unless asked otherwise
     if base_model_name_or_path is not None:
         config["base_model_name_or_path"] = str(base_model_name_or_path)
-    text = json.dumps(config, indent=2, sort_keys=True, default=_jsonable) + "\n"
+    text = json.dumps(config, indent=2, sort_keys=True, default=jsonable) + "\n"
     tensors = {key: value.detach().cpu().contiguous() for key, value in sorted(model.adapter_state().items())}
     directory.parent.mkdir(parents=True, exist_ok=True)
     # In the same parent, so that the move is a rename; with the usual permissions, which mkdtemp itself does not give.
@@ -137,24 +140,15 @@ def save_adapter(model: AdapterModel, directory: str | Path, base_model_name_or_
 def load_adapter(model: AdapterModel, directory: str | Path) -> None:
     """Copy the values of the adapter in `directory` into the model's parameters.
 
-    Raises `InputError` if files are missing or unreadable, or if the adapter differs from the model in the settings
-    that define what it computes, in its matrices or in their shapes; the message names what differs. Warns of one that was
+    Raises `InputError` if files are missing or unreadable, or if the adapter differs from the model in any setting that may
+    change what it computes, in its matrices or in their shapes; the message names what differs. Warns of one that was
     trained on another model of the same shape.
     """
     directory = Path(directory)
-    try:
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-        state = load_file(directory / WEIGHTS_FILE)
-        base = (directory / BASE_FILE).read_text(encoding="ascii").strip() if (directory / BASE_FILE).is_file() else None
-    except OSError as error:
-        raise InputError(f"no PEFT adapter in {directory}: {reason_of(error)}") from None
-    except (ValueError, RecursionError, SafetensorError):
-        raise InputError(f"the adapter in {directory} is damaged; save it again") from None
-    own = json.loads(json.dumps(model.peft_config.to_dict(), default=_jsonable))
-    for name in _DEFINING:
-        # An older PEFT wrote fewer settings; one that is absent has its default, which the model's must then be too.
-        if name in config and config[name] != own[name]:
-            raise InputError(f"adapter {directory}: {name} is {config[name]} but the model's is {own[name]}")
+    settings = read_settings(directory)
+    check_settings(directory, settings, plain_settings(model.peft_config))
+    state, base = read_matrices(directory), _base_of(directory)
+    check_targets(directory, settings["target_modules"], state)
     expected = model.adapter_state()
     _refuse(directory, "has no values for", sorted(expected.keys() - state.keys()))
     _refuse(directory, "has values that the model has no place for:", sorted(state.keys() - expected.keys()))
@@ -162,13 +156,11 @@ def load_adapter(model: AdapterModel, directory: str | Path) -> None:
         if value.shape != expected[key].shape:
             shapes = f"{list(value.shape)} but the model's is {list(expected[key].shape)}"
             raise InputError(f"adapter {directory}: the shape of {key} is {shapes}")
-        if not torch.isfinite(value).all():
-            raise InputError(f"adapter {directory}: {key} has values that are not finite")
     if base is not None and base != model.digest:
         # Not refused: a copy of the model in another precision has another digest, too.
         _LOG.warning(
             "adapter %s was trained on another model (%s): what it answers here may mean nothing",
-            directory, config.get("base_model_name_or_path"),
+            directory, settings["base_model_name_or_path"],
         )  # fmt: skip
     model.load_adapter_state({key: value.to(torch.float32) for key, value in state.items()})
 
@@ -179,7 +171,9 @@ def _refuse(directory: Path, what: str, keys: list[str]) -> None:
         raise InputError(f"adapter {directory} {what} {', '.join(keys[:3])}{more}; was it made for another export?")
 
 
-def _jsonable(value: object) -> object:
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)  # PEFT keeps target_modules as a set, whose order differs from run to run
-    raise TypeError(f"{type(value).__name__} has no JSON form")
+def _base_of(directory: Path) -> str | None:
+    """Return the digest of the model that an adapter was trained on; None where it is not known."""
+    try:
+        return (directory / BASE_FILE).read_text(encoding="ascii").strip() if (directory / BASE_FILE).is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the adapter in {directory} is damaged: {BASE_FILE}: {reason_of(error)}") from None

@@ -118,6 +118,113 @@ def test_loading_names_what_differs_and_changes_nothing(tmp_path: Path, change, 
     assert all(torch.equal(value, before[key]) for key, value in model.adapter_state().items())
 
 
+def saved_settings(directory: Path, **changes: object) -> dict[str, object]:
+    path = directory / "adapter_config.json"
+    settings = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(settings))
+    return settings
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_matrices_that_are_differences_to_a_changed_base_are_refused(tmp_path: Path, init: str) -> None:
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=init
+    )
+    adapted = peft.get_peft_model(make_base(), config)
+    adapted.save_pretrained(tmp_path / "a")
+    with pytest.raises(InputError, match=f"init_lora_weights is '{init}'; supported: True, False, gaussian, orthogonal"):
+        load_adapter(make_model(), tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("init_lora_weights", "loftq"), ("init_lora_weights", "corda"), ("init_lora_weights", "eva"),
+        ("init_lora_weights", "lora_ga"), ("init_lora_weights", "mica"), ("init_lora_weights", 1),
+        ("alora_invocation_tokens", [5]), ("use_rslora", True), ("use_dora", True), ("bias", "all"), ("lora_bias", True),
+        ("fan_in_fan_out", True), ("rank_pattern", {"q_proj": 2}), ("alpha_pattern", {"q_proj": 2}),
+        ("init_lora_weights", None), ("layers_to_transform", [0]), ("layers_to_transform", 0),
+        ("modules_to_save", ["lm_head"]), ("layer_replication", [[0, 2], [1, 2]]),
+        ("trainable_token_indices", [3]), ("loftq_config", {"loftq_bits": 4}), ("eva_config", {"rho": 2.0}),
+        ("corda_config", {"corda_method": "ipm"}), ("target_parameters", ["q_proj.weight"]), ("exclude_modules", ["q_proj"]),
+        ("use_qalora", True), ("use_bdlora", {"nblocks": 2}), ("arrow_config", {"top_k": 1}), ("kasa_config", {"beta": 1}),
+        ("lora_ga_config", {"x": 1}), ("velora_config", {"x": 1}), ("monteclora_config", {"x": 1}),
+        ("megatron_config", {"tensor_model_parallel_size": 1}), ("ensure_weight_tying", True), ("peft_type", "ADALORA"),
+        ("peft_type", None), ("task_type", "SEQ_CLS"), ("r", "4"), ("r", True), ("lora_alpha", None),
+        ("lora_alpha", float("nan")), ("target_modules", None), ("a_setting_of_next_year", None),
+    ],
+)  # fmt: skip
+def test_every_setting_must_be_the_models_but_for_those_that_change_nothing(
+    tmp_path: Path, name: str, value: object
+) -> None:
+    directory = save_adapter(make_model(), tmp_path / "a")
+    saved_settings(directory, **{name: value})
+    with pytest.raises(InputError, match=rf"a: (adapter_config.json has the setting '{name}'|{name} is )"):
+        load_adapter(make_model(seed=3), directory)
+
+
+def test_every_setting_of_this_peft_is_refused_or_is_on_the_list(tmp_path: Path) -> None:
+    """What a later PEFT adds is looked at by nobody: it must be refused until somebody says that it is harmless."""
+    directory = save_adapter(make_model(), tmp_path / "a")
+    settings, harmless = saved_settings(directory), set()
+    for name in sorted(settings):
+        saved_settings(directory, **(settings | {name: "of another kind"}))
+        try:
+            load_adapter(make_model(seed=3), directory)
+        except InputError as error:
+            assert name in str(error)
+        else:
+            harmless.add(name)
+    assert harmless == {
+        "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "lora_dropout",
+        "megatron_core", "layers_pattern", "qalora_group_size",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [True, False, "gaussian", "orthogonal"])
+def test_how_the_matrices_were_drawn_changes_nothing(tmp_path: Path, value: object) -> None:
+    directory, model = save_adapter(make_model(), tmp_path / "a"), make_model(seed=3)
+    saved_settings(directory, init_lora_weights=value, lora_dropout=0.5, task_type=None)
+    load_adapter(model, directory)
+    assert torch.equal(model.adapter_state()[Q_PROJ_A], make_model().adapter_state()[Q_PROJ_A])
+
+
+def test_a_setting_that_is_missing_has_pefts_default(tmp_path: Path) -> None:
+    directory = save_adapter(make_model(), tmp_path / "a")
+    settings = saved_settings(directory)
+    assert settings.pop("lora_alpha") == 8 == peft.LoraConfig().lora_alpha
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    load_adapter(make_model(seed=3), directory)
+    other = save_adapter(make_model(), tmp_path / "b")
+    assert settings.pop("r") == 4
+    (other / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="r is 8 but the model's is 4"):
+        load_adapter(make_model(seed=3), other)
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (["q_proj"], "there are matrices for .*down_proj, which target_modules leaves out"),
+        (["q_proj", "v_proj", "down_proj", "o_proj"], "target_modules has 'o_proj', and there are no matrices for it"),
+        (r".*\.q_proj", "which target_modules leaves out"),
+        ("(", "target_modules is no regular expression"),
+    ],
+)
+def test_targets_are_the_modules_with_matrices(tmp_path: Path, targets: object, said: str) -> None:
+    directory = save_adapter(make_model(), tmp_path / "a")
+    saved_settings(directory, target_modules=targets)
+    with pytest.raises(InputError, match=said):
+        load_adapter(make_model(), directory)
+
+
+def test_an_adapter_that_is_a_pickle_is_not_opened(tmp_path: Path) -> None:
+    directory = save_adapter(make_model(), tmp_path / "a")
+    (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
+    with pytest.raises(InputError, match=r"adapter_model\.bin is a pickle"):
+        load_adapter(make_model(), directory)
+
+
 def test_loading_a_missing_or_damaged_adapter(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no PEFT adapter in .*nowhere"):
         load_adapter(make_model(), tmp_path / "nowhere")
