@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import onnx_ir as ir
 import torch
+from transformers import GenerationConfig
 
+from hecompile.checkpoint.loading import answer_ends
 from hecompile.compiler.frontend import Checkpoint
 from hecompile.compiler.pipeline import approximate
 from hecompile.compiler.polynomial_options import PolynomialOptions
@@ -39,18 +43,25 @@ def write_samples(
 
 def _write_by_checkpoint(checkpoint: Checkpoint, start: int, seed: int, length: int) -> Samples:
     prompts = torch.full((_SEQUENCES, 1), start)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    model = cast("Any", checkpoint.model)
+    asked = GenerationConfig(
+        do_sample=True, top_k=0, max_length=length, min_length=length, pad_token_id=start,
+        eos_token_id=sorted(answer_ends(model)) or None,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _without_own_settings(model):
         torch.manual_seed(seed)
-        tokens = cast("Any", checkpoint.model).generate(
-            input_ids=prompts,
-            attention_mask=torch.ones_like(prompts),
-            do_sample=True,
-            top_k=0,
-            max_length=length,
-            min_length=length,
-            pad_token_id=start,
-        )
+        tokens = model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), generation_config=asked)
     return tuple(tuple(int(token) for token in row) for row in tokens)
+
+
+@contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """Keep the model's own defaults of generation out: `generate` takes whatever is not asked for from them."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _write_by_graph(exported: ir.Model, polynomials: PolynomialOptions, start: int, seed: int, length: int) -> Samples:
