@@ -107,10 +107,16 @@ def near_neighbour(path: Path) -> Path | None:
     return path.with_name(near[0]) if near else None
 
 
+def did_you_mean(path: Path) -> str:
+    """Return a question with what has nearly the name of a path that does not exist, to end a message; else nothing."""
+    near = near_neighbour(path)
+    return "" if near is None else f"; did you mean {near}?"
+
+
 def explain_missing(path: Path) -> str:
-    """Say that nothing is at a path: how far it exists, and what has nearly its name."""
-    if (near := near_neighbour(path)) is not None:
-        return f"{path}: it does not exist; did you mean {near}?"
+    """Say that nothing is at a path: what has nearly its name, or how far it exists."""
+    if question := did_you_mean(path):
+        return f"{path}: it does not exist{question}"
     existing = next((folder for folder in path.parents if folder.is_dir()), None)
     within = "" if existing in (None, path.parent) else f", {existing} being the last folder that does"
     return f"{path}: it does not exist{within}"

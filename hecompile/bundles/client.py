@@ -7,7 +7,7 @@ manifest.json   format, plan id, public seed, ring, LoRA options, buckets, every
 plan.onnx(.data) the client plan: embedding, norms, row scales, and linears that stay with the client
 hints/*.npy     H = W·A mod q, one per circuit; none in a plan whose worker computes them (`hints` in the manifest)
 checks/*.npy    secret: what each reply is verified with, one per circuit (`hecompile.he.verification`)
-tokenizer/      what AutoTokenizer.from_pretrained loads
+tokenizer/      what AutoTokenizer.from_pretrained loads; generation_config.json: the ids of the tokens that end an answer
 """
 
 from __future__ import annotations
@@ -199,6 +199,7 @@ class ClientBundle:
         for needed in (PLAN, *hints, *checks):
             if needed not in listed:
                 raise InputError(f"{directory / MANIFEST} is damaged: {needed} is not listed; {_REMEDY}")
+        _refuse_strangers(directory, listed)
         ring = manifest.plan.ring.ring()
         if ring.security_bits < AMPLE_BITS:
             LOGGER.warning(
@@ -258,6 +259,14 @@ def _read_manifest(directory: Path) -> _Manifest:
     except (OSError, RecursionError, ValueError) as error:  # a ValidationError is a ValueError
         first = str(error).splitlines()[0]
         raise InputError(f"{path} is damaged ({first}); {_REMEDY}") from error
+
+
+def _refuse_strangers(directory: Path, listed: set[str]) -> None:
+    """Refuse a file beside the tokenizer that the manifest does not have: it may change how text is read."""
+    folder = directory / TOKENIZER
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.relative_to(directory).as_posix() not in listed:
+            raise InputError(f"{path} is not part of the bundle, and a tokenizer may read it; delete it")
 
 
 def _check_file(directory: Path, record: FileRecord) -> None:

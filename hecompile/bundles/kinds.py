@@ -10,7 +10,7 @@ import json
 from enum import Enum
 from pathlib import Path
 
-from hecompile.files import explain_missing
+from hecompile.files import did_you_mean
 
 MANIFEST = "manifest.json"
 PLAN, CIRCUIT, TABLE = "plan.json", "circuit.onnx", "embeddings.npy"
@@ -68,7 +68,8 @@ def explain_mix_up(directory: Path, wanted: BundleKind) -> str | None:
     Also that there is nothing at all. None where it is of that kind, or nothing is known of it.
     """
     if not directory.exists():
-        return f"no {wanted} at {explain_missing(directory)}"
+        file = MANIFEST if wanted.command == "export llama" else PLAN
+        return f"{directory} is not a {wanted}: {file} is missing, for there is no such directory{did_you_mean(directory)}"
     inside, beside = directory / wanted.half, directory.parent / wanted.half
     here = kind_of(directory)
     if here is None and kind_of(inside) is wanted:

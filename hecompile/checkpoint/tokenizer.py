@@ -48,7 +48,7 @@ def check_vocabulary(where: str | Path, tokenizer: PreTrainedTokenizerBase, voca
 
 def write_answer_ends(directory: Path, ids: Iterable[int]) -> None:
     """Write the ids of the tokens that end an answer beside a tokenizer, in the file that Hugging Face has for them."""
-    text = json.dumps({"eos_token_id": list(ids)}) + "\n"
+    text = json.dumps({"eos_token_id": sorted(ids)}) + "\n"
     (directory / GENERATION_CONFIG).write_text(text, encoding="utf-8")
 
 

@@ -25,6 +25,8 @@ from torch import Tensor
 from hecompile.bundles.ckks import CkksPlan
 from hecompile.bundles.kinds import CIRCUIT, TABLE, BundleKind
 from hecompile.checkpoint.adapter import check_settings, check_targets, default_settings, read_matrices, read_settings
+from hecompile.checkpoint.loading import answer_ends
+from hecompile.checkpoint.tokenizer import write_answer_ends
 from hecompile.checkpoint.values import number, whole
 from hecompile.ckks.circuit import PolynomialCircuit
 from hecompile.ckks.parameters import CkksParameters
@@ -36,8 +38,8 @@ from hecompile.compiler.polynomial_options import require_polynomials
 from hecompile.compiler.target import check_target
 from hecompile.errors import InputError
 from hecompile.files import reason_of, replace_directory
-from hecompile.graph.llama import LLAMA_LINEARS
 from hecompile.he.random.sampling import PublicSeed
+from hecompile.llama import LLAMA_LINEARS
 
 _PHASES = {"expand_polynomials": "expand", "place_refreshes": "place refreshes"}
 """Step of the pipeline → name of the phase that it begins."""
@@ -77,7 +79,7 @@ def export_polynomial(
         last_only=options.last_only, hidden=table.shape[1], vocabulary=len(table), depth=depth,
         refreshes={name: list(shape) for name, shape in circuit.refreshed.items()},
     )  # fmt: skip
-    _write(out, plan, serialized, table, checkpoint.tokenizer)
+    _write(out, plan, serialized, table, checkpoint)
     return plan
 
 
@@ -150,7 +152,7 @@ def _pairs(
     return pairs
 
 
-def _write(out: Path, plan: CkksPlan, circuit: bytes, table: NDArray[Any], tokenizer: Any) -> None:
+def _write(out: Path, plan: CkksPlan, circuit: bytes, table: NDArray[Any], checkpoint: Checkpoint) -> None:
     """Write beside `out`, then rename. Raises InputError where it cannot be written; `out` is then as it was."""
     staged = out.parent / f".{out.name}.{os.getpid()}.partial"  # a name that nobody else has anything at
     client, worker = staged / "client", staged / "worker"
@@ -160,7 +162,8 @@ def _write(out: Path, plan: CkksPlan, circuit: bytes, table: NDArray[Any], token
             plan.write(directory)
         (worker / CIRCUIT).write_bytes(circuit)
         np.save(client / TABLE, np.ascontiguousarray(table, dtype=np.float32))
-        tokenizer.save_pretrained(client)
+        checkpoint.tokenizer.save_pretrained(client)
+        write_answer_ends(client, answer_ends(checkpoint.model))
         replace_directory(staged, out)
     except OSError as error:
         raise InputError(f"cannot write {out}: {reason_of(error)}") from error

@@ -29,6 +29,8 @@ from hecompile.bundles.client import (
 from hecompile.bundles.client import VERSION as CLIENT_VERSION
 from hecompile.bundles.kinds import CLIENT, BundleKind
 from hecompile.bundles.worker import VERSION as WORKER_VERSION
+from hecompile.checkpoint.loading import answer_ends
+from hecompile.checkpoint.tokenizer import write_answer_ends
 from hecompile.compiler.calibration import SHORT_LENGTH, write_samples
 from hecompile.compiler.circuit_writer import Progress, write_circuits, write_circuits_without_hints
 from hecompile.compiler.frontend import export_onnx, load_checkpoint
@@ -61,7 +63,7 @@ def compile_checkpoint(
     check_target(out, BundleKind.CLIENT)
     progress("load", 0, 1)
     checkpoint = load_checkpoint(model_name_or_path)
-    name, tokenizer = checkpoint.name, checkpoint.tokenizer
+    name, tokenizer, ends = checkpoint.name, checkpoint.tokenizer, answer_ends(checkpoint.model)
     longest = getattr(checkpoint.model.config, "max_position_embeddings", options.sequence_buckets[-1])
     if options.sequence_buckets[-1] > longest:
         raise InputError(
@@ -90,7 +92,7 @@ def compile_checkpoint(
             weight = torch.from_numpy(circuit.weight).t()  # [out, in]
             write_checks(stage.build / CLIENT / CHECKS, circuit.name, Checks.draw(weight, random))
         progress("write", 0, 1)
-        _write_client(stage.build / CLIENT, plan, tokenizer, record, hints)
+        _write_client(stage.build / CLIENT, plan, tokenizer, ends, record, hints)
     return record.plan_id()
 
 
@@ -140,9 +142,11 @@ def _write_client(
     directory: Path,
     plan: SplitPlan,
     tokenizer: transformers.PreTrainedTokenizerBase,
+    ends: frozenset[int],
     record: PlanRecord,
     hints: Iterable[FileRecord],
 ) -> None:
     ir.save(plan.client, directory / PLAN, external_data=PLAN_DATA)
     tokenizer.save_pretrained(directory / TOKENIZER)
+    write_answer_ends(directory / TOKENIZER, ends)
     write_manifest(directory, record, hints)

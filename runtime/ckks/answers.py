@@ -18,7 +18,7 @@ def complete(
     progress: Progress = lambda *_: None,
     places: Sequence[str | None] | None = None,
 ) -> list[str]:
-    """Return the likeliest `new_tokens` tokens after each prompt; an answer ends at the end-of-sequence token.
+    """Return the likeliest `new_tokens` tokens after each prompt; an answer ends at any token that ends answers.
 
     Prompts may differ in length: the mask is causal, so that padding after a prompt changes nothing before it. `places` are
     what errors call the prompts: file and line, or None for the number.
@@ -35,6 +35,7 @@ def complete(
             raise InputError(f"the plan has logits of the last position alone: prompts need {plan.sequence_length} tokens")
     starts = [len(row) for row in rows]
     ended = [False] * len(rows)
+    ends = session.answer_ends | {tokenizer.eos_token_id}
     for _ in range(new_tokens):
         padded = np.zeros((len(rows), plan.sequence_length), dtype=np.int64)
         for number, row in enumerate(rows):
@@ -42,7 +43,7 @@ def complete(
         logits = session.logits(padded, progress)
         for number, row in enumerate(rows):
             token = int(logits[number, -1 if plan.last_only else len(row) - 1].argmax())
-            ended[number] |= token == tokenizer.eos_token_id
+            ended[number] |= token in ends
             if not ended[number]:
                 row.append(token)
         if all(ended):

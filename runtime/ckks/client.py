@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import transformers
 from numpy.typing import NDArray
 
 from hecompile.bundles.ckks import CkksPlan, read_table
+from hecompile.checkpoint.tokenizer import load_tokenizer, read_answer_ends
 from hecompile.ckks.keys import SecretKey, Words
 from hecompile.ckks.parameters import CkksParameters
 from hecompile.errors import HecompileError, InputError, WorkerError, WorkerUnavailableError
@@ -64,7 +64,8 @@ class CkksSession:
     def __init__(self, directory: str | Path, address: str, timeout: float = 3600.0) -> None:
         self.plan = CkksPlan.read(directory)
         self._table = read_table(directory, self.plan)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(directory))
+        self.tokenizer = load_tokenizer(Path(directory))
+        self.answer_ends = read_answer_ends(Path(directory))
         self.parameters = CkksParameters.from_fields(self.plan.parameters)
         self.stats = CkksStats()
         self._refreshable = {name: int(np.prod(shape)) for name, shape in self.plan.refreshes.items()}

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import onnx_ir as ir
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
 from hecompile.bundles.client import ClientBundle
+from hecompile.checkpoint.tokenizer import read_answer_ends
 from hecompile.errors import HecompileError, InputError, LegalityError
 from hecompile.graph.attention_cache import AttentionCache
 from hecompile.graph.interpreter import Interpreter, Observer, packed_graph_inputs
@@ -126,6 +128,10 @@ class EncryptedCausalLM(torch.nn.Module):
     @property
     def digest(self) -> str:
         return head_digest(self._head)
+
+    @cached_property
+    def answer_ends(self) -> frozenset[int]:
+        return read_answer_ends(self.bundle.tokenizer)
 
     @property
     def concurrent(self) -> bool:

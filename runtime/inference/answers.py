@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -102,6 +102,7 @@ def infer(
     """
     sampling, tokenizer = sampling or Sampling(), session.tokenizer
     eos, _ = eos_and_pad(tokenizer)
+    ends = session.model.answer_ends | {eos}
     encoder, longest = TextEncoder(tokenizer, eos), session.model.sequence_buckets[-1]
     encoded = encode_prompts(encoder, [(prompt.text, prompt.where) for prompt in prompts], longest)
     wanted = [_wanted(encoder, prompt, longest) for prompt in prompts]
@@ -113,14 +114,14 @@ def infer(
 
     def keep(index: int, answer: Answer) -> None:
         number = missing[index]
-        replies[number] = _reply(wanted[number], answer, tokenizer)
+        replies[number] = _reply(wanted[number], answer, tokenizer, ends)
         if partial is not None:
             partial.add(number, replies[number])
         on_reply(number, replies[number])
 
     steps, left = CachedSteps(session.model), [encoded[number] for number in missing]
     # Numbered by the prompt's place, so that a run that goes on draws as one that did not stop.
-    generate(session.model, steps, left, eos, max_new_tokens, sampling, keep, numbers=missing)
+    generate(session.model, steps, left, ends, max_new_tokens, sampling, keep, numbers=missing)
     ordered = [replies[number] for number in range(len(prompts))]
     if partial is not None:
         partial.finish(prompts, ordered)
@@ -143,9 +144,10 @@ def _wanted(encoder: TextEncoder, prompt: Prompt, longest: int) -> Example | Non
         raise InputError(f"{prompt.where or 'a prompt'}: the completion cannot be compared with: {error}") from None
 
 
-def _reply(wanted: Example | None, answer: Answer, tokenizer: PreTrainedTokenizerBase) -> Reply:
+def _reply(wanted: Example | None, answer: Answer, tokenizer: PreTrainedTokenizerBase, ends: Set[int]) -> Reply:
     text = str(tokenizer.decode(list(answer.tokens), skip_special_tokens=True))
-    return Reply(text, len(answer.tokens), answer.finish, None if wanted is None else wanted.matches(answer.tokens))
+    match = None if wanted is None else wanted.matches(answer.tokens, ends)
+    return Reply(text, len(answer.tokens), answer.finish, match)
 
 
 def _fingerprint(session: Session, prompts: Sequence[Prompt], max_new_tokens: int, sampling: Sampling) -> str:
@@ -153,6 +155,8 @@ def _fingerprint(session: Session, prompts: Sequence[Prompt], max_new_tokens: in
     state = hashlib.sha256(session.bundle.plan_id.encode())
     asked = [{"text": prompt.text, "completion": prompt.completion} for prompt in prompts]
     state.update(json.dumps([max_new_tokens, asdict(sampling), asked]).encode())
+    if others := session.model.answer_ends - {session.tokenizer.eos_token_id}:
+        state.update(json.dumps(sorted(others)).encode())
     for name, value in sorted(session.model.adapter_state().items()):
         state.update(name.encode() + value.detach().contiguous().numpy().tobytes())
     return state.hexdigest()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
@@ -24,7 +24,8 @@ from hecompile.runtime.model.data import IGNORED, PadToBucket
 from hecompile.runtime.model.evaluation import inference
 
 Finish = Literal["eos", "length", "full"]
-"""Why an answer ended: by itself, at the limit on new tokens, or where the plan's longest sequence was full."""
+"""Why an answer ended: by a token that ends answers (eos, or another one of the checkpoint), at the limit on new tokens, or
+where the plan's longest sequence was full."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """Hold the tokens of an answer, without the prompt and with eos where it was reached."""
+    """Hold the tokens of an answer, without the prompt and with the token that ended it."""
 
     tokens: tuple[int, ...]
     finish: Finish
@@ -135,7 +136,7 @@ def generate(
     model: AdapterModel,
     steps: Steps,
     prompts: Sequence[Sequence[int]],
-    eos_token_id: int,
+    eos_token_id: int | Set[int],
     max_new_tokens: int,
     sampling: Sampling | None = None,
     on_answer: Callable[[int, Answer], None] = lambda number, answer: None,
@@ -146,12 +147,14 @@ def generate(
     An answer ends at eos, after `max_new_tokens`, or where prompt and answer fill the longest sequence that `steps` take.
     The model is in eval mode meanwhile.
 
+    eos_token_id: one, or all that end an answer.
     numbers: what each prompt's draws depend on; by default its place.
 
     Raises InputError, before anything is computed, for a prompt that is empty or too long.
     """
     sampling = sampling or Sampling()
     _check_prompts(prompts, max_new_tokens, steps.longest)
+    ends = {eos_token_id} if isinstance(eos_token_id, int) else eos_token_id
     generators = [sampling.generator(number) for number in (range(len(prompts)) if numbers is None else numbers)]
     waiting = deque(range(len(prompts)))
     written: dict[int, list[int]] = {}
@@ -159,7 +162,7 @@ def generate(
 
     def end_if_finished(number: int) -> None:
         tokens, length = written[number], len(prompts[number]) + len(written[number])
-        finish = _finish(tokens, length, eos_token_id, max_new_tokens, steps.longest)
+        finish = _finish(tokens, length, ends, max_new_tokens, steps.longest)
         if finish is None:
             return
         answers[number] = Answer(tuple(written.pop(number)), finish)
@@ -194,9 +197,11 @@ def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, longes
             )
 
 
-def _finish(tokens: Sequence[int], length: int, eos: int, max_new_tokens: int, longest: int) -> Finish | None:
+def _finish(
+    tokens: Sequence[int], length: int, ends: Set[int], max_new_tokens: int, longest: int
+) -> Finish | None:
     """Say why an answer of `tokens` ends, which is `length` tokens long with its prompt; None where it goes on."""
-    if tokens and tokens[-1] == eos:
+    if tokens and tokens[-1] in ends:
         return "eos"
     if len(tokens) == max_new_tokens:
         return "length"

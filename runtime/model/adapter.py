@@ -62,6 +62,10 @@ class AdapterModel(Protocol):
         """Return `head_digest` of the output head, which tells models of one shape apart; encryption does not change it."""
 
     @property
+    def answer_ends(self) -> frozenset[int]:
+        """Return the ids of the tokens that end an answer, as the checkpoint names them, besides the tokenizer's eos."""
+
+    @property
     def concurrent(self) -> bool:
         """Say whether it may be called, and differentiated, in several threads at once."""
 

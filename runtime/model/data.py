@@ -7,7 +7,7 @@ eos; of a `text` on all of it. No error shows any text.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,14 +44,15 @@ class Example:
         """Return `input_ids` with `IGNORED` in place of the prompt."""
         return [IGNORED] * self.prompt_length + list(self.input_ids[self.prompt_length :])
 
-    def matches(self, answer: Sequence[int]) -> bool:
-        """Tell whether an answer is exactly the completion, its eos included: the rule of evaluation and of inference.
+    def matches(self, answer: Sequence[int], ends: Set[int] = frozenset()) -> bool:
+        """Tell whether an answer is exactly the completion and then ends: the rule of evaluation and of inference.
 
-        Tokens are compared, so that white space counts. An answer ends at the first eos: no answer is a completion with eos
-        in its midst, although what stands behind it can be predicted.
+        Tokens are compared, so that white space counts. An answer ends at the first eos or other token of `ends`: no answer
+        is a completion with one in its midst, although what stands behind it can be predicted.
         """
-        wanted = self.input_ids[self.prompt_length :]
-        return tuple(answer) == wanted and wanted.index(wanted[-1]) == len(wanted) - 1
+        *completion, eos = self.input_ids[self.prompt_length :]
+        stops = {eos, *ends}
+        return list(answer[:-1]) == completion and answer[-1] in stops and stops.isdisjoint(completion)
 
     def item(self) -> dict[str, list[int]]:
         """Return the lists `input_ids` and `labels`, of equal length, as `PadToBucket` collates them."""

@@ -1,13 +1,13 @@
 """Measure held-out loss and exact match.
 
-Exact match takes one forward per batch, not one per generated token: greedy decoding reproduces a completion with its
-eos if and only if, with the completion itself as input (teacher forcing), the argmax at each of its positions is the
-next token of the completion. Proof by induction: if greedy decoding has reproduced the first k tokens, its next input
-is the teacher-forced one, so that its next token is the teacher-forced argmax; and it ends at eos, as the completion
-does. A completion with eos in its midst is none of decoding's answers, and counts as not reproduced
-(`hecompile.runtime.model.data.Example.matches`). This holds for a model whose logits are a function of the prefix; where
-they carry noise, or rounding that depends on the batch, the two can differ at a near tie, as two runs of greedy decoding
-can.
+Exact match takes one forward per batch, not one per generated token: greedy decoding reproduces a completion and then ends
+if and only if, with the completion itself as input (teacher forcing), the argmax at each of its positions is the next token
+of the completion, after the last one any token that ends an answer, and none of these stands within it. Proof by induction:
+if greedy decoding has reproduced the first k tokens, its next input is the teacher-forced one, so that its next token is the
+teacher-forced argmax; and it ends at the first token that ends answers
+(`hecompile.runtime.model.data.Example.matches`). This holds for a model whose logits are a function
+of the prefix; where they carry noise, or rounding that depends on the batch, the two can differ at a near tie, as two runs
+of greedy decoding can.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def evaluate(model: AdapterModel, examples: Examples, pad_token_id: int, batch_s
             tokens += len(targets)
             predicted = logits.argmax(dim=-1).split(scored.sum(dim=1).tolist())  # of each example, in its order
             prompted = [pair for pair in zip(batch, predicted, strict=True) if pair[0].has_prompt]
-            matches += sum(example.matches(answer.tolist()) for example, answer in prompted)
+            matches += sum(example.matches(answer.tolist(), model.answer_ends) for example, answer in prompted)
             prompts += len(prompted)
     return Evaluation(total_loss / tokens, matches / prompts if prompts else None, tokens, prompts)
 

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from hecompile.checkpoint.loading import load_model
+from hecompile.checkpoint.loading import answer_ends, load_model
 from hecompile.errors import InputError
 from hecompile.files import explain_missing
 from hecompile.runtime.model.adapter import head_digest
@@ -67,6 +67,10 @@ class PlaintextPeftModel(torch.nn.Module):
     @property
     def digest(self) -> str:
         return head_digest(self._head.weight)
+
+    @property
+    def answer_ends(self) -> frozenset[int]:
+        return answer_ends(self._peft.get_base_model())
 
     @property
     def concurrent(self) -> bool:

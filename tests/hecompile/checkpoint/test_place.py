@@ -73,7 +73,7 @@ def test_a_recipes_model_is_seen_from_the_recipe(here: Path) -> None:
 
 @pytest.mark.parametrize("read", [ClientBundle.open, WorkerBundle.open, CkksPlan.read, open_worker, read_settings])
 def test_bundles_and_adapters_that_do_not_exist_name_a_neighbour(here: Path, read: Callable[[Path], object]) -> None:
-    with pytest.raises(InputError, match=r"my-modl: it does not exist; did you mean .*my-model\?"):
+    with pytest.raises(InputError, match=r"my-modl.*; did you mean .*my-model\?"):
         read(here / "my-modl")
 
 

@@ -16,7 +16,7 @@ from tests.support.tiny import SEED, exported, save_checkpoint, tiny_llama
 from tests.support.training import make_tokenizer
 
 SETTINGS = {
-    "max_new_tokens": 100, "stop_strings": ["a"], "temperature": 0.1, "top_p": 0.2, "repetition_penalty": 5.0, 
+    "max_new_tokens": 100, "stop_strings": ["a"], "temperature": 0.1, "top_p": 0.2, "repetition_penalty": 5.0,
     "num_beams": 3,
     "suppress_tokens": [1, 3], "forced_eos_token_id": 2, "no_repeat_ngram_size": 1, "max_time": 1e-9, "guidance_scale": 2.0,
     "num_return_sequences": 2, "penalty_alpha": 0.6, "return_dict_in_generate": True,
