@@ -59,8 +59,9 @@ def export(
     from hecompile.compiler.ckks import CkksOptions, export_polynomial
 
     options = CkksOptions(
-        sequence_length, levels, ring_dim, polynomials.attention, polynomials.norm, polynomials.activation, last_only
-    )
+        sequence_length, levels, ring_dim, polynomials.attention, polynomials.norm, polynomials.activation, last_only,
+        polynomials.unconverted,
+    )  # fmt: skip
     console = message_console()
     with console.status("load") as status:
         plan = export_polynomial(model, out, options, adapter, status.update)

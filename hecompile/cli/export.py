@@ -56,6 +56,7 @@ def _compile_options(
         attention=polynomials.attention,
         norm=polynomials.norm,
         activation=polynomials.activation,
+        unconverted=polynomials.unconverted,
     )
 
 

@@ -71,7 +71,7 @@ class PolynomialChoice:
     attention: Annotated[
         str | None,
         typer.Option(
-            help="exact (softmax), or what stands for it: power, gaussian_kernel (both for models trained with them), "
+            help="exact (softmax), or what stands for it: power, gaussian_kernel (both for models trained with them alone), "
             "chebyshev. By default what the checkpoint was converted for."
         ),
     ] = None
@@ -85,3 +85,10 @@ class PolynomialChoice:
             "converted for."
         ),
     ] = None
+    unconverted: Annotated[
+        bool,
+        typer.Option(
+            "--unconverted",
+            help="Take an attention that the checkpoint was not trained with; its answers then mean nothing.",
+        ),
+    ] = False

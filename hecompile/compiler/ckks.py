@@ -34,7 +34,7 @@ from hecompile.compiler.calibration import write_samples
 from hecompile.compiler.frontend import Checkpoint, export_onnx, load_checkpoint
 from hecompile.compiler.options import CkksOptions
 from hecompile.compiler.pipeline import lower_polynomial
-from hecompile.compiler.polynomial_options import require_polynomials
+from hecompile.compiler.polynomial_options import PolynomialOptions, require_polynomials, require_trained
 from hecompile.compiler.target import check_target
 from hecompile.errors import InputError
 from hecompile.files import reason_of, replace_directory
@@ -93,6 +93,8 @@ def lower_checkpoint(
     """
     polynomials = options.polynomials(checkpoint.model.config)
     require_polynomials(checkpoint.name, polynomials)
+    if not options.unconverted:
+        require_trained(checkpoint.name, PolynomialOptions.from_config(checkpoint.model.config), polynomials)
     progress("export")
     model = export_onnx(checkpoint.model)
     progress("calibrate")

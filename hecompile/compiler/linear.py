@@ -36,6 +36,7 @@ from hecompile.compiler.circuit_writer import Progress, write_circuits, write_ci
 from hecompile.compiler.frontend import export_onnx, load_checkpoint
 from hecompile.compiler.options import CompileOptions
 from hecompile.compiler.pipeline import lower_linear
+from hecompile.compiler.polynomial_options import PolynomialOptions, require_trained
 from hecompile.compiler.staging import staging
 from hecompile.compiler.target import check_target
 from hecompile.errors import InputError
@@ -70,6 +71,8 @@ def compile_checkpoint(
             f"sequence bucket {options.sequence_buckets[-1]} is longer than the model's {longest} positions"
         )
     polynomials = options.polynomials(checkpoint.model.config)
+    if not options.unconverted:
+        require_trained(name, PolynomialOptions.from_config(checkpoint.model.config), polynomials)
     request = f"{CLIENT_VERSION} {WORKER_VERSION} {name} {options!r} {polynomials!r}"
     with staging(out, request, options.public_seed or PublicSeed.draw()) as stage:
         seed = stage.public_seed

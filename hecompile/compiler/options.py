@@ -42,6 +42,8 @@ class CompileOptions:
     activation: str | ApproximateSiLU | QuantizeActivation | None = None
     """Forms of attention, RMSNorm and SiLU, by name (`hecompile.compiler.polynomial_options`) or with options; None: the
     form that the checkpoint was converted for, else the exact one."""
+    unconverted: bool = False
+    """Take an attention that the checkpoint was not trained with, which makes its answers mean nothing."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -82,6 +84,7 @@ class CkksOptions:
     sequence_length: tokens of a prompt at most. levels: multiplications between two refreshes; 0: no refresh at all,
     with as many levels as the graph is deep. ring_dim: None for the smallest that has them. attention, norm, activation: as
     for `CompileOptions`. last_only: logits of the last position alone, for prompts of exactly sequence_length tokens.
+    unconverted: take an attention that the checkpoint was not trained with.
     """
 
     sequence_length: int
@@ -91,6 +94,7 @@ class CkksOptions:
     norm: str | None = None
     activation: str | None = None
     last_only: bool = False
+    unconverted: bool = False
 
     def __post_init__(self) -> None:
         if self.levels < 0:

@@ -83,6 +83,27 @@ class PolynomialOptions:
         return chosen
 
 
+def require_trained(model: str, trained: PolynomialOptions, chosen: PolynomialOptions) -> None:
+    """Raise InputError where the attention chosen is another function than the one that the model was trained with.
+
+    `chebyshev` approximates softmax. The forms of one power attention are let pass: which of them is meant, its options say.
+    """
+    here, wanted = _function(trained), _function(chosen)
+    if here != wanted:
+        raise InputError(
+            f"{model} was trained with {here} attention, and {wanted} is another function: what the model then answers "
+            f"means nothing. Train a checkpoint for it by `hecompile convert` (docs/conversion.md); leave out --attention"
+            f"{', or take chebyshev' if here == 'softmax' else ''}; or give --unconverted to measure how bad it is"
+        )
+
+
+def _function(options: PolynomialOptions) -> str:
+    attention = options.attention
+    if attention is None or not options.retrained:
+        return "softmax"
+    return f"power-{attention.power}" if attention.variant == "power" else attention.variant
+
+
 def require_polynomials(model: str, chosen: PolynomialOptions) -> None:
     """Raise LegalityError where a part of the model is no polynomial, naming each such part and the option that helps.
 

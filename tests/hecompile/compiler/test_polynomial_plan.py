@@ -19,8 +19,10 @@ from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.ckks.parameters import MAX_MODULUS_BITS, select
 from hecompile.cli.main import app
+from hecompile.compiler.ckks import lower_checkpoint
+from hecompile.compiler.frontend import load_checkpoint
 from hecompile.compiler.linear import compile_checkpoint
-from hecompile.compiler.options import CompileOptions
+from hecompile.compiler.options import CkksOptions, CompileOptions
 from hecompile.compiler.pipeline import approximate, lower_linear, run_step
 from hecompile.compiler.polynomial_options import CONFIG_KEY, PolynomialOptions
 from hecompile.errors import InputError, LegalityError
@@ -234,3 +236,43 @@ def test_the_cost_of_a_softmax_grows_as_the_variants_promise() -> None:
 def test_every_attention_operator_is_fitted_on_a_canonical_graph() -> None:
     kinds = {node.op_type for node in approximated(GAUSSIAN).graph} & ATTENTION_OPERATORS
     assert kinds == {"GaussianAttention"} and CANONICAL.custom >= kinds
+
+
+@pytest.mark.parametrize(
+    ("trained", "chosen", "other"),
+    [
+        (None, "power", "softmax attention, and power-4"),
+        (None, "gaussian_kernel", "softmax attention, and gaussian_kernel"),
+        ({"variant": "power"}, "exact", "power-4 attention, and softmax"),
+        ({"variant": "power"}, "chebyshev", "power-4 attention, and softmax"),
+        ({"variant": "power"}, "gaussian_kernel", "power-4 attention, and gaussian_kernel"),
+        ({"variant": "power", "power": 2}, ApproximateSoftmax("power", power=4), "power-2 attention, and power-4"),
+        ({"variant": "gaussian_kernel"}, "power", "gaussian_kernel attention, and power-4"),
+    ],
+)
+def test_an_attention_that_the_checkpoint_was_not_trained_with_is_refused(
+    tmp_path: Path, trained: dict[str, object] | None, chosen: str | ApproximateSoftmax, other: str
+) -> None:
+    checkpoint = save_checkpoint(tmp_path / "model")
+    if trained is not None:
+        path = checkpoint / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {CONFIG_KEY: {"attention": trained}}))
+    options = replace(OPTIONS, attention=chosen)
+    with pytest.raises(InputError, match=f"was trained with {other} is another function.*--unconverted"):
+        compile_checkpoint(str(checkpoint), tmp_path / "build", options)
+    assert not (tmp_path / "build").exists()
+    polynomials = {"norm": "polynomial", "activation": "polynomial"}
+    if isinstance(chosen, str) and chosen in ("gaussian_kernel", "chebyshev"):
+        with pytest.raises(InputError, match=f"was trained with {other} is another function"):
+            lower_checkpoint(load_checkpoint(str(checkpoint)), CkksOptions(8, attention=chosen, **polynomials))
+
+
+def test_it_is_taken_where_it_is_asked_for(tmp_path: Path) -> None:
+    checkpoint, build = str(save_checkpoint(tmp_path / "model")), tmp_path / "build"
+    shape = ["--sequence-buckets", "8", "--batch-size", "2"]
+    asked = ["export", "llama", "--model", checkpoint, "--out", str(build), *shape, "--attention", "power"]
+    refused = CliRunner().invoke(app, asked)
+    assert isinstance(refused.exception, InputError) and not build.exists()
+    taken = CliRunner().invoke(app, [*asked, "--unconverted"])
+    assert taken.exit_code == 0, taken.output
+    assert any(nodes_of_type(ClientBundle.open(build / "client").graph(), "PowerAttention"))
