@@ -21,7 +21,7 @@ def encode(x: Tensor, bound: int, norm_bound: float = 0.0) -> tuple[Tensor, Tens
 
     Returns:
         int32 `[T, n]` and the scale, float64 `[T, 1]`, with x = integer · scale ± scale/2. A token that is all zeros
-        (padding, a masked gradient) has scale 0 and integers 0. So has a token below 1e-307 · bound.
+        (a gradient that underflowed) has scale 0 and integers 0. So has a token below 1e-307 · bound.
 
     Raises:
         InputError: x is not a float matrix.

@@ -48,26 +48,26 @@ memory first, and two threads wait for that. A smaller ciphertext is still large
 
 
 class RealKey(DecryptionKey):
-    """Extend a `DecryptionKey` by the scale of each token and by which rows were zero and not sent."""
+    """Extend a `DecryptionKey` by the scale of each token and by what its reply must sum to."""
 
-    __slots__ = ("expectation", "rows", "scale", "sent_rows")
+    __slots__ = ("expectation", "scale")
 
     def __init__(
         self, params: RingParameters, linear: LinearParameters, secrets: NDArray[np.int8], scale: NDArray[np.float64],
-        sent_rows: Tensor | None, rows: int, expectation: Expectation | None = None,
+        expectation: Expectation | None = None,
     ) -> None:  # fmt: skip
         super().__init__(params, linear, len(scale), secrets)
         self.expectation = expectation  # of the reply; None where it is not to be checked
-        self.scale = scale  # float64 [T'] of the rows sent
-        self.sent_rows = sent_rows  # int64 [T']: which rows those are, or None for all
-        self.rows = rows  # T
+        self.scale = scale  # float64 [T]; 0 for a row of zeros
 
 
 def encrypt_reals(
     public: PublicMatrix, x: Tensor, linear: LinearParameters, column_scale: Tensor | None = None,
     checks: Checks | None = None,
 ) -> tuple[Ciphertext, RealKey]:  # fmt: skip
-    """Encrypt the rows of x that are not zero, each block of ring_dim of them under a fresh secret.
+    """Encrypt the rows of x, each block of ring_dim of them under a fresh secret.
+
+    A row of zeros is encrypted like any other: what is sent has a shape that depends on the shape of x alone.
 
     Args:
         public: A, with at least in_features rows.
@@ -77,7 +77,7 @@ def encrypt_reals(
         checks: of the circuit, for `decrypt_reals` to verify the reply with.
 
     Returns:
-        The ciphertext of the T' rows that are not zero (perhaps none), and its key.
+        The ciphertext and its key.
 
     Raises:
         InputError: x has the wrong shape or type; checks of another circuit.
@@ -97,16 +97,12 @@ def encrypt_reals(
     factors = _factors(column_scale, linear.in_features)
     rows = x.detach().contiguous()
     scale = _scales(rows, factors, linear)
-    sent_rows = None
-    if not scale.all():
-        sent_rows = torch.from_numpy(np.flatnonzero(scale))
-        rows, scale = rows[sent_rows], scale[sent_rows.numpy()]
     params = public.params
     secrets = [keygen(params).spend() for _ in blocks(len(rows), params.ring_dim)]
     stacked = np.array(secrets, dtype=np.int8).reshape(-1, params.rank, params.ring_dim)
     random = SecretRandom()
     expectation = None if checks is None else Expectation.draw(checks, len(rows), random)
-    key = RealKey(params, linear, stacked, scale, sent_rows, len(x), expectation)
+    key = RealKey(params, linear, stacked, scale, expectation)
     del secrets, stacked  # the key has them: no other frame does
     planes = result_of((linear.upload_limbs, len(rows), linear.in_features), np.uint8)
     if len(rows):
@@ -132,12 +128,12 @@ def _encrypt_part(
     matrix: NDArray[np.float64], secrets: NDArray[np.float64], rows: Tensor, factors: NDArray[np.float64], key: RealKey,
     planes: Tensor, part: slice, error: NDArray[np.int8],
 ) -> None:  # fmt: skip
-    """Encrypt features `part`, which starts at a multiple of 8; error is int8 `[T', part]`."""
+    """Encrypt features `part`, which starts at a multiple of 8; error is int8 `[T, part]`."""
     params, linear, tokens = key.params, key.linear, len(rows)
     features, width = linear.in_features, part.stop - part.start
     ring = ring_of(params)
     per_token = 2 * params.rank - 1 if params.packed else params.rank
-    inverse = 1 / key.scale
+    inverse = np.divide(1.0, key.scale, out=np.zeros(tokens), where=key.scale > 0)  # a row of zeros stays one
     vectors = _check_vectors(key, part, lambda checks: checks.images_by_lines)
     past_caches = planes.numel() >= _PAST_CACHES
     for piece in slices(tokens, _TOKENS):
@@ -162,12 +158,12 @@ def _encrypt_part(
 def decrypt_reals(
     key: RealKey, hint: Hint, reply: Tensor, linear: LinearParameters, row_scale: Tensor | None = None
 ) -> Tensor:
-    """Return x·Wᵀ, plus noise within `linear.noise_bound` times the token's scale; zeros for rows that were zero.
+    """Return x·Wᵀ, plus noise within `linear.noise_bound` times the token's scale; exact zeros for rows of zeros.
 
     Args:
         key: of the ciphertext that was evaluated.
         hint: of the circuit's weight under the same A.
-        reply: uint8 `[reply_bytes, T', out_features]`.
+        reply: uint8 `[reply_bytes, T, out_features]`.
         linear: the circuit.
         row_scale: float `[out_features]`, to multiply the result with.
 
@@ -191,11 +187,7 @@ def decrypt_reals(
             _parts(linear.out_features, key.tokens, key.params),
         )
         received.verify(linear)
-    if key.sent_rows is None:
-        return result
-    full = torch.zeros((key.rows, linear.out_features), dtype=torch.float32)
-    full[key.sent_rows] = result
-    return full
+    return result
 
 
 def _decrypt_part(

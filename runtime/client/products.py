@@ -1,8 +1,9 @@
-"""Compute remote products on the client's side: which rows travel, how they are encoded and encrypted, what it cost.
+"""Compute remote products on the client's side: how rows are encoded and encrypted, what is done with replies, what it cost.
 
-    real rows [T, in] → drop rows of zeros, encode per token, encrypt → worker → verify, decrypt, decode → [T, out]
+    real rows [T, in] → encode per token, encrypt → worker → verify, decrypt, decode → [T, out]
 
-Rows that are all zero (masked gradients) are not sent and come back as exact zeros; padding never gets here.
+Every row travels, whatever its values: the number of rows follows from attention masks and labels alone, which
+`EncryptedCausalLM` packs by. A row that is zero by value is sent as an encryption of zeros, and comes back as exact zeros.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Products(abc.ABC):
 
         Args:
             circuit: its name.
-            x: float32 `[T, in_features]`. Rows of zeros are not sent and give exact zeros.
+            x: float32 `[T, in_features]`. Rows of zeros are sent like any others and give exact zeros.
             column_scale: float32 `[in_features]`, or None for ones.
             row_scale: float32 `[out_features]`, or None for ones.
 

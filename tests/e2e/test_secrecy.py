@@ -40,9 +40,7 @@ class Wiretap:
             circuit: str, x: Tensor, column_scale: Tensor | None = None, row_scale: Tensor | None = None
         ) -> Tensor:
             scaled = x.detach() if column_scale is None else x.detach() * column_scale
-            live = scaled.ne(0).any(dim=1)
-            if bool(live.any()):
-                self.plaintexts.append((circuit, scaled[live].clone()))
+            self.plaintexts.append((circuit, scaled.clone()))
             return original(circuit, x, column_scale, row_scale)
 
         self.products.product = noting  # type: ignore[method-assign]
@@ -139,6 +137,22 @@ def test_requests_carry_nothing_but_circuit_shape_and_ciphertext(
     for header in kinds:
         allowed = {"hello": {"kind", "id", "protocol", "plan_id"}, "evaluate": {"kind", "id", "circuit", "shape"}}
         assert set(header) == allowed[str(header["kind"])]
+
+
+def test_requests_have_the_same_shapes_whatever_the_values(
+    build: Build, wiretap: Wiretap, batch: dict[str, Tensor], adapter: dict[str, Tensor]
+) -> None:
+    """An adapter that saturates attention makes gradients of whole tokens vanish, which must not show."""
+    shapes, zeros = [], []
+    for factor in (0.0, 1.0, 20.0):
+        wiretap.frames.clear()
+        wiretap.plaintexts.clear()
+        scores = {name: factor * value if "q_proj" in name or "k_proj" in name else value for name, value in adapter.items()}
+        _step(build, wiretap, batch, scores)
+        shapes.append([(circuit, planes.shape) for circuit, planes in wiretap.ciphertexts()])
+        zeros.append(sum(int((~x.ne(0).any(dim=1)).sum()) for _, x in wiretap.plaintexts))
+    assert zeros[:2] == [0, 0] and zeros[2] > 0  # the case is there
+    assert shapes[0] == shapes[1] == shapes[2]
 
 
 def test_the_worker_bundle_is_public_weights_and_nothing_else(build: Build) -> None:

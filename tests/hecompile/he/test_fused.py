@@ -28,7 +28,7 @@ from hecompile.he.parameters import (
     test_insecure_parameters,
 )
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.he.random.sampling import ERROR_BOUND, PublicSeed, SecretRandom
+from hecompile.he.random.sampling import ERROR_BOUND, SIGMA, PublicSeed, SecretRandom
 from hecompile.he.ring import SINGLE, rounding_error_bound
 from hecompile.he.scheme import DecryptionKey, _encrypt_with, blocks, decrypt, evaluate, setup
 from tests.hecompile.he.exact import inner_products, words
@@ -46,7 +46,7 @@ def weights(rows: int, columns: int, seed: int = 5) -> torch.Tensor:
 
 
 def key_of(params: RingParameters, linear: LinearParameters, scale: np.ndarray, secrets: np.ndarray) -> RealKey:
-    return RealKey(params, linear, secrets, scale, None, len(scale))
+    return RealKey(params, linear, secrets, scale)
 
 
 def check_against_the_simple_path(
@@ -186,10 +186,12 @@ def test_threads_share_what_is_worth_waking_them_for() -> None:
         torch.set_num_threads(before)
 
 
-def round_trip(x: torch.Tensor, weight: torch.Tensor, params: RingParameters = TOY) -> tuple[torch.Tensor, RealKey]:
+def round_trip(
+    x: torch.Tensor, weight: torch.Tensor, params: RingParameters = TOY, column_scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, RealKey]:
     linear = LinearParameters.from_weight(weight, 4, 4)
     public = PublicMatrix(params, SEED, linear.in_features)
-    ciphertext, key = encrypt_reals(public, x, linear)
+    ciphertext, key = encrypt_reals(public, x, linear, column_scale)
     assert ciphertext.planes.shape == (4, key.tokens, linear.in_features)
     hint = Hint.from_coefficients(params, setup(weight, public))
     reply = (
@@ -210,22 +212,46 @@ def test_result_is_the_product_within_the_noise() -> None:
     assert (noise.square().mean(dim=0).sqrt() / predicted - 1).abs().max() < 0.2
 
 
-def test_rows_of_zeros_are_not_sent_and_come_back_as_zeros() -> None:
+def test_rows_of_zeros_are_sent_and_come_back_as_zeros() -> None:
     x = reals(30, 12)
     x[[0, 7, 29]] = 0
-    result, key = round_trip(x, weights(9, 12))
-    assert key.tokens == 27
-    assert not result[[0, 7, 29]].any()
-    others = [row for row in range(30) if row not in (0, 7, 29)]
+    x[7] = 1e-38  # times the factors below: too small for a scale
+    factors = torch.full((12,), 1e-290, dtype=torch.float64)
+    for scale, zero in ((None, [0, 29]), (factors, [0, 7, 29])):
+        result, key = round_trip(x, weights(9, 12), column_scale=scale)
+        assert key.tokens == 30 and not result[zero].any() and not torch.signbit(result[zero]).any()
+    result, _ = round_trip(x, weights(9, 12))
     exact = x.double() @ weights(9, 12).double().t()
-    assert torch.allclose(result[others].double(), exact[others], rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
+    assert torch.allclose(result.double(), exact, rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
 
 
-def test_nothing_but_zeros_sends_nothing() -> None:
+def test_nothing_but_zeros_is_sent_as_well() -> None:
     result, key = round_trip(torch.zeros(5, 12), weights(9, 12))
-    assert key.tokens == 0
+    assert key.tokens == 5
     assert result.shape == (5, 9)
     assert not result.any()
+
+
+@pytest.mark.parametrize("limbs", [3, 4])
+def test_the_ciphertext_of_a_row_of_zeros_is_distributed_as_any_other(limbs: int) -> None:
+    """Its bytes are uniform, and under the mask is an error of the full width, fresh for every feature."""
+    features = 4000
+    linear = LinearParameters.from_weight(weights(2, features), limbs, 2)
+    x = reals(16, features)
+    x[3] = 0
+    public = PublicMatrix(TOY, SEED, features)
+    ciphertext, key = encrypt_reals(public, x, linear)
+    for plane in ciphertext.planes[:, 3].numpy():
+        counts = np.bincount(plane, minlength=256)
+        statistic = float(((counts - features / 256) ** 2 / (features / 256)).sum())
+        assert abs(statistic - 255) < 6 * np.sqrt(510)
+    secret = key._secrets[0].astype(np.int64)  # [rank, d]
+    mask = inner_products(public.coefficients(slice(0, features)), secret, trinomial(TOY))[:, 3]
+    sent = words(ciphertext.planes).astype(np.int64)[3] << (8 * (4 - limbs))
+    error = ((sent - mask + 2**31) % 2**32 - 2**31).astype(np.float64)
+    rounding = (linear.upload_step**2 - 1) / 12
+    assert error.std() == pytest.approx(np.sqrt(SIGMA**2 + rounding), rel=0.06)
+    assert abs(error.mean() - (0.5 if limbs == 3 else 0)) < 6 * error.std() / np.sqrt(features)
 
 
 def test_every_ciphertext_is_fresh() -> None:

@@ -25,7 +25,7 @@ def masks(params: RingParameters, hint: torch.Tensor, secrets: np.ndarray, reply
     """-⟨H, s⟩ mod 2^32 as decryption makes it, centred: float64 `[tokens, rows]`. A reply of zeros is decrypted."""
     tokens = len(secrets) * params.ring_dim
     linear = LinearParameters(8, len(hint), 80, 30.0, 4, reply_bytes)
-    key = RealKey(params, linear, secrets, np.ones(tokens), None, tokens)
+    key = RealKey(params, linear, secrets, np.ones(tokens))
     reply = torch.zeros((reply_bytes, tokens, len(hint)), dtype=torch.uint8)
     return decrypt_reals(key, Hint.from_coefficients(params, hint), reply, linear).double()
 
