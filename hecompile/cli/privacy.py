@@ -24,7 +24,8 @@ def privacy(
     subject = Subject.of_ledger(ledger)
     with PrivacyLedger(ledger, subject) as opened:
         history = opened.history
-    table = Table(title=f"{ledger}: dataset {subject.dataset[:16]}, {subject.examples} examples")
+    about = f"dataset {subject.dataset[:16]}" if subject.dataset else "a checkpoint's copy, which names no dataset"
+    table = Table(title=f"{ledger}: {about}, {subject.examples} examples")
     for heading in ("releases", "noise multiplier", "sampling rate"):
         table.add_column(heading, justify="right")
     for mechanism, count in history:

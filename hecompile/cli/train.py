@@ -41,7 +41,7 @@ def train(
                 raise KeyboardInterrupt(on) from None
             raise type(error)(f"{str(error).rstrip('.')}. The steps up to there are kept: {on}") from None
     console = wide_console()
-    figures = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
-    console.print(f"{result.steps} steps, {figures}\nadapter: {result.adapter_dir}", soft_wrap=True)
+    figures = "".join(f", {name} {value:.4f}" for name, value in result.metrics.items())
+    console.print(f"{result.steps} steps{figures}\nadapter: {result.adapter_dir}", soft_wrap=True)
     if result.privacy is not None:
         console.print(result.privacy, soft_wrap=True)

@@ -53,7 +53,7 @@ def divergence_error(message: str, outside: Sequence[DomainViolation]) -> NotFin
 
     It shows ends of ranges of activations, and no other number of the text: they stay with the data owner, whose client
     raises it, and nobody can choose a rate or a margin without them. A federation sends none of it to the others. Under
-    differential privacy it has no noise, as the logged loss has none: it is not part of what is released.
+    differential privacy it has no noise: it goes to the owner's terminal, which no promise covers, and into no file.
     """
     if not outside:
         return NotFiniteError(f"{message}. Try a lower learning_rate")

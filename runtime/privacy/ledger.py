@@ -10,6 +10,11 @@ not entered.
 It guards an owner against mistakes, not against himself: who deletes the file, or cuts off whole lines at its end, has fewer
 releases on record than there were. A checkpoint holds a copy, and a run that goes on from one asks for all that it has.
 
+    {"format": ..., "examples": N, "delta": δ, "chain": ...}                                       the first line of a copy
+
+The digest tells two files apart that differ in one line, so that a copy, which is handed on with its checkpoint, is without
+it, and its chain starts without it. Put in the ledger's place it is bound to the dataset by a line {"dataset": ...}.
+
 The ledger owns the history, δ and the budget: what these cost or still allow is asked of it, and it asks `accountant`.
 """
 
@@ -34,16 +39,20 @@ from hecompile.runtime.privacy.accountant import (
     spent_epsilon,
     without_sampling,
 )
-from hecompile.runtime.privacy.ledger_file import LedgerFile
+from hecompile.runtime.privacy.ledger_file import LedgerFile, chained
 
 FORMAT = "hecompile privacy ledger 1"
+COPY_FORMAT = "hecompile privacy ledger copy 1"
 _LOOK_AHEAD = 64
 """Releases checked against the budget per query (a query takes some tenths of a second)."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Name what a promise is about: the dataset by the SHA-256 of its file (hex), its number of examples, and δ."""
+    """Name what a promise is about: the dataset by the SHA-256 of its file (hex), its number of examples, and δ.
+
+    `dataset` is empty for what a checkpoint's copy of a ledger is about, which does not say so.
+    """
 
     dataset: str
     examples: int
@@ -62,12 +71,13 @@ class Subject:
 
     @staticmethod
     def of_ledger(path: str | Path) -> Subject:
-        """Read what the ledger at `path` is about. Raises InputError where there is none, PrivacyError where it is not
-        one."""
+        """Read what the ledger at `path`, or a copy of one, is about. Raises InputError where there is none, PrivacyError
+        where it is not one."""
         try:
             with Path(path).open("rb") as file:
                 header = json.loads(file.readline())
-            return Subject(str(header["dataset"]), int(header["examples"]), float(header["delta"]))
+            dataset = "" if header["format"] == COPY_FORMAT else str(header["dataset"])
+            return Subject(dataset, int(header["examples"]), float(header["delta"]))
         except OSError as error:
             raise InputError(f"cannot read the privacy ledger {path}: {reason_of(error)}") from None
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
@@ -93,6 +103,7 @@ class PrivacyLedger:
         check_delta(subject.delta, subject.examples)
         self.path, self.subject, self.epsilon = Path(path), subject, epsilon
         self._counts: Counter[Mechanism] = Counter()
+        self._releases: list[dict[str, Any]] = []
         self._last: Mechanism | None = None
         self._known_to_fit: tuple[Mechanism, int] | None = None
         self._file = LedgerFile(self.path)
@@ -164,22 +175,35 @@ class PrivacyLedger:
         if count < 1:
             raise InputError(f"{count} releases cannot be entered; it must be at least 1")
         self._require_room(mechanism, count)
-        self._file.append(asdict(mechanism) | {"count": count, "note": note})
-        self._count(mechanism, count)
+        record = asdict(mechanism) | {"count": count, "note": note}
+        self._file.append(record)
+        self._count(mechanism, count, record)
         if self._known_to_fit is not None:
             self._known_to_fit = (mechanism, self._known_to_fit[1] - count)
 
     def copy_to(self, path: Path) -> None:
-        """Write all that is on record to `path`, on disk when this returns."""
-        write_whole(path, self._file.contents())
+        """Write all releases on record to `path`, on disk when this returns, and nothing that depends on the dataset."""
+        header = {"format": COPY_FORMAT, "examples": self.subject.examples, "delta": self.subject.delta}
+        write_whole(path, chained([header, *self._releases]))
 
     def require(self, copy: Path) -> None:
-        """Raise PrivacyError unless the record begins with all of `copy`: else releases that were made have been lost."""
+        """Raise PrivacyError unless the record begins with all of `copy`: else releases that were made have been lost.
+
+        A copy of an earlier version names the dataset too, which must then be this one.
+        """
         try:
-            known = copy.read_bytes()
+            known = [json.loads(line) for line in copy.read_bytes().splitlines()]
+            header, releases = dict(known[0]), [dict(record) for record in known[1:]]
         except OSError as error:
             raise InputError(f"cannot read the copy of the ledger {copy}: {reason_of(error)}") from None
-        if not self._file.contents().startswith(known):
+        except (ValueError, TypeError, IndexError):
+            raise PrivacyError(f"{copy} is not a copy of a privacy ledger; resume from another checkpoint") from None
+        for record in releases:
+            record.pop("chain", None)
+        releases = [record for record in releases if "dataset" not in record]
+        about = {name: value for name, value in asdict(self.subject).items() if name != "dataset" or name in header}
+        same = all(header.get(name) == value for name, value in about.items())
+        if not same or self._releases[: len(releases)] != releases:
             raise PrivacyError(
                 f"the privacy ledger {self.path} does not hold all that {copy} does: it was deleted, cut or exchanged. Put "
                 f"the right one back; in its absence that copy is the least that was spent"
@@ -219,26 +243,44 @@ class PrivacyLedger:
             self._file.sync_name()
             return
         self._check_header(header)
+        bound = None if header["format"] == COPY_FORMAT else str(header.get("dataset"))
         for number, record in records:
+            if bound is None and record.keys() == {"dataset"}:
+                bound = record["dataset"]
+                continue
             try:
                 mechanism, count = Mechanism(record["noise_multiplier"], record["sampling_rate"]), int(record["count"])
             except (KeyError, TypeError, ValueError, InputError):
                 raise self._file.damaged(number) from None
             if count < 1:
                 raise self._file.damaged(number)
-            self._count(mechanism, count)
+            self._count(mechanism, count, record)
+        self._bind(bound)
 
-    def _count(self, mechanism: Mechanism, count: int) -> None:
+    def _count(self, mechanism: Mechanism, count: int, record: dict[str, Any]) -> None:
         self._counts[mechanism] += count
         self._last = mechanism
+        self._releases.append(record)
+
+    def _bind(self, dataset: str | None) -> None:
+        """Bind a copy that was put in the ledger's place to the subject's dataset; `dataset` is what the file names."""
+        if not self.subject.dataset:
+            return
+        if dataset is None:
+            self._file.append({"dataset": self.subject.dataset})
+        elif dataset != self.subject.dataset:
+            raise self._about("another dataset")
 
     def _check_header(self, header: dict[str, Any]) -> None:
-        if header.get("format") != FORMAT:
+        if header.get("format") not in (FORMAT, COPY_FORMAT):
             raise PrivacyError(f"{self.path} is not a privacy ledger of this version ({FORMAT})")
-        for name, wanted in asdict(self.subject).items():
+        for name in ("examples", "delta"):
+            wanted = getattr(self.subject, name)
             if header.get(name) != wanted:
-                shown = "another dataset" if name == "dataset" else f"{name} {header.get(name)}, not {wanted}"
-                raise PrivacyError(
-                    f"the privacy ledger {self.path} is about {shown}: what it has spent says nothing of this run. Give "
-                    f"the ledger that belongs to this dataset and delta, or a path where there is none yet"
-                )
+                raise self._about(f"{name} {header.get(name)}, not {wanted}")
+
+    def _about(self, what: str) -> PrivacyError:
+        return PrivacyError(
+            f"the privacy ledger {self.path} is about {what}: what it has spent says nothing of this run. Give the ledger "
+            f"that belongs to this dataset and delta, or a path where there is none yet"
+        )

@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,6 @@ class LedgerFile:
         finally:
             os.close(descriptor)
 
-    def contents(self) -> bytes:
-        """Return all lines as they are on disk."""
-        return os.pread(self._file, self._length, 0)
-
     def damaged(self, number: int) -> PrivacyError:
         """Make the error for line `number`."""
         return PrivacyError(
@@ -95,6 +91,15 @@ class LedgerFile:
             raise self.damaged(number)
         self._chain = str(chain)
         return record
+
+
+def chained(records: Iterable[dict[str, Any]]) -> bytes:
+    """Return the lines of a file that holds `records`, each with its chain."""
+    lines, chain = [], ""
+    for record in records:
+        chain = _link(chain, record)
+        lines.append(json.dumps(record | {"chain": chain}).encode() + b"\n")
+    return b"".join(lines)
 
 
 def _link(before: str, record: dict[str, Any]) -> str:

@@ -1,4 +1,9 @@
-"""Write training metrics, a JSON object per line and optimizer step, and a progress bar. Numbers only, never any text."""
+"""Write training metrics, a JSON object per line and optimizer step, and a progress bar. Numbers only, never any text.
+
+A private run writes no figure that its data have without noise: losses, times and counts of tokens tell of single examples.
+What is left, `RELEASED`, follows from the noised gradients and the settings. Evaluations go into a file of their own, which
+says that it is not to be handed on.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,15 @@ from hecompile.errors import InputError
 from hecompile.files import reason_of, write_whole
 
 METRICS_FILE = "metrics.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
+"""The evaluations of a private run."""
+RELEASED = ("step", "epoch", "learning_rate", "grad_norm")
+"""What may be written of a private step: `grad_norm` is that of the gradient with its noise."""
 _LOGGED = ("epoch", "loss", "learning_rate", "grad_norm")
+_NOTICE = {
+    "step": 0,
+    "notice": "exact results on data.validation_file: the promise of differential privacy does not cover this file; keep it",
+}
 
 
 class MetricsWriter(TrainerCallback):
@@ -60,9 +73,46 @@ class MetricsWriter(TrainerCallback):
             record = {key: value for key, value in logs.items() if key == "epoch" or key.startswith("eval_")}
         else:
             return  # the summary at the end, whose figures follow from the records
-        line = json.dumps({"step": state.global_step} | record, allow_nan=False) + "\n"
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line)
+        _append(self._path, {"step": state.global_step} | record)
+
+
+class PrivateMetricsWriter(TrainerCallback):
+    """Append to METRICS_FILE in `directory` what is RELEASED of each step, and to EVALUATIONS_FILE each evaluation.
+
+    The loss is not there, nor how long a step took: both depend on the sample, exactly.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        logs = {"step": state.global_step} | dict(logs or {})
+        if "eval_loss" in logs:
+            path = self._directory / EVALUATIONS_FILE
+            if not path.exists():
+                _append(path, _NOTICE)
+            kept = {key: value for key, value in logs.items() if key in ("step", "epoch") or key.startswith("eval_")}
+            _append(path, kept)
+        elif "grad_norm" in logs:
+            _append(self._directory / METRICS_FILE, released(logs))
+
+
+def released(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a record may be written by a private run."""
+    return {name: record[name] for name in RELEASED if name in record}
+
+
+def _append(path: Path, record: Mapping[str, Any]) -> None:
+    line = json.dumps(record, allow_nan=False) + "\n"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -89,12 +139,22 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
 
 def forget_after(path: Path, step: int) -> None:
     """Drop the records of steps after `step`, which a run that resumes from there takes again."""
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    if path.is_file():
+        _rewrite(path, [record for record in read_metrics(path) if record["step"] <= step])
+
+
+def keep_released(path: Path) -> None:
+    """Drop from a private run's metrics file what an earlier version wrote there without noise."""
+    if path.is_file():
+        _rewrite(path, [released(record) for record in read_metrics(path) if "grad_norm" in record])
+
+
+def _rewrite(path: Path, kept: list[dict[str, Any]]) -> None:
     write_whole(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept).encode())
 
 
 class ProgressBar(ProgressCallback):
-    """Show the trainer's progress bar with the last loss beside it, instead of a printed dictionary per step."""
+    """Show the trainer's progress bar with the last loss beside it, if it is logged, instead of a dictionary per step."""
 
     def __init__(self, logging_steps: int) -> None:
         super().__init__()

@@ -26,12 +26,15 @@ class MicroBatches:
     """Run the micro-batches of one step after another. `close` ends its threads.
 
     in_flight: how many at once; each holds its activations, so memory grows with it. One needs no thread.
+    one_draw: take one number of torch's generator per step, not one per micro-batch. The generator's state, which a
+        checkpoint holds, then does not tell how many micro-batches, and so how many examples, the steps had.
     overlapped_seconds: by how much the micro-batches so far took longer, added up, than the steps that they were in. It is
         0 in sequence: the client's, the wire's and the worker's seconds then add up to the step's.
     """
 
-    def __init__(self, in_flight: int = 1) -> None:
+    def __init__(self, in_flight: int = 1, *, one_draw: bool = False) -> None:
         self.in_flight = in_flight
+        self._one_draw = one_draw
         self.overlapped_seconds = 0.0
         # Threads that stay: each keeps its OpenMP team and its memory for the next step.
         self._threads = ThreadPoolExecutor(in_flight, "micro-batch") if in_flight > 1 else None
@@ -39,8 +42,8 @@ class MicroBatches:
     def run(self, model: AdapterModel, micro_batches: Sequence[Mapping[str, Tensor]], loss_of: LossOf) -> Tensor:
         """Add the gradients of Σ loss_of(micro-batch) to the parameters' `grad`; return that sum, a detached scalar.
 
-        The generators' seeds are drawn from torch's own generator, one per micro-batch. If a micro-batch fails, those
-        that have not started are dropped, those in flight end, the first failure is raised, and no `grad` is touched.
+        The generators' seeds are drawn from torch's own generator. If a micro-batch fails, those that have not started are
+        dropped, those in flight end, the first failure is raised, and no `grad` is touched.
         """
         parameters = list(model.adapter_state().values())
 
@@ -66,7 +69,7 @@ class MicroBatches:
         micro_batches: Sequence[Mapping[str, Tensor]],
     ) -> Iterator[Result]:
         """Yield work(micro-batch, generator of its dropout) of each in order, gradients enabled; see `run` for failures."""
-        seeds = torch.randint(2**62, (len(micro_batches),)).tolist()
+        seeds = self._seeds(len(micro_batches))
         started, seconds = time.perf_counter(), 0.0
 
         def timed(index: int) -> tuple[Result, float]:
@@ -80,6 +83,13 @@ class MicroBatches:
             yield result
         if self._threads is not None:
             self.overlapped_seconds += max(0.0, seconds - (time.perf_counter() - started))
+
+    def _seeds(self, count: int) -> list[int]:
+        source = torch.default_generator
+        if self._one_draw:
+            source = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        seeds: list[int] = torch.randint(2**62, (count,), generator=source).tolist()
+        return seeds
 
     def _in_order(self, work: Callable[[int], Result], count: int) -> Iterator[Result]:
         if self._threads is None:

@@ -4,17 +4,20 @@
     step:  (Σ clip(g_i) + N(0, z²C²)) / (expected batch size)
 
 The release is entered in the ledger before noise is drawn. What the optimizer, the schedule and the checkpoints make of it
-afterwards costs nothing more.
+afterwards costs nothing more. No file of a checkpoint, nor metrics.jsonl, has anything of the data that did not come by
+that way (docs/privacy.md has the list): neither losses nor times, and no random state that counts the examples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
 from hecompile.runtime.model.data import Examples, PadToBucket
 from hecompile.runtime.model.divergence import require_finite_loss
@@ -22,6 +25,7 @@ from hecompile.runtime.model.per_example import require_per_example
 from hecompile.runtime.privacy.clipping import add_noise, clipped_sum, in_units
 from hecompile.runtime.privacy.promise import PrivateSteps
 from hecompile.runtime.privacy.sampling import PoissonBatches
+from hecompile.runtime.training.metrics import RELEASED, PrivateMetricsWriter, released
 from hecompile.runtime.training.micro_batches import cut
 from hecompile.runtime.training.trainer import AdapterTrainer
 
@@ -39,9 +43,11 @@ class PadPossiblyEmpty(PadToBucket):
 class PrivateTrainer(AdapterTrainer):
     """Train as `AdapterTrainer`, with steps made private as `private` says.
 
-    The order of the data is secret and not to be repeated: `data_seed` has no meaning here. The logged loss is the sample's
-    own, without noise, and 0 for an empty sample.
+    The order of the data is secret and not to be repeated: `data_seed` has no meaning here. The loss, which is the sample's
+    own without noise, is not logged.
     """
+
+    _one_draw = True  # the generator's state is in every checkpoint
 
     def __init__(self, private: PrivateSteps, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -97,6 +103,24 @@ class PrivateTrainer(AdapterTrainer):
             for name, value in in_units(add_noise(part, self._private.noise_multiplier), grid).items():
                 parameters[name].grad = value
         return loss
+
+    def _writer(self, output_dir: Path) -> TrainerCallback:
+        return PrivateMetricsWriter(output_dir)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log what may be written of a step, and evaluations, which are of other data."""
+        kept = {name: value for name, value in logs.items() if name in RELEASED or name.startswith("eval_")}
+        super().log(kept, start_time)
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Return 0: the trainer keeps the sum, which would count the tokens of the samples."""
+        return 0
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        # Also what the checkpoint of an earlier version, from which the run goes on, had in its state.
+        self.state.log_history = [released(record) for record in self.state.log_history]
+        self.state.total_flos = 0
+        super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         directory = self._save_to(output_dir)

@@ -1,7 +1,7 @@
 """Run a training from a recipe: check everything, then train, then save the adapter.
 
 The output directory then holds `metrics.jsonl`, `checkpoint-N/` (the PEFT adapter with the states of optimizer,
-schedule and random generators, and the settings) and `adapter/`.
+schedule and random generators, and the settings) and `adapter/`, after a private run `evaluations.jsonl` too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ from hecompile.runtime.model.data import Examples, PadToBucket, eos_and_pad, loa
 from hecompile.runtime.privacy.promise import PrivateRun, PrivateSteps, check_same_promise, private_steps
 from hecompile.runtime.recipes.training import Recipe, TrainingSection, check_lora
 from hecompile.runtime.training.freed_memory import freed_memory_kept
-from hecompile.runtime.training.metrics import METRICS_FILE, forget_after, read_metrics
+from hecompile.runtime.training.metrics import (
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    forget_after,
+    keep_released,
+    read_metrics,
+)
 from hecompile.runtime.training.private_trainer import PrivateTrainer
 from hecompile.runtime.training.resume import check_resumable, checkpoint_to_resume
 from hecompile.runtime.training.trainer import AdapterTrainer
@@ -38,7 +44,7 @@ class TrainingResult:
     """Report where the PEFT adapter is, how many optimizer steps it has had, and the figures at the end.
 
     `metrics` has `loss` of the last step, and `eval_loss` and `eval_exact_match` if there is a validation file. `privacy`
-    says what was promised and spent, where the recipe has a privacy section.
+    says what was promised and spent, where the recipe has a privacy section; then there is no `loss`.
     """
 
     adapter_dir: Path
@@ -91,7 +97,7 @@ def run_training(
     with _promise(recipe, len(data.train), start) as private:
         if start.checkpoint is not None:
             load_adapter(model, start.checkpoint)  # one that does not fit is refused before anything is written
-        section = _prepare_output_dir(recipe.training, start)
+        section = _prepare_output_dir(recipe, start)
         parts = (model, section, settings, data.train, data.heldout, data.collate, recipe.range_loss)
         trainer = AdapterTrainer(*parts) if private is None else PrivateTrainer(private, *parts)
         with freed_memory_kept():
@@ -142,26 +148,30 @@ def _promise(recipe: Recipe, examples: int, start: _Start) -> AbstractContextMan
     return private_steps(recipe.privacy, run)
 
 
-def _prepare_output_dir(section: TrainingSection, start: _Start) -> TrainingSection:
+def _prepare_output_dir(recipe: Recipe, start: _Start) -> TrainingSection:
     """Make the output directory this run's; return the settings for what is left of the run."""
+    section = recipe.training
     if start.checkpoint is None:
         _claim_output_dir(section.output_dir, section.overwrite_output_dir)
         return section
     _make_output_dir(section.output_dir)
-    forget_after(section.output_dir / METRICS_FILE, start.step)  # the steps after it are taken again
+    for name in (METRICS_FILE, EVALUATIONS_FILE):
+        forget_after(section.output_dir / name, start.step)  # the steps after it are taken again
+    if recipe.privacy is not None:
+        keep_released(section.output_dir / METRICS_FILE)
     return section.model_copy(update={"eval_on_start": False})  # this is not the start
 
 
 def _final_metrics(trainer: AdapterTrainer, output_dir: Path) -> dict[str, float]:
     step = trainer.state.global_step
-    evaluated = any("eval_loss" in record and record["step"] == step for record in trainer.state.log_history)
-    if trainer.eval_dataset is not None and not evaluated:
+    if trainer.eval_dataset is not None and (trainer.evaluation is None or trainer.evaluation[0] != step):
         trainer.evaluate()
-    last: dict[str, float] = {}
-    for record in read_metrics(output_dir / METRICS_FILE):
-        if record["step"] == step:
-            last |= {key: record[key] for key in ("loss", "eval_loss", "eval_exact_match") if key in record}
-    return last
+    records = [record for record in read_metrics(output_dir / METRICS_FILE) if record["step"] == step]
+    if trainer.evaluation is not None:
+        records.append(trainer.evaluation[1])
+    return {
+        key: record[key] for record in records for key in ("loss", "eval_loss", "eval_exact_match") if key in record
+    }
 
 
 def _total_steps(section: TrainingSection, examples: int) -> int:
@@ -197,7 +207,8 @@ def _claim_output_dir(output_dir: Path, overwrite: bool) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"training.output_dir {output_dir} is a file; name a directory")
     earlier = [path for path in output_dir.glob("checkpoint-*") if path.is_dir()]
-    earlier += [output_dir / name for name in (METRICS_FILE, ADAPTER_DIR) if (output_dir / name).exists()]
+    files = (METRICS_FILE, EVALUATIONS_FILE, ADAPTER_DIR)
+    earlier += [output_dir / name for name in files if (output_dir / name).exists()]
     if earlier and not overwrite:
         raise InputError(
             f"training.output_dir {output_dir} already holds a run ({earlier[0].name}); resume it, choose another "

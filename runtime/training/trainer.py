@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hecompile.errors import InputError, NotFiniteError, VerificationError
@@ -68,8 +68,11 @@ def training_arguments(section: TrainingSection) -> TrainingArguments:
 class AdapterTrainer(Trainer):
     """Train the adapter of an `AdapterModel`; the training data come in the order that `data_seed` gives.
 
-    `settings` goes into each checkpoint as `SETTINGS_FILE`, so that a resumed run can be compared with it.
+    `settings` goes into each checkpoint as `SETTINGS_FILE`, so that a resumed run can be compared with it. `evaluation` is
+    the step of the last evaluation, and what it gave.
     """
+
+    _one_draw = False
 
     def __init__(
         self,
@@ -81,14 +84,16 @@ class AdapterTrainer(Trainer):
         collate: PadToBucket,
         range_loss: RangeLossSection | None = None,
     ) -> None:
-        self._micro_batches = MicroBatches(section.micro_batches_in_flight if model.concurrent else 1)
+        in_flight = section.micro_batches_in_flight if model.concurrent else 1
+        self._micro_batches = MicroBatches(in_flight, one_draw=self._one_draw)
+        self.evaluation: tuple[int, dict[str, float]] | None = None
         super().__init__(
             model=cast("torch.nn.Module", model),
             args=training_arguments(section),
             data_collator=collate,
             train_dataset=train_examples,
             eval_dataset=heldout_examples,
-            callbacks=[MetricsWriter(self._figures, section.output_dir / METRICS_FILE)],
+            callbacks=[self._writer(section.output_dir)],
         )
         self._adapter_model = model
         self._settings = settings
@@ -170,6 +175,10 @@ class AdapterTrainer(Trainer):
             if self._bar is not None:
                 self._bar.close()
 
+    def _writer(self, output_dir: Path) -> TrainerCallback:
+        """Make what writes the metrics."""
+        return MetricsWriter(self._figures, output_dir / METRICS_FILE)
+
     def _figures(self) -> dict[str, float]:
         return self._adapter_model.stats() | {"overlapped_seconds": self._micro_batches.overlapped_seconds}
 
@@ -191,6 +200,7 @@ class AdapterTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_loss": result.loss}
         if result.exact_match is not None:
             metrics[f"{metric_key_prefix}_exact_match"] = result.exact_match
+        self.evaluation = self.state.global_step, dict(metrics)
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - started
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -65,7 +65,7 @@ def test_a_resumed_run_pays_for_the_steps_that_the_crash_took_back(
         assert first is not None and ledger.last is not None
         assert ledger.last.noise_multiplier > first.noise_multiplier
         assert 2.97 < ledger.spent() <= 3.0
-    records = [record["step"] for record in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in record]
+    records = [record["step"] for record in read_metrics(tmp_path / "run/metrics.jsonl")]
     assert records == [1, 2, 3, 4, 5, 6]
 
 
