@@ -16,6 +16,7 @@ from hecompile.checkpoint.configuration import read_answer_ends, read_configurat
 from hecompile.checkpoint.folder import check_folder
 from hecompile.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from hecompile.checkpoint.weights import read_weights
+from hecompile.environment import without_launcher
 from hecompile.errors import InputError
 
 
@@ -41,9 +42,10 @@ def load_model(
     check_vocabulary(directory, tokenizer, config.vocab_size)
     weights = read_weights(directory, config)
     try:
-        model: Any = LlamaForCausalLM.from_pretrained(
-            None, config=config, state_dict=weights, dtype=torch.float32, attn_implementation=attention
-        )
+        with without_launcher():
+            model: Any = LlamaForCausalLM.from_pretrained(
+                None, config=config, state_dict=weights, dtype=torch.float32, attn_implementation=attention
+            )
     except Exception as error:  # whatever transformers finds in weights that are those of a Llama
         raise InputError(f"cannot load the weights of {directory}: {' '.join(str(error).split())}") from error
     model.generation_config = GenerationConfig(

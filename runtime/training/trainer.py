@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from hecompile.environment import without_launcher
 from hecompile.errors import InputError, NotFiniteError, VerificationError
 from hecompile.files import reason_of
 from hecompile.polynomial.domains import DomainViolation
@@ -87,14 +88,15 @@ class AdapterTrainer(Trainer):
         in_flight = section.micro_batches_in_flight if model.concurrent else 1
         self._micro_batches = MicroBatches(in_flight, one_draw=self._one_draw)
         self.evaluation: tuple[int, dict[str, float]] | None = None
-        super().__init__(
-            model=cast("torch.nn.Module", model),
-            args=training_arguments(section),
-            data_collator=collate,
-            train_dataset=train_examples,
-            eval_dataset=heldout_examples,
-            callbacks=[self._writer(section.output_dir)],
-        )
+        with without_launcher():  # accelerate's state is made here, for good
+            super().__init__(
+                model=cast("torch.nn.Module", model),
+                args=training_arguments(section),
+                data_collator=collate,
+                train_dataset=train_examples,
+                eval_dataset=heldout_examples,
+                callbacks=[self._writer(section.output_dir)],
+            )
         self._adapter_model = model
         self._settings = settings
         self._heldout = heldout_examples
@@ -169,7 +171,8 @@ class AdapterTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.train`; the threads of the micro-batches end with it."""
         try:
-            return super().train(*args, **kwargs)
+            with without_launcher():
+                return super().train(*args, **kwargs)
         finally:
             self._micro_batches.close()
             if self._bar is not None:
