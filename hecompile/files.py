@@ -1,8 +1,11 @@
-"""Write, replace and hash files so that a crash leaves the old content or the new one."""
+"""Write, replace and hash files so that a crash leaves the old content or the new one, and one process writes at a time."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -14,6 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from hecompile.errors import InputError
+
+WHO = "{who}"
+"""Stands in a message of `locked` for the process that has the lock."""
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 
 
@@ -78,6 +85,97 @@ def replace_directory(source: Path, target: Path) -> None:
         if old.exists() and not target.exists():
             old.rename(target)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def only_writer(target: Path, name: str | None = None, *, folder: bool = False) -> Iterator[None]:
+    """Be the only process that writes `target` until the block ends; enter it before looking at what is there.
+
+    The lock is `.NAME.lock` beside the target. A folder that is written into bit by bit has `.lock` inside as well, which
+    everybody sees to whom it is mounted; it is made if there is none, and removed if it is empty at the end. The system
+    gives locks up when their process ends, however it ends, and the files go with them.
+
+    Args:
+        target: the folder or file.
+        name: of the target in messages, by default its path.
+        folder: whether it is written into bit by bit, and not replaced as a whole.
+
+    Raises:
+        InputError: another process has it, or it cannot be written to. Nothing was changed.
+    """
+    given, name = name, name or str(target)
+    if folder and target.exists() and not target.is_dir():
+        raise InputError(f"{name} is a file; name a directory")
+    held = f"{name} is being written by {WHO}; wait for it to end, or name another"
+    with contextlib.ExitStack() as stack:
+        try:
+            place = target.resolve()
+            beside = place.with_name(f".{place.name}.lock")
+            if not (folder and place.is_dir() and not os.access(place.parent, os.W_OK)):  # such as a mounted volume
+                stack.enter_context(_folder_made(place.parent))
+                stack.enter_context(locked(beside, held))
+            if folder:
+                stack.enter_context(_folder_made(place))
+                stack.enter_context(locked(place / ".lock", held))
+        except (OSError, RuntimeError, ValueError) as error:  # the last two: symbolic links in a circle, no name
+            reason = reason_of(error) if isinstance(error, OSError) else str(error)
+            what = f"cannot write {target}" if given is None else f"{given} cannot be used"
+            raise InputError(f"{what}: {reason}; name another") from None
+        yield
+
+
+@contextmanager
+def _folder_made(folder: Path) -> Iterator[None]:
+    """Make a folder with its parents; at the end remove those of them that are empty."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:  # a file is in the way
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
+        yield
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+@contextmanager
+def locked(lock: Path, message: str) -> Iterator[None]:
+    """Hold the lock file `lock`, which is made and removed.
+
+    Raises InputError with `message` where another process has it. WHO in it stands for that one, whose number the file has.
+    """
+    while True:
+        file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_still(file, lock):
+                break
+        except BlockingIOError:
+            holder = os.pread(file, 20, 0).decode(errors="replace").strip()
+            who = f"another process ({holder})" if holder.isdigit() else "another process"
+            os.close(file)
+            raise InputError(message.replace(WHO, who)) from None
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)  # its last holder removed it in between
+    try:
+        if WHO in message:
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(file)
+
+
+def _is_still(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def reason_of(error: OSError | UnicodeDecodeError) -> str:

@@ -13,6 +13,7 @@ from rich.table import Table
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.cli.console import progress_bar
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
+from hecompile.files import only_writer
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime.client.session import Session, open_session
 from hecompile.runtime.model.adapter import AdapterModel
@@ -34,6 +35,11 @@ def run_demo(out: Path, console: Console, precision: float = 8.0, changes: Seque
 
     `changes` are overrides of the recipe for both runs, such as `training.max_steps=20`.
     """
+    with only_writer(out, f"--out {out}", folder=True):
+        _run(out, console, precision, changes)
+
+
+def _run(out: Path, console: Console, precision: float, changes: Sequence[str]) -> None:
     build, runs = out / "build", out / "runs"
     for directory in (build, runs):
         shutil.rmtree(directory, ignore_errors=True)

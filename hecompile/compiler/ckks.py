@@ -37,7 +37,7 @@ from hecompile.compiler.pipeline import lower_polynomial
 from hecompile.compiler.polynomial_options import PolynomialOptions, require_polynomials, require_trained
 from hecompile.compiler.target import check_target
 from hecompile.errors import InputError
-from hecompile.files import reason_of, replace_directory
+from hecompile.files import only_writer, reason_of, replace_directory
 from hecompile.he.random.sampling import PublicSeed
 from hecompile.llama import LLAMA_LINEARS
 
@@ -58,6 +58,12 @@ def export_polynomial(
     LegalityError where a part of the model is no polynomial, or calibration leaves a domain. `out` is then as it was.
     """
     check_target(out, BundleKind.CKKS_CLIENT)
+    with only_writer(out):
+        check_target(out, BundleKind.CKKS_CLIENT)  # another export may have ended in between
+        return _export(model, out, options, adapter, progress)
+
+
+def _export(model: str, out: Path, options: CkksOptions, adapter: Path | None, progress: Progress) -> CkksPlan:
     progress("load")
     checkpoint = load_checkpoint(model)
     if options.sequence_length > checkpoint.model.config.max_position_embeddings:

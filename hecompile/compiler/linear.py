@@ -40,6 +40,7 @@ from hecompile.compiler.polynomial_options import PolynomialOptions, require_tra
 from hecompile.compiler.staging import staging
 from hecompile.compiler.target import check_target
 from hecompile.errors import InputError
+from hecompile.files import only_writer
 from hecompile.he.check_store import write_checks
 from hecompile.he.parameters import RingParameters
 from hecompile.he.random.sampling import PublicSeed, SecretRandom
@@ -62,6 +63,12 @@ def compile_checkpoint(
     there (`hecompile.compiler.staging`). Raises HecompileError.
     """
     check_target(out, BundleKind.CLIENT)
+    with only_writer(out):
+        check_target(out, BundleKind.CLIENT)  # another export may have ended in between
+        return _compile(model_name_or_path, out, options, progress)
+
+
+def _compile(model_name_or_path: str, out: Path, options: CompileOptions, progress: Progress) -> str:
     progress("load", 0, 1)
     checkpoint = load_checkpoint(model_name_or_path)
     name, tokenizer, ends = checkpoint.name, checkpoint.tokenizer, answer_ends(checkpoint.model)

@@ -21,11 +21,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hecompile.errors import InputError
-from hecompile.files import reason_of, replace_directory, write_whole
+from hecompile.files import locked, reason_of, replace_directory, write_whole
 from hecompile.he.random.sampling import PublicSeed
 
 FORMAT, VERSION = "hecompile-export", 1
@@ -131,7 +130,7 @@ def staging(out: Path, request: str, drawn: PublicSeed) -> Iterator[Staging]:
     try:
         _refuse_foreign(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, out):
+        with locked(folder / LOCK, f"another export is writing {out} at this moment; wait for it or choose another"):
             try:
                 stage = Staging(folder, request, drawn)
                 try:
@@ -174,11 +173,3 @@ def _read_record(folder: Path) -> _Record | None:
     except (FileNotFoundError, UnicodeDecodeError, ValidationError, InputError):
         return None
     return record if (record.format, record.version) == (FORMAT, VERSION) else None
-
-
-def _locked(folder: Path, out: Path) -> contextlib.AbstractContextManager[object]:
-    """Lock the folder until the block ends that this is entered in. Raises InputError where another process has it."""
-    try:
-        return FileLock(folder / LOCK).acquire(blocking=False)
-    except Timeout:
-        raise InputError(f"another export is writing {out} at this moment; wait for it or choose another") from None

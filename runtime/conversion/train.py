@@ -26,7 +26,7 @@ from torch import Tensor
 from hecompile.compiler.frontend import Checkpoint, export_onnx, load_checkpoint
 from hecompile.compiler.polynomial_options import CONFIG_KEY, PolynomialOptions
 from hecompile.errors import InputError, NotFiniteError
-from hecompile.files import opened_whole
+from hecompile.files import only_writer, opened_whole
 from hecompile.polynomial.ranges import Interval
 from hecompile.runtime.conversion.data import batch_of, load_rows
 from hecompile.runtime.conversion.domains import (
@@ -89,6 +89,11 @@ def convert(recipe: ConversionRecipe, progress: Progress = lambda *_: None) -> C
     Raises InputError for a recipe, text or checkpoint that does not fit, before anything is written; LegalityError where
     held-out text leaves the domains; NotFiniteError where the loss is not finite. Then `recipe.out` does not exist.
     """
+    with only_writer(recipe.out):
+        return _convert(recipe, progress)
+
+
+def _convert(recipe: ConversionRecipe, progress: Progress) -> Conversion:
     if recipe.out.exists():
         raise InputError(f"{recipe.out} exists; delete it, or give another `out`")
     checkpoint = load_checkpoint(recipe.model)

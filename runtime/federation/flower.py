@@ -29,7 +29,7 @@ from flwr.serverapp import Grid, ServerApp
 from hecompile.errors import FederationError, InputError
 from hecompile.runtime.federation.events import line_for
 from hecompile.runtime.federation.local_model import owner_model, plaintext_model
-from hecompile.runtime.federation.output import require_free
+from hecompile.runtime.federation.output import only_owner, only_server, require_free
 from hecompile.runtime.federation.owner import local_trainer, owner_ledger, owner_promise, save_finished
 from hecompile.runtime.federation.protocol.keyring import DirectoryKeys
 from hecompile.runtime.federation.protocol.messages import Finished, Message, Start, from_bytes, read_header, to_bytes
@@ -137,11 +137,12 @@ def _content(values: Mapping[str, str | bytes]) -> RecordDict:
 def main(grid: Grid, context: Context) -> None:
     """Run all rounds of the recipe, and write rounds.jsonl and the adapter."""
     recipe = _server_recipe(context)
-    require_free(recipe.training, server=True)
-    roster = read_roster(Path(str(context.run_config["roster"])))
-    local = plaintext_model(recipe)
-    exchange = GridExchange(grid, recipe.names, recipe.reply_timeout)
-    run_rounds(recipe, roster, local, exchange, _log_event)
+    with only_server(recipe.training):
+        require_free(recipe.training, server=True)
+        roster = read_roster(Path(str(context.run_config["roster"])))
+        local = plaintext_model(recipe)
+        exchange = GridExchange(grid, recipe.names, recipe.reply_timeout)
+        run_rounds(recipe, roster, local, exchange, _log_event)
 
 
 def _log_event(event: str, /, **fields: str | int | float | None) -> None:
@@ -170,6 +171,7 @@ def _answer(place: _Place, request: Message) -> bytes:
     recipe, owner = place.recipe, place.recipe.owner(place.owner)
     training = owner if isinstance(request, Start) else owner.model_copy(update={"privacy": None})
     with (
+        only_owner(recipe.training, owner.name),  # per message: a node has no life between two
         owner_model(recipe, owner) as local,
         owner_promise(recipe, training, local, _rounds_left(recipe, request)) as private,
         owner_ledger(recipe, owner) as ledger,

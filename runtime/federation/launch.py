@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from hecompile.errors import FederationError
+from hecompile.files import only_writer
 from hecompile.runtime.federation.events import FAILED, LISTENING, ROUND, line_for
 from hecompile.runtime.federation.local_model import plaintext_model
-from hecompile.runtime.federation.output import ADAPTER_DIR, KEYS_DIR, ROSTER_FILE, require_free
+from hecompile.runtime.federation.output import ADAPTER_DIR, KEYS_DIR, ROSTER_FILE, only_server, require_free
 from hecompile.runtime.federation.recipe import FederationRecipe, load_federation
 from hecompile.runtime.federation.records import RoundRecord, read_records
 from hecompile.runtime.federation.roster import own_identity, write_roster
@@ -45,9 +46,7 @@ def run_processes(recipe_file: Path, overrides: Sequence[str], say: Callable[[st
     """
     recipe = load_federation(recipe_file, overrides)
     out = recipe.training.output_dir
-    if require_free(recipe.training, server=True, owners=recipe.names):
-        say(f"replacing the federation in {out} (training.overwrite_output_dir)")
-    with processes(recipe_file, overrides) as running:
+    with processes(recipe_file, overrides, say) as running:
         reason = _follow_server(running, say)
         failed_owners = _wait_for_owners(running)
         for owner, own_reason in failed_owners.items():
@@ -61,7 +60,9 @@ def run_processes(recipe_file: Path, overrides: Sequence[str], say: Callable[[st
 
 
 @contextmanager
-def processes(recipe_file: Path, overrides: Sequence[str]) -> Iterator[Processes]:
+def processes(
+    recipe_file: Path, overrides: Sequence[str], say: Callable[[str], None] = lambda _: None
+) -> Iterator[Processes]:
     """Start the server and all owners of the recipe; all are ended at the end.
 
     They have the identities that are in the output directory, or fresh ones. What an earlier federation wrote stays until
@@ -69,9 +70,22 @@ def processes(recipe_file: Path, overrides: Sequence[str]) -> Iterator[Processes
     """
     recipe = load_federation(recipe_file, overrides)
     out = recipe.training.output_dir
-    require_free(recipe.training, server=True, owners=recipe.names)
     folders = {name: out / KEYS_DIR / name for name in recipe.names}
-    write_roster(out / ROSTER_FILE, [own_identity(name, folder) for name, folder in folders.items()])
+    launching = only_writer(out / KEYS_DIR, f"training.output_dir {out}", folder=True)
+    with launching:  # until the end; the server and the owners have the folders that are theirs
+        with only_server(recipe.training):
+            if require_free(recipe.training, server=True, owners=recipe.names):
+                say(f"replacing the federation in {out} (training.overwrite_output_dir)")
+            write_roster(out / ROSTER_FILE, [own_identity(name, folder) for name, folder in folders.items()])
+        with _started(recipe_file, recipe, overrides, folders) as running:
+            yield running
+
+
+@contextmanager
+def _started(
+    recipe_file: Path, recipe: FederationRecipe, overrides: Sequence[str], folders: Mapping[str, Path]
+) -> Iterator[Processes]:
+    out = recipe.training.output_dir
     common = [str(recipe_file), *overrides, "--roster", str(out / ROSTER_FILE), "--events", "json"]
     environment = _environment(recipe)
     started: list[subprocess.Popen[str]] = []

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from hecompile.errors import InputError
+from hecompile.files import only_writer
 from hecompile.runtime.recipes.training import TrainingSection
 
 ROUNDS_FILE, ROSTER_FILE, ADAPTER_DIR, KEYS_DIR = "rounds.jsonl", "roster.json", "adapter", "keys"
+
+
+def only_server(section: TrainingSection) -> AbstractContextManager[None]:
+    """Be the only server that writes to the output directory; see `only_writer`."""
+    return only_writer(section.output_dir, f"training.output_dir {section.output_dir}", folder=True)
+
+
+def only_owner(section: TrainingSection, name: str) -> AbstractContextManager[None]:
+    """Be the only process that writes to an owner's folder; see `only_writer`."""
+    folder = section.output_dir / name
+    return only_writer(folder, f"the folder {folder} in training.output_dir", folder=True)
 
 
 def require_free(section: TrainingSection, *, server: bool = False, owners: Sequence[str] = ()) -> bool:

@@ -14,7 +14,7 @@ from hecompile.errors import InputError
 from hecompile.he.aggregation.parameters import CLIENT_LIMIT
 from hecompile.runtime.federation.local import LocalTrainer
 from hecompile.runtime.federation.local_model import LocalModel, owner_model
-from hecompile.runtime.federation.output import ADAPTER_DIR, clear_owner, require_free
+from hecompile.runtime.federation.output import ADAPTER_DIR, clear_owner, only_owner, require_free
 from hecompile.runtime.federation.protocol.channels import Roster
 from hecompile.runtime.federation.protocol.keyring import MemoryKeys
 from hecompile.runtime.federation.protocol.messages import Finished
@@ -35,6 +35,12 @@ def join(recipe: FederationRecipe, name: str, roster: Roster, keys: Path, addres
     `keys` is the owner's private folder. Raises InputError and FederationError as `server.serve` does, for the owner's own
     copy.
     """
+    recipe.owner(name)  # a stranger is refused before a folder is made
+    with only_owner(recipe.training, name):
+        return _join(recipe, name, roster, keys, address)
+
+
+def _join(recipe: FederationRecipe, name: str, roster: Roster, keys: Path, address: str) -> Path:
     owner = recipe.owner(name)
     replaces = require_free(recipe.training, owners=[name])
     identity = own_identity(name, keys)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hecompile.runtime.federation.events import LISTENING, Report
 from hecompile.runtime.federation.local_model import LocalModel, plaintext_model
-from hecompile.runtime.federation.output import ADAPTER_DIR, require_free
+from hecompile.runtime.federation.output import ADAPTER_DIR, only_server, require_free
 from hecompile.runtime.federation.protocol.channels import Roster
 from hecompile.runtime.federation.protocol.rounds import Exchange, Federation
 from hecompile.runtime.federation.recipe import FederationRecipe
@@ -38,6 +38,11 @@ def serve(recipe: FederationRecipe, roster: Roster, port: int, report: Report) -
         FederationError: an owner did not come in time, or a round failed.
         InputError: the output directory holds a federation which the recipe does not allow to replace.
     """
+    with only_server(recipe.training):
+        return _serve(recipe, roster, port, report)
+
+
+def _serve(recipe: FederationRecipe, roster: Roster, port: int, report: Report) -> Path:
     require_free(recipe.training, server=True)
     local = plaintext_model(recipe)
     with FederationServer(roster, port=port, reply_timeout=recipe.reply_timeout) as server:

@@ -18,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hecompile.errors import InputError
-from hecompile.files import reason_of
+from hecompile.files import only_writer, reason_of
 from hecompile.runtime.client.functions import check_functions
 from hecompile.runtime.model.adapter import AdapterModel, load_adapter, save_adapter
 from hecompile.runtime.model.data import Examples, PadToBucket, eos_and_pad, load_examples, smallest_bucket
@@ -92,6 +92,12 @@ def run_training(
     check_functions(recipe, model)
     data = _load_data(model, tokenizer, recipe)
     _check_batches_fit(model, recipe, data)
+    with only_writer(recipe.training.output_dir, f"training.output_dir {recipe.training.output_dir}", folder=True):
+        return _run(model, recipe, data, resume)
+
+
+def _run(model: AdapterModel, recipe: Recipe, data: _Data, resume: bool | str | Path) -> TrainingResult:
+    """Run the training whose output directory nobody else writes to."""
     settings = _settings(model, recipe, data.train)
     start = _find_start(recipe, settings, len(data.train), resume)
     with _promise(recipe, len(data.train), start) as private:
@@ -204,8 +210,6 @@ def _check_batches_fit(model: AdapterModel, recipe: Recipe, data: _Data) -> None
 
 def _claim_output_dir(output_dir: Path, overwrite: bool) -> None:
     """Make sure that the output directory holds no other run; with `overwrite`, delete the files of one."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"training.output_dir {output_dir} is a file; name a directory")
     earlier = [path for path in output_dir.glob("checkpoint-*") if path.is_dir()]
     files = (METRICS_FILE, EVALUATIONS_FILE, ADAPTER_DIR)
     earlier += [output_dir / name for name in files if (output_dir / name).exists()]

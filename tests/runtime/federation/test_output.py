@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hecompile.errors import FederationError, InputError
+from hecompile.files import only_writer
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime.federation.launch import run_processes
 from hecompile.runtime.federation.output import clear_owner, clear_server, require_free
@@ -52,6 +53,25 @@ def test_a_finished_federation_is_refused_by_every_process_and_stays_as_it_was(t
             r"directory, or set training\.overwrite_output_dir=true to replace it$"
         )
     assert files(out) == before and not said and not (tmp_path / "keys").exists()
+
+
+def test_two_federations_do_not_write_into_one_directory(tmp_path: Path) -> None:
+    out, recipe = tmp_path / "out", loaded(tmp_path / "out", *REPLACE)
+    overrides = [f"training.output_dir={out}", *REPLACE]
+    said: list[str] = []
+    for held, start in (
+        (out, lambda: serve(recipe, {}, 0, emit)),
+        (out, lambda: run_processes(RECIPE, overrides, said.append)),
+        (out / "keys", lambda: run_processes(RECIPE, overrides, said.append)),
+        (out / "owner-1", lambda: join(recipe, "owner-1", {}, tmp_path / "keys", "tcp://127.0.0.1:9")),
+    ):
+        with only_writer(held, folder=True):
+            with pytest.raises(
+                InputError, match=r"training\.output_dir.* is being written by another process \(\d+\)"
+            ):
+                start()  # type: ignore[no-untyped-call]
+            assert not any(path.suffix != ".lock" and path.name != ".lock" for path in files(out))
+    assert not list(tmp_path.iterdir()) and not said
 
 
 def test_without_the_key_a_recipe_replaces_nothing() -> None:
