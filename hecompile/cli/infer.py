@@ -69,7 +69,7 @@ class AnswerOptions:
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Write JSONL there instead of answers to the screen; the same command goes on if interrupted."
+            help="Write JSONL to this new file instead of answers to the screen; the same command goes on if interrupted."
         ),
     ] = None
     max_new_tokens: Annotated[int, typer.Option(min=1, help=MAX_NEW_TOKENS)] = 64

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from hecompile.errors import InputError
-from hecompile.files import reason_of, write_whole
+from hecompile.files import only_writer, reason_of, write_whole
 from hecompile.runtime.client.session import Session
 from hecompile.runtime.inference.generation import Answer, CachedSteps, Sampling, generate
 from hecompile.runtime.model.data import Example, encode_example, eos_and_pad
@@ -98,9 +98,35 @@ def infer(
     """Answer `prompts` by the session's model, in their order; `on_reply` is called with each as soon as it is there.
 
     With `out`, a JSONL file is written at the end, at once; meanwhile `<out>.partial` holds the answers that are there, and
-    the same call after an interruption goes on from it. Raises InputError for a prompt that has no token or too many.
+    the same call after an interruption goes on from it. Raises InputError for a prompt that has no token or too many, and
+    for an `out` that exists, that has the unfinished answers of another call, or that another process writes.
     """
-    sampling, tokenizer = sampling or Sampling(), session.tokenizer
+    sampling = sampling or Sampling()
+    if out is None:
+        return _infer(session, prompts, max_new_tokens, sampling, None, on_reply)
+    require_free(out)
+    with only_writer(out, f"--out {out}"):
+        require_free(out)  # another call may have ended in between
+        return _infer(session, prompts, max_new_tokens, sampling, out, on_reply)
+
+
+def require_free(out: Path) -> None:
+    """Raise InputError for a file of answers that exists: it may be the only copy."""
+    if out.is_dir():
+        raise InputError(f"{out} is a directory; name a file for the answers")
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out} exists; delete it, or give another --out")
+
+
+def _infer(
+    session: Session,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    sampling: Sampling,
+    out: Path | None,
+    on_reply: Callable[[int, Reply], None],
+) -> list[Reply]:
+    tokenizer = session.tokenizer
     eos, _ = eos_and_pad(tokenizer)
     ends = session.model.answer_ends | {eos}
     encoder, longest = TextEncoder(tokenizer, eos), session.model.sequence_buckets[-1]
@@ -166,15 +192,24 @@ class _Partial:
     """Keep the answers of a run that has not ended: a line with the fingerprint, then one per answer."""
 
     def __init__(self, out: Path, fingerprint: str) -> None:
-        if out.is_dir():
-            raise InputError(f"{out} is a directory; name a file for the answers")
         self._out, self._path, self._fingerprint = out, out.with_name(out.name + ".partial"), fingerprint
 
     def read(self) -> dict[int, Reply]:
-        """Return what an interrupted run with this fingerprint has, by number; without one, begin the file anew."""
+        """Return what an interrupted run with this fingerprint has, by number; where there is none, begin the file.
+
+        Raises InputError for the answers of another run, and where the file is damaged or cannot be written.
+        """
         try:
-            lines = self._path.read_text(encoding="utf-8").split("\n")[:-1] if self._path.exists() else []
-            if lines and json.loads(lines[0]) == self._fingerprint:
+            text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+            lines = text.split("\n")[:-1]
+            if lines and json.loads(lines[0]) != self._fingerprint:
+                raise InputError(
+                    f"{self._path} has unfinished answers of another request (other prompts, options, plan or adapter): run "
+                    f"that one again to go on, delete the file, or give another --out"
+                )
+            if lines:
+                if not text.endswith("\n"):  # a line that a kill cut off: the next one must not continue it
+                    write_whole(self._path, "".join(f"{line}\n" for line in lines).encode(), mode=0o600)
                 records = [json.loads(line) for line in lines[1:]]
                 return {record.pop("number"): Reply(**record) for record in records}
             self._out.parent.mkdir(parents=True, exist_ok=True)

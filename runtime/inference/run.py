@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hecompile.runtime.client.session import open_session
-from hecompile.runtime.inference.answers import Prompt, Reply, infer
+from hecompile.runtime.inference.answers import Prompt, Reply, infer, require_free
 from hecompile.runtime.inference.generation import Sampling
 from hecompile.runtime.model.adapter import load_adapter
 from hecompile.runtime.recipes.workplace import Workplace
@@ -57,6 +57,8 @@ def run_inference(
     `out` and `on_reply` are those of `hecompile.runtime.inference.answers.infer`. An interrupt with `out` says that the
     answers are kept. Raises HecompileError as opening a session, loading an adapter and inference do.
     """
+    if out is not None:
+        require_free(out)  # before a worker is asked for anything
     with open_session(place) as session:
         if adapter is not None:
             load_adapter(session.model, adapter)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hecompile.errors import InputError
+from hecompile.files import only_writer
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import CleartextProducts
 from hecompile.runtime.client.session import Session
@@ -125,6 +126,35 @@ def test_a_match_is_what_evaluation_counts(
         examples = load_examples(path, tokenizer, model.sequence_buckets)
         assert match == (evaluate(model, examples, 0).exact_match == 1.0), prompt.completion
     assert matches.count(True) >= len(asked) // 6
+
+
+def test_answers_that_are_there_are_not_overwritten(
+    model: EncryptedCausalLM, tokenizer: PreTrainedTokenizerBase, build: Build, tmp_path: Path
+) -> None:
+    session, out = Session(model, tokenizer, build.client), tmp_path / "out.jsonl"
+    asked, partial = [Prompt("A"), Prompt("B")], tmp_path / "out.jsonl.partial"
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        infer(session, asked, 2, out=out, on_reply=stop)
+    kept = partial.read_text()
+    with pytest.raises(InputError, match=r"out\.jsonl\.partial has unfinished answers of another request"):
+        infer(session, asked, 3, out=out)
+    assert partial.read_text() == kept
+    partial.write_text(kept + '{"number": 1, "ans')  # as a kill leaves it
+    replies = infer(session, asked, 2, out=out)
+    whole = out.read_bytes()
+    assert len(replies) == 2 and [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    with pytest.raises(InputError, match=r"out\.jsonl exists; delete it, or give another --out"):
+        infer(session, asked, 2, out=out)
+    assert out.read_bytes() == whole
+    with (
+        only_writer(tmp_path / "b.jsonl"),
+        pytest.raises(InputError, match=r"b\.jsonl is being written by another process"),
+    ):
+        infer(session, asked, 2, out=tmp_path / "b.jsonl")
 
 
 def test_bad_input_is_named_before_anything_is_computed(
