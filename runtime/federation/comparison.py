@@ -15,7 +15,7 @@ from hecompile.runtime.federation.local_model import LocalModel, plaintext_model
 from hecompile.runtime.federation.owner import local_trainer, owner_promise
 from hecompile.runtime.federation.protocol.channels import Identity
 from hecompile.runtime.federation.protocol.keyring import MemoryKeys
-from hecompile.runtime.federation.protocol.layout import mask_digest
+from hecompile.runtime.federation.protocol.layout import adapter_digest, mask_digest
 from hecompile.runtime.federation.protocol.participant import LocalUpdate, Participant, Train
 from hecompile.runtime.federation.protocol.rounds import Federation, in_process
 from hecompile.runtime.federation.protocol.server_round import RoundResult, prune_global
@@ -80,8 +80,8 @@ class Lab:
         """Run one round in the clear with the agreement's pruning; return the adapter and each owner's update."""
         start, mask = prune_global(self.local.layout, agreement, number, adapter)
         header = RoundHeader(
-            number=number, nonce="0" * 32, agreement=agreement, layout=self.local.layout.digest(), mask=mask_digest(mask),
-            coordinates=int(mask.sum()),
+            federation="0" * 32, number=number, nonce="0" * 32, agreement=agreement, layout=self.local.layout.digest(),
+            mask=mask_digest(mask), adapter=adapter_digest(start), coordinates=int(mask.sum()),
         )  # fmt: skip
         updates = {name: trainer(header, start, mask) for name, trainer in self.trainers.items()}
         return (start + weighted_mean(updates)).astype(np.float32), updates

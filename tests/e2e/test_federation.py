@@ -38,8 +38,8 @@ def recipe(out: Path, *more: str) -> FederationRecipe:
 
 def header(loaded: FederationRecipe, lab: Lab, mask: np.ndarray) -> RoundHeader:
     return RoundHeader(
-        number=1, nonce="0" * 32, agreement=loaded.agreement(), layout=lab.local.layout.digest(), mask=mask_digest(mask),
-        coordinates=int(mask.sum()),
+        federation="0" * 32, number=1, nonce="0" * 32, agreement=loaded.agreement(), layout=lab.local.layout.digest(),
+        mask=mask_digest(mask), adapter="0" * 64, coordinates=int(mask.sum()),
     )  # fmt: skip
 
 

@@ -175,6 +175,23 @@ class EncryptedSum:
         self._words += words.view("<u4")[:, 0]
         self.clients += 1
 
+    def to_bytes(self) -> bytes:
+        """Return the words of the sum so far, 4 bytes each, little endian."""
+        return self._words.astype("<u4").tobytes()
+
+    @staticmethod
+    def from_bytes(params: AggregationParameters, data: bytes, count: int, clients: int) -> EncryptedSum:
+        """Read what `to_bytes` wrote of a sum over `clients`.
+
+        Raises:
+            FederationError: `data` is not `count` words long, or more clients than the parameters were made for.
+        """
+        if len(data) != 4 * count or not 0 <= clients <= params.max_clients:
+            raise FederationError(f"an encrypted sum of {count} coordinates has {4 * count} bytes, got {len(data)}")
+        total = EncryptedSum(params, count)
+        total.clients, total._words = clients, np.frombuffer(data, dtype="<u4").astype(np.uint32)
+        return total
+
     def open(self, seed: PublicSeed, key_sum: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return Σ x with an error of at most `noise_bound(clients)`: int64 `[n]`.
 

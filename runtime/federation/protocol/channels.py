@@ -10,7 +10,7 @@ round, or not at all.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from hecompile.he.random.sampling import Unsharable
 
 _NONCE_BYTES = 12
 _SHARE, _ADVERT = b"hecompile/federation/share/1", b"hecompile/federation/advert/1"
+_CONTRIBUTORS = b"hecompile/federation/contributors/1"
 
 Roster = Mapping[str, bytes]
 """Names of the owners and their Ed25519 public keys, 32 bytes each; known to all beforehand."""
@@ -77,17 +78,38 @@ class Identity(Unsharable):
         """Sign this owner's public key of the round, bound to `context`; 64 bytes."""
         return self._key.sign(_advert(context, self.name, public))
 
+    def sign_contributors(self, context: bytes, contributors: Sequence[str]) -> bytes:
+        """Sign whose updates are in the sum of the round, bound to `context`; 64 bytes."""
+        return self._key.sign(contributors_text(context, contributors))
+
 
 def check_advert(roster: Roster, name: str, context: bytes, public: bytes, signature: bytes) -> None:
     """Raise FederationError unless `name` is in the roster and signed `public` for `context`."""
+    _check(roster, name, signature, _advert(context, name, public), "the round's key")
+
+
+def check_contributors(
+    roster: Roster, name: str, context: bytes, contributors: Sequence[str], signature: bytes
+) -> None:
+    """Raise FederationError unless `name` is in the roster and signed these contributors for `context`."""
+    _check(roster, name, signature, contributors_text(context, contributors), "the list of contributors")
+
+
+def _check(roster: Roster, name: str, signature: bytes, text: bytes, what: str) -> None:
     if name not in roster:
         raise FederationError(f"{name!r} is not in the roster of this federation")
     try:
-        Ed25519PublicKey.from_public_bytes(roster[name]).verify(signature, _advert(context, name, public))
+        Ed25519PublicKey.from_public_bytes(roster[name]).verify(signature, text)
     except (InvalidSignature, ValueError):
         raise FederationError(
-            f"the round's key of {name!r} is not signed by {name!r} for this round: forged or replayed"
+            f"{what} of {name!r} is not signed by {name!r} for this round: forged or replayed"
         ) from None
+
+
+def contributors_text(context: bytes, contributors: Sequence[str]) -> bytes:
+    """Write the contributors of a round, in the order of their names, as they are signed."""
+    names = (_sized(name.encode()) for name in sorted(contributors))
+    return b"".join((_CONTRIBUTORS, _sized(context), *names))
 
 
 @dataclass(frozen=True)

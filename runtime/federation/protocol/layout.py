@@ -64,6 +64,11 @@ class Layout:
         return {name: whole[where].reshape(shapes[name]).clone() for name, where in self.slices()}
 
 
+def adapter_digest(adapter: NDArray[np.float32]) -> str:
+    """Return a hash of an adapter float32 `[size]` as it travels, 64 hexadecimal digits."""
+    return hashlib.sha256(b"hecompile/federation/adapter/1" + adapter.astype("<f4").tobytes()).hexdigest()
+
+
 def mask_digest(mask: NDArray[np.bool_]) -> str:
     """Return a hash of a mask bool `[n]`, 64 hexadecimal digits."""
     packed = np.packbits(mask).tobytes()

@@ -1,6 +1,6 @@
 """Write and read the messages of participants and server: JSON for the structure, raw bytes for the payload.
 
-    8 bytes length of the JSON | JSON {"kind", "fields", "blobs": [lengths]} | the blobs, one after the other
+    8 bytes length of the JSON | JSON {"version", "kind", "fields", "blobs": [lengths]} | the blobs, one after the other
 
 Reading executes nothing and checks every field; whoever carries the bytes bounds their number.
 """
@@ -8,6 +8,7 @@ Reading executes nothing and checks every field; whoever carries the bytes bound
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from hecompile.errors import FederationError
 from hecompile.runtime.federation.protocol.settings import RoundHeader
 
+VERSION = 2
+"""Version of the messages. Those of version 1 do not say theirs; its rounds have no confirmations."""
 _BLOB = "$blob"
 
 
@@ -59,13 +62,31 @@ class Contribution(Message):
     shares: dict[str, bytes]
 
 
+class Contributors(Message):
+    """Say whose updates were added: server → participants."""
+
+    kind = "contributors"
+    header: dict[str, Any]
+    adverts: list[Advert]
+    names: list[str]
+
+
+class Confirmation(Message):
+    """Send the signature over the contributors: participant → server."""
+
+    kind = "confirmation"
+    name: str
+    signature: bytes
+
+
 class Opening(Message):
-    """Say whose updates were added, with their sealed shares for this participant: server → one participant."""
+    """Send the contributors' sealed shares for this participant, and who confirmed them: server → one participant."""
 
     kind = "opening"
     header: dict[str, Any]
     adverts: list[Advert]
     shares: dict[str, bytes]
+    confirmations: dict[str, bytes]
 
 
 class SumShare(Message):
@@ -92,9 +113,27 @@ class Finished(Message):
     rounds: int
 
 
+class Pending(Message):
+    """Hold a round that the server has not finished; on its disk alone, never on the wire.
+
+    `total` is the encrypted sum of the contributions, `shares` their sealed shares by contributor and recipient.
+    """
+
+    kind = "pending"
+    header: dict[str, Any]
+    adverts: list[Advert]
+    contributors: list[str]
+    shares: dict[str, dict[str, bytes]]
+    total: bytes
+    bytes_up: int
+
+
 _KINDS: dict[str, type[Message]] = {
-    kind.kind: kind for kind in (Advert, Invitation, Start, Contribution, Opening, SumShare, Refusal, Finished)
-}
+    kind.kind: kind
+    for kind in (
+        Advert, Invitation, Start, Contribution, Contributors, Confirmation, Opening, SumShare, Refusal, Finished,
+    )
+}  # fmt: skip
 M = TypeVar("M", bound=Message)
 
 
@@ -102,26 +141,47 @@ def to_bytes(message: Message) -> bytes:
     """Write a message as it travels."""
     blobs: list[bytes] = []
     fields = _detach({name: getattr(message, name) for name in type(message).model_fields}, blobs)
-    head = json.dumps({"kind": message.kind, "fields": fields, "blobs": [len(blob) for blob in blobs]}).encode()
+    lengths = [len(blob) for blob in blobs]
+    head = json.dumps({"version": VERSION, "kind": message.kind, "fields": fields, "blobs": lengths}).encode()
     return b"".join([len(head).to_bytes(8, "little"), head, *blobs])
 
 
 def from_bytes(data: bytes) -> Message:
-    """Read a message. Raises FederationError for anything that `to_bytes` does not write."""
+    """Read a message. Raises FederationError for anything that `to_bytes` does not write, or another version wrote."""
+    return _read(data, _KINDS)
+
+
+def read_as(kind: type[M], data: bytes) -> M:
+    """Read what `to_bytes` wrote of that kind. Raises FederationError for anything else."""
+    return expect(kind, _read(data, {kind.kind: kind}))
+
+
+def _read(data: bytes, kinds: Mapping[str, type[Message]]) -> Message:
     try:
         size = int.from_bytes(data[:8], "little")
         head = json.loads(data[8 : 8 + size])
-        blobs, at = [], 8 + size
-        for length in head["blobs"]:
-            if not isinstance(length, int) or length < 0:
-                raise ValueError
-            blobs.append(data[at : at + length])
-            at += length
-        if at != len(data):
-            raise ValueError
-        return _KINDS[head["kind"]].model_validate(_attach(head["fields"], blobs))
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError, ValidationError):
+        version = head.get("version", 1)
+        if version == VERSION:
+            return _message(head, data, 8 + size, kinds)
+    except (AttributeError, ValueError, KeyError, TypeError, IndexError, RecursionError, ValidationError):
         raise FederationError("a message of the federation is malformed or cut short") from None
+    raise FederationError(
+        f"the other side of the federation writes messages of version {str(version)[:9]}, this one {VERSION}: run the same "
+        "release of hecompile at the server and at all owners"
+    )
+
+
+def _message(head: dict[str, Any], data: bytes, at: int, kinds: Mapping[str, type[Message]]) -> Message:
+    """Put a message together from its JSON and the blobs, which begin at `at`."""
+    blobs = []
+    for length in head["blobs"]:
+        if not isinstance(length, int) or length < 0:
+            raise ValueError
+        blobs.append(data[at : at + length])
+        at += length
+    if at != len(data):
+        raise ValueError
+    return kinds[head["kind"]].model_validate(_attach(head["fields"], blobs))
 
 
 def expect(kind: type[M], message: Message) -> M:

@@ -1,21 +1,27 @@
 """Handle a round as a participant: message in, message out, no network.
 
-    invitation → advert        a fresh X25519 key, signed
-    start      → contribution  train; draw a one-time key, encrypt under it, share it out; the key is gone
-    opening    → sum share     unseal the contributors' shares, add them, answer once
+    invitation   → advert        a fresh X25519 key, signed
+    start        → contribution  train; draw a one-time key, encrypt under it, share it out; the key is gone
+    contributors → confirmation  sign whose updates are in the sum, one set per round
+    opening      → sum share     once enough others signed that set: unseal the contributors' shares, add them
 
 Everything is checked against this participant's own copy of the agreement before anything is computed. Between messages
-it keeps what `keyring.py` says and nothing else.
+it keeps what `keyring.py` says and nothing else. A request that comes again, because the server or this participant was
+interrupted, gets the answer that it got before; another one in its place gets none.
+
+The third step is ConsistencyCheck of Bonawitz et al., "Practical secure aggregation for privacy-preserving machine
+learning" (CCS 2017, figure 4).
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 
 from hecompile.errors import FederationError, HecompileError, PrivacyError
@@ -24,23 +30,33 @@ from hecompile.he.random.sampling import SecretRandom
 from hecompile.runtime.federation.protocol import shamir
 from hecompile.runtime.federation.protocol.channels import Channels, Identity
 from hecompile.runtime.federation.protocol.keyring import RoundKeys
-from hecompile.runtime.federation.protocol.layout import mask_digest
+from hecompile.runtime.federation.protocol.layout import adapter_digest, mask_digest
 from hecompile.runtime.federation.protocol.messages import (
     Advert,
+    Confirmation,
     Contribution,
+    Contributors,
     Invitation,
     Message,
     Opening,
     Refusal,
     Start,
     SumShare,
+    read_as,
     read_header,
+    to_bytes,
 )
 from hecompile.runtime.federation.protocol.noise import private_update
 from hecompile.runtime.federation.protocol.pruning import shared_mask
 from hecompile.runtime.federation.protocol.settings import RoundHeader
 from hecompile.runtime.federation.protocol.terms import Terms
-from hecompile.runtime.federation.protocol.transcript import Transcript, check_enough, encode, read_transcript
+from hecompile.runtime.federation.protocol.transcript import (
+    Transcript,
+    check_confirmed,
+    check_enough,
+    encode,
+    read_transcript,
+)
 from hecompile.runtime.privacy.ledger import PrivacyLedger
 
 _log = logging.getLogger(__name__)
@@ -86,6 +102,8 @@ class Participant:
             return self._advertise(message)
         if isinstance(message, Start):
             return self._contribute(message)
+        if isinstance(message, Contributors):
+            return self._confirm(message)
         if isinstance(message, Opening):
             return self._open(message)
         raise FederationError(f"a participant does not answer a message {message.kind!r}")
@@ -106,7 +124,7 @@ class Participant:
 
     def _advertise(self, message: Invitation) -> Advert:
         header = self._accept(message.header)
-        public = self._keys.begin(header.number).public_key().public_bytes_raw()
+        public = self._keys.begin(header).public_key().public_bytes_raw()
         signature = self.identity.sign_advert(header.digest(), public)
         return Advert(name=self.name, public=public, signature=signature)
 
@@ -124,19 +142,26 @@ class Participant:
         return header
 
     def _contribute(self, message: Start) -> Contribution:
+        header, transcript = self._transcript(message)
+        adapter, mask = self._adapter(header, message.adapter)
+        made = self._keys.contribution(header, transcript.context)
+        if made is None:
+            update = self._train(header, adapter.copy(), mask)
+            values, samples = self._values(header, update, mask)
+            plaintext = encode(header.parameters, values, samples)
+            made = self._keys.contribute(
+                header,
+                transcript.context,
+                lambda private: to_bytes(self._encrypt(transcript, self._channels(transcript, private), plaintext)),
+            )
+        return read_as(Contribution, made)
+
+    def _transcript(self, message: Start | Contributors | Opening) -> tuple[RoundHeader, Transcript]:
         header = self._accept(message.header)
         transcript = read_transcript(header, message.adverts, self.terms.roster)
         if self.name not in transcript.publics:
-            raise FederationError(f"{self.name!r} was asked to contribute to a round that it is not part of")
-        adapter, mask = self._adapter(header, message.adapter)
-        update = self._train(header, adapter.copy(), mask)
-        values, samples = self._values(header, update, mask)
-        plaintext = encode(header.parameters, values, samples)
-        private = self._keys.contribute(header.number)
-        self._own(transcript, private.public_key().public_bytes_raw())
-        return self._encrypt(
-            transcript, Channels(self.name, private, transcript.publics, transcript.context), plaintext
-        )
+            raise FederationError(f"{self.name!r} was asked about a round that it is not part of")
+        return header, transcript
 
     def _adapter(self, header: RoundHeader, content: bytes) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         adapter = np.frombuffer(content, dtype="<f4") if len(content) % 4 == 0 else np.zeros(0, dtype="<f4")
@@ -151,6 +176,10 @@ class Participant:
             raise FederationError(
                 f"round {header.number}: the pruning mask of {self.name!r} is not the server's: another global "
                 "adapter or rate"
+            )
+        if adapter_digest(adapter) != header.adapter:
+            raise FederationError(
+                f"round {header.number}: the adapter sent to {self.name!r} is not the one that the round was announced with"
             )
         return adapter, mask
 
@@ -186,18 +215,32 @@ class Participant:
         }
         return Contribution(name=self.name, update=ciphertext.to_bytes(), shares=sealed)
 
+    def _confirm(self, message: Contributors) -> Confirmation:
+        header, transcript = self._transcript(message)
+        self._check_contributors(transcript, message.names)
+        self._keys.confirm(header, transcript.context, message.names)
+        return Confirmation(
+            name=self.name, signature=self.identity.sign_contributors(transcript.context, message.names)
+        )
+
     def _open(self, message: Opening) -> SumShare:
-        header = self._accept(message.header)
-        transcript = read_transcript(header, message.adverts, self.terms.roster)
+        header, transcript = self._transcript(message)
         contributors = sorted(message.shares)
-        if not set(contributors) <= set(transcript.names):
-            raise FederationError(f"round {header.number}: a share of somebody who takes no part is to be opened")
-        check_enough(header, contributors, "contributed")
-        private = self._keys.take(header.number)  # from here on this round is over for this participant
-        self._own(transcript, private.public_key().public_bytes_raw())
-        channels = Channels(self.name, private, transcript.publics, transcript.context)
-        rows = [self._share(sender, channels.unseal(sender, message.shares[sender])) for sender in contributors]
-        return SumShare(name=self.name, share=shamir.add(rows).astype("<u2").tobytes())
+        self._check_contributors(transcript, contributors)
+        check_confirmed(transcript, contributors, message.confirmations, self.terms.roster)
+
+        def share(private: X25519PrivateKey) -> bytes:
+            channels = self._channels(transcript, private)
+            rows = [self._share(sender, channels.unseal(sender, message.shares[sender])) for sender in contributors]
+            return shamir.add(rows).astype("<u2").tobytes()
+
+        return SumShare(name=self.name, share=self._keys.open(header, transcript.context, contributors, share))
+
+    def _check_contributors(self, transcript: Transcript, contributors: Sequence[str]) -> None:
+        number = transcript.header.number
+        if not set(contributors) <= set(transcript.names) or len(set(contributors)) < len(contributors):
+            raise FederationError(f"round {number}: the sum is to hold somebody who takes no part, or somebody twice")
+        check_enough(transcript.header, contributors, "contributed")
 
     def _share(self, sender: str, content: bytes) -> NDArray[np.uint16]:
         size = self.agreement.parameters().ring.lattice_dim
@@ -206,6 +249,7 @@ class Participant:
             raise FederationError(f"the share of {sender!r} for {self.name!r} is no share of a key of this federation")
         return row
 
-    def _own(self, transcript: Transcript, public: bytes) -> None:
-        if transcript.publics.get(self.name) != public:
+    def _channels(self, transcript: Transcript, private: X25519PrivateKey) -> Channels:
+        if transcript.publics.get(self.name) != private.public_key().public_bytes_raw():
             raise FederationError(f"round {transcript.header.number}: the key listed for {self.name!r} is not its own")
+        return Channels(self.name, private, transcript.publics, transcript.context)

@@ -1,6 +1,6 @@
 """Handle a round as its server: replies in, requests out, no network. It holds no secret; it learns the sum alone.
 
-    invitation → adverts → start → contributions → opening → sum shares → result
+    invitation → adverts → start → contributions → contributors → confirmations → opening → sum shares → result
 
 Whoever does not reply in time is absent from the replies: a round goes on while enough are left, and fails closed when not.
 Whoever refuses ends it with the reason. The global adapter changes only by the result of `finish`.
@@ -19,29 +19,34 @@ from numpy.typing import NDArray
 from hecompile.errors import FederationError
 from hecompile.he.aggregation.scheme import EncryptedSum, EncryptedVector
 from hecompile.runtime.federation.protocol import shamir
-from hecompile.runtime.federation.protocol.layout import Layout, mask_digest
+from hecompile.runtime.federation.protocol.layout import Layout, adapter_digest, mask_digest
 from hecompile.runtime.federation.protocol.messages import (
     Advert,
+    Confirmation,
     Contribution,
+    Contributors,
     Invitation,
     Message,
     Opening,
+    Pending,
     Start,
     SumShare,
     expect,
+    read_header,
 )
 from hecompile.runtime.federation.protocol.pruning import is_a, shared_mask
 from hecompile.runtime.federation.protocol.settings import Agreement, RoundHeader
 from hecompile.runtime.federation.protocol.terms import Terms
 from hecompile.runtime.federation.protocol.transcript import (
     Transcript,
+    check_confirmed,
     check_enough,
     coordinates,
     decode,
     read_transcript,
 )
 
-M = TypeVar("M", Advert, Contribution, SumShare)
+M = TypeVar("M", Advert, Contribution, Confirmation, SumShare)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,45 +87,96 @@ def prune_global(
 
 
 class ServerRound:
-    """Handle one round from `adapter`, float32 `[size]`. Call the four methods in their order."""
+    """Handle one round from `adapter`, float32 `[size]`. Call the five methods in their order.
 
-    def __init__(self, terms: Terms, number: int, adapter: NDArray[np.float32]) -> None:
+    `pending` gives what to keep on disk between two of them, and `resume` goes on from there. A round keeps its header, its
+    participants and its contributors, because owners answer for one of each.
+    """
+
+    def __init__(self, terms: Terms, number: int, adapter: NDArray[np.float32], federation: str | None = None) -> None:
         self.agreement = terms.agreement
         self.roster = terms.roster
         self.adapter, self.mask = prune_global(terms.layout, terms.agreement, number, adapter)
         self.header = RoundHeader(
+            federation=new_federation() if federation is None else federation,
             number=number,
             nonce=os.urandom(16).hex(),
             agreement=terms.agreement,
             layout=terms.layout.digest(),
             mask=mask_digest(self.mask),
+            adapter=adapter_digest(self.adapter),
             coordinates=int(self.mask.sum()),
         )
         self._fields = self.header.model_dump(mode="json")
         self._adverts: list[Advert] = []
         self._transcript: Transcript | None = None
         self._contributors: tuple[str, ...] = ()
+        self._shares: dict[str, dict[str, bytes]] = {}
         self._sum: EncryptedSum | None = None
         self._bytes_up = 0
+
+    @staticmethod
+    def resume(terms: Terms, adapter: NDArray[np.float32], pending: Pending) -> ServerRound:
+        """Return the round that was interrupted. Raises FederationError where it is not one of these terms and adapter."""
+        header = read_header(pending.header)
+        current = ServerRound(terms, header.number, adapter, header.federation)
+        if header != current.header.model_copy(update={"nonce": header.nonce}):
+            raise FederationError(f"round {header.number} was begun with another adapter or agreement")
+        current.header, current._fields = header, pending.header
+        if pending.adverts:
+            current._adverts = pending.adverts
+            current._transcript = read_transcript(header, pending.adverts, terms.roster)
+        if pending.contributors:
+            count = coordinates(header.coordinates)
+            current._sum = EncryptedSum.from_bytes(header.parameters, pending.total, count, len(pending.contributors))
+            current._contributors, current._shares = tuple(pending.contributors), pending.shares
+            current._bytes_up = pending.bytes_up
+        return current
+
+    @property
+    def pending(self) -> Pending:
+        """Return the round so far: public values, sealed shares and the sum, which is encrypted."""
+        return Pending(
+            header=self._fields,
+            adverts=self._adverts,
+            contributors=list(self._contributors),
+            shares=self._shares,
+            total=b"" if self._sum is None else self._sum.to_bytes(),
+            bytes_up=self._bytes_up,
+        )
+
+    @property
+    def participants(self) -> list[str]:
+        """Return who takes part; empty before `start`."""
+        return [] if self._transcript is None else self._transcript.names
+
+    @property
+    def closed(self) -> bool:
+        """Return whether the contributors are settled."""
+        return self._sum is not None
 
     def invitation(self) -> Invitation:
         """Return the message that begins the round, for all owners."""
         return Invitation(header=self._fields)
 
-    def start(self, replies: Mapping[str, Message]) -> Start:
-        """Return the message for those who replied. Raises FederationError for too few, or a key that is not signed."""
-        self._adverts = [_from(name, expect(Advert, reply)) for name, reply in sorted(replies.items())]
-        self._transcript = read_transcript(self.header, self._adverts, self.roster)
+    def start(self, replies: Mapping[str, Message]) -> None:
+        """Settle who takes part: those who replied. Raises FederationError for too few, or a key that is not signed."""
+        adverts = [_from(name, expect(Advert, reply)) for name, reply in sorted(replies.items())]
+        self._transcript = read_transcript(self.header, adverts, self.roster)
+        self._adverts = adverts
+
+    def start_message(self) -> Start:
+        """Return the message that asks the participants for their updates."""
         return Start(header=self._fields, adverts=self._adverts, adapter=self.adapter.astype("<f4").tobytes())
 
-    def open(self, replies: Mapping[str, Message]) -> dict[str, Opening]:
-        """Add the contributions, and return the message to each participant.
+    def close(self, replies: Mapping[str, Message]) -> None:
+        """Add the contributions, and settle whose are in the sum.
 
         Raises FederationError for too few contributions, or a malformed one.
         """
         transcript = self._transcript
         if transcript is None or self._sum is not None:
-            raise FederationError("a round is opened once, after it was started")
+            raise FederationError("contributions are added once, after the round was started")
         parameters, count = self.header.parameters, coordinates(self.header.coordinates)
         contributions = [_from(name, expect(Contribution, reply)) for name, reply in sorted(replies.items())]
         check_enough(self.header, [one.name for one in contributions], "contributed")
@@ -131,13 +187,28 @@ class ServerRound:
             total.add(EncryptedVector.from_bytes(parameters, contribution.update, count))
             self._bytes_up += len(contribution.update) + sum(len(share) for share in contribution.shares.values())
         self._sum, self._contributors = total, tuple(one.name for one in contributions)
+        self._shares = {one.name: one.shares for one in contributions}
+
+    def contributors_message(self) -> Contributors:
+        """Return the message that asks the participants to confirm whose updates are in the sum."""
+        return Contributors(header=self._fields, adverts=self._adverts, names=list(self._contributors))
+
+    def open(self, replies: Mapping[str, Message]) -> dict[str, Opening]:
+        """Return the message to each participant that confirmed the contributors. Raises FederationError for too few."""
+        if self._transcript is None or self._sum is None:
+            raise FederationError("a round is opened after it was closed")
+        confirmations = {
+            name: _from(name, expect(Confirmation, reply)).signature for name, reply in sorted(replies.items())
+        }
+        check_confirmed(self._transcript, self._contributors, confirmations, self.roster)
         return {
             name: Opening(
                 header=self._fields,
                 adverts=self._adverts,
-                shares={contribution.name: contribution.shares[name] for contribution in contributions},
+                shares={contributor: shares[name] for contributor, shares in self._shares.items()},
+                confirmations=confirmations,
             )
-            for name in transcript.names
+            for name in confirmations
         }
 
     def finish(self, replies: Mapping[str, Message]) -> RoundResult:
@@ -192,6 +263,11 @@ class ServerRound:
             error_bound=parameters.value_error(clients) / weight,
             bytes_up=self._bytes_up,
         )
+
+
+def new_federation() -> str:
+    """Draw the identifier of a federation."""
+    return os.urandom(16).hex()
 
 
 def _from(name: str, message: M) -> M:

@@ -68,8 +68,9 @@ class NoiseSection(Section):
 class FederationSection(Section):
     """Hold the agreement; a client compares it with its own copy, so that a server cannot weaken it.
 
-    * `threshold`: how many participants open a sum together; fewer, with or without the server, open nothing. More than half
-      of the owners, so that two different sums of one round cannot both be opened. Default: just more than half.
+    * `threshold`: how many participants open a sum together; fewer, with or without the server, open nothing. With c owners
+      in league with the server, two different sums of one round cannot both be opened where threshold > (owners + c)/2
+      (docs/federation.md). Default: ⌊2·owners/3⌋ + 1, which holds for c up to a third of the owners. Always over half.
     * `minimum`: fewest contributors of a sum, at least 2. With c owners in league with the server, a sum hides an update
       only among minimum - c others: take c + 2 or more. Default: the threshold, or 2.
     * `value_range`: largest |weight · update| of a coordinate in round 1, weight ≤ 1; with a shared mask, or none, it falls
@@ -112,7 +113,7 @@ class Agreement(Section):
     @staticmethod
     def of(owners: list[str], section: FederationSection) -> Agreement:
         """Return the agreement of `owners`, with the defaults filled in."""
-        threshold = section.threshold or len(owners) // 2 + 1
+        threshold = section.threshold or 2 * len(owners) // 3 + 1
         return Agreement(
             owners=sorted(owners), threshold=threshold, minimum=section.minimum or max(2, threshold), section=section
         )
@@ -170,13 +171,22 @@ def noise_step(privacy: NoiseSection, fewest: int) -> float:
 
 
 class RoundHeader(Section):
-    """Hold everything public about one round. Its digest is part of every signature, key and seal."""
+    """Hold everything public about one round. Its digest is part of every signature, key and seal.
 
+    So the adapter is: who was shown another one has other keys, and no share of theirs opens. A server that shows adapters
+    by which all updates but one vanish would learn that one from the sum (Pasquini, Francati, Ateniese, "Eluding secure
+    aggregation in federated learning via model inconsistency", CCS 2022).
+    """
+
+    federation: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+    """Identifies the federation: drawn by the server, the same in all its rounds."""
     number: Positive
     nonce: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
     agreement: Agreement
     layout: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     mask: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    adapter: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    """Digest of the global adapter that the round starts from."""
     coordinates: Positive
     """How many travel: those that the mask keeps."""
 
@@ -200,4 +210,4 @@ class RoundHeader(Section):
     def digest(self) -> bytes:
         """Return a hash of all fields, 32 bytes."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(b"hecompile/federation/round/1" + text.encode()).digest()
+        return hashlib.sha256(b"hecompile/federation/round/2" + text.encode()).digest()

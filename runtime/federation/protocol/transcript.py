@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hecompile.errors import FederationError
 from hecompile.he.aggregation.parameters import AggregationParameters
 from hecompile.he.random.sampling import PublicSeed
-from hecompile.runtime.federation.protocol.channels import Roster, check_advert
+from hecompile.runtime.federation.protocol.channels import Roster, check_advert, check_contributors
 from hecompile.runtime.federation.protocol.messages import Advert
 from hecompile.runtime.federation.protocol.settings import RoundHeader
 
@@ -37,7 +37,7 @@ class Transcript:
     @property
     def context(self) -> bytes:
         """Return 32 bytes that bind header, names and keys."""
-        digest = hashlib.sha256(b"hecompile/federation/transcript/1" + self.header.digest())
+        digest = hashlib.sha256(b"hecompile/federation/transcript/2" + self.header.digest())
         for name in self.names:
             encoded = name.encode()
             digest.update(len(encoded).to_bytes(4, "little") + encoded + self.publics[name])
@@ -71,6 +71,22 @@ def check_enough(header: RoundHeader, names: Iterable[str], what: str) -> None:
         raise FederationError(
             f"round {header.number}: {count} owners {what}, but it takes {fewest} (threshold {header.agreement.threshold}, "
             f"minimum {header.agreement.minimum}); the global adapter is unchanged"
+        )
+
+
+def check_confirmed(
+    transcript: Transcript, contributors: Sequence[str], confirmations: Mapping[str, bytes], roster: Roster
+) -> None:
+    """Raise FederationError unless `threshold` participants signed these contributors, and nobody's signature is wrong."""
+    header = transcript.header
+    for name, signature in confirmations.items():
+        if name not in transcript.publics:
+            raise FederationError(f"{name!r} confirms the contributors of a round that it is not part of")
+        check_contributors(roster, name, transcript.context, contributors, signature)
+    if len(confirmations) < header.agreement.threshold:
+        raise FederationError(
+            f"round {header.number}: {len(confirmations)} owners confirmed the contributors, but it takes "
+            f"{header.agreement.threshold}; the sum stays closed and the global adapter is unchanged"
         )
 
 

@@ -24,6 +24,9 @@ PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
 LAYOUT = Layout(((f"{PREFIX}.lora_A.weight", (4, 16)), (f"{PREFIX}.lora_B.weight", (24, 4))))
 
 
+Step = Callable[[Mapping[str, Message]], Mapping[str, Message]]
+
+
 @dataclass
 class World:
     """Owners with fixed updates, and a server."""
@@ -41,15 +44,19 @@ class World:
     def without(self, *names: str) -> Exchange:
         return in_process({name: one for name, one in self.participants.items() if name not in names})
 
-    def scripted(self, *steps: Callable[[Mapping[str, Message]], Mapping[str, Message]] | None) -> Exchange:
-        """The n-th exchange goes through the n-th step; None, and what comes after the last, is undisturbed."""
-        calls = iter(steps)
+    def scripted(self, *steps: Step | None, confirming: Step | None = None) -> Exchange:
+        """Each kind of request goes once through its step: invitation, start, opening; None is undisturbed."""
+        by_kind = {**dict(zip(("invitation", "start", "opening"), steps, strict=False)), "contributors": confirming}
 
         def exchange(requests: Mapping[str, Message]) -> Mapping[str, Message]:
-            step = next(calls, None)
-            return (step or self.exchange)(requests)
+            kind = next(iter(requests.values())).kind
+            return (by_kind.pop(kind, None) or self.exchange)(requests)
 
         return exchange
+
+    def moved(self, number: int) -> NDArray[np.float32]:
+        """Another adapter than any that a round of a test started from: none is trained from twice."""
+        return self.adapter + np.float32(number)
 
 
 def make_world(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hecompile.errors import FederationError
 from hecompile.runtime.federation.protocol.messages import (
+    VERSION,
     Advert,
+    Confirmation,
     Contribution,
+    Contributors,
     Finished,
     Opening,
     Refusal,
@@ -29,7 +34,15 @@ _MESSAGES = st.one_of(
         Start, header=st.dictionaries(_names, st.integers()), adverts=st.lists(_adverts, max_size=3), adapter=_bytes
     ),
     st.builds(Contribution, name=_names, update=_bytes, shares=st.dictionaries(_names, _bytes, max_size=3)),
-    st.builds(Opening, header=st.just({}), adverts=st.just([]), shares=st.dictionaries(_names, _bytes, max_size=3)),
+    st.builds(Contributors, header=st.just({}), adverts=st.just([]), names=st.lists(_names, max_size=3)),
+    st.builds(Confirmation, name=_names, signature=_bytes),
+    st.builds(
+        Opening,
+        header=st.just({}),
+        adverts=st.just([]),
+        shares=st.dictionaries(_names, _bytes, max_size=3),
+        confirmations=st.dictionaries(_names, _bytes, max_size=3),
+    ),
     st.builds(SumShare, name=_names, share=_bytes),
     st.builds(Finished, adapter=_bytes, rounds=st.integers(0, 9)),
 )
@@ -53,7 +66,7 @@ def test_damaged_messages_are_one_error_or_another_message(message: Advert, at: 
     try:
         read = from_bytes(bytes(data))
     except FederationError as error:
-        assert "malformed or cut short" in str(error)
+        assert "malformed or cut short" in str(error) or ("of version" in str(error) and not cut)
     else:
         assert not cut and to_bytes(read)
 
@@ -63,6 +76,18 @@ def test_damaged_messages_are_one_error_or_another_message(message: Advert, at: 
 def test_garbage_is_one_error(data: bytes) -> None:
     with pytest.raises(FederationError):
         from_bytes(data)
+
+
+@pytest.mark.parametrize("version", [1, VERSION + 1])
+def test_a_message_of_another_version_is_named(version: int) -> None:
+    head = {"version": version, "kind": "refusal", "fields": {"name": "a", "reason": "b"}, "blobs": []}
+    if version == 1:
+        del head["version"]  # the first one did not say
+    data = json.dumps(head).encode()
+    with pytest.raises(
+        FederationError, match=f"writes messages of version {version}, this one {VERSION}: run the same"
+    ):
+        from_bytes(len(data).to_bytes(8, "little") + data)
 
 
 def test_unexpected_messages_and_headers() -> None:

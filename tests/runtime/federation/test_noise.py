@@ -73,7 +73,7 @@ def test_every_owner_enters_the_round_before_it_contributes_and_stops_at_its_bud
         assert participant._ledger is not None
         assert participant._ledger.releases == 1 and participant._ledger.spent() == pytest.approx(one)
     with pytest.raises(FederationError, match="its privacy budget does not allow for another round"):
-        made.federation.round(2, made.adapter, made.exchange)
+        made.federation.round(2, made.moved(2), made.exchange)
 
 
 def test_without_a_ledger_nothing_is_released() -> None:
@@ -102,7 +102,7 @@ def test_shares_of_noise_are_gaussian_of_the_stated_width() -> None:
 def test_agreements_that_promise_nothing() -> None:
     names = ["a", "b", "c"]
     with pytest.raises(ValidationError, match="leave too few"):
-        Agreement.of(names, FederationSection(privacy=NoiseSection(**PRIVACY, colluding=1)))
+        Agreement.of(names, FederationSection(threshold=2, privacy=NoiseSection(**PRIVACY, colluding=1)))
     assert Agreement.of(names, FederationSection(minimum=3, privacy=NoiseSection(**PRIVACY, colluding=1))).fewest == 3
     with pytest.raises(FederationError, match="too coarse"):
         clip_to_grid(NoiseSection(clip=1.0, noise_multiplier=1000.0), 2, np.ones(100_000))

@@ -21,10 +21,10 @@ from hecompile.runtime.federation.protocol.settings import Agreement, Federation
 from tests.runtime.federation.conftest import LAYOUT, World, make_world
 
 
-def fails(world: World, pattern: str, *steps: Any, number: int = 1) -> None:
+def fails(world: World, pattern: str, *steps: Any, number: int = 1, confirming: Any = None) -> None:
     before = world.adapter.copy()
     with pytest.raises(FederationError, match=pattern):
-        world.federation.round(number, world.adapter, world.scripted(*steps, *[None] * (3 - len(steps))))
+        world.federation.round(number, world.adapter, world.scripted(*steps, confirming=confirming))
     assert np.array_equal(world.adapter, before)
 
 
@@ -46,7 +46,7 @@ def test_other_lora_shapes() -> None:
         LAYOUT.flatten({})
 
 
-@pytest.mark.parametrize("change", [{"threshold": 3}, {"value_range": 2.0}, {"freeze_a": True}, {"max_samples": 32}])
+@pytest.mark.parametrize("change", [{"threshold": 2}, {"value_range": 2.0}, {"freeze_a": True}, {"max_samples": 32}])
 def test_a_server_cannot_change_the_agreement(change: dict[str, Any]) -> None:
     world = make_world()
     section = FederationSection(**{"max_samples": 64, **change})
@@ -136,6 +136,7 @@ def test_a_share_replayed_from_an_earlier_round() -> None:
         return world.exchange({**requests, "owner-0": altered(opening, "owner-1", kept["owner-1"])})
 
     world.federation.round(1, world.adapter, world.scripted(None, None, listen))
+    world.adapter = world.moved(2)
     fails(world, "forged, replayed or of another round", None, None, replay, number=2)
 
 
@@ -162,7 +163,9 @@ def test_shares_are_revealed_for_one_set_of_contributors_only() -> None:
             for name, opening in requests.items()
         }
         for refusal in world.exchange(fewer).values():
-            assert refusal.kind == "refusal" and "was opened before" in refusal.reason  # type: ignore[attr-defined]
+            assert refusal.kind == "refusal" and "the list of contributors of" in refusal.reason  # type: ignore[attr-defined]
+        again = world.exchange(requests)
+        assert again == replies  # the same set, the same share
         return replies
 
     world.federation.round(1, world.adapter, world.scripted(None, None, twice))
@@ -179,11 +182,13 @@ def test_a_participant_opens_nothing_below_the_minimum_whatever_the_server_says(
 
 
 def test_a_round_is_contributed_to_once_and_never_again() -> None:
-    world = make_world()
+    world = make_world(threshold=2)
 
     def twice(requests: Mapping[str, Message]) -> Mapping[str, Message]:
         replies = world.exchange(requests)
-        for refusal in world.exchange(requests).values():
+        assert world.exchange(requests) == replies  # to the same participants, the same bytes
+        fewer = {name: start.model_copy(update={"adverts": start.adverts[:2]}) for name, start in requests.items()}  # type: ignore[attr-defined]
+        for refusal in (world.exchange(fewer)[name] for name in ("owner-0", "owner-1")):
             assert refusal.kind == "refusal" and "contributed to before" in refusal.reason  # type: ignore[attr-defined]
         return replies
 

@@ -41,16 +41,25 @@ def test_drop_outs_are_survived_up_to_the_threshold(
     assert len(result.opened_by) == 5 - len(gone_at_opening)
 
 
-@pytest.mark.parametrize("step", [0, 1, 2])
+@pytest.mark.parametrize("gone", [("owner-1",), ("owner-1", "owner-2")])
+def test_who_is_gone_before_the_contributors_are_confirmed_does_not_open(gone: tuple[str, ...]) -> None:
+    world = make_world(5, threshold=3)
+    result = world.federation.round(1, world.adapter, world.scripted(confirming=world.without(*gone)))
+    assert result.contributors == tuple(sorted(world.participants))
+    assert set(result.opened_by) == set(world.participants) - set(gone)
+    assert np.abs(result.mean - expected(world, sorted(world.participants))).max() <= result.error_bound
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3])
 def test_below_the_threshold_a_round_fails_closed(step: int) -> None:
     world = make_world(5, threshold=4)
-    steps = [None] * 3
+    steps = [None] * 4
     steps[step] = world.without("owner-0", "owner-1")
     before = world.adapter.copy()
     with pytest.raises(FederationError, match="it takes 4"):
-        world.federation.round(1, world.adapter, world.scripted(*steps))
+        world.federation.round(1, world.adapter, world.scripted(*steps[:3], confirming=steps[3]))
     assert np.array_equal(world.adapter, before)
-    assert world.federation.round(2, world.adapter, world.exchange).samples > 0  # the next round is not harmed
+    assert world.federation.round(2, world.moved(2), world.exchange).samples > 0  # the next round is not harmed
 
 
 def test_a_sum_over_fewer_than_the_minimum_is_refused_by_server_and_participants() -> None:

@@ -69,7 +69,7 @@ def test_a_federation_goes_on_without_an_owner_that_is_gone(at: str) -> None:
 
 
 def test_a_silent_owner_is_left_out_and_its_late_answer_is_not_mistaken(monkeypatch: pytest.MonkeyPatch) -> None:
-    world = make_world(3, rounds=2)
+    world = make_world(3, rounds=2, threshold=2)
     released, slow = threading.Event(), world.participants["owner-2"]
     original: Callable[[Message], Message] = slow.answer_or_refuse
     first = iter([True])
