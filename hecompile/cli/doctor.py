@@ -24,7 +24,10 @@ if TYPE_CHECKING:  # imported when a command runs: help is to be quick
 @with_groups
 def doctor(
     credentials: CredentialOptions,
-    worker: Annotated[str | None, typer.Argument(help=f"{WORKER_ADDRESS}. Without it this machine is checked.")] = None,
+    worker: Annotated[
+        str | None,
+        typer.Argument(help=f"{WORKER_ADDRESS}, but no fleet's directory. Without it this machine is checked."),
+    ] = None,
     plan: Annotated[
         Path | None, typer.Option(help="The client bundle (OUT/client) whose plan the worker serves.")
     ] = None,
@@ -50,9 +53,15 @@ def _check_worker(worker: str, plan: Path, tokens: int, credentials: CredentialO
     from hecompile.bundles.client import ClientBundle
     from hecompile.runtime.client.doctor import diagnose
     from hecompile.runtime.transports import connect_for
+    from hecompile.runtime.transports.directory import fetch_workers
+    from hecompile.runtime.wire.address import DIRECTORY_SCHEMES
 
+    shown = credentials.load()
+    if worker.startswith(DIRECTORY_SCHEMES):
+        listed = ", ".join(fetch_workers(worker, shown)) or "it lists none"
+        raise InputError(f"{worker} is a fleet's directory, and one worker is checked at a time; give its address: {listed}")
     bundle = ClientBundle.open(plan)
-    pool = connect_for(worker, 1, credentials.load())
+    pool = connect_for(worker, 1, shown)
     console = wide_console()
     try:
         with console.status("asking the worker"):

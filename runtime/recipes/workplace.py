@@ -81,12 +81,14 @@ class Workplace(Section):
             if len(set(self.workers)) < len(self.workers):
                 raise ValueError("worker names an address twice")
             for address in self.workers:
-                if len(self.workers) == 1 and address.startswith(DIRECTORY_SCHEMES):
+                if address.startswith(DIRECTORY_SCHEMES):
+                    if len(self.workers) > 1:
+                        raise ValueError(f"worker: {address} is a fleet's directory, which stands alone; drop the others")
                     continue
                 try:
                     parse_address(address)
                 except InputError as error:
-                    raise ValueError(f"{error}, or inprocess") from None
+                    raise ValueError(f"{error}, or a fleet's directory at http:// or https://, or inprocess") from None
         return self
 
 

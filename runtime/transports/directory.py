@@ -8,6 +8,7 @@ so that a directory that lies can only point at nobody.
 
 from __future__ import annotations
 
+import http.client
 import json
 import ssl
 import urllib.error
@@ -18,6 +19,7 @@ from hecompile.runtime.wire.address import parse_address
 from hecompile.runtime.wire.credentials import ClientCredentials
 
 TIMEOUT_SECONDS, MAX_BYTES = 10.0, 1 << 20
+_MEANT = "give the address that `hecompile worker deploy` printed"
 
 
 def fetch_workers(url: str, credentials: ClientCredentials | None = None) -> list[str]:
@@ -27,25 +29,44 @@ def fetch_workers(url: str, credentials: ClientCredentials | None = None) -> lis
         WorkerUnavailableError: it does not answer.
         WorkerError: it answers something else.
     """
-    context = None
-    if url.startswith("https://"):
-        authority = credentials.authority if credentials is not None else None
-        context = ssl.create_default_context(cadata=None if authority is None else authority.decode())
-    try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS, context=context) as answer:  # noqa: S310  checked by the recipe
-            content = answer.read(MAX_BYTES + 1)
-    except (urllib.error.URLError, OSError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise WorkerUnavailableError(f"the directory of workers {url} does not answer: {reason}") from None
+    content = _fetch(url, credentials)
     try:
         workers = json.loads(content)["workers"] if len(content) <= MAX_BYTES else None
     except (ValueError, TypeError, KeyError, RecursionError):
         workers = None
     if not isinstance(workers, list) or not all(isinstance(worker, str) for worker in workers):
-        raise WorkerError(f"{url} is not the directory of a fleet: give the address that `hecompile worker deploy` printed")
+        raise _no_directory(url)
     try:
         for worker in workers:
             parse_address(worker)
     except InputError as error:
         raise WorkerError(f"the directory {url} lists an address that is none: {error}") from None
     return workers
+
+
+def _fetch(url: str, credentials: ClientCredentials | None) -> bytes:
+    """Return what the address answers, cut after `MAX_BYTES` + 1. Raises as `fetch_workers` does, whatever is there."""
+    try:
+        context = None
+        if url.startswith("https://"):
+            authority = credentials.authority if credentials is not None else None
+            context = ssl.create_default_context(cadata=None if authority is None else authority.decode())
+        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS, context=context) as answer:  # noqa: S310  checked by the recipe
+            content: bytes = answer.read(MAX_BYTES + 1)
+            return content
+    except urllib.error.HTTPError as error:
+        reason = f"{error.code} {error.reason}; {_MEANT}"
+    except http.client.IncompleteRead:
+        reason = "its answer was cut off"
+    except OSError as error:  # a URLError is one
+        reason = str(getattr(error, "reason", None) or error)
+    except Exception:  # what is there speaks no HTTP, or the address is none: urllib has many kinds of errors for that
+        raise _no_directory(url) from None
+    raise WorkerUnavailableError(f"the directory of workers {url} does not answer: {reason}")
+
+
+def _no_directory(url: str) -> WorkerError:
+    return WorkerError(
+        f"{url} is not the directory of a fleet: {_MEANT}; a single worker's address begins with the scheme that it listens "
+        "on, as tcp:// or flights://"
+    )

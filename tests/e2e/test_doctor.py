@@ -19,6 +19,7 @@ from hecompile.runtime.worker.process import worker_process
 from hecompile.runtime.worker.worker import Worker
 from tests.e2e.conftest import Build
 from tests.e2e.test_cheating import Cheat, one_row
+from tests.runtime.transports.test_directory import answering, document
 
 
 def test_a_worker_process_is_diagnosed(build: Build) -> None:
@@ -85,6 +86,12 @@ def test_sources_that_nobody_installed_are_a_problem(monkeypatch: pytest.MonkeyP
 def test_an_address_and_a_plan_belong_together(arguments: tuple[str, ...], message: str) -> None:
     result = CliRunner().invoke(app, ["doctor", *arguments])
     assert isinstance(result.exception, InputError) and message in str(result.exception)
+
+
+def test_a_directory_is_no_worker() -> None:
+    with answering(document({"workers": ["tcp://10.0.0.7:7700"]})) as url:
+        result = CliRunner().invoke(app, ["doctor", url, "--plan", "none"])
+    assert isinstance(result.exception, InputError) and "give its address: tcp://10.0.0.7:7700" in str(result.exception)
 
 
 def test_a_worker_that_computes_wrongly_is_named(build: Build) -> None:
