@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+import peft
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoTokenizer
 
-from hecompile.bundles.kinds import CLIENT, WORKER
+from hecompile.bundles.kinds import CLIENT, WORKER, BundleKind
 from hecompile.cli.console import progress_bar
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
+from hecompile.compiler.target import check_target
+from hecompile.errors import InputError
 from hecompile.files import only_writer
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime.client.session import Session, open_session
@@ -23,7 +27,7 @@ from hecompile.runtime.model.plaintext import PlaintextPeftModel
 from hecompile.runtime.recipes.training import Recipe, load_recipe
 from hecompile.runtime.training.comparison import LossComparison, StepSplit, compare_losses, step_split
 from hecompile.runtime.training.metrics import METRICS_FILE
-from hecompile.runtime.training.train import run_training
+from hecompile.runtime.training.train import check_training, run_training
 from hecompile.runtime.worker.process import worker_process
 
 RECIPE = TINY_LLAMA.parent / "recipes" / "demo.yaml"
@@ -31,9 +35,11 @@ BATCH_SIZE, SEQUENCE_BUCKETS = 16, (32, 48)
 
 
 def run_demo(out: Path, console: Console, precision: float = 8.0, changes: Sequence[str] = ()) -> None:
-    """Export, train encrypted over a socket, train in plaintext, print the comparison. `out` is emptied first.
+    """Export, train encrypted over a socket, train in plaintext, print the comparison.
 
-    `changes` are overrides of the recipe for both runs, such as `training.max_steps=20`.
+    `changes` are overrides of the recipe for both runs, such as `training.max_steps=20`. Everything is checked before
+    anything is written; an earlier build and earlier runs in `out` are then replaced, and nothing else there is touched.
+    Raises InputError where something does not fit.
     """
     with only_writer(out, f"--out {out}", folder=True):
         _run(out, console, precision, changes)
@@ -41,20 +47,22 @@ def run_demo(out: Path, console: Console, precision: float = 8.0, changes: Seque
 
 def _run(out: Path, console: Console, precision: float, changes: Sequence[str]) -> None:
     build, runs = out / "build", out / "runs"
-    for directory in (build, runs):
-        shutil.rmtree(directory, ignore_errors=True)
+    options = CompileOptions(batch_size=BATCH_SIZE, sequence_buckets=SEQUENCE_BUCKETS, effective_bits=precision)
+    check_target(build, BundleKind.CLIENT)
+    overrides = [*changes, f"model={build / CLIENT}", "training.overwrite_output_dir=true"]
+    plain_recipe = load_recipe(RECIPE, [*overrides, f"training.output_dir={runs / 'plaintext'}"])
+    plain = _checked_plaintext(plain_recipe, options)
     with progress_bar(console) as bar:
         task = bar.add_task("export", total=1)
         plan_id = compile_checkpoint(
             str(TINY_LLAMA),
             build,
-            CompileOptions(batch_size=BATCH_SIZE, sequence_buckets=SEQUENCE_BUCKETS, effective_bits=precision),
+            options,
             lambda what, done, total: bar.update(task, description=f"export: {what}", completed=done, total=total),
         )
     console.print(f"exported {TINY_LLAMA.name}: plan {plan_id[:16]}, bundles in {build}", soft_wrap=True)
-    overrides = [*changes, f"model={build / CLIENT}", f"training.output_dir={runs / 'encrypted'}"]
     with worker_process(build / WORKER) as address:
-        recipe = load_recipe(RECIPE, [*overrides, f"worker={address}"])
+        recipe = load_recipe(RECIPE, [*overrides, f"training.output_dir={runs / 'encrypted'}", f"worker={address}"])
         with open_session(recipe) as session:
             console.print(f"worker process on {address}; encrypted training of {recipe.training.max_steps} steps")
             initial = {name: value.detach().clone() for name, value in session.model.adapter_state().items()}
@@ -62,9 +70,7 @@ def _run(out: Path, console: Console, precision: float, changes: Sequence[str]) 
             result = run_training(session.model, session.tokenizer, recipe)
             after = _held_out(session.model, session, recipe)
     console.print("plaintext training: PEFT on the original float32 checkpoint, same seed and data order")
-    plain = PlaintextPeftModel.from_pretrained(TINY_LLAMA, session.model.peft_config, SEQUENCE_BUCKETS, BATCH_SIZE)
     plain.load_adapter_state(initial)
-    plain_recipe = load_recipe(RECIPE, [*overrides, f"training.output_dir={runs / 'plaintext'}"])
     plain_before = _held_out(plain, session, plain_recipe)
     run_training(plain, session.tokenizer, plain_recipe)
     plain_after = _held_out(plain, session, plain_recipe)
@@ -73,6 +79,17 @@ def _run(out: Path, console: Console, precision: float, changes: Sequence[str]) 
     console.print(_costs(step_split(encrypted_metrics), step_split(plain_metrics)))
     console.print(_agreement(compare_losses(encrypted_metrics, plain_metrics)))
     console.print(f"PEFT adapter: {result.adapter_dir}", soft_wrap=True)
+
+
+def _checked_plaintext(recipe: Recipe, options: CompileOptions) -> PlaintextPeftModel:
+    """Return the model to compare with. Raises InputError where the recipe or its data do not fit it."""
+    settings = asdict(options.lora)
+    config = peft.LoraConfig(**settings | {"target_modules": list(options.lora.target_modules)}, task_type="CAUSAL_LM")
+    if recipe.data.validation_file is None:
+        raise InputError("the demo compares what is known of held-out text: data.validation_file cannot be left out")
+    model = PlaintextPeftModel.from_pretrained(TINY_LLAMA, config, SEQUENCE_BUCKETS, BATCH_SIZE)
+    check_training(model, AutoTokenizer.from_pretrained(TINY_LLAMA), recipe)
+    return model
 
 
 def _held_out(model: AdapterModel, session: Session, recipe: Recipe) -> Evaluation:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,11 +97,12 @@ def convert(recipe: ConversionRecipe, progress: Progress = lambda *_: None) -> C
 def _convert(recipe: ConversionRecipe, progress: Progress) -> Conversion:
     if recipe.out.exists():
         raise InputError(f"{recipe.out} exists; delete it, or give another `out`")
+    partial = recipe.out.with_name(recipe.out.name + ".partial")
+    _refuse_foreign(partial)
     checkpoint = load_checkpoint(recipe.model)
     if PolynomialOptions.from_config(checkpoint.model.config):
         raise InputError(f"{recipe.model} was converted before (its config.json has {CONFIG_KEY}); start from the original")
     rows, heldout = load_rows(recipe.data, checkpoint.tokenizer)
-    partial = recipe.out.with_name(recipe.out.name + ".partial")
     state = _State.resume(partial, recipe)
     size = recipe.training.batch_size
 
@@ -190,6 +192,17 @@ class _State:
         write_back(checkpoint, {name: torch.nn.Parameter(value) for name, value in self.weights.items()})
 
 
+def _refuse_foreign(partial: Path) -> None:
+    """Raise InputError for a folder that holds other files than a conversion's: it is deleted at the end."""
+    if partial.is_dir() and not partial.is_symlink():
+        names = [path.name for path in partial.iterdir()]
+        if all(name == _STATE_FILE or name.startswith(f".{_STATE_FILE}.") for name in names):
+            return
+    elif not partial.exists() and not partial.is_symlink():
+        return
+    raise InputError(f"{partial} is in the way and is not an interrupted conversion of this program; move or remove it")
+
+
 def _recipe_of(stored: dict[str, Any]) -> ConversionRecipe | None:
     """Read the recipe of a saved state, also one of an older version; None where it cannot be a recipe of this one."""
     data = {key: value for key, value in stored["data"].items() if key in ConversionData.model_fields}
@@ -257,11 +270,11 @@ def _schedule(step: int, steps: int, warmup: int) -> float:
 
 def _save(checkpoint: Checkpoint, options: PolynomialOptions, result: Conversion, out: Path) -> None:
     """Write the checkpoint beside `out` and rename it: a kill leaves no half checkpoint."""
-    staging = out.with_name(out.name + ".new")
-    shutil.rmtree(staging, ignore_errors=True)
-    config: Mapping[str, Any] = to_config(options)
-    setattr(checkpoint.model.config, CONFIG_KEY, config)
-    checkpoint.model.save_pretrained(staging)
-    checkpoint.tokenizer.save_pretrained(staging)
-    (staging / REPORT_FILE).write_text(result.to_json(), encoding="utf-8")
-    staging.rename(out)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        staging = Path(scratch) / out.name
+        config: Mapping[str, Any] = to_config(options)
+        setattr(checkpoint.model.config, CONFIG_KEY, config)
+        checkpoint.model.save_pretrained(staging)
+        checkpoint.tokenizer.save_pretrained(staging)
+        (staging / REPORT_FILE).write_text(result.to_json(), encoding="utf-8")
+        staging.rename(out)

@@ -71,6 +71,11 @@ class _Start:
     steps: int
 
 
+def check_training(model: AdapterModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """Raise InputError where the recipe or its data do not fit the model; nothing is written or removed."""
+    _checked_data(model, tokenizer, recipe)
+
+
 def run_training(
     model: AdapterModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -88,10 +93,7 @@ def run_training(
         NotFiniteError: a loss, a gradient or a value to encrypt is not finite; it names what left the domains of a
             polynomial plan. The checkpoints saved before that are kept.
     """
-    check_lora(recipe.lora, model.peft_config)
-    check_functions(recipe, model)
-    data = _load_data(model, tokenizer, recipe)
-    _check_batches_fit(model, recipe, data)
+    data = _checked_data(model, tokenizer, recipe)
     with only_writer(recipe.training.output_dir, f"training.output_dir {recipe.training.output_dir}", folder=True):
         return _run(model, recipe, data, resume)
 
@@ -112,6 +114,14 @@ def _run(model: AdapterModel, recipe: Recipe, data: _Data, resume: bool | str | 
         metrics = _final_metrics(trainer, section.output_dir)
         described = None if private is None else private.describe()
     return TrainingResult(adapter_dir, trainer.state.global_step, metrics, described)
+
+
+def _checked_data(model: AdapterModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> _Data:
+    check_lora(recipe.lora, model.peft_config)
+    check_functions(recipe, model)
+    data = _load_data(model, tokenizer, recipe)
+    _check_batches_fit(model, recipe, data)
+    return data
 
 
 def _load_data(model: AdapterModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> _Data:
