@@ -22,6 +22,8 @@ from hecompile.errors import InputError
 WHO = "{who}"
 """Stands in a message of `locked` for the process that has the lock."""
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
+_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
+_MOST_REASON = 300
 
 
 def file_sha256(path: Path) -> str:
@@ -186,9 +188,31 @@ def reason_of(error: OSError | UnicodeDecodeError) -> str:
     """
     if isinstance(error, UnicodeDecodeError):
         return "not UTF-8"
+    if error.errno in _NO_DESCRIPTOR:
+        return "this process has too many files open; raise the limit (`ulimit -n 4096`) and run the command again"
     if error.strerror is None and _SHORT_WRITE.search(str(error)):
         return f"the disk may be full ({error}); make room and run the command again"
     return error.strerror or str(error) or type(error).__name__
+
+
+def unreadable(what: str | Path, error: Exception, remedy: str) -> InputError:
+    """Make the error for a file that cannot be read.
+
+    `remedy` is left out where the file may be in order, because the system refused to open it.
+    """
+    if isinstance(error, OSError) and error.errno in (*_NO_DESCRIPTOR, errno.EACCES, errno.EPERM, errno.ENOMEM):
+        return InputError(f"{what} cannot be read: {reason_of(error)}")
+    reason = reason_of(error) if isinstance(error, (OSError, UnicodeDecodeError)) else error
+    return InputError(f"{what} cannot be read ({str(reason)[:_MOST_REASON] or type(error).__name__}); {remedy}")
+
+
+def read_whole(path: Path, most: int) -> bytes:
+    """Read a file of at most `most` bytes. Raises ValueError for a larger one, OSError as files do."""
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it has more than {most} bytes")
+    return content
 
 
 def _created(path: Path, mode: int) -> BinaryIO:

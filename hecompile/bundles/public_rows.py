@@ -19,7 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from hecompile.array_files import map_npy
 from hecompile.errors import InputError
+from hecompile.files import unreadable
 
 PUBLIC_ROWS = "public_rows.npy"
 WORD_BYTES = 4
@@ -36,12 +38,18 @@ def base_name(circuit: str) -> str:
     return circuit.removesuffix(_EXACT)
 
 
-def open_public_rows(path: Path) -> np.ndarray:
-    """Map the planes read-only. Raises InputError when the file cannot be read."""
+def open_public_rows(path: Path, features: int = 0) -> np.ndarray:
+    """Map the planes read-only. Raises InputError when the file cannot be read, or has fewer than `features` columns."""
     try:
-        planes: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}); copy the worker bundle again") from error
+        planes = map_npy(path)
+    except (ValueError, OSError) as error:
+        raise unreadable(path, error, "copy the worker bundle again") from error
     if planes.ndim != 3 or planes.dtype != np.uint8 or planes.shape[0] != WORD_BYTES:
-        raise InputError(f"{path} holds {planes.dtype} {list(planes.shape)}, not byte planes; copy the worker bundle again")
+        raise InputError(
+            f"{path} holds {planes.dtype} {list(planes.shape)[:4]}, not byte planes; copy the worker bundle again"
+        )
+    if planes.shape[2] < features:
+        raise InputError(
+            f"{path} is {planes.shape[2]} columns wide, a circuit has {features} inputs; copy the worker bundle again"
+        )
     return planes

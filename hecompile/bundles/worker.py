@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 
 from hecompile.bundles.kinds import MANIFEST
 from hecompile.bundles.known_answer import KNOWN_ANSWER, KNOWN_ANSWER_SHAPE, known_answer_vector, known_answer_weight
-from hecompile.bundles.public_rows import PUBLIC_ROWS, open_public_rows
+from hecompile.bundles.lowered_circuit import CircuitError, StoredDigit, read_circuit
+from hecompile.bundles.public_rows import PUBLIC_ROWS, base_name, open_public_rows
+from hecompile.bundles.triton_repository import model_path, weight_path
 from hecompile.bundles.worker_manifest import (
     VERSION,
     BundleFile,
@@ -32,7 +33,9 @@ from hecompile.bundles.worker_manifest import (
     read_manifest,
 )
 from hecompile.errors import InputError
+from hecompile.files import unreadable
 from hecompile.integers import from_balanced_bytes
+from hecompile.mapped_files import map_array
 
 __all__ = [
     "KNOWN_ANSWER",
@@ -58,7 +61,10 @@ class WorkerBundle:
 
     @classmethod
     def open(cls, directory: str | Path) -> WorkerBundle:
-        """Open a bundle after hashing every file of it. Raises InputError naming the file that is missing or damaged."""
+        """Open a bundle after hashing every file of it, and checking that each circuit is what its entry says.
+
+        Raises InputError naming the file that is missing or damaged.
+        """
         directory = Path(directory)
         manifest = read_manifest(directory)
         circuits = {spec.name: spec for spec in manifest.circuits}
@@ -69,19 +75,26 @@ class WorkerBundle:
         for spec in manifest.circuits:
             for file, path in spec.files():
                 check_bundle_file(directory, file, path)
+            stored_digits(directory, spec)
+        bundle = cls(directory, manifest.plan_id, circuits, manifest.public_rows is not None)
         if manifest.public_rows is not None:
             check_bundle_file(directory, manifest.public_rows, PUBLIC_ROWS)
-        return cls(directory, manifest.plan_id, circuits, manifest.public_rows is not None)
+            bundle.public_rows()
+        return bundle
 
     def circuit_path(self, name: str) -> Path:
         """Return the path of the ONNX file of circuit `name`."""
         return self.directory / self.circuits[name].file.path
 
     def public_rows(self) -> np.ndarray:
-        """Map the matrix A, uint8 [4, rank · ring_dim, features]. Raises InputError when there is none."""
+        """Map the matrix A, uint8 [4, rank · ring_dim, features], as wide as the widest circuit that is multiplied by it.
+
+        Raises InputError when there is none, or a narrower one.
+        """
         if not self.has_public_rows:
             raise InputError(f"worker bundle {self.directory} holds no public rows: its plan has hints on the client")
-        return open_public_rows(self.directory / PUBLIC_ROWS)
+        exact = [spec for name, spec in self.circuits.items() if base_name(name) != name]
+        return open_public_rows(self.directory / PUBLIC_ROWS, max((spec.in_features for spec in exact), default=0))
 
     def weight(self, name: str) -> np.ndarray:
         """Return the right-hand side of circuit `name`, int8 or int16 [in_features, out_features].
@@ -91,27 +104,41 @@ class WorkerBundle:
         return from_balanced_bytes(self.weight_digits(name))
 
     def weight_digits(self, name: str) -> tuple[np.ndarray, ...]:
-        """Return the weight as the circuit holds it: int8 digits in [-128, 127], lowest first, W = Σ_k digit_k · 256^k."""
-        path = self.circuit_path(name)
-        graph = onnx.load(path, load_external_data=False).graph
-        constants = {tensor.name: tensor for tensor in graph.initializer}
-        digits = dict.fromkeys(node.input[1] for node in graph.node if node.op_type == "MatMulInteger")
-        return tuple(self._constant(constants[digit], path) for digit in digits)
+        """Return the weight as the circuit holds it: int8 digits in [-128, 127], lowest first, W = Σ_k digit_k · 256^k.
 
-    def _constant(self, tensor: onnx.TensorProto, circuit: Path) -> np.ndarray:
-        """Return the values of `tensor`, mapped from a file if they are not in the circuit itself.
+        Each is [in_features, out_features] of the manifest's entry, in C order and read-only. A large one is mapped from its
+        file.
 
-        Raises InputError for a file that is not in the bundle, or has become too short since the bundle was opened.
+        Raises:
+            InputError: the files are not those of the circuit any more.
         """
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            return onnx.numpy_helper.to_array(tensor)
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        file = circuit.parent / place["location"]
-        if not file.resolve().is_relative_to(self.directory.resolve()):
-            raise InputError(f"{circuit} refers to {place['location']}, outside the bundle; copy the worker bundle again")
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        offset, shape = int(place.get("offset", 0)), tuple(tensor.dims)
-        try:
-            return np.memmap(file, dtype, mode="r", offset=offset, shape=shape).view(np.ndarray)
-        except (OSError, ValueError) as error:  # ValueError: the file is too short
-            raise InputError(f"{file} cannot be read ({error}); copy the worker bundle again") from error
+        spec = self.circuits[name]
+        shape, file = (spec.in_features, spec.out_features), self.directory / weight_path(name)
+        digits = []
+        for digit in stored_digits(self.directory, spec):
+            try:
+                if digit.content is None:
+                    digits.append(map_array(file, np.int8, shape, digit.offset))
+                else:
+                    digits.append(np.frombuffer(digit.content, dtype=np.int8).reshape(shape))
+            except (OSError, ValueError) as error:  # ValueError: the file is too short
+                raise unreadable(file, error, "copy the worker bundle again") from error
+        return tuple(digits)
+
+
+def stored_digits(directory: Path, spec: CircuitSpec) -> tuple[StoredDigit, ...]:
+    """Check that the ONNX file of a circuit is the one that its entry in the manifest describes; return its weight's places.
+
+    Raises InputError where it is another, whatever is in it.
+    """
+    path = directory / model_path(spec.name)
+    try:
+        digits = read_circuit(path, spec, 0 if spec.data is None else spec.data.bytes)
+        weight = (directory / weight_path(spec.name)).resolve()
+        if any(digit.content is None for digit in digits) and not weight.is_relative_to(directory.resolve()):
+            raise CircuitError("its weight file is a link that leads outside the bundle")
+        return digits
+    except CircuitError as error:
+        raise damaged(path, str(error)) from error
+    except Exception as error:  # a parser may raise anything for bytes that somebody made up
+        raise unreadable(path, error, "copy the worker bundle again") from error

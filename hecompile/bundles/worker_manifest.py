@@ -11,13 +11,16 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hecompile.bundles.kinds import MANIFEST, WORKER_FORMAT, BundleKind, explain_mix_up
+from hecompile.bundles.lowered_circuit import MAX_FEATURES_IN
 from hecompile.bundles.triton_repository import config_path, model_path, weight_path
 from hecompile.errors import InputError
-from hecompile.files import file_sha256
+from hecompile.files import file_sha256, read_whole, unreadable
 
 VERSION = 2
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 PLAN_ID = re.compile(r"[0-9a-f]{8,128}")
+MAX_MANIFEST_BYTES = 1 << 26
+"""Largest manifest that is read; a circuit takes about a kilobyte of it."""
 _REMEDY = "give the directory `worker` of what `hecompile export llama` wrote"
 
 
@@ -45,8 +48,8 @@ class CircuitSpec(_Record):
     name: str = Field(pattern=rf"^{NAME.pattern}$")
     linear: str
     direction: Literal["forward", "backward"]
-    in_features: int = Field(ge=1)
-    out_features: int = Field(ge=1)
+    in_features: int = Field(ge=1, le=MAX_FEATURES_IN)
+    out_features: int = Field(ge=1, lt=2**31)
     upload_limbs: int = Field(ge=1, le=4)
     reply_bytes: int = Field(ge=1, le=4)
     file: BundleFile
@@ -54,7 +57,9 @@ class CircuitSpec(_Record):
     config: BundleFile | None = None
 
     @model_validator(mode="after")
-    def _has_its_config(self) -> CircuitSpec:
+    def _is_consistent(self) -> CircuitSpec:
+        if self.reply_bytes > self.upload_limbs:
+            raise ValueError(f"circuit {self.name} replies with {self.reply_bytes} bytes of {self.upload_limbs}")
         if (self.config is None) != (config_path(self.name) is None):
             raise ValueError(f"circuit {self.name} {'lacks its' if self.config is None else 'has a'} config")
         return self
@@ -87,10 +92,12 @@ def read_manifest(directory: Path) -> Manifest:
     if (mix_up := explain_mix_up(directory, BundleKind.WORKER)) is not None:
         raise InputError(mix_up)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(read_whole(path, MAX_MANIFEST_BYTES))
     except FileNotFoundError:
         raise InputError(f"{directory} is not a worker bundle: {MANIFEST} is missing; {_REMEDY}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise unreadable(path, error, _REMEDY) from error
+    except (ValueError, RecursionError) as error:  # ValueError: too large, not UTF-8, not JSON, or an endless number
         raise damaged(path, f"it cannot be read ({type(error).__name__})") from error
     if not isinstance(raw, dict) or raw.get("format") != WORKER_FORMAT:
         raise InputError(f"{path} is not the manifest of a worker bundle; {_REMEDY}")
@@ -115,10 +122,13 @@ def check_bundle_file(directory: Path, file: BundleFile, expected_path: str) -> 
         raise damaged(directory / MANIFEST, f"it names {file.path!r} where {expected_path} belongs")
     if not path.is_file():
         raise damaged(path, "it is missing")
-    if (size := path.stat().st_size) != file.bytes:
-        raise damaged(path, f"it has {size} bytes instead of {file.bytes}")
-    if file_sha256(path) != file.sha256:
-        raise damaged(path, "its SHA-256 is not the manifest's")
+    try:
+        if (size := path.stat().st_size) != file.bytes:
+            raise damaged(path, f"it has {size} bytes instead of {file.bytes}")
+        if file_sha256(path) != file.sha256:
+            raise damaged(path, "its SHA-256 is not the manifest's")
+    except OSError as error:
+        raise unreadable(f"worker bundle file {path}", error, "copy the bundle or compile the model again") from error
 
 
 def damaged(path: Path, reason: str) -> InputError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from hecompile.bundles.lowered_circuit import MAX_FEATURES_IN, ONNX_IR_VERSION, ONNX_OPSET
 from hecompile.errors import LegalityError
 from hecompile.graph.ir import DOMAIN, ORIGIN, add_initializer
 from hecompile.integers import WEIGHT_DTYPES
@@ -12,11 +13,6 @@ from hecompile.integers import WEIGHT_DTYPES
 ENCRYPTED_LINEAR = "EncryptedLinear"
 MAX_LIMBS = 4
 """q = 2^32 is four bytes."""
-MAX_FEATURES_IN = (2**31 - 1) // (255 * 128)
-"""Largest inner dimension whose |uint8 × int8| sums stay below 2^31: 65793."""
-ONNX_OPSET = 18
-"""The first with BitwiseAnd."""
-ONNX_IR_VERSION = 10
 
 
 def encrypted_linear_model(weight: np.ndarray, upload_limbs: int, reply_bytes: int, name: str) -> ir.Model:

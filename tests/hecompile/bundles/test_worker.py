@@ -157,7 +157,7 @@ def test_a_weight_outside_the_bundle_is_not_read(directory: Path, location: str)
     assert len(places) == 1
     places[0].value = location
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(InputError, match=r"refers to .*, outside the bundle; copy the worker bundle again"):
+    with pytest.raises(InputError, match=r"refers to .*, outside the bundle; copy the bundle"):
         bundle.weight("layers.0.large.forward")
 
 
