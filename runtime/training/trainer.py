@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -220,6 +221,23 @@ class AdapterTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         load_adapter(self._adapter_model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load both, and go on at the learning rate and the intervals that this run has at this step.
+
+        The optimizer's state has the next rate of the run that made it, often 0 where that was shorter. The trainer's
+        state has that run's `save_steps` and `eval_steps`.
+        """
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = self.lr_scheduler
+        if checkpoint is None or not isinstance(schedule, LambdaLR):
+            return
+        self.state.compute_steps(self.args, self.state.max_steps)
+        schedule._last_lr = []
+        groups = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        for group, rate, factor in groups:
+            group["lr"] = rate * factor(schedule.last_epoch)
+            schedule._last_lr.append(group["lr"])
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Let the trainer write the checkpoint into a staging folder, then rename it: a kill leaves no partial one."""
