@@ -43,15 +43,16 @@ def split_layers(layers: int, shards: int) -> list[range]:
 def shard(bundle: WorkerBundle, layers: range) -> WorkerBundle:
     """Keep the circuits of some layers and the known answer; circuits outside all layers go with layer 0.
 
-    Raises InputError when there are none.
+    Raises InputError when there are none, and for layers that the bundle does not have.
     """
+    count, wanted = layer_count(bundle), f"{layers.start}-{layers.stop - 1}"
     kept = {
         name: spec
         for name, spec in bundle.circuits.items()
         if name == KNOWN_ANSWER or (layer_of(name) or 0) in layers
     }
     if len(kept) == 1:
-        raise InputError(
-            f"the bundle has {layer_count(bundle)} layers, none of {layers.start}-{layers.stop - 1}: count from 0"
-        )
+        raise InputError(f"the bundle has {count} layers, none of {wanted}: count from 0")
+    if layers.stop > count:
+        raise InputError(f"the bundle has {count} layers, not all of {wanted}: the last is {count - 1}, counted from 0")
     return dataclasses.replace(bundle, circuits=kept)

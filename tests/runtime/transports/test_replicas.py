@@ -241,6 +241,11 @@ def test_layers_are_split_evenly_and_nothing_is_left_out(tmp_path: Path) -> None
     assert set(shard(bundle, range(1)).circuits) == set(bundle.circuits)  # outside all layers: with the first
     with pytest.raises(InputError, match="none of 4-4"):
         shard(bundle, range(4, 5))
+    four = write_bundle(tmp_path / "four", {f"model.layers.{layer}.mlp": (WEIGHT, 3, 2) for layer in range(4)})
+    assert len(shard(four, parse_layers("2-3")).circuits) == 5  # of two layers, and the known answer
+    for text in ("0-7", "3-4"):  # a slip: the worker would serve less than it was asked for
+        with pytest.raises(InputError, match=f"has 4 layers, not all of {text}: the last is 3, counted from 0"):
+            shard(four, parse_layers(text))
 
 
 def test_a_replacement_is_discovered_after_a_failure(worker: Worker) -> None:
