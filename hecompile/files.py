@@ -89,6 +89,11 @@ def replace_directory(source: Path, target: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def found_anywhere(name: str | Path) -> str:
+    """Return the absolute path of a directory, which is found from everywhere; another name, such as a hub id, as it is."""
+    return str(Path(name).absolute()) if str(name) and Path(name).is_dir() else str(name)
+
+
 @contextmanager
 def only_writer(target: Path, name: str | None = None, *, folder: bool = False) -> Iterator[None]:
     """Be the only process that writes `target` until the block ends; enter it before looking at what is there.

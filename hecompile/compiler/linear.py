@@ -40,7 +40,7 @@ from hecompile.compiler.polynomial_options import PolynomialOptions, require_tra
 from hecompile.compiler.staging import staging
 from hecompile.compiler.target import check_target
 from hecompile.errors import InputError
-from hecompile.files import only_writer
+from hecompile.files import found_anywhere, only_writer
 from hecompile.he.check_store import write_checks
 from hecompile.he.parameters import RingParameters
 from hecompile.he.random.sampling import PublicSeed, SecretRandom
@@ -112,7 +112,7 @@ def _plan_record(
     lora = options.lora
     literal = ring.to_literal()
     return PlanRecord(
-        base_model=base_model,
+        base_model=found_anywhere(base_model),
         public_seed=seed.hex(),
         ring=RingRecord(**dataclasses.asdict(literal)),
         lora=LoraRecord(

@@ -26,7 +26,7 @@ from hecompile.checkpoint.adapter import (
     read_settings,
 )
 from hecompile.errors import InputError
-from hecompile.files import reason_of, replace_directory
+from hecompile.files import found_anywhere, reason_of, replace_directory
 
 _LOG = logging.getLogger(__name__)
 
@@ -117,16 +117,17 @@ def head_digest(head: torch.Tensor) -> str:
 def save_adapter(model: AdapterModel, directory: str | Path, base_model_name_or_path: str | Path | None = None) -> Path:
     """Write the adapter for `PeftModel.from_pretrained(base, directory)`; same adapter, same bytes.
 
-    `base_model_name_or_path` is only recorded; by default it is the one in `model.peft_config`. The directory appears
-    whole or not at all. One that exists is replaced if it holds an adapter, and is an `InputError` otherwise.
+    `base_model_name_or_path` is only recorded, a directory by its absolute path; by default it is the one in
+    `model.peft_config`. The directory appears whole or not at all. One that exists is replaced if it holds an adapter, and
+    is an `InputError` otherwise.
     """
     directory = Path(directory)
     if directory.exists() and not (directory / CONFIG_FILE).is_file():
         raise InputError(f"{directory} exists and is not an adapter directory; give another place to save the adapter")
     config = model.peft_config.to_dict()
     config["inference_mode"] = True  # as PEFT saves it: a loaded adapter is frozen unless asked otherwise
-    if base_model_name_or_path is not None:
-        config["base_model_name_or_path"] = str(base_model_name_or_path)
+    base = config["base_model_name_or_path"] if base_model_name_or_path is None else base_model_name_or_path
+    config["base_model_name_or_path"] = None if base is None else found_anywhere(base)
     text = json.dumps(config, indent=2, sort_keys=True, default=jsonable) + "\n"
     tensors = {key: value.detach().cpu().contiguous() for key, value in sorted(model.adapter_state().items())}
     directory.parent.mkdir(parents=True, exist_ok=True)

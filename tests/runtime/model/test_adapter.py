@@ -34,6 +34,16 @@ def test_peft_loads_the_saved_adapter_and_gives_the_same_logits(tmp_path: Path) 
     assert json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
 
 
+def test_a_base_that_is_a_directory_is_found_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_base().save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    save_adapter(make_model(), tmp_path / "adapter", "base")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert found.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
+
+
 def test_the_files_have_the_keys_that_peft_itself_writes(tmp_path: Path) -> None:
     model = make_model()
     model._peft.save_pretrained(tmp_path / "peft")
