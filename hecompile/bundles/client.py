@@ -128,12 +128,23 @@ class PlanRecord(_Record):
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
 
 
+    def reached_bits(self) -> tuple[float, float]:
+        """Return the least and the most effective bits of its products; at least `effective_bits`, which was asked for."""
+        reached = [circuit.effective_bits for circuit in self.circuits.values()]
+        return min(reached, default=self.effective_bits), max(reached, default=self.effective_bits)
+
+
 class _Manifest(_Record):
     format: str
     version: int
     plan_id: str
     plan: PlanRecord
     files: list[FileRecord]
+
+
+def read_plan(directory: Path) -> PlanRecord:
+    """Read what a client bundle says of its plan; no other file is looked at. Raises InputError where there is none."""
+    return _read_manifest(directory).plan
 
 
 @dataclass(frozen=True)

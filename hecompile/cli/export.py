@@ -29,10 +29,14 @@ def export_llama(
 ) -> None:
     """Export a Hugging Face Llama to ONNX and compile it: a client bundle (plan, hints, tokenizer) and a worker bundle
     (integer circuits). Both are public; the secrets are drawn at training time and never stored."""
+    from hecompile.bundles.client import read_plan
+    from hecompile.inspection.linear import reached_precision
+
     options = _compile_options(lora, encryption, batches, polynomials)
     console = wide_console()
     console.print(predicted_sizes(model, options))
     plan_id = _compile(model, out, options, console)
+    console.print(f"precision: {reached_precision(read_plan(out / 'client'))}", soft_wrap=True)
     console.print(f"plan {plan_id}\nclient bundle: {out / 'client'}\nworker bundle: {out / 'worker'}", soft_wrap=True)
 
 

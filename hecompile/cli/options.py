@@ -36,7 +36,8 @@ Precision = Annotated[
     float,
     typer.Option(
         help="Effective bits of every encrypted product: b bits mean noise of 2^-b of the result's own size (8: 0.4 %, "
-        "about what bfloat16 rounding does). Fewer bits send fewer bytes. `inspect` shows what was reached."
+        "about what bfloat16 rounding does). Fewer bits send fewer bytes, down to what can be verified. The end of the "
+        "export and `inspect` say what was reached."
     ),
 ]
 MAX_NEW_TOKENS = "How many tokens an answer has at most."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import networkx as nx
 import onnx_ir as ir
 from rich.table import Table
 
-from hecompile.bundles.client import CircuitRecord, ClientBundle
+from hecompile.bundles.client import CircuitRecord, ClientBundle, PlanRecord
 from hecompile.errors import InputError
 from hecompile.files import reason_of
 from hecompile.graph.ir import DOMAIN, module_path
@@ -118,6 +119,7 @@ def totals_table(bundle: ClientBundle) -> Table:
     rows = {
         "security": f"{bundle.ring.security_bits:.0f} bits ({'ring' if bundle.ring.packed else 'module'} LWE, dimension "
         f"{bundle.ring.lattice_dim}, q = 2^32)",
+        "precision": reached_precision(bundle.plan),
         "bytes per token, training step": f"{training.bytes_up} up, {training.bytes_down} down",
         "bytes per token, inference": f"{forward.bytes_up} up, {forward.bytes_down} down",
         "remote weights": f"{weights} of {bundle.plan.weight_bits} bits",
@@ -128,6 +130,17 @@ def totals_table(bundle: ClientBundle) -> Table:
     for what, value in rows.items():
         table.add_row(what, value)
     return table
+
+
+def reached_precision(plan: PlanRecord) -> str:
+    """Say which precision the products have, and which was asked for: they can have more at no price.
+
+    A precision between the two gives the same plan, for the choice is the cheapest of those that reach it.
+    """
+    low, high = plan.reached_bits()
+    shown = f"{low:.1f} to {high:.1f} effective bits, {plan.effective_bits:g} asked for"
+    least = math.floor(10 * low) / 10
+    return f"{shown}; up to {least:g} the plan is the same" if least >= plan.effective_bits + 0.5 else shown
 
 
 def _fetched(bundle: ClientBundle, skipped: frozenset[str]) -> str:

@@ -138,6 +138,7 @@ def test_export_then_inspect(checkpoint: Path, tmp_path: Path) -> None:
     exported = CliRunner().invoke(app, ["export", "llama", "--model", str(checkpoint), "--out", str(out), *arguments])
     assert exported.exit_code == 0, exported.output
     assert f"client bundle: {out / 'client'}" in exported.output
+    assert re.search(r"\nprecision: \d+\.\d to \d+\.\d effective bits, 8 asked for", exported.output)
     assert "\nseconds: " in exported.output  # of the phases that took long enough to be worth it
     assert "736 rows of hints; predicted" in exported.output
     picture = tmp_path / "plan.svg"

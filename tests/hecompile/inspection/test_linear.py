@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,6 +18,7 @@ from hecompile.inspection.linear import (
     draw,
     plan_graph,
     predicted_traffic,
+    reached_precision,
     totals_table,
 )
 
@@ -58,6 +60,14 @@ def test_totals(bundle: ClientBundle) -> None:
     (weights,) = [line for line in text.splitlines() if "remote weights" in line]
     assert str(2 * (32 * 64 + 32 * 32 + 32 * 96 + 48 * 32)) in weights
     assert "r = 2, alpha = 4, q_proj, v_proj, down_proj" in text
+
+
+def test_the_precision_that_was_reached_stands_beside_the_one_asked_for(bundle: ClientBundle) -> None:
+    low, high = bundle.plan.reached_bits()
+    assert 8.0 == bundle.plan.effective_bits <= low <= high
+    assert f"{low:.1f} to {high:.1f} effective bits, 8 asked for" in rendered(totals_table(bundle))
+    asked = bundle.plan.model_copy(update={"effective_bits": low - 2.0})
+    assert f"{low - 2.0:g} asked for; up to {math.floor(10 * low) / 10:g} the plan is the same" in reached_precision(asked)
 
 
 def test_backward_circuits_that_training_never_calls(bundle: ClientBundle) -> None:
