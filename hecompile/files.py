@@ -220,18 +220,35 @@ def read_whole(path: Path, most: int) -> bytes:
     return content
 
 
+def missing_path_hint(path: str | Path, remedy: str = "") -> str | None:
+    """Return that nothing is at `path`, with the path that was probably meant, else the remedy; None where something is."""
+    path = Path(path)
+    if os.path.lexists(path):
+        return None
+    if (near := near_neighbour(path)) is not None:
+        return f"{path} does not exist; did you mean {near}?"
+    return f"{path} does not exist" + (f"; {remedy}" if remedy else "")
+
+
 def _created(path: Path, mode: int) -> BinaryIO:
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
 
 
 def near_neighbour(path: Path) -> Path | None:
-    """Return what lies beside a path that does not exist and has nearly its name; None where nothing does."""
+    """Return the path that was probably meant by one that does not exist; None where nothing has nearly that name.
+
+    It has the nearest name in place of the first part that is missing.
+    """
+    missing = next((part for part in [*reversed(path.parents), path] if not os.path.lexists(part)), path)
     try:
-        names = [entry.name for entry in path.parent.iterdir()]
+        beside = sorted(entry.name for entry in missing.parent.iterdir())
     except OSError:
         return None
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
-    return path.with_name(near[0]) if near else None
+    rest = path.relative_to(missing)
+    for near in difflib.get_close_matches(missing.name, beside, n=3, cutoff=0.6):
+        if (meant := missing.with_name(near) / rest).exists():
+            return meant
+    return None
 
 
 def did_you_mean(path: Path) -> str:

@@ -17,7 +17,7 @@ from hecompile.bundles.kinds import CIRCUIT, PLAN, TABLE, BundleKind, explain_mi
 from hecompile.ckks.circuit import PolynomialCircuit
 from hecompile.ckks.parameters import CkksParameters
 from hecompile.errors import InputError
-from hecompile.files import explain_missing, reason_of
+from hecompile.files import missing_path_hint, reason_of
 
 FORMAT = "hecompile-ckks-1"
 
@@ -47,11 +47,10 @@ class CkksPlan:
             cls(**fields)  # no field is missing or unknown; their types are checked next
             return TypeAdapter(cls).validate_json(json.dumps(fields), strict=True)
         except OSError:
-            if not Path(directory).exists():
-                raise InputError(f"no polynomial bundle at {explain_missing(Path(directory))}") from None
             mix_up = explain_mix_up(Path(directory), BundleKind.CKKS_CLIENT)
             none = f"{directory} is no polynomial bundle (no {PLAN}); make one with `hecompile ckks export`"
-            raise InputError(mix_up or none) from None
+            missing = missing_path_hint(directory, "make one with `hecompile ckks export`")
+            raise InputError(mix_up or missing or none) from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(f"{path} is not a plan of this version; export again") from None
 

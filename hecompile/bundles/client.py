@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from hecompile.bundles.kinds import CLIENT_FORMAT, MANIFEST, BundleKind, explain_mix_up
 from hecompile.errors import HecompileError, InputError
-from hecompile.files import file_sha256
+from hecompile.files import file_sha256, missing_path_hint
 from hecompile.graph.ir import print_model
 from hecompile.he.parameters import LinearParameters, RingParameters, RingParametersLiteral
 from hecompile.he.random.sampling import PublicSeed
@@ -254,6 +254,8 @@ def graph_sha256(model: ir.Model) -> str:
 
 def _read_manifest(directory: Path) -> _Manifest:
     path = directory / MANIFEST
+    if (missing := missing_path_hint(directory, "`hecompile export llama` makes the client bundle")) is not None:
+        raise InputError(missing)
     if (mix_up := explain_mix_up(directory, BundleKind.CLIENT)) is not None:
         raise InputError(mix_up)
     if not path.is_file():
@@ -269,6 +271,9 @@ def _read_manifest(directory: Path) -> _Manifest:
         raise
     except (OSError, RecursionError, ValueError) as error:  # a ValidationError is a ValueError
         first = str(error).splitlines()[0]
+        if isinstance(error, ValidationError):
+            detail = error.errors()[0]
+            first = f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}"
         raise InputError(f"{path} is damaged ({first}); {_REMEDY}") from error
 
 

@@ -14,7 +14,7 @@ from hecompile.bundles.kinds import MANIFEST, WORKER_FORMAT, BundleKind, explain
 from hecompile.bundles.lowered_circuit import MAX_FEATURES_IN
 from hecompile.bundles.triton_repository import config_path, model_path, weight_path
 from hecompile.errors import InputError
-from hecompile.files import file_sha256, read_whole, unreadable
+from hecompile.files import file_sha256, missing_path_hint, read_whole, unreadable
 
 VERSION = 2
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
@@ -89,6 +89,8 @@ def read_manifest(directory: Path) -> Manifest:
     Raises InputError when it is no bundle, of another version, or damaged.
     """
     path = directory / MANIFEST
+    if (missing := missing_path_hint(directory, _REMEDY)) is not None:
+        raise InputError(missing)
     if (mix_up := explain_mix_up(directory, BundleKind.WORKER)) is not None:
         raise InputError(mix_up)
     try:

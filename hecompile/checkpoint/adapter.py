@@ -21,7 +21,7 @@ from torch import Tensor
 from hecompile.checkpoint.folder import check_links
 from hecompile.checkpoint.values import show
 from hecompile.errors import InputError
-from hecompile.files import explain_missing, reason_of
+from hecompile.files import missing_path_hint, reason_of
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _MATRIX = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -65,8 +65,10 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
     Raises InputError where there is no adapter, its file cannot be read, or a setting is none of this PEFT.
     """
+    if (missing := missing_path_hint(directory)) is not None:
+        raise InputError(f"the PEFT adapter {missing}")
     if not directory.is_dir():
-        raise InputError(f"no PEFT adapter in {explain_missing(directory) if not directory.exists() else directory}")
+        raise InputError(f"no PEFT adapter in {directory}: it is no directory")
     check_links(directory, (CONFIG_FILE, WEIGHTS_FILE))
     path = directory / CONFIG_FILE
     try:
@@ -74,7 +76,10 @@ def read_settings(directory: Path) -> dict[str, Any]:
         if not isinstance(settings, dict):
             raise ValueError
     except OSError as error:
-        raise InputError(f"no PEFT adapter in {directory}: {CONFIG_FILE}: {reason_of(error)}") from None
+        meant = directory / "adapter"  # of a run
+        found = (meant / CONFIG_FILE).is_file()
+        reason = f"did you mean {meant}?" if found else f"{CONFIG_FILE}: {reason_of(error)}"
+        raise InputError(f"no PEFT adapter in {directory}: {reason}") from None
     except (ValueError, RecursionError):
         raise InputError(
             f"the adapter in {directory} is damaged: {CONFIG_FILE} holds no JSON object; save it again"

@@ -134,6 +134,7 @@ class ConversionRecipe(Section):
     A section may be given as its name alone, as in `attention: power`.
     """
 
+    command = "convert"
     model: str
     out: Path
     attention: AttentionSection = AttentionSection()

@@ -80,6 +80,7 @@ class FederationRecipe(Section):
     * `reply_timeout`: seconds an owner may be silent before the round goes on without it.
     """
 
+    command = "federate"
     model: Path
     owners: Annotated[list[OwnerSection], Field(min_length=2)]
     lora: LoraShape = LoraShape()

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hecompile.errors import FederationError
+from hecompile.errors import FederationError, InputError
+from hecompile.files import missing_path_hint, reason_of
 from hecompile.runtime.federation.protocol.channels import Identity, Roster
 
 IDENTITY_FILE = "identity.key"
@@ -26,13 +27,18 @@ def write_roster(path: Path, identities: Sequence[Identity]) -> None:
 
 
 def read_roster(path: Path) -> Roster:
-    """Read the roster that `write_roster` wrote. Raises FederationError for anything else."""
+    """Read the roster that `write_roster` wrote. Raises FederationError for anything else, InputError where none is."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
         roster = {str(name): bytes.fromhex(key) for name, key in content.items()}
         if any(len(key) != PUBLIC_KEY_BYTES for key in roster.values()):
             raise ValueError("a key of another length")
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+    except OSError as error:
+        remedy = "`hecompile federation identities` makes one, or the owners put it together from `federation identity`"
+        missing = missing_path_hint(path, remedy)
+        reason = f"the roster {missing}" if missing else f"cannot read the roster {path}: {reason_of(error)}"
+        raise InputError(reason) from None
+    except (ValueError, AttributeError, TypeError, RecursionError):
         raise FederationError(
             f"{path} is no roster: a JSON object of names, each once, and public keys, {PUBLIC_KEY_BYTES} bytes each in "
             "hexadecimal"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hecompile.errors import InputError
-from hecompile.files import reason_of
+from hecompile.files import missing_path_hint, reason_of
 from hecompile.runtime.model.tokens import has_half_characters
 
 _BYTE_ORDER_MARK = "\ufeff"  # some editors begin a file with it
@@ -22,6 +22,8 @@ def read_lines(path: Path, kind: str) -> list[tuple[str, str]]:
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: the name has a NUL
+        if isinstance(error, OSError) and (missing := missing_path_hint(path)) is not None:
+            raise InputError(f"the {kind} {missing}") from None
         reason = reason_of(error) if isinstance(error, OSError) else str(error)
         raise InputError(f"cannot read the {kind} {path}: {reason}") from None
     return list(split_lines(content, str(path)))

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from hecompile.errors import InputError
-from hecompile.runtime.recipes.key_hints import explain, suggest
+from hecompile.runtime.recipes.key_hints import explain, explain_other_kind, suggest
 from hecompile.runtime.recipes.section import Section
 from hecompile.runtime.recipes.yaml_text import parse_yaml, read_yaml
 
@@ -31,6 +31,8 @@ def load_document(path: str | Path, overrides: Sequence[str], kind: type[Kind], 
     """
     path = Path(path)
     document = _read(path, kind)
+    if (other := explain_other_kind(document, kind)) is not None:
+        raise InputError(f"{path} {other}")
     resolve(document, path.resolve().parent)
     for override in overrides:
         _apply_override(document, override, kind, resolve)

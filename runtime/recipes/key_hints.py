@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from pydantic import ValidationError
 
@@ -14,6 +15,35 @@ _FIRST = "0"
 """Stands for any place in a list of sections, as in owners.0.name."""
 _ALIKE = 0.7
 """Cutoff for `difflib`: a slip of one or two letters in a key passes, another word does not."""
+
+_MARKS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "train": (("worker",), ("worker_bundle",), ("connection",), ("privacy",), ("data", "training.output_dir")),
+    "federate": (("owners",), ("federation",)),
+    "convert": (("out",), ("training.polynomial_steps",), ("training.steps",)),
+    "worker deploy": (("bundle",), ("shards",), ("replicas",), ("http_port",)),
+}
+"""Keys of each kind of recipe, by its command, that are keys of no other kind; of each inner tuple all must be there."""
+_PAGES = {"train": "recipe", "federate": "federation", "convert": "conversion", "worker deploy": "fleet"}
+
+
+def explain_other_kind(document: Mapping[str, object], kind: type[Section]) -> str | None:
+    """Return that the file is a recipe of another command than `kind` is, or None where that cannot be told."""
+    found = {command for command, marks in _MARKS.items() if any(all(_has(document, key) for key in mark) for mark in marks)}
+    if len(found) != 1 or kind.command in found or not kind.command:
+        return None
+    (other,) = found
+    return (
+        f"is a recipe of `hecompile {other}`: run that, or give one of `hecompile {kind.command}` "
+        f"(docs/{_PAGES[kind.command]}.md has an example)"
+    )
+
+
+def _has(document: object, dotted: str) -> bool:
+    for key in dotted.split("."):
+        if not isinstance(document, Mapping) or key not in document:
+            return False
+        document = document[key]
+    return True
 
 
 def explain(error: ValidationError, kind: type[Section]) -> str:
@@ -25,8 +55,22 @@ def explain(error: ValidationError, kind: type[Section]) -> str:
         return f"unknown key {dotted}{suggest(detail['loc'], kind)}"
     if detail["type"] == "missing":
         return f"the key {dotted} is missing"
-    message = detail["msg"].removeprefix("Value error, ")
+    message = _reason(detail)
     return f"{dotted}: {message}" if dotted else message
+
+
+def _reason(detail: typing.Any) -> str:
+    """Say what is wrong with a value, and which it is, without the names of this program's classes."""
+    message = str(detail["msg"])
+    if detail["type"] == "value_error":
+        return message.removeprefix("Value error, ")
+    if detail["type"] in ("model_type", "dict_type"):
+        message = "needs a section, that is keys with their values"
+    elif detail["type"].startswith("path_"):
+        message = "needs a path"
+    message = re.sub(r", (unable to |got a number ).*|( after validation, not .*)", "", message)
+    value = detail["input"]
+    return f"{message}, got {value!r}" if isinstance(value, (str, int, float, bool, type(None))) else message
 
 
 def suggest(unknown: Sequence[int | str], kind: type[Section]) -> str:

@@ -162,6 +162,7 @@ class Recipe(Workplace):
     there is none by default.
     """
 
+    command = "train"
     data: DataSection
     training: TrainingSection
     lora: LoraSection | None = None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from hecompile.errors import InputError
-from hecompile.files import reason_of
+from hecompile.files import missing_path_hint, reason_of
 
 MAX_BYTES = 1 << 18
 _MAX_DEPTH = 32
@@ -26,6 +27,8 @@ def read_yaml(path: Path, name: str) -> Any:
         line = content[: error.start].count(b"\n") + 1
         raise InputError(f"cannot read {name}: not UTF-8 (line {line})") from None
     except (OSError, ValueError) as error:  # ValueError: the name has a NUL
+        if isinstance(error, OSError) and (missing := missing_path_hint(path)) is not None:
+            raise InputError(f"the recipe {missing}" if name.startswith("the recipe") else missing) from None
         raise InputError(f"cannot read {name}: {reason_of(error) if isinstance(error, OSError) else error}") from None
     return parse_yaml(text, name)
 
@@ -45,7 +48,8 @@ def parse_yaml(text: str, name: str) -> Any:
         _count(node, {}, set())
         return loader.construct_document(node)
     except yaml.YAMLError as error:
-        raise InputError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+        reason = re.sub(r'in "<unicode string>", (?=line)', "at ", " ".join(str(error).split()))
+        raise InputError(f"{name} is not valid YAML: {reason}") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -45,7 +45,7 @@ def check_server_access(address: TcpAddress, credentials: ServerCredentials, all
     if not allow_plaintext_network:
         raise InputError(
             f"{where} can be reached from other machines without TLS; listen on {address.scheme}s:// with a certificate, "
-            "or on 127.0.0.1, or pass allow_plaintext_network (--allow-plaintext-network)"
+            "or on 127.0.0.1, or pass --allow-plaintext-network (in a fleet's file: allow_plaintext_network: true)"
         )
     if credentials.token_digests:
         raise InputError(f"tokens would cross the network in the clear to {where}; listen on {address.scheme}s://")

@@ -81,7 +81,7 @@ def test_a_token_costs_one_row_of_every_circuit_whatever_came_before(build: Buil
         (("A", "--worker", "tcp://127.0.0.1:9", "--engine", "torch"), "engine is the worker's own choice"),
         (("A", "--engine", "abacus"), "engine"),
         (("A", "--on-bad-worker", "ignore"), "on_bad_worker"),
-        (("A", "--adapter", "{tmp}/none"), "no PEFT adapter in"),
+        (("A", "--adapter", "{tmp}/none"), "none does not exist"),
         (("A", "--temperature", "-1"), "temperature must be"),
         (("A", "--prompts-file", "{tmp}/none.txt"), "one or the other"),
         (("--prompts-file", "{tmp}/none.txt"), "cannot read the prompts in"),

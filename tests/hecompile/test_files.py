@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hecompile.files import file_sha256, opened_whole, reason_of, replace_directory, write_whole
+from hecompile.files import file_sha256, missing_path_hint, opened_whole, reason_of, replace_directory, write_whole
 
 
 def test_a_file_is_hashed(tmp_path: Path) -> None:
@@ -69,3 +69,15 @@ def test_reasons() -> None:
     assert reason_of(TimeoutError("timed out")) == "timed out"
     assert reason_of(ConnectionAbortedError()) == "ConnectionAbortedError"
     assert reason_of(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")) == "not UTF-8"
+
+
+def test_a_path_where_nothing_is_comes_with_the_one_that_was_meant(tmp_path: Path) -> None:
+    (tmp_path / "build-mine" / "client").mkdir(parents=True)
+    assert missing_path_hint(tmp_path / "build-mine") is None
+    for wrong, meant in (("buidl-mine", "build-mine"), ("build-min/client", "build-mine/client"),
+                         ("build-mine/clint", "build-mine/client")):  # fmt: skip
+        assert missing_path_hint(tmp_path / wrong, "make one") == (
+            f"{tmp_path / wrong} does not exist; did you mean {tmp_path / meant}?"
+        )
+    for wrong in ("other", "build-min/other", "build-mine/client/x"):
+        assert missing_path_hint(tmp_path / wrong, "make one") == f"{tmp_path / wrong} does not exist; make one"

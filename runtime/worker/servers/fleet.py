@@ -15,11 +15,12 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
-from hecompile.runtime.recipes.yaml_text import read_yaml
+from hecompile.runtime.recipes.document import load_document, resolve_paths
+from hecompile.runtime.recipes.section import Section
 from hecompile.runtime.wire.address import UnixAddress, parse_address
 from hecompile.runtime.worker.shards import layer_count, shard, split_layers
 
@@ -28,9 +29,10 @@ STALE_SECONDS = 15.0
 """Time without a report after which a replica is not listed; it reports with every health check."""
 HEALTH_SECONDS = 3.0
 _START_SECONDS = 120.0
+_PATH_KEYS = ("bundle", "tls_certificate", "tls_key", "client_authority", "token_file")
 
 
-class FleetFile(BaseModel):
+class FleetFile(Section):
     """Hold the YAML file of `hecompile worker deploy`. Relative paths are relative to it.
 
     * `bundle`: the worker bundle, on every machine under the same path (or on shared storage).
@@ -40,7 +42,7 @@ class FleetFile(BaseModel):
     * `http_port`: of the directory, on this machine.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    command = "worker deploy"
 
     bundle: Path
     shards: Annotated[int, Field(ge=1)] = 1
@@ -59,21 +61,15 @@ class FleetFile(BaseModel):
 
 def load_fleet(path: Path) -> FleetFile:
     """Read and check a fleet's file. Raises InputError that names the key, or the file that cannot be read."""
-    document = read_yaml(path, str(path))
-    try:
-        if not isinstance(document, dict):
-            raise InputError(f"{path} must be a YAML mapping with the keys {', '.join(FleetFile.model_fields)}")
-        for key in ("bundle", "tls_certificate", "tls_key", "client_authority", "token_file"):
-            if isinstance(document.get(key), str):
-                document[key] = str(path.resolve().parent / document[key])
-        fleet = FleetFile.model_validate(document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    fleet = load_document(path, (), FleetFile, _resolve)
     address = parse_address(fleet.listen)
     if isinstance(address, UnixAddress) or (fleet.shards * fleet.replicas > 1 and address.port != 0):
         raise InputError(f"{path}: listen: {fleet.listen} cannot be the address of several workers; give HOST:0")
     return fleet
+
+
+def _resolve(document: dict[str, Any], directory: Path) -> None:
+    resolve_paths(document, [(name,) for name in _PATH_KEYS], directory)
 
 
 class Registry:

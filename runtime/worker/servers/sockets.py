@@ -43,7 +43,7 @@ class WorkerServer:
         if isinstance(parsed, TcpAddress) and not parsed.is_loopback and not allow_plaintext_network:
             raise InputError(
                 f"{address} can be reached from other machines without authentication; listen on 127.0.0.1 and forward "
-                "the port over SSH, or pass allow_plaintext_network (--allow-plaintext-network)"
+                "the port over SSH, or pass --allow-plaintext-network (in a fleet's file: allow_plaintext_network: true)"
             )
         self._unix_path = Path(parsed.path) if isinstance(parsed, UnixAddress) else None
         kind = server_class(parsed)

@@ -130,7 +130,7 @@ def test_manifest_that_is_none(client: Path, content: bytes) -> None:
 def test_missing_manifest_and_missing_directory(client: Path, tmp_path: Path) -> None:
     (client / "manifest.json").unlink()
     assert "is not a client bundle: manifest.json is missing" in refused(client)
-    assert "is not a client bundle" in refused(tmp_path / "nowhere")
+    assert "nowhere does not exist; `hecompile export llama` makes" in refused(tmp_path / "nowhere")
 
 
 def test_a_plan_of_before_there_were_packed_rings_hashes_to_its_id(client: Path) -> None:

@@ -73,7 +73,7 @@ def test_a_bundle_of_export_llama_given_to_ckks_names_its_commands(build: Path) 
 
 
 def test_a_directory_that_is_none_of_them_is_told_as_before(build: Path, tmp_path: Path) -> None:
-    assert "HERE is not a client bundle: manifest.json is missing" in said(ClientBundle.open, tmp_path / "absent")
+    assert "HERE does not exist" in said(ClientBundle.open, tmp_path / "absent")
     shutil.copytree(build / "client", tmp_path / "client")
     (tmp_path / "client" / "manifest.json").write_text("[]")
     assert "is not the manifest of a client bundle" in said(ClientBundle.open, tmp_path / "client")

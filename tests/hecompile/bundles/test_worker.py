@@ -170,7 +170,7 @@ def test_a_weight_that_went_after_the_bundle_was_opened_is_named(directory: Path
 
 
 def test_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="absent is not a worker bundle"):
+    with pytest.raises(InputError, match="absent does not exist; give the directory `worker`"):
         WorkerBundle.open(tmp_path / "absent")
 
 

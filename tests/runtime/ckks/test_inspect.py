@@ -66,7 +66,7 @@ def test_inspect_refuses_a_damaged_bundle(build: Path, tmp_path: Path) -> None:
         return change
 
     refused(lambda out: (out / "client" / PLAN).unlink(), f"client is no polynomial bundle .no {PLAN}")
-    refused(lambda out: shutil.rmtree(out / "worker"), f"worker is no polynomial bundle .no {PLAN}")
+    refused(lambda out: shutil.rmtree(out / "worker"), "worker does not exist")
     refused(lambda out: (out / "worker" / CIRCUIT).write_bytes(b"\0"), "is not the circuit of")
     refused(lambda out: (out / "worker" / CIRCUIT).unlink(), "copy the worker bundle again")
     refused(lambda out: (out / "client" / TABLE).write_bytes(b""), f"{TABLE} cannot be read")
@@ -76,6 +76,6 @@ def test_inspect_refuses_a_damaged_bundle(build: Path, tmp_path: Path) -> None:
     both = edit("client", "refreshes", {}), edit("worker", "refreshes", {})
     refused(lambda out: [change(out) for change in both], "not those of the circuit")
     refused(lambda out: None, "--draw draws the plan of", "--draw", str(tmp_path / "plan.svg"))
-    refused(lambda out: shutil.move(out / "client", out.with_name("alone")), f"client is no polynomial bundle .no {PLAN}")
+    refused(lambda out: shutil.move(out / "client", out.with_name("alone")), "client does not exist")
     with pytest.raises(InputError, match="no circuit"):
         CliRunner().invoke(app, ["inspect", str(tmp_path / "alone"), "--nodes"], catch_exceptions=False)

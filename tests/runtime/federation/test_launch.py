@@ -101,6 +101,8 @@ def test_a_roster_is_read_as_it_was_written(tmp_path: Path) -> None:
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(FederationError, match="is no roster"):
             read_roster(tmp_path / "bad.json")
+    with pytest.raises(InputError, match=r"rooster\.json does not exist; did you mean .*roster\.json\?$"):
+        read_roster(tmp_path / "rooster.json")
 
 
 def test_people_read_lines_and_programs_events_with_the_reason_of_a_failure(capsys: pytest.CaptureFixture[str]) -> None:

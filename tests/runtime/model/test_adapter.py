@@ -236,8 +236,11 @@ def test_an_adapter_that_is_a_pickle_is_not_opened(tmp_path: Path) -> None:
 
 
 def test_loading_a_missing_or_damaged_adapter(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no PEFT adapter in .*nowhere"):
+    with pytest.raises(InputError, match=r"the PEFT adapter .*nowhere does not exist"):
         load_adapter(make_model(), tmp_path / "nowhere")
+    save_adapter(make_model(), tmp_path / "run" / "adapter")
+    with pytest.raises(InputError, match=r"no PEFT adapter in .*run: did you mean .*run/adapter\?$"):
+        load_adapter(make_model(), tmp_path / "run")
     directory = save_adapter(make_model(), tmp_path / "a")
     weights = directory / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])

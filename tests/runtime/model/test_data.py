@@ -152,7 +152,7 @@ def test_a_bad_line_is_named_and_not_shown(tmp_path: Path, line: str, message: s
 
 
 def test_missing_empty_and_binary_files(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot read the dataset .*none\.jsonl: No such file"):
+    with pytest.raises(InputError, match=r"the dataset .*none\.jsonl does not exist"):
         load_examples(tmp_path / "none.jsonl", TOKENIZER, BUCKETS)
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(InputError, match=r"the dataset .*empty\.jsonl is empty"):

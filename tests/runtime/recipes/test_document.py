@@ -3,13 +3,18 @@ directory."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from hecompile.errors import InputError
 from hecompile.runtime.conversion.recipe import load_conversion
 from hecompile.runtime.federation.recipe import load_federation
 from hecompile.runtime.recipes.document import resolve_paths, sections_at
+from hecompile.runtime.recipes.training import load_recipe
+from hecompile.runtime.worker.servers.fleet import load_fleet
+from tests.conftest import ROOT
 
 CONVERSION = """
 model: checkpoint
@@ -24,6 +29,20 @@ owners:
   - {name: b, train_file: /data/b.jsonl, worker_bundle: worker}
 training: {output_dir: run}
 """
+TRAINING = """
+model: client
+worker: tcp://127.0.0.1:7700
+data: {train_file: mine.jsonl}
+training: {output_dir: run}
+"""
+FLEET = """
+bundle: worker
+replicas: 2
+"""
+KINDS = {"convert": CONVERSION, "federate": FEDERATION, "train": TRAINING, "worker deploy": FLEET}
+LOADERS: dict[str, Callable[[Path], object]] = {
+    "convert": load_conversion, "federate": load_federation, "train": load_recipe, "worker deploy": load_fleet
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +79,53 @@ def test_what_is_malformed_is_left_for_the_error_that_names_it() -> None:
     resolve_paths(document, [("a", "c"), ("b", "c"), ("d", "c"), ("e", "c"), ("a",)], Path("/top"))
     assert document == {"a": 1, "b": [{"c": 2}, None, {"c": "/top/x"}], "d": {"c": None}}
     assert list(sections_at(document, ["b"])) == [{"c": 2}, {"c": "/top/x"}]
+
+
+@pytest.mark.parametrize("wanted", KINDS)
+@pytest.mark.parametrize("given", KINDS)
+def test_a_recipe_of_another_command_is_named_as_such(tmp_path: Path, wanted: str, given: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(KINDS[given])
+    if given == wanted:
+        LOADERS[wanted](path)
+        return
+    with pytest.raises(InputError) as caught:
+        LOADERS[wanted](path)
+    assert str(caught.value).startswith(
+        f"{path} is a recipe of `hecompile {given}`: run that, or give one of `hecompile {wanted}` (docs/"
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shipped_recipe_is_of_its_own_kind_alone(kind: str) -> None:
+    for path in sorted((ROOT / "models" / "recipes").glob("*.yaml")):
+        own = path.name.split("-")[0].removesuffix(".yaml")
+        command = {"federation": "federate", "convert": "convert"}.get(own, "train")
+        if command == kind:
+            LOADERS[kind](path)
+        else:
+            with pytest.raises(InputError, match=f"is a recipe of `hecompile {command}`"):
+                LOADERS[kind](path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("data: x", "data: needs a section, that is keys with their values, got 'x'"),
+        ("training: {output_dir: run, max_steps: 1.5}", "training.max_steps: Input should be a valid integer, got 1.5"),
+        ("training: {output_dir: run, seed: a}", "training.seed: Input should be a valid integer, got 'a'"),
+        ("training: {output_dir: run, learning_rate: 1e-3x}", "Input should be a valid number, got '1e-3x'"),
+        ("training: {output_dir: [a]}", "training.output_dir: needs a path"),
+        ("training: {output_dir: run, disable_tqdm: 7}", "training.disable_tqdm: Input should be a valid boolean, got 7"),
+        ("model: [", "but found '<stream end>' at line 6, column 1"),
+    ],
+)
+def test_a_wrong_value_is_shown_and_no_name_of_the_program(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    key = line.partition(":")[0]
+    path.write_text("\n".join([*(one for one in TRAINING.splitlines() if not one.startswith(key)), line, ""]))
+    with pytest.raises(InputError) as caught:
+        load_recipe(path)
+    text = str(caught.value)
+    assert message in text and str(path) in text
+    assert "Section" not in text and "unicode string" not in text and "unable to" not in text
