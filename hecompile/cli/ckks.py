@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hecompile.cli.console import EVENTS, check_events, message_console, progress_bar, tell_address
+from hecompile.cli.console import EVENTS, check_events, counted, message_console, progress_bar, tell_address
 from hecompile.cli.groups import with_groups
 from hecompile.cli.options import (
     MAX_NEW_TOKENS,
@@ -118,7 +118,7 @@ def answer_under_ckks(plan: Path, worker: str, prompts: Sequence[Prompt], new_to
     for number, written in enumerate(answers):
         print_answer(prompts, number, written)
     console.print(
-        f"last evaluation: {stats.total_seconds:.0f} s for {len(prompts)} prompts, {stats.bytes_up / 1e6:.0f} MB up, "
-        f"{stats.bytes_down / 1e6:.0f} MB down, {stats.refreshed} ciphertexts refreshed",
+        f"last evaluation: {stats.total_seconds:.0f} s for {counted(len(prompts), 'prompt')}, "
+        f"{stats.bytes_up / 1e6:.0f} MB up, {stats.bytes_down / 1e6:.0f} MB down, {stats.refreshed} ciphertexts refreshed",
         soft_wrap=True,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -46,6 +47,17 @@ def check_events(events: str) -> None:
 def message_console() -> Console:
     """Return a console on standard error, for what is not the result of a command."""
     return Console(stderr=True)
+
+
+def shown_path(path: Path) -> Path:
+    """Return a path as it is printed: without `..` on the way, from the working directory where it lies in that."""
+    whole, here = path.resolve(), Path.cwd().resolve()
+    return whole.relative_to(here) if whole.is_relative_to(here) else whole
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number with what is counted, as in 1 step and 2 steps."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def progress_bar(console: Console, *columns: ProgressColumn, quiet: bool = False) -> Progress:

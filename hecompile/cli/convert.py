@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from hecompile.cli.console import message_console, progress_bar
+from hecompile.cli.console import message_console, progress_bar, shown_path
 from hecompile.cli.options import ConversionRecipePath, Overrides
 
 
@@ -32,7 +32,7 @@ def convert(recipe: ConversionRecipePath, overrides: Overrides = None) -> None:
 
         result = run(loaded, show)
     console.print(
-        f"{escape(str(loaded.out))}: held-out loss {result.heldout_loss_before:.3f} before, {result.heldout_loss:.3f} "
-        "after; ranges and domains in conversion_report.json",
+        f"{escape(str(shown_path(loaded.out)))}: held-out loss {result.heldout_loss_before:.3f} before, "
+        f"{result.heldout_loss:.3f} after; ranges and domains in conversion_report.json",
         soft_wrap=True,
     )

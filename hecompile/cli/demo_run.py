@@ -13,7 +13,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from hecompile.bundles.kinds import CLIENT, WORKER, BundleKind
-from hecompile.cli.console import progress_bar
+from hecompile.cli.console import counted, progress_bar, shown_path
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.compiler.target import check_target
 from hecompile.errors import InputError
@@ -64,7 +64,7 @@ def _run(out: Path, console: Console, precision: float, changes: Sequence[str]) 
     with worker_process(build / WORKER) as address:
         recipe = load_recipe(RECIPE, [*overrides, f"training.output_dir={runs / 'encrypted'}", f"worker={address}"])
         with open_session(recipe) as session:
-            console.print(f"worker process on {address}; encrypted training of {recipe.training.max_steps} steps")
+            console.print(f"worker process on {address}; encrypted training of {counted(recipe.training.max_steps, 'step')}")
             initial = {name: value.detach().clone() for name, value in session.model.adapter_state().items()}
             before = _held_out(session.model, session, recipe)
             result = run_training(session.model, session.tokenizer, recipe)
@@ -78,7 +78,7 @@ def _run(out: Path, console: Console, precision: float, changes: Sequence[str]) 
     console.print(_quality(before, after, plain_before, plain_after))
     console.print(_costs(step_split(encrypted_metrics), step_split(plain_metrics)))
     console.print(_agreement(compare_losses(encrypted_metrics, plain_metrics)))
-    console.print(f"PEFT adapter: {result.adapter_dir}", soft_wrap=True)
+    console.print(f"PEFT adapter: {shown_path(result.adapter_dir)}", soft_wrap=True)
 
 
 def _checked_plaintext(recipe: Recipe, options: CompileOptions) -> PlaintextPeftModel:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hecompile.cli.console import EVENTS, wide_console
+from hecompile.cli.console import EVENTS, counted, shown_path, wide_console
 from hecompile.cli.options import FederationRecipePath, Overrides
 
 if TYPE_CHECKING:  # imported when a command runs: help is to be quick
@@ -51,15 +51,15 @@ def federate(
     loaded = _load(recipe, overrides)
     agreement = loaded.agreement()
     console.print(
-        f"{len(loaded.owners)} owners, {agreement.section.rounds} rounds; {agreement.threshold} open a sum, at least "
-        f"{agreement.minimum} are in it; {agreement.parameters().security_bits:.0f} bits",
+        f"{len(loaded.owners)} owners, {counted(agreement.section.rounds, 'round')}; {agreement.threshold} open a sum, "
+        f"at least {agreement.minimum} are in it; {agreement.parameters().security_bits:.0f} bits",
         soft_wrap=True,
     )
     records = run_processes(recipe, overrides or (), lambda line: console.print(line, soft_wrap=True))
     console.print(bytes_line(records), soft_wrap=True)
     adapters = {"federated, encrypted" + (" and pruned" if agreement.section.pruning else ""): read_adapter(loaded)}
     console.print(accuracy_table(loaded, adapters, compare, lambda line: console.print(line, soft_wrap=True)))
-    console.print(f"PEFT adapter: {loaded.training.output_dir / 'adapter'}", soft_wrap=True)
+    console.print(f"PEFT adapter: {shown_path(loaded.training.output_dir / 'adapter')}", soft_wrap=True)
 
 
 @federation_app.command("serve")

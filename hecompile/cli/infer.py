@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hecompile.cli.console import message_console, progress_bar
+from hecompile.cli.console import counted, message_console, progress_bar
 from hecompile.cli.groups import options_given, with_groups
 from hecompile.cli.options import (
     MAX_NEW_TOKENS,
@@ -149,7 +149,7 @@ def _answer(place: Workplace, prompts: Sequence[Prompt], options: AnswerOptions)
     if result.compared:
         console.print(f"exact match: {result.matches} of {result.compared} ({result.matches / result.compared:.1%})")
     console.print(
-        f"{result.tokens} tokens in {result.seconds:.1f} s; {result.bytes_per_token / 1e3:.0f} kB on the wire per token "
-        "computed" + ("" if options.out is None else f"; answers: {escape(str(options.out))}"),
+        f"{counted(result.tokens, 'token')} in {result.seconds:.1f} s; {result.bytes_per_token / 1e3:.0f} kB on the wire "
+        "per token computed" + ("" if options.out is None else f"; answers: {escape(str(options.out))}"),
         soft_wrap=True,
     )

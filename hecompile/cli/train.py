@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hecompile.cli.console import wide_console
+from hecompile.cli.console import counted, shown_path, wide_console
 from hecompile.cli.options import ON_BAD_WORKER, Overrides, TrainingRecipePath
 from hecompile.errors import WorkerError
 
@@ -42,6 +42,8 @@ def train(
             raise type(error)(f"{str(error).rstrip('.')}. The steps up to there are kept: {on}") from None
     console = wide_console()
     figures = "".join(f", {name} {value:.4f}" for name, value in result.metrics.items())
-    console.print(f"{result.steps} steps{figures}\nadapter: {result.adapter_dir}", soft_wrap=True)
+    steps, adapter = counted(result.steps, "step"), shown_path(result.adapter_dir)
+    console.print(f"{steps}{figures}
+adapter: {adapter}", soft_wrap=True)
     if result.privacy is not None:
         console.print(result.privacy, soft_wrap=True)

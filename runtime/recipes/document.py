@@ -47,7 +47,15 @@ def resolve_paths(document: dict[str, Any], keys: Iterable[tuple[str, ...]], dir
     for *sections, leaf in keys:
         for section in sections_at(document, sections):
             if isinstance(section.get(leaf), str):
-                section[leaf] = str(directory / section[leaf])
+                section[leaf] = str(_below(directory, section[leaf]))
+
+
+def _below(directory: Path, path: str) -> Path:
+    """Return `directory / path` without `..` at the joint: `directory` has no symbolic links that it could go back over."""
+    parts = Path(path).parts
+    while parts[:1] == ("..",):
+        directory, parts = directory.parent, parts[1:]
+    return directory.joinpath(*parts)
 
 
 def sections_at(document: Any, place: Sequence[str]) -> Iterator[dict[str, Any]]:

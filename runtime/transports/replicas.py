@@ -94,6 +94,7 @@ class Replicas:
         self._sleep = sleep
         self._discover = discover
         self._distrusted: set[str] = set()
+        self._directory_answers = True
         self._plan_id = ""
 
     def hello(self, plan_id: str) -> WorkerInfo:
@@ -107,7 +108,7 @@ class Replicas:
             try:
                 self._opened(replica)
             except WorkerUnavailableError as error:
-                LOGGER.warning("%s", error)
+                self._failed(replica, error, "going on without it for now")
             except WorkerError as error:
                 if not self._leave_bad or not self.distrust(replica.name):
                     raise
@@ -168,17 +169,16 @@ class Replicas:
             try:
                 result = ask(replica)
             except WorkerUnavailableError as error:
-                self._failed(replica)
-                asked = f"asked {attempt} times, of {len(self._known())} workers"
+                self._failed(replica, error, "asking again" if attempt < self._policy.attempts else None)
+                asked = f"asked {_counted(attempt, 'time')}, of {_counted(len(self._known()), 'worker')}"
                 failure = WorkerUnavailableError(f"{error} ({asked})")
-                LOGGER.warning("%s; asking again", error)
             except WorkerError as error:
                 if not self._leave_bad or not self.distrust(replica.name):
                     raise
                 failure = error
                 LOGGER.warning("%s; %s is not asked again", error, replica.name)
             else:
-                replica.failures = 0
+                self._answered(replica)
                 return result, replica.name
             finally:
                 with self._lock:
@@ -218,24 +218,40 @@ class Replicas:
                     assert circuit is not None and replica.circuits is not None
                     replica.holds[circuit] = circuit in replica.circuits
                 except WorkerUnavailableError as error:
-                    LOGGER.warning("%s", error)
-                    self._failed(replica)
+                    self._failed(replica, error, "asking again later")
 
     def _known(self) -> list[_Replica]:
         with self._lock:
             return list(self._replicas)
 
-    def _failed(self, replica: _Replica) -> None:
+    def _answered(self, replica: _Replica) -> None:
+        with self._lock:
+            failures, replica.failures = replica.failures, 0
+        if failures:
+            LOGGER.warning("%s answers again", replica.name)
+
+    def _failed(self, replica: _Replica, error: WorkerError, next_step: str | None) -> None:
+        """Let a worker rest, and look for others; say so once until it answers, and not where nothing is tried next."""
         with self._lock:
             replica.failures += 1
+            first = replica.failures == 1
             replica.retry_at = time.monotonic() + self._policy.wait(replica.failures)
+        if first and next_step is not None:
+            LOGGER.warning("%s; %s", error, next_step)
         if self._discover is None:
             return
         try:
             found = self._discover()
-        except WorkerUnavailableError as error:
-            LOGGER.warning("%s", error)
+        except WorkerUnavailableError as silent:
+            if self._directory_answers:
+                LOGGER.warning("%s", silent)
+            self._directory_answers = False
             return
+        self._directory_answers = True
         with self._lock:
             known = self._distrusted | {replica.name for replica in self._replicas}
             self._replicas += [_Replica(name, connect) for name, connect in found.items() if name not in known]
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

@@ -60,7 +60,7 @@ class Worker:
             request_id, request = protocol.decode_request(frame)
             return protocol.encode(handle(request, self), request_id)
         except HecompileError as error:
-            LOGGER.warning("refused a request: %s", error)
+            LOGGER.info("refused a request: %s", error)  # where client and worker are one process, the client says it
             return protocol.encode(ErrorReply(str(error)), request_id)
         except Exception as error:
             # Neither the text nor the traceback is sent: they may quote values of the payload.

@@ -15,6 +15,7 @@ import typer
 from typer.testing import CliRunner
 
 import hecompile
+from hecompile.cli.console import counted, shown_path
 from hecompile.cli.main import app
 from hecompile.errors import HecompileError, InputError
 from tests.support.tiny import SEED
@@ -181,3 +182,11 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path, arguments: tuple[str
     assert line.startswith("error: ") and message in line
     assert "Traceback" not in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_is_printed_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert str(shown_path(tmp_path / "here" / "models" / ".." / "runs")) == "runs"
+    assert shown_path(Path("../runs")) == tmp_path / "runs"
+    assert (counted(1, "step"), counted(2, "step")) == ("1 step", "2 steps")

@@ -20,7 +20,7 @@ CONVERSION = """
 model: checkpoint
 out: converted
 attention: power
-data: {train_file: train.jsonl, validation_file: /data/heldout.jsonl}
+data: {train_file: ../train.jsonl, validation_file: /data/heldout.jsonl}
 """
 FEDERATION = """
 model: checkpoint
@@ -56,7 +56,7 @@ def test_paths_of_a_conversion(tmp_path: Path) -> None:
     path.write_text(CONVERSION)
     recipe = load_conversion(path, ["out=other"])
     assert recipe.model == "checkpoint"  # no directory: the name of a model on the hub
-    assert recipe.data.train_file == tmp_path / "train.jsonl" and recipe.out == tmp_path / "elsewhere/other"
+    assert recipe.data.train_file == tmp_path.parent / "train.jsonl" and recipe.out == tmp_path / "elsewhere/other"
     assert recipe.data.validation_file == Path("/data/heldout.jsonl")
     (tmp_path / "checkpoint").mkdir()
     assert load_conversion(path).model == str(tmp_path / "checkpoint")

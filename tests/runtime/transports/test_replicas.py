@@ -105,9 +105,26 @@ def test_it_is_given_up_after_so_many_attempts_with_the_reason(worker: Worker) -
     only = Fragile(worker, failing(100))
     transport, _ = replicas({"a": only}, attempts=3)
     open_connection(transport, PLAN_ID)
-    with pytest.raises(WorkerUnavailableError, match=r"it broke \(asked 3 times, of 1 workers\)"):
+    with pytest.raises(WorkerUnavailableError, match=r"it broke \(asked 3 times, of 1 worker\)"):
         transport.evaluate(CIRCUIT, PLANES)
     assert len(only.sent) == 3
+
+
+@pytest.mark.parametrize(
+    ("failures", "attempts", "lines"),
+    [(3, 6, ["it broke; asking again", "a answers again"]), (100, 4, ["it broke; asking again"]), (100, 1, [])],
+)
+def test_each_change_of_state_is_one_line(
+    worker: Worker, caplog: pytest.LogCaptureFixture, failures: int, attempts: int, lines: list[str]
+) -> None:
+    transport, _ = replicas({"a": Fragile(worker, failing(failures))}, attempts)
+    open_connection(transport, PLAN_ID)
+    if failures < attempts:
+        transport.evaluate(CIRCUIT, PLANES)
+    else:
+        with pytest.raises(WorkerUnavailableError, match=rf"asked {attempts} times?, of 1 worker\)"):
+            transport.evaluate(CIRCUIT, PLANES)
+    assert [record.getMessage() for record in caplog.records] == lines
 
 
 def test_a_refusal_is_not_asked_again(worker: Worker) -> None:
