@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hecompile.errors import InputError
+from hecompile.extras import install_command
 
 _HEADER = struct.Struct("<HBBBBHQ")
 _MAGIC, _NONE, _ZSTD = 0xA15E, 0, 2
@@ -31,7 +32,7 @@ def seal() -> Any:
     try:
         from tenseal import sealapi
     except ImportError:
-        raise InputError("CKKS needs TenSEAL, which is not installed: pip install 'hecompile[ckks]'") from None
+        raise InputError(f"CKKS needs TenSEAL, which is not installed: {install_command('ckks')}") from None
     return sealapi
 
 
@@ -39,7 +40,7 @@ def _zstd() -> Any:
     try:
         import zstandard
     except ImportError:
-        raise InputError("CKKS needs zstandard, which is not installed: pip install 'hecompile[ckks]'") from None
+        raise InputError(f"CKKS needs zstandard, which is not installed: {install_command('ckks')}") from None
     return zstandard
 
 
@@ -85,7 +86,7 @@ def fields_and_words(ciphertext: Any, file: MemoryFile, shape: tuple[int, ...]) 
     raw = file.read()
     magic, header_bytes, *version, compression, _, size = _HEADER.unpack_from(raw)
     if magic != _MAGIC or size != len(raw) or compression not in (_NONE, _ZSTD):
-        raise InputError("this SEAL writes ciphertexts in an unknown form: install the version that hecompile[ckks] names")
+        raise InputError(f"this SEAL writes ciphertexts in an unknown form: {install_command('ckks')}")
     count = int(np.prod(shape))
     body = raw[header_bytes:]
     if compression == _ZSTD:

@@ -43,7 +43,6 @@ def train(
     console = wide_console()
     figures = "".join(f", {name} {value:.4f}" for name, value in result.metrics.items())
     steps, adapter = counted(result.steps, "step"), shown_path(result.adapter_dir)
-    console.print(f"{steps}{figures}
-adapter: {adapter}", soft_wrap=True)
+    console.print(f"{steps}{figures}\nadapter: {adapter}", soft_wrap=True)
     if result.privacy is not None:
         console.print(result.privacy, soft_wrap=True)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+
+from hecompile.extras import install_command, packages_of
 
 EXTRAS = {
     "network": "workers over gRPC and Arrow Flight, metrics",
@@ -83,10 +84,7 @@ def package_states(
 ) -> tuple[PackageState, ...]:
     """Return the state of each package in `Requirements.packages` that an extra needs, or hecompile itself (extra "")."""
     states = []
-    for requirement in map(Requirement, requires):
-        always = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if always != (extra == "") or not (always or requirement.marker.evaluate({"extra": extra})):  # type: ignore[union-attr]
-            continue
+    for requirement in packages_of(requires, extra):
         version = version_of(requirement.name)
         shown = f"{requirement.name}{requirement.specifier}"
         states.append(PackageState(shown, version, version is not None and requirement.specifier.contains(version)))
@@ -103,13 +101,7 @@ def extra_states(
             name,
             purpose,
             tuple(state for state in package_states(lines, name, version_of) if not state.fits),
-            install_command(name, package),
+            install_command(name, package, lines),
         )
         for name, purpose in EXTRAS.items()
     )
-
-
-def install_command(extra: str, package: Path) -> str:
-    """Return the command that installs an extra: from the checkout that `package` lies in, or from the index."""
-    checkout = (package.resolve().parent / "pyproject.toml").is_file()
-    return f"pip install -e '.[{extra}]'" if checkout else f"pip install 'hecompile[{extra}]'"

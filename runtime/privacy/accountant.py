@@ -16,6 +16,7 @@ from typing import Any
 from scipy.optimize import brentq
 
 from hecompile.errors import InputError
+from hecompile.extras import install_command
 
 SMALLEST_NOISE, LARGEST_NOISE = 0.1, 1e5
 """Bounds of a noise multiplier other than 0: below, it promises nothing; above, no gradient is left."""
@@ -160,5 +161,5 @@ def _dp_accounting() -> Any:
     try:
         import dp_accounting
     except ImportError:
-        raise InputError("differential privacy needs dp-accounting: pip install 'hecompile[privacy]'") from None
+        raise InputError(f"differential privacy needs dp-accounting: {install_command('privacy')}") from None
     return dp_accounting

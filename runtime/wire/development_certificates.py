@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hecompile.errors import InputError
+from hecompile.extras import install_command
 from hecompile.files import create_private, reason_of
 from hecompile.runtime.wire.address import TcpAddress, parse_address
 from hecompile.runtime.wire.credentials import ServerCredentials
@@ -15,7 +16,7 @@ from hecompile.runtime.wire.credentials import ServerCredentials
 try:
     import trustme
 except ImportError:
-    raise InputError("development certificates need trustme: pip install 'hecompile[network]'") from None
+    raise InputError(f"development certificates need trustme: {install_command('network')}") from None
 
 AUTHORITY, SERVER, SERVER_KEY = "authority.pem", "server.pem", "server.key"
 CLIENT, CLIENT_KEY, TOKEN = "client.pem", "client.key", "token"

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from hecompile.errors import InputError, WorkerError
+from hecompile.extras import install_command
 from hecompile.runtime.wire.framing import Frame, check_sizes
 
 try:
@@ -23,7 +24,7 @@ try:
     from pyarrow import flight
 except ImportError as error:  # absent, or of a release that needs another NumPy: its text says which
     raise InputError(
-        f"flight:// and flights:// need pyarrow ({error}); run `pip install hecompile[network]`"
+        f"flight:// and flights:// need pyarrow ({error}): {install_command('network')}"
     ) from error
 
 __all__ = ["COMMAND", "flight", "pyarrow", "read_frame", "write_frame"]

@@ -6,6 +6,7 @@ import importlib
 from types import ModuleType
 
 from hecompile.errors import InputError
+from hecompile.extras import install_command
 from hecompile.runtime.wire.address import TcpAddress
 from hecompile.runtime.wire.credentials import ClientCredentials, ServerCredentials
 
@@ -23,7 +24,7 @@ def load_network_module(name: str) -> ModuleType:
         missing = getattr(error, "name", None) or str(error).split(";")[0]
         raise InputError(
             f"grpc://, grpcs://, flight:// and flights:// need packages that are not installed ({missing}): "
-            "pip install hecompile[network]"
+            f"{install_command('network')}"
         ) from error
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hecompile.errors import HecompileError, InputError
+from hecompile.extras import install_command
 from hecompile.runtime.worker.engines.base import Engine
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class MeteredEngine:
         try:
             import prometheus_client
         except ImportError:
-            raise InputError("metrics need prometheus_client: pip install 'hecompile[network]'") from None
+            raise InputError(f"metrics need prometheus_client: {install_command('network')}") from None
         self.name = engine.name
         self.registry = registry or prometheus_client.CollectorRegistry()
         self._engine = engine

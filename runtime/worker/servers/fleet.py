@@ -19,6 +19,7 @@ from pydantic import Field
 
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError
+from hecompile.extras import install_command
 from hecompile.runtime.recipes.document import load_document, resolve_paths
 from hecompile.runtime.recipes.section import Section
 from hecompile.runtime.wire.address import UnixAddress, parse_address
@@ -165,7 +166,7 @@ def deploy(fleet: FleetFile) -> str:
         import ray
         from ray import serve
     except ImportError:
-        raise InputError("a fleet needs Ray Serve: pip install 'hecompile[fleet]'") from None
+        raise InputError(f"a fleet needs Ray Serve: {install_command('fleet')}") from None
     bundle = WorkerBundle.open(fleet.bundle)
     ranges = split_layers(layer_count(bundle), fleet.shards)
     if not ray.is_initialized():

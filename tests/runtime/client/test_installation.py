@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from hecompile.extras import install_command
 from hecompile.runtime.client.installation import (
     EXTRAS,
     PackageState,
     Requirements,
     extra_states,
-    install_command,
     package_states,
     read_requirements,
 )
@@ -37,11 +38,20 @@ def test_an_extra_is_missing_with_the_command_that_brings_it(tmp_path: Path) -> 
     states = {state.name: state for state in extra_states(LINES, tmp_path / "hecompile", INSTALLED.get)}
     assert states["ckks"].missing == ()
     assert states["fleet"].missing == (PackageState("ray<2.61,>=2.60", None, False),)
-    assert states["fleet"].command == "pip install 'hecompile[fleet]'"
+    assert states["fleet"].command == "pip install 'ray[serve]<2.61,>=2.60'"
 
 
-def test_a_checkout_is_installed_from() -> None:
-    assert install_command("ckks", ROOT / "hecompile") == "pip install -e '.[ckks]'"
+def test_a_checkout_is_installed_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert install_command("ckks", ROOT / "hecompile") == install_command("ckks") == "pip install -e '.[ckks]'"
+    monkeypatch.chdir(tmp_path)
+    assert install_command("ckks") == f"pip install -e '{ROOT.resolve()}[ckks]'"
+
+
+def test_no_page_and_no_message_installs_hecompile_from_an_index() -> None:
+    texts = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    texts += [path for room in ("hecompile", "passes", "runtime", "models") for path in (ROOT / room).rglob("*.py")]
+    assert [path for path in texts if re.search(r"pip install '?hecompile\b", path.read_text(encoding="utf-8"))] == []
 
 
 def test_every_extra_is_described() -> None:

@@ -46,7 +46,7 @@ def test_bad_fleet_files_are_named(tmp_path: Path) -> None:
             load_fleet(path)
     path.write_text("bundle: build/worker\nshards: 2\n")
     assert load_fleet(path) == FleetFile(bundle=tmp_path / "build" / "worker", shards=2)
-    with pytest.raises(InputError, match="missing.yaml does not exist"):
+    with pytest.raises(InputError, match=r"missing\.yaml does not exist"):
         load_fleet(tmp_path / "missing.yaml")
 
 
