@@ -27,8 +27,11 @@ def export_llama(
     batches: BatchOptions,
     polynomials: PolynomialChoice,
 ) -> None:
-    """Export a Hugging Face Llama to ONNX and compile it: a client bundle (plan, hints, tokenizer) and a worker bundle
-    (integer circuits). Both are public; the secrets are drawn at training time and never stored."""
+    """Export a Hugging Face Llama to ONNX and compile it: a client bundle (plan, hints, tokenizer, secret check vectors) and
+    a worker bundle (integer circuits, public).
+
+    Keep the client bundle: whoever has its check vectors can return wrong results that pass. Keys are drawn for each
+    request and never stored."""
     from hecompile.bundles.client import read_plan
     from hecompile.inspection.linear import reached_precision
 
