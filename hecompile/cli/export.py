@@ -32,14 +32,15 @@ def export_llama(
 
     Keep the client bundle: whoever has its check vectors can return wrong results that pass. Keys are drawn for each
     request and never stored."""
-    from hecompile.bundles.client import read_plan
-    from hecompile.inspection.linear import reached_precision
+    from hecompile.bundles.kinds import BundleKind
+    from hecompile.compiler.target import check_target
 
     options = _compile_options(lora, encryption, batches, polynomials)
     console = wide_console()
+    check_target(out, BundleKind.CLIENT)
     console.print(predicted_sizes(model, options))
     plan_id = _compile(model, out, options, console)
-    console.print(f"precision: {reached_precision(read_plan(out / 'client'))}", soft_wrap=True)
+    console.print(_chosen(out), soft_wrap=True)
     console.print(f"plan {plan_id}\nclient bundle: {out / 'client'}\nworker bundle: {out / 'worker'}", soft_wrap=True)
 
 
@@ -79,6 +80,18 @@ def predicted_sizes(model: str, options: CompileOptions) -> Table:
     return prediction_table(ModelSize.of(load_config(model)), options.weight_bits, tokens, options.ring_parameters())
 
 
+def _chosen(out: Path) -> str:
+    """Say which ring a build has, with its security, and which precision was reached."""
+    from hecompile.bundles.client import read_plan
+    from hecompile.bundles.kinds import CLIENT
+    from hecompile.inspection.linear import reached_precision
+
+    plan = read_plan(out / CLIENT)
+    ring = plan.ring.ring()
+    security = f"{ring.security_bits:.0f} bits of security (lattice-estimator: MATZOV, classical)"
+    return f"ring {ring.ring_dim} x {ring.rank}, {security}\nprecision: {reached_precision(plan)}"
+
+
 def _compile(model: str, out: Path, options: CompileOptions, console: Console) -> str:
     """Compile with a progress bar, print the seconds of the phases, and return the plan's identifier."""
     from hecompile.compiler.circuit_writer import RESUMED
@@ -102,5 +115,6 @@ def _compile(model: str, out: Path, options: CompileOptions, console: Console) -
             if staging_path(out).exists():
                 raise KeyboardInterrupt("the same command goes on from here") from None
             raise
+        bar.update(task, description="complete", completed=1, total=1)
     console.print(clock.summary(), soft_wrap=True)
     return plan_id

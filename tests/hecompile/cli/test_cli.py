@@ -140,6 +140,7 @@ def test_export_then_inspect(checkpoint: Path, tmp_path: Path) -> None:
     assert exported.exit_code == 0, exported.output
     assert f"client bundle: {out / 'client'}" in exported.output
     assert re.search(r"\nprecision: \d+\.\d to \d+\.\d effective bits, 8 asked for", exported.output)
+    assert re.search(r"\nring \d+ x \d+, 161 bits of security \(.*MATZOV, classical\)", exported.output), exported.output
     assert "\nseconds: " in exported.output  # of the phases that took long enough to be worth it
     assert "736 rows of hints; predicted" in exported.output
     picture = tmp_path / "plan.svg"
@@ -148,6 +149,13 @@ def test_export_then_inspect(checkpoint: Path, tmp_path: Path) -> None:
         assert shown.exit_code == 0, shown.output
         assert "161 bits" in shown.output and str(picture) in shown.output
     assert picture.stat().st_size > 1000
+
+
+def test_a_target_that_cannot_be_used_is_refused_before_anything_is_said(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    result = CliRunner().invoke(app, ["export", "llama", "--model", str(checkpoint), "--out", str(tmp_path)])
+    assert isinstance(result.exception, InputError) and "holds no earlier build" in str(result.exception)
+    assert result.output == "" and [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_inspect_of_a_checkpoint_predicts_its_sizes(checkpoint: Path) -> None:
