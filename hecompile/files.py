@@ -96,7 +96,7 @@ def found_anywhere(name: str | Path) -> str:
 
 @contextmanager
 def only_writer(target: Path, name: str | None = None, *, folder: bool = False) -> Iterator[None]:
-    """Be the only process that writes `target` until the block ends; enter it before looking at what is there.
+    """Stay the only process that writes `target` until the block ends; enter it before looking at what is there.
 
     The lock is `.NAME.lock` beside the target. A folder that is written into bit by bit has `.lock` inside as well, which
     everybody sees to whom it is mounted; it is made if there is none, and removed if it is empty at the end. The system

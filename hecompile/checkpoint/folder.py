@@ -1,7 +1,7 @@
 """Look over what lies in a checkpoint's folder before a library reads it.
 
 Libraries do more than they are asked to: they attach an adapter that lies beside the weights, unpickle, import code that a
-file names, and follow links and paths. What would have one of them do so is refused here, by its name.
+file names, and follow links and paths. Files that would have one of them do so are refused here, by name.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ def load_model(
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     """Load the checkpoint in `directory`, float32, and its tokenizer. Raises InputError naming what is wrong.
 
-    What does not need the weights is refused before they are read. The model's generation_config has the ids of bos, eos and
-    padding, and nothing else: `answer_ends` reads them.
+    Everything that can be refused without the weights is refused before they are read. The model's generation_config has the
+    ids of bos, eos and padding, and nothing else: `answer_ends` reads them.
     """
     config = load_configuration(directory)
     ends = read_answer_ends(directory, config)

@@ -15,12 +15,12 @@ ROUNDS_FILE, ROSTER_FILE, ADAPTER_DIR, KEYS_DIR = "rounds.jsonl", "roster.json",
 
 
 def only_server(section: TrainingSection) -> AbstractContextManager[None]:
-    """Be the only server that writes to the output directory; see `only_writer`."""
+    """Stay the only server that writes to the output directory; see `only_writer`."""
     return only_writer(section.output_dir, f"training.output_dir {section.output_dir}", folder=True)
 
 
 def only_owner(section: TrainingSection, name: str) -> AbstractContextManager[None]:
-    """Be the only process that writes to an owner's folder; see `only_writer`."""
+    """Stay the only process that writes to an owner's folder; see `only_writer`."""
     folder = section.output_dir / name
     return only_writer(folder, f"the folder {folder} in training.output_dir", folder=True)
 

@@ -22,7 +22,7 @@ METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 """The evaluations of a private run."""
 RELEASED = ("step", "epoch", "learning_rate", "grad_norm")
-"""What may be written of a private step: `grad_norm` is that of the gradient with its noise."""
+"""Figures of a private step that may be written: `grad_norm` is that of the gradient with its noise."""
 _LOGGED = ("epoch", "loss", "learning_rate", "grad_norm")
 _NOTICE = {
     "step": 0,

@@ -19,7 +19,7 @@ _LOCK = "lock"
 
 
 class Store(Protocol):
-    """Hold contents by name. What `write` and `remove` did is durable when they return."""
+    """Hold contents by name. `write` and `remove` are durable when they return."""
 
     def locked(self) -> AbstractContextManager[None]:
         """Keep every other handler out until the block ends."""
