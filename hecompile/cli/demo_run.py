@@ -60,6 +60,7 @@ def _run(out: Path, console: Console, precision: float, changes: Sequence[str]) 
             options,
             lambda what, done, total: bar.update(task, description=f"export: {what}", completed=done, total=total),
         )
+        bar.update(task, description="export: complete", completed=1, total=1)
     console.print(f"exported {TINY_LLAMA.name}: plan {plan_id[:16]}, bundles in {build}", soft_wrap=True)
     with worker_process(build / WORKER) as address:
         recipe = load_recipe(RECIPE, [*overrides, f"training.output_dir={runs / 'encrypted'}", f"worker={address}"])
