@@ -50,7 +50,7 @@ class CkksPlan:
             mix_up = explain_mix_up(Path(directory), BundleKind.CKKS_CLIENT)
             none = f"{directory} is no polynomial bundle (no {PLAN}); make one with `hecompile ckks export`"
             missing = missing_path_hint(directory, "make one with `hecompile ckks export`")
-            raise InputError(mix_up or missing or none) from None
+            raise InputError(missing or mix_up or none) from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(f"{path} is not a plan of this version; export again") from None
 

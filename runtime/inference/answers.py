@@ -54,7 +54,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
     Blank lines are skipped. Raises InputError, naming file and line and no text, for what cannot be read.
     """
-    lines = read_lines(path, "prompts in")
+    lines = read_lines(path, "file of prompts")
     in_json = path.suffix in JSON_SUFFIXES
     prompts = [_parse(line, where) for where, line in lines] if in_json else plain_prompts(lines)
     if not prompts:

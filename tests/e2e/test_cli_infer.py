@@ -84,7 +84,7 @@ def test_a_token_costs_one_row_of_every_circuit_whatever_came_before(build: Buil
         (("A", "--adapter", "{tmp}/none"), "none does not exist"),
         (("A", "--temperature", "-1"), "temperature must be"),
         (("A", "--prompts-file", "{tmp}/none.txt"), "one or the other"),
-        (("--prompts-file", "{tmp}/none.txt"), "cannot read the prompts in"),
+        (("--prompts-file", "{tmp}/none.txt"), "none.txt does not exist"),
     ],
 )
 def test_bad_input(build: Build, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
