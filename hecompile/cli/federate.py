@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +21,7 @@ OwnerKeys = Annotated[
     Path, typer.Option(help="This owner's private folder; identity.key is made there if it has none.")
 ]
 RosterFile = Annotated[Path, typer.Option(help="JSON of the owners' names and public keys.")]
+Resume = Annotated[bool, typer.Option(help="Go on with the federation that was interrupted in training.output_dir.")]
 Events = Annotated[str, EVENTS]
 
 
@@ -41,11 +44,12 @@ def federate(
             help="Also train each owner alone, and all with updates averaged in the clear, and show all three."
         ),
     ] = True,
+    resume: Resume = False,
 ) -> None:
     """Train one adapter from several owners' private data: a server process and one per owner over loopback sockets. The
     server adds encrypted updates and learns their sum alone."""
-    from hecompile.runtime.federation.launch import read_adapter, run_processes
-    from hecompile.runtime.federation.report import accuracy_table, bytes_line
+    from hecompile.runtime.federation.launch import check_output, read_adapter, run_processes
+    from hecompile.runtime.federation.report import accuracy_table, bytes_line, check_tables
 
     console = wide_console()
     loaded = _load(recipe, overrides)
@@ -55,11 +59,34 @@ def federate(
         f"at least {agreement.minimum} are in it; {agreement.parameters().security_bits:.0f} bits",
         soft_wrap=True,
     )
-    records = run_processes(recipe, overrides or (), lambda line: console.print(line, soft_wrap=True))
+    check_output(loaded, resume)
+    check_tables(loaded, compare)
+    with _telling_how_to_go_on(loaded.training.output_dir):
+        records = run_processes(
+            recipe, overrides or (), lambda line: console.print(line, soft_wrap=True), resume=resume
+        )
     console.print(bytes_line(records), soft_wrap=True)
+    # Before the tables: whatever fails from here on, the result is there and named.
+    console.print(f"PEFT adapter: {shown_path(loaded.training.output_dir / 'adapter')}", soft_wrap=True)
     adapters = {"federated, encrypted" + (" and pruned" if agreement.section.pruning else ""): read_adapter(loaded)}
     console.print(accuracy_table(loaded, adapters, compare, lambda line: console.print(line, soft_wrap=True)))
-    console.print(f"PEFT adapter: {shown_path(loaded.training.output_dir / 'adapter')}", soft_wrap=True)
+
+
+@contextmanager
+def _telling_how_to_go_on(out: Path) -> Iterator[None]:
+    """Say of a federation that ends early that it can be resumed, where it can."""
+    from hecompile.errors import FederationError
+    from hecompile.runtime.federation.state import is_interrupted
+
+    try:
+        yield
+    except (KeyboardInterrupt, FederationError) as error:
+        if not is_interrupted(out):
+            raise
+        on = f"the same command with --resume goes on from the last round in {shown_path(out)}"
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(on) from None
+        raise FederationError(f"{str(error).rstrip('.')}. The rounds before are kept: {on}") from None
 
 
 @federation_app.command("serve")
@@ -68,6 +95,7 @@ def serve_command(
     roster: RosterFile,
     overrides: Overrides = None,
     port: Annotated[int, typer.Option(help="Port on the loopback address; 0 picks a free one.")] = 7800,
+    resume: Resume = False,
     events: Events = "text",
 ) -> None:
     """Run the server: wait for all owners of the recipe, then run its rounds."""
@@ -76,7 +104,7 @@ def serve_command(
     from hecompile.runtime.federation.server import serve
 
     with reporting(events) as report:
-        directory = serve(_load(recipe, overrides), read_roster(roster), port, report)
+        directory = serve(_load(recipe, overrides), read_roster(roster), port, report, resume=resume)
         report(ADAPTER, directory=str(directory))
 
 
@@ -88,6 +116,7 @@ def join_command(
     keys: OwnerKeys,
     overrides: Overrides = None,
     server: Annotated[str, typer.Option(help="Where `hecompile federation serve` listens.")] = "tcp://127.0.0.1:7800",
+    resume: Resume = False,
     events: Events = "text",
 ) -> None:
     """Take part as an owner: train on its own data and send encrypted updates until the federation is over."""
@@ -96,7 +125,8 @@ def join_command(
     from hecompile.runtime.federation.roster import read_roster
 
     with reporting(events) as report:
-        directory = join(_load(recipe, overrides), owner, read_roster(roster), keys, server)
+        loaded = _load(recipe, overrides)
+        directory = join(loaded, owner, read_roster(roster), keys, server, resume=resume)
         report(ADAPTER, directory=str(directory))
 
 

@@ -36,19 +36,24 @@ class Lab:
     initial: NDArray[np.float32]
 
     @staticmethod
-    def open(recipe: FederationRecipe, stack: ExitStack | None = None) -> Lab:
-        """Load the model and everybody's data.
+    def open(recipe: FederationRecipe, stack: ExitStack | None = None, *, trains: bool = True) -> Lab:
+        """Load the model, which takes what the owners' plans take, and with `trains` everybody's data.
 
-        Where owners have privacy sections, `stack` must be given: it closes their ledgers. Raises InputError without it.
+        Where owners that train have privacy sections, `stack` must be given: it closes their ledgers. Raises InputError
+        without it.
         """
-        local = plaintext_model(recipe)
+        local = plaintext_model(recipe, [owner.plan for owner in recipe.owners if owner.plan is not None])
         trainers = {}
-        for owner in recipe.owners:
+        for owner in recipe.owners if trains else ():
             promise = owner_promise(recipe, owner, local)
             private = None if stack is None else stack.enter_context(promise)
             if private is None and owner.privacy is not None:
-                raise InputError(f"{owner.name} has a privacy section, which this comparison would not keep")
-            trainers[owner.name] = local_trainer(recipe, owner, local, private)
+                raise InputError(
+                    f"{owner.name} has a privacy section, which a comparison with it alone would not keep: run it with "
+                    "--no-compare"
+                )
+            in_plaintext = owner.model_copy(update={"plan": None})
+            trainers[owner.name] = local_trainer(recipe, in_plaintext, local, private)
         return Lab(recipe, local, trainers, local.layout.flatten(local.model.adapter_state()))
 
     def heldout(self) -> dict[str, Examples]:

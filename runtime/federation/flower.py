@@ -9,6 +9,9 @@ configuration, which comes from whoever started the run, is then not looked at:
 
     --node-config 'owner="NAME" recipe="FILE" roster="FILE" keys="FOLDER"'
 
+An owner's record of its rounds is there too: it is in one federation, until its file is removed. With `resume=true` in the
+run's configuration the server goes on with the federation that was interrupted in its output directory.
+
 In simulation, where nodes have a number instead, the run's configuration has `recipe`, `roster`, `keys` (a folder with one
 private folder per owner) and `overrides` of the recipe, separated by spaces. The ServerApp reads that always.
 """
@@ -29,14 +32,14 @@ from flwr.serverapp import Grid, ServerApp
 from hecompile.errors import FederationError, InputError
 from hecompile.runtime.federation.events import line_for
 from hecompile.runtime.federation.local_model import owner_model, plaintext_model
-from hecompile.runtime.federation.output import only_owner, only_server, require_free
-from hecompile.runtime.federation.owner import local_trainer, owner_ledger, owner_promise, save_finished
+from hecompile.runtime.federation.output import only_owner, only_server
+from hecompile.runtime.federation.owner import ROUNDS_DIR, local_trainer, owner_ledger, owner_promise, save_finished
 from hecompile.runtime.federation.protocol.keyring import DirectoryKeys
 from hecompile.runtime.federation.protocol.messages import Finished, Message, Start, from_bytes, read_header, to_bytes
 from hecompile.runtime.federation.protocol.participant import Participant
 from hecompile.runtime.federation.recipe import FederationRecipe, load_federation
 from hecompile.runtime.federation.roster import own_identity, read_roster
-from hecompile.runtime.federation.server import run_rounds
+from hecompile.runtime.federation.server import check_output, run_rounds
 
 _log = logging.getLogger(__name__)
 _RECORD, _PAYLOAD, _OWNER = "federation", "payload", "owner"
@@ -137,12 +140,13 @@ def _content(values: Mapping[str, str | bytes]) -> RecordDict:
 def main(grid: Grid, context: Context) -> None:
     """Run all rounds of the recipe, and write rounds.jsonl and the adapter."""
     recipe = _server_recipe(context)
+    resume = bool(context.run_config.get("resume", False))
     with only_server(recipe.training):
-        require_free(recipe.training, server=True)
+        check_output(recipe, resume=resume)
         roster = read_roster(Path(str(context.run_config["roster"])))
         local = plaintext_model(recipe)
         exchange = GridExchange(grid, recipe.names, recipe.reply_timeout)
-        run_rounds(recipe, roster, local, exchange, _log_event)
+        run_rounds(recipe, roster, local, exchange, _log_event, resume=resume)
 
 
 def _log_event(event: str, /, **fields: str | int | float | None) -> None:
@@ -176,13 +180,15 @@ def _answer(place: _Place, request: Message) -> bytes:
         owner_promise(recipe, training, local, _rounds_left(recipe, request)) as private,
         owner_ledger(recipe, owner) as ledger,
     ):
+        rounds = DirectoryKeys(place.keys / ROUNDS_DIR)
         if isinstance(request, Finished):
             save_finished(recipe, owner.name, local, request)
+            rounds.finish()
             return b""
         participant = Participant(
             own_identity(owner.name, place.keys),
             recipe.terms(read_roster(place.roster), local.layout),
-            DirectoryKeys(place.keys / "rounds"),
+            rounds,
             local_trainer(recipe, owner, local, private),
             ledger,
         )

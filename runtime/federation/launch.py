@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,24 @@ from hecompile.errors import FederationError
 from hecompile.files import only_writer
 from hecompile.runtime.federation.events import FAILED, LISTENING, ROUND, line_for
 from hecompile.runtime.federation.local_model import plaintext_model
-from hecompile.runtime.federation.output import ADAPTER_DIR, KEYS_DIR, ROSTER_FILE, only_server, require_free
+from hecompile.runtime.federation.output import (
+    ADAPTER_DIR,
+    KEYS_DIR,
+    ROSTER_FILE,
+    only_server,
+    require_directory,
+    require_free,
+)
 from hecompile.runtime.federation.recipe import FederationRecipe, load_federation
 from hecompile.runtime.federation.records import RoundRecord, read_records
 from hecompile.runtime.federation.roster import own_identity, write_roster
+from hecompile.runtime.federation.state import can_resume_owner, check_unfinished, is_interrupted
 from hecompile.runtime.model.adapter import WEIGHTS_FILE
 from hecompile.runtime.wire.events import read_event
 from hecompile.runtime.worker.process import stop_process
 
 _STOP_SECONDS, _POLL_SECONDS = 20.0, 0.2
+_RESUME = ("--resume",)
 
 
 @dataclass(frozen=True)
@@ -39,14 +48,16 @@ class Processes:
     owners: dict[str, subprocess.Popen[str]]
 
 
-def run_processes(recipe_file: Path, overrides: Sequence[str], say: Callable[[str], None]) -> list[RoundRecord]:
-    """Run the whole federation, say what happens, and return the records of its rounds.
+def run_processes(
+    recipe_file: Path, overrides: Sequence[str], say: Callable[[str], None], *, resume: bool = False
+) -> list[RoundRecord]:
+    """Run the whole federation, or with `resume` the rest of one, say what happens, and return the records of its rounds.
 
     Raises FederationError with the reason where it fails.
     """
     recipe = load_federation(recipe_file, overrides)
     out = recipe.training.output_dir
-    with processes(recipe_file, overrides, say) as running:
+    with processes(recipe_file, overrides, say, resume=resume) as running:
         reason = _follow_server(running, say)
         failed_owners = _wait_for_owners(running)
         for owner, own_reason in failed_owners.items():
@@ -59,9 +70,31 @@ def run_processes(recipe_file: Path, overrides: Sequence[str], say: Callable[[st
     return read_records(out)
 
 
+def check_output(recipe: FederationRecipe, resume: bool) -> None:
+    """Raise InputError where a federation must not be replaced, there is none to resume, or another process runs one."""
+    require_directory(recipe.training)
+    with _launching(recipe), only_server(recipe.training):
+        _replaces(recipe, resume)
+
+
+def _launching(recipe: FederationRecipe) -> AbstractContextManager[None]:
+    """Keep others from starting a federation in the output directory; its server and owners lock what is theirs."""
+    out = recipe.training.output_dir
+    return only_writer(out / KEYS_DIR, f"training.output_dir {out}", folder=True)
+
+
+def _replaces(recipe: FederationRecipe, resume: bool) -> bool:
+    """Return whether a federation is to be replaced. Raises InputError where none may be, or there is none to resume."""
+    if resume:
+        check_unfinished(recipe)
+        return False
+    interrupted = is_interrupted(recipe.training.output_dir)
+    return require_free(recipe.training, server=True, owners=recipe.names, interrupted=interrupted)
+
+
 @contextmanager
 def processes(
-    recipe_file: Path, overrides: Sequence[str], say: Callable[[str], None] = lambda _: None
+    recipe_file: Path, overrides: Sequence[str], say: Callable[[str], None] = lambda _: None, *, resume: bool = False
 ) -> Iterator[Processes]:
     """Start the server and all owners of the recipe; all are ended at the end.
 
@@ -71,19 +104,18 @@ def processes(
     recipe = load_federation(recipe_file, overrides)
     out = recipe.training.output_dir
     folders = {name: out / KEYS_DIR / name for name in recipe.names}
-    launching = only_writer(out / KEYS_DIR, f"training.output_dir {out}", folder=True)
-    with launching:  # until the end; the server and the owners have the folders that are theirs
+    with _launching(recipe):  # until the end
         with only_server(recipe.training):
-            if require_free(recipe.training, server=True, owners=recipe.names):
+            if _replaces(recipe, resume):
                 say(f"replacing the federation in {out} (training.overwrite_output_dir)")
             write_roster(out / ROSTER_FILE, [own_identity(name, folder) for name, folder in folders.items()])
-        with _started(recipe_file, recipe, overrides, folders) as running:
+        with _started(recipe_file, recipe, overrides, folders, resume) as running:
             yield running
 
 
 @contextmanager
 def _started(
-    recipe_file: Path, recipe: FederationRecipe, overrides: Sequence[str], folders: Mapping[str, Path]
+    recipe_file: Path, recipe: FederationRecipe, overrides: Sequence[str], folders: Mapping[str, Path], resume: bool
 ) -> Iterator[Processes]:
     out = recipe.training.output_dir
     common = [str(recipe_file), *overrides, "--roster", str(out / ROSTER_FILE), "--events", "json"]
@@ -99,12 +131,15 @@ def _started(
         return process
 
     try:
-        server = start("serve", "--port", "0")
+        server = start("serve", "--port", "0", *_RESUME[:resume])
         address = _address_of(server)
         owners = {
-            name: start("join", "--owner", name, "--keys", str(folder), "--server", address)
+            name: start(
+                "join", "--owner", name, "--keys", str(folder), "--server", address,
+                *_RESUME[: resume and can_resume_owner(recipe, name)],  # one that was killed before its first round begins
+            )
             for name, folder in folders.items()
-        }
+        }  # fmt: skip
         yield Processes(server, owners)
     finally:
         for process in started:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from hecompile.bundles.client import ClientBundle
 from hecompile.checkpoint.loading import load_configuration
 from hecompile.checkpoint.tokenizer import load_tokenizer
 from hecompile.errors import InputError
@@ -56,14 +57,19 @@ class LocalModel:
         return save_adapter(self.model, directory, base)
 
 
-def plaintext_model(recipe: FederationRecipe) -> LocalModel:
-    """Load the recipe's checkpoint with an adapter drawn from its seed, the same for all. Raises InputError without one."""
+def plaintext_model(recipe: FederationRecipe, plans: Sequence[Path] = ()) -> LocalModel:
+    """Load the recipe's checkpoint with an adapter drawn from its seed, the same for all.
+
+    It takes lines as long, and batches as large, as the recipe says and as any of the client bundles `plans` does. Raises
+    InputError without a checkpoint, and where a bundle cannot be opened.
+    """
     if not recipe.model.is_dir():
         raise InputError(f"recipe: no model directory {explain_missing(recipe.model)}")
+    opened = [ClientBundle.open(path).plan for path in plans]
+    buckets = sorted({*recipe.sequence_buckets, *(bucket for plan in opened for bucket in plan.sequence_buckets)})
+    batch_size = max(recipe.batch_size, *(plan.batch_size for plan in opened), 1)
     torch.manual_seed(recipe.training.seed)
-    model = PlaintextPeftModel.from_pretrained(
-        recipe.model, recipe.lora.config(), tuple(recipe.sequence_buckets), recipe.batch_size
-    )
+    model = PlaintextPeftModel.from_pretrained(recipe.model, recipe.lora.config(), tuple(buckets), batch_size)
     return LocalModel(model, load_tokenizer(recipe.model, load_configuration(recipe.model)))
 
 

@@ -11,59 +11,78 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hecompile.errors import InputError
+from hecompile.files import only_writer
 from hecompile.he.aggregation.parameters import CLIENT_LIMIT
 from hecompile.runtime.federation.local import LocalTrainer
 from hecompile.runtime.federation.local_model import LocalModel, owner_model
-from hecompile.runtime.federation.output import ADAPTER_DIR, clear_owner, only_owner, require_free
+from hecompile.runtime.federation.output import ADAPTER_DIR, clear_owner, only_owner, require_directory, require_free
 from hecompile.runtime.federation.protocol.channels import Roster
-from hecompile.runtime.federation.protocol.keyring import MemoryKeys
+from hecompile.runtime.federation.protocol.keyring import DirectoryKeys
 from hecompile.runtime.federation.protocol.messages import Finished
 from hecompile.runtime.federation.protocol.participant import LocalUpdate, Participant, Train
 from hecompile.runtime.federation.protocol.settings import RoundHeader
 from hecompile.runtime.federation.recipe import FederationRecipe, OwnerSection
 from hecompile.runtime.federation.roster import own_identity
 from hecompile.runtime.federation.sockets import take_part
+from hecompile.runtime.federation.state import begin_owner, check_owner
 from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
 from hecompile.runtime.privacy.promise import PrivateRun, PrivateSteps, private_steps
 
 LEDGER_SUFFIX = ".rounds.ledger"
+ROUNDS_DIR = "rounds"
 
 
-def join(recipe: FederationRecipe, name: str, roster: Roster, keys: Path, address: str) -> Path:
+def join(
+    recipe: FederationRecipe, name: str, roster: Roster, keys: Path, address: str, *, resume: bool = False
+) -> Path:
     """Take part until the federation ends, save the global adapter, and return its directory.
 
-    `keys` is the owner's private folder. Raises InputError and FederationError as `server.serve` does, for the owner's own
-    copy.
+    `keys` is the owner's private folder, with the record of its rounds: with `resume` it goes on in the federation that is
+    recorded there, and in no other. Raises InputError and FederationError as `server.serve` does, for the owner's own copy.
     """
     recipe.owner(name)  # a stranger is refused before a folder is made
     with only_owner(recipe.training, name):
-        return _join(recipe, name, roster, keys, address)
+        return _join(recipe, name, roster, keys, address, resume)
 
 
-def _join(recipe: FederationRecipe, name: str, roster: Roster, keys: Path, address: str) -> Path:
+def _join(recipe: FederationRecipe, name: str, roster: Roster, keys: Path, address: str, resume: bool) -> Path:
     owner = recipe.owner(name)
-    replaces = require_free(recipe.training, owners=[name])
+    replaces = False
+    if resume:
+        require_directory(recipe.training)
+        check_owner(recipe, name)
+    else:
+        replaces = require_free(recipe.training, owners=[name])
     identity = own_identity(name, keys)
-    with (
-        owner_model(recipe, owner) as local,
-        owner_promise(recipe, owner, local) as private,
-        owner_ledger(recipe, owner) as ledger,
-    ):
-        train = _clearing_first(
-            local_trainer(recipe, owner, local, private), recipe.training.output_dir, name, replaces
-        )
-        participant = Participant(identity, recipe.terms(roster, local.layout), MemoryKeys(), train, ledger)
-        return save_finished(recipe, name, local, take_part(participant, identity, address))
+    # One private folder is in one federation at a time, wherever their output directories are.
+    with only_writer(keys / ROUNDS_DIR, f"the private folder {keys}"):
+        rounds = DirectoryKeys(keys / ROUNDS_DIR, fresh=not resume, forget=recipe.training.overwrite_output_dir)
+        left = max(1, recipe.federation.rounds - rounds.rounds_begun()) if resume else None
+        with (
+            owner_model(recipe, owner) as local,
+            owner_promise(recipe, owner, local, left) as private,
+            owner_ledger(recipe, owner) as ledger,
+        ):
+            train: Train = local_trainer(recipe, owner, local, private)
+            if not resume:
+                train = _beginning_first(train, recipe, name, replaces)
+            participant = Participant(identity, recipe.terms(roster, local.layout), rounds, train, ledger)
+            directory = save_finished(recipe, name, local, take_part(participant, identity, address))
+            rounds.finish()
+            return directory
 
 
-def _clearing_first(train: Train, out: Path, name: str, replaces: bool) -> Train:
-    """Return `train` such that its first call removes what the owner wrote in an earlier federation."""
+def _beginning_first(train: Train, recipe: FederationRecipe, name: str, replaces: bool) -> Train:
+    """Return `train` such that its first call removes what an earlier federation left, and notes the recipe."""
+    first = True
 
     def clearing(header: RoundHeader, adapter: NDArray[np.float32], mask: NDArray[np.bool_]) -> LocalUpdate:
-        nonlocal replaces
-        if replaces or header.number == 1:  # an owner that comes back in the middle keeps the metrics that it has
-            clear_owner(out, name)
-            replaces = False
+        nonlocal first
+        if first:
+            if replaces or header.number == 1:  # an owner that comes back in the middle keeps the metrics that it has
+                clear_owner(recipe.training.output_dir, name)
+            begin_owner(recipe, name)
+            first = False
         return train(header, adapter, mask)
 
     return clearing
@@ -119,8 +138,17 @@ def owner_promise(
 def local_trainer(
     recipe: FederationRecipe, owner: OwnerSection, local: LocalModel, private: PrivateSteps | None = None
 ) -> LocalTrainer:
-    """Build the owner's trainer, from its place in the recipe and its data. Raises InputError for too many examples."""
+    """Build the owner's trainer, from its place in the recipe and its data.
+
+    Raises InputError for too many examples, or steps of more rows than the owner's plan takes.
+    """
     examples = local.examples(owner.train_file)
+    rows = recipe.training.per_device_train_batch_size
+    if owner.plan is not None and min(rows, len(examples)) > local.model.batch_size:
+        raise InputError(
+            f"training.per_device_train_batch_size {rows} is more than the plan of {owner.name} takes, "
+            f"{local.model.batch_size} rows: lower it, or export {owner.plan} with a larger --batch-size"
+        )
     if len(examples) > recipe.federation.max_samples and recipe.federation.privacy is None:
         raise InputError(
             f"{owner.train_file} has {len(examples)} examples, over federation.max_samples {recipe.federation.max_samples}"

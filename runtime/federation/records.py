@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hecompile.errors import InputError
+from hecompile.files import write_whole
 from hecompile.runtime.federation.events import ROUND, Report
 from hecompile.runtime.federation.output import ROUNDS_FILE, clear_server
 from hecompile.runtime.federation.protocol.server_round import RoundResult
+from hecompile.runtime.federation.state import ServerState
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,22 @@ class RoundRecord:
 
 
 class RoundLog:
-    """Write rounds.jsonl, report each round, and keep the adapter of the last good one in `adapter`; a context manager.
+    """Write rounds.jsonl, report each round, and keep what the next one goes on from in `state`; a context manager.
 
-    Opening it removes what the server of an earlier federation wrote. Open it when only the rounds are left to go wrong.
+    Opening it at the beginning of a federation removes what the server of an earlier one wrote. Open it when only the
+    rounds are left to go wrong. One that is resumed keeps the records of the rounds that are done.
     """
 
-    def __init__(self, out: Path, adapter: NDArray[np.float32], report: Report) -> None:
+    def __init__(self, out: Path, state: ServerState, report: Report, *, resume: bool = False) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        clear_server(out)
-        self.adapter = adapter
-        self._file = (out / ROUNDS_FILE).open("w", encoding="utf-8")
+        if resume:
+            (out / ROUNDS_FILE).touch()
+            kept = (out / ROUNDS_FILE).read_bytes().splitlines(keepends=True)[: state.complete]
+            write_whole(out / ROUNDS_FILE, b"".join(kept))
+        else:
+            clear_server(out)
+        self.state = state
+        self._file = (out / ROUNDS_FILE).open("a", encoding="utf-8")
         self._report = report
         self._started = time.monotonic()
 
@@ -52,9 +60,10 @@ class RoundLog:
             number, result.contributors, result.opened_by, result.samples, result.mean.size, result.bytes_up,
             result.error_bound, float(np.sqrt(np.mean(result.mean**2))), seconds,
         )  # fmt: skip
-        self.adapter = result.adapter
         self._file.write(json.dumps(asdict(record)) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())
+        self.state.advance(number, result.adapter)  # last: a record without it is written anew
         counts = {"contributed": len(result.contributors), "opened": len(result.opened_by)}
         self._report(ROUND, number=number, **counts, seconds=seconds)
         self._started = time.monotonic()

@@ -77,11 +77,14 @@ class FederationServer:
             for link in self._links.values():
                 link.connection.close()
 
-    def wait_for(self, count: int, timeout: float) -> list[str]:
-        """Wait for `count` owners and return the names of all. Raises FederationError after `timeout` seconds."""
+    def wait_for(self, count: int, timeout: float, fewest: int | None = None) -> list[str]:
+        """Wait for `count` owners and return the names of all.
+
+        Raises FederationError where not even `fewest` (by default all) have come after `timeout` seconds.
+        """
         with self._changed:
             self._changed.wait_for(lambda: len(self._links) >= count, timeout)
-            if len(self._links) < count:
+            if len(self._links) < (count if fewest is None else fewest):
                 raise FederationError(f"{len(self._links)} of {count} owners connected within {timeout:g} s")
             return sorted(self._links)
 
@@ -103,7 +106,7 @@ class FederationServer:
         for name in sorted(links.keys() - answers.keys()):
             _log.warning("%s did not answer; the round goes on without it if enough are left", name)
         self.bytes_received += sum(map(len, answers.values()))
-        return {name: from_bytes(answer) for name, answer in answers.items()}
+        return {name: _answer_of(name, answer) for name, answer in answers.items()}
 
     def _wait_for_answers(self, links: Mapping[str, _Link], number: int) -> dict[str, bytes]:
         with self._changed:
@@ -176,6 +179,13 @@ class FederationServer:
         link.connection.close()
 
 
+def _answer_of(name: str, content: bytes) -> Message:
+    try:
+        return from_bytes(content)
+    except FederationError as error:
+        raise FederationError(f"{name!r} sent what cannot be read: {error}") from None
+
+
 def take_part(participant: Participant, identity: Identity, address: str, timeout: float = 60.0) -> Finished:
     """Connect, answer until the federation is over, and return its last message.
 
@@ -200,7 +210,9 @@ def take_part(participant: Participant, identity: Identity, address: str, timeou
                     return message
                 _send(connection, number, to_bytes(participant.answer_or_refuse(message)))
         except OSError as error:
-            raise FederationError(f"the connection to the federation at {address} broke: {error}") from None
+            raise FederationError(
+                f"the connection to the federation at {address} broke: {error}; the same command with --resume goes on"
+            ) from None
 
 
 def _send(connection: socket.socket, number: int, content: bytes) -> None:

@@ -155,10 +155,13 @@ class RoundKeys(Unsharable):
                 raise FederationError(f"{what}; to join it all the same, remove {record_file}", public=what)
             seen = () if self._forget else record.adapters
         if header.adapter in seen:
-            raise FederationError(
+            what = (
                 f"round {header.number} starts from the adapter of an earlier round, which is trained from once: two sums "
                 "from it would tell the difference of their contributors"
             )
+            advice = f"; to train from it in another federation all the same, remove {self._store.place(RECORD_FILE)}"
+            elsewhere = record is not None and record.federation != header.federation
+            raise FederationError(what + advice * elsewhere, public=what)
         return Record(header.federation, header.number, header.digest().hex(), (*seen, header.adapter))
 
     def _current(self, header: RoundHeader) -> Record:

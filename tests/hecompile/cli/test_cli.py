@@ -39,10 +39,10 @@ HELP = {
     "ckks infer": ("--worker", "--prompts-file", "--max-new-tokens"),
     "ckks export": ("--sequence-length", "--attention", "--norm", "--activation", "--adapter"),
     "doctor": ("worker", "--plan", "--tokens", "--authority", "--certificate", "--key", "--token"),
-    "federate": ("--no-compare", "recipe", "key=value"),
+    "federate": ("--no-compare", "--resume", "recipe", "key=value"),
     "federation": ("serve", "join", "identities", "identity"),
-    "federation serve": ("--roster", "--port"),
-    "federation join": ("--owner", "--roster", "--keys", "--server"),
+    "federation serve": ("--roster", "--port", "--resume"),
+    "federation join": ("--owner", "--roster", "--keys", "--server", "--resume"),
 }  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def test_help_names_every_option(command: str) -> None:
     assert [word for word in HELP[command] if word not in text.lower()] == []
 
 
-DIFFERENT = {"--out", "--worker", "--engine", "--listen", "--roster", "--keys", "--on-bad-worker", "recipe"}
+DIFFERENT = {"--out", "--worker", "--engine", "--listen", "--roster", "--keys", "--on-bad-worker", "--resume", "recipe"}
 """Parameters that take different things in different commands, or have another default there."""
 
 

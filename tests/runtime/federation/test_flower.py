@@ -62,6 +62,6 @@ def test_a_round_over_flower_goes_on_without_a_node_and_keeps_no_secret_in_its_s
     assert list(record.contributors) == ["owner-1", "owner-2"]
     assert all(len(state) == 0 for state in grid.states.values())
     written = {path.name for path in tmp_path.rglob("rounds/*")}
-    assert written == {"last-round", "round-1.contributed"}
+    assert written == {"lock", "record.json"}
     adapters = {path.read_bytes() for path in tmp_path.rglob("adapter_model.safetensors")}
     assert len(adapters) == 1
