@@ -57,7 +57,7 @@ class Mapping:
         """Return the bytes as a read-only array, which keeps the mapping alive."""
         return np.asarray(self).view(dtype).reshape(shape)
 
-    def advise(self, advice: int, address: int | None = None, count: int = 0) -> None:
+    def madvise(self, advice: int, address: int | None = None, count: int = 0) -> None:
         """Give the system advice (`mmap.MADV_DONTNEED` and its like) on the pages of some addresses, or on all."""
         first = self._page if address is None else address // mmap.PAGESIZE * mmap.PAGESIZE
         length = self._length if address is None else address + count - first

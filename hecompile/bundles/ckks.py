@@ -13,13 +13,17 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from hecompile.bundles.kinds import CIRCUIT, PLAN, TABLE, BundleKind, explain_mix_up
+from hecompile.array_files import map_npy
+from hecompile.bundles.kinds import CIRCUIT, MAX_MANIFEST_BYTES, PLAN, TABLE, BundleKind, explain_mix_up
 from hecompile.ckks.circuit import PolynomialCircuit
 from hecompile.ckks.parameters import CkksParameters
-from hecompile.errors import InputError
-from hecompile.files import missing_path_hint, reason_of
+from hecompile.errors import HecompileError, InputError
+from hecompile.files import missing_path_hint, read_whole, unreadable
+from hecompile.foreign import parse_json
 
 FORMAT = "hecompile-ckks-1"
+MAX_CIRCUIT_BYTES = (1 << 31) - 1
+"""What protobuf can hold."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,19 @@ class CkksPlan:
     depth: int
     refreshes: dict[str, list[int]]
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a size that no plan has; the sizes of messages follow from them."""
+        shapes = self.refreshes.values() if isinstance(self.refreshes, dict) else ()
+        sizes = [self.sequence_length, self.hidden, self.vocabulary, *(size for shape in shapes for size in shape)]
+        if not all(type(size) is int and 0 < size < 1 << 31 for size in sizes):
+            raise ValueError("a size of the plan is not a positive integer")
+
     @classmethod
     def read(cls, directory: str | Path) -> CkksPlan:
         """Read the plan in a bundle. Raises InputError naming what is wrong."""
         path = Path(directory) / PLAN
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = parse_json(read_whole(path, MAX_MANIFEST_BYTES))
             if fields.pop("format") != FORMAT:
                 raise ValueError
             cls(**fields)  # no field is missing or unknown; their types are checked next
@@ -75,13 +86,14 @@ def read_table(directory: str | Path, plan: CkksPlan) -> NDArray[np.float32]:
     """Read the client's embeddings, float32 [V, H]. Raises InputError when they are not those of the plan."""
     path = Path(directory) / TABLE
     try:
-        table: NDArray[np.float32] = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        mix_up = explain_mix_up(Path(directory), BundleKind.CKKS_CLIENT)
-        raise InputError(mix_up or f"{path} cannot be read; export again") from error
+        table = map_npy(path)
+    except (OSError, ValueError) as error:
+        if (mix_up := explain_mix_up(Path(directory), BundleKind.CKKS_CLIENT)) is not None:
+            raise InputError(mix_up) from error
+        raise unreadable(path, error, "export again") from error
     if table.shape != (plan.vocabulary, plan.hidden) or table.dtype != np.float32:
         raise InputError(f"{path} is not the table of the plan; export again")
-    return table
+    return np.array(table)
 
 
 def open_worker(directory: str | Path) -> tuple[CkksPlan, PolynomialCircuit, CkksParameters]:
@@ -96,11 +108,16 @@ def open_worker(directory: str | Path) -> tuple[CkksPlan, PolynomialCircuit, Ckk
     plan = CkksPlan.read(directory)
     path = Path(directory) / CIRCUIT
     try:
-        serialized = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({reason_of(error)}); copy the worker bundle again") from None
+        serialized = read_whole(path, MAX_CIRCUIT_BYTES)
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error, "copy the worker bundle again") from None
     digest = hashlib.sha256(serialized + json.dumps(plan.parameters, sort_keys=True).encode()).hexdigest()
     if digest != plan.plan_id:
         raise InputError(f"{path} is not the circuit of {PLAN}; copy the worker bundle again")
-    circuit = PolynomialCircuit(ir.from_proto(onnx.ModelProto.FromString(serialized)))
+    try:
+        circuit = PolynomialCircuit(ir.from_proto(onnx.ModelProto.FromString(serialized)))
+    except HecompileError:
+        raise
+    except Exception as error:  # a parser may raise anything for bytes that somebody made up
+        raise InputError(f"{path} is no circuit ({type(error).__name__}); copy the worker bundle again") from error
     return plan, circuit, CkksParameters.from_fields(plan.parameters)

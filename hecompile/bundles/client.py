@@ -24,9 +24,10 @@ from typing import Any, Literal
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
-from hecompile.bundles.kinds import CLIENT_FORMAT, MANIFEST, BundleKind, explain_mix_up
+from hecompile.bundles.kinds import CLIENT_FORMAT, MANIFEST, MAX_MANIFEST_BYTES, BundleKind, explain_mix_up
 from hecompile.errors import HecompileError, InputError
-from hecompile.files import file_sha256, missing_path_hint
+from hecompile.files import file_sha256, missing_path_hint, read_whole, unreadable
+from hecompile.foreign import parse_json, printable
 from hecompile.graph.ir import print_model
 from hecompile.he.parameters import LinearParameters, RingParameters, RingParametersLiteral
 from hecompile.he.random.sampling import PublicSeed
@@ -261,7 +262,7 @@ def _read_manifest(directory: Path) -> _Manifest:
     if not path.is_file():
         raise InputError(f"{directory} is not a client bundle: {MANIFEST} is missing; {_REMEDY}")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(read_whole(path, MAX_MANIFEST_BYTES))
         if not isinstance(raw, dict) or raw.get("format") != CLIENT_FORMAT:
             raise InputError(f"{path} is not the manifest of a client bundle; {_REMEDY}")
         if raw.get("version") not in READABLE:
@@ -269,11 +270,13 @@ def _read_manifest(directory: Path) -> _Manifest:
         return _Manifest.model_validate(raw)
     except HecompileError:
         raise
-    except (OSError, RecursionError, ValueError) as error:  # a ValidationError is a ValueError
-        first = str(error).splitlines()[0]
+    except OSError as error:
+        raise unreadable(path, error, _REMEDY) from error
+    except ValueError as error:  # a ValidationError is one
+        first = (str(error).splitlines() or [type(error).__name__])[0]
         if isinstance(error, ValidationError):
             detail = error.errors()[0]
-            first = f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}"
+            first = printable(f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}")
         raise InputError(f"{path} is damaged ({first}); {_REMEDY}") from error
 
 

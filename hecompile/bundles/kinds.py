@@ -6,12 +6,14 @@ of one. An error that only names a missing file would send people to export agai
 
 from __future__ import annotations
 
-import json
 from enum import Enum
 from pathlib import Path
 
-from hecompile.files import did_you_mean
+from hecompile.files import did_you_mean, read_whole
+from hecompile.foreign import parse_json
 
+MAX_MANIFEST_BYTES = 1 << 26
+"""Largest manifest that is read; a circuit takes about a kilobyte of it."""
 MANIFEST = "manifest.json"
 PLAN, CIRCUIT, TABLE = "plan.json", "circuit.onnx", "embeddings.npy"
 CLIENT_FORMAT, WORKER_FORMAT = "hecompile-client", "hecompile-worker-bundle"
@@ -50,11 +52,11 @@ def kind_of(directory: Path) -> BundleKind | None:
     The halves of a CKKS bundle have one plan, and are told apart by the file that only one of them has.
     """
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json(read_whole(directory / MANIFEST, MAX_MANIFEST_BYTES))
         named = {CLIENT_FORMAT: BundleKind.CLIENT, WORKER_FORMAT: BundleKind.WORKER}
         if isinstance(manifest, dict) and (found := named.get(str(manifest.get("format")))) is not None:
             return found
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         pass  # no manifest, or one of something else
     for file, kind in ((CIRCUIT, BundleKind.CKKS_WORKER), (TABLE, BundleKind.CKKS_CLIENT)):
         if (directory / PLAN).is_file() and (directory / file).is_file():

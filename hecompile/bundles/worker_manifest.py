@@ -10,17 +10,16 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from hecompile.bundles.kinds import MANIFEST, WORKER_FORMAT, BundleKind, explain_mix_up
+from hecompile.bundles.kinds import MANIFEST, MAX_MANIFEST_BYTES, WORKER_FORMAT, BundleKind, explain_mix_up
 from hecompile.bundles.lowered_circuit import MAX_FEATURES_IN
 from hecompile.bundles.triton_repository import config_path, model_path, weight_path
 from hecompile.errors import InputError
 from hecompile.files import file_sha256, missing_path_hint, read_whole, unreadable
+from hecompile.foreign import parse_json
 
 VERSION = 2
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 PLAN_ID = re.compile(r"[0-9a-f]{8,128}")
-MAX_MANIFEST_BYTES = 1 << 26
-"""Largest manifest that is read; a circuit takes about a kilobyte of it."""
 _REMEDY = "give the directory `worker` of what `hecompile export llama` wrote"
 
 
@@ -94,12 +93,12 @@ def read_manifest(directory: Path) -> Manifest:
     if (mix_up := explain_mix_up(directory, BundleKind.WORKER)) is not None:
         raise InputError(mix_up)
     try:
-        raw = json.loads(read_whole(path, MAX_MANIFEST_BYTES))
+        raw = parse_json(read_whole(path, MAX_MANIFEST_BYTES))
     except FileNotFoundError:
         raise InputError(f"{directory} is not a worker bundle: {MANIFEST} is missing; {_REMEDY}") from None
     except OSError as error:
         raise unreadable(path, error, _REMEDY) from error
-    except (ValueError, RecursionError) as error:  # ValueError: too large, not UTF-8, not JSON, or an endless number
+    except ValueError as error:  # too large, not UTF-8, not JSON, or an endless number
         raise damaged(path, f"it cannot be read ({type(error).__name__})") from error
     if not isinstance(raw, dict) or raw.get("format") != WORKER_FORMAT:
         raise InputError(f"{path} is not the manifest of a worker bundle; {_REMEDY}")

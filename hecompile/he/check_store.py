@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from hecompile.array_files import read_npy
 from hecompile.errors import InputError
-from hecompile.files import opened_whole
+from hecompile.files import opened_whole, unreadable
 from hecompile.he.parameters import LinearParameters
 from hecompile.he.verification import Checks
 
@@ -57,8 +58,8 @@ class CheckStore:
             if circuit not in self._checks:
                 path = _path(self._directory, circuit)
                 try:
-                    packed = np.load(path, allow_pickle=False)
-                except (OSError, ValueError, EOFError) as error:
-                    raise InputError(f"the check vectors {path} cannot be read ({error}): export again") from error
+                    packed = read_npy(path)
+                except (OSError, ValueError) as error:
+                    raise unreadable(f"the check vectors {path}", error, "export again") from error
                 self._checks[circuit] = Checks.unpack(packed, linear)
             return self._checks[circuit]

@@ -22,12 +22,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hecompile.array_files import map_npy
 from hecompile.errors import InputError
-from hecompile.files import opened_whole
+from hecompile.files import opened_whole, unreadable
 from hecompile.he.kernels.transform import deinterleave, interleave, transform
 from hecompile.he.kernels.vectors import LANES
 from hecompile.he.parameters import RingParameters
 from hecompile.he.ring import folded_fft
+from hecompile.mapped_files import Mapping, mapping_of
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 Precision = type[np.floating]
@@ -158,7 +160,7 @@ class HintStore:
         files = directory.glob("*.npy")
         self.cached = 2 * sum(path.stat().st_size for path in files) <= cache_bytes
         self._hints: dict[str, Hint] = {}
-        self._maps: dict[str, mmap.mmap] = {}
+        self._maps: dict[str, Mapping] = {}
         self._next: dict[str, str] = {}  # circuit → the one used after it
         self._last: str | None = None
         self._lock = threading.Lock()
@@ -201,12 +203,14 @@ class HintStore:
             if circuit in self._maps:
                 self._maps[circuit].madvise(mmap.MADV_WILLNEED)  # starts reading in the background and returns
 
-    def _open(self, circuit: str) -> tuple[NDArray[Any], mmap.mmap]:
+    def _open(self, circuit: str) -> tuple[NDArray[Any], Mapping]:
         path = _path(self.directory, circuit)
         if not path.is_file():
             raise InputError(f"there is no hint for {circuit} in {self.directory}: run setup for it")
         try:
-            stored = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise InputError(f"the hint file {path} cannot be read ({error}): run setup again") from error
-        return np.asarray(stored), stored._mmap
+            stored = map_npy(path)
+        except (ValueError, OSError) as error:
+            raise unreadable(f"the hint file {path}", error, "run setup again") from error
+        mapping = mapping_of(stored)
+        assert mapping is not None
+        return stored, mapping

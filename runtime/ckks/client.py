@@ -25,6 +25,7 @@ from hecompile.ckks.keys import SecretKey, Words
 from hecompile.ckks.parameters import CkksParameters
 from hecompile.errors import HecompileError, InputError, WorkerError, WorkerUnavailableError
 from hecompile.files import reason_of
+from hecompile.foreign import finite, printable
 from hecompile.runtime.ckks.messages import PROTOCOL, expect, receive, send
 from hecompile.runtime.model.backend import ForwardPass
 from hecompile.runtime.wire.address import TcpAddress, parse_address
@@ -213,7 +214,8 @@ def _index(places: Any, count: int, ciphertexts: int) -> NDArray[np.int64]:
 def _seconds(reported: Any) -> dict[str, float]:
     if not isinstance(reported, dict):
         return {}
-    return {str(name)[:60]: float(value) for name, value in reported.items() if isinstance(value, (int, float))}
+    numbers = {printable(name, 60): finite(value) for name, value in reported.items()}
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
 def _connect(address: str, timeout: float) -> socket.socket:

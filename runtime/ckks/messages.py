@@ -25,10 +25,10 @@ import numpy as np
 
 from hecompile.ckks.keys import Words
 from hecompile.errors import WorkerError
-from hecompile.runtime.wire.framing import PREFIX, Frame, read_header, receive_frame, send_frame
+from hecompile.foreign import printable
+from hecompile.runtime.wire.framing import MAX_HEADER_BYTES, PREFIX, Frame, read_header, receive_frame, send_frame
 
 PROTOCOL = 1
-_HEADER_ROOM = 1 << 20
 
 
 def send(connection: socket.socket, kind: str, words: Words | None = None, **fields: Any) -> int:
@@ -41,17 +41,20 @@ def send(connection: socket.socket, kind: str, words: Words | None = None, **fie
     return frame.size
 
 
-def receive(connection: socket.socket, most: int, patience: float | None = None) -> tuple[dict[str, Any], Words, int]:
+def receive(
+    connection: socket.socket, most: int, patience: float | None = None, max_header: int = MAX_HEADER_BYTES
+) -> tuple[dict[str, Any], Words, int]:
     """Receive the next message.
 
     Args:
         most: bytes of payload that it may have.
         patience: seconds without a byte after which a message that has begun is given up; None for no limit.
+        max_header: longest header that is read.
 
     Returns its fields, its words uint32 in the shape that it names, and its bytes.
     Raises WorkerError where it is malformed, larger, an error of the other side, or the connection was closed.
     """
-    frame = receive_frame(connection, most + PREFIX.size + _HEADER_ROOM, patience)
+    frame = receive_frame(connection, most + PREFIX.size + max_header, patience, max_header)
     if frame is None:
         raise WorkerError("the other side closed the connection; see its log")
     fields = read_header(frame)
@@ -59,7 +62,7 @@ def receive(connection: socket.socket, most: int, patience: float | None = None)
     if kind is None or shape is None:
         raise WorkerError("malformed message: the header lacks the kind or the shape")
     if kind == "error":
-        raise WorkerError(f"the other side says: {str(fields.get('message'))[:500]}")
+        raise WorkerError(f"the other side says: {printable(fields.get('message'))}")
     if not isinstance(shape, list) or len(shape) > 4 or not all(type(size) is int and 0 <= size < 1 << 32 for size in shape):
         raise WorkerError("malformed message: the shape is not a list of at most four sizes")
     expected = 4 * math.prod(shape) if shape else 0

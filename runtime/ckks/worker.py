@@ -25,10 +25,13 @@ from hecompile.files import reason_of
 from hecompile.passes.polynomial.expand_polynomials import EMBEDDINGS
 from hecompile.runtime.ckks.messages import PROTOCOL, expect, receive, send
 from hecompile.runtime.wire.address import TcpAddress, UnixAddress, parse_address
-from hecompile.runtime.wire.connections import RECEIVE_TIMEOUT_SECONDS, SEND_TIMEOUT_SECONDS, server_class
+from hecompile.runtime.wire.connections import RECEIVE_TIMEOUT_SECONDS, SEND_TIMEOUT_SECONDS, server_class, waits
+from hecompile.runtime.wire.framing import MAX_REQUEST_HEADER_BYTES
 
 LOGGER = logging.getLogger(__name__)
 _PATIENCE = RECEIVE_TIMEOUT_SECONDS
+_KEYS_SECONDS = 300.0
+"""Time that a client has to make its evaluation keys, before it begins to send them."""
 
 
 class CkksWorker:
@@ -40,16 +43,20 @@ class CkksWorker:
         # One evaluation at a time: each takes all threads, and the memory of all its ciphertexts.
         self.turn = threading.Lock()
 
-    def serve(self, connection: socket.socket) -> None:
-        """Serve one session to its end. The client is told of errors, without any value."""
+    def serve(self, connection: socket.socket, opened: Callable[[], None] = lambda: None) -> None:
+        """Serve one session to its end; `opened` is called once its keys are there.
+
+        The client is told of errors, without any value.
+        """
         try:
             evaluator = self._open(connection)
         except WorkerError as error:
             _tell(connection, error)
             return
+        opened()
         try:
             while True:
-                fields, words, _ = receive(connection, self._most(self._inputs()), _PATIENCE)
+                fields, words, _ = receive(connection, self._most(self._inputs()), _PATIENCE, MAX_REQUEST_HEADER_BYTES)
                 expect(fields, "run")
                 with self.turn:
                     self._run(connection, evaluator, words)
@@ -60,7 +67,7 @@ class CkksWorker:
 
     def _open(self, connection: socket.socket) -> Evaluator:
         parameters = self.parameters
-        fields, words, _ = receive(connection, parameters.evaluation_key_bytes, _PATIENCE)
+        fields, words, _ = receive(connection, parameters.evaluation_key_bytes, _PATIENCE, MAX_REQUEST_HEADER_BYTES)
         expect(fields, "open")
         if fields.get("protocol") != PROTOCOL:
             raise WorkerError("the client speaks another version of this protocol; install the same hecompile on both")
@@ -90,7 +97,8 @@ class CkksWorker:
         def refresh(value: str, stale: CkksTensor) -> CkksTensor:
             sent = evaluator.truncated(stale)
             send(connection, "refresh", sent.words, value=value, level=stale.level)
-            fields, fresh, _ = receive(connection, self._most(len(sent.words)), _PATIENCE)
+            most = self._most(len(sent.words))
+            fields, fresh, _ = receive(connection, most, _PATIENCE, MAX_REQUEST_HEADER_BYTES)
             expect(fields, "fresh")
             return CkksTensor(_fresh(fresh, len(sent.words), parameters, top), sent.index, top)
 
@@ -145,8 +153,9 @@ def serve(
 
         def handle(self) -> None:
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT_SECONDS, 0))
+            self.request.settimeout(_KEYS_SECONDS)
             try:
-                worker.serve(self.request)
+                worker.serve(self.request, lambda: waits(self.server, self.request, False))
             except OSError as error:
                 LOGGER.info("a session ended with %s", type(error).__name__)
 

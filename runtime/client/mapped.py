@@ -7,23 +7,29 @@ import mmap
 import numpy as np
 from numpy.typing import NDArray
 
+from hecompile.mapped_files import mapping_of
+
 
 def release(array: NDArray[np.generic]) -> None:
     """Take the pages of `array` out of this process's memory; they stay in the system's file cache.
 
     Does nothing for an array that is not a read-only mapping of a file: the memory of any other would be lost.
     """
-    mapping = _mapping_of(array)
-    if mapping is None or array.nbytes == 0 or not array.flags.c_contiguous:
+    if array.nbytes == 0 or not array.flags.c_contiguous or array.flags.writeable:
         return
-    start = array.ctypes.data - np.frombuffer(mapping, dtype=np.uint8).ctypes.data
-    first = start // mmap.PAGESIZE * mmap.PAGESIZE
-    mapping.madvise(mmap.MADV_DONTNEED, first, start + array.nbytes - first)
+    if (mapping := mapping_of(array)) is not None:
+        mapping.madvise(mmap.MADV_DONTNEED, array.ctypes.data, array.nbytes)
+        return
+    pages = _pages_of(array)
+    if pages is not None:
+        start = array.ctypes.data - np.frombuffer(pages, dtype=np.uint8).ctypes.data
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        pages.madvise(mmap.MADV_DONTNEED, first, start + array.nbytes - first)
 
 
-def _mapping_of(array: NDArray[np.generic]) -> mmap.mmap | None:
-    """Find the mapping that a view goes back to, if it is read-only."""
+def _pages_of(array: NDArray[np.generic]) -> mmap.mmap | None:
+    """Find the mapping of Python's own that a view goes back to."""
     base: object = array
     while isinstance(base, (np.ndarray, memoryview)):
         base = base.obj if isinstance(base, memoryview) else base.base
-    return base if isinstance(base, mmap.mmap) and not array.flags.writeable else None
+    return base if isinstance(base, mmap.mmap) else None

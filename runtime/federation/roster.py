@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from hecompile.errors import FederationError, InputError
-from hecompile.files import missing_path_hint, reason_of
+from hecompile.files import missing_path_hint, read_whole, reason_of
+from hecompile.foreign import parse_json
 from hecompile.runtime.federation.protocol.channels import Identity, Roster
 
 IDENTITY_FILE = "identity.key"
 PUBLIC_KEY_BYTES = 32
+_MOST_BYTES = 1 << 20
 
 
 def own_identity(name: str, folder: Path) -> Identity:
@@ -29,7 +31,7 @@ def write_roster(path: Path, identities: Sequence[Identity]) -> None:
 def read_roster(path: Path) -> Roster:
     """Read the roster that `write_roster` wrote. Raises FederationError for anything else, InputError where none is."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        content = parse_json(read_whole(path, _MOST_BYTES), _unique)
         roster = {str(name): bytes.fromhex(key) for name, key in content.items()}
         if any(len(key) != PUBLIC_KEY_BYTES for key in roster.values()):
             raise ValueError("a key of another length")
@@ -38,7 +40,7 @@ def read_roster(path: Path) -> Roster:
         missing = missing_path_hint(path, remedy)
         reason = f"the roster {missing}" if missing else f"cannot read the roster {path}: {reason_of(error)}"
         raise InputError(reason) from None
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except (ValueError, AttributeError, TypeError):
         raise FederationError(
             f"{path} is no roster: a JSON object of names, each once, and public keys, {PUBLIC_KEY_BYTES} bytes each in "
             "hexadecimal"

@@ -23,6 +23,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from hecompile.errors import FederationError, InputError
+from hecompile.foreign import printable
 from hecompile.runtime.federation.protocol.channels import Identity, Roster
 from hecompile.runtime.federation.protocol.messages import Finished, Message, from_bytes, to_bytes
 from hecompile.runtime.federation.protocol.participant import Participant
@@ -31,6 +32,8 @@ from hecompile.runtime.wire.framing import receive_exactly
 MAX_BYTES = 1 << 30
 _HELLO = b"hecompile/federation/hello/1"
 _HELLO_SECONDS = 10.0
+_MOST_STRANGERS = 64
+"""Connections at once that have not proved yet whose they are."""
 _PREFIX = struct.Struct("<QQ")
 _log = logging.getLogger(__name__)
 
@@ -63,6 +66,7 @@ class FederationServer:
         self._links: dict[str, _Link] = {}
         self._changed = threading.Condition()
         self._number = 0
+        self._places = threading.BoundedSemaphore(_MOST_STRANGERS)
         self.bytes_received = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -124,6 +128,10 @@ class FederationServer:
                 connection, _ = self._socket.accept()
             except OSError:
                 return  # closed
+            if not self._places.acquire(blocking=False):
+                _log.warning("a connection was refused: %d have not said yet whose they are", _MOST_STRANGERS)
+                connection.close()
+                continue
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
@@ -133,9 +141,11 @@ class FederationServer:
             name = self._authenticate(connection)
             connection.settimeout(None)
         except (OSError, FederationError, UnicodeDecodeError) as error:
-            _log.warning("a connection was refused: %s", error)
+            _log.warning("a connection was refused: %s", printable(error))
             connection.close()
             return
+        finally:
+            self._places.release()
         link = self._register(name, connection)
         try:
             while True:
@@ -162,7 +172,7 @@ class FederationServer:
         """Return the name of the owner who proves to be it. Raises FederationError for anybody else."""
         challenge = os.urandom(32)
         connection.sendall(challenge)
-        _, hello = _receive(connection, limit=1024)
+        _, hello = _receive(connection, limit=1024, patience=_HELLO_SECONDS)
         signature, name = hello[:64], hello[64:].decode()
         try:
             Ed25519PublicKey.from_public_bytes(self._roster[name]).verify(signature, _HELLO + challenge)
@@ -219,15 +229,17 @@ def _send(connection: socket.socket, number: int, content: bytes) -> None:
     connection.sendall(_PREFIX.pack(number, len(content)) + content)
 
 
-def _receive(connection: socket.socket, limit: int = MAX_BYTES) -> tuple[int, bytes]:
-    number, size = _PREFIX.unpack(_read(connection, _PREFIX.size))
+def _receive(
+    connection: socket.socket, limit: int = MAX_BYTES, patience: float | None = None
+) -> tuple[int, bytes]:
+    number, size = _PREFIX.unpack(_read(connection, _PREFIX.size, patience))
     if size > limit:
         raise FederationError(f"a message of {size} bytes is announced; at most {limit} are read")
-    return number, _read(connection, size)
+    return number, _read(connection, size, patience)
 
 
-def _read(connection: socket.socket, size: int) -> bytes:
+def _read(connection: socket.socket, size: int, patience: float | None = None) -> bytes:
     try:
-        return bytes(receive_exactly(connection, size))
+        return bytes(receive_exactly(connection, size, patience))
     except EOFError:
         raise ConnectionError("the other side closed it") from None

@@ -9,16 +9,17 @@ so that a directory that lies can only point at nobody.
 from __future__ import annotations
 
 import http.client
-import json
 import ssl
+import time
 import urllib.error
 import urllib.request
 
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
+from hecompile.foreign import parse_json, printable
 from hecompile.runtime.wire.address import parse_address
 from hecompile.runtime.wire.credentials import ClientCredentials
 
-TIMEOUT_SECONDS, MAX_BYTES = 10.0, 1 << 20
+TIMEOUT_SECONDS, MAX_BYTES, MAX_WORKERS = 10.0, 1 << 20, 4096
 _MEANT = "give the address that `hecompile worker deploy` printed"
 
 
@@ -31,38 +32,52 @@ def fetch_workers(url: str, credentials: ClientCredentials | None = None) -> lis
     """
     content = _fetch(url, credentials)
     try:
-        workers = json.loads(content)["workers"] if len(content) <= MAX_BYTES else None
-    except (ValueError, TypeError, KeyError, RecursionError):
+        workers = parse_json(content)["workers"] if len(content) <= MAX_BYTES else None
+    except (ValueError, TypeError, KeyError):
         workers = None
-    if not isinstance(workers, list) or not all(isinstance(worker, str) for worker in workers):
+    if not isinstance(workers, list) or len(workers) > MAX_WORKERS or not all(isinstance(worker, str) for worker in workers):
         raise _no_directory(url)
     try:
         for worker in workers:
             parse_address(worker)
     except InputError as error:
-        raise WorkerError(f"the directory {url} lists an address that is none: {error}") from None
+        raise WorkerError(f"the directory {url} lists an address that is none: {printable(error)}") from None
     return workers
 
 
 def _fetch(url: str, credentials: ClientCredentials | None) -> bytes:
-    """Return what the address answers, cut after `MAX_BYTES` + 1. Raises as `fetch_workers` does, whatever is there."""
+    """Return what the address answers, cut after `MAX_BYTES`. Raises as `fetch_workers` does, whatever is there."""
     try:
         context = None
         if url.startswith("https://"):
             authority = credentials.authority if credentials is not None else None
             context = ssl.create_default_context(cadata=None if authority is None else authority.decode())
         with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS, context=context) as answer:  # noqa: S310  checked by the recipe
-            content: bytes = answer.read(MAX_BYTES + 1)
-            return content
+            return _read(answer)
     except urllib.error.HTTPError as error:
         reason = f"{error.code} {error.reason}; {_MEANT}"
     except http.client.IncompleteRead:
         reason = "its answer was cut off"
     except OSError as error:  # a URLError is one
-        reason = str(getattr(error, "reason", None) or error)
+        reason = str(getattr(error, "reason", None) or error or type(error).__name__)
     except Exception:  # what is there speaks no HTTP, or the address is none: urllib has many kinds of errors for that
         raise _no_directory(url) from None
-    raise WorkerUnavailableError(f"the directory of workers {url} does not answer: {reason}")
+    raise WorkerUnavailableError(f"the directory of workers {url} does not answer: {printable(reason)}")
+
+
+def _read(answer: http.client.HTTPResponse) -> bytes:
+    """Read an answer, no more than is looked at.
+
+    Raises TimeoutError for one that comes too slowly, IncompleteRead for one that is cut off.
+    """
+    deadline, content = time.monotonic() + TIMEOUT_SECONDS, b""
+    while len(content) <= MAX_BYTES and (part := answer.read1(MAX_BYTES)):
+        content += part
+        if time.monotonic() > deadline:
+            raise TimeoutError("it answers too slowly")
+    if len(content) <= MAX_BYTES and answer.length:  # `read1` ends silently where `read` raises
+        raise http.client.IncompleteRead(content, answer.length)
+    return content
 
 
 def _no_directory(url: str) -> WorkerError:

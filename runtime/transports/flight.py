@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
+from hecompile.foreign import printable
 from hecompile.runtime.transports.base import FrameTransport, TrafficRecorder
 from hecompile.runtime.wire import framing, protocol
 from hecompile.runtime.wire.address import TcpAddress, parse_address
@@ -167,7 +168,7 @@ def _text(error: BaseException) -> str:
     """Return the worker's or gRPC's text without pyarrow's additions, safe for a terminal: the worker is not trusted."""
     own = getattr(error, "extra_info", None)
     text = own.decode("utf-8", "replace") if own else _status_text(str(error))
-    return "".join(c if c.isprintable() else "?" for c in text[: protocol.MAX_ERROR_CHARACTERS])
+    return printable(text, protocol.MAX_ERROR_CHARACTERS)
 
 
 def _status_text(text: str) -> str:

@@ -12,21 +12,25 @@ from collections.abc import Iterator, Mapping
 
 import grpc
 import numpy as np
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from hecompile.bundles.known_answer import KNOWN_ANSWER
 from hecompile.bundles.public_rows import exact_name
 from hecompile.bundles.triton_repository import INPUT_NAME, OUTPUT_NAME, PLAN_ID_PARAMETER
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
+from hecompile.foreign import printable
 from hecompile.runtime.transports.base import Answer, Direction, TrafficRecorder
-from hecompile.runtime.wire import framing, protocol
+from hecompile.runtime.wire import framing
 from hecompile.runtime.wire.address import TcpAddress, parse_address
 from hecompile.runtime.wire.credentials import ClientCredentials
 from hecompile.runtime.wire.inference_protocol import (
     DATATYPE,
+    MAX_RESPONSE_BYTES,
     PUBLIC_ROWS_PARAMETER,
     SERVICE,
+    UNCOMPRESSED,
     compute_seconds,
+    fill,
     messages,
     with_raw_contents,
 )
@@ -159,7 +163,7 @@ class OipTransport:
                     f"{name!r} of {DATATYPE} [bytes, T, features]"
                 )
             sides.append((shape[0], shape[2]))
-        return CircuitInfo(*sides[0], *sides[1]), _printable(response.platform) or "unknown"
+        return CircuitInfo(*sides[0], *sides[1]), printable(response.platform) or "unknown"
 
     def names(self) -> list[str]:
         """List the models that are ready. Raises WorkerError where the server cannot list them."""
@@ -175,7 +179,7 @@ class OipTransport:
         except _Refused:
             return None  # an extension of the protocol, which not every server has
         parameters = response.config.parameters
-        return _printable(parameters[PLAN_ID_PARAMETER].string_value) if PLAN_ID_PARAMETER in parameters else None
+        return printable(parameters[PLAN_ID_PARAMETER].string_value) if PLAN_ID_PARAMETER in parameters else None
 
     def _product(self, circuit: str, request: bytes, tokens: int) -> Answer:
         if self._circuits is None:
@@ -219,14 +223,14 @@ class OipTransport:
         try:
             answer: bytes = send(data, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise self._failure(error.code(), _printable(error.details() or ""), timeout) from None
+            raise self._failure(error.code(), printable(error.details() or ""), timeout) from None
         except ValueError:  # closed by another thread meanwhile
             message = f"the connection to the worker at {self._address} is closed; connect again"
             raise WorkerUnavailableError(message) from None
         self._record("received", answer)
         try:
-            response.ParseFromString(answer)
-        except DecodeError:
+            fill(response, answer, MAX_RESPONSE_BYTES)
+        except ValueError:
             raise WorkerError(f"the worker at {self._address} answered {method} with something else") from None
         return len(data), len(answer)
 
@@ -286,6 +290,7 @@ def _channel(address: TcpAddress, credentials: ClientCredentials, max_message_by
     options = [
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
+        UNCOMPRESSED,
         ("grpc.use_local_subchannel_pool", 1),  # a connection of its own, which ends with it
     ]
     if address.is_loopback:
@@ -294,8 +299,3 @@ def _channel(address: TcpAddress, credentials: ClientCredentials, max_message_by
         return grpc.insecure_channel(address.authority, options)
     tls = grpc.ssl_channel_credentials(credentials.authority, credentials.key, credentials.certificate)
     return grpc.secure_channel(address.authority, tls, options)
-
-
-def _printable(text: str) -> str:
-    """Make a text safe for a terminal: it comes from a machine that is not trusted."""
-    return "".join(c if c.isprintable() else "?" for c in text[: protocol.MAX_ERROR_CHARACTERS])

@@ -5,8 +5,9 @@ message's app_metadata, and its payload, if it has one, as the body of a record 
 rows. Later messages are not read. The sender's memory goes to gRPC as it is. The receiver's is gRPC's own buffer, into which
 the pieces from the network are gathered: planes are copied once on their whole way.
 
-Arrow reads a message whole, and decompresses it if it came compressed, before this module sees it. A limit on message size
-thus refuses a message that is too large, but does not keep it out of memory. Certificates and tokens are checked before.
+Arrow reads a message whole, and decompresses it if it came compressed, before this module sees it, and pyarrow has no option
+against it. A limit on message size thus refuses a message that is too large, but does not keep it out of memory: forty
+kilobytes may become a gigabyte there. Certificates and tokens are checked before.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from hecompile.errors import InputError, WorkerError
 from hecompile.extras import install_command
-from hecompile.runtime.wire.framing import Frame, check_sizes
+from hecompile.runtime.wire.framing import MAX_HEADER_BYTES, Frame, check_sizes
 
 try:
     import pyarrow
@@ -54,7 +55,7 @@ def write_frame(writer: Any, frame: Frame) -> None:
     writer.write_with_metadata(pyarrow.record_batch([column], schema=_SCHEMA), frame.header)
 
 
-def read_frame(reader: Any, max_bytes: int) -> Frame | None:
+def read_frame(reader: Any, max_bytes: int, max_header: int = MAX_HEADER_BYTES) -> Frame | None:
     """Return the next message as a frame, or None when the other side has ended the stream.
 
     Raises:
@@ -68,7 +69,7 @@ def read_frame(reader: Any, max_bytes: int) -> Frame | None:
     if message.app_metadata is None:
         raise WorkerError("malformed message: it has no header")
     payload = memoryview(b"") if message.data is None else _payload(message.data)
-    check_sizes(message.app_metadata.size, len(payload), max_bytes)
+    check_sizes(message.app_metadata.size, len(payload), max_bytes, max_header)
     return Frame(message.app_metadata.to_pybytes(), payload)
 
 

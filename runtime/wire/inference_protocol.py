@@ -15,14 +15,19 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from google.protobuf.message import DecodeError, Message
 from tritonclient.grpc import service_pb2 as messages
 
 __all__ = [
     "COMPUTE_SECONDS",
     "DATATYPE",
+    "MAX_REQUEST_BYTES",
+    "MAX_RESPONSE_BYTES",
     "PUBLIC_ROWS_PARAMETER",
     "SERVICE",
+    "UNCOMPRESSED",
     "compute_seconds",
+    "fill",
     "messages",
     "with_raw_contents",
 ]
@@ -35,6 +40,74 @@ COMPUTE_SECONDS = "compute_seconds"
 
 PUBLIC_ROWS_PARAMETER = "public_rows"
 """Parameter of a request: multiply by the public rows in the worker's bundle; the client sends no tensor."""
+
+UNCOMPRESSED = ("grpc.compression_enabled_algorithms_bitset", 1)
+"""Option of a gRPC channel or server: messages come as they are. A compressed one may be a thousand times its bytes."""
+
+MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES = 64 << 10, 1 << 20
+"""Most bytes of a message beside its tensor: a request names one circuit, a response may list all."""
+
+_MOST_TENSORS = 16
+_RAW_FIELDS = frozenset({"raw_input_contents", "raw_output_contents"})
+_FIXED_BYTES = {1: 8, 5: 4}
+
+
+def fill(message: Message, content: bytes, most: int) -> None:
+    """Decode `content` into `message`, which is empty, after looking at the sizes of its parts.
+
+    An empty part takes two bytes on the wire and a hundred in memory, so that a large message of nothing would fill it.
+
+    Args:
+        message: of any type of the protocol.
+        content: bytes of somebody else.
+        most: bytes that it may have beside its tensor.
+
+    Raises:
+        ValueError: it is another message, or larger.
+    """
+    raw = {field.number for field in message.DESCRIPTOR.fields if field.name in _RAW_FIELDS}
+    if len(content) > most:
+        _check_parts(content, raw, most)
+    try:
+        message.ParseFromString(content)
+    except (DecodeError, RecursionError):
+        raise ValueError("it is no message of this protocol") from None
+
+
+def _check_parts(content: bytes, raw: set[int], most: int) -> None:
+    """Raise ValueError where more than `most` bytes, or too many tensors, are in a message; stops as soon as it knows."""
+    place, other, tensors = 0, 0, 0
+    while place < len(content):
+        start = place
+        tag, place = _read_varint(content, place)
+        kind = tag & 7
+        size = _FIXED_BYTES.get(kind, 0)
+        if kind == _WIRE_TYPE_BYTES:
+            size, place = _read_varint(content, place)
+        elif kind == 0:
+            _, place = _read_varint(content, place)
+        elif size == 0:
+            raise ValueError("it is no message of this protocol")
+        place += size
+        if kind == _WIRE_TYPE_BYTES and tag >> 3 in raw:
+            tensors += 1
+        else:
+            other += place - start
+        if other > most or tensors > _MOST_TENSORS:
+            raise ValueError("it is larger than any message of this protocol")
+
+
+def _read_varint(content: bytes, place: int) -> tuple[int, int]:
+    """Return an integer as protobuf encodes it, and the place after it. Raises ValueError where it does not end."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if place >= len(content):
+            break
+        value |= (content[place] & 0x7F) << shift
+        place += 1
+        if content[place - 1] < 0x80:
+            return value, place
+    raise ValueError("it is no message of this protocol")
 
 
 def compute_seconds(response: messages.ModelInferResponse) -> float:

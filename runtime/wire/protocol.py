@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from hecompile.errors import WorkerError
+from hecompile.foreign import finite, printable
 from hecompile.runtime.wire.framing import Buffer, Frame, read_header
 
 PROTOCOL_VERSION = 1
@@ -137,17 +138,17 @@ def decode_reply(frame: Frame) -> tuple[int, Reply]:
     header = read_header(frame)
     request_id, kind = _field(header, "id", int), _field(header, "kind", str)
     if kind == "error":
-        # The text comes from a machine that is not trusted and ends up on a terminal.
-        text = "".join(c if c.isprintable() else "?" for c in _field(header, "message", str)[:MAX_ERROR_CHARACTERS])
-        return request_id, ErrorReply(text)
+        return request_id, ErrorReply(printable(_field(header, "message", str), MAX_ERROR_CHARACTERS))
     if kind == "evaluate":
-        seconds = _field(header, "seconds", float)
-        if not (math.isfinite(seconds) and seconds >= 0):
-            raise WorkerError(f"malformed message: seconds is {seconds}")
+        seconds = finite(header.get("seconds"))
+        if seconds is None or seconds < 0:
+            raise WorkerError("malformed message: seconds is no number of seconds")
         return request_id, EvaluateReply(_planes(header, frame.payload), seconds)
     if kind == "hello":
         raw = _field(header, "circuits", dict)
-        circuits = {name: CircuitInfo(*_integers(sizes, 4, "circuits")) for name, sizes in raw.items()}
+        circuits = {
+            _checked_name(name, "circuits"): CircuitInfo(*_integers(sizes, 4, "circuits")) for name, sizes in raw.items()
+        }
         plan_id, engine = _name(header, "plan_id"), _name(header, "engine")
         return request_id, WorkerInfo(plan_id, engine, circuits, _field(header, "protocol", int))
     raise WorkerError(f"unknown reply kind {kind[:40]!r}; is there a hecompile worker at this address?")
@@ -161,15 +162,18 @@ def _bytes_of(planes: np.ndarray) -> memoryview:
 
 def _field(header: dict[str, Any], name: str, kind: type) -> Any:
     value = header.get(name)
-    if kind is float and type(value) is int:
-        kind = int
     if type(value) is not kind:  # and not isinstance: JSON's true is no integer
         raise WorkerError(f"malformed message: {name} is {type(value).__name__}; needs {kind.__name__}")
+    if kind is int and abs(header[name]) >= 1 << 63:
+        raise WorkerError(f"malformed message: {name} is no integer of 64 bits")
     return value
 
 
 def _name(header: dict[str, Any], name: str) -> str:
-    value: str = _field(header, name, str)
+    return _checked_name(_field(header, name, str), name)
+
+
+def _checked_name(value: str, name: str) -> str:
     if not 0 < len(value) <= MAX_NAME_CHARACTERS or not value.isascii() or not value.isprintable():
         raise WorkerError(f"malformed message: {name} is not 1 to {MAX_NAME_CHARACTERS} printable ASCII characters")
     return value

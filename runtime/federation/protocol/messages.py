@@ -14,11 +14,14 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hecompile.errors import FederationError
+from hecompile.foreign import parse_json, printable
 from hecompile.runtime.federation.protocol.settings import RoundHeader
 
 VERSION = 2
 """Version of the messages. Those of version 1 do not say theirs; its rounds have no confirmations."""
 _BLOB = "$blob"
+_MOST_HEAD_BYTES = 4 << 20
+"""JSON takes up to thirty times its bytes in memory; a participant takes a few hundred bytes of it."""
 
 
 class Message(BaseModel):
@@ -159,14 +162,17 @@ def read_as(kind: type[M], data: bytes) -> M:
 def _read(data: bytes, kinds: Mapping[str, type[Message]]) -> Message:
     try:
         size = int.from_bytes(data[:8], "little")
-        head = json.loads(data[8 : 8 + size])
+        if size > _MOST_HEAD_BYTES:
+            raise ValueError
+        head = parse_json(data[8 : 8 + size])
         version = head.get("version", 1)
         if version == VERSION:
             return _message(head, data, 8 + size, kinds)
-    except (AttributeError, ValueError, KeyError, TypeError, IndexError, RecursionError, ValidationError):
+        theirs = printable(version, 9)
+    except (AttributeError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError, ValidationError):
         raise FederationError("a message of the federation is malformed or cut short") from None
     raise FederationError(
-        f"the other side of the federation writes messages of version {str(version)[:9]}, this one {VERSION}: run the same "
+        f"the other side of the federation writes messages of version {theirs}, this one {VERSION}: run the same "
         "release of hecompile at the server and at all owners"
     )
 
@@ -187,7 +193,7 @@ def _message(head: dict[str, Any], data: bytes, at: int, kinds: Mapping[str, typ
 def expect(kind: type[M], message: Message) -> M:
     """Return the message if it is of that kind. Raises FederationError otherwise; for a refusal, with its reason."""
     if isinstance(message, Refusal):
-        raise FederationError(f"{message.name!r} refused: {message.reason}")
+        raise FederationError(f"{message.name[:200]!r} refused: {printable(message.reason)}")
     if not isinstance(message, kind):
         raise FederationError(f"a message {kind.kind!r} was due, got {message.kind!r}")
     return message

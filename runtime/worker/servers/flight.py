@@ -140,7 +140,7 @@ def _service(worker: Worker, max_message_bytes: int, calls: _Calls) -> type[Any]
             try:
                 if descriptor.command != COMMAND:
                     raise WorkerError(f"unknown command; this worker answers {COMMAND.decode()}")
-                frame = read_frame(reader, max_message_bytes)
+                frame = read_frame(reader, max_message_bytes, framing.MAX_REQUEST_HEADER_BYTES)
                 if frame is None:
                     raise WorkerError("malformed message: the call ended without a request")
                 with calls.compute():
@@ -191,7 +191,10 @@ def _listening_address(address: str, credentials: ServerCredentials, allow_plain
         raise InputError(f"{address} is no address of Arrow Flight; needs flight://host:port or flights://host:port")
     check_server_access(parsed, credentials, allow_plaintext_network)
     if parsed.tls and not parsed.is_loopback and not credentials.authenticates:
-        LOGGER.warning("everybody who reaches %s is served: neither tokens nor client certificates are required", address)
+        LOGGER.warning(
+            "everybody who reaches %s is served: neither tokens nor client certificates are required. Arrow unpacks what "
+            "they send before its size is checked; require tokens or certificates, or listen on grpcs://", address,
+        )  # fmt: skip
     return parsed
 
 

@@ -13,6 +13,7 @@ from hecompile.runtime.wire import framing
 from hecompile.runtime.wire.address import TcpAddress
 from hecompile.runtime.wire.connections import SEND_TIMEOUT_SECONDS
 from hecompile.runtime.wire.credentials import ServerCredentials
+from hecompile.runtime.wire.inference_protocol import UNCOMPRESSED
 from hecompile.runtime.wire.network import check_server_access
 from hecompile.runtime.worker.servers.oip_service import OipService
 from hecompile.runtime.worker.worker import Worker
@@ -60,6 +61,7 @@ class OipServer:
             options=(
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),
+                UNCOMPRESSED,
                 ("grpc.so_reuseport", 0),  # or a second worker on the same port would take half of the requests
             ),
             maximum_concurrent_rpcs=max_requests,

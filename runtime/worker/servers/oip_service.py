@@ -9,7 +9,7 @@ import importlib.metadata
 import logging
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -20,11 +20,14 @@ from hecompile.bundles.public_rows import base_name
 from hecompile.bundles.triton_repository import INPUT_NAME, MODEL_VERSION, OUTPUT_NAME
 from hecompile.bundles.worker import CircuitSpec
 from hecompile.errors import HecompileError, WorkerError
+from hecompile.files import read_whole
 from hecompile.runtime.wire.inference_protocol import (
     COMPUTE_SECONDS,
     DATATYPE,
+    MAX_REQUEST_BYTES,
     PUBLIC_ROWS_PARAMETER,
     SERVICE,
+    fill,
     messages,
     with_raw_contents,
 )
@@ -32,10 +35,12 @@ from hecompile.runtime.wire.protocol import EvaluateReply, EvaluateRequest, Requ
 from hecompile.runtime.worker.worker import Worker, handle
 
 LOGGER = logging.getLogger(__name__)
+_MOST_CONFIG_BYTES = 64 << 10
 SHOWN_CHARACTERS = 80
 """Most characters of a client's text that an error repeats."""
 
 Response = TypeVar("Response")
+Method = Callable[[Any, grpc.ServicerContext], object]
 
 
 class _Refusal(WorkerError):
@@ -67,12 +72,11 @@ class OipService:
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the handlers for a gRPC server.
 
-        The generated ones would serialise a message, while `ModelInfer` returns bytes already.
+        They take and return bytes. gRPC keeps all that it has of a call whose message its own decoder refuses.
         """
         methods = {
             name: grpc.unary_unary_rpc_method_handler(
-                getattr(self, name),
-                request_deserializer=getattr(messages, f"{name}Request").FromString,
+                _decoded(getattr(self, name), getattr(messages, f"{name}Request")),
                 response_serializer=None if name == "ModelInfer" else _serialised,
             )
             for name in self.METHODS
@@ -132,9 +136,13 @@ class OipService:
     def _config(self, spec: CircuitSpec) -> messages.ModelConfigResponse:
         if spec.config is None:
             raise _Refusal(grpc.StatusCode.NOT_FOUND, f"circuit {spec.name} is no model of the repository")
-        text = (self._worker.bundle.directory / spec.config.path).read_text(encoding="utf-8")
+        path = self._worker.bundle.directory / spec.config.path
         response = messages.ModelConfigResponse()
-        text_format.Parse(text, response.config)
+        try:
+            text_format.Parse(read_whole(path, _MOST_CONFIG_BYTES).decode(), response.config)
+        except Exception as error:  # a parser may raise anything for text that somebody made up
+            LOGGER.warning("%s is no configuration of a model: %s", path, type(error).__name__)
+            raise _Refusal(grpc.StatusCode.FAILED_PRECONDITION, f"the configuration of {spec.name} is damaged") from None
         return response
 
     def _infer(self, request: messages.ModelInferRequest, context: grpc.ServicerContext) -> bytes:
@@ -199,6 +207,23 @@ def _answer(context: grpc.ServicerContext, method: Callable[[], Response]) -> Re
     LOGGER.warning("refused a request: %s", text)
     context.abort(code, text)
     raise AssertionError("abort returns never")
+
+
+def _decoded(method: Method, kind: type[Message]) -> Callable[[bytes, grpc.ServicerContext], object]:
+    """Return `method` as a function of the bytes of its request, which refuses those that are no message of that kind."""
+
+    def answer(content: bytes, context: grpc.ServicerContext) -> object:
+        request = kind()
+        try:
+            fill(request, content, MAX_REQUEST_BYTES)
+        except ValueError as error:
+            text = f"malformed request: {error}"
+        else:
+            return method(request, context)
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
+        raise AssertionError("abort returns never")
+
+    return answer
 
 
 def _serialised(message: Message) -> bytes:
