@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -47,21 +50,25 @@ class NetworkOptions:
         bool, typer.Option(help="Listen on an address other machines can reach, without authentication or TLS.")
     ] = False
 
-    def credentials(self, listen: str) -> ServerCredentials:
+    @contextmanager
+    def credentials(self, listen: str) -> Iterator[tuple[ServerCredentials, Callable[[], None]]]:
         """Read the files, or make development credentials for the address `listen`.
 
+        Yields the credentials and a function that says that they are used: new ones are removed where it was not called.
         Raises InputError for files that are damaged or missing and for options that exclude each other.
         """
         from hecompile.runtime.wire.credentials import ServerCredentials
 
         named = (self.tls_certificate, self.tls_key, self.client_authority, self.token_file)
         if self.development_certificates is None:
-            return ServerCredentials.load(*named)
+            yield ServerCredentials.load(*named), lambda: None
+            return
         if any(path is not None for path in named):
             raise InputError("--development-certificates stands in place of the four other options; drop it or them")
         from hecompile.runtime.wire.development_certificates import development_credentials
 
-        return development_credentials(self.development_certificates, listen)
+        with development_credentials(self.development_certificates, listen) as made:
+            yield made
 
 
 @dataclass(frozen=True)
@@ -127,22 +134,27 @@ def worker_serve(
     from hecompile.runtime.worker.worker import Worker
 
     logs.set_up()
-    credentials = network.credentials(listen)
-    opened = WorkerBundle.open(bundle)
-    if layers is not None:
-        opened = shard(opened, parse_layers(layers))
-    chosen: Engine = create_engine(engine, opened)
-    if logs.metrics is not None:
-        chosen = metered = MeteredEngine(chosen)
-        host, port = metered.serve(logs.metrics)
-        logging.getLogger(__name__).info("metrics at http://%s:%d/metrics", host, port)
-    serve(
-        Worker(opened, chosen),
-        listen,
-        ready=lambda address: tell_address(logs.events, address),
-        credentials=credentials,
-        allow_plaintext_network=network.allow_plaintext_network,
-    )
+    with network.credentials(listen) as (credentials, keep):
+        opened = WorkerBundle.open(bundle)
+        if layers is not None:
+            opened = shard(opened, parse_layers(layers))
+        chosen: Engine = create_engine(engine, opened)
+        if logs.metrics is not None:
+            chosen = metered = MeteredEngine(chosen)
+            host, port = metered.serve(logs.metrics)
+            logging.getLogger(__name__).info("metrics at http://%s:%d/metrics", host, port)
+
+        def ready(address: str) -> None:
+            keep()
+            tell_address(logs.events, address)
+
+        serve(
+            Worker(opened, chosen),
+            listen,
+            ready=ready,
+            credentials=credentials,
+            allow_plaintext_network=network.allow_plaintext_network,
+        )
 
 
 @worker_app.command("deploy")
@@ -155,12 +167,21 @@ def worker_deploy(
 
     from hecompile.runtime.worker.servers.fleet import deploy, load_fleet, stop
 
+    def interruptible() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+
     loaded = load_fleet(fleet)
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
+    running = False
+    interruptible()  # also while the fleet starts, which may take minutes
     try:
-        print(f"workers: {deploy(loaded)}", flush=True)
-        stopped.wait()
+        address = deploy(loaded, lambda text: print(text, file=sys.stderr, flush=True))
+        interruptible()  # Ray has handlers of its own
+        running = True
+        print(f"workers: {address}", flush=True)
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        if not running:
+            raise
     finally:
         stop()

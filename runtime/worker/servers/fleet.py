@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from hecompile.extras import install_command
 from hecompile.runtime.recipes.document import load_document, resolve_paths
 from hecompile.runtime.recipes.section import Section
 from hecompile.runtime.wire.address import UnixAddress, parse_address
+from hecompile.runtime.worker.servers.fleet_room import await_workers, check_room
 from hecompile.runtime.worker.shards import layer_count, shard, split_layers
 
 APPLICATION, REGISTRY = "hecompile", "hecompile-registry"
@@ -153,14 +155,18 @@ class Directory:
         return {"plan_id": self._plan_id, "workers": await self._registry.workers.remote()}
 
 
-def deploy(fleet: FleetFile) -> str:
-    """Start the fleet; returns the address of its directory once every replica is up.
+def deploy(fleet: FleetFile, tell: Callable[[str], None] = lambda text: None) -> str:
+    """Start the fleet; returns the address of its directory once every replica is up. An interrupt ends it at once.
 
     It runs on the Ray cluster that this process is connected to, or on a new one of this machine.
 
+    Args:
+        fleet: what is started.
+        tell: takes a line about what is waited for, every few seconds.
+
     Raises:
-        InputError: Ray is not installed, the bundle cannot be opened or cut into so many shards, or the replicas did not
-            start.
+        InputError: Ray is not installed, the bundle cannot be opened or cut into so many shards, the cluster has no room for
+            the replicas, or they did not start.
     """
     try:
         import ray
@@ -171,12 +177,14 @@ def deploy(fleet: FleetFile) -> str:
     ranges = split_layers(layer_count(bundle), fleet.shards)
     if not ray.is_initialized():
         ray.init(namespace=APPLICATION, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    check_room(fleet, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     # num_cpus=0: it only keeps a list.
     registry = ray.remote(Registry).options(
         name=REGISTRY, namespace=APPLICATION, lifetime="detached", get_if_exists=True, num_cpus=0
     ).remote()  # fmt: skip
     serve.start(http_options={"host": "127.0.0.1", "port": fleet.http_port})
     resources = {"num_cpus": fleet.cpus_per_replica, "num_gpus": fleet.gpus_per_replica}
+    targets = []
     for index, layers in enumerate(ranges):
         worker = serve.deployment(
             ShardReplica,
@@ -185,14 +193,18 @@ def deploy(fleet: FleetFile) -> str:
             ray_actor_options=resources,
             health_check_period_s=HEALTH_SECONDS,
         )
-        serve.run(worker.bind(fleet, (layers.start, layers.stop)), name=f"{APPLICATION}-{index}", route_prefix=None)
+        bound = worker.bind(fleet, (layers.start, layers.stop))
+        targets.append(serve.RunTarget(bound, name=f"{APPLICATION}-{index}", route_prefix=None))
     directory = serve.deployment(Directory, name="directory", ray_actor_options={"num_cpus": 0})
-    serve.run(directory.bind(bundle.plan_id), name=APPLICATION, route_prefix="/workers")
-    deadline = time.monotonic() + _START_SECONDS
-    while len(ray.get(registry.workers.remote())) < fleet.shards * fleet.replicas:
-        if time.monotonic() > deadline:
-            raise InputError("the workers did not all start: see Ray's logs, and whether it has the CPUs and GPUs asked for")
-        time.sleep(0.2)
+    targets.append(serve.RunTarget(directory.bind(bundle.plan_id), name=APPLICATION, route_prefix="/workers"))
+    # Not waited for in there, where nothing is said and no time is limited.
+    serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    await_workers(
+        lambda: len(ray.get(registry.workers.remote())),
+        fleet.shards * fleet.replicas,
+        lambda: {name: (str(one.status.value), one.message) for name, one in serve.status().applications.items()},
+        tell,
+    )
     return f"http://127.0.0.1:{fleet.http_port}/workers"
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import socket
 import ssl
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from hecompile.errors import InputError
+from hecompile.runtime.wire import development_certificates
 from hecompile.runtime.wire.credentials import ClientCredentials, ServerCredentials
 from hecompile.runtime.wire.development_certificates import (
     AUTHORITY,
@@ -19,8 +22,11 @@ from hecompile.runtime.wire.development_certificates import (
     SERVER,
     SERVER_KEY,
     TOKEN,
+    development_credentials,
     make_development_certificates,
 )
+from hecompile.runtime.worker.process import serve_command
+from tests.support.bundles import extreme_weight, write_bundle
 
 
 @pytest.fixture
@@ -115,3 +121,61 @@ def test_a_host_that_no_certificate_can_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no certificate can be made for the hosts my_host"):
         make_development_certificates(tmp_path / "made", ("my_host",))
     assert not (tmp_path / "made").exists()
+
+
+FILES = {AUTHORITY, SERVER, SERVER_KEY, CLIENT, CLIENT_KEY, TOKEN, ".gitignore"}
+
+
+def test_certificates_of_a_server_that_never_listened_are_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "keys"
+    with pytest.raises(InputError, match="in use"), development_credentials(folder, "grpcs://127.0.0.1:0"):
+        assert {path.name for path in folder.iterdir()} == FILES
+        raise InputError("the address is in use")
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "notes").write_text("mine")
+    with pytest.raises(InputError), development_credentials(folder, "grpcs://127.0.0.1:0"):
+        raise InputError("the address is in use")
+    assert [path.name for path in folder.iterdir()] == ["notes"]
+
+
+def test_certificates_that_are_used_stay_and_serve_again(tmp_path: Path) -> None:
+    folder = tmp_path / "keys"
+    with development_credentials(folder, "grpcs://127.0.0.1:0") as (first, keep):
+        keep()
+    with pytest.raises(InputError), development_credentials(folder, "grpcs://127.0.0.1:0") as (second, _):
+        raise InputError("the address is in use")
+    assert {path.name for path in folder.iterdir()} == FILES and second == first
+
+
+def test_git_does_not_see_them(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    make_development_certificates(tmp_path / "some" / "keys")
+    command = ["git", "status", "--porcelain", "-uall"]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert shown.stdout == ""
+
+
+def test_certificates_that_cannot_all_be_written_leave_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = development_certificates.create_private
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == TOKEN:
+            raise OSError(28, "No space left on device")
+        create(path, content)
+
+    monkeypatch.setattr(development_certificates, "create_private", full)
+    with pytest.raises(InputError, match="No space left"):
+        make_development_certificates(tmp_path / "keys")
+    assert not (tmp_path / "keys").exists()
+
+
+def test_a_worker_that_cannot_listen_leaves_no_keys(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "worker", {"linear": (extreme_weight(8, 6), 3, 2)})
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"grpcs://127.0.0.1:{taken.getsockname()[1]}"
+        command = [*serve_command(tmp_path / "worker"), "--listen", listen]
+        command += ["--development-certificates", str(tmp_path / "keys")]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 2 and "cannot listen" in ended.stderr
+    assert not (tmp_path / "keys").exists()
