@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hecompile.errors import InputError
+from hecompile.errors import FederationError, InputError
 from hecompile.files import only_writer
 from hecompile.he.aggregation.parameters import CLIENT_LIMIT
 from hecompile.runtime.federation.local import LocalTrainer
@@ -89,8 +89,17 @@ def _beginning_first(train: Train, recipe: FederationRecipe, name: str, replaces
 
 
 def save_finished(recipe: FederationRecipe, name: str, local: LocalModel, finished: Finished) -> Path:
-    """Save an owner's copy of the final global adapter, and return its directory."""
-    adapter = np.frombuffer(finished.adapter, dtype="<f4")
+    """Save an owner's copy of the final global adapter, and return its directory.
+
+    Raises FederationError for one of another size, or with values that are not finite; nothing is written then.
+    """
+    whole = len(finished.adapter) == 4 * local.layout.size
+    adapter = np.frombuffer(finished.adapter if whole else b"", dtype="<f4")
+    if not whole or not np.isfinite(adapter).all():
+        raise FederationError(
+            f"the server ended with an adapter of {len(finished.adapter)} bytes that is not the federation's: "
+            f"{local.layout.size} finite values of 4 bytes"
+        )
     return local.save(adapter, recipe.training.output_dir / name / ADAPTER_DIR, recipe.model)
 
 

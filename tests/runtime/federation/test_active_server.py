@@ -5,18 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 
 from hecompile.errors import FederationError
+from hecompile.models import TINY_LLAMA
+from hecompile.runtime.federation.local_model import LocalModel
+from hecompile.runtime.federation.owner import save_finished
 from hecompile.runtime.federation.protocol.keyring import DirectoryKeys, MemoryKeys, RoundKeys
-from hecompile.runtime.federation.protocol.messages import Confirmation, Contributors, Message, Opening, SumShare
+from hecompile.runtime.federation.protocol.messages import (
+    Confirmation,
+    Contributors,
+    Finished,
+    Message,
+    Opening,
+    SumShare,
+)
 from hecompile.runtime.federation.protocol.participant import Participant
 from hecompile.runtime.federation.protocol.rounds import Federation
 from hecompile.runtime.federation.protocol.server_round import ServerRound
 from hecompile.runtime.federation.protocol.settings import Agreement, FederationSection
-from tests.runtime.federation.conftest import World, make_world
+from hecompile.runtime.federation.recipe import load_federation
+from tests.runtime.federation.conftest import LAYOUT, World, make_world
 
 
 def contributed(world: World, number: int = 1) -> ServerRound:
@@ -145,6 +158,15 @@ def test_owners_are_not_shown_different_adapters() -> None:
 
     with pytest.raises(FederationError, match="the adapter sent to 'owner-2' is not the one"):
         world.federation.round(1, world.adapter, world.scripted(None, another))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 7, b"\x00" * 4, np.full(LAYOUT.size, np.nan, "<f4").tobytes()])
+def test_a_last_adapter_that_is_none_is_not_saved(tmp_path: Path, content: bytes) -> None:
+    loaded = load_federation(TINY_LLAMA.parent / "recipes/federation.yaml", [f"training.output_dir={tmp_path}"])
+    local = cast("LocalModel", SimpleNamespace(layout=LAYOUT))
+    with pytest.raises(FederationError, match=r"with an adapter of .* bytes that is not the federation's"):
+        save_finished(loaded, "owner-1", local, Finished(adapter=content, rounds=1))
+    assert not list(tmp_path.iterdir())
 
 
 Restart = Callable[[World], None]
