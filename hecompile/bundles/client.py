@@ -25,6 +25,7 @@ import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from hecompile.bundles.kinds import CLIENT_FORMAT, MANIFEST, MAX_MANIFEST_BYTES, BundleKind, explain_mix_up
+from hecompile.bundles.mapped_constants import map_constants
 from hecompile.errors import HecompileError, InputError
 from hecompile.files import file_sha256, missing_path_hint, read_whole, unreadable
 from hecompile.foreign import parse_json, printable
@@ -186,7 +187,11 @@ class ClientBundle:
     def _parsed(self) -> ir.Model:
         """Parse the plan's file, once for as long as the bundle is open. Nobody changes what this returns."""
         try:
-            return ir.load(self.directory / PLAN)
+            model = ir.load(self.directory / PLAN)
+            map_constants(model, self.directory / PLAN_DATA)
+            return model
+        except OSError as error:
+            raise unreadable(self.directory / PLAN, error, _REMEDY) from error
         except Exception as error:  # protobuf and onnx_ir raise many kinds for a file that is no model
             raise InputError(f"{self.directory / PLAN} cannot be read; {_REMEDY}") from error
 
@@ -208,7 +213,8 @@ class ClientBundle:
         stored = manifest.plan.circuits if manifest.plan.hints == "stored" else ()
         hints = (f"{HINTS}/{circuit}.npy" for circuit in stored)
         checks = (f"{CHECKS}/{circuit}.npy" for circuit in manifest.plan.circuits)
-        for needed in (PLAN, *hints, *checks):
+        data = (PLAN_DATA,) if (directory / PLAN_DATA).exists() else ()
+        for needed in (PLAN, *data, *hints, *checks):
             if needed not in listed:
                 raise InputError(f"{directory / MANIFEST} is damaged: {needed} is not listed; {_REMEDY}")
         _refuse_strangers(directory, listed)

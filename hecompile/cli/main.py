@@ -20,6 +20,7 @@ from hecompile.cli.export import export_llama
 from hecompile.cli.federate import federate, federation_app
 from hecompile.cli.infer import infer
 from hecompile.cli.inspect import inspect
+from hecompile.cli.output import prepare_output
 from hecompile.cli.privacy import privacy
 from hecompile.cli.train import train
 from hecompile.cli.worker import worker_app
@@ -72,8 +73,12 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Client and worker may share the cores: a thread that spins while it waits would take them from the other side.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    prepare_output()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except HecompileError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

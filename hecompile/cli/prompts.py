@@ -14,6 +14,7 @@ from hecompile.errors import InputError
 if TYPE_CHECKING:  # imported when a command runs: help is to be quick
     from hecompile.runtime.inference.answers import Prompt
 
+_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 Prompts = Annotated[list[str] | None, typer.Argument(help="Prompts, each in quotes.")]
 PromptsFile = Annotated[
     Path | None,
@@ -46,5 +47,12 @@ def gather_prompts(prompts: Sequence[str] | None, file: Path | None) -> list[Pro
 
 
 def print_answer(prompts: Sequence[Prompt], number: int, answer: str) -> None:
-    """Print the answer to a prompt; where there are several prompts, with the prompt and a tab before it."""
-    print(f"{prompts[number].text}\t{answer}" if len(prompts) > 1 else answer, flush=True)
+    """Print the answer to a prompt; where there are several prompts, as a line with the prompt and a tab before it.
+
+    Tabs, ends of lines and backslashes of their own are then written as in C, so that the line can be taken apart.
+    """
+    print(f"{_in_one_line(prompts[number].text)}\t{_in_one_line(answer)}" if len(prompts) > 1 else answer, flush=True)
+
+
+def _in_one_line(text: str) -> str:
+    return text.translate(_ESCAPES)

@@ -61,7 +61,9 @@ class Sampling:
         """Choose the next token from logits f32 [V]."""
         if self.temperature == 0:
             return int(logits.argmax())
-        probabilities, tokens = torch.softmax(logits / self.temperature, dim=0).sort(descending=True, stable=True)
+        # In float64 and below 0, where the smallest temperature gives 0 or -inf and never inf - inf.
+        scaled = (logits.double() - logits.max()) / self.temperature
+        probabilities, tokens = torch.softmax(scaled.float(), dim=0).sort(descending=True, stable=True)
         before = probabilities.cumsum(0) - probabilities  # of the tokens that are more likely
         kept = torch.where(before < self.top_p, probabilities, 0.0)
         return int(tokens[torch.multinomial(kept, 1, generator=generator)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -20,6 +22,8 @@ from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
 from hecompile.errors import InputError, SecurityError, WorkerError
 from hecompile.graph.interpreter import Interpreter
 from hecompile.graph.ir import print_model
+from hecompile.he.check_store import CheckStore
+from hecompile.he.hints import HintStore
 from hecompile.he.parameters import RingParameters
 from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.plan.encrypted_linear import encrypted_linear_model
@@ -236,3 +240,64 @@ def test_worker_without_all_circuits_is_refused(build: Path, tmp_path: Path) -> 
     worker = other_worker(build, tmp_path / "worker", client.plan_id, 3)
     with pytest.raises(WorkerError, match="the worker lacks 13 circuits of this plan, first: model"):
         EncryptedProducts(client, InProcessTransport(Worker(worker).exchange))
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_an_open_plan_holds_no_descriptors(build: Path) -> None:
+    """A mapping needs none; with one for each constant and hint, 80 layers pass the usual limit of 1024."""
+    before = descriptors()
+    bundle = ClientBundle.open(build / "client")
+    graph = bundle.graph()
+    worker = Worker(WorkerBundle.open(build / "worker"))
+    store = HintStore(bundle.hints, bundle.ring, cache_bytes=0)
+    hints = [store.hint(name, linear.out_features, np.float32) for name, linear in bundle.circuits.items()]
+    weights = [worker.bundle.weight_digits(name) for name in worker.bundle.circuits]
+    assert len(hints) == 16 and weights and graph is not None
+    assert descriptors() == before
+
+
+def test_the_lack_of_descriptors_is_named_and_not_blamed_on_the_files(
+    build: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = ClientBundle.open(build / "client")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    store, name = HintStore(bundle.hints, bundle.ring, cache_bytes=0), "model.layers.0.self_attn.o_proj.forward"
+    worker = WorkerBundle.open(build / "worker")
+    monkeypatch.setattr(Path, "open", full)
+    for attempt in (
+        lambda: store.hint(name, 32),
+        lambda: CheckStore(bundle.checks).checks(name, bundle.circuits[name]),
+        lambda: worker.weight_digits("known_answer"),
+        lambda: ClientBundle.open(build / "client"),
+        lambda: WorkerBundle.open(build / "worker"),
+    ):
+        with pytest.raises(InputError, match=r"too many files open; raise the limit \(`ulimit -n 4096`\)") as caught:
+            attempt()
+        assert "again with" not in str(caught.value) and "setup" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", ["location", "offset", "length"])
+def test_a_constant_beyond_the_plans_data_is_refused(client: Path, change: str) -> None:
+    model = onnx.load(client / "plan.onnx", load_external_data=False)
+    outside = [tensor for tensor in model.graph.initializer if tensor.external_data]
+    assert outside
+    if change == "length":
+        outside[0].dims[0] = 1 << 40
+    else:
+        (entry,) = (entry for entry in outside[0].external_data if entry.key == change)
+        entry.value = "manifest.json" if change == "location" else str(1 << 40)
+    (client / "plan.onnx").write_bytes(model.SerializeToString())
+
+    def fits(manifest: dict[str, Any]) -> None:
+        (record,) = (record for record in manifest["files"] if record["path"] == "plan.onnx")
+        content = (client / "plan.onnx").read_bytes()
+        record.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+    edit_manifest(client, fits)
+    assert "plan.onnx cannot be read" in refused(client) or "is not the graph" in refused(client)
