@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import Enum
 from pathlib import Path
 
-from hecompile.files import did_you_mean, read_whole
+from hecompile.files import missing_path_hint, read_whole
 from hecompile.foreign import parse_json
 
 MAX_MANIFEST_BYTES = 1 << 26
@@ -69,9 +69,8 @@ def explain_mix_up(directory: Path, wanted: BundleKind) -> str | None:
 
     Also that there is nothing at all. None where it is of that kind, or nothing is known of it.
     """
-    if not directory.exists():
-        file = MANIFEST if wanted.command == "export llama" else PLAN
-        return f"{directory} is not a {wanted}: {file} is missing, for there is no such directory{did_you_mean(directory)}"
+    if (missing := missing_path_hint(directory)) is not None:
+        return missing
     inside, beside = directory / wanted.half, directory.parent / wanted.half
     here = kind_of(directory)
     if here is None and kind_of(inside) is wanted:

@@ -60,8 +60,8 @@ def test_an_answer_ends_where_hugging_faces_does(tmp_path: Path, file: str) -> N
     ids = torch.tensor([make_tokenizer()(TEXT)["input_ids"]])
     wanted = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=MOST, do_sample=False)
     assert wanted.shape[1] - ids.shape[1] == 1
-    reply = answer(made, completion="")
-    assert (reply.tokens, reply.finish, reply.match) == (1, "eos", True)
+    reply = answer(made)
+    assert (reply.tokens, reply.finish) == (1, "eos")
 
 
 def test_the_ids_of_both_files_count(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
+import psutil
 import pytest
 
 from hecompile.bundles.worker import WorkerBundle
@@ -189,6 +190,8 @@ def test_killed_and_silent_workers_are_named(bundle: WorkerBundle) -> None:
         transport = connect(address, reply_timeout=1.0)
         open_connection(transport, PLAN_ID)
         process.send_signal(signal.SIGSTOP)
+        while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:  # a running thread could answer before
+            time.sleep(0.01)
         with pytest.raises(WorkerError, match=f"the worker at {address} was silent for 1 s; see its log"):
             transport.evaluate(CIRCUIT, planes)
         process.send_signal(signal.SIGCONT)
