@@ -142,7 +142,8 @@ class CkksSession:
         if overflowed or cut:
             raise HecompileError(
                 f"a value left ±{parameters.value_bound:.3g}, the range of a ciphertext: the text is of another kind than "
-                "the polynomials were made for, or the worker did not compute what it was asked to"
+                "the polynomials were made for (much shorter, or in other words), or the worker did not compute what it was "
+                "asked to"
             )
         # -1: known to be zero, as the logit of a token without an embedding is.
         numbers = np.where((index >= 0)[:, None], values[index], 0.0)  # [rows · V, B]

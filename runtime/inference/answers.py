@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,11 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from hecompile.errors import InputError
 from hecompile.files import only_writer, reason_of, write_whole
+from hecompile.foreign import printable
 from hecompile.runtime.client.session import Session
 from hecompile.runtime.inference.generation import Answer, CachedSteps, Sampling, generate
 from hecompile.runtime.model.data import Example, encode_example, eos_and_pad
 from hecompile.runtime.model.lines import parse_object, read_lines
 from hecompile.runtime.model.tokens import TextEncoder, encode_prompts, has_half_characters
+from hecompile.runtime.model.unknown_words import unknown_words
+
+LOGGER = logging.getLogger(__name__)
 
 JSON_SUFFIXES = (".jsonl", ".json")
 _KEYS = ("prompt", "completion")
@@ -131,6 +136,10 @@ def _infer(
     ends = session.model.answer_ends | {eos}
     encoder, longest = TextEncoder(tokenizer, eos), session.model.sequence_buckets[-1]
     encoded = encode_prompts(encoder, [(prompt.text, prompt.where) for prompt in prompts], longest)
+    for number, prompt in enumerate(prompts, start=1):
+        if unknown := unknown_words(tokenizer, prompt.text):
+            place = prompt.where or f"prompt {number}"
+            LOGGER.warning("%s: the model's vocabulary has no %r", place, printable(unknown[0], 60))
     wanted = [_wanted(encoder, prompt, longest) for prompt in prompts]
     partial = None if out is None else _Partial(out, _fingerprint(session, prompts, max_new_tokens, sampling))
     replies = {} if partial is None else partial.read()
