@@ -32,7 +32,7 @@ from hecompile.foreign import parse_json, printable
 from hecompile.graph.ir import print_model
 from hecompile.he.parameters import LinearParameters, RingParameters, RingParametersLiteral
 from hecompile.he.random.sampling import PublicSeed
-from hecompile.he.security import AMPLE_BITS, MINIMUM_BITS
+from hecompile.he.security import AMPLE_BITS, MINIMUM_BITS, show_bits
 
 LOGGER = logging.getLogger(__name__)
 
@@ -221,9 +221,9 @@ class ClientBundle:
         ring = manifest.plan.ring.ring()
         if ring.security_bits < AMPLE_BITS:
             LOGGER.warning(
-                "%s: its ring has %.0f bits for one secret, which sinks below %.0f after 2^%.0f blocks of tokens: "
+                "%s: its ring has %s for one secret, which sinks below %.0f after 2^%.0f blocks of tokens: "
                 "export again",
-                directory, ring.security_bits, MINIMUM_BITS, ring.security_bits - MINIMUM_BITS,
+                directory, show_bits(ring.security_bits), MINIMUM_BITS, ring.security_bits - MINIMUM_BITS,
             )  # fmt: skip
         circuits = {name: record.parameters() for name, record in manifest.plan.circuits.items()}
         bundle = cls(directory, manifest.plan_id, manifest.plan, ring, circuits)

@@ -5,9 +5,9 @@ one is divided off per multiplication. Level l has one exact scale, Δ_{l-1} = �
 "Approximate homomorphic encryption with reduced approximation error", CT-RSA 2022): ciphertexts of one level can be added as
 they are. Every prime is below 2^31, so that words are 32 bits.
 
-Security: log2 of the whole modulus, the special prime of the evaluation keys included, is at most what the Homomorphic
-Encryption Standard (Albrecht et al., 2018, table 1: classical, uniform ternary secret, σ = 3.2) allows at 128 bits. SEAL
-checks the same.
+Security: log2 of the whole modulus, the special prime of the evaluation keys included, is at most the largest for which the
+project's own table (`hecompile.he.security`) vouches for 128 bits. SEAL checks besides that the Homomorphic Encryption
+Standard (Albrecht et al., 2018, table 1) allows it, which alone would be too little.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ import numpy as np
 
 from hecompile.ckks.library import seal
 from hecompile.errors import InputError, SecurityError
+from hecompile.he.security import COST_MODEL, MINIMUM_BITS, largest_modulus_bits, security_bits
 
-MAX_MODULUS_BITS = {4096: 109, 8192: 218, 16384: 438, 32768: 881}
-"""Bits of the whole modulus at 128 bits of security, by ring_dim."""
+SIGMA = 3.2
+"""Standard deviation of SEAL's errors."""
+MAX_MODULUS_BITS = {ring_dim: largest_modulus_bits(ring_dim, SIGMA) for ring_dim in (4096, 8192, 16384, 32768)}
+"""Bits of the whole modulus at 128 bits of security, by ring_dim. A ring of 4096 has no room for a level. Nothing is known
+yet of longer moduli in rings of 32768."""
 BASE_PRIMES = 2
 SPECIAL_BITS = 31
 MAX_SCALE_BITS, MIN_SCALE_BITS = 30, 22
@@ -93,9 +97,9 @@ class CkksParameters:
             raise InputError(f"scale_bits must be {MIN_SCALE_BITS} to {MAX_SCALE_BITS}, got {literal.scale_bits}")
         if literal.modulus_bits > MAX_MODULUS_BITS[literal.ring_dim]:
             raise SecurityError(
-                f"{literal.levels} levels of {literal.scale_bits} bits take a modulus of {literal.modulus_bits} bits; 128 "
-                f"bits of security at ring dimension {literal.ring_dim} allow {MAX_MODULUS_BITS[literal.ring_dim]}: take a "
-                "larger ring dimension, or fewer levels and more refreshes"
+                f"{literal.levels} levels of {literal.scale_bits} bits take a modulus of {literal.modulus_bits} bits; "
+                f"{MINIMUM_BITS:.0f} bits of security ({COST_MODEL}) at ring dimension {literal.ring_dim} allow "
+                f"{MAX_MODULUS_BITS[literal.ring_dim]}: take a larger ring dimension, or fewer levels and more refreshes"
             )
         count = literal.levels + BASE_PRIMES
         bits = [literal.scale_bits] * count + [SPECIAL_BITS]
@@ -107,6 +111,11 @@ class CkksParameters:
     @property
     def ring_dim(self) -> int:
         return self.literal.ring_dim
+
+    @property
+    def security_bits(self) -> float:
+        """Return the bits of security by the table in `hecompile.he.security`."""
+        return security_bits(self.ring_dim, self.literal.modulus_bits, SIGMA)
 
     @property
     def slots(self) -> int:
@@ -212,12 +221,12 @@ def select(levels: int, precision: float = PRECISION) -> CkksParameters:
     literal = smallest(levels, precision)
     if literal is not None:
         return literal.validate()
-    ring_dim = max(MAX_MODULUS_BITS)
+    ring_dim = max(MAX_MODULUS_BITS, key=lambda dim: (MAX_MODULUS_BITS[dim], -dim))
     bits = min(MAX_SCALE_BITS, max(MIN_SCALE_BITS, int(np.ceil(precision + np.log2(ring_dim / np.sqrt(18))))))
     needed, most = CkksLiteral(ring_dim, levels, bits), MAX_MODULUS_BITS[ring_dim]
     deepest = (most - SPECIAL_BITS) // bits - BASE_PRIMES
     raise InputError(
-        f"no parameter set at 128 bits has {levels} levels and {precision:g} bits of precision: ring dimension {ring_dim}, "
-        f"the largest, allows a modulus of {most} bits, and they take {needed.modulus_bits} with {needed.error_bits:.1f} "
-        f"bits of precision. At {bits} bits a level {deepest} levels fit: refresh more often"
+        f"no parameter set at {MINIMUM_BITS:.0f} bits ({COST_MODEL}) has {levels} levels and {precision:g} bits of "
+        f"precision: ring dimension {ring_dim} allows a modulus of {most} bits, and they take {needed.modulus_bits} with "
+        f"{needed.error_bits:.1f} bits of precision. At {bits} bits a level {deepest} levels fit: refresh more often"
     )

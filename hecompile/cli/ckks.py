@@ -56,7 +56,9 @@ def export(
     holds the weights, with the adapter merged into them."""
     from rich.markup import escape
 
+    from hecompile.ckks.parameters import CkksParameters
     from hecompile.compiler.ckks import CkksOptions, export_polynomial
+    from hecompile.he.security import show_bits
 
     options = CkksOptions(
         sequence_length, levels, ring_dim, polynomials.attention, polynomials.norm, polynomials.activation, last_only,
@@ -69,7 +71,7 @@ def export(
     parameters = ", ".join(f"{name} {value}" for name, value in plan.parameters.items())
     console.print(
         f"{escape(str(out))}: depth {plan.depth}, {len(plan.refreshes)} refreshes of {refreshed} ciphertexts; {parameters}, "
-        "128 bits of security",
+        f"security {show_bits(CkksParameters.from_fields(plan.parameters).security_bits)}",
         soft_wrap=True,
     )
 

@@ -84,12 +84,14 @@ def _chosen(out: Path) -> str:
     """Say which ring a build has, with its security, and which precision was reached."""
     from hecompile.bundles.client import read_plan
     from hecompile.bundles.kinds import CLIENT
+    from hecompile.he.security import show_bits
     from hecompile.inspection.linear import reached_precision
 
     plan = read_plan(out / CLIENT)
     ring = plan.ring.ring()
-    security = f"{ring.security_bits:.0f} bits of security (lattice-estimator: MATZOV, classical)"
-    return f"ring {ring.ring_dim} x {ring.rank}, {security}\nprecision: {reached_precision(plan)}"
+    return f"ring {ring.ring_dim} x {ring.rank}, security {show_bits(ring.security_bits)}\n" + (
+        f"precision: {reached_precision(plan)}"
+    )
 
 
 def _compile(model: str, out: Path, options: CompileOptions, console: Console) -> str:

@@ -48,6 +48,7 @@ def federate(
 ) -> None:
     """Train one adapter from several owners' private data: a server process and one per owner over loopback sockets. The
     server adds encrypted updates and learns their sum alone."""
+    from hecompile.he.security import show_bits
     from hecompile.runtime.federation.launch import check_output, read_adapter, run_processes
     from hecompile.runtime.federation.report import accuracy_table, bytes_line, check_tables
 
@@ -56,7 +57,7 @@ def federate(
     agreement = loaded.agreement()
     console.print(
         f"{len(loaded.owners)} owners, {counted(agreement.section.rounds, 'round')}; {agreement.threshold} open a sum, "
-        f"at least {agreement.minimum} are in it; {agreement.parameters().security_bits:.0f} bits",
+        f"at least {agreement.minimum} are in it; {show_bits(agreement.parameters().security_bits)}",
         soft_wrap=True,
     )
     check_output(loaded, resume)

@@ -15,7 +15,7 @@ from hecompile.errors import InputError, SecurityError
 from hecompile.he.kernels.ring_shape import SMALLEST_RING_DIM
 from hecompile.he.random.sampling import ERROR_BOUND, SIGMA
 from hecompile.he.ring import SINGLE, rounding_error_bound
-from hecompile.he.security import MINIMUM_BITS, security_bits
+from hecompile.he.security import MINIMUM_BITS, security_bits, show_bits
 from hecompile.he.weight_norms import WeightNorms, measure_norms
 
 LOG_Q = 32
@@ -93,7 +93,7 @@ class RingParameters:
             )
         if not self.insecure and self.security_bits < MINIMUM_BITS:
             raise SecurityError(
-                f"{self.ring_dim} x {self.rank} gives {self.security_bits} bits, under {MINIMUM_BITS}: "
+                f"{self.ring_dim} x {self.rank} gives {show_bits(self.security_bits)}, under {MINIMUM_BITS:.0f}: "
                 f"take one of {', '.join(CATALOGUE)}"
             )
 

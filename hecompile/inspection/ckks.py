@@ -12,6 +12,7 @@ from hecompile.bundles.ckks import CkksPlan, open_worker, read_table
 from hecompile.ckks.circuit import PolynomialCircuit
 from hecompile.ckks.parameters import MAX_MODULUS_BITS, CkksParameters
 from hecompile.errors import InputError
+from hecompile.he.security import show_bits
 from hecompile.inspection.ckks_traffic import CkksTraffic, predicted_traffic
 from hecompile.inspection.polynomial import depth_table, node_table
 from hecompile.inspection.prediction import megabytes
@@ -72,8 +73,8 @@ def _plan_table(plan: CkksPlan, parameters: CkksParameters, traffic: CkksTraffic
         "ring dimension": str(parameters.ring_dim),
         "slots": f"{slots}, sequences per evaluation at most",
         "levels": f"{parameters.levels} of {literal.scale_bits} bits",
-        "modulus": f"{literal.modulus_bits} bits, the special prime included; {allowed} are allowed at 128 bits of security",
-        "security": "128 bits or more (Homomorphic Encryption Standard, ternary secret)",
+        "modulus": f"{literal.modulus_bits} bits, the special prime included; {allowed} are allowed",
+        "security": show_bits(parameters.security_bits),
         "depth of the graph": f"{plan.depth} levels without refreshes",
         "sequence": f"{plan.sequence_length} tokens; logits of "
         + ("the last one" if plan.last_only else "all of them"),

@@ -15,6 +15,7 @@ from hecompile.errors import InputError
 from hecompile.files import reason_of
 from hecompile.graph.ir import DOMAIN, module_path
 from hecompile.he.parameters import LinearParameters, RingParameters
+from hecompile.he.security import COST_MODEL, show_bits
 from hecompile.he.verification import tolerance
 from hecompile.inspection.prediction import megabytes, stored_hint_bytes
 from hecompile.plan.costs import hint_bytes
@@ -76,7 +77,7 @@ def circuit_table(bundle: ClientBundle) -> Table:
         "ring x rank",
         "limbs up",
         "bytes down",
-        "security",
+        f"security ({COST_MODEL})",
         "effective",
     ):
         table.add_column(heading, justify="left" if heading in ("linear", "direction") else "right", overflow="fold")
@@ -117,8 +118,8 @@ def totals_table(bundle: ClientBundle) -> Table:
     table.add_column("value", justify="right")
     lora = bundle.plan.lora
     rows = {
-        "security": f"{bundle.ring.security_bits:.0f} bits ({'ring' if bundle.ring.packed else 'module'} LWE, dimension "
-        f"{bundle.ring.lattice_dim}, q = 2^32)",
+        "security": f"{show_bits(bundle.ring.security_bits)}: {'ring' if bundle.ring.packed else 'module'} LWE, dimension "
+        f"{bundle.ring.lattice_dim}, q = 2^32",
         "precision": reached_precision(bundle.plan),
         "bytes per token, training step": f"{training.bytes_up} up, {training.bytes_down} down",
         "bytes per token, inference": f"{forward.bytes_up} up, {forward.bytes_down} down",

@@ -12,8 +12,11 @@ from hecompile.ckks.parameters import MAX_MODULUS_BITS, MAX_SCALE_BITS, CkksLite
 from hecompile.errors import InputError
 from hecompile.graph.ir import ATTENTION_OPERATORS, DOMAIN, attributes_of, module_path
 from hecompile.graph.legality import REFRESHED, check_stage
+from hecompile.he.security import COST_MODEL, MINIMUM_BITS
 from hecompile.polynomial.depth import CircuitCost, circuit_cost, elements, levels, product_kind
 from hecompile.polynomial.inputs import NORMS
+
+_RING = f"ring dimension at {MINIMUM_BITS:.0f} bits ({COST_MODEL})"
 
 
 def polynomial_file(path: Path) -> ir.Model:
@@ -99,11 +102,11 @@ def _modulus_rows(cost: CircuitCost, literal: CkksLiteral | None) -> tuple[tuple
     if literal is None:
         bits = cost.modulus_bits()
         none = f"none: at most {max(MAX_MODULUS_BITS.values())} bits are allowed; place refreshes"
-        return ((f"modulus bits at {MAX_SCALE_BITS} per level", str(bits)), ("ring dimension at 128 bits", none))
+        return ((f"modulus bits at {MAX_SCALE_BITS} per level", str(bits)), (_RING, none))
     allowed = MAX_MODULUS_BITS[literal.ring_dim]
     return (
-        (f"modulus bits at {literal.scale_bits} per level", f"{literal.modulus_bits} of {allowed} allowed at 128 bits"),
-        ("ring dimension at 128 bits", str(literal.ring_dim)),
+        (f"modulus bits at {literal.scale_bits} per level", f"{literal.modulus_bits} of {allowed} allowed"),
+        (_RING, str(literal.ring_dim)),
     )
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from transformers import PretrainedConfig
 
 from hecompile.he.parameters import CATALOGUE, RingParameters
+from hecompile.he.security import show_bits
 from hecompile.plan.costs import hint_bytes
 
 HINT_ROW_GROUP = 8
@@ -87,7 +88,7 @@ def prediction_table(size: ModelSize, weight_bits: int, tokens: int, ring: RingP
     for candidate in CATALOGUE.values() if ring is None else (ring,):
         table.add_row(
             f"{candidate.ring_dim} x {candidate.rank}",
-            f"{candidate.security_bits:.0f} bits",
+            show_bits(candidate.security_bits),
             megabytes(size.hint_file_bytes(candidate)),
             megabytes(size.plan_bytes),
             f"about {megabytes(size.client_resident_bytes(candidate, tokens))}",

@@ -14,7 +14,7 @@ from hecompile.errors import LegalityError, SecurityError
 from hecompile.graph.ir import PLACEMENT, attributes_of, nodes_of_type
 from hecompile.graph.legality import CLIENT_PLAN, check_stage
 from hecompile.he.parameters import LinearParameters, RingParameters
-from hecompile.he.security import MINIMUM_BITS
+from hecompile.he.security import MINIMUM_BITS, show_bits
 from hecompile.he.weight_norms import measure_norms
 from hecompile.plan.circuits import DIRECTIONS, RemoteCircuit, SplitPlan, effective_bits
 
@@ -33,7 +33,9 @@ class Validate:
         """Check `plan` and change nothing. Raises LegalityError or SecurityError."""
         check_stage(plan.client, CLIENT_PLAN)
         if self.ring.insecure or self.ring.security_bits < MINIMUM_BITS:
-            raise SecurityError(f"the ring gives {self.ring.security_bits} bits of security, under {MINIMUM_BITS}")
+            raise SecurityError(
+                f"the ring gives {show_bits(self.ring.security_bits)} of security, under {MINIMUM_BITS:.0f}"
+            )
         circuits = {circuit.name: circuit for circuit in plan.circuits}
         self._check_matching(plan, circuits)
         for circuit in plan.circuits:

@@ -17,7 +17,7 @@ from hecompile.errors import FederationError, InputError, SecurityError
 from hecompile.he.parameters import CATALOGUE, LOG_Q, RingParameters
 from hecompile.he.random.sampling import ERROR_BOUND, SIGMA
 from hecompile.he.ring import rounding_error_bound
-from hecompile.he.security import MINIMUM_BITS, security_bits
+from hecompile.he.security import MINIMUM_BITS, security_bits, show_bits
 
 SAMPLES = 4
 """Number of samples of width SIGMA whose sum is a coordinate of a key or an error, of width √SAMPLES · SIGMA."""
@@ -57,7 +57,7 @@ class AggregationParameters:
             raise InputError(f"upload_bytes must be 3 or 4, got {self.upload_bytes}")
         if not self.ring.insecure and self.security_bits < MINIMUM_BITS:
             raise SecurityError(
-                f"{self.ring.ring_dim} x {self.ring.rank} gives {self.security_bits:.1f} bits for sums over "
+                f"{self.ring.ring_dim} x {self.ring.rank} gives {show_bits(self.security_bits)} for sums over "
                 f"{self.max_clients} clients, under {MINIMUM_BITS}: take a larger ring, e.g. 2048x1"
             )
 

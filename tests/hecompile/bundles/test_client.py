@@ -194,7 +194,10 @@ def test_an_old_ring_without_margin_is_opened_with_a_warning(client: Path, caplo
     assert "export again" not in caplog.text
     edit_manifest(client, lambda m: m["plan"]["ring"].update({"ring_dim": 256, "rank": 5, "packed": False}), rehash=True)
     assert ClientBundle.open(client).ring == RingParameters(256, 5)
-    assert "134 bits for one secret, which sinks below 128 after 2^6 blocks of tokens: export again" in caplog.text
+    assert (
+        "134 bits (MATZOV, classical) for one secret, which sinks below 128 after 2^6 blocks of tokens: export again"
+        in caplog.text
+    )
 
 
 def test_a_ring_that_the_kernels_are_not_for_is_refused(client: Path) -> None:

@@ -11,8 +11,17 @@ import numpy as np
 import pytest
 
 from hecompile.ckks.keys import EvaluationKeys, SecretKey
-from hecompile.ckks.parameters import MAX_MODULUS_BITS, CkksLiteral, CkksParameters, select
+from hecompile.ckks.parameters import (
+    MAX_MODULUS_BITS,
+    MAX_SCALE_BITS,
+    MIN_SCALE_BITS,
+    SIGMA,
+    CkksLiteral,
+    CkksParameters,
+    select,
+)
 from hecompile.errors import HecompileError, InputError, SecurityError, WorkerError
+from hecompile.he.security import MINIMUM_BITS, security_bits
 from hecompile.polynomial.depth import CircuitCost
 from tests.runtime.ckks.support import key, parameters
 
@@ -27,9 +36,29 @@ def test_one_level_too_many_is_under_128_bits(ring_dim: int) -> None:
         CkksParameters(CkksLiteral(ring_dim, levels + 1))
 
 
+@pytest.mark.parametrize(("ring_dim", "modulus"), [(4096, 109), (8192, 218), (16384, 437), (32768, 872)])
+def test_what_the_standard_allows_and_the_table_does_not_is_refused(ring_dim: int, modulus: int) -> None:
+    assert security_bits(ring_dim, MAX_MODULUS_BITS[ring_dim], SIGMA) >= MINIMUM_BITS
+    found = [
+        literal
+        for bits in range(MIN_SCALE_BITS, MAX_SCALE_BITS + 1)
+        for levels in range(1, 40)
+        if MAX_MODULUS_BITS[ring_dim] < (literal := CkksLiteral(ring_dim, levels, bits)).modulus_bits <= modulus
+    ]
+    assert found
+    for literal in found:
+        with pytest.raises(SecurityError, match=r"128 bits of security \(MATZOV, classical\)"):
+            literal.validate()
+
+
+def test_every_set_that_is_selected_has_128_bits_by_the_table() -> None:
+    for levels in range(1, 13):
+        assert select(levels).security_bits >= MINIMUM_BITS
+
+
 def test_the_smallest_ring_is_selected_and_too_deep_is_refused_with_the_numbers() -> None:
-    assert select(4).ring_dim == 8192 and select(5).ring_dim == 16384 and select(14).ring_dim == 32768
-    with pytest.raises(InputError, match=r"no parameter set at 128 bits has 76 levels.*881.*refresh more often"):
+    assert select(4).ring_dim == 8192 and select(5).ring_dim == 16384 and select(12).ring_dim == 16384
+    with pytest.raises(InputError, match=r"no parameter set at 128 bits .*has 76 levels.*423.*12 levels fit: refresh"):
         select(76)
 
 

@@ -56,7 +56,7 @@ def test_totals(bundle: ClientBundle) -> None:
     text = rendered(totals_table(bundle))
     assert f"{up} up, {down} down" in text
     assert f"{3 * forward_in} up, {2 * forward_out} down" in text
-    assert "161 bits (ring LWE, dimension 1536, q = 2^32)" in text
+    assert "161 bits (MATZOV, classical): ring LWE, dimension 1536, q = 2^32" in text
     (weights,) = [line for line in text.splitlines() if "remote weights" in line]
     assert str(2 * (32 * 64 + 32 * 32 + 32 * 96 + 48 * 32)) in weights
     assert "r = 2, alpha = 4, q_proj, v_proj, down_proj" in text

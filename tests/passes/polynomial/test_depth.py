@@ -100,7 +100,9 @@ def test_a_graph_too_deep_for_any_parameters_is_shown_as_that() -> None:
     names, values = (list(column.cells) for column in depth_table(model).columns)
     shown = dict(zip(names, values, strict=True))
     assert shown["levels"] == "40" and shown["modulus bits at 30 per level"] == str(31 + 42 * 30)
-    assert shown["ring dimension at 128 bits"] == "none: at most 881 bits are allowed; place refreshes"
+    assert (
+        shown["ring dimension at 128 bits (MATZOV, classical)"] == "none: at most 423 bits are allowed; place refreshes"
+    )
 
 
 def test_refused_a_second_time_and_before_expansion() -> None:

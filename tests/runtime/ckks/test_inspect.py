@@ -34,7 +34,7 @@ def test_inspect_shows_what_a_bundle_is(build: Path) -> None:
         assert whole["ring dimension"] == "8192" and whole["slots"].startswith("4096,")
         assert whole["levels"] == f"{LEVELS} of 30 bits" and whole["depth of the graph"].startswith(f"{plan.depth} levels")
         assert whole["modulus"].startswith(f"{math.prod(parameters.moduli).bit_length()} bits")
-        assert whole["security"].startswith("128 bits or more")
+        assert whole["security"].startswith("130 bits (MATZOV, classical)")
         assert whole["refreshes"] == f"{len(plan.refreshes)} of {predicted.refreshed} ciphertexts"
         assert whole["bytes per evaluation up"].startswith(f"{predicted.bytes_up(parameters)} ")
         assert whole["bytes per evaluation down"].startswith(f"{predicted.bytes_down(parameters)} ")
