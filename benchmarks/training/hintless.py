@@ -10,8 +10,8 @@ from pathlib import Path
 
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT, WORKER
-from hecompile.cli.demo_run import RECIPE
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
+from hecompile.demonstrations.small import RECIPE
 from hecompile.inspection.linear import circuits_without_gradient, hint_traffic
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime.client.session import open_session

@@ -22,8 +22,8 @@ from benchmarks.training.builds import Built, options
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.bundles.worker import WorkerBundle
-from hecompile.cli.demo_run import RECIPE
 from hecompile.compiler.linear import compile_checkpoint
+from hecompile.demonstrations.small import RECIPE
 from hecompile.errors import InputError
 from hecompile.inspection.linear import Traffic
 from hecompile.models import PRIVATE_TRAIN, TINY_LLAMA

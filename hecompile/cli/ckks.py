@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hecompile.cli.console import EVENTS, check_events, counted, message_console, progress_bar, tell_address
+from hecompile.cli.console import EVENTS, check_events, tell_address
 from hecompile.cli.groups import with_groups
 from hecompile.cli.options import (
     MAX_NEW_TOKENS,
@@ -23,6 +23,7 @@ from hecompile.cli.options import (
     WorkerBundlePath,
 )
 from hecompile.cli.prompts import Prompts, PromptsFile, gather_prompts, print_answer
+from hecompile.terminal import counted, message_console, progress_bar
 
 if TYPE_CHECKING:  # imported when a command runs: help is to be quick
     from hecompile.runtime.inference.answers import Prompt

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from hecompile.cli.console import message_console, progress_bar, shown_path
 from hecompile.cli.options import ConversionRecipePath, Overrides
+from hecompile.terminal import message_console, progress_bar, shown_path
 
 
 def convert(recipe: ConversionRecipePath, overrides: Overrides = None) -> None:

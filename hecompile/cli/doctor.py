@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hecompile.cli.console import message_console, wide_console
 from hecompile.cli.groups import with_groups
 from hecompile.cli.options import WORKER_ADDRESS, CredentialOptions
 from hecompile.errors import InputError
+from hecompile.terminal import message_console, wide_console
 
 if TYPE_CHECKING:  # imported when a command runs: help is to be quick
     from rich.console import Console

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hecompile.cli.console import progress_bar, wide_console
 from hecompile.cli.export_options import BatchOptions, EncryptionOptions, LoraOptions
 from hecompile.cli.groups import with_groups
 from hecompile.cli.options import BuildDirectory, CheckpointName, PolynomialChoice
 from hecompile.errors import InputError
+from hecompile.terminal import progress_bar, wide_console
 
 if TYPE_CHECKING:  # imported when a command runs: help is to be quick
     from rich.console import Console

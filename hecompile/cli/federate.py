@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hecompile.cli.console import EVENTS, counted, shown_path, wide_console
+from hecompile.cli.console import EVENTS
 from hecompile.cli.options import FederationRecipePath, Overrides
+from hecompile.terminal import counted, shown_path, wide_console
 
 if TYPE_CHECKING:  # imported when a command runs: help is to be quick
     from hecompile.runtime.federation.recipe import FederationRecipe

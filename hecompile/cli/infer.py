@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hecompile.cli.console import counted, message_console, progress_bar
 from hecompile.cli.groups import options_given, with_groups
 from hecompile.cli.options import (
     MAX_NEW_TOKENS,
@@ -22,6 +21,7 @@ from hecompile.cli.options import (
 )
 from hecompile.cli.prompts import Prompts, PromptsFile, gather_prompts, print_answer
 from hecompile.errors import InputError
+from hecompile.terminal import counted, message_console, progress_bar
 
 if TYPE_CHECKING:  # imported when a command runs: help is to be quick
     from hecompile.runtime.inference.answers import Prompt, Reply

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hecompile.cli.console import wide_console
 from hecompile.errors import InputError
 from hecompile.files import explain_missing
+from hecompile.terminal import wide_console
 
 if TYPE_CHECKING:  # imported when a command runs: help is to be quick
     from rich.console import Console

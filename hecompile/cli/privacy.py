@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hecompile.cli.console import wide_console
+from hecompile.terminal import wide_console
 
 
 def privacy(

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from hecompile.cli.console import counted, shown_path, wide_console
 from hecompile.cli.options import ON_BAD_WORKER, Overrides, TrainingRecipePath
 from hecompile.errors import WorkerError
+from hecompile.terminal import counted, shown_path, wide_console
 
 
 def train(

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 from hecompile.bundles.kinds import CLIENT, WORKER
-from hecompile.cli.demo_run import RECIPE
+from hecompile.demonstrations.small import RECIPE
 from hecompile.errors import VerificationError
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import EncryptedProducts

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT, WORKER
-from hecompile.cli.demo_run import RECIPE
+from hecompile.demonstrations.small import RECIPE
 from hecompile.errors import WorkerError
 from hecompile.graph.ir import nodes_of_type
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM

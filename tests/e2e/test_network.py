@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hecompile.bundles.kinds import CLIENT
-from hecompile.cli.demo_run import RECIPE
+from hecompile.demonstrations.small import RECIPE
 from hecompile.runtime.client.session import open_session
 from hecompile.runtime.recipes.training import load_recipe
 from hecompile.runtime.wire.credentials import ServerCredentials

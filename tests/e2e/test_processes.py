@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hecompile.bundles.kinds import CLIENT, WORKER
-from hecompile.cli.demo_run import RECIPE
 from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
+from hecompile.demonstrations.small import RECIPE
 from hecompile.errors import WorkerError
 from hecompile.runtime.client.session import open_session
 from hecompile.runtime.recipes.training import Recipe, load_recipe

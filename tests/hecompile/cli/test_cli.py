@@ -15,9 +15,9 @@ import typer
 from typer.testing import CliRunner
 
 import hecompile
-from hecompile.cli.console import counted, shown_path
 from hecompile.cli.main import app
 from hecompile.errors import HecompileError, InputError
+from hecompile.terminal import counted, shown_path
 from tests.support.tiny import SEED
 
 HELP = {

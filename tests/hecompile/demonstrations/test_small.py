@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hecompile.cli import demo_run
 from hecompile.cli.main import app
+from hecompile.demonstrations import small as demo_run
 from hecompile.errors import InputError
 
 

@@ -10,16 +10,15 @@ import peft
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hecompile.bundles.kinds import CLIENT, WORKER, BundleKind
-from hecompile.cli.console import counted, progress_bar, shown_path
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.compiler.target import check_target
 from hecompile.errors import InputError
 from hecompile.files import only_writer
-from hecompile.models import TINY_LLAMA
-from hecompile.runtime.client.session import Session, open_session
+from hecompile.models import RECIPES, TINY_LLAMA
+from hecompile.runtime.client.session import open_session
 from hecompile.runtime.model.adapter import AdapterModel
 from hecompile.runtime.model.data import eos_and_pad, load_examples
 from hecompile.runtime.model.evaluation import Evaluation, evaluate
@@ -29,8 +28,9 @@ from hecompile.runtime.training.comparison import LossComparison, StepSplit, com
 from hecompile.runtime.training.metrics import METRICS_FILE
 from hecompile.runtime.training.train import check_training, run_training
 from hecompile.runtime.worker.process import worker_process
+from hecompile.terminal import counted, progress_bar, shown_path
 
-RECIPE = TINY_LLAMA.parent / "recipes" / "demo.yaml"
+RECIPE = RECIPES / "demo.yaml"
 BATCH_SIZE, SEQUENCE_BUCKETS = 16, (32, 48)
 
 
@@ -67,18 +67,18 @@ def _run(out: Path, console: Console, precision: float, changes: Sequence[str]) 
         with open_session(recipe) as session:
             console.print(f"worker process on {address}; encrypted training of {counted(recipe.training.max_steps, 'step')}")
             initial = {name: value.detach().clone() for name, value in session.model.adapter_state().items()}
-            before = _held_out(session.model, session, recipe)
+            before = held_out(session.model, session.tokenizer, recipe)
             result = run_training(session.model, session.tokenizer, recipe)
-            after = _held_out(session.model, session, recipe)
+            after = held_out(session.model, session.tokenizer, recipe)
     console.print("plaintext training: PEFT on the original float32 checkpoint, same seed and data order")
     plain.load_adapter_state(initial)
-    plain_before = _held_out(plain, session, plain_recipe)
+    plain_before = held_out(plain, session.tokenizer, plain_recipe)
     run_training(plain, session.tokenizer, plain_recipe)
-    plain_after = _held_out(plain, session, plain_recipe)
+    plain_after = held_out(plain, session.tokenizer, plain_recipe)
     encrypted_metrics, plain_metrics = runs / "encrypted" / METRICS_FILE, runs / "plaintext" / METRICS_FILE
-    console.print(_quality(before, after, plain_before, plain_after))
-    console.print(_costs(step_split(encrypted_metrics), step_split(plain_metrics)))
-    console.print(_agreement(compare_losses(encrypted_metrics, plain_metrics)))
+    console.print(quality(before, after, plain_before, plain_after))
+    console.print(costs(step_split(encrypted_metrics), step_split(plain_metrics)))
+    console.print(agreement(compare_losses(encrypted_metrics, plain_metrics)))
     console.print(f"PEFT adapter: {shown_path(result.adapter_dir)}", soft_wrap=True)
 
 
@@ -93,14 +93,16 @@ def _checked_plaintext(recipe: Recipe, options: CompileOptions) -> PlaintextPeft
     return model
 
 
-def _held_out(model: AdapterModel, session: Session, recipe: Recipe) -> Evaluation:
+def held_out(model: AdapterModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Evaluation:
+    """Evaluate on the recipe's validation file."""
     assert recipe.data.validation_file is not None
-    examples = load_examples(recipe.data.validation_file, session.tokenizer, model.sequence_buckets)
+    examples = load_examples(recipe.data.validation_file, tokenizer, model.sequence_buckets)
     torch.manual_seed(recipe.training.seed)  # evaluation draws nothing; the runs that follow start alike
-    return evaluate(model, examples, eos_and_pad(session.tokenizer)[1])
+    return evaluate(model, examples, eos_and_pad(tokenizer)[1])
 
 
-def _quality(before: Evaluation, after: Evaluation, plain_before: Evaluation, plain_after: Evaluation) -> Table:
+def quality(before: Evaluation, after: Evaluation, plain_before: Evaluation, plain_after: Evaluation) -> Table:
+    """Show loss and exact match of both runs, before and after."""
     table = Table(title="held-out paraphrases of the private questions")
     for heading in ("", "loss before", "loss after", "exact match before", "exact match after"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -110,7 +112,8 @@ def _quality(before: Evaluation, after: Evaluation, plain_before: Evaluation, pl
     return table
 
 
-def _costs(encrypted: StepSplit, plain: StepSplit) -> Table:
+def costs(encrypted: StepSplit, plain: StepSplit) -> Table:
+    """Show where the time of a step went, and the bytes on the wire."""
     table = Table(title="one optimizer step (median), and the wire")
     table.add_column("")
     for heading in ("encrypted", "plaintext PEFT"):
@@ -125,7 +128,8 @@ def _costs(encrypted: StepSplit, plain: StepSplit) -> Table:
     return table
 
 
-def _agreement(comparison: LossComparison) -> str:
+def agreement(comparison: LossComparison) -> str:
+    """Say whether the encrypted run followed the plaintext one at every step."""
     verdict = "within" if comparison.follows else "NOT within"
     return (
         f"training loss of the encrypted run over {comparison.steps} steps: {verdict} 1 % or 0.01 nats of plaintext at "
