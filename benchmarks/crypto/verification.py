@@ -10,10 +10,10 @@ import torch
 from benchmarks.report import section_main, table
 from benchmarks.timing import Samples, paired, ratio, threads
 from benchmarks.worker.linears import llama_layer, public_matrix, random_linear, random_rows, stored_hint
+from hecompile.he.check_vectors import Checks, check_count, tolerance
 from hecompile.he.fused import decrypt_reals, encrypt_reals
 from hecompile.he.random.sampling import SecretRandom
 from hecompile.he.scheme import evaluate
-from hecompile.he.verification import Checks, check_count, tolerance
 from hecompile.passes.offload.select_parameters import choose_ring
 
 SHAPES = [shape for there in llama_layer(2048).values() for shape in (there, there[::-1])]

@@ -42,9 +42,9 @@ from hecompile.compiler.target import check_target
 from hecompile.errors import InputError
 from hecompile.files import found_anywhere, only_writer
 from hecompile.he.check_store import write_checks
+from hecompile.he.check_vectors import Checks
 from hecompile.he.parameters import RingParameters
 from hecompile.he.random.sampling import PublicSeed, SecretRandom
-from hecompile.he.verification import Checks
 from hecompile.plan.circuits import RemoteCircuit, SplitPlan
 
 

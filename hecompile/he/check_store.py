@@ -14,8 +14,8 @@ import numpy as np
 from hecompile.array_files import read_npy
 from hecompile.errors import InputError
 from hecompile.files import opened_whole, unreadable
+from hecompile.he.check_vectors import Checks
 from hecompile.he.parameters import LinearParameters
-from hecompile.he.verification import Checks
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.errors import InputError, NotFiniteError, SecurityError
+from hecompile.he.check_vectors import GROUP, Checks
 from hecompile.he.hints import Hint
 from hecompile.he.kernels import decrypt_tiles, encrypt_tiles
 from hecompile.he.kernels.arguments import CheckSums, Extent, HintArrays, Planes, Ring, Rows, Scales, Scratch
@@ -23,14 +25,14 @@ from hecompile.he.kernels.lines import SUM_LANES
 from hecompile.he.kernels.norms import row_scales
 from hecompile.he.kernels.scratch import result_of, scratch
 from hecompile.he.kernels.threads import for_each, slices
-from hecompile.he.kernels.tiles import WIDTH, tile_words
+from hecompile.he.kernels.tiles import LINES, WIDTH, tile_words
 from hecompile.he.kernels.transform import ring_of
 from hecompile.he.kernels.vectors import LANES
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.random.sampling import SecretRandom
 from hecompile.he.scheme import Ciphertext, DecryptionKey, blocks, keygen
-from hecompile.he.verification import GROUP, Checks, Expectation, Received
+from hecompile.he.verification import Expectation, Received
 
 _TOKENS = 2048
 """Tokens processed at a time, a multiple of every ring_dim: a tile of them fits the second-level cache."""
@@ -101,7 +103,7 @@ def encrypt_reals(
     secrets = [keygen(params).spend() for _ in blocks(len(rows), params.ring_dim)]
     stacked = np.array(secrets, dtype=np.int8).reshape(-1, params.rank, params.ring_dim)
     random = SecretRandom()
-    expectation = None if checks is None else Expectation.draw(checks, len(rows), random)
+    expectation = None if checks is None else Expectation.draw(checks, linear, len(rows), random)
     key = RealKey(params, linear, stacked, scale, expectation)
     del secrets, stacked  # the key has them: no other frame does
     planes = result_of((linear.upload_limbs, len(rows), linear.in_features), np.uint8)
@@ -134,11 +136,11 @@ def _encrypt_part(
     ring = ring_of(params)
     per_token = 2 * params.rank - 1 if params.packed else params.rank
     inverse = np.divide(1.0, key.scale, out=np.zeros(tokens), where=key.scale > 0)  # a row of zeros stays one
-    vectors = _check_vectors(key, part, lambda checks: checks.images_by_lines)
+    vectors = _check_vectors(key, part, lambda checks: checks.images_by_lines, np.int32)
     past_caches = planes.numel() >= _PAST_CACHES
     for piece in slices(tokens, _TOKENS):
         count, start = piece.stop - piece.start, piece.start * features + part.start
-        checks = _check_sums(key, vectors, piece, features)
+        checks = _check_sums(key, vectors, piece, features, LINES)
         encrypt_tiles.encrypt(
             ring,
             Extent(part.start // LANES, width, count),
@@ -152,7 +154,7 @@ def _encrypt_part(
             _scratch(ring, count, np.float64),
         )
         if key.expectation is not None:
-            key.expectation.add(checks.sums, linear.upload_limbs, piece)
+            key.expectation.add(checks.sums, checks.total_sums, piece)
 
 
 def decrypt_reals(
@@ -202,10 +204,10 @@ def _decrypt_part(
     if kept is None or kept.dtype != precision:
         kept = np.empty(0, precision)
     secrets = key.secrets_transformed(precision)
-    vectors = _check_vectors(key, part, lambda checks: checks.vectors_by_lines)
+    vectors = _check_vectors(key, part, lambda checks: checks.vectors_by_lines, np.int8)
     for piece in slices(tokens, _TOKENS):
         count, start = piece.stop - piece.start, piece.start * features + part.start
-        checks = _check_sums(key, vectors, piece, GROUP)
+        checks = _check_sums(key, vectors, piece, GROUP, 1)
         decrypt_tiles.decrypt(
             ring,
             Extent(part.start // LANES, part.stop - part.start, count),
@@ -217,25 +219,40 @@ def _decrypt_part(
             checks,
             _scratch(ring, count, precision),
         )
-        received.add(checks.sums, linear.reply_bytes, piece)
+        received.add(checks.sums, checks.total_sums, piece)
 
 
 def _check_vectors(
-    key: RealKey, part: slice, by_lines: Callable[[Checks], NDArray[np.int32]]
-) -> NDArray[np.int32]:
-    """Return the factors of the words of `part` in the sums of verification: int32 `[lines, rows, 64]`."""
+    key: RealKey, part: slice, by_lines: Callable[[Checks], NDArray[Any]], kind: type[np.integer]
+) -> NDArray[Any]:
+    """Return the factors of the words of `part` in the sums of verification: `[lines, rows, 64]` of that kind."""
     if key.expectation is None:
-        return np.empty((0, 0, WIDTH), np.int32)
+        return np.empty((0, 0, WIDTH), kind)
     return by_lines(key.expectation.checks)[part.start // WIDTH :]
 
 
-def _check_sums(key: RealKey, vectors: NDArray[np.int32], piece: slice, features: int) -> CheckSums:
-    """Return sums of zero for the tokens of `piece`, and their factors; each check covers that many features."""
+def _check_sums(key: RealKey, vectors: NDArray[Any], piece: slice, features: int, lines: int) -> CheckSums:
+    """Return sums of zero for the tokens of `piece`, and their factors.
+
+    Each check covers `features` features; a tile has up to `lines` lines of a token.
+    """
     count, expectation = piece.stop - piece.start, key.expectation
     if expectation is None:
-        return CheckSums(vectors, np.zeros(count, np.int64), np.zeros((0, count, SUM_LANES), np.int32), features)
-    sums = np.zeros((expectation.sums.shape[1], count, SUM_LANES), np.int32)
-    return CheckSums(vectors, expectation.variants[piece], sums, features)
+        none = np.zeros((0, count, SUM_LANES), np.int32)
+        no_total = np.zeros(WIDTH, np.int32)
+        no_drawn, no_variants = np.zeros(0, np.int64), np.zeros(count, np.int64)
+        return CheckSums(vectors, no_drawn, no_variants, none, _TOKENS, no_total, none, features)
+    windows, (_, variants, checks) = math.ceil(count / expectation.window), expectation.total_sums.shape
+    return CheckSums(
+        vectors,
+        expectation.drawn,
+        expectation.variants[piece],
+        np.zeros((checks, count, SUM_LANES), np.int32),
+        expectation.window,
+        scratch("totals", windows * lines * WIDTH, np.int32),
+        np.zeros((windows, variants * checks, SUM_LANES), np.int32),
+        features,
+    )
 
 
 def _scratch(ring: Ring, tokens: int, precision: type[np.floating]) -> Scratch:

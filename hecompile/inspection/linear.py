@@ -14,9 +14,9 @@ from hecompile.bundles.client import CircuitRecord, ClientBundle, PlanRecord
 from hecompile.errors import InputError
 from hecompile.files import reason_of
 from hecompile.graph.ir import DOMAIN, module_path
+from hecompile.he.check_vectors import tolerance
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.security import COST_MODEL, show_bits
-from hecompile.he.verification import tolerance
 from hecompile.inspection.prediction import megabytes, stored_hint_bytes
 from hecompile.plan.costs import hint_bytes
 

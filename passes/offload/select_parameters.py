@@ -35,9 +35,9 @@ import torch
 
 from hecompile.errors import HecompileError, InputError, LegalityError
 from hecompile.graph.ir import GRADIENT_RANGE, PLACEMENT, RANGE, constant_of, module_path, nodes_of_type
+from hecompile.he.check_vectors import can_be_verified
 from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
 from hecompile.he.security import AMPLE_BITS
-from hecompile.he.verification import can_be_verified
 from hecompile.he.weight_norms import WeightNorms, measure_norms
 from hecompile.plan.circuits import DIRECTIONS, effective_bits
 from hecompile.plan.costs import CostModel

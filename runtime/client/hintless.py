@@ -7,7 +7,7 @@ A stays the bundle's shared public matrix, and every block is still encrypted un
 and could learn, no more than in a plan with stored hints: a setup request holds nothing but the name of a circuit.
 
 Who chooses W·A could choose which combination of a one-time secret the result shows. So the hint is verified like a reply:
-nothing in it is rounded, and a wrong one passes with probability 2^-8 at most (`hecompile.he.verification.hint_is_right`).
+nothing in it is rounded, and a wrong one passes with probability 2^-23 at most (`hecompile.he.verification.hint_is_right`).
 
 Price of a product of T tokens, with rank · ring_dim = d·m: worker time (L·T + 4·d·m) / (L·T), download
 (R·T + 4·d·m) / (R·T), for L bytes up and R down. It falls as T grows, and there is nothing to store or to compile.

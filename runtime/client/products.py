@@ -23,12 +23,13 @@ from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.errors import InputError, VerificationError, WorkerError
 from hecompile.he.check_store import CheckStore
+from hecompile.he.check_vectors import Checks
 from hecompile.he.encode import decode, encode
 from hecompile.he.fused import RealKey, decrypt_reals, encrypt_reals
 from hecompile.he.hints import Hint, HintStore
 from hecompile.he.parameters import LinearParameters
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.he.verification import Checks, hint_is_right
+from hecompile.he.verification import hint_is_right
 from hecompile.runtime.client.hintless import hint_of
 from hecompile.runtime.transports import Answer, Replicas, Transport, open_connection
 

@@ -98,16 +98,26 @@ class Scales(NamedTuple):
 class CheckSums(NamedTuple):
     """Hold what the sums of verification are made of, and the sums, which a kernel adds to.
 
-    Each sum is Σ_j top_j · vector_j mod 2^32, where top_j is the word of feature j without the bytes that do not travel. The
-    lanes of a sum belong together: only their total counts.
+    Each sum is Σ_j word_j · vector_j mod 2^32, where word_j is that of feature j after rounding. A kernel uses all lanes of
+    a sum and leaves the sum in the first. A token has a sum by the variant that checks it. The tokens of a window are added
+    up, and each such total has a sum by every variant.
     """
 
-    vectors: NDArray[np.int32]
-    """`[lines, rows, 64]`: vectors of `Checks` by lines, from the first feature on; no rows where nothing is checked."""
+    vectors: NDArray[Any]
+    """`[lines, rows, 64]` of `Checks`, from the first feature on; no rows where nothing is checked. To encrypt, the images,
+    int32; to decrypt, the vectors, int8."""
+    drawn: NDArray[np.int64]
+    """The variants of the vectors that check single tokens: what is prefetched."""
     variants: NDArray[np.int64]
-    """`[tokens]`: which variant of the vectors checks a token."""
+    """`[tokens]`: which of them checks a token."""
     sums: NDArray[np.int32]
     """`[checks, tokens, SUM_LANES]`."""
+    window: int
+    """Tokens of a window; the last may have fewer."""
+    totals: NDArray[np.int32]
+    """Scratch for totals: `[windows, 64]` as many times as a tile has lines of a token."""
+    total_sums: NDArray[np.int32]
+    """`[windows, variants · checks, SUM_LANES]`."""
     features: int
     """Features that one check covers; a multiple of 64 where there are several checks."""
 

@@ -23,9 +23,24 @@ from hecompile.he.kernels.arguments import (
 )
 from hecompile.he.kernels.jit import compiled, inlined
 from hecompile.he.kernels.line_bytes import unpack
-from hecompile.he.kernels.lines import SUM_LANES, add_dot, group_of, line_shifted_up, load_line
+from hecompile.he.kernels.lines import (
+    SUM_LANES,
+    add_byte_dot,
+    group_of,
+    line_shifted_up,
+    load_line,
+    load_words,
+    no_words,
+)
 from hecompile.he.kernels.simd import to_f64
-from hecompile.he.kernels.tiles import AHEAD, PADDING, WIDTH, mask_group, prefetch_factors
+from hecompile.he.kernels.tiles import (
+    AHEAD,
+    PADDING,
+    WIDTH,
+    join_lanes,
+    mask_group,
+    prefetch_drawn,
+)
 from hecompile.he.kernels.transform import forward_at
 from hecompile.he.kernels.vectors import (
     address,
@@ -68,7 +83,7 @@ def _decrypt(
     wire, start, plane, row_stride, limbs, _,
     scale, factors,
     result, result_start, result_stride,
-    vectors, variants, sums, check_features,
+    vectors, drawn, variants, sums, window, totals, total_sums, check_features,
     tile, values, work,
 ):  # fmt: skip
     """Run `decrypt` on its arguments unpacked, a line for each: see `encrypt_tiles._encrypt`."""
@@ -80,6 +95,7 @@ def _decrypt(
     scale_, factor_, result_, vectors_ = address(scale), address(factors), address(result), address(vectors)
     tile_, values_, work_ = address(tile), real_address(values), real_address(work)
     vector_rows, vectors_flat = vectors.shape[1], vectors.reshape(-1)
+    check_count, total_sums_ = sums.shape[0], address(total_sums)
     group_size = rank * 16 * n
     for j in range(0, features, WIDTH):
         width = min(WIDTH, features - j)
@@ -98,37 +114,49 @@ def _decrypt(
                 Prefetch(ahead, ahead_size),
             )  # fmt: skip
         vectors_at, check = j * vector_rows, (8 * first_group + j) // check_features
-        prefetch_factors(vectors_ + 4 * vectors_at, vector_rows)
-        for t in range(tokens):
-            at, r = start + t * row_stride + j, result_start + t * result_stride + j
-            vector = vectors_at + WIDTH * variants[t]
-            if width == WIDTH:
-                for limb in range(limbs):
-                    prefetch(planes_, at + limb * plane + AHEAD * row_stride)
-                for k in range(0, 256, 64):
-                    prefetch_to_write(result_, 4 * (r + AHEAD * result_stride) + k)
-                top = unpack(limbs, planes_ + at, plane)
-                if vector_rows > 0:
-                    add_dot(top, vectors_ + 4 * vector, sums_ + 4 * SUM_LANES * (check * tokens + t))
-                line = line_shifted_up(top, dropped) - load_line(tile_ + 32 * t, 4 * stride)
-                token_scale, feature_scale, to = broadcast(scale_, t), factor_ + 8 * j, result_ + 4 * r
-                _store_real(line, 0, token_scale, feature_scale, to)
-                _store_real(line, 1, token_scale, feature_scale, to)
-                _store_real(line, 2, token_scale, feature_scale, to)
-                _store_real(line, 3, token_scale, feature_scale, to)
-                _store_real(line, 4, token_scale, feature_scale, to)
-                _store_real(line, 5, token_scale, feature_scale, to)
-                _store_real(line, 6, token_scale, feature_scale, to)
-                _store_real(line, 7, token_scale, feature_scale, to)
-                continue
-            for k in range(width):
-                word = np.int64(0)
-                for limb in range(limbs):
-                    word |= np.int64(wire[at + limb * plane + k]) << (8 * limb)
-                if vector_rows > 0:
-                    sums[check, t, 0] += word * vectors_flat[vector + k]
-                centred = np.int32((word << dropped) - tile[k // 8 * stride + 8 * t + k % 8])
-                result[r + k] = np.float64(centred) * scale[t] * factors[j + k] + 0.0
+        prefetch_drawn(vectors_ + vectors_at, WIDTH, drawn)
+        for first_token in range(0, tokens, window):
+            total = no_words()
+            totals[:WIDTH] = 0
+            for t in range(first_token, min(tokens, first_token + window)):
+                at, r = start + t * row_stride + j, result_start + t * result_stride + j
+                vector = vectors_at + WIDTH * variants[t]
+                if width == WIDTH:
+                    for limb in range(limbs):
+                        prefetch(planes_, at + limb * plane + AHEAD * row_stride)
+                    for k in range(0, 256, 64):
+                        prefetch_to_write(result_, 4 * (r + AHEAD * result_stride) + k)
+                    top = unpack(limbs, planes_ + at, plane)
+                    if vector_rows > 0:
+                        add_byte_dot(top, vectors_ + vector, sums_ + 4 * SUM_LANES * (check * tokens + t))
+                        total += top
+                    line = line_shifted_up(top, dropped) - load_line(tile_ + 32 * t, 4 * stride)
+                    token_scale, feature_scale, to = broadcast(scale_, t), factor_ + 8 * j, result_ + 4 * r
+                    _store_real(line, 0, token_scale, feature_scale, to)
+                    _store_real(line, 1, token_scale, feature_scale, to)
+                    _store_real(line, 2, token_scale, feature_scale, to)
+                    _store_real(line, 3, token_scale, feature_scale, to)
+                    _store_real(line, 4, token_scale, feature_scale, to)
+                    _store_real(line, 5, token_scale, feature_scale, to)
+                    _store_real(line, 6, token_scale, feature_scale, to)
+                    _store_real(line, 7, token_scale, feature_scale, to)
+                    continue
+                for k in range(width):
+                    word = np.int64(0)
+                    for limb in range(limbs):
+                        word |= np.int64(wire[at + limb * plane + k]) << (8 * limb)
+                    if vector_rows > 0:
+                        sums[check, t, 0] += word * vectors_flat[vector + k]
+                        totals[k] += word
+                    centred = np.int32((word << dropped) - tile[k // 8 * stride + 8 * t + k % 8])
+                    result[r + k] = np.float64(centred) * scale[t] * factors[j + k] + 0.0
+            if width < WIDTH:
+                total = load_words(address(totals))
+            for row in range(vector_rows):
+                sum_at = (first_token // window * vector_rows + row) * check_count + check
+                add_byte_dot(total, vectors_ + vectors_at + WIDTH * row, total_sums_ + 4 * SUM_LANES * sum_at)
+    join_lanes(sums, dropped)
+    join_lanes(total_sums, dropped)
 
 
 @inlined

@@ -25,14 +25,32 @@ from hecompile.he.kernels.lines import (
     LINE_BYTES,
     SUM_LANES,
     add_dot,
+    add_words,
     line_of,
     load_line,
+    load_words,
+    no_words,
     stores_done,
     top_of_line,
 )
 from hecompile.he.kernels.simd import round_mod_2_32
-from hecompile.he.kernels.tiles import AHEAD, PADDING, WIDTH, mask_group, prefetch_factors
-from hecompile.he.kernels.vectors import address, broadcast, load_f32, load_f64, load_i8, prefetch, prefetch_to_write
+from hecompile.he.kernels.tiles import (
+    AHEAD,
+    PADDING,
+    WIDTH,
+    join_lanes,
+    mask_group,
+    prefetch_drawn,
+)
+from hecompile.he.kernels.vectors import (
+    address,
+    broadcast,
+    load_f32,
+    load_f64,
+    load_i8,
+    prefetch,
+    prefetch_to_write,
+)
 
 
 def encrypt(
@@ -67,13 +85,16 @@ def _encrypt(
     inverse_scale, factors,
     error,
     wire, start, plane, row_stride, limbs, past_caches,
-    images, variants, sums, _,
+    images, drawn, variants, sums, window, totals, total_sums, _,
     tile, values, work,
 ):  # fmt: skip
     """Run `encrypt` on its arguments unpacked, a line for each: as tuples they would cost each call 15 µs and not 4."""
     stride = 8 * tokens + PADDING
     lines = tile.size // (GROUPS * stride)
     ahead = max(1, AHEAD // lines)
+    run = 1  # tokens that one line is made of before the next line: words are added up in registers meanwhile
+    while 2 * run <= min(8, window):
+        run *= 2
     dropped = 8 * (4 - limbs)
     half = (1 << dropped) >> 1
     ring = Ring(n, rank, packing, address(roots), root_count)
@@ -81,7 +102,12 @@ def _encrypt(
     matrix_, secrets_ = address(matrix), address(secrets)
     tile_, work_, planes_ = address(tile), address(work), address(wire)
     images_, sums_, image_rows, images_flat = address(images), address(sums), images.shape[1], images.reshape(-1)
-    check_count = sums.shape[0]
+    check_count, windows, totals_, total_sums_ = (
+        sums.shape[0],
+        total_sums.shape[0],
+        address(totals),
+        address(total_sums),
+    )
     group_size = rank * 16 * n
     per_block, step = (rank, 1) if packing == 1 else (2 * rank - 1, -1)
     ahead_size = 8 * group_size // packing
@@ -98,44 +124,63 @@ def _encrypt(
                 tile_ + 4 * g * stride, work_,
                 Prefetch(matrix_ + 8 * (base + group_size) + component * ahead_size, ahead_size),
             )  # fmt: skip
-        prefetch_factors(images_ + 4 * j * image_rows, image_rows * (columns // WIDTH))
-        for t in range(tokens):
-            scale = broadcast(scale_, t)
+        for c in range(0, columns - WIDTH + 1, WIDTH):
+            prefetch_drawn(images_ + 4 * (j + c) * image_rows, 4 * WIDTH * check_count, drawn)
+        totals[: windows * lines * WIDTH] = 0
+        for first_token in range(0, tokens, run):
             for c in range(0, columns, WIDTH):
                 width, i, masks = min(WIDTH, columns - c), j + c, 4 * stride * (c // 8)
-                row, e, out = x_start + t * x_stride + i, t * features + i, start + t * row_stride + i
-                image = i * image_rows + WIDTH * variants[t] * check_count
-                if width == WIDTH:
-                    x_at, e_at, to = x_ + 4 * row, error_ + e, factor_ + 8 * i
-                    for k in range(0, 256, 64):
-                        prefetch(x_at, 4 * ahead * x_stride + k)
-                    prefetch(e_at, ahead * features)
-                    if not past_caches:
+                total_at = WIDTH * lines * (first_token // window) + c
+                total = no_words()
+                for t in range(first_token, min(tokens, first_token + run)):
+                    row, e, out = x_start + t * x_stride + i, t * features + i, start + t * row_stride + i
+                    image = i * image_rows + WIDTH * variants[t] * check_count
+                    if width == WIDTH:
+                        scale = broadcast(scale_, t)
+                        x_at, e_at, to = x_ + 4 * row, error_ + e, factor_ + 8 * i
+                        for k in range(0, 256, 64):
+                            prefetch(x_at, 4 * ahead * x_stride + k)
+                        prefetch(e_at, ahead * features)
+                        if not past_caches:
+                            for limb in range(limbs):
+                                prefetch_to_write(planes_, out + limb * plane + ahead * row_stride)
+                        plain = line_of(
+                            _encoded(x_at, to, scale, e_at, 0), _encoded(x_at, to, scale, e_at, 8),
+                            _encoded(x_at, to, scale, e_at, 16), _encoded(x_at, to, scale, e_at, 24),
+                            _encoded(x_at, to, scale, e_at, 32), _encoded(x_at, to, scale, e_at, 40),
+                            _encoded(x_at, to, scale, e_at, 48), _encoded(x_at, to, scale, e_at, 56),
+                        )  # fmt: skip
+                        top = top_of_line(plain + load_line(tile_ + masks + 32 * t, 4 * stride), half, dropped)
+                        if past_caches:
+                            pack_past_caches(limbs, top, planes_ + out, plane)
+                        else:
+                            pack(limbs, top, planes_ + out, plane)
+                        if check_count > 0:
+                            add_dot(top, images_ + 4 * image, sums_ + 4 * SUM_LANES * t)
+                        for check in range(1, check_count):
+                            sum_at = SUM_LANES * (check * tokens + t)
+                            add_dot(top, images_ + 4 * (image + WIDTH * check), sums_ + 4 * sum_at)
+                        total += top
+                        continue
+                    for k in range(width):
+                        value = np.int64(np.rint(np.float64(x[row + k]) * factors[i + k] * inverse_scale[t]))
+                        word = value + error[e + k] + tile[(c + k) // 8 * stride + 8 * t + k % 8] + half
+                        word = (word & 0xFFFFFFFF) >> dropped
                         for limb in range(limbs):
-                            prefetch_to_write(planes_, out + limb * plane + ahead * row_stride)
-                    plain = line_of(
-                        _encoded(x_at, to, scale, e_at, 0), _encoded(x_at, to, scale, e_at, 8),
-                        _encoded(x_at, to, scale, e_at, 16), _encoded(x_at, to, scale, e_at, 24),
-                        _encoded(x_at, to, scale, e_at, 32), _encoded(x_at, to, scale, e_at, 40),
-                        _encoded(x_at, to, scale, e_at, 48), _encoded(x_at, to, scale, e_at, 56),
-                    )  # fmt: skip
-                    top = top_of_line(plain + load_line(tile_ + masks + 32 * t, 4 * stride), half, dropped)
-                    if past_caches:
-                        pack_past_caches(limbs, top, planes_ + out, plane)
-                    else:
-                        pack(limbs, top, planes_ + out, plane)
-                    for check in range(check_count):
-                        sum_at = SUM_LANES * (check * tokens + t)
-                        add_dot(top, images_ + 4 * (image + WIDTH * check), sums_ + 4 * sum_at)
-                    continue
-                for k in range(width):
-                    value = np.int64(np.rint(np.float64(x[row + k]) * factors[i + k] * inverse_scale[t]))
-                    word = value + error[e + k] + tile[(c + k) // 8 * stride + 8 * t + k % 8] + half
-                    word = (word & 0xFFFFFFFF) >> dropped
-                    for limb in range(limbs):
-                        wire[out + limb * plane + k] = np.uint8((word >> (8 * limb)) & 255)
-                    for check in range(check_count):
-                        sums[check, t, 0] += word * images_flat[image + WIDTH * check + k]
+                            wire[out + limb * plane + k] = np.uint8((word >> (8 * limb)) & 255)
+                        for check in range(check_count):
+                            sums[check, t, 0] += word * images_flat[image + WIDTH * check + k]
+                        if windows > 0:
+                            totals[total_at + k] += word
+                if windows > 0:
+                    add_words(total, totals_ + 4 * total_at)
+        for c in range(0, columns, WIDTH):
+            for w in range(windows):
+                line, image = load_words(totals_ + 4 * (WIDTH * lines * w + c)), images_ + 4 * (j + c) * image_rows
+                for row in range(image_rows):
+                    add_dot(line, image + 4 * WIDTH * row, total_sums_ + 4 * SUM_LANES * (w * image_rows + row))
+    join_lanes(sums, dropped)
+    join_lanes(total_sums, dropped)
     stores_done()
 
 

@@ -8,6 +8,7 @@ or back, and the sums of verification are taken on the way.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -58,6 +59,39 @@ def line_of(typing_context, a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-
         return _join_all(builder, list(args))
 
     return LINE(*[I8] * GROUPS), generate
+
+
+@intrinsic
+def no_words(typing_context):  # type: ignore[no-untyped-def]
+    """Return a line of zeros."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(_WORDS, None)
+
+    return LINE(), generate
+
+
+@intrinsic
+def load_words(typing_context, words):  # type: ignore[no-untyped-def]
+    """Load a line of 64 words that lie together, at the address `words`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], _WORDS.as_pointer()), align=4)
+
+    return LINE(types.int64), generate
+
+
+@intrinsic
+def add_words(typing_context, line, words):  # type: ignore[no-untyped-def]
+    """Add a line to 64 words that lie together, at the address `words`, mod 2^32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        line, words = args
+        pointer = builder.inttoptr(words, _WORDS.as_pointer())
+        builder.store(builder.add(builder.load(pointer, align=4), line), pointer, align=4)
+        return context.get_dummy_value()
+
+    return types.void(LINE, types.int64), generate
 
 
 @intrinsic
@@ -163,22 +197,31 @@ def unpack_line(typing_context, limbs, source, plane):  # type: ignore[no-untype
     return LINE(limbs, types.int64, types.int64), generate
 
 
-@intrinsic
-def add_dot(typing_context, line, factors, sums):  # type: ignore[no-untyped-def]
-    """Add the Σ of words times int32 factors `[64]`, mod 2^32, to a sum int32 `[SUM_LANES]`; both are addresses."""
+def _add_dot(load_factors: Callable[[Any, Any], Any]) -> Any:
+    @intrinsic
+    def add_dot(typing_context, line, factors, sums):  # type: ignore[no-untyped-def]
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            line, factors, sums = args
+            total = builder.mul(line, load_factors(builder, factors))
+            while total.type.count > SUM_LANES:
+                half = total.type.count // 2
+                total = builder.add(_slice(builder, total, 0, half), _slice(builder, total, half, half))
+            pointer = builder.inttoptr(sums, total.type.as_pointer())
+            builder.store(builder.add(builder.load(pointer, align=4), total), pointer, align=4)
+            return context.get_dummy_value()
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        line, factors, sums = args
-        factor = builder.load(builder.inttoptr(factors, _WORDS.as_pointer()), align=4)
-        total = builder.mul(line, factor)
-        while total.type.count > SUM_LANES:
-            half = total.type.count // 2
-            total = builder.add(_slice(builder, total, 0, half), _slice(builder, total, half, half))
-        pointer = builder.inttoptr(sums, total.type.as_pointer())
-        builder.store(builder.add(builder.load(pointer, align=4), total), pointer, align=4)
-        return context.get_dummy_value()
+        return types.void(LINE, types.int64, types.int64), generate
 
-    return types.void(LINE, types.int64, types.int64), generate
+    return add_dot
+
+
+add_dot = _add_dot(lambda builder, at: builder.load(builder.inttoptr(at, _WORDS.as_pointer()), align=4))
+"""Add the Σ of words times int32 factors `[64]`, mod 2^32, to a sum int32 `[SUM_LANES]`; both are addresses."""
+
+add_byte_dot = _add_dot(
+    lambda builder, at: builder.sext(builder.load(builder.inttoptr(at, _BYTES.as_pointer()), align=1), _WORDS)
+)
+"""Do as `add_dot` with int8 factors."""
 
 
 def _binary(operator_: Any, name: str) -> None:
@@ -197,6 +240,7 @@ def _binary(operator_: Any, name: str) -> None:
 
 
 _binary(operator.add, "add")
+_binary(operator.iadd, "add")
 _binary(operator.sub, "sub")
 
 

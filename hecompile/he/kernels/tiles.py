@@ -14,10 +14,12 @@ compete for the same cache sets.
 # mypy: disallow-untyped-defs = False
 from __future__ import annotations
 
+import numpy as np
+
 from hecompile.he.kernels.arguments import Strided
 from hecompile.he.kernels.inverse_transform import mask_block
 from hecompile.he.kernels.jit import inlined
-from hecompile.he.kernels.lines import GROUPS
+from hecompile.he.kernels.lines import GROUPS, SUM_LANES
 from hecompile.he.kernels.scratch import second_level_cache
 from hecompile.he.kernels.vectors import LANES, prefetch
 
@@ -30,14 +32,14 @@ PADDING = 16
 AHEAD = 16
 """Tokens that memory is prefetched ahead of its use: rows lie on pages of their own, which no processor foresees."""
 
-_LINES = 8
+LINES = 8
 """Most lines of a token in a tile. The more, the fewer pages the rows lie on."""
 
 
 def tile_words(tokens: int) -> int:
     """Return the exact number of int32 that `encrypt` and `decrypt` want as scratch for a tile."""
     half_of_cache = second_level_cache() // 8  # in words
-    lines = max(1, min(_LINES, half_of_cache // (WIDTH * max(1, tokens))))
+    lines = max(1, min(LINES, half_of_cache // (WIDTH * max(1, tokens))))
     return lines * GROUPS * (LANES * tokens + PADDING)
 
 
@@ -67,7 +69,19 @@ def _lines_per_step(size, tokens, n):
 
 
 @inlined
-def prefetch_factors(start, rows):
-    """Prefetch the check vectors of a tile: which row of them the next token wants is drawn at random."""
-    for k in range(0, 4 * WIDTH * rows, 64):
-        prefetch(start, k)
+def prefetch_drawn(start, size, drawn):
+    """Prefetch the check vectors of the drawn variants, `size` bytes each: which of them the next token wants is random."""
+    for variant in drawn:
+        for k in range(0, size, 64):
+            prefetch(start + size * variant, k)
+
+
+@inlined
+def join_lanes(sums, dropped):
+    """Put the total of the lanes of each sum, int32 `[n, m, SUM_LANES]`, into its first lane, times 2^dropped."""
+    for i in range(sums.shape[0]):
+        for k in range(sums.shape[1]):
+            total = np.int64(0)
+            for lane in range(SUM_LANES):
+                total += sums[i, k, lane]
+            sums[i, k, 0] = total << dropped
