@@ -17,6 +17,7 @@ SECTIONS = {
     "gpu": "benchmarks.worker.gpu",
     "crypto": "benchmarks.crypto.crypto",
     "verification": "benchmarks.crypto.verification",
+    "detection": "benchmarks.crypto.detection",
     "step": "benchmarks.training.step",
     "client_saved": "benchmarks.crypto.client_saved",
     "field": "benchmarks.crypto.field",
