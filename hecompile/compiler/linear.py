@@ -41,7 +41,7 @@ from hecompile.compiler.staging import staging
 from hecompile.compiler.target import check_target
 from hecompile.errors import InputError
 from hecompile.files import found_anywhere, only_writer
-from hecompile.he.check_store import write_checks
+from hecompile.he.check_store import SERIES, write_checks
 from hecompile.he.check_vectors import Checks
 from hecompile.he.parameters import RingParameters
 from hecompile.he.random.sampling import PublicSeed, SecretRandom
@@ -100,7 +100,8 @@ def _compile(model_name_or_path: str, out: Path, options: CompileOptions, progre
         random = SecretRandom()
         for circuit in plan.circuits:
             weight = torch.from_numpy(circuit.weight).t()  # [out, in]
-            write_checks(stage.build / CLIENT / CHECKS, circuit.name, Checks.draw(weight, random))
+            series = [Checks.draw(weight, random) for _ in range(SERIES)]
+            write_checks(stage.build / CLIENT / CHECKS, circuit.name, *series)
         progress("write", 0, 1)
         _write_client(stage.build / CLIENT, plan, tokenizer, ends, record, hints)
     return record.plan_id()

@@ -29,15 +29,17 @@ from hecompile.he.fused import RealKey, decrypt_reals, encrypt_reals
 from hecompile.he.hints import Hint, HintStore
 from hecompile.he.parameters import LinearParameters
 from hecompile.he.public_matrix import PublicMatrix
-from hecompile.he.verification import hint_is_right
+from hecompile.he.random.sampling import SecretRandom
+from hecompile.he.scheme import Ciphertext
+from hecompile.he.verification import Expectation, hint_is_right
 from hecompile.runtime.client.hintless import hint_of
 from hecompile.runtime.transports import Answer, Replicas, Transport, open_connection
 
 DEFAULT_CACHE_BYTES = 512 << 20
 _LOG = logging.getLogger(__name__)
 _ADVICE = (
-    "The step was not taken and nothing was changed. If it happens again, that worker (or its memory, or the link) is not "
-    "to be trusted: export again, which draws new check vectors, and go on from the last checkpoint with another"
+    "The step was not taken and nothing was changed. That worker (or its memory, or the link) is not to be trusted: {}go on "
+    "from the last checkpoint with another"
 )
 
 
@@ -106,6 +108,7 @@ class EncryptedProducts(Products):
 
     Raises:
         WorkerError: the worker serves another plan or computes wrongly.
+        InputError: the bundle's check vectors are spent on workers that were caught.
     """
 
     def __init__(
@@ -119,12 +122,13 @@ class EncryptedProducts(Products):
         self._transport = transport
         self._retry_elsewhere = retry_elsewhere
         self._turn = threading.Lock()  # for a transport that takes one request at a time
+        self._checks = CheckStore(bundle.checks, bundle.circuits)
+        self._verdict = threading.Lock()  # check vectors are spent and their liar is distrusted at one time
         self._check_circuits(open_connection(transport, bundle.plan_id).circuits.keys())
         self._ring = bundle.ring
         rows = max(parameters.in_features for parameters in bundle.circuits.values())
         self._public = PublicMatrix(bundle.ring, bundle.public_seed, rows)
         self._hints = HintStore(bundle.hints, bundle.ring, cache_bytes)
-        self._checks = CheckStore(bundle.checks)
         self._hintless = bundle.plan.hints == "none"
 
     def _check_circuits(self, offered: object) -> None:
@@ -147,7 +151,7 @@ class EncryptedProducts(Products):
         while result is None:
             answers = self._request(circuit, ciphertext.planes)
             answered = time.perf_counter()
-            result = self._decrypt(circuit, key, answers, checks, row_scale)
+            result = self._decrypt(circuit, key, ciphertext, answers, row_scale)
         done = time.perf_counter()
         worker_seconds = sum(answer.worker_seconds for answer in answers)
         with self._lock:
@@ -166,20 +170,33 @@ class EncryptedProducts(Products):
         return answers
 
     def _decrypt(
-        self, circuit: str, key: RealKey, answers: list[Answer], checks: Checks, row_scale: Tensor | None
+        self, circuit: str, key: RealKey, ciphertext: Ciphertext, answers: list[Answer], row_scale: Tensor | None
     ) -> Tensor | None:
-        """Verify and decrypt a product; None where an answer was wrong and another worker can take the request."""
-        parameters = self.circuits[circuit]
-        hint = self._hint(circuit, answers, checks)
-        if hint is None:
-            return None
-        try:
-            result = decrypt_reals(key, hint, torch.from_numpy(answers[0].planes), parameters, row_scale)
-        except VerificationError as error:
-            self._distrust(circuit, str(error), answers[0].worker)
-            return None
-        self._hints.release(circuit)
-        return result
+        """Verify and decrypt a product; None where an answer was wrong and another worker can take the request.
+
+        Check vectors that caught a lie by now, in whichever thread or process, do not count: what was encrypted before is
+        checked with those that are in use when the reply is here, and still in use when it has passed.
+        """
+        parameters, replicas = self.circuits[circuit], self._replicas
+        while True:
+            with self._verdict:
+                checks = self._checks.checks(circuit, parameters)
+                # Who was caught spends no other vectors by replies that were on their way.
+                if replicas is not None and not all(replicas.trusts(answer.worker) for answer in answers):
+                    return None
+            if key.expectation is None or key.expectation.checks.series != checks.series:
+                key.expectation = Expectation.of_ciphertext(checks, parameters, ciphertext.planes, SecretRandom())
+            hint = self._hint(circuit, answers, checks)
+            if hint is None:
+                return None
+            try:
+                result = decrypt_reals(key, hint, torch.from_numpy(answers[0].planes), parameters, row_scale)
+            except VerificationError as error:
+                self._distrust(circuit, checks.series, str(error), answers[0].worker)
+                return None
+            self._hints.release(circuit)
+            if self._checks.checks(circuit, parameters).series == checks.series:
+                return result
 
     def _hint(self, circuit: str, answers: list[Answer], checks: Checks) -> Hint | None:
         """Return the stored hint, or the worker's, verified; None where that was wrong and another worker can make one."""
@@ -191,20 +208,34 @@ class EncryptedProducts(Products):
         matrix = self._public.coefficients(everything).flatten(1)  # int32 [in, rank · ring_dim]
         if hint_is_right(checks, hint.coefficients(slice(0, hint.rows)), matrix):
             return hint
-        self._distrust(circuit, "the worker's hint is not its weight times the public matrix", answers[1].worker)
+        error = "the worker's hint is not its weight times the public matrix"
+        self._distrust(circuit, checks.series, error, answers[1].worker)
         return None
 
-    def _distrust(self, circuit: str, error: str, worker: str) -> None:
+    @property
+    def _replicas(self) -> Replicas | None:
+        """Return the workers among which another can be asked after a wrong reply."""
+        return self._transport if self._retry_elsewhere and isinstance(self._transport, Replicas) else None
+
+    def _distrust(self, circuit: str, series: int, error: str, worker: str) -> None:
         """Drop the worker that answered wrongly; raise VerificationError where no other can take the request.
 
-        The request goes to another unchanged. The decision depends on the reply's check sums alone, which hold nothing that
-        was decrypted.
+        The check vectors that caught it are spent, on disk, before anybody can learn of it, by a closed connection or by
+        what comes next. The request goes to another worker unchanged. The decision depends on the reply's check sums alone,
+        which hold nothing that was decrypted.
         """
-        message = f"{circuit}: {worker or 'the worker'}: {error}"
-        if not self._retry_elsewhere or not isinstance(self._transport, Replicas):
-            raise VerificationError(f"{message}. {_ADVICE}") from None
-        if not self._transport.distrust(worker):
-            raise VerificationError(f"{message}. No other worker is left to trust. {_ADVICE}") from None
+        replicas = self._replicas
+        with self._verdict:
+            self._checks.spend(series)
+            others = replicas is not None and replicas.distrust(worker)
+        message, left = f"{circuit}: {worker or 'the worker'}: {error}", self._checks.left
+        advice = _ADVICE.format(
+            "" if left else "its check vectors are spent, so export again, which draws new ones, and "
+        )
+        if replicas is None or left == 0:
+            raise VerificationError(f"{message}. {advice}") from None
+        if not others:
+            raise VerificationError(f"{message}. No other worker is left to trust. {advice}") from None
         _LOG.warning("%s. That worker is not asked again", message)
 
     def _ask(self, request: Callable[[], Answer]) -> Answer:

@@ -125,6 +125,11 @@ class Replicas:
         """See `Transport.setup`."""
         return self._ask(circuit, lambda transport: transport.setup(circuit, lattice_dim))
 
+    def trusts(self, worker: str) -> bool:
+        """Return whether that worker has not been distrusted; one that was may still answer what it was asked before."""
+        with self._lock:
+            return worker not in self._distrusted
+
     def distrust(self, worker: str) -> bool:
         """Never ask that worker again; returns whether another one is left and few enough have been distrusted so far.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,17 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         batch_size=BATCH_SIZE, sequence_buckets=SEQUENCE_BUCKETS, public_seed=PublicSeed.from_hex("11" * 32)
     )
     compile_checkpoint(str(TINY_LLAMA), directory, options)
+    return Build(directory, ClientBundle.open(directory / CLIENT), WorkerBundle.open(directory / WORKER))
+
+
+@pytest.fixture
+def own_build(build: Build, tmp_path: Path) -> Build:
+    """Copy the build, for a test in which a worker is caught: that spends check vectors."""
+    return copy_of(build, tmp_path / "own")
+
+
+def copy_of(build: Build, directory: Path) -> Build:
+    shutil.copytree(build.directory, directory)
     return Build(directory, ClientBundle.open(directory / CLIENT), WorkerBundle.open(directory / WORKER))
 
 

@@ -66,8 +66,9 @@ def rows_swapped(cheat: Cheat, reply: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("lie", [one_bit, one_row, old_reply, rows_swapped])
 def test_a_lie_stops_the_step_and_changes_nothing(
-    build: Build, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, lie: Callable[[Cheat, np.ndarray], np.ndarray]
+    own_build: Build, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, lie: Callable[[Cheat, np.ndarray], np.ndarray]
 ) -> None:
+    build = own_build
     cheat = Cheat(build, HONEST_STEPS * CIRCUITS_PER_STEP + 5, lie)
     products = EncryptedProducts(build.client, InProcessTransport(Worker(build.worker, cheat).exchange))
     model = EncryptedCausalLM(build.client, products)
@@ -76,7 +77,8 @@ def test_a_lie_stops_the_step_and_changes_nothing(
         run_training(model, tokenizer, recipe)
     message = str(caught.value)
     assert message.startswith(f"step {HONEST_STEPS + 1}: {cheat.lied[0]}: ")
-    assert "tokens of the reply are not the product" in message and "go on from the last checkpoint" in message
+    assert "tokens of the reply are not the product that was asked for" in message
+    assert "go on from the last checkpoint" in message
     assert len(cheat.lied) == 1  # nothing was sent after it
     saved = sorted(path.name for path in recipe.training.output_dir.glob("checkpoint-*"))
     assert saved == [f"checkpoint-{HONEST_STEPS}"]
@@ -86,8 +88,9 @@ def test_a_lie_stops_the_step_and_changes_nothing(
 
 
 def test_what_a_lie_touched_is_not_in_the_adapter(
-    build: Build, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    own_build: Build, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
+    build = own_build
     cheat = Cheat(build, 5, one_row)
     products = EncryptedProducts(build.client, InProcessTransport(Worker(build.worker, cheat).exchange))
     model = EncryptedCausalLM(build.client, products)

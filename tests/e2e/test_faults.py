@@ -216,7 +216,8 @@ def payload(frame: bytes) -> bytes:
     return frame[len(frame) - size :]
 
 
-def test_a_cheating_worker_is_left_for_an_honest_one_with_the_same_ciphertext(build: Build) -> None:
+def test_a_cheating_worker_is_left_for_an_honest_one_with_the_same_ciphertext(own_build: Build) -> None:
+    build = own_build
     cheat = Cheat(build, 2, one_row)
     sent: dict[str, list[bytes]] = {"bad": [], "good": []}
 
@@ -240,7 +241,8 @@ def test_a_cheating_worker_is_left_for_an_honest_one_with_the_same_ciphertext(bu
     products.close()
 
 
-def test_the_only_worker_cheats_and_nobody_else_is_left(build: Build) -> None:
+def test_the_only_worker_cheats_and_nobody_else_is_left(own_build: Build) -> None:
+    build = own_build
     workers = {"bad": lambda: InProcessTransport(Worker(build.worker, Cheat(build, 0, one_row)).exchange)}
     products = EncryptedProducts(build.client, Replicas(workers), retry_elsewhere=True)
     circuit, parameters = next(iter(build.client.circuits.items()))
@@ -248,7 +250,8 @@ def test_the_only_worker_cheats_and_nobody_else_is_left(build: Build) -> None:
         products.product(circuit, torch.randn(40, parameters.in_features))
 
 
-def test_threads_that_share_the_workers_agree_on_whom_to_distrust(build: Build) -> None:
+def test_threads_that_share_the_workers_agree_on_whom_to_distrust(own_build: Build) -> None:
+    build = own_build
     workers = {
         "bad": lambda: InProcessTransport(Worker(build.worker, Cheat(build, 0, one_row)).exchange),
         "good": lambda: InProcessTransport(Worker(build.worker).exchange),

@@ -27,7 +27,7 @@ from hecompile.runtime.client.products import EncryptedProducts
 from hecompile.runtime.transports import InProcessTransport, connect, open_connection
 from hecompile.runtime.worker.process import worker_process
 from hecompile.runtime.worker.worker import Worker
-from tests.e2e.conftest import BATCH_SIZE, SEQUENCE_BUCKETS, Build
+from tests.e2e.conftest import BATCH_SIZE, SEQUENCE_BUCKETS, Build, copy_of
 from tests.e2e.test_gradients import cleartext, gradients
 
 
@@ -135,14 +135,16 @@ class WrongWorker:
         return reply
 
 
-def test_a_wrong_hint_is_refused(hintless: Build) -> None:
+def test_a_wrong_hint_is_refused(hintless: Build, tmp_path: Path) -> None:
     """Else a worker could choose which combination of a one-time secret the result shows."""
+    hintless = copy_of(hintless, tmp_path / "own")
     worker = Worker(hintless.worker)
     products = EncryptedProducts(hintless.client, InProcessTransport(Worker(hintless.worker, WrongWorker(worker)).exchange))
     circuit, parameters = next(iter(hintless.client.circuits.items()))
     x = torch.randn(5, parameters.in_features, generator=torch.Generator().manual_seed(0))
     with pytest.raises(VerificationError, match=rf"{circuit}: the worker: the worker's hint is not"):
         products.product(circuit, x)
+    assert [path.name for path in hintless.client.checks.glob("spent.*")] == ["spent.0"]
 
 
 def test_the_public_rows_are_checked_when_the_bundle_is_opened(hintless: Build, tmp_path: Path) -> None:

@@ -241,12 +241,16 @@ def test_a_wrong_hint_is_caught() -> None:
     assert sum(hint_is_right(checks, wrong, matrix) for checks in draws) < 4  # missed once in 2^VARIANTS
 
 
-def test_old_check_vectors_are_read_and_check_as_well_as_they_can(tmp_path: Path) -> None:
+def test_old_check_vectors_are_read_and_check_as_well_as_they_can(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     product = Product()
     draws = np.random.default_rng(1).choice([-2, -1, 1, 2], (OLD_VARIANTS, OUTPUTS)).astype(np.int32)
     images = draws.astype(np.int64) @ product.weight.numpy().astype(np.int64)
     np.save(tmp_path / "a.npy", np.concatenate([draws, images.astype(np.int32)], axis=1))
-    store = CheckStore(tmp_path)
+    store = CheckStore(tmp_path, ["a"])
+    assert "1 in 256" not in caplog.text and "one output in 256" in caplog.text and "export again" in caplog.text
+    assert store.left == 1
     product.checks = store.checks("a", product.linear)
     assert np.array_equal(product.checks.vectors, draws) and np.array_equal(product.checks.images[:, 0], images)
     key, reply = product.request()
