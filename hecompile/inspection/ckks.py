@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 from rich.table import Table
@@ -12,22 +15,33 @@ from hecompile.bundles.ckks import CkksPlan, open_worker, read_table
 from hecompile.ckks.circuit import PolynomialCircuit
 from hecompile.ckks.parameters import MAX_MODULUS_BITS, CkksParameters
 from hecompile.errors import InputError
+from hecompile.graph.ir import module_path
 from hecompile.he.security import show_bits
 from hecompile.inspection.ckks_traffic import CkksTraffic, predicted_traffic
-from hecompile.inspection.polynomial import depth_table, node_table
+from hecompile.inspection.kinds import kind_of, span
+from hecompile.inspection.polynomial import depth_table, graph_json, node_table
 from hecompile.inspection.prediction import megabytes
 
 
-def bundle_tables(directory: Path, nodes: bool = False) -> list[Table]:
-    """Return the tables of a whole export, or of one half of it.
+@dataclass(frozen=True)
+class CkksBundle:
+    """Hold what is shown of a bundle. Without the worker's half there is no graph, and the traffic is an upper bound."""
 
-    The client's half has no circuit, so that its bytes are an upper bound.
+    plan: CkksPlan
+    parameters: CkksParameters
+    traffic: CkksTraffic
+    model: ir.Model | None
 
-    Args:
-        nodes: whether to add a row per node.
+    @property
+    def most(self) -> str:
+        return "at most " if self.model is None else ""
+
+
+def open_bundle(directory: Path) -> CkksBundle:
+    """Open a whole export, or one half of it.
 
     Raises:
-        InputError: the bundle is damaged, its halves do not belong together, or `nodes` is asked for without a circuit.
+        InputError: the bundle is damaged, or its halves do not belong together.
         SecurityError: the parameters have less than 128 bits of security.
     """
     if (directory / "client").is_dir() or (directory / "worker").is_dir():
@@ -41,15 +55,57 @@ def bundle_tables(directory: Path, nodes: bool = False) -> list[Table]:
     else:
         plan = CkksPlan.read(directory)
         read_table(directory, plan)
-        if nodes:
-            raise InputError(f"{directory} is a client's half, which has no circuit; give the worker's half or both")
-        return [_plan_table(plan, CkksParameters.from_fields(plan.parameters), _at_most(plan), "at most ")]
+        return CkksBundle(plan, CkksParameters.from_fields(plan.parameters), _at_most(plan), None)
     plan, circuit, parameters = opened
     _require_same_refreshes(directory, plan, circuit)
-    model = ir.Model(circuit.graph, ir_version=10)
-    tables = [_plan_table(plan, parameters, predicted_traffic(circuit, parameters), "")]
-    tables.append(depth_table(model, parameters.literal))
-    return [*tables, node_table(model)] if nodes else tables
+    traffic = predicted_traffic(circuit, parameters)
+    return CkksBundle(plan, parameters, traffic, ir.Model(circuit.graph, ir_version=10))
+
+
+def bundle_tables(bundle: CkksBundle, layers: bool = False, nodes: bool = False) -> list[Table]:
+    """Return the tables of a bundle: parameters and totals, the graph by kinds of modules, and what is asked for besides.
+
+    Args:
+        layers: whether modules that stand in several layers have a row each.
+        nodes: whether to add a row per node.
+
+    Raises InputError where `nodes` is asked for without a circuit.
+    """
+    tables = [_plan_table(bundle, layers)]
+    if bundle.model is not None:
+        tables.append(depth_table(bundle.model, bundle.parameters.literal, layers))
+        return [*tables, node_table(bundle.model)] if nodes else tables
+    if nodes:
+        raise InputError("a client's half has no circuit, and so no nodes to show; give the worker's half or both")
+    return tables
+
+
+def bundle_json(bundle: CkksBundle) -> dict[str, Any]:
+    """Return what the tables show as JSON values. docs/command-line.md lists the keys."""
+    plan, parameters, traffic = bundle.plan, bundle.parameters, bundle.traffic
+    graph = {} if bundle.model is None else {"graph": graph_json(bundle.model)}
+    return {
+        "what": "ckks plan",
+        "plan_id": plan.plan_id,
+        "model": plan.model,
+        "parameters": {**asdict(parameters.literal), "slots": parameters.slots},
+        "sequence_length": plan.sequence_length,
+        "last_only": plan.last_only,
+        "depth": plan.depth,
+        "exact": bundle.model is not None,
+        "per_evaluation": {
+            "bytes_up": traffic.bytes_up(parameters),
+            "bytes_down": traffic.bytes_down(parameters),
+            "inputs": traffic.inputs,
+            "outputs": traffic.outputs,
+            "refreshed": traffic.refreshed,
+        },
+        "evaluation_key_bytes": parameters.evaluation_key_bytes,
+        "refreshes": [
+            {"value": name.removesuffix(".fresh"), "ciphertexts": n} for name, n in traffic.refreshes.items()
+        ],
+        **graph,
+    }
 
 
 def _require_same_refreshes(directory: Path, plan: CkksPlan, circuit: PolynomialCircuit) -> None:
@@ -64,12 +120,19 @@ def _at_most(plan: CkksPlan) -> CkksTraffic:
     return CkksTraffic(plan.sequence_length * plan.hidden, refreshes, rows * plan.vocabulary)
 
 
-def _plan_table(plan: CkksPlan, parameters: CkksParameters, traffic: CkksTraffic, most: str) -> Table:
+def _plan_table(bundle: CkksBundle, layers: bool) -> Table:
+    plan, parameters, traffic, most = bundle.plan, bundle.parameters, bundle.traffic, bundle.most
     literal, slots = parameters.literal, parameters.slots
     up, down = traffic.bytes_up(parameters), traffic.bytes_down(parameters)
     allowed = MAX_MODULUS_BITS[parameters.ring_dim]
     table = Table(title=f"polynomial plan {plan.plan_id[:16]} of {plan.model}, under CKKS", show_header=False)
+    table.add_column("what", overflow="fold", no_wrap=True)
+    table.add_column("value", overflow="fold")
     rows = {
+        "bytes per evaluation up": f"{most}{up} ({megabytes(up)}), {math.ceil(up / slots)} per sequence of full slots",
+        "bytes per evaluation down": f"{most}{down} ({megabytes(down)}), {math.ceil(down / slots)} per sequence",
+        "evaluation keys": f"{parameters.evaluation_key_bytes} bytes up, once per session",
+        "refreshes": f"{len(traffic.refreshes)} of {most}{traffic.refreshed} ciphertexts",
         "ring dimension": str(parameters.ring_dim),
         "slots": f"{slots}, sequences per evaluation at most",
         "levels": f"{parameters.levels} of {literal.scale_bits} bits",
@@ -78,15 +141,32 @@ def _plan_table(plan: CkksPlan, parameters: CkksParameters, traffic: CkksTraffic
         "depth of the graph": f"{plan.depth} levels without refreshes",
         "sequence": f"{plan.sequence_length} tokens; logits of "
         + ("the last one" if plan.last_only else "all of them"),
-        "refreshes": f"{len(traffic.refreshes)} of {most}{traffic.refreshed} ciphertexts",
-        "evaluation keys": f"{parameters.evaluation_key_bytes} bytes up, once per session",
-        "bytes per evaluation up": f"{most}{up} ({megabytes(up)}), {math.ceil(up / slots)} per sequence of full slots",
-        "bytes per evaluation down": f"{most}{down} ({megabytes(down)}), {math.ceil(down / slots)} per sequence",
     }
     for name, value in rows.items():
         table.add_row(name, value)
-    if traffic.refreshes:
+    refreshes = list(_each_refresh(bundle) if layers or bundle.model is None else _refreshes_by_kind(bundle))
+    if refreshes:
         table.add_section()
-    for value, count in traffic.refreshes.items():
-        table.add_row(f"refresh of {value.removesuffix('.fresh')}", f"{most}{count} ciphertexts")
+    for name, value in refreshes:
+        table.add_row(name, value)
     return table
+
+
+def _each_refresh(bundle: CkksBundle) -> Iterator[tuple[str, str]]:
+    for value, count in bundle.traffic.refreshes.items():
+        yield f"refresh of {value.removesuffix('.fresh')}", f"{bundle.most}{count} ciphertexts"
+
+
+def _refreshes_by_kind(bundle: CkksBundle) -> Iterator[tuple[str, str]]:
+    """Put the refreshes of a module in all layers into one row."""
+    assert bundle.model is not None
+    kinds: dict[str, list[int]] = {}
+    for node in bundle.model.graph:
+        if node.op_type == "Refresh":
+            count = bundle.traffic.refreshes[str(node.outputs[0].name)]
+            kinds.setdefault(kind_of(module_path(node) or "the graph"), []).append(count)
+    for kind, counts in kinds.items():
+        each = (
+            f"{len(counts)} refreshes of {span(counts)} ciphertexts" if len(counts) > 1 else f"{counts[0]} ciphertexts"
+        )
+        yield f"refreshes in {kind}", each

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from rich.table import Table
 from transformers import PretrainedConfig
@@ -95,6 +96,28 @@ def prediction_table(size: ModelSize, weight_bits: int, tokens: int, ring: RingP
             megabytes(size.worker_bytes(weight_bits)),
         )
     return table
+
+
+def prediction_json(size: ModelSize, weight_bits: int, tokens: int) -> dict[str, Any]:
+    """Return what the table shows, in bytes, as JSON values. docs/command-line.md lists the keys."""
+    rings = [
+        {
+            "ring_dim": ring.ring_dim,
+            "rank": ring.rank,
+            "security_bits": ring.security_bits,
+            "hint_bytes": size.hint_file_bytes(ring),
+            "client_memory": size.client_resident_bytes(ring, tokens),
+        }
+        for ring in CATALOGUE.values()
+    ]
+    return {
+        "what": "prediction",
+        "products": len(size.products),
+        "hint_rows": size.hint_rows,
+        "plan_bytes": size.plan_bytes,
+        "worker_bytes": size.worker_bytes(weight_bits),
+        "rings": rings,
+    }
 
 
 def megabytes(count: int) -> str:

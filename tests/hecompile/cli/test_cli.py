@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -27,7 +28,7 @@ HELP = {
         "--model", "--out", "--lora-r", "--lora-alpha", "--lora-dropout", "--target-modules", "--precision", "--ring",
         "--batch-size", "--sequence-buckets", "--public-seed", "--placement",
     ),
-    "inspect": ("--draw", "build"),
+    "inspect": ("--draw", "--layers", "--json", "build"),
     "worker": ("serve",),
     "worker serve": (
         "--listen", "--engine", "--allow-plaintext-network", "bundle", "--tls-certificate",
@@ -55,7 +56,9 @@ def test_help_names_every_option(command: str) -> None:
     assert [word for word in HELP[command] if word not in text.lower()] == []
 
 
-DIFFERENT = {"--out", "--worker", "--engine", "--listen", "--roster", "--keys", "--on-bad-worker", "--resume", "recipe"}
+DIFFERENT = {
+    "--out", "--worker", "--engine", "--listen", "--roster", "--keys", "--on-bad-worker", "--resume", "--layers", "recipe",
+}  # fmt: skip
 """Parameters that take different things in different commands, or have another default there."""
 
 
@@ -164,6 +167,15 @@ def test_inspect_of_a_checkpoint_predicts_its_sizes(checkpoint: Path) -> None:
     assert "16 products, 736 rows of hints; predicted" in shown.output
     (row,) = [line for line in shown.output.splitlines() if "512 x 3" in line]
     assert "161 bits" in row and "4.5 MB" in row
+    found = json.loads(CliRunner().invoke(app, ["inspect", str(checkpoint), "--json"]).output)
+    assert (found["what"], found["products"], found["hint_rows"]) == ("prediction", 16, 736)
+    assert {ring["ring_dim"]: ring["hint_bytes"] for ring in found["rings"]}[512] == 736 * 1536 * 4
+
+
+def test_inspect_draws_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["inspect", str(checkpoint), "--draw", str(tmp_path / "plan.svg")])
+    assert isinstance(result.exception, InputError) and "--draw draws a build" in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_inspect_of_a_truncated_bundle(build: Path, tmp_path: Path) -> None:

@@ -169,6 +169,9 @@ def test_inspect_shows_depth_modulus_and_refreshes(tmp_path: Path) -> None:
     assert shown.exit_code == 0
     for word in ("levels between refreshes", "numbers refreshed", "refreshed at", "lm_head"):
         assert word in shown.output
+    assert "model.layers.*.mlp × 2 " in shown.output and "model.layers.1" not in shown.output
+    every = CliRunner().invoke(app, ["inspect", str(tmp_path / "graph.onnx"), "--layers"])
+    assert "model.layers.1.mlp " in every.output and "×" not in every.output
     chosen = select(12)  # what `ckks export` would take for as many levels
     bits = math.prod(chosen.moduli).bit_length()
     assert f"modulus bits at {chosen.literal.scale_bits} per level" in shown.output

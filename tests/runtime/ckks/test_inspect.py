@@ -13,10 +13,15 @@ from typer.testing import CliRunner
 
 from hecompile.bundles.ckks import open_worker
 from hecompile.bundles.kinds import CIRCUIT, PLAN, TABLE
+from hecompile.ckks.circuit import PolynomialCircuit
 from hecompile.cli.main import app
 from hecompile.errors import InputError
+from hecompile.graph.ir import module_path
 from hecompile.inspection.ckks_traffic import predicted_traffic
+from hecompile.inspection.kinds import kind_of
 from tests.runtime.ckks.support import LEVELS
+
+MLP = "model.layers.0.mlp"
 
 
 def shown(*arguments: str) -> dict[str, str]:
@@ -30,7 +35,7 @@ def shown(*arguments: str) -> dict[str, str]:
 def test_inspect_shows_what_a_bundle_is(build: Path) -> None:
     plan, circuit, parameters = open_worker(build / "worker")
     predicted = predicted_traffic(circuit, parameters)
-    for whole in (shown(str(build)), shown(str(build / "worker"))):
+    for whole in (shown(str(build), "--layers"), shown(str(build / "worker"), "--layers")):
         assert whole["ring dimension"] == "8192" and whole["slots"].startswith("4096,")
         assert whole["levels"] == f"{LEVELS} of 30 bits" and whole["depth of the graph"].startswith(f"{plan.depth} levels")
         assert whole["modulus"].startswith(f"{math.prod(parameters.moduli).bit_length()} bits")
@@ -46,8 +51,31 @@ def test_inspect_shows_what_a_bundle_is(build: Path) -> None:
     entries = sum(map(math.prod, plan.refreshes.values()))
     assert client["refreshes"] == f"{len(plan.refreshes)} of at most {entries} ciphertexts"
     assert int(client["bytes per evaluation up"].split()[2]) > predicted.bytes_up(parameters)
+    folded = shown(str(build))
+    counted = [count for name, count in predicted.refreshes.items() if circuit_module(circuit, name) == MLP]
+    assert folded[f"refreshes in {kind_of(MLP)}"] == f"{counted[0]} ciphertexts" and len(counted) == 1
     nodes = shown(str(build), "--nodes")
     assert nodes["logits"] == "Linear" and {nodes[name] for name in plan.refreshes} == {"Refresh"}
+
+
+def circuit_module(circuit: PolynomialCircuit, refreshed: str) -> str:
+    (node,) = [node for node in circuit.graph if str(node.outputs[0].name) == refreshed]
+    return module_path(node)
+
+
+def test_inspect_as_json(build: Path, tmp_path: Path) -> None:
+    plan, circuit, parameters = open_worker(build / "worker")
+    traffic = predicted_traffic(circuit, parameters)
+    picture = tmp_path / "plan.svg"
+    arguments = ["inspect", str(build), "--json", "--draw", str(picture)]
+    found = json.loads(CliRunner().invoke(app, arguments, catch_exceptions=False).output)
+    assert (found["format"], found["what"], found["plan_id"]) == ("hecompile-inspect-1", "ckks plan", plan.plan_id)
+    assert found["per_evaluation"]["bytes_up"] == traffic.bytes_up(parameters) and found["exact"] is True
+    assert {row["value"] + ".fresh": row["ciphertexts"] for row in found["refreshes"]} == traffic.refreshes
+    assert found["graph"]["levels"] == LEVELS and found["graph"]["modules"][-1]["module"] == "lm_head"
+    assert "decrypt, encrypt" in picture.read_text()
+    client = json.loads(CliRunner().invoke(app, ["inspect", str(build / "client"), "--json"]).output)
+    assert client["exact"] is False and "graph" not in client
 
 
 def test_inspect_refuses_a_damaged_bundle(build: Path, tmp_path: Path) -> None:
@@ -75,7 +103,8 @@ def test_inspect_refuses_a_damaged_bundle(build: Path, tmp_path: Path) -> None:
     refused(edit("worker", "format", "hecompile-ckks-0"), "not a plan of this version")
     both = edit("client", "refreshes", {}), edit("worker", "refreshes", {})
     refused(lambda out: [change(out) for change in both], "not those of the circuit")
-    refused(lambda out: None, "--draw draws the plan of", "--draw", str(tmp_path / "plan.svg"))
     refused(lambda out: shutil.move(out / "client", out.with_name("alone")), "client does not exist")
     with pytest.raises(InputError, match="no circuit"):
         CliRunner().invoke(app, ["inspect", str(tmp_path / "alone"), "--nodes"], catch_exceptions=False)
+    with pytest.raises(InputError, match="no circuit to draw"):
+        CliRunner().invoke(app, ["inspect", str(tmp_path / "alone"), "--draw", "x.svg"], catch_exceptions=False)

@@ -1,0 +1,150 @@
+"""Show a compiled plan as tables that fit 80 columns: totals, a row per kind of linear with ranges over layers, all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from hecompile.bundles.client import ClientBundle
+from hecompile.he.security import show_bits
+from hecompile.inspection.kinds import kind_of, span
+from hecompile.inspection.linear import Product, Totals, Work, reached_precision
+from hecompile.inspection.prediction import megabytes, stored_hint_bytes
+from hecompile.plan.circuits import DIRECTIONS
+
+Group = tuple[str, Sequence[Product]]
+"""A name, and the products that a row or two stand for."""
+
+
+def group_by_kind(products: Iterable[Product]) -> dict[str, list[Product]]:
+    """Return the products of each kind of linear, in the order of the plan."""
+    kinds: dict[str, list[Product]] = {}
+    for product in products:
+        kinds.setdefault(kind_of(product.linear), []).append(product)
+    return kinds
+
+
+def totals_table(bundle: ClientBundle, products: Sequence[Product]) -> Table:
+    """Return the totals of the plan."""
+    plan, ring, lora = bundle.plan, bundle.ring, bundle.plan.lora
+    totals = Totals.of(bundle, products)
+    bits = span((product.weight_bits for product in products), "{:.0f}".format) if products else "0"
+    table = Table(title=f"plan {bundle.plan_id[:16]} of {plan.base_model}", show_header=False, box=box.SIMPLE)
+    table.add_column("what", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    forward, backward = _millions(totals.forward), _millions(totals.backward)
+    worker_disk = "not beside it" if totals.worker_disk is None else megabytes(totals.worker_disk)
+    rows = {
+        "bytes per token, forward": _traffic(totals.forward),
+        "bytes per token, backward": _traffic(totals.backward),
+        "bytes per token, training": _traffic(totals.training),
+        f"bytes per step of {totals.step_tokens} tokens": _step(totals),
+        "worker's products of bytes": f"per token {forward} forward, {backward} backward",
+        "on disk": f"client {megabytes(totals.client_disk)}, worker {worker_disk}",
+        "hints on the client": _hints(bundle, totals, products),
+        "security": f"{show_bits(ring.security_bits)}: {'ring' if ring.packed else 'module'} LWE, dimension "
+        f"{ring.lattice_dim}, q = 2^32; ring {ring.ring_dim} x {ring.rank}",
+        "precision": reached_precision(plan),
+        "remote weights": f"{totals.remote_weights} of {bits} bits",
+        "LoRA": f"r = {lora.r}, alpha = {lora.lora_alpha:g}, {', '.join(lora.target_modules)}",
+        "batch": f"up to {plan.batch_size} x {plan.sequence_buckets} tokens",
+    }
+    for what, value in rows.items():
+        table.add_row(what, value)
+    return table
+
+
+def _traffic(work: Work) -> str:
+    return f"{work.bytes_up} up, {work.bytes_down} down"
+
+
+def _step(totals: Totals) -> str:
+    up = totals.training.bytes_up * totals.step_tokens
+    down = totals.training.bytes_down * totals.step_tokens + totals.step_hint_bytes
+    return f"{megabytes(up)} up, {megabytes(down)} down"
+
+
+def _millions(work: Work) -> str:
+    return f"{work.multiplications / 1e6:.4g} M"
+
+
+def _hints(bundle: ClientBundle, totals: Totals, products: Sequence[Product]) -> str:
+    """Say what the hints take: on disk, or of the download of a training step."""
+    if bundle.plan.hints == "stored":
+        return megabytes(stored_hint_bytes(bundle.ring, (product.out_features for product in products)))
+    step, tokens = totals.step_hint_bytes, totals.step_tokens
+    return f"none: {step} bytes more down per step, {step / tokens:.0f} per token at {tokens} tokens"
+
+
+def kinds_table(products: Sequence[Product]) -> Text:
+    """Return a row per kind of linear and direction, with ranges over the layers."""
+    kinds = group_by_kind(products).items()
+    return _product_table("kinds of linears, ranges over layers; bytes per token", kinds, counted=True)
+
+
+def products_table(products: Sequence[Product]) -> Text:
+    """Return a row per product, with what it sends and how exact it is."""
+    return _product_table("products; bytes per token", _by_linear(products), counted=False)
+
+
+def noise_table(products: Sequence[Product]) -> Text:
+    """Return a row per product, with its noise, and the error that a worker could add unseen."""
+    columns: dict[str, Callable[[Sequence[Product]], str]] = {
+        "limbs\nup": lambda those: span(p.upload_limbs for p in those),
+        "bytes\ndown": lambda those: span(p.reply_bytes for p in those),
+        "noise\nstd": lambda those: span((p.noise_std for p in those), "{:.4g}".format),
+        "unseen error\n/ noise std": lambda those: span((p.unseen_error / p.noise_std for p in those), "{:.3g}".format),
+        "input\nbound": lambda those: span((p.input_bound for p in those), "{:.0f}".format),
+    }
+    return _rows("noise, in units of the integer product", _by_linear(products), columns)
+
+
+def _by_linear(products: Sequence[Product]) -> list[Group]:
+    linears: dict[str, list[Product]] = {}
+    for product in products:
+        linears.setdefault(product.linear, []).append(product)
+    return list(linears.items())
+
+
+def _product_table(title: str, groups: Iterable[Group], counted: bool) -> Text:
+    count: dict[str, Callable[[Sequence[Product]], str]] = {"×": lambda those: str(len(those))}
+    columns: dict[str, Callable[[Sequence[Product]], str]] = {
+        "in → out": lambda those: (
+            f"{span((p.in_features for p in those), '{:.0f}'.format)} → "
+            f"{span((p.out_features for p in those), '{:.0f}'.format)}"
+        ),
+        "weight\nbits": lambda those: span((p.weight_bits for p in those), "{:.0f}".format),
+        "effective\nbits": lambda those: span((p.effective_bits for p in those), "{:.1f}".format),
+        "bytes\nup": lambda those: span((p.bytes_up for p in those), "{:.0f}".format),
+        "bytes\ndown": lambda those: span((p.bytes_down for p in those), "{:.0f}".format),
+    }
+    return _rows(title, groups, count | columns if counted else columns)
+
+
+def _rows(title: str, groups: Iterable[Group], columns: dict[str, Callable[[Sequence[Product]], str]]) -> Text:
+    """Lay out a line per name, whatever its length, and below it a row of numbers per direction."""
+    first = max(len(direction) for direction in DIRECTIONS)
+    heads = [heading.split("\n") for heading in columns]
+    above = ["", *(head[0] if head[1:] else "" for head in heads)]
+    table: list[list[str] | str] = [above, ["", *(head[-1] for head in heads)]]
+    for name, members in groups:
+        table.append(name)
+        for direction in dict.fromkeys(product.direction for product in members):
+            those = [product for product in members if product.direction == direction]
+            table.append([direction, *(cell(those) for cell in columns.values())])
+    cells = [row for row in table if not isinstance(row, str)]
+    widths = [max(len(row[index]) for row in cells) for index in range(1, len(columns) + 1)]
+    lines = []
+    for row in table:
+        if isinstance(row, str):
+            lines.append(f" {row}")
+        else:
+            numbers = (cell.rjust(width) for cell, width in zip(row[1:], widths, strict=True))
+            lines.append("   ".join([f"   {row[0].ljust(first)}", *numbers]).rstrip())
+    rule = " " + "─" * max(map(len, lines))
+    text = Text(f" {title}\n", style="italic", no_wrap=True)
+    text.append("\n".join([*lines[:2], rule, *lines[2:]]) + "\n", style="not italic")
+    return text
