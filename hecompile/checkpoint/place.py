@@ -11,7 +11,9 @@ from hecompile.files import explain_missing, near_neighbour
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _CONFIGURATION = ("config.json", "generation_config.json", "adapter_config.json")
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt")
-READ = (*_CONFIGURATION, *_TOKENIZER, "model*.safetensors", "model.safetensors.index.json")
+_SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
+_PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+READ = (*_CONFIGURATION, *_TOKENIZER, *_SAFETENSORS, *_PICKLES)
 """The files of a checkpoint that are read, or looked for; nothing else of a hub's repository is fetched."""
 
 
@@ -35,12 +37,20 @@ def find_checkpoint(name: str, whole: bool = True) -> Path:
     """
     path = local_path(name, Path())
     if path is None:
-        return _fetch(name, READ if whole else _CONFIGURATION)
+        return _fetch_weights(name) if whole else _fetch(name, _CONFIGURATION)
     if not path.exists():
         raise InputError(f"no model at {explain_missing(path)}; give a directory made by save_pretrained, or a hub id")
     if not path.is_dir():
         raise InputError(f"model {name} is a file; give the directory that holds config.json")
     return path
+
+
+def _fetch_weights(name: str) -> Path:
+    """Fetch safetensors, and torch's own files where there are none."""
+    directory = _fetch(name, (*_CONFIGURATION, *_TOKENIZER, *_SAFETENSORS))
+    if any(True for _ in directory.glob("model*.safetensors")):
+        return directory
+    return _fetch(name, READ)
 
 
 def _fetch(name: str, patterns: tuple[str, ...]) -> Path:

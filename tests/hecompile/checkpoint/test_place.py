@@ -52,6 +52,7 @@ def test_a_neighbour_is_named(here: Path, name: str, near: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "someone/some-model", "some.one/model_2"])
 def test_a_hub_id_is_looked_up(here: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
+    (here / "model.safetensors").touch()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(here))
     assert find_checkpoint(name) == here and asked == [name]
 

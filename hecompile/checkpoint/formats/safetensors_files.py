@@ -1,0 +1,45 @@
+"""Read safetensors files, a tensor at a time."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from hecompile.checkpoint.formats.stored import Stored
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def safetensors_tensors(path: Path) -> dict[str, Stored]:
+    """Return the tensors of a file by name. Raises what safetensors raises for a damaged file."""
+
+    @cache
+    def whole() -> Any:
+        return safe_open(path, framework="pt")
+
+    def reader(name: str, kind: str) -> Any:
+        def read() -> Tensor:
+            if kind == "F32":
+                value: Tensor = whole().get_tensor(name)  # mapped: pages are the system's to drop
+                return value
+            with safe_open(path, framework="pt") as file:  # its pages are let go with it
+                return _float32(file.get_tensor(name))
+
+        return read
+
+    found = {}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  it is no mapping
+            part = file.get_slice(name)
+            kind = str(part.get_dtype())
+            found[name] = Stored(tuple(part.get_shape()), kind, kind in FLOATS, reader(name, kind))
+    return found
+
+
+def _float32(value: Tensor) -> Tensor:
+    return value.to(torch.float32)
