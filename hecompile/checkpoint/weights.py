@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from hecompile.checkpoint.formats.files import stored_tensors
 from hecompile.checkpoint.formats.safetensors_files import FLOATS
 from hecompile.checkpoint.formats.stored import Stored, cannot
+from hecompile.checkpoint.weight_files import stored_tensors
 from hecompile.errors import InputError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

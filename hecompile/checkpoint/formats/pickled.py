@@ -19,7 +19,7 @@ from torch import Tensor
 from hecompile.checkpoint.formats.stored import Stored, cannot
 
 _MOST_PICKLE_BYTES = 1 << 26
-"""Of the pickle without the tensors' values: names and shapes."""
+"""Bound of the pickle, which has names and shapes; the values lie beside it."""
 _MOST_ENTRIES = 1 << 17
 _SAFER = "load it where you trust it, and save it as safetensors"
 

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hecompile.checkpoint.folder import read_object
-from hecompile.checkpoint.values import show
 from hecompile.errors import InputError
 
 
@@ -36,20 +34,6 @@ class Stored:
 def cannot(place: Path, reason: str) -> InputError:
     """Return the error of weights that cannot be loaded."""
     return InputError(f"cannot load the weights of {place}: {reason}")
-
-
-def indexed_files(index: Path, suffix: str) -> list[Path]:
-    """Return the files that an index names, all of its folder. Raises InputError for anything else, or a missing file."""
-    shards = read_object(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise InputError(f"{index}: weight_map must be an object, tensor to file")
-    names = list(dict.fromkeys(shards.values()))
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffix):
-            raise InputError(f"{index}: {show(name)} is no {suffix.removeprefix('.')} file of this folder")
-        if not (index.parent / name).is_file():
-            raise cannot(index.parent, f"{name} is missing, which {index.name} names")
-    return [index.parent / name for name in names]
 
 
 def merged(place: Path, parts: Iterable[tuple[Path, dict[str, Stored]]]) -> dict[str, Stored]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hecompile.checkpoint.folder import read_object
 from hecompile.checkpoint.formats.pickled import pickled_tensors
 from hecompile.checkpoint.formats.safetensors_files import safetensors_tensors
-from hecompile.checkpoint.formats.stored import Stored, cannot, indexed_files, merged
+from hecompile.checkpoint.formats.stored import Stored, cannot, merged
+from hecompile.checkpoint.values import show
+from hecompile.errors import InputError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -24,8 +27,22 @@ def stored_tensors(place: Path) -> dict[str, Stored]:
         if (place / whole).is_file():
             return read(place / whole)
         if (place / index).is_file():
-            return merged(place, ((path, read(path)) for path in indexed_files(place / index, suffix)))
+            return merged(place, ((path, read(path)) for path in _indexed_files(place / index, suffix)))
     raise cannot(place, f"there is none of {WEIGHTS}, {INDEX}, {PICKLE} and {PICKLE_INDEX}{_hint(place)}")
+
+
+def _indexed_files(index: Path, suffix: str) -> list[Path]:
+    """Return the files that an index names, all of its folder. Raises InputError for anything else, or a missing file."""
+    shards = read_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise InputError(f"{index}: weight_map must be an object, tensor to file")
+    names = list(dict.fromkeys(shards.values()))
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffix):
+            raise InputError(f"{index}: {show(name)} is no {suffix.removeprefix('.')} file of this folder")
+        if not (index.parent / name).is_file():
+            raise cannot(index.parent, f"{name} is missing, which {index.name} names")
+    return [index.parent / name for name in names]
 
 
 def _hint(place: Path) -> str:
