@@ -10,7 +10,7 @@ is small. The tolerance is 8 standard deviations of the right-hand side for the 
 uniform, which is sub-Gaussian with its own variance, |D| exceeds the tolerance with probability below 2·exp(-32) < 3e-14
 for each check. A reply is accepted if every check is within its tolerance:
 
-* token by token, by one of TOKEN_VARIANTS r. These are drawn for the request from all VARIANTS, and then one for the token;
+* token by token, by one of TOKEN_VARIANTS r, drawn for the token. Which these are of all VARIANTS is drawn for the request;
 * by all VARIANTS r, the sum of the tokens of a window: of a token alone in a request of up to SMALL tokens, else of up to
   LONGEST_WINDOW neighbours. Its D is the sum of theirs, the tolerance grows with the root of their number.
 
@@ -118,9 +118,10 @@ class Expectation(_Sums):
     @classmethod
     def draw(cls, checks: Checks, linear: LinearParameters, tokens: int, random: SecretRandom) -> Expectation:
         """Start a request of `tokens` tokens with freshly drawn variants."""
-        drawn = random.uniform_bytes(8 * checks.variants).view(np.uint64).argsort()[:TOKEN_VARIANTS]  # up to ties
-        variants = drawn[random.below_power_of_two(TOKEN_VARIANTS.bit_length() - 1, tokens)]
-        return cls(checks, checks.window(linear, tokens), drawn, variants)
+        octets = random.below_power_of_two(8, tokens + 1)
+        # Neighbours, from any one on: the factors of any eight variants are distributed alike.
+        drawn = (octets[tokens] + np.arange(TOKEN_VARIANTS)) % checks.variants
+        return cls(checks, checks.window(linear, tokens), drawn, drawn[octets[:tokens] % TOKEN_VARIANTS])
 
     @classmethod
     def of_ciphertext(
