@@ -33,7 +33,9 @@ def check_folder(directory: Path) -> None:
                 "adapter into a folder of its own; to make it part of the model, merge it and save the result"
             )
     if not (directory / CONFIG).is_file():
-        raise InputError(f"model directory {directory} has no {CONFIG}; is it a save_pretrained directory?")
+        found = sorted(directory.glob("*.gguf"))
+        hint = f"give the file {found[0]}" if found else "is it a save_pretrained directory?"
+        raise InputError(f"model directory {directory} has no {CONFIG}; {hint}")
     check_links(directory, READ)
 
 

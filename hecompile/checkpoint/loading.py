@@ -14,6 +14,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from hecompile.checkpoint.configuration import read_answer_ends, read_configuration
 from hecompile.checkpoint.folder import check_folder
+from hecompile.checkpoint.gguf import opened
 from hecompile.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from hecompile.checkpoint.weights import read_weights
 from hecompile.environment import without_launcher
@@ -21,25 +22,30 @@ from hecompile.errors import InputError
 
 
 def load_configuration(directory: Path) -> LlamaConfig:
-    """Read and check the configuration of the checkpoint in `directory`. Raises InputError for what is not supported."""
-    check_folder(directory)
-    config = read_configuration(directory)
-    read_answer_ends(directory, config)
-    return config
+    """Read and check the configuration of the checkpoint in `directory`, or of a GGUF file.
+
+    Raises InputError for what is not supported.
+    """
+    with opened(directory, tokenizer=False) as folder:
+        check_folder(folder)
+        config = read_configuration(folder)
+        read_answer_ends(folder, config)
+        return config
 
 
 def load_model(
     directory: Path, attention: Literal["eager", "sdpa"] = "eager"
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """Load the checkpoint in `directory`, float32, and its tokenizer. Raises InputError naming what is wrong.
+    """Load the checkpoint in `directory`, or a GGUF file, in float32, and its tokenizer.
 
-    Everything that can be refused without the weights is refused before they are read. The model's generation_config has the
-    ids of bos, eos and padding, and nothing else: `answer_ends` reads them.
+    Raises InputError naming what is wrong. Everything that can be refused without the weights is refused before they are
+    read. The model's generation_config has the ids of bos, eos and padding, and nothing else: `answer_ends` reads them.
     """
-    config = load_configuration(directory)
-    ends = read_answer_ends(directory, config)
-    tokenizer = load_tokenizer(directory, config)
-    check_vocabulary(directory, tokenizer, config.vocab_size)
+    with opened(directory) as folder:
+        config = load_configuration(folder)
+        ends = read_answer_ends(folder, config)
+        tokenizer = load_tokenizer(folder, config)
+        check_vocabulary(directory, tokenizer, config.vocab_size)
     weights = read_weights(directory, config)
     try:
         with without_launcher():

@@ -17,6 +17,11 @@ READ = (*_CONFIGURATION, *_TOKENIZER, *_SAFETENSORS, *_PICKLES)
 """The files of a checkpoint that are read, or looked for; nothing else of a hub's repository is fetched."""
 
 
+def is_gguf(path: Path) -> bool:
+    """Tell whether a path is that of a GGUF file."""
+    return path.suffix.lower() == ".gguf" and path.is_file()
+
+
 def local_path(name: str, base: Path) -> Path | None:
     """Return the path that `name` means, seen from the directory `base`, which need not exist; None for a hub id.
 
@@ -31,17 +36,17 @@ def local_path(name: str, base: Path) -> Path | None:
 
 
 def find_checkpoint(name: str, whole: bool = True) -> Path:
-    """Return the directory of a checkpoint; that of a hub id is fetched, the configuration alone unless `whole`.
+    """Return the directory of a checkpoint, or its GGUF file; for a hub id fetch it, the configuration alone unless `whole`.
 
-    Raises InputError for a path that is no directory with a config.json, and for an id that the hub does not give out.
+    Raises InputError for a path that is neither a directory nor a GGUF file, and for an id that the hub does not give out.
     """
     path = local_path(name, Path())
     if path is None:
         return _fetch_weights(name) if whole else _fetch(name, _CONFIGURATION)
     if not path.exists():
         raise InputError(f"no model at {explain_missing(path)}; give a directory made by save_pretrained, or a hub id")
-    if not path.is_dir():
-        raise InputError(f"model {name} is a file; give the directory that holds config.json")
+    if not path.is_dir() and not is_gguf(path):
+        raise InputError(f"model {name} is a file; give the directory that holds config.json, or a .gguf file")
     return path
 
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import PretrainedConfig
+
 from hecompile.checkpoint.folder import read_object
+from hecompile.checkpoint.formats.gguf_header import GgufHeader
+from hecompile.checkpoint.formats.gguf_tensors import gguf_tensors
 from hecompile.checkpoint.formats.pickled import pickled_tensors
 from hecompile.checkpoint.formats.safetensors_files import safetensors_tensors
 from hecompile.checkpoint.formats.stored import Stored, cannot, merged
+from hecompile.checkpoint.place import is_gguf
 from hecompile.checkpoint.values import show
 from hecompile.errors import InputError
 
@@ -15,11 +20,14 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
-def stored_tensors(place: Path) -> dict[str, Stored]:
-    """Return the tensors of the checkpoint in a folder by their names there; safetensors where there are any.
+def stored_tensors(place: Path, config: PretrainedConfig) -> dict[str, Stored]:
+    """Return the tensors of a GGUF file, or of a folder by their names there: safetensors where there are any.
 
     Raises InputError where there are no weights; and what libraries raise for damaged files.
     """
+    if is_gguf(place):
+        heads = config.num_attention_heads
+        return gguf_tensors(GgufHeader.read(place), heads, config.num_key_value_heads or heads)
     for whole, index, suffix, read in (
         (WEIGHTS, INDEX, ".safetensors", safetensors_tensors),
         (PICKLE, PICKLE_INDEX, ".bin", pickled_tensors),

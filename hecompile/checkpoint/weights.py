@@ -30,7 +30,7 @@ def read_weights(place: Path, config: LlamaConfig) -> dict[str, Tensor]:
     Raises InputError naming the tensor that is missing, superfluous, of another shape or kind, or not finite.
     """
     try:
-        stored = stored_tensors(place)
+        stored = stored_tensors(place, config)
         found = {_name(key): tensor for key, tensor in stored.items() if not _COMPUTED.fullmatch(key)}
         _check_names(place, config, found)
         return _drop_tied_head(place, config, {name: _read(place, name, found[name]) for name in sorted(found)})

@@ -56,17 +56,19 @@ def inspect(
     """Show what was compiled: totals, and per kind of linear its shape, weight bits, precision and bytes per token.
     For a polynomial graph show its depth and refreshes, under CKKS also parameters and bytes per evaluation."""
     from hecompile.bundles.ckks import is_polynomial_bundle
+    from hecompile.checkpoint.place import is_gguf
 
     if not build.exists():
         raise InputError(f"nothing to inspect at {explain_missing(build)}")
     wanted = _Wanted(layers, nodes, as_json)
     is_ckks = is_polynomial_bundle(build)
-    is_prediction = build.is_dir() and not is_ckks and (build / "config.json").is_file()
-    if draw is not None and (build.is_file() or is_prediction):
+    is_prediction = is_gguf(build) or (build.is_dir() and not is_ckks and (build / "config.json").is_file())
+    is_graph = build.is_file() and not is_prediction
+    if draw is not None and (is_graph or is_prediction):
         raise InputError(f"--draw draws a build of `export llama` or `ckks export`, and {build} is none")
-    if nodes and not (build.is_file() or is_ckks):
+    if nodes and not (is_graph or is_ckks):
         raise InputError(f"--nodes shows a polynomial graph, and {build} has none; give an .onnx file or a CKKS bundle")
-    if build.is_file():
+    if is_graph:
         _show_graph(build, wanted)
     elif is_ckks:
         _show_ckks(build, wanted, draw)

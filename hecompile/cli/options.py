@@ -11,7 +11,9 @@ import typer
 if TYPE_CHECKING:  # imported when a command runs: help is to be quick
     from hecompile.runtime.wire.credentials import ClientCredentials
 
-CheckpointName = Annotated[str, typer.Option(help="Checkpoint: a directory made by save_pretrained, or a hub id.")]
+CheckpointName = Annotated[
+    str, typer.Option(help="Checkpoint: a directory made by save_pretrained, a .gguf file, or a hub id.")
+]
 BuildDirectory = Annotated[
     Path, typer.Option(help="Where to write client/ and worker/. An earlier build there is replaced.")
 ]

@@ -15,6 +15,7 @@ EXTRAS = {
     "network": "workers over gRPC and Arrow Flight, metrics",
     "privacy": "training with differential privacy",
     "ckks": "polynomial models wholly on a worker",
+    "gguf": "checkpoints in GGUF files",
     "fleet": "fleets of workers on Ray Serve",
     "federation": "federations run by Flower",
     "bench": "other libraries to compare with in benchmarks",
