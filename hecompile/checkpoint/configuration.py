@@ -13,6 +13,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from hecompile.checkpoint.folder import CONFIG, GENERATION_CONFIG, read_object, refuse_code
+from hecompile.checkpoint.quantised import check_quantisation
 from hecompile.checkpoint.rope import read_rope
 from hecompile.checkpoint.values import flag, number, show, whole
 from hecompile.errors import InputError
@@ -85,13 +86,7 @@ def _check_architecture(path: Path, config: Mapping[str, Any]) -> None:
     classes = config.get("architectures")
     if classes is not None and not (isinstance(classes, list) and any(name in _ARCHITECTURES for name in classes)):
         raise InputError(f"{path}: architectures is {show(classes)}; supported: {_ARCHITECTURES[0]}")
-    for key in ("quantization_config", "compression_config"):
-        if (section := config.get(key)) is not None:
-            method = section.get("quant_method") if isinstance(section, Mapping) else section
-            raise InputError(
-                f"{path}: {key} says that the weights are quantised ({show(method)}); supported: weights in float32, "
-                "float16 or bfloat16"
-            )
+    check_quantisation(path, config)
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key) not in (None, False):
             raise InputError(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
+from hecompile.checkpoint.formats.bitsandbytes import dequantised
 from hecompile.checkpoint.formats.safetensors_files import FLOATS
 from hecompile.checkpoint.formats.stored import Stored, cannot
 from hecompile.checkpoint.weight_files import stored_tensors
@@ -30,7 +31,7 @@ def read_weights(place: Path, config: LlamaConfig) -> dict[str, Tensor]:
     Raises InputError naming the tensor that is missing, superfluous, of another shape or kind, or not finite.
     """
     try:
-        stored = stored_tensors(place, config)
+        stored = dequantised(place, stored_tensors(place, config))
         found = {_name(key): tensor for key, tensor in stored.items() if not _COMPUTED.fullmatch(key)}
         _check_names(place, config, found)
         return _drop_tied_head(place, config, {name: _read(place, name, found[name]) for name in sorted(found)})
