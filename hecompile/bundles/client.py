@@ -75,6 +75,12 @@ class LoraRecord(_Record):
     lora_alpha: float
     lora_dropout: float
     target_modules: list[str]
+    fan_in_fan_out: bool = False
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `fan_in_fan_out` where it is false: plans from before there was GPT-2 must hash to their ids."""
+        return {name: value for name, value in serialize(self).items() if name != "fan_in_fan_out" or value}
 
 
 class CircuitRecord(_Record):
@@ -128,7 +134,6 @@ class PlanRecord(_Record):
     def plan_id(self) -> str:
         """Return the SHA-256 of the canonical JSON form, in hex."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
-
 
     def reached_bits(self) -> tuple[float, float]:
         """Return the least and the most effective bits of its products; at least `effective_bits`, which was asked for."""
@@ -272,7 +277,9 @@ def _read_manifest(directory: Path) -> _Manifest:
         if not isinstance(raw, dict) or raw.get("format") != CLIENT_FORMAT:
             raise InputError(f"{path} is not the manifest of a client bundle; {_REMEDY}")
         if raw.get("version") not in READABLE:
-            raise InputError(f"{path} has format version {raw.get('version')}, this program reads {READABLE}; {_REMEDY}")
+            raise InputError(
+                f"{path} has format version {raw.get('version')}, this program reads {READABLE}; {_REMEDY}"
+            )
         return _Manifest.model_validate(raw)
     except HecompileError:
         raise

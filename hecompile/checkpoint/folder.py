@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from hecompile.checkpoint.families import SUPPORTED
 from hecompile.checkpoint.place import READ
 from hecompile.errors import InputError
 from hecompile.files import reason_of
@@ -74,7 +75,14 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def refuse_code(path: Path, content: Mapping[str, Any]) -> None:
-    """Refuse a configuration that names Python code to be run. Raises InputError."""
-    if content.get("auto_map"):
-        raise InputError(f"{path}: auto_map names Python code of the model's own, which is never run; supported: llama")
+def refuse_code(path: Path, content: Mapping[str, Any], known: Iterable[str] = ()) -> None:
+    """Refuse a configuration that names Python code to be run. Raises InputError.
+
+    known: names of classes that transformers has taken over since: its own take their place, and the model's are not run.
+    """
+    code = content.get("auto_map")
+    if not code or (isinstance(code, Mapping) and all(value in tuple(known) for value in code.values())):
+        return
+    raise InputError(
+        f"{path}: auto_map names Python code of the model's own, which is never run; supported: {SUPPORTED}"
+    )

@@ -108,6 +108,11 @@ def _quotient(hidden: object, heads: object) -> int:
 def _rope(header: GgufHeader, own: dict[str, Value], config: dict[str, Any], width: int) -> dict[str, Any]:
     """Return the scaling of the rotary embedding: by keys, or by the divisors that files of Llama 3 hold."""
     kind = own.get("rope.scaling.type", "none")
+    if kind not in ("none", "linear"):
+        raise InputError(
+            f"{header.path}: llama.rope.scaling.type is {show(kind)}; supported in GGUF files: none, linear. Export the "
+            "model's safetensors"
+        )
     if kind != "none":
         return {"rope_scaling": {"rope_type": kind, "factor": own.get("rope.scaling.factor")}}
     divisors = read_entry(header, ROTARY_FACTORS)

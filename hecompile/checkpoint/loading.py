@@ -1,4 +1,4 @@
-"""Load a Llama from a checkpoint's folder: configuration, tokenizer and weights, each read by what is in its file alone.
+"""Load a model from a checkpoint's folder: configuration, tokenizer and weights, each read by what is in its file alone.
 
 transformers gets values and never the folder: given a folder it would attach an adapter, read defaults of generation, look
 up the hub, and open pickles where there are no safetensors.
@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+import transformers
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hecompile.checkpoint.configuration import read_answer_ends, read_configuration
+from hecompile.checkpoint.configuration import family_of, read_answer_ends, read_configuration
 from hecompile.checkpoint.folder import check_folder
 from hecompile.checkpoint.gguf import opened
 from hecompile.checkpoint.tokenizer import check_vocabulary, load_tokenizer
@@ -21,7 +22,7 @@ from hecompile.environment import without_launcher
 from hecompile.errors import InputError
 
 
-def load_configuration(directory: Path) -> LlamaConfig:
+def load_configuration(directory: Path) -> PretrainedConfig:
     """Read and check the configuration of the checkpoint in `directory`, or of a GGUF file.
 
     Raises InputError for what is not supported.
@@ -35,7 +36,7 @@ def load_configuration(directory: Path) -> LlamaConfig:
 
 def load_model(
     directory: Path, attention: Literal["eager", "sdpa"] = "eager"
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the checkpoint in `directory`, or a GGUF file, in float32, and its tokenizer.
 
     Raises InputError naming what is wrong. Everything that can be refused without the weights is refused before they are
@@ -47,12 +48,13 @@ def load_model(
         tokenizer = load_tokenizer(folder, config)
         check_vocabulary(directory, tokenizer, config.vocab_size)
     weights = read_weights(directory, config)
+    kind: Any = getattr(transformers, family_of(config).model)
     try:
         with without_launcher():
-            model: Any = LlamaForCausalLM.from_pretrained(
+            model: Any = kind.from_pretrained(
                 None, config=config, state_dict=weights, dtype=torch.float32, attn_implementation=attention
             )
-    except Exception as error:  # whatever transformers finds in weights that are those of a Llama
+    except Exception as error:  # whatever transformers finds in weights that have the right names and shapes
         raise InputError(f"cannot load the weights of {directory}: {' '.join(str(error).split())}") from error
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, pad_token_id=config.pad_token_id,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 from hecompile.errors import InputError
 
 _LARGEST_NUMBER = 1e30
@@ -36,3 +39,67 @@ def flag(where: str, key: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise InputError(f"{where}: {key} must be true or false, got {show(value)}")
     return value
+
+
+class Rule(Protocol):
+    """Say what the value of a key may be."""
+
+    @property
+    def required(self) -> bool:
+        """Say whether the key must be there; else the default is that of transformers."""
+
+    @property
+    def nullable(self) -> bool:
+        """Say whether null is a value, and not the absence of one."""
+
+    def read(self, where: str, key: str, value: object) -> object:
+        """Return the checked value. Raises InputError for what it may not be."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Take whole numbers from `least` to `most`, and null where `nullable`."""
+
+    most: int
+    required: bool = True
+    nullable: bool = False
+    least: int = 1
+
+    def read(self, where: str, key: str, value: object) -> int | None:
+        return None if value is None and self.nullable else whole(where, key, value, self.least, self.most)
+
+
+@dataclass(frozen=True)
+class Number:
+    """Take numbers above zero, and null where `nullable`."""
+
+    nullable: bool = False
+    required: bool = False
+
+    def read(self, where: str, key: str, value: object) -> float | None:
+        return None if value is None and self.nullable else number(where, key, value)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Take true and false."""
+
+    required: bool = False
+    nullable: bool = False
+
+    def read(self, where: str, key: str, value: object) -> bool:
+        return flag(where, key, value)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Take one of some words."""
+
+    words: tuple[str, ...]
+    required: bool = False
+    nullable: bool = False
+
+    def read(self, where: str, key: str, value: object) -> str:
+        if not isinstance(value, str) or value not in self.words:
+            raise InputError(f"{where}: {key} is {show(value)}; supported: {', '.join(self.words)}")
+        return value

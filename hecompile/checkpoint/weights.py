@@ -1,4 +1,4 @@
-"""Read a Llama's weights, in whatever format: names and shapes first, then values, a tensor at a time, in float32.
+"""Read a model's weights, in whatever format: names and shapes first, then values, a tensor at a time, in float32.
 
 What a library would leave out with a warning (a bias, a matrix of LoRA, anything that the model has no place for) is
 refused, for the model without it is another one.
@@ -7,49 +7,85 @@ refused, for the model without it is another one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import PretrainedConfig
 
+from hecompile.checkpoint.configuration import family_of
 from hecompile.checkpoint.formats.bitsandbytes import dequantised
 from hecompile.checkpoint.formats.safetensors_files import FLOATS
 from hecompile.checkpoint.formats.stored import Stored, cannot
 from hecompile.checkpoint.weight_files import stored_tensors
 from hecompile.errors import InputError
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_COMPUTED = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+HEAD = "lm_head.weight"
+_COMPUTED = re.compile(r"(.+\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)")
 """Older files hold what follows from the configuration, too."""
+_OLDER = {"embed_out.weight": HEAD}
+"""Names that older files have (GPT-NeoX)."""
 
 
-def read_weights(place: Path, config: LlamaConfig) -> dict[str, Tensor]:
-    """Return every weight of the model by its name in LlamaForCausalLM, float32; tensors may be mapped from the files.
+def empty_model(config: PretrainedConfig) -> Any:
+    """Make the transformers model of a configuration without the values of its tensors."""
+    kind: Any = getattr(transformers, family_of(config).model)
+    with torch.device("meta"):
+        return kind(config)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Hold the names and shapes of a model's tensors, without those that are tied.
+
+    prefix: what a decoder saved without its head leaves out. tied: the embedding that is the head too, None where none is.
+    """
+
+    tensors: Mapping[str, tuple[int, ...]]
+    prefix: str
+    tied: str | None
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> _Shape:
+        """Read off what the model of a configuration has."""
+        model = empty_model(config)
+        tied = model._tied_weights_keys.get(HEAD) if config.tie_word_embeddings else None
+        tensors = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        if tied is not None:
+            del tensors[HEAD]
+        return cls(tensors, model.base_model_prefix, tied)
+
+    def name(self, key: str) -> str:
+        """Return a tensor's name in the model."""
+        key = _OLDER.get(key, key)
+        whole = f"{self.prefix}.{key}"
+        return whole if key not in self.tensors and whole in self.tensors else key
+
+
+def read_weights(place: Path, config: PretrainedConfig) -> dict[str, Tensor]:
+    """Return every weight of the model by its name in transformers, float32; tensors may be mapped from the files.
 
     Raises InputError naming the tensor that is missing, superfluous, of another shape or kind, or not finite.
     """
+    shape = _Shape.of(config)
     try:
         stored = dequantised(place, stored_tensors(place, config))
-        found = {_name(key): tensor for key, tensor in stored.items() if not _COMPUTED.fullmatch(key)}
-        _check_names(place, config, found)
-        return _drop_tied_head(place, config, {name: _read(place, name, found[name]) for name in sorted(found)})
+        found = {shape.name(key): tensor for key, tensor in stored.items() if not _COMPUTED.fullmatch(key)}
+        _check_names(place, shape.tensors, found)
+        return _drop_tied_head(place, shape, {name: _read(place, name, found[name]) for name in sorted(found)})
     except InputError:
         raise
     except Exception as error:  # safetensors and torch raise many kinds for a damaged file
         raise cannot(place, f"{' '.join(str(error).split())}; check that the weight files are complete") from error
 
 
-def _name(key: str) -> str:
-    """Return a tensor's name in LlamaForCausalLM: a LlamaModel, saved by itself, leaves out the first part."""
-    return f"model.{key}" if key.startswith(("embed_tokens.", "layers.", "norm.")) else key
-
-
-def _check_names(place: Path, config: LlamaConfig, found: dict[str, Stored]) -> None:
-    missing, expected = [], set()
-    for name, shape in _expected(config):
-        expected.add(name)
+def _check_names(place: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Stored]) -> None:
+    missing = []
+    for name, shape in expected.items():
         if name not in found:
             missing.append(name)
             continue
@@ -60,33 +96,9 @@ def _check_names(place: Path, config: LlamaConfig, found: dict[str, Stored]) -> 
             raise cannot(place, f"{name} is {stored.kind}; supported: {', '.join(FLOATS)}")
     if missing:
         raise InputError(f"the weights of {place} lack {len(missing)} tensors, first: {missing[0]}")
-    if superfluous := sorted(found.keys() - expected - {HEAD}):
+    if superfluous := sorted(found.keys() - expected.keys() - {HEAD}):
         more = f" and {len(superfluous) - 1} more" if superfluous[1:] else ""
-        raise cannot(place, f"{superfluous[0]}{more}: a Llama without biases and adapters has no place for it")
-
-
-def _expected(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    width = config.head_dim or 0  # neither is missing from a configuration that was read here
-    queries = config.num_attention_heads * width
-    keys = (config.num_key_value_heads or 0) * width
-    yield EMBEDDING, (config.vocab_size, hidden)
-    for layer in range(config.num_hidden_layers):
-        inside = f"model.layers.{layer}"
-        yield f"{inside}.input_layernorm.weight", (hidden,)
-        yield f"{inside}.post_attention_layernorm.weight", (hidden,)
-        for name, shape in (
-            ("q", (queries, hidden)),
-            ("k", (keys, hidden)),
-            ("v", (keys, hidden)),
-            ("o", (hidden, queries)),
-        ):
-            yield f"{inside}.self_attn.{name}_proj.weight", shape
-        for name, shape in (("gate", (ffn, hidden)), ("up", (ffn, hidden)), ("down", (hidden, ffn))):
-            yield f"{inside}.mlp.{name}_proj.weight", shape
-    yield "model.norm.weight", (hidden,)
-    if not config.tie_word_embeddings:
-        yield HEAD, (config.vocab_size, hidden)
+        raise cannot(place, f"{superfluous[0]}{more}: the model of config.json has no place for it")
 
 
 def _read(place: Path, name: str, stored: Stored) -> Tensor:
@@ -96,10 +108,10 @@ def _read(place: Path, name: str, stored: Stored) -> Tensor:
     return value
 
 
-def _drop_tied_head(place: Path, config: LlamaConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _drop_tied_head(place: Path, shape: _Shape, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Leave out a head that is the embedding. Raises InputError where it is said to be, and is not."""
-    if not config.tie_word_embeddings or HEAD not in weights:
+    if shape.tied is None or HEAD not in weights:
         return weights
-    if not torch.equal(weights[HEAD], weights[EMBEDDING]):
-        raise cannot(place, f"{HEAD} is not {EMBEDDING}, and config.json says tie_word_embeddings")
+    if not torch.equal(weights[HEAD], weights[shape.tied]):
+        raise cannot(place, f"{HEAD} is not {shape.tied}, and config.json says tie_word_embeddings")
     return {name: value for name, value in weights.items() if name != HEAD}

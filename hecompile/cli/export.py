@@ -1,4 +1,4 @@
-"""Run `hecompile export llama`."""
+"""Run `hecompile export MODEL` and `hecompile export llama`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hecompile.cli.export_options import BatchOptions, EncryptionOptions, LoraOptions
 from hecompile.cli.groups import with_groups
-from hecompile.cli.options import BuildDirectory, CheckpointName, PolynomialChoice
+from hecompile.cli.options import BuildDirectory, CheckpointName, ModelArgument, PolynomialChoice
 from hecompile.errors import InputError
 from hecompile.terminal import progress_bar, wide_console
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # imported when a command runs: help is to be quick
     from rich.table import Table
 
     from hecompile.compiler.linear import CompileOptions
+    from hecompile.passes.offload.attach_lora import AttachLora
 
 
 @with_groups
@@ -32,12 +33,47 @@ def export_llama(
 
     Keep the client bundle: whoever has its check vectors can return wrong results that pass. Keys are drawn for each
     request and never stored."""
+    _export(model, out, lora, encryption, batches, polynomials)
+
+
+@with_groups
+def export_model(
+    model: ModelArgument,
+    out: BuildDirectory,
+    lora: LoraOptions,
+    encryption: EncryptionOptions,
+    batches: BatchOptions,
+    polynomials: PolynomialChoice,
+) -> None:
+    """Export a Hugging Face model of any supported family (docs/models.md) to ONNX and compile it.
+
+    The result is a client bundle (plan, hints, tokenizer, secret check vectors) and a worker bundle (integer circuits,
+    public). Keep the client bundle: whoever has its check vectors can return wrong results that pass. Keys are drawn for
+    each request and never stored."""
+    _export(model, out, lora, encryption, batches, polynomials)
+
+
+def _export(
+    model: str,
+    out: Path,
+    lora: LoraOptions,
+    encryption: EncryptionOptions,
+    batches: BatchOptions,
+    polynomials: PolynomialChoice,
+) -> None:
     from hecompile.bundles.kinds import BundleKind
+    from hecompile.checkpoint.configuration import family_of
+    from hecompile.checkpoint.families import LLAMA_LINEARS
+    from hecompile.compiler.frontend import load_config
     from hecompile.compiler.target import check_target
 
-    options = _compile_options(lora, encryption, batches, polynomials)
-    console = wide_console()
+    _compile_options(
+        lora.attach(LLAMA_LINEARS), encryption, batches, polynomials
+    )  # refused before anything is looked up
     check_target(out, BundleKind.CLIENT)
+    linears = family_of(load_config(model)).linears
+    options = _compile_options(lora.attach(linears), encryption, batches, polynomials)
+    console = wide_console()
     console.print(predicted_sizes(model, options))
     plan_id = _compile(model, out, options, console)
     console.print(_chosen(out), soft_wrap=True)
@@ -45,14 +81,14 @@ def export_llama(
 
 
 def _compile_options(
-    lora: LoraOptions, encryption: EncryptionOptions, batches: BatchOptions, polynomials: PolynomialChoice
+    lora: AttachLora, encryption: EncryptionOptions, batches: BatchOptions, polynomials: PolynomialChoice
 ) -> CompileOptions:
     from hecompile.compiler.linear import CompileOptions
 
     if encryption.placement not in ("offload", "cheapest"):
         raise InputError(f"--placement must be offload or cheapest, got {encryption.placement!r}")
     return CompileOptions(
-        lora=lora.attach(),
+        lora=lora,
         effective_bits=encryption.precision,
         weight_bits=encryption.weight_bits,
         ring=encryption.ring,

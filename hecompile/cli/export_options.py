@@ -1,4 +1,4 @@
-"""Hold the options of `hecompile export llama` and make the compiler's options of them."""
+"""Hold the options of `hecompile export` and make the compiler's options of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import typer
 
 from hecompile.cli.options import Precision
 from hecompile.errors import InputError
-from hecompile.llama import LLAMA_LINEARS
 
 if TYPE_CHECKING:  # imported when a command runs: help is to be quick
     from hecompile.he.random.sampling import PublicSeed
@@ -25,14 +24,22 @@ class LoraOptions:
     lora_alpha: Annotated[float, typer.Option(help="LoRA scaling is lora_alpha / r (PEFT's lora_alpha).")] = 16.0
     lora_dropout: Annotated[float, typer.Option(help="Dropout before lora_A, in training (PEFT's lora_dropout).")] = 0.0
     target_modules: Annotated[
-        str, typer.Option(help="Comma-separated linears that get an adapter, any subset of the seven.")
-    ] = ",".join(LLAMA_LINEARS)
+        str | None,
+        typer.Option(
+            help="Comma-separated linears that get an adapter, as PEFT names them: q_proj,v_proj for a Llama. By default "
+            "all of the model's decoder (docs/models.md)."
+        ),
+    ] = None
 
-    def attach(self) -> AttachLora:
-        """Return the options of the pass that attaches the adapter. Raises InputError for a value out of range."""
+    def attach(self, linears: tuple[str, ...]) -> AttachLora:
+        """Return the options of the pass that attaches the adapter. Raises InputError for a value out of range.
+
+        linears: those of the model's family.
+        """
         from hecompile.passes.offload.attach_lora import AttachLora
 
-        return AttachLora(self.lora_r, self.lora_alpha, self.lora_dropout, tuple(_split(self.target_modules)))
+        targets = linears if self.target_modules is None else tuple(_split(self.target_modules))
+        return AttachLora(self.lora_r, self.lora_alpha, self.lora_dropout, targets)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Let a command take a dataclass of options where the command line has its fields one by one."""
+"""Let a command take a dataclass of options, and a group of commands the name of a model where a command would stand."""
 
 from __future__ import annotations
 
@@ -8,9 +8,21 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, get_args, get_type_hints
 
+from typer.core import TyperGroup
 from typer.models import OptionInfo
 
+ANY_MODEL = "MODEL"
+"""Name of the command that gets the model; a lower-case `model` is a directory like any other."""
 _NAMED = inspect.Parameter.KEYWORD_ONLY  # for these an option without default may follow one with
+
+
+class ModelOrCommand(TyperGroup):
+    """Run the command `MODEL` with all arguments where the first one is neither a command nor an option."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            args = [ANY_MODEL, *args]
+        return super().resolve_command(ctx, args)
 
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:

@@ -16,8 +16,9 @@ from hecompile.cli.ckks import ckks_app
 from hecompile.cli.convert import convert
 from hecompile.cli.demo import demo
 from hecompile.cli.doctor import doctor
-from hecompile.cli.export import export_llama
+from hecompile.cli.export import export_llama, export_model
 from hecompile.cli.federate import federate, federation_app
+from hecompile.cli.groups import ANY_MODEL, ModelOrCommand
 from hecompile.cli.infer import infer
 from hecompile.cli.inspect import inspect
 from hecompile.cli.output import prepare_output
@@ -29,11 +30,17 @@ from hecompile.errors import HecompileError
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Compile an open-weight Llama so that you can LoRA-fine-tune it on private text while an untrusted worker does "
-    "the heavy multiplications on ciphertexts only.\n\nThe usual order: `export llama`, `inspect`, `worker serve` (on the "
+    help="Compile an open-weight model so that you can LoRA-fine-tune it on private text while an untrusted worker does "
+    "the heavy multiplications on ciphertexts only.\n\nThe usual order: `export MODEL`, `inspect`, `worker serve` (on the "
     "worker's machine), `train` (on yours).",
 )
-export_app = typer.Typer(no_args_is_help=True, help="Compile a checkpoint into a client bundle and a worker bundle.")
+export_app = typer.Typer(
+    cls=ModelOrCommand,
+    no_args_is_help=True,
+    help="Compile a checkpoint into a client bundle and a worker bundle: `hecompile export MODEL --out BUILD`, MODEL a "
+    "directory or a hub id.",
+)
+export_app.command(ANY_MODEL)(export_model)
 export_app.command("llama")(export_llama)
 app.add_typer(export_app, name="export")
 app.add_typer(worker_app, name="worker")

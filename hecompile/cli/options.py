@@ -14,6 +14,10 @@ if TYPE_CHECKING:  # imported when a command runs: help is to be quick
 CheckpointName = Annotated[
     str, typer.Option(help="Checkpoint: a directory made by save_pretrained, a .gguf file, or a hub id.")
 ]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Checkpoint: a directory made by save_pretrained, a .gguf file, or a hub id."),
+]
 BuildDirectory = Annotated[
     Path, typer.Option(help="Where to write client/ and worker/. An earlier build there is replaced.")
 ]

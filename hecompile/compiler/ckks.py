@@ -25,6 +25,7 @@ from torch import Tensor
 from hecompile.bundles.ckks import CkksPlan
 from hecompile.bundles.kinds import CIRCUIT, TABLE, BundleKind
 from hecompile.checkpoint.adapter import check_settings, check_targets, default_settings, read_matrices, read_settings
+from hecompile.checkpoint.families import LLAMA_LINEARS
 from hecompile.checkpoint.loading import answer_ends
 from hecompile.checkpoint.tokenizer import write_answer_ends
 from hecompile.checkpoint.values import number, whole
@@ -39,7 +40,6 @@ from hecompile.compiler.target import check_target
 from hecompile.errors import InputError
 from hecompile.files import only_writer, reason_of, replace_directory
 from hecompile.he.random.sampling import PublicSeed
-from hecompile.llama import LLAMA_LINEARS
 
 _PHASES = {"expand_polynomials": "expand", "place_refreshes": "place refreshes"}
 """Step of the pipeline → name of the phase that it begins."""
@@ -151,7 +151,9 @@ def _pairs(
         for key, shape in zip(keys, ((rank, linear.in_features), (linear.out_features, rank)), strict=True):
             found = list(left[key].shape) if key in left else "missing"
             if found != list(shape):
-                raise InputError(f"the adapter {adapter} does not fit {model}: {key} is {found} but must be {list(shape)}")
+                raise InputError(
+                    f"the adapter {adapter} does not fit {model}: {key} is {found} but must be {list(shape)}"
+                )
         a, b = (left.pop(key).to(torch.float32) for key in keys)
         pairs[name] = (a, b)
     if left or not pairs:

@@ -6,7 +6,9 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -15,10 +17,11 @@ from torch import Tensor
 
 from hecompile.checkpoint.loading import load_configuration, load_model
 from hecompile.checkpoint.place import find_checkpoint
-from hecompile.graph.ir import NAME_SCOPES
+from hecompile.checkpoint.rope import LENGTH_DEPENDENT
+from hecompile.graph.ir import ATTENTION_BIAS, NAME_SCOPES, SLIDING_BIAS, WINDOW
 
 OPSET = 23
-_GRAPH_INPUTS = ("input_ids", "attention_bias", "position_ids")
+_GRAPH_INPUTS = ("input_ids", ATTENTION_BIAS, "position_ids")
 
 
 @dataclass(frozen=True)
@@ -33,17 +36,44 @@ class Checkpoint:
 class _ExportWrapper(torch.nn.Module):
     """Fix the calling convention of the exported graph: explicit additive mask and positions, logits only.
 
-    With the mask as an input the graph holds no mask arithmetic, so padding and packing are decided by the caller.
+    With the masks as inputs the graph holds no mask arithmetic, so padding and packing are decided by the caller.
     """
 
-    def __init__(self, model: transformers.PreTrainedModel) -> None:
+    def __init__(self, model: transformers.PreTrainedModel, masks: Masks) -> None:
         super().__init__()
-        self.checkpoint = model
+        self.checkpoint, self._masks = model, masks
 
-    def forward(self, input_ids: Tensor, attention_bias: Tensor, position_ids: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_bias: Tensor,
+        position_ids: Tensor,
+        sliding_attention_bias: Tensor | None = None,
+    ) -> Tensor:
+        given = {"full_attention": attention_bias, "sliding_attention": sliding_attention_bias}
+        mask = given if self._masks.by_layer else given["sliding_attention" if self._masks.window else "full_attention"]
         return self.checkpoint(
-            input_ids=input_ids, attention_mask=attention_bias, position_ids=position_ids, use_cache=False
+            input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
         ).logits  # [B, S, vocabulary]
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Say which masks a model takes.
+
+    window: how many positions a query sees where attention is windowed, itself included; None where none is.
+    by_layer: whether some layers are windowed and others not; else all layers have one mask.
+    """
+
+    window: int | None
+    by_layer: bool
+
+    @classmethod
+    def of(cls, config: transformers.PretrainedConfig) -> Masks:
+        """Read them off a configuration."""
+        window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+        windowed = window is not None and (kinds is None or "sliding_attention" in kinds)
+        return cls(window if windowed else None, windowed and kinds is not None)
 
 
 def load_config(model_name_or_path: str) -> transformers.PretrainedConfig:
@@ -66,26 +96,34 @@ def load_checkpoint(model_name_or_path: str) -> Checkpoint:
 
 def export_onnx(model: transformers.PreTrainedModel) -> ir.Model:
     """Export to a float ONNX graph: input_ids [B, S] i64, attention_bias [B, 1, S, S] f32, position_ids [B, S] i64 →
-    logits [B, S, vocabulary] f32. Weights are shared with `model`, not copied."""
+    logits [B, S, vocabulary] f32. Weights are shared with `model`, not copied.
+
+    Where attention is windowed there is a further input, sliding_attention_bias, which carries its window
+    (`hecompile.graph.ir.window_of`). Rotary frequencies are those of texts up to `longest_exact`.
+    """
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
+    masks = Masks.of(model.config)
     # Sizes 2 and 3 only stand for "any": the exporter specialises dimensions of size 0 and 1.
-    example = (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 1, 3, 3), torch.zeros(2, 3, dtype=torch.int64))
-    shapes = ({0: batch, 1: sequence}, {0: batch, 2: sequence, 3: sequence}, {0: batch, 1: sequence})
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    example = [torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 1, 3, 3), torch.zeros(2, 3, dtype=torch.int64)]
+    names = list(_GRAPH_INPUTS)
+    shapes = [{0: batch, 1: sequence}, {0: batch, 2: sequence, 3: sequence}, {0: batch, 1: sequence}]
+    if masks.window is not None:
+        names, example, shapes = [*names, SLIDING_BIAS], [*example, torch.zeros(2, 1, 3, 3)], [*shapes, shapes[1]]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _fixed_frequencies(model):
         warnings.simplefilter("ignore")
         exporter_log = logging.getLogger("torch.onnx")
         level = exporter_log.level
         exporter_log.setLevel(logging.ERROR)
         try:
             program = torch.onnx.export(
-                _ExportWrapper(model).eval(),
-                example,
+                _ExportWrapper(model, masks).eval(),
+                tuple(example),
                 dynamo=True,
                 optimize=False,
                 verbose=False,
-                input_names=list(_GRAPH_INPUTS),
+                input_names=names,
                 output_names=["logits"],
-                dynamic_shapes=dict(zip(_GRAPH_INPUTS, shapes, strict=True)),
+                dynamic_shapes=dict(zip(names, shapes, strict=True)),
                 opset_version=OPSET,
             )
         finally:
@@ -94,7 +132,27 @@ def export_onnx(model: transformers.PreTrainedModel) -> ir.Model:
     exported = program.model
     exported.producer_name = "hecompile"
     _drop_exporter_notes(exported)
+    if masks.window is not None:
+        exported.graph.inputs[-1].metadata_props[WINDOW] = str(masks.window)
     return exported
+
+
+@contextlib.contextmanager
+def _fixed_frequencies(model: transformers.PreTrainedModel) -> Iterator[None]:
+    """Keep the frequencies that rotary embeddings begin with, where their type looks at the length of the text.
+
+    They change above a length that no plan crosses (`hecompile.checkpoint.rope.longest_exact`).
+    """
+    rotary: list[Any] = [module for module in model.modules() if getattr(module, "rope_type", None) in LENGTH_DEPENDENT]
+    types = [module.rope_type for module in rotary]
+    for module in rotary:
+        module.inv_freq.copy_(module.original_inv_freq)
+        module.rope_type = "default"
+    try:
+        yield
+    finally:
+        for module, kind in zip(rotary, types, strict=True):
+            module.rope_type = kind
 
 
 def _drop_exporter_notes(model: ir.Model) -> None:

@@ -29,7 +29,9 @@ from hecompile.bundles.client import (
 from hecompile.bundles.client import VERSION as CLIENT_VERSION
 from hecompile.bundles.kinds import CLIENT, BundleKind
 from hecompile.bundles.worker import VERSION as WORKER_VERSION
+from hecompile.checkpoint.configuration import family_of
 from hecompile.checkpoint.loading import answer_ends
+from hecompile.checkpoint.rope import longest_exact
 from hecompile.checkpoint.tokenizer import write_answer_ends
 from hecompile.compiler.calibration import SHORT_LENGTH, write_samples
 from hecompile.compiler.circuit_writer import Progress, write_circuits, write_circuits_without_hints
@@ -72,11 +74,10 @@ def _compile(model_name_or_path: str, out: Path, options: CompileOptions, progre
     progress("load", 0, 1)
     checkpoint = load_checkpoint(model_name_or_path)
     name, tokenizer, ends = checkpoint.name, checkpoint.tokenizer, answer_ends(checkpoint.model)
-    longest = getattr(checkpoint.model.config, "max_position_embeddings", options.sequence_buckets[-1])
+    family = family_of(checkpoint.model.config)
+    longest, what = longest_exact(checkpoint.model.config)
     if options.sequence_buckets[-1] > longest:
-        raise InputError(
-            f"sequence bucket {options.sequence_buckets[-1]} is longer than the model's {longest} positions"
-        )
+        raise InputError(f"sequence bucket {options.sequence_buckets[-1]} is longer than {what}")
     polynomials = options.polynomials(checkpoint.model.config)
     if not options.unconverted:
         require_trained(name, PolynomialOptions.from_config(checkpoint.model.config), polynomials)
@@ -93,7 +94,7 @@ def _compile(model_name_or_path: str, out: Path, options: CompileOptions, progre
         gc.collect()  # the exporter's program is part of reference cycles
         plan, ring = lower_linear(model, options, samples, lambda step: progress(step, 0, 1), polynomials)
         del model
-        record = _plan_record(name, plan, ring, seed, options)
+        record = _plan_record(name, plan, ring, seed, options, family.conv1d)
         write = write_circuits if options.stored_hints else write_circuits_without_hints
         hints = write(stage, plan, ring, record.plan_id(), progress)
         progress("checks", 0, 1)
@@ -108,7 +109,12 @@ def _compile(model_name_or_path: str, out: Path, options: CompileOptions, progre
 
 
 def _plan_record(
-    base_model: str, plan: SplitPlan, ring: RingParameters, seed: PublicSeed, options: CompileOptions
+    base_model: str,
+    plan: SplitPlan,
+    ring: RingParameters,
+    seed: PublicSeed,
+    options: CompileOptions,
+    fan_in_fan_out: bool,
 ) -> PlanRecord:
     lora = options.lora
     literal = ring.to_literal()
@@ -121,6 +127,7 @@ def _plan_record(
             lora_alpha=float(lora.lora_alpha),
             lora_dropout=float(lora.lora_dropout),
             target_modules=list(lora.target_modules),
+            fan_in_fan_out=fan_in_fan_out,
         ),
         batch_size=options.batch_size,
         sequence_buckets=list(options.sequence_buckets),

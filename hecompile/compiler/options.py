@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from hecompile.compiler.polynomial_options import PolynomialOptions
+from hecompile.compiler.polynomial_options import PolynomialOptions, require_polynomial_family
 from hecompile.errors import InputError
 from hecompile.he.parameters import CATALOGUE, RingParameters
 from hecompile.he.random.sampling import PublicSeed
@@ -59,8 +59,14 @@ class CompileOptions:
         self.polynomials()
 
     def polynomials(self, config: Any = None) -> PolynomialOptions:
-        """Return what the plan of a checkpoint with this configuration replaces by polynomials."""
-        return PolynomialOptions.from_config(config).choosing(self.attention, self.norm, self.activation)
+        """Return what the plan of a checkpoint with this configuration replaces by polynomials.
+
+        Raises InputError where it is of a family whose parts no polynomial stands for.
+        """
+        chosen = PolynomialOptions.from_config(config).choosing(self.attention, self.norm, self.activation)
+        if chosen and config is not None:
+            require_polynomial_family(config)
+        return chosen
 
     def ring_parameters(self) -> RingParameters | None:
         """Return the parameters of the ring named; None where the cheapest is to be chosen."""
@@ -103,5 +109,7 @@ class CkksOptions:
             raise InputError(f"the sequence length must be at least 2, got {self.sequence_length}")
 
     def polynomials(self, config: Any) -> PolynomialOptions:
-        """Return what the plan of a checkpoint with this configuration replaces by polynomials."""
+        """Return what the plan of a checkpoint with this configuration replaces by polynomials. Raises InputError as
+        `CompileOptions.polynomials` does."""
+        require_polynomial_family(config)
         return PolynomialOptions.from_config(config).choosing(self.attention, self.norm, self.activation)

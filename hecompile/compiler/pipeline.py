@@ -15,7 +15,9 @@ from hecompile.ckks.parameters import CkksLiteral, CkksParameters, select
 from hecompile.compiler.options import CkksOptions, CompileOptions
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import HecompileError, LegalityError
+from hecompile.graph.ir import ATTENTION_BIAS, SLIDING_BIAS
 from hecompile.graph.legality import ADAPTED, CANONICAL, EXPORTED, POLYNOMIAL, QUANTIZED, REFRESHED, Stage, check_stage
+from hecompile.graph.matching import require_matched_attention
 from hecompile.he.parameters import RingParameters
 from hecompile.passes.approximation.approximate_rmsnorm import ApproximateRMSNorm
 from hecompile.passes.approximation.approximate_silu import ApproximateSiLU
@@ -38,10 +40,12 @@ from hecompile.passes.polynomial.expand_polynomials import ExpandPolynomials
 from hecompile.passes.polynomial.place_refreshes import PlaceRefreshes
 from hecompile.passes.raising.canonicalize import Canonicalize
 from hecompile.passes.raising.simplify import Simplify
+from hecompile.passes.raising.unify import Unify
 from hecompile.plan.circuits import SplitPlan
 
 PASSES: dict[str, type] = {
     "simplify": Simplify,
+    "unify": Unify,
     "canonicalize": Canonicalize,
     "approximate_softmax": ApproximateSoftmax,
     "approximate_rmsnorm": ApproximateRMSNorm,
@@ -106,6 +110,7 @@ def approximate(
     attention, norm, activation = polynomials.attention, polynomials.norm, polynomials.activation
     run = partial(run_step, on_step=on_step)
     model = run(model, "simplify", Simplify(), EXPORTED)
+    model = run(model, "unify", Unify(), EXPORTED)
     model = run(model, "canonicalize", Canonicalize(), CANONICAL)
     if (trained := polynomials.trained_attention()) is not None:
         model = run(model, "approximate_softmax", trained, CANONICAL)
@@ -136,6 +141,8 @@ def lower_linear(
     polynomials = options.polynomials() if polynomials is None else polynomials
     run, calibrate = partial(run_step, on_step=on_step), Calibrate(samples)
     model = approximate(model, polynomials, calibrate, on_step)
+    if polynomials.attention is None:
+        require_matched_attention(model, (ATTENTION_BIAS, SLIDING_BIAS))
     model = run(model, "attach_lora", options.lora, ADAPTED)
     model = run(model, "calibrate", calibrate, ADAPTED)
     model = run(model, "quantize", Quantize(options.weight_bits, options.remote_head), QUANTIZED)

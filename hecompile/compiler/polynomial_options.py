@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar, cast
 
-from hecompile.checkpoint.configuration import POLYNOMIAL_KEY
+from hecompile.checkpoint.configuration import POLYNOMIAL_KEY, family_of
+from hecompile.checkpoint.families import FAMILIES
 from hecompile.errors import InputError, LegalityError
 from hecompile.passes.approximation.approximate_rmsnorm import ApproximateRMSNorm
 from hecompile.passes.approximation.approximate_silu import ApproximateSiLU
@@ -26,6 +27,8 @@ CONFIG_KEY = POLYNOMIAL_KEY
 ATTENTIONS = (EXACT, "power", "gaussian_kernel", "chebyshev")
 NORMS = (EXACT, "polynomial")
 ACTIVATIONS = (EXACT, "polynomial", "composed", "quantized")
+POLYNOMIAL_ACTIVATIONS = ("silu", "swish")
+"""The activations that polynomials may stand for, which are two names of one."""
 
 _Part = TypeVar("_Part", ApproximateSoftmax, ApproximateRMSNorm, ApproximateSiLU)
 
@@ -56,7 +59,11 @@ class PolynomialOptions:
         section = getattr(config, CONFIG_KEY, None)
         if section is None:
             return cls()
-        parts: dict[str, Any] = {"attention": ApproximateSoftmax, "norm": ApproximateRMSNorm, "activation": ApproximateSiLU}
+        parts: dict[str, Any] = {
+            "attention": ApproximateSoftmax,
+            "norm": ApproximateRMSNorm,
+            "activation": ApproximateSiLU,
+        }
         if not isinstance(section, Mapping) or section.keys() - parts.keys():
             raise InputError(f"config.json: {CONFIG_KEY} must be an object with the keys {', '.join(parts)}")
         read = {name: _read(f"{CONFIG_KEY}.{name}", parts[name], value) for name, value in section.items()}
@@ -104,6 +111,18 @@ def _function(options: PolynomialOptions) -> str:
     return f"power-{attention.power}" if attention.variant == "power" else attention.variant
 
 
+def require_polynomial_family(config: Any) -> None:
+    """Raise InputError where a model is of a family, or has an activation, for which there are no polynomials."""
+    family, activation = family_of(config), getattr(config, "hidden_act", None)
+    if not family.polynomials or activation not in POLYNOMIAL_ACTIVATIONS:
+        families = ", ".join(each.model_type for each in FAMILIES.values() if each.polynomials)
+        raise InputError(
+            f"no polynomial stands for the parts of this model (architecture {config.model_type}, activation {activation}); "
+            f"supported: {families} with {' or '.join(POLYNOMIAL_ACTIVATIONS)}. Export it without --attention, --norm and "
+            "--activation"
+        )
+
+
 def require_polynomials(model: str, chosen: PolynomialOptions) -> None:
     """Raise LegalityError where a part of the model is no polynomial, naming each such part and the option that helps.
 
@@ -141,7 +160,9 @@ def _read(where: str, kind: type[_Part], value: object) -> _Part | None:
         raise InputError(f"config.json: {where} must be an object of options")
     known = {field.name for field in fields(kind)} - {"fit"}
     if unknown := sorted(value.keys() - known):
-        raise InputError(f"config.json: {where} has the unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        raise InputError(
+            f"config.json: {where} has the unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}"
+        )
     try:
         return kind(**value)
     except TypeError as error:  # a comparison of a text with a number

@@ -76,6 +76,10 @@ class AttentionCache:
         self._kept.pop(sequence, None)
 
 
-def causal_mask(queries: int, keys: int) -> Tensor:
-    """Return bool [queries, keys] for the last `queries` of `keys` positions: each sees itself and the positions before."""
-    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+def causal_mask(queries: int, keys: int, window: int | None = None) -> Tensor:
+    """Return bool [queries, keys] for the last `queries` of `keys` positions: each sees itself and the positions before.
+
+    window: how many of them at most, itself included; None for all.
+    """
+    seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    return seen if window is None else seen.triu(keys - queries - window + 1)

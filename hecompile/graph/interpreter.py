@@ -14,7 +14,15 @@ from torch import Tensor
 
 from hecompile.errors import InputError, LegalityError
 from hecompile.graph import model_operators, polynomial_operators, quantized_operators  # noqa: F401  they register
-from hecompile.graph.ir import ATTENTION_OPERATORS, attributes_of, constant_of
+from hecompile.graph.attention_cache import causal_mask
+from hecompile.graph.ir import (
+    ATTENTION_BIAS,
+    ATTENTION_OPERATORS,
+    SLIDING_BIAS,
+    attributes_of,
+    constant_of,
+    window_of,
+)
 from hecompile.graph.operators import OPERATORS, Context, Operator
 
 Observer = Callable[[ir.Value, Tensor], None]
@@ -90,7 +98,9 @@ class Interpreter:
                 continue
             if value.shape is None:
                 return None
-            axes = [axis for axis, dim in enumerate(value.shape) if isinstance(dim, ir.SymbolicDim) and dim == positions]
+            axes = [
+                axis for axis, dim in enumerate(value.shape) if isinstance(dim, ir.SymbolicDim) and dim == positions
+            ]
             if len(axes) > 1:
                 return None
             alive += [(name, axis) for axis in axes]
@@ -175,28 +185,36 @@ def packed_graph_inputs(
     begin = [0] * len(lengths) if starts is None else starts
     ranges = [torch.arange(start, start + length) for start, length in zip(begin, lengths, strict=True)]
     positions = torch.cat(ranges)[None]  # [1, T]
-    return {"input_ids": input_ids, "attention_bias": torch.zeros(1, 1, 1, 1), "position_ids": positions}
+    biases = dict.fromkeys((ATTENTION_BIAS, SLIDING_BIAS), torch.zeros(1, 1, 1, 1))
+    return {"input_ids": input_ids, "position_ids": positions, **biases}
 
 
-def causal_attention_bias(attention_mask: Tensor) -> Tensor:
+def causal_attention_bias(attention_mask: Tensor, window: int | None = None) -> Tensor:
     """Make the additive attention bias f32 [B, 1, S, S] of a right-padded batch.
 
     It is 0 where query i may see key j ≤ i and j is a real token (`attention_mask` [B, S], 1 = real), and the smallest
-    finite float elsewhere.
+    finite float elsewhere. window: how many positions a query sees at most, itself included; None for all.
     """
     length = attention_mask.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    causal = causal_mask(length, length, window)
     allowed = causal[None, None] & attention_mask[:, None, None, :].bool()  # [B, 1, S, S]
     # A padded query sees at least itself, so that its softmax stays finite; its output is never used.
     allowed = allowed | torch.eye(length, dtype=torch.bool)[None, None]
     return torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
 
 
-def graph_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Make the data inputs of an exported graph for a right-padded batch; both arguments are int64 [B, S]."""
+def graph_inputs(input_ids: Tensor, attention_mask: Tensor, model: ir.Model | None = None) -> dict[str, Tensor]:
+    """Make the data inputs of an exported graph for a right-padded batch; both tensors are int64 [B, S].
+
+    model: the graph, where it has inputs besides those of every model: a bias for attention within a window.
+    """
     positions = torch.arange(input_ids.shape[1], dtype=torch.int64).expand_as(input_ids).contiguous()
-    return {
+    inputs = {
         "input_ids": input_ids,
-        "attention_bias": causal_attention_bias(attention_mask),
+        ATTENTION_BIAS: causal_attention_bias(attention_mask),
         "position_ids": positions,
     }
+    for value in () if model is None else model.graph.inputs:
+        if (window := window_of(value)) is not None:
+            inputs[str(value.name)] = causal_attention_bias(attention_mask, window)
+    return inputs

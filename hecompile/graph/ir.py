@@ -21,6 +21,9 @@ DOMAIN = "hecompile"
 ATTENTION_OPERATORS = frozenset({"Attention", "PowerAttention", "GaussianAttention", "ChebyshevAttention"})
 """The operators, all of inputs (q, k, v, bias), that let positions of a sequence see each other."""
 
+ATTENTION_BIAS, SLIDING_BIAS = "attention_bias", "sliding_attention_bias"
+"""Names of the graph inputs that say which positions a query sees: all before it, and those within a window."""
+
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata key of a node as exported: the module path of the checkpoint it came from, written by torch's exporter."""
 
@@ -42,6 +45,9 @@ GRADIENT_RANGE = "hecompile.gradient_range"
 APPROXIMATION_RANGE = "hecompile.approximation_range"
 """Metadata key of the result of an attention, RMSNorm or SiLU: JSON of what calibration saw where a polynomial would stand
 (`hecompile.polynomial.ranges`)."""
+
+WINDOW = "hecompile.window"
+"""Metadata key of a graph input that is an attention bias: how many positions a query sees, itself included."""
 
 LEVEL = "hecompile.level"
 """Metadata key of a value: its multiplicative depth."""
@@ -66,6 +72,17 @@ def module_path(node: ir.Node) -> str:
     # The last entry names the operator itself; the one before is the innermost module.
     innermost = scopes[-2] if len(scopes) >= 2 else ""
     return innermost.partition(".")[2]
+
+
+def in_block(node: ir.Node) -> bool:
+    """Tell whether `node` comes from a numbered block of the decoder: not from embedding, last norm or output head."""
+    return any(part.isdigit() for part in module_path(node).split("."))
+
+
+def window_of(bias: ir.Value) -> int | None:
+    """Return how many positions a query sees with this attention bias, itself included; None for all before it."""
+    window = bias.metadata_props.get(WINDOW)
+    return None if window is None else int(window)
 
 
 def constant_of(value: ir.Value | None) -> np.ndarray | None:

@@ -12,8 +12,12 @@ from hecompile.graph.ir import DOMAIN, module_path
 
 _SHAPE_OPERATORS = frozenset({"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Concat", "Split", "Slice", "Constant"})
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Neg", "Cos", "Sin", "Cast"})
-_EXPORTER_ONLY = frozenset({"Shape", "Expand", "Identity", "Pow", "Sqrt", "Reciprocal", "ReduceMean", "Sigmoid"})
-_MODEL = frozenset({"Gather", "MatMul", "Softmax"}) | _SHAPE_OPERATORS | _ELEMENTWISE
+_PLAIN = frozenset(
+    {"Pow", "Sqrt", "Reciprocal", "ReduceMean", "Sigmoid", "Tanh", "Erf", "Relu", "Gelu", "LayerNormalization"}
+)
+"""What families of models compute besides, as the exporter wrote it: it stays so, on the client."""
+_EXPORTER_ONLY = frozenset({"Shape", "Expand", "Identity", "CastLike", "Gemm", "SplitToSequence", "SequenceAt"})
+_MODEL = frozenset({"Gather", "MatMul", "Softmax"}) | _SHAPE_OPERATORS | _ELEMENTWISE | _PLAIN
 _APPROXIMATED = frozenset(
     {"PowerAttention", "GaussianAttention", "ChebyshevAttention", "PolynomialRMSNorm", "PolynomialSiLU", "ComposedSiLU"}
 )

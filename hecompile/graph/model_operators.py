@@ -1,4 +1,4 @@
-"""Define the operators of the `hecompile` domain that a Llama, its adapter and its split plan are made of.
+"""Define the operators of the `hecompile` domain that a decoder, its adapter and its split plan are made of.
 
 * `Linear(x, weight)`: y = x·Wᵀ, x [..., in], weight [out, in], float.
 * `QuantizedLinear(x, weight, scale)`: y = (x·Wᵀ) ⊙ scale, weight int8 or int16 [out, in], scale f32 [out].
@@ -9,9 +9,11 @@
 * `RotaryEmbedding(x, cos, sin)`: x ⊙ cos + rotate_half(x) ⊙ sin, x [B, heads, S, D], cos and sin [B, S, D]
   (Su et al., arXiv 2104.09864, in the half-split layout of Hugging Face).
 * `RepeatKV(x; repeats)`: [B, kv_heads, S, D] → [B, kv_heads·repeats, S, D] (grouped-query attention).
-* `Attention(q, k, v, bias; scale)`: softmax(q·kᵀ·scale + bias)·v, q, k and v [B, heads, S, D], bias broadcast to
-  [B, heads, S, S]. With `context.sequences` the S positions of one row are several sequences one after the other, each
-  of which attends to its own past alone; the bias is then not looked at.
+* `Attention(q, k, v, bias; scale, window, cap)`: softmax(q·kᵀ·scale + bias)·v, q, k and v [B, heads, S, D], bias broadcast
+  to [B, heads, S, S]. With `context.sequences` the S positions of one row are several sequences one after the other, each
+  of which attends to its own past alone; the bias is then not looked at. `window`, where it is there, is how many
+  positions a query sees, itself included. `cap`, where it is there, bounds the scores s to cap·tanh(s/cap) (Gemma 2,
+  arXiv 2408.00118).
 * `SwiGLU(gate, up)`: SiLU(gate) ⊙ up.
 * `GatedLora(x, A, B, gate, up; scaling, dropout)`: Lora(x, A, B) for x = SwiGLU(gate, up); it does not keep x.
 * `Refresh(x)`: x; on ciphertexts, where the noise budget is renewed.
@@ -19,6 +21,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -86,16 +89,29 @@ def _repeat_kv(context: Context, attributes: Attributes, x: Tensor) -> Tensor:
 
 @operator("Attention", DOMAIN)
 def _attention(context: Context, attributes: Attributes, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    scale = attributes["scale"]
+    scale, window, cap = attributes["scale"], attributes.get("window"), attributes.get("cap")
     if context.sequences is None:
+        if cap is not None:
+            return _capped_attention(q, k, v, bias, scale, cap)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         queries, keys = query.shape[2], key.shape[2]
-        mask = causal_mask(queries, keys) if 1 < queries < keys else None
-        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=queries == keys, scale=scale)
+        narrow = window if window is not None and window < keys else None
+        if cap is not None:
+            bias = torch.zeros(queries, keys).masked_fill_(~causal_mask(queries, keys, narrow), -math.inf)
+            return _capped_attention(query, key, value, bias, scale, cap)
+        mask = causal_mask(queries, keys, narrow) if 1 < queries < keys or narrow is not None else None
+        causal = mask is None and queries == keys
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale)
 
     return attend_packed(context, q, k, v, attend)
+
+
+def _capped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, cap: float) -> Tensor:
+    """Compute softmax(cap·tanh(q·kᵀ·scale/cap) + bias)·v."""
+    scores = torch.tanh(q @ k.transpose(-2, -1) * (scale / cap)) * cap  # [B, heads, queries, keys]
+    return torch.softmax(scores + bias, dim=-1) @ v
 
 
 def attend_packed(

@@ -1,8 +1,8 @@
 """Keep one table: operator → differentiable torch function. The interpreter, calibration and the client run on it.
 
 The standard operators below follow the ONNX specification (opset 23) for the forms that the exporter emits. Those of the
-`hecompile` domain are in `hecompile.graph.model_operators` (what a Llama is made of), `polynomial_operators` (polynomials in
-the place of attention, normalisation and activation) and `quantized_operators` (integers of few bits).
+`hecompile` domain are in `hecompile.graph.model_operators` (what a decoder is made of), `polynomial_operators` (polynomials
+in the place of attention, normalisation and activation) and `quantized_operators` (integers of few bits).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hecompile.graph.attention_cache import AttentionCache
@@ -80,6 +81,9 @@ _ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
     "Cos": torch.cos,
     "Sin": torch.sin,
     "MatMul": torch.matmul,
+    "Tanh": torch.tanh,
+    "Erf": torch.erf,
+    "Relu": torch.relu,
     "Identity": lambda x: x,
 }
 for _name, _function in _ELEMENTWISE.items():
@@ -167,6 +171,21 @@ def _reduce_mean(context: Context, attributes: Attributes, x: Tensor, axes: Tens
 @operator("ReduceSum")
 def _reduce_sum(context: Context, attributes: Attributes, x: Tensor, axes: Tensor) -> Tensor:
     return x.sum(dim=axes.tolist(), keepdim=bool(attributes.get("keepdims", 1)))
+
+
+@operator("Gelu")
+def _gelu(context: Context, attributes: Attributes, x: Tensor) -> Tensor:
+    return F.gelu(x, approximate=attributes.get("approximate", "none"))
+
+
+@operator("LayerNormalization")
+def _layer_normalization(
+    context: Context, attributes: Attributes, x: Tensor, scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    axis = int(attributes.get("axis", -1)) % x.dim()
+    shape = x.shape[axis:]
+    shift = None if bias is None else bias.expand(shape)
+    return F.layer_norm(x, shape, scale.expand(shape), shift, attributes.get("epsilon", 1e-5))
 
 
 @operator("Softmax")

@@ -1,7 +1,8 @@
 """Predict what a build takes on disk and in memory from a model's configuration, before anything is exported.
 
-Every decoder linear of a Llama is on the worker (placement "offload"), query, key and value being one product, gate and up
-another, each forward and backward. A hint has one row of `rank · ring_dim` words per output of a product.
+Every decoder linear is on the worker (placement "offload"), those that read one input being one product: query, key and
+value of a Llama, its gate and up. There is one each forward and backward. A hint has one row of `rank · ring_dim` words per
+output of a product.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 from rich.table import Table
 from transformers import PretrainedConfig
 
+from hecompile.checkpoint.configuration import family_of
+from hecompile.checkpoint.weights import empty_model
 from hecompile.he.parameters import CATALOGUE, RingParameters
 from hecompile.he.security import show_bits
 from hecompile.plan.costs import hint_bytes
@@ -35,7 +38,7 @@ class ModelSize:
 
     Attributes:
         products: (in, out) of every product, forward and backward.
-        plan_bytes: of the client's plan: float32 embedding, norms and output head.
+        plan_bytes: of the client's plan: float32 embedding, norms, biases and output head.
         vocabulary: how many tokens there are.
     """
 
@@ -46,17 +49,22 @@ class ModelSize:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> ModelSize:
-        """Read the sizes off the configuration of a Llama."""
-        hidden, ffn, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-        head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-        queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-        forward = ((hidden, queries + 2 * keys), (queries, hidden), (hidden, 2 * ffn), (ffn, hidden))
-        both = forward + tuple((outputs, inputs) for inputs, outputs in forward)
-        tables = 1 if config.tie_word_embeddings else 2
-        gains = (2 * layers + 1) * hidden
-        scales = layers * sum(outputs for _, outputs in forward)
-        plan = 4 * (tables * config.vocab_size * hidden + gains + scales)
-        return cls(layers, both * layers, plan, config.vocab_size)
+        """Read the sizes off the model that a configuration describes, made without its values."""
+        family, forward, offloaded = family_of(config), dict[tuple[str, int], tuple[int, int]](), 0
+        model = empty_model(config)
+        for path, module in model.named_modules():
+            parent, _, name = path.rpartition(".")
+            number = next((number for number, product in enumerate(family.products) if name in product), None)
+            weight = getattr(module, "weight", None)
+            if number is None or weight is None:
+                continue
+            outputs, inputs = reversed(weight.shape) if family.conv1d else weight.shape
+            forward[parent, number] = inputs, outputs + forward.get((parent, number), (0, 0))[1]
+            offloaded += weight.numel()
+        both = tuple(forward.values()) + tuple((outputs, inputs) for inputs, outputs in forward.values())
+        kept = sum(parameter.numel() for parameter in model.parameters()) - offloaded
+        scales = sum(outputs for _, outputs in forward.values())
+        return cls(config.num_hidden_layers, both, 4 * (kept + scales), config.vocab_size)
 
     @property
     def hint_rows(self) -> int:

@@ -50,7 +50,7 @@ class Calibrate(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, False)
         watched = {value for node in _linears(model) for value in (node.inputs[0], node.outputs[0])}
         input_ids = torch.tensor(self.samples, dtype=torch.int64)
-        inputs = graph_inputs(input_ids, torch.ones_like(input_ids)) | _adapter_at_zero(model)
+        inputs = graph_inputs(input_ids, torch.ones_like(input_ids), model) | _adapter_at_zero(model)
         recorder = NonlinearNodes(model).record(_write_range, inputs)
         seen: dict[ir.Value, Tensor] = {}
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from hecompile.checkpoint.families import LLAMA_LINEARS, all_linears
 from hecompile.errors import InputError
 from hecompile.graph.ir import DOMAIN, ORIGIN, module_path, nodes_of_type, replace_node
-from hecompile.llama import LLAMA_LINEARS
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class AttachLora(ir.passes.InPlacePass):
         if not 0.0 <= self.lora_dropout < 1.0:
             raise InputError(f"LoRA dropout must be in [0, 1), got {self.lora_dropout}")
         if not self.target_modules:
-            raise InputError(f"target_modules is empty; give one or more of {', '.join(LLAMA_LINEARS)}")
-        unknown = sorted(set(self.target_modules) - set(LLAMA_LINEARS))
+            raise InputError(f"target_modules is empty; give one or more of {', '.join(all_linears())}")
+        unknown = sorted(set(self.target_modules) - set(all_linears()))
         if unknown:
-            raise InputError(f"target module {unknown[0]!r} does not exist; choose from {', '.join(LLAMA_LINEARS)}")
+            raise InputError(f"target module {unknown[0]!r} does not exist; choose from {', '.join(all_linears())}")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         targets = [

@@ -1,6 +1,6 @@
 """Join nodes of the client plan whose intermediate results would only cost memory.
 
-    MatMul(Softmax(Add(Mul(MatMul(q, kᵀ), c), bias)), v)  →  Attention(q, k, v, bias; scale = c)
+    MatMul(Softmax(Add(Mul(MatMul(q, kᵀ), c), bias)), v)  →  Attention(q, k, v, bias; scale = c), with window and cap
     Mul(SiLU(gate), up)                                   →  SwiGLU(gate, up)
     Lora(SwiGLU(gate, up), A, B)                          →  GatedLora(SwiGLU(gate, up), A, B, gate, up)
 
@@ -39,7 +39,9 @@ class Fuse(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node, parts in softmax_attentions(model):
-            _rewrite(node, "Attention", [parts.q, parts.k, parts.v, parts.bias], {"scale": parts.scale})
+            attributes = {"scale": parts.scale, "window": parts.window, "cap": parts.cap}
+            given = {name: value for name, value in attributes.items() if value is not None}
+            _rewrite(node, "Attention", [parts.q, parts.k, parts.v, parts.bias], given)
             modified = True
         for node in nodes_of_type(model, "Mul", domain=""):
             if (operands := _match_swiglu(node)) is not None:

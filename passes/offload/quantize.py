@@ -21,6 +21,7 @@ from hecompile.graph.ir import (
     ORIGIN,
     add_initializer,
     constant_of,
+    in_block,
     module_path,
     nodes_of_type,
     remove_unused,
@@ -48,7 +49,7 @@ class Quantize(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in nodes_of_type(model, "Linear"):
-            if ".layers." in module_path(node) or self.include_head:
+            if in_block(node) or self.include_head:
                 _quantize_node(model.graph, node, self.bits)
                 modified = True
         remove_unused(model)

@@ -74,6 +74,8 @@ def _is_no_op(node: ir.Node) -> bool:
         return bool((starts == 0).all() and (ends == _INT64_MAX).all() and (steps == 1).all())
     if node.op_type == "Cast":
         return _dtype(node.inputs[0]) == attribute(node, "to")
+    if node.op_type == "CastLike":
+        return _dtype(node.inputs[0]) is not None and _dtype(node.inputs[0]) == _dtype(node.inputs[1])
     if node.op_type == "Mul":
         return any(_is_scalar_one(value) for value in node.inputs)
     return False

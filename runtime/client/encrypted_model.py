@@ -18,15 +18,16 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from hecompile.bundles.client import ClientBundle
 from hecompile.checkpoint.tokenizer import read_answer_ends
-from hecompile.errors import HecompileError, InputError, LegalityError
+from hecompile.errors import HecompileError, InputError
 from hecompile.graph.attention_cache import AttentionCache
 from hecompile.graph.interpreter import Interpreter, Observer, packed_graph_inputs
-from hecompile.graph.ir import DOMAIN, constant_of
+from hecompile.graph.ir import constant_of
 from hecompile.graph.legality import FUSED_CLIENT_PLAN, check_stage
 from hecompile.graph.operators import Context
 from hecompile.passes.offload.fuse import Fuse
 from hecompile.polynomial.domains import DomainMonitor, DomainViolation
 from hecompile.runtime.client.mapped import release
+from hecompile.runtime.client.output_head import detach_head
 from hecompile.runtime.client.products import Products
 from hecompile.runtime.client.range_terms import RangeLoss, WatchedOutput
 from hecompile.runtime.model.adapter import head_digest
@@ -89,7 +90,7 @@ class EncryptedCausalLM(torch.nn.Module):
         self.bundle, self.products = bundle, products
         model = Fuse()(bundle.graph()).model
         check_stage(model, FUSED_CLIENT_PLAN)
-        head = _detach_head(model)
+        head, self._form = detach_head(model)
         self._model, self._interpreter = model, Interpreter(model)
         self._range_loss = RangeLoss(model)
         self.with_range_terms = False
@@ -121,6 +122,7 @@ class EncryptedCausalLM(torch.nn.Module):
             lora_alpha=cast("int", lora.lora_alpha),  # PEFT takes any number and declares an int
             lora_dropout=lora.lora_dropout,
             target_modules=list(lora.target_modules),
+            fan_in_fan_out=lora.fan_in_fan_out,
             task_type="CAUSAL_LM",
             base_model_name_or_path=self.bundle.plan.base_model,
         )
@@ -165,9 +167,9 @@ class EncryptedCausalLM(torch.nn.Module):
         if labels is not None:
             targets = scored_targets(labels)
             count = len(targets) if num_items_in_batch is None else num_items_in_batch
-            loss = linear_cross_entropy(hidden, self._head, targets, self._release_head) / count
+            loss = linear_cross_entropy(hidden, self._head, targets, self._release_head, self._form) / count
             return WatchedOutput(loss=loss, ranges=ranges)
-        logits = hidden @ self._head.t()  # [N, V]
+        logits = self._form(hidden @ self._head.t())  # [N, V]
         if wanted is None:
             everywhere = logits.new_zeros(*input_ids.shape, logits.shape[1])  # [B, S, V]
             everywhere[real] = logits
@@ -184,7 +186,7 @@ class EncryptedCausalLM(torch.nn.Module):
         # The last layer works on the scored positions alone, every other one on all that are sent.
         collector = GradientCollector(self.adapter_state(), [real.sum(dim=1).tolist(), counts.tolist()])
         hidden = self._hidden(packed, generator, trainable=collector.product)  # [N, H]
-        loss = linear_cross_entropy(hidden, self._head, scored_targets(labels), self._release_head)
+        loss = linear_cross_entropy(hidden, self._head, scored_targets(labels), self._release_head, self._form)
         return collector.backward(loss, counts)
 
     def outside_domains(
@@ -219,7 +221,7 @@ class EncryptedCausalLM(torch.nn.Module):
         last[torch.tensor(lengths).cumsum(0) - 1] = True
         cache.begin(tuple(tokens))
         self._count(len(flat))
-        return self._hidden(_Packed(flat, lengths, last, starts), cache=cache) @ self._head.t()
+        return self._form(self._hidden(_Packed(flat, lengths, last, starts), cache=cache) @ self._head.t())
 
     def _pack(self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor | None) -> tuple[Tensor, _Packed]:
         """Return which positions of a batch run (bool [B, S]), and their tokens packed."""
@@ -296,19 +298,3 @@ def _initial_adapter(model: ir.Model, seed: int) -> dict[str, Tensor]:
         if ".lora_A." in name:
             torch.nn.init.kaiming_uniform_(matrices[name], a=math.sqrt(5), generator=generator)
     return matrices
-
-
-def _detach_head(model: ir.Model) -> str:
-    """Make the head's input the graph's only output; return the name of the head's weight.
-
-    Raises LegalityError when the logits are anything but a Linear of a frozen weight.
-    """
-    (logits,) = model.graph.outputs
-    node = logits.producer()
-    if node is None or (node.domain, node.op_type) != (DOMAIN, "Linear"):
-        raise LegalityError(f"the output {logits.name} of the client plan is not made by a Linear; export it again")
-    hidden, weight = node.inputs
-    assert hidden is not None and weight is not None and weight.is_initializer()
-    model.graph.outputs[0] = hidden
-    model.graph.remove(node, safe=True)
-    return str(weight.name)

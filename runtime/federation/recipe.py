@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import peft
 from pydantic import Field, field_validator, model_validator
 
+from hecompile.checkpoint.families import LLAMA_LINEARS
 from hecompile.errors import InputError
-from hecompile.llama import LLAMA_LINEARS
 from hecompile.runtime.federation.protocol.channels import Roster
 from hecompile.runtime.federation.protocol.layout import Layout
 from hecompile.runtime.federation.protocol.settings import Agreement, FederationSection

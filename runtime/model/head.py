@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,9 +42,40 @@ def scored_targets(labels: Tensor) -> Tensor:
     return targets[targets != IGNORED]
 
 
+@dataclass(frozen=True)
+class LogitsForm:
+    """Say what becomes of the products x of hidden states and head: factor·x, or cap·tanh(factor·x) where there is a cap.
+
+    Granite divides by `logits_scaling`; Gemma 2 caps (arXiv 2408.00118).
+    """
+
+    factor: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> LogitsForm:
+        """Read the form off a configuration of transformers."""
+        cap = getattr(config, "final_logit_softcapping", None)
+        return cls(1.0 / getattr(config, "logits_scaling", 1.0) if cap is None else 1.0 / cap, cap)
+
+    def __call__(self, product: Tensor) -> Tensor:
+        """Return the logits of products [..., V]."""
+        scaled = product if self.factor == 1.0 else product * self.factor
+        return scaled if self.cap is None else torch.tanh(scaled) * self.cap
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """Return the derivative of logits by the products that they were made of: a tensor, or one number for all."""
+        return self.factor if self.cap is None else (1 - (logits / self.cap) ** 2) * (self.factor * self.cap)
+
+
+_AS_THEY_ARE = LogitsForm()
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, release: Release) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, release: Release, form: LogitsForm
+    ) -> Tensor:
         wanted = ctx.needs_input_grad[0]
         gradient = torch.zeros_like(hidden) if wanted else None  # [N, H]
         total = hidden.new_zeros(())
@@ -56,6 +88,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for words in vocabulary:
                 torch.mm(hidden[piece], weight[words].t(), out=logits[:, words])
                 release(words)
+            logits = form(logits)
+            slope = form.slope(logits) if wanted else 1.0
             target = targets[piece, None]  # [n, 1]
             logits -= logits.amax(dim=1, keepdim=True)
             at_target = logits.gather(1, target)  # [n, 1]
@@ -66,6 +100,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # d/dlogits of -log softmax at the target is softmax minus its indicator.
                 probabilities = exponentials.div_(sums)
                 probabilities.scatter_add_(1, target, torch.full_like(sums, -1.0))
+                if form != _AS_THEY_ARE:
+                    probabilities *= slope
                 for words in reversed(vocabulary):
                     gradient[piece].addmm_(probabilities[:, words], weight[words])
                     release(words)
@@ -73,18 +109,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None, None, None]:
         gradient, ctx.gradient = ctx.gradient, None
-        return None if gradient is None else gradient * gradients[0], None, None, None
+        return None if gradient is None else gradient * gradients[0], None, None, None, None
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, release: Release = lambda rows: None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    release: Release = lambda rows: None,
+    form: LogitsForm = _AS_THEY_ARE,
 ) -> Tensor:
-    """Return Σ over rows of -log softmax(hidden·weightᵀ)[target] in nats: float32 scalar, differentiable once, in `hidden`.
+    """Return Σ over rows of -log softmax(form(hidden·weightᵀ))[target] in nats: float32 scalar, differentiable once, in
+    `hidden`.
 
     hidden f32 [N, H], weight f32 [V, H] without gradient, targets int64 [N]; `release` is called with the rows of the
     weight that have been used.
     """
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, release)
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, release, form)
     return total

@@ -17,7 +17,7 @@ from hecompile.checkpoint.loading import answer_ends, load_model
 from hecompile.errors import InputError
 from hecompile.files import explain_missing
 from hecompile.runtime.model.adapter import head_digest
-from hecompile.runtime.model.head import linear_cross_entropy, scored_positions, scored_targets
+from hecompile.runtime.model.head import LogitsForm, linear_cross_entropy, scored_positions, scored_targets
 from hecompile.runtime.model.per_example import GradientCollector, PerExample
 
 
@@ -41,6 +41,7 @@ class PlaintextPeftModel(torch.nn.Module):
         self.sequence_buckets = tuple(sorted(sequence_buckets))
         self.batch_size = batch_size
         self.max_batch_tokens = max_batch_tokens or batch_size * self.sequence_buckets[-1]
+        self._form = LogitsForm.of(base.config)
         self._peft = peft.get_peft_model(base, copy.deepcopy(peft_config))
         self._tokens = 0
 
@@ -95,10 +96,10 @@ class PlaintextPeftModel(torch.nn.Module):
         if wanted is not None:
             hidden = hidden[wanted[:, :width] & attention_mask[:, :width].bool()]  # [N, H]
         if labels is None:
-            return CausalLMOutput(logits=head(hidden))
+            return CausalLMOutput(logits=self._form(head(hidden)))
         targets = scored_targets(labels)
         count = len(targets) if num_items_in_batch is None else num_items_in_batch
-        return CausalLMOutput(loss=linear_cross_entropy(hidden, head.weight, targets) / count)
+        return CausalLMOutput(loss=linear_cross_entropy(hidden, head.weight, targets, form=self._form) / count)
 
     def per_example_gradients(
         self,
@@ -118,7 +119,7 @@ class PlaintextPeftModel(torch.nn.Module):
                     hooks.callback(handle.remove)
             hidden = self._hidden(input_ids[:, :width], attention_mask[:, :width], generator)  # [B, width, H]
         hidden = hidden[scored[:, :width]]  # [N, H]
-        loss = linear_cross_entropy(hidden, self._head.weight, scored_targets(labels))
+        loss = linear_cross_entropy(hidden, self._head.weight, scored_targets(labels), form=self._form)
         return collector.backward(loss, scored.sum(dim=1))
 
     def _hidden(

@@ -68,7 +68,7 @@ def test_matrices_of_an_adapter_among_the_weights_are_refused(damaged: Path) -> 
     change_weights(
         damaged, lambda tensors: tensors.update({"model.layers.0.self_attn.o_proj.lora_A.weight": torch.ones(2, 32)})
     )
-    assert "o_proj.lora_A.weight: a Llama without biases and adapters has no place for it" in refused(damaged)
+    assert "o_proj.lora_A.weight: the model of config.json has no place for it" in refused(damaged)
 
 
 def test_a_bias_that_the_configuration_does_not_speak_of_is_refused(damaged: Path) -> None:

@@ -134,10 +134,10 @@ def test_the_scaled_rotary_embedding_of_llama_3(tmp_path: Path, factor: float) -
         ({"llama.expert_count": 8}, "llama.expert_count is 8, which is not computed"),
         ({"llama.attention.sliding_window": 64}, "llama.attention.sliding_window is 64"),
         ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count is 4; supported: a head's 8 features"),
-        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "rope_type 'yarn'"),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "rope.scaling.type is 'yarn'"),
         ({"llama.attention.head_count": 5, TURNED: None}, "hidden_size 32 is not divisible by num_attention_heads 5"),
         ({"llama.attention.head_count": "4", TURNED: None}, "num_attention_heads must be a whole number"),
-        ({"llama.block_count": 3}, "lack 9 tensors, first: model.layers.2.input_layernorm.weight"),
+        ({"llama.block_count": 3}, "lack 9 tensors, first: model.layers.2.self_attn.q_proj.weight"),
         ({"llama.block_count": None}, "lacks num_hidden_layers"),
         ({"llama.embedding_length": 2**30, TURNED: None}, "hidden_size must be a whole number"),
         ({"llama.vocab_size": 300}, "model.embed_tokens.weight is [259, 32], but config.json asks for [300, 32]"),
@@ -158,7 +158,7 @@ def test_a_linear_scale_is_read_and_unused_experts_are_not_asked_for(tmp_path: P
 
 def test_tensors_that_a_llama_has_no_place_for_are_refused(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", tiny_llama(), tensors={"blk.0.attn_q.bias": torch.ones(32)})
-    assert "model.layers.0.self_attn.q_proj.bias: a Llama without biases" in refused(path)
+    assert "model.layers.0.self_attn.q_proj.bias: the model of config.json has no place for it" in refused(path)
     path = write_gguf(tmp_path / "n.gguf", tiny_llama(), tensors={"blk.0.ffn_gate_exps.weight": torch.ones(2, 48, 32)})
     assert "blk.0.ffn_gate_exps.weight" in refused(path)
 

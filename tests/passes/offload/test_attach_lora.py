@@ -6,10 +6,10 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from hecompile.checkpoint.families import LLAMA_LINEARS
 from hecompile.errors import InputError
 from hecompile.graph.ir import print_model
 from hecompile.graph.legality import ADAPTED
-from hecompile.llama import LLAMA_LINEARS
 from hecompile.passes.offload.attach_lora import AttachLora
 from tests.conftest import Golden
 from tests.support.graphs import evaluate, integers, parse, refused, run_pass

@@ -71,7 +71,7 @@ def unused_circuit(plan: SplitPlan) -> SplitPlan:
 
 
 def illegal_operator(plan: SplitPlan) -> SplitPlan:
-    node = ir.node("Sigmoid", [plan.client.graph.inputs[0]])
+    node = ir.node("Ceil", [plan.client.graph.inputs[0]])
     plan.client.graph.append(node)
     return plan
 
@@ -109,7 +109,7 @@ def with_inputs(plan: SplitPlan, features: int) -> SplitPlan:
 REFUSED: dict[Callable[[SplitPlan], SplitPlan], tuple[type[HecompileError], str]] = {
     missing_circuit: (LegalityError, f"circuit {FIRST} is missing"),
     unused_circuit: (LegalityError, "circuit other.forward is used by no RemoteLinear"),
-    illegal_operator: (LegalityError, "stage 'client plan', .*Sigmoid.* is not legal here"),
+    illegal_operator: (LegalityError, "stage 'client plan', .*Ceil.* is not legal here"),
     node_on_the_worker: (SecurityError, r"\(Add\) is placed on the worker but stands in the client plan"),
     weight_left_behind: (LegalityError, f"the client plan still holds the weight {UP}.weight_int8"),
     weight_of_another_shape: (LegalityError, rf"{FIRST}: the weight is \(3, 1\), its parameters say otherwise"),

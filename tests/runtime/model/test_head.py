@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import Gemma2Config, GraniteConfig, LlamaConfig
 
 from hecompile.graph.interpreter import _as_tensor
 from hecompile.runtime.client.mapped import release
 from hecompile.runtime.model import head
-from hecompile.runtime.model.head import linear_cross_entropy, scored_positions, scored_targets
+from hecompile.runtime.model.head import LogitsForm, linear_cross_entropy, scored_positions, scored_targets
 
 VOCABULARY, HIDDEN = 37, 16
 
@@ -99,3 +100,22 @@ def test_memory_that_no_file_holds_is_not_let_go_of() -> None:
     anonymous[:] = bytes([7]) * len(anonymous)
     release(np.frombuffer(anonymous, dtype=np.uint8))
     assert private.all() and set(anonymous[:]) == {7}
+
+
+@pytest.mark.parametrize("form", [LogitsForm(0.25), LogitsForm(0.5, 2.0)], ids=["scaled", "capped"])
+def test_a_form_of_logits_is_in_loss_and_gradient(monkeypatch: pytest.MonkeyPatch, form: LogitsForm) -> None:
+    monkeypatch.setattr(head, "PIECE_BYTES", 4 * VOCABULARY * 4)
+    hidden, weight, targets = inputs(7)
+    linear_cross_entropy(hidden, weight, targets, form=form).backward()
+    reference = hidden.detach().clone().requires_grad_()
+    product = reference @ weight.t()
+    logits = product * 0.25 if form.cap is None else 2.0 * torch.tanh(product / 2.0)
+    torch.testing.assert_close(form(product), logits)
+    F.cross_entropy(logits, targets, reduction="sum").backward()
+    torch.testing.assert_close(hidden.grad, reference.grad)
+
+
+def test_the_form_of_logits_is_read_off_a_configuration() -> None:
+    assert LogitsForm.of(LlamaConfig()) == LogitsForm()
+    assert LogitsForm.of(GraniteConfig(logits_scaling=4.0)) == LogitsForm(0.25)
+    assert LogitsForm.of(Gemma2Config(final_logit_softcapping=8.0)) == LogitsForm(0.125, 8.0)
