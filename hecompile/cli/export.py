@@ -63,12 +63,12 @@ def _export(
 ) -> None:
     from hecompile.bundles.kinds import BundleKind
     from hecompile.checkpoint.configuration import family_of
-    from hecompile.checkpoint.families import LLAMA_LINEARS
+    from hecompile.checkpoint.families import all_linears
     from hecompile.compiler.frontend import load_config
     from hecompile.compiler.target import check_target
 
     _compile_options(
-        lora.attach(LLAMA_LINEARS), encryption, batches, polynomials
+        lora.attach(all_linears()), encryption, batches, polynomials
     )  # refused before anything is looked up
     check_target(out, BundleKind.CLIENT)
     linears = family_of(load_config(model)).linears

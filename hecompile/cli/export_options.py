@@ -32,14 +32,15 @@ class LoraOptions:
     ] = None
 
     def attach(self, linears: tuple[str, ...]) -> AttachLora:
-        """Return the options of the pass that attaches the adapter. Raises InputError for a value out of range.
-
-        linears: those of the model's family.
-        """
+        """Return the options of the pass that attaches the adapter. Raises InputError for a value out of range, or a target
+        that is none of `linears`, those of the model's family."""
         from hecompile.passes.offload.attach_lora import AttachLora
 
         targets = linears if self.target_modules is None else tuple(_split(self.target_modules))
-        return AttachLora(self.lora_r, self.lora_alpha, self.lora_dropout, targets)
+        options = AttachLora(self.lora_r, self.lora_alpha, self.lora_dropout, targets)
+        if other := sorted(set(targets) - set(linears)):
+            raise InputError(f"target module {other[0]!r} does not exist in this model; choose from {', '.join(linears)}")
+        return options
 
 
 @dataclass(frozen=True)
