@@ -17,6 +17,7 @@ from benchmarks.training.checkpoints import llama_1b_config, make_checkpoint
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
+from hecompile.compiler.options import WeightBits
 from hecompile.errors import InputError
 from hecompile.inspection.linear import Traffic, circuits_without_gradient, predicted_traffic
 from hecompile.models import TINY_LLAMA
@@ -48,8 +49,15 @@ def forward_weights(bundle: ClientBundle) -> int:
     return sum(p.in_features * p.out_features for name, p in bundle.circuits.items() if name.endswith(".forward"))
 
 
+def stored_weight_bytes(bundle: ClientBundle) -> int:
+    """Count the bytes of the frozen weights on the worker, of one direction."""
+    forward = {name: p for name, p in bundle.circuits.items() if name.endswith(".forward")}
+    sizes = {name: p.in_features * p.out_features for name, p in forward.items()}
+    return sum(size * (1 if bundle.plan.bits_of(name) <= 8 else 2) for name, size in sizes.items())
+
+
 def options(
-    batch_size: int, length: int, precision: float = PRECISION, weight_bits: int = WEIGHT_BITS
+    batch_size: int, length: int, precision: float = PRECISION, weight_bits: WeightBits = WEIGHT_BITS
 ) -> CompileOptions:
     """Return options with LoRA of rank 8 on all seven linears, and defaults for the rest."""
     return CompileOptions(
@@ -59,7 +67,7 @@ def options(
 
 @contextmanager
 def llama_1b(
-    layers: int, batch_size: int, length: int, precision: float = PRECISION, weight_bits: int = WEIGHT_BITS
+    layers: int, batch_size: int, length: int, precision: float = PRECISION, weight_bits: WeightBits = WEIGHT_BITS
 ) -> Iterator[Built]:
     """Open a model of the 1B shape with `layers` layers.
 

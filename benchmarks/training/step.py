@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from benchmarks.report import table
-from benchmarks.training.builds import DEFAULTS, ONE_B, PRECISION, WEIGHT_BITS, Built, forward_weights, llama_1b
+from benchmarks.training.builds import DEFAULTS, ONE_B, PRECISION, WEIGHT_BITS, Built, llama_1b, stored_weight_bytes
 from benchmarks.training.stepping import Batch, Side, Steps, measure_steps
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT
@@ -98,5 +98,4 @@ def bytes_table(built: Built, encrypted: Side) -> str:
 
 def _worker_target(built: Built) -> str:
     bundle = ClientBundle.open(built.build / CLIENT)
-    bytes_each = 1 if bundle.plan.weight_bits <= 8 else 2
-    return f"≤ 1.5 × {bytes_each * forward_weights(bundle) / 1e9:.2f} GB of weights + one batch"
+    return f"≤ 1.5 × {stored_weight_bytes(bundle) / 1e9:.2f} GB of weights + one batch"

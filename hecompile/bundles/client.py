@@ -36,9 +36,9 @@ from hecompile.he.security import AMPLE_BITS, MINIMUM_BITS, show_bits
 
 LOGGER = logging.getLogger(__name__)
 
-VERSION = 4
-READABLE = (3, 4)
-"""Versions that can be read; version 3 has neither packed rings nor transformed hints."""
+VERSION = 5
+READABLE = (3, 4, 5)
+"""Versions that can be read; 3 has neither packed rings nor transformed hints, 4 one number of weight bits for all."""
 
 PLAN, PLAN_DATA = "plan.onnx", "plan.onnx.data"
 HINTS, CHECKS, TOKENIZER = "hints", "checks", "tokenizer"
@@ -97,6 +97,13 @@ class CircuitRecord(_Record):
     noise_std: float
     effective_bits: float
     weight_sha256: str
+    weight_bits: int | None = None
+    """Bits that hold every weight; None in a plan of version 4 or before, whose circuits all have those of the plan."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `weight_bits` where there are none: a plan from before must hash to its id."""
+        return {name: value for name, value in serialize(self).items() if name != "weight_bits" or value is not None}
 
     def parameters(self) -> LinearParameters:
         """Return the checked form. Raises InputError where the numbers cannot belong together."""
@@ -126,7 +133,7 @@ class PlanRecord(_Record):
     batch_size: int = Field(ge=1)
     sequence_buckets: list[int]
     effective_bits: float
-    weight_bits: int
+    weight_bits: int | Literal["auto"]
     hints: Literal["stored", "none"] = "stored"
     graph_sha256: str
     circuits: dict[str, CircuitRecord]
@@ -134,6 +141,14 @@ class PlanRecord(_Record):
     def plan_id(self) -> str:
         """Return the SHA-256 of the canonical JSON form, in hex."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+
+    def bits_of(self, circuit: str) -> int:
+        """Return the bits of the weights of a circuit."""
+        bits = self.circuits[circuit].weight_bits
+        if bits is not None:
+            return bits
+        assert self.weight_bits != "auto"  # no plan of that version
+        return self.weight_bits
 
     def reached_bits(self) -> tuple[float, float]:
         """Return the least and the most effective bits of its products; at least `effective_bits`, which was asked for."""

@@ -90,7 +90,7 @@ def _compile_options(
     return CompileOptions(
         lora=lora,
         effective_bits=encryption.precision,
-        weight_bits=encryption.weight_bits,
+        weight_bits=encryption.bits(),
         ring=encryption.ring,
         batch_size=batches.batch_size,
         sequence_buckets=batches.lengths(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -70,12 +70,13 @@ class EncryptionOptions:
     panel = "Encrypted products"
     precision: Precision = 8.0
     weight_bits: Annotated[
-        int,
+        str,
         typer.Option(
-            help="Bits of the quantised frozen weights, 8 to 12. 8 is one product of bytes per limb on the worker and "
-            "follows the loss of float32 training; more take up to twice the worker's time and follow its gradients too."
+            help="Bits of the quantised frozen weights, 8 to 12, or 'auto': 12 for the linears whose rounding would move "
+            "the gradients most, 8 for the others. 8 is one product of bytes per limb on the worker and follows the loss "
+            "of float32 training; more take up to twice the worker's time and follow its gradients too."
         ),
-    ] = 10
+    ] = "auto"
     ring: Annotated[
         str | None,
         typer.Option(
@@ -105,6 +106,15 @@ class EncryptionOptions:
             "its time and your download. `inspect` shows how many bytes, `python -m benchmarks hintless` the time.",
         ),
     ] = True
+
+    def bits(self) -> int | Literal["auto"]:
+        """Return the bits of the weights. Raises InputError for anything but a whole number or "auto"."""
+        if self.weight_bits == "auto":
+            return "auto"
+        try:
+            return int(self.weight_bits)
+        except ValueError:
+            raise InputError(f"--weight-bits must be auto or a whole number, got {self.weight_bits!r}") from None
 
     def seed(self) -> PublicSeed | None:
         """Return the seed of the public matrix, None where one is drawn. Raises InputError for anything but 64 digits."""

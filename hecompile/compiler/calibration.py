@@ -19,8 +19,9 @@ from hecompile.he.random.sampling import PublicSeed
 from hecompile.passes.approximation.calibrate import Samples
 
 _SEQUENCES = 8
-SHORT_LENGTH = 32
-"""Tokens per sequence that are enough where no polynomial needs the ranges of long sequences."""
+SHORT_LENGTH = 128
+"""Tokens per sequence that are enough where no polynomial needs the ranges of long sequences: with 32, weights are
+rounded for the sample more than for the text that comes."""
 
 
 def write_samples(

@@ -153,6 +153,7 @@ def _circuit_record(circuit: RemoteCircuit) -> CircuitRecord:
         noise_std=circuit.noise_std,
         effective_bits=round(circuit.effective_bits, 2),
         weight_sha256=hashlib.sha256(np.ascontiguousarray(circuit.weight).data).hexdigest(),
+        weight_bits=circuit.weight_bits,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from hecompile.compiler.polynomial_options import PolynomialOptions, require_polynomial_family
 from hecompile.errors import InputError
@@ -18,7 +18,10 @@ from hecompile.passes.offload.attach_lora import AttachLora
 from hecompile.passes.offload.place import Policy
 from hecompile.passes.offload.quantize import Quantize
 from hecompile.passes.offload.select_parameters import SelectParameters
+from hecompile.passes.offload.select_weight_bits import TWO_BYTES, SelectWeightBits
 from hecompile.plan.costs import CostModel
+
+WeightBits = int | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,10 @@ class CompileOptions:
 
     lora: AttachLora = field(default_factory=AttachLora)
     effective_bits: float = 8.0
-    weight_bits: int = 10
+    weight_bits: WeightBits = "auto"
+    """Bits of the frozen weights; "auto": 8 or 12 for each linear, by the error that calibration predicts."""
+    error_budget: float = SelectWeightBits.error_budget
+    """What "auto" leaves to weights of one byte (`hecompile.passes.offload.select_weight_bits`)."""
     ring: str | None = None
     batch_size: int = 8
     sequence_buckets: tuple[int, ...] = (32, 64, 128)
@@ -55,7 +61,7 @@ class CompileOptions:
             raise InputError(f"effective bits must be a positive number, got {self.effective_bits}")
         if self.ring is not None and self.ring not in CATALOGUE:
             raise InputError(f"ring {self.ring!r} cannot be selected; choose from {', '.join(CATALOGUE)}")
-        Quantize(self.weight_bits, self.remote_head)  # refuses bits that it does not make, before a model is read
+        self.quantize()  # refuses bits that it does not make, before a model is read
         self.polynomials()
 
     def polynomials(self, config: Any = None) -> PolynomialOptions:
@@ -71,6 +77,14 @@ class CompileOptions:
     def ring_parameters(self) -> RingParameters | None:
         """Return the parameters of the ring named; None where the cheapest is to be chosen."""
         return None if self.ring is None else CATALOGUE[self.ring]
+
+    def quantize(self) -> Quantize:
+        """Return the pass that makes integers of the weights. Raises InputError for bits that it does not make."""
+        return Quantize(TWO_BYTES if self.weight_bits == "auto" else self.weight_bits, self.remote_head)
+
+    def select_weight_bits(self) -> SelectWeightBits:
+        """Return the pass that chooses bits where they are not given."""
+        return SelectWeightBits(self.error_budget, self.remote_head)
 
     def select_parameters(self) -> SelectParameters:
         """Return the pass that chooses ring and bytes for the longest batch that these options allow."""

@@ -30,7 +30,9 @@ from hecompile.passes.offload.fuse import Fuse
 from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.passes.offload.place import Place
 from hecompile.passes.offload.quantize import Quantize
+from hecompile.passes.offload.rotate import Rotate
 from hecompile.passes.offload.select_parameters import SelectParameters, selected_ring
+from hecompile.passes.offload.select_weight_bits import SelectWeightBits
 from hecompile.passes.offload.split import Split
 from hecompile.passes.offload.stack_projections import StackProjections
 from hecompile.passes.offload.validate import Validate
@@ -52,7 +54,9 @@ PASSES: dict[str, type] = {
     "approximate_silu": ApproximateSiLU,
     "quantize_activation": QuantizeActivation,
     "attach_lora": AttachLora,
+    "rotate": Rotate,
     "calibrate": Calibrate,
+    "select_weight_bits": SelectWeightBits,
     "quantize": Quantize,
     "annotate_secrecy": AnnotateSecrecy,
     "place": Place,
@@ -139,13 +143,16 @@ def lower_linear(
     samples: for calibration. polynomials: default to those that `options` name.
     """
     polynomials = options.polynomials() if polynomials is None else polynomials
-    run, calibrate = partial(run_step, on_step=on_step), Calibrate(samples)
-    model = approximate(model, polynomials, calibrate, on_step)
+    run = partial(run_step, on_step=on_step)
+    model = approximate(model, polynomials, Calibrate(samples), on_step)
     if polynomials.attention is None:
         require_matched_attention(model, (ATTENTION_BIAS, SLIDING_BIAS))
     model = run(model, "attach_lora", options.lora, ADAPTED)
-    model = run(model, "calibrate", calibrate, ADAPTED)
-    model = run(model, "quantize", Quantize(options.weight_bits, options.remote_head), QUANTIZED)
+    model = run(model, "rotate", Rotate(options.remote_head), ADAPTED)
+    model = run(model, "calibrate", Calibrate(samples, keep_samples=True), ADAPTED)
+    if options.weight_bits == "auto":
+        model = run(model, "select_weight_bits", options.select_weight_bits(), ADAPTED)
+    model = run(model, "quantize", options.quantize(), QUANTIZED)
     model = run(model, "annotate_secrecy", AnnotateSecrecy(), QUANTIZED)
     model = run(model, "place", Place(options.policy, options.costs), QUANTIZED)
     model = run(model, "stack_projections", StackProjections(), QUANTIZED)

@@ -49,6 +49,15 @@ APPROXIMATION_RANGE = "hecompile.approximation_range"
 WINDOW = "hecompile.window"
 """Metadata key of a graph input that is an attention bias: how many positions a query sees, itself included."""
 
+SAMPLES = "hecompile.samples"
+"""Key in a value's `meta`, which no file holds: float32 [T, features], what calibration saw a Linear read."""
+
+GRADIENT_SAMPLES = "hecompile.gradient_samples"
+"""Key in a value's `meta`: float32 [T, features], the gradients of a Linear's result that calibration saw."""
+
+WEIGHT_BITS = "hecompile.weight_bits"
+"""Metadata key of a Linear: how many bits its weights are to have as integers."""
+
 LEVEL = "hecompile.level"
 """Metadata key of a value: its multiplicative depth."""
 

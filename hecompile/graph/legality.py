@@ -35,9 +35,9 @@ class Stage:
 
 EXPORTED = Stage("exported", _MODEL | _EXPORTER_ONLY)
 CANONICAL = Stage("canonical", _MODEL, _RAISED)
-ADAPTED = Stage("adapted", _MODEL, _RAISED | {"Lora"})
-QUANTIZED = Stage("quantized", _MODEL, _RAISED | {"Lora", "QuantizedLinear"})
-CLIENT_PLAN = Stage("client plan", _MODEL, _RAISED | {"Lora", "QuantizedLinear", "RemoteLinear"})
+ADAPTED = Stage("adapted", _MODEL, _RAISED | {"Lora", "Rotate"})
+QUANTIZED = Stage("quantized", _MODEL, ADAPTED.custom | {"QuantizedLinear"})
+CLIENT_PLAN = Stage("client plan", _MODEL, QUANTIZED.custom | {"RemoteLinear"})
 FUSED_CLIENT_PLAN = Stage(
     "fused client plan", CLIENT_PLAN.standard, CLIENT_PLAN.custom | {"Attention", "SwiGLU", "GatedLora"}
 )
@@ -86,6 +86,7 @@ TYPE_RULES: dict[str, tuple[int, TypeRule | None]] = {
     "Linear": (2, _weight_rule(ir.DataType.FLOAT)),
     "QuantizedLinear": (3, _weight_rule(ir.DataType.INT8, ir.DataType.INT16)),
     "RemoteLinear": (2, None),
+    "Rotate": (1, None),
     "Lora": (3, _lora_rule),
     "RMSNorm": (2, _gain_rule),
     "SiLU": (1, None),

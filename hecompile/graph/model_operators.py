@@ -3,6 +3,7 @@
 * `Linear(x, weight)`: y = x·Wᵀ, x [..., in], weight [out, in], float.
 * `QuantizedLinear(x, weight, scale)`: y = (x·Wᵀ) ⊙ scale, weight int8 or int16 [out, in], scale f32 [out].
 * `RemoteLinear(x, scale)`: the product of `QuantizedLinear` with a W that the worker alone knows, by `context.remote`.
+* `Rotate(x)`: x·Rᵀ, R the public orthogonal matrix of x's last axis (`hecompile.graph.rotation`).
 * `Lora(x, A, B; scaling, dropout)`: y = scaling · dropout(x)·Aᵀ·Bᵀ, A [r, in], B [out, r] (Hu et al., arXiv 2106.09685).
 * `RMSNorm(x, weight; epsilon)`: x / sqrt(mean(x²) + ε) ⊙ weight over the last axis (Zhang & Sennrich, arXiv 1910.07467).
 * `SiLU(x)`: x·sigmoid(x).
@@ -32,6 +33,7 @@ from torch import Tensor
 from hecompile.graph.attention_cache import causal_mask
 from hecompile.graph.ir import DOMAIN
 from hecompile.graph.operators import Attributes, Context, operator
+from hecompile.graph.rotation import rotate
 
 
 @operator("Linear", DOMAIN)
@@ -49,6 +51,11 @@ def _remote_linear(context: Context, attributes: Attributes, x: Tensor, scale: T
     if context.remote is None:
         raise ValueError(f"RemoteLinear {attributes['linear']}: this run has no worker; give Context(remote=...)")
     return context.remote(attributes["linear"], x, scale)
+
+
+@operator("Rotate", DOMAIN)
+def _rotate(context: Context, attributes: Attributes, x: Tensor) -> Tensor:
+    return rotate(x)
 
 
 @operator("Lora", DOMAIN)

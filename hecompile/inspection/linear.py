@@ -88,11 +88,10 @@ class Product:
 
     @classmethod
     def of(cls, record: CircuitRecord, parameters: LinearParameters, weight_bits: int, trained: bool) -> Product:
-        """Describe a record of a plan. weight_bits: of the plan, where the record does not say its own."""
-        bits = getattr(record, "weight_bits", None) or weight_bits
-        limbs = limb_products(record.upload_limbs, 1 if bits <= 8 else 2)
+        """Describe a record of a plan whose weights have `weight_bits`."""
+        limbs = limb_products(record.upload_limbs, 1 if weight_bits <= 8 else 2)
         return cls(
-            record.linear, record.direction, trained, record.in_features, record.out_features, bits,
+            record.linear, record.direction, trained, record.in_features, record.out_features, weight_bits,
             record.effective_bits, record.noise_std, float(tolerance(parameters)), int(parameters.input_bound),
             record.upload_limbs, record.reply_bytes, parameters.bytes_up(1), parameters.bytes_down(1),
             record.in_features * record.out_features * limbs,
@@ -107,7 +106,7 @@ def products_of(bundle: ClientBundle) -> list[Product]:
     """Return the products of a plan, in its order."""
     skipped = circuits_without_gradient(bundle.graph())
     return [
-        Product.of(record, bundle.circuits[name], bundle.plan.weight_bits, name not in skipped)
+        Product.of(record, bundle.circuits[name], bundle.plan.bits_of(name), name not in skipped)
         for name, record in bundle.plan.circuits.items()
     ]
 
@@ -180,6 +179,18 @@ class Totals:
 def bytes_below(directory: Path) -> int:
     """Return the bytes of all files below a directory."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def weight_bits_text(plan: PlanRecord) -> str:
+    """Say how many bits the weights have, behind their number, with the share of the weights that has them."""
+    counts: dict[int, int] = {}
+    for name, circuit in plan.circuits.items():
+        bits = plan.bits_of(name)
+        counts[bits] = counts.get(bits, 0) + circuit.in_features * circuit.out_features
+    if len(counts) == 1:
+        return f" of {min(counts)} bits"
+    total = sum(counts.values())
+    return ": " + ", ".join(f"{100 * count / total:.0f} % of {bits} bits" for bits, count in sorted(counts.items()))
 
 
 def reached_precision(plan: PlanRecord) -> str:

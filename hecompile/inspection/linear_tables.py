@@ -11,7 +11,7 @@ from rich.text import Text
 from hecompile.bundles.client import ClientBundle
 from hecompile.he.security import show_bits
 from hecompile.inspection.kinds import kind_of, span
-from hecompile.inspection.linear import Product, Totals, Work, reached_precision
+from hecompile.inspection.linear import Product, Totals, Work, reached_precision, weight_bits_text
 from hecompile.inspection.prediction import megabytes, stored_hint_bytes
 from hecompile.plan.circuits import DIRECTIONS
 
@@ -31,7 +31,6 @@ def totals_table(bundle: ClientBundle, products: Sequence[Product]) -> Table:
     """Return the totals of the plan."""
     plan, ring, lora = bundle.plan, bundle.ring, bundle.plan.lora
     totals = Totals.of(bundle, products)
-    bits = span((product.weight_bits for product in products), "{:.0f}".format) if products else "0"
     table = Table(title=f"plan {bundle.plan_id[:16]} of {plan.base_model}", show_header=False, box=box.SIMPLE)
     table.add_column("what", no_wrap=True)
     table.add_column("value", overflow="fold")
@@ -48,7 +47,7 @@ def totals_table(bundle: ClientBundle, products: Sequence[Product]) -> Table:
         "security": f"{show_bits(ring.security_bits)}: {'ring' if ring.packed else 'module'} LWE, dimension "
         f"{ring.lattice_dim}, q = 2^32; ring {ring.ring_dim} x {ring.rank}",
         "precision": reached_precision(plan),
-        "remote weights": f"{totals.remote_weights} of {bits} bits",
+        "remote weights": f"{totals.remote_weights}{weight_bits_text(plan)}",
         "LoRA": f"r = {lora.r}, alpha = {lora.lora_alpha:g}, {', '.join(lora.target_modules)}",
         "batch": f"up to {plan.batch_size} x {plan.sequence_buckets} tokens",
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 from transformers import PretrainedConfig
@@ -74,8 +74,9 @@ class ModelSize:
         """Return the bytes of all hints on the client's disk, file headers not counted."""
         return stored_hint_bytes(ring, (outputs for _, outputs in self.products))
 
-    def worker_bytes(self, weight_bits: int) -> int:
-        """Return the bytes of the worker bundle: the weights, for forward and backward apart."""
+    def worker_bytes(self, weight_bits: int | Literal["auto"]) -> int:
+        """Return the bytes of the worker bundle: the weights, for forward and backward apart; for "auto" the most."""
+        weight_bits = 12 if weight_bits == "auto" else weight_bits
         return sum(inputs * outputs for inputs, outputs in self.products) * (1 if weight_bits <= 8 else 2)
 
     def client_resident_bytes(self, ring: RingParameters, tokens: int) -> int:
@@ -89,7 +90,9 @@ class ModelSize:
         return self.plan_bytes + matrix + two_layers + _LOGIT_COPIES * 4 * tokens * self.vocabulary
 
 
-def prediction_table(size: ModelSize, weight_bits: int, tokens: int, ring: RingParameters | None = None) -> Table:
+def prediction_table(
+    size: ModelSize, weight_bits: int | Literal["auto"], tokens: int, ring: RingParameters | None = None
+) -> Table:
     """Show storage and memory for one ring, or for each that can be selected. `tokens`: of the largest batch."""
     table = Table(title=f"{len(size.products)} products, {size.hint_rows} rows of hints; predicted")
     for heading in ("ring x rank", "security", "hints on the client", "client plan", "client memory", "worker bundle"):
@@ -101,12 +104,12 @@ def prediction_table(size: ModelSize, weight_bits: int, tokens: int, ring: RingP
             megabytes(size.hint_file_bytes(candidate)),
             megabytes(size.plan_bytes),
             f"about {megabytes(size.client_resident_bytes(candidate, tokens))}",
-            megabytes(size.worker_bytes(weight_bits)),
+            ("up to " if weight_bits == "auto" else "") + megabytes(size.worker_bytes(weight_bits)),
         )
     return table
 
 
-def prediction_json(size: ModelSize, weight_bits: int, tokens: int) -> dict[str, Any]:
+def prediction_json(size: ModelSize, weight_bits: int | Literal["auto"], tokens: int) -> dict[str, Any]:
     """Return what the table shows, in bytes, as JSON values. docs/command-line.md lists the keys."""
     rings = [
         {

@@ -39,6 +39,12 @@ class RemoteCircuit:
     def name(self) -> str:
         return f"{self.linear}.{self.direction}"
 
+    @property
+    def weight_bits(self) -> int:
+        """Return the bits that hold every weight: 8, or more where they are int16."""
+        largest = max(int(self.weight.max()), -int(self.weight.min()))
+        return max(8, largest.bit_length() + 1)
+
     def model(self) -> ir.Model:
         """Make the worker circuit, not yet lowered."""
         return encrypted_linear_model(self.weight, self.parameters.upload_limbs, self.parameters.reply_bytes, self.name)

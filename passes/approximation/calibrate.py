@@ -10,6 +10,8 @@ language will do. Records only; the function of the graph is unchanged.
 Attentions, RMSNorms and SiLUs, exact or approximated, get what a polynomial in their place must cover: scores, exponents and
 divisors, variances, inputs (`hecompile.polynomial.ranges`). Where a polynomial stands already and its domain does not
 cover what was seen, the pass refuses the graph.
+
+With `keep_samples` the rows themselves stay in memory beside the values, for passes that round weights by them.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from hecompile.errors import InputError
 from hecompile.graph.interpreter import Interpreter, graph_inputs
-from hecompile.graph.ir import DOMAIN, GRADIENT_RANGE, RANGE, nodes_of_type
+from hecompile.graph.ir import DOMAIN, GRADIENT_RANGE, GRADIENT_SAMPLES, RANGE, SAMPLES, nodes_of_type
 from hecompile.polynomial.inputs import AttentionInputs, NonlinearNodes
 from hecompile.polynomial.ranges import check_domain, range_of, write_range
 
@@ -35,11 +37,13 @@ Samples = tuple[tuple[int, ...], ...]
 class Calibrate(ir.passes.InPlacePass):
     """Record the ranges that a run on sample tokens sees.
 
-    samples: sequences of one length, at least 2. Raises InputError for others; LegalityError where the domain of a
-    polynomial does not cover what was seen.
+    samples: sequences of one length, at least 2. keep_samples: keep what the linears read, and their gradients
+    (`hecompile.graph.ir.SAMPLES`). Raises InputError for other samples; LegalityError where the domain of a polynomial does
+    not cover what was seen.
     """
 
     samples: Samples
+    keep_samples: bool = False
 
     def requires(self, model: ir.Model) -> None:
         if not self.samples or len({len(sample) for sample in self.samples}) != 1 or len(self.samples[0]) < 2:
@@ -71,6 +75,8 @@ class Calibrate(ir.passes.InPlacePass):
             gradient = seen[node.outputs[0]].grad
             if gradient is not None:
                 node.outputs[0].metadata_props[GRADIENT_RANGE] = _summary(gradient)
+            if self.keep_samples:
+                _keep(node, seen)
         for node in model.graph:
             check_domain(node)
         return ir.passes.PassResult(model, True)
@@ -79,6 +85,14 @@ class Calibrate(ir.passes.InPlacePass):
         for node in _linears(model):
             if RANGE not in node.outputs[0].metadata_props:
                 raise ir.passes.PostconditionError(f"{node.name} was not reached by calibration")
+
+
+def _keep(node: ir.Node, seen: dict[ir.Value, Tensor]) -> None:
+    x, y = node.inputs[0], node.outputs[0]
+    assert x is not None
+    x.meta[SAMPLES] = seen[x].detach().flatten(0, -2)  # [T, in]
+    if (gradient := seen[y].grad) is not None:
+        y.meta[GRADIENT_SAMPLES] = gradient.flatten(0, -2)  # [T, out]
 
 
 def _write_range(node: ir.Node, inputs: AttentionInputs | Tensor) -> None:

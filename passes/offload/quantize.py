@@ -3,9 +3,12 @@
     Linear(x, W)  →  QuantizedLinear(x, Q, s),   Q = round(W / s) in [-Qmax, Qmax],   s_i = max_j |W_ij| / Qmax,
                         Qmax = 2^(bits-1) - 1; int8 for 8 bits, int16 above
 
+Where calibration kept samples of x, each column's error is taken up by the columns after it, so that x·Wᵀ changes least
+(GPTQ, `hecompile.approximation.error_feedback`); elsewhere every element is rounded to nearest, |W - Q·s| ≤ s/2.
+
 The one integer matrix serves both directions: forward y = (x·Qᵀ) ⊙ s, backward dx = (dy ⊙ s)·Q, the scales being applied
 by the client. Symmetric, weights only (activations are encoded per token at run time, with negligible loss): the form that
-converges in Frery et al., arXiv 2505.07329, table 1. |W - Q·s| ≤ s/2 for every element.
+converges in Frery et al., arXiv 2505.07329, table 1.
 """
 
 from __future__ import annotations
@@ -14,11 +17,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
+from hecompile.approximation.error_feedback import ErrorFeedback
 from hecompile.errors import InputError
 from hecompile.graph.ir import (
     DOMAIN,
+    GRADIENT_SAMPLES,
     ORIGIN,
+    SAMPLES,
     add_initializer,
     constant_of,
     in_block,
@@ -27,6 +34,7 @@ from hecompile.graph.ir import (
     remove_unused,
     replace_node,
 )
+from hecompile.graph.ir import WEIGHT_BITS as CHOSEN_BITS
 
 WEIGHT_BITS = (8, 9, 10, 11, 12)
 """Up to 8 bits are one byte a weight on the worker; up to 12 are two, and the worker has up to twice the work."""
@@ -36,6 +44,7 @@ WEIGHT_BITS = (8, 9, 10, 11, 12)
 class Quantize(ir.passes.InPlacePass):
     """Quantise every Linear inside the decoder layers, and the output head where `include_head` is set.
 
+    bits: of the linears that none are chosen for (`hecompile.graph.ir.WEIGHT_BITS`). Samples are let go of.
     Raises InputError when a weight is not finite, or `bits` is not one of WEIGHT_BITS.
     """
 
@@ -47,13 +56,18 @@ class Quantize(ir.passes.InPlacePass):
             raise InputError(f"weights can have {', '.join(map(str, WEIGHT_BITS))} bits, got {self.bits}")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        modified = False
+        readers: dict[ir.Value | None, list[ir.Node]] = {}
         for node in nodes_of_type(model, "Linear"):
             if in_block(node) or self.include_head:
-                _quantize_node(model.graph, node, self.bits)
-                modified = True
+                readers.setdefault(node.inputs[0], []).append(node)
+        for x, nodes in readers.items():
+            samples = None if x is None else x.meta.get(SAMPLES)
+            feedback = None if samples is None else ErrorFeedback(samples)
+            for node in nodes:
+                _quantize_node(model.graph, node, int(node.metadata_props.get(CHOSEN_BITS, self.bits)), feedback)
+        _forget_samples(model)
         remove_unused(model)
-        return ir.passes.PassResult(model, modified)
+        return ir.passes.PassResult(model, bool(readers))
 
     def ensures(self, model: ir.Model) -> None:
         for node in nodes_of_type(model, "QuantizedLinear"):
@@ -62,25 +76,31 @@ class Quantize(ir.passes.InPlacePass):
                 raise ir.passes.PostconditionError(f"the weight of {module_path(node)} is not int8 or int16")
 
 
-def quantize_weight(weight: np.ndarray, bits: int = 8) -> tuple[np.ndarray, np.ndarray]:
+def quantize_weight(
+    weight: np.ndarray, bits: int = 8, feedback: ErrorFeedback | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Quantise f32 [out, in] to (int8 or int16 [out, in] in [-Qmax, Qmax], f32 scale [out]).
+
+    feedback: of what the matrix is multiplied with; None for rounding to nearest.
 
     A row of zeros gets scale 0, and so does one whose scale would be subnormal: its quotients could leave the range.
     """
-    scale = np.abs(weight).max(axis=1) / (2 ** (bits - 1) - 1)  # [out]
+    largest = 2 ** (bits - 1) - 1
+    scale = np.abs(weight).max(axis=1) / largest  # [out]
     scale = np.where(scale < np.finfo(np.float32).tiny, 0.0, scale)
     safe = np.where(scale > 0, scale, 1.0)
-    quantized = np.where(scale[:, None] > 0, np.rint(weight / safe[:, None]), 0)  # [out, in]
+    steps = np.where(scale[:, None] > 0, weight / safe[:, None], 0)  # [out, in]
+    quantized = np.rint(steps) if feedback is None else feedback.round(torch.from_numpy(steps), largest).numpy()
     return quantized.astype(np.int8 if bits <= 8 else np.int16), scale.astype(np.float32)
 
 
-def _quantize_node(graph: ir.Graph, node: ir.Node, bits: int) -> None:
+def _quantize_node(graph: ir.Graph, node: ir.Node, bits: int, feedback: ErrorFeedback | None) -> None:
     path, frozen = module_path(node), node.inputs[1]
     weight = constant_of(frozen)
     assert weight is not None
     if not np.isfinite(weight).all():
         raise InputError(f"the weight of {path} holds values that are not finite; the checkpoint is damaged")
-    quantized, scale = quantize_weight(weight, bits)
+    quantized, scale = quantize_weight(weight, bits, feedback)
     inputs = [
         node.inputs[0],
         add_initializer(graph, f"{path}.weight_{quantized.dtype}", quantized),
@@ -93,3 +113,11 @@ def _quantize_node(graph: ir.Graph, node: ir.Node, bits: int) -> None:
         # integer ones would take too much memory.
         del graph.initializers[frozen.name]
         frozen.const_value = None
+
+
+def _forget_samples(model: ir.Model) -> None:
+    for node in model.graph:
+        for value in (*node.inputs, *node.outputs):
+            if value is not None:
+                value.meta.pop(SAMPLES, None)
+                value.meta.pop(GRADIENT_SAMPLES, None)

@@ -9,7 +9,7 @@ import torch
 
 from hecompile.compiler.pipeline import PASSES
 from hecompile.errors import InputError
-from hecompile.graph.ir import print_model
+from hecompile.graph.ir import SAMPLES, WEIGHT_BITS, print_model
 from hecompile.passes.offload.quantize import quantize_weight
 from tests.conftest import Golden
 from tests.support.graphs import evaluate, gaussian, parse, refused, run_pass
@@ -62,6 +62,29 @@ def test_the_output_error_is_within_half_a_step_per_input() -> None:
     bound = x.abs().sum(dim=1, keepdim=True) * scale / 2 + 1e-5
     assert bool((error <= bound).all())
     assert float((error / bound).max()) > 0.1
+
+
+def test_samples_of_the_input_decide_the_rounding_and_are_let_go_of() -> None:
+    """1.004 and 0.504 are 50.2 and 25.2 steps, 0.4 too much for 50 and 25: with (1, 1, 0) that is made up for elsewhere."""
+    model = model_with()
+    (node, _) = model.graph
+    weight = np.array([[1.004, 0.504, 2.54], [1.004, 0.504, 2.54]], dtype=np.float32)
+    node.inputs[1].const_value = ir.Tensor(weight, name="w")
+    node.inputs[0].meta[SAMPLES] = torch.tensor([[1.0, 1.0, 0.0]] * 4)
+    run_pass(model, "quantize", include_head=True)
+    quantized = model.graph.initializers[f"{PATH}.weight_int8"].const_value.numpy()
+    assert quantized.tolist() == [[50, 25, 127]] * 2
+    assert not any(value.meta for n in model.graph for value in (*n.inputs, *n.outputs))
+
+
+@pytest.mark.parametrize(("chosen", "dtype"), [("8", "int8"), ("12", "int16")])
+def test_chosen_bits_come_before_those_of_all(chosen: str, dtype: str) -> None:
+    model = model_with()
+    model.graph.node(0).metadata_props[WEIGHT_BITS] = chosen
+    run_pass(model, "quantize", bits=10)
+    assert f"{PATH}.weight_{dtype}" in model.graph.initializers
+    integers = model.graph.initializers[f"{PATH}.weight_{dtype}"].const_value.numpy()
+    assert int(np.abs(integers).max()) == 2 ** (int(chosen) - 1) - 1
 
 
 def test_include_head_quantizes_the_head_too() -> None:

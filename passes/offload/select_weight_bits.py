@@ -1,0 +1,88 @@
+"""Give two bytes to the weights whose rounding to one would move the gradients most, and one byte to all others.
+
+    Linear(x, W)  →  the node with weight_bits 8 or 12
+
+Rounding a row to multiples of its scale s_i adds noise of variance s_i²/12 to every element. In products with the rows x and
+gradients g that calibration saw, relative to their size, it has the squares
+
+    forward   ε² = Σ‖x‖²·Σ s_i²/12 / Σ‖x·Wᵀ‖²        backward   δ² = in·Σ g_i²·s_i²/12 / Σ‖g·W‖²
+
+(Widrow and Kollár, Quantization Noise, 2008, chapter 4, for the variance). Errors of different linears are independent and
+add up on their way through the model, so that the error that a model's gradients have grows with the sum. Linears that read
+one value travel as one, and get the same bits. Those with the largest ε² + δ² for each weight get two bytes, until what the
+others add up to is within `error_budget`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from hecompile.errors import InputError, LegalityError
+from hecompile.graph.ir import GRADIENT_SAMPLES, SAMPLES, WEIGHT_BITS, constant_of, in_block, module_path, nodes_of_type
+
+ONE_BYTE, TWO_BYTES = 8, 12
+"""Bits of weights: of more than 8, 12 cost as much as 9 on the worker."""
+
+
+@dataclass(frozen=True)
+class SelectWeightBits(ir.passes.InPlacePass):
+    """Choose bits for every Linear inside the decoder layers, and for the output head where `include_head` is set.
+
+    error_budget: the sum of ε² + δ² that one-byte linears may have; 0 gives two bytes to all that have an error. Raises
+    LegalityError where calibration kept no samples, InputError for a budget below 0.
+    """
+
+    error_budget: float = 2e-4
+    include_head: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.error_budget >= 0:
+            raise InputError(f"error_budget must be a number of at least 0, got {self.error_budget}")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        readers: dict[ir.Value | None, list[ir.Node]] = {}
+        for node in nodes_of_type(model, "Linear"):
+            if in_block(node) or self.include_head:
+                readers.setdefault(node.inputs[0], []).append(node)
+        errors = {x: sum(one_byte_error(node) for node in nodes) for x, nodes in readers.items()}
+        sizes = {x: sum(_weights(node) for node in nodes) for x, nodes in readers.items()}
+        left, modified = sum(errors.values()), False
+        for x in sorted(readers, key=lambda value: -errors[value] / sizes[value]):
+            bits = TWO_BYTES if left > self.error_budget else ONE_BYTE
+            left -= errors[x] if bits == TWO_BYTES else 0.0
+            for node in readers[x]:
+                modified |= node.metadata_props.get(WEIGHT_BITS) != str(bits)
+                node.metadata_props[WEIGHT_BITS] = str(bits)
+        return ir.passes.PassResult(model, modified)
+
+
+def one_byte_error(node: ir.Node) -> float:
+    """Predict ε² + δ² of a Linear with weights of one byte.
+
+    δ² is 0 where no gradient reached it. Raises LegalityError where calibration kept no samples of it.
+    """
+    x, y, array = node.inputs[0], node.outputs[0], constant_of(node.inputs[1])
+    if x is None or array is None or SAMPLES not in x.meta:
+        raise LegalityError(f"{module_path(node)}: calibrate with keep_samples before bits are chosen")
+    weight, samples = torch.from_numpy(np.ascontiguousarray(array)), x.meta[SAMPLES]  # [out, in], [T, in]
+    variance = (weight.abs().amax(dim=1) / (2 ** (ONE_BYTE - 1) - 1)).square() / 12  # [out]
+    error = _ratio(samples.square().sum() * variance.sum(), (samples @ weight.t()).square().sum())
+    gradient = y.meta.get(GRADIENT_SAMPLES)  # [T, out]
+    if gradient is not None and bool(gradient.any()):
+        gradient = gradient / gradient.abs().max()  # its squares may be too small for float32
+        noise = weight.shape[1] * (gradient.square() @ variance).sum()
+        error += _ratio(noise, (gradient @ weight).square().sum())
+    return error
+
+
+def _ratio(noise: torch.Tensor, signal: torch.Tensor) -> float:
+    return float(noise / signal) if signal > 0 else 0.0
+
+
+def _weights(node: ir.Node) -> int:
+    weight = constant_of(node.inputs[1])
+    return 0 if weight is None else weight.size
