@@ -63,18 +63,19 @@ class Layout:
 
     Attributes:
         boxes: by name.
-        bends: points of each edge between its ends, downwards.
+        courses: points that each edge goes through, downwards. Across a row it goes straight down, from the row's top to its
+            bottom; between two rows there are no boxes.
         gap: left and right end of the room between client and worker.
     """
 
     boxes: dict[str, Rectangle]
-    bends: dict[tuple[str, str], tuple[tuple[float, float], ...]]
+    courses: dict[tuple[str, str], tuple[tuple[float, float], ...]]
     gap: tuple[float, float]
     bounds: tuple[float, float, float, float]
 
 
 def place(diagram: Diagram) -> Layout:
-    """Place the boxes of a diagram, and the bends of its edges."""
+    """Place the boxes of a diagram, and the courses of its edges."""
     row_of = _rows(diagram)
     neighbours, rows = _bent(diagram, row_of)
     width = {vertex: _width(diagram, vertex) for row in rows for vertex in row}
@@ -82,14 +83,18 @@ def place(diagram: Diagram) -> Layout:
     _order(rows, neighbours, sides)
     x = _positions(rows, neighbours, sides, width)
     gap = _separate(diagram, x, width, sides)
-    y = _heights(diagram, rows)
+    bands = _bands(diagram, rows)
     boxes = {
-        name: Rectangle(x[name], y[row_of[name]], width[name], _height(box)) for name, box in diagram.boxes.items()
+        name: Rectangle(x[name], sum(bands[row_of[name]]) / 2, width[name], _height(box))
+        for name, box in diagram.boxes.items()
     }
-    bends = {
-        (source, target): tuple((x[(source, target, row)], y[row]) for row in range(row_of[source] + 1, row_of[target]))
-        for source, target in diagram.edges
-    }
+    courses = {}
+    for source, target in diagram.edges:
+        first, last = row_of[source], row_of[target]
+        course = [(x[source], bands[first][1])]
+        for row in range(first + 1, last):
+            course += [(x[(source, target, row)], edge) for edge in bands[row]]
+        courses[source, target] = (*course, (x[target], bands[last][0]))
     bounds = (
         min(rectangle.left for rectangle in boxes.values()),
         max(rectangle.right for rectangle in boxes.values()),
@@ -98,7 +103,7 @@ def place(diagram: Diagram) -> Layout:
     )
     inner = [x[vertex] for vertex in width if not isinstance(vertex, str)]
     bounds = (min([bounds[0], *inner]), max([bounds[1], *inner]), bounds[2], bounds[3])
-    return Layout(boxes, bends, gap, bounds)
+    return Layout(boxes, courses, gap, bounds)
 
 
 def _is_worker(diagram: Diagram, vertex: Vertex) -> bool:
@@ -237,19 +242,17 @@ def _separate(
     return left, left + room
 
 
-def _heights(diagram: Diagram, rows: Sequence[Sequence[Vertex]]) -> list[float]:
-    """Return y of the middle of each row, with room for the labels of what crosses in it and for a frame's title."""
-    y, at, frame = [], 0.0, None
+def _bands(diagram: Diagram, rows: Sequence[Sequence[Vertex]]) -> list[tuple[float, float]]:
+    """Return top and bottom of each row, with room for the labels of what crosses in it and above it for a frame's title."""
+    bands, at, frame = [], 0.0, None
     for row in rows:
         boxes = [diagram.boxes[vertex] for vertex in row if isinstance(vertex, str)]
         labels = max((LINE * max(len(box.arriving), len(box.leaving)) for box in boxes if box.crosses), default=0.0)
-        tall = max([*map(_height, boxes), 2 * labels + 0.1])
         here = _frame(boxes)
-        at -= (0.0 if here == frame else 2.2 * LINE) + tall / 2
-        y.append(at)
-        at -= tall / 2 + _ROW_SPACE
-        frame = here
-    return y
+        at -= 0.0 if here == frame else 2.2 * LINE
+        bands.append((at, at - max([*map(_height, boxes), 2 * labels + 0.1])))
+        at, frame = bands[-1][1] - _ROW_SPACE, here
+    return bands
 
 
 def _frame(boxes: Iterable[Box]) -> int | None:

@@ -149,9 +149,9 @@ def _edge(axes: Any, diagram: Diagram, layout: Layout, source: str, target: str)
     vertices = _course(diagram, layout, source, target)
     curve = Curve(vertices, [Curve.MOVETO, *([Curve.CURVE4] * (len(vertices) - 1))])
     axes.add_patch(PathPatch(curve, facecolor="none", edgecolor=colour, linewidth=width, zorder=2))
-    (x, y), before = vertices[-1], vertices[-2]
-    sideways = 0.05 if before[0] < x else -0.05
-    start = (x - sideways, y) if before[1] == y else (x, y + 0.05)
+    (x, y), end = vertices[-1], layout.boxes[target]
+    from_side = -0.05 if x == end.left else 0.05
+    start = (x, y + 0.05) if y == end.top else (x + from_side, y)
     tip = FancyArrowPatch(
         start, (x, y), arrowstyle="-|>", mutation_scale=9, color=colour, linewidth=width, shrinkA=0, shrinkB=0, zorder=4
     )
@@ -170,7 +170,8 @@ def _course(diagram: Diagram, layout: Layout, source: str, target: str) -> list[
     leaves = crosses and diagram.boxes[source].crosses and not arrives
     first = (start.right if to_worker else start.left, start.y - _PORT) if leaves else (start.x, start.bottom)
     last = (end.left if to_worker else end.right, end.y + _PORT) if arrives else (end.x, end.top)
-    points = [first, *layout.bends[source, target], last]
+    between = layout.courses[source, target]
+    points = [first, *between[leaves : len(between) - arrives], last]
     vertices = [first]
     for index, ((x0, y0), (x1, y1)) in enumerate(itertools.pairwise(points)):
         half = (y0 + y1) / 2

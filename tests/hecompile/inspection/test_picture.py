@@ -107,12 +107,15 @@ def check_placed(diagram: Diagram) -> None:
     """Nothing overlaps, edges lead downwards, bends miss every box, client and worker stand apart."""
     layout = place(diagram)
     assert not any(overlap(*pair) for pair in itertools.combinations(layout.boxes.values(), 2))
-    for (source, target), bends in layout.bends.items():
-        assert layout.boxes[source].bottom > layout.boxes[target].top
-        heights = [layout.boxes[source].bottom, *(y for _, y in bends), layout.boxes[target].top]
-        assert heights == sorted(heights, reverse=True)
-        for x, y in bends:
-            assert not any(overlap(Rectangle(x, y, 0.01, 0.01), box) for box in layout.boxes.values())
+    for (source, target), course in layout.courses.items():
+        heights = [layout.boxes[source].bottom, *(y for _, y in course), layout.boxes[target].top]
+        assert heights == pytest.approx(sorted(heights, reverse=True))
+        for (x, top), (below, bottom) in zip(course[1:-1:2], course[2:-1:2], strict=True):  # across a row
+            assert x == below
+            straight = Rectangle(x, (top + bottom) / 2, 0.01, top - bottom)
+            assert not any(overlap(straight, box) for box in layout.boxes.values())
+        for (_, top), (_, bottom) in zip(course[::2], course[1::2], strict=True):  # between two rows
+            assert not any(box.top > bottom + 1e-6 and box.bottom < top - 1e-6 for box in layout.boxes.values())
     left, right = layout.gap
     for name, box in diagram.boxes.items():
         where = layout.boxes[name]
