@@ -71,7 +71,7 @@ def bundle_tables(bundle: CkksBundle, layers: bool = False, nodes: bool = False)
 
     Raises InputError where `nodes` is asked for without a circuit.
     """
-    tables = [_plan_table(bundle, layers)]
+    tables = [_plan_table(bundle), *([_refresh_table(bundle, layers)] if bundle.traffic.refreshes else [])]
     if bundle.model is not None:
         tables.append(depth_table(bundle.model, bundle.parameters.literal, layers))
         return [*tables, node_table(bundle.model)] if nodes else tables
@@ -120,7 +120,7 @@ def _at_most(plan: CkksPlan) -> CkksTraffic:
     return CkksTraffic(plan.sequence_length * plan.hidden, refreshes, rows * plan.vocabulary)
 
 
-def _plan_table(bundle: CkksBundle, layers: bool) -> Table:
+def _plan_table(bundle: CkksBundle) -> Table:
     plan, parameters, traffic, most = bundle.plan, bundle.parameters, bundle.traffic, bundle.most
     literal, slots = parameters.literal, parameters.slots
     up, down = traffic.bytes_up(parameters), traffic.bytes_down(parameters)
@@ -144,10 +144,14 @@ def _plan_table(bundle: CkksBundle, layers: bool) -> Table:
     }
     for name, value in rows.items():
         table.add_row(name, value)
-    refreshes = list(_each_refresh(bundle) if layers or bundle.model is None else _refreshes_by_kind(bundle))
-    if refreshes:
-        table.add_section()
-    for name, value in refreshes:
+    return table
+
+
+def _refresh_table(bundle: CkksBundle, layers: bool) -> Table:
+    table = Table(title="refreshes", show_header=False)
+    table.add_column("where", overflow="fold", no_wrap=True)
+    table.add_column("what", overflow="fold")
+    for name, value in _each_refresh(bundle) if layers or bundle.model is None else _refreshes_by_kind(bundle):
         table.add_row(name, value)
     return table
 
@@ -169,4 +173,4 @@ def _refreshes_by_kind(bundle: CkksBundle) -> Iterator[tuple[str, str]]:
         each = (
             f"{len(counts)} refreshes of {span(counts)} ciphertexts" if len(counts) > 1 else f"{counts[0]} ciphertexts"
         )
-        yield f"refreshes in {kind}", each
+        yield kind, each

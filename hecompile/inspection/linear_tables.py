@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rich import box
 from rich.table import Table
@@ -13,7 +13,7 @@ from hecompile.he.security import show_bits
 from hecompile.inspection.kinds import kind_of, span
 from hecompile.inspection.linear import Product, Totals, Work, reached_precision, weight_bits_text
 from hecompile.inspection.prediction import megabytes, stored_hint_bytes
-from hecompile.plan.circuits import DIRECTIONS
+from hecompile.inspection.rows import named_rows
 
 Group = tuple[str, Sequence[Product]]
 """A name, and the products that a row or two stand for."""
@@ -35,7 +35,7 @@ def totals_table(bundle: ClientBundle, products: Sequence[Product]) -> Table:
     table.add_column("what", no_wrap=True)
     table.add_column("value", overflow="fold")
     forward, backward = _millions(totals.forward), _millions(totals.backward)
-    worker_disk = "not beside it" if totals.worker_disk is None else megabytes(totals.worker_disk)
+    worker_disk = "none beside it" if totals.worker_disk is None else megabytes(totals.worker_disk)
     rows = {
         "bytes per token, forward": _traffic(totals.forward),
         "bytes per token, backward": _traffic(totals.backward),
@@ -124,26 +124,14 @@ def _product_table(title: str, groups: Iterable[Group], counted: bool) -> Text:
 
 
 def _rows(title: str, groups: Iterable[Group], columns: dict[str, Callable[[Sequence[Product]], str]]) -> Text:
-    """Lay out a line per name, whatever its length, and below it a row of numbers per direction."""
-    first = max(len(direction) for direction in DIRECTIONS)
-    heads = [heading.split("\n") for heading in columns]
-    above = ["", *(head[0] if head[1:] else "" for head in heads)]
-    table: list[list[str] | str] = [above, ["", *(head[-1] for head in heads)]]
-    for name, members in groups:
-        table.append(name)
-        for direction in dict.fromkeys(product.direction for product in members):
-            those = [product for product in members if product.direction == direction]
-            table.append([direction, *(cell(those) for cell in columns.values())])
-    cells = [row for row in table if not isinstance(row, str)]
-    widths = [max(len(row[index]) for row in cells) for index in range(1, len(columns) + 1)]
-    lines = []
-    for row in table:
-        if isinstance(row, str):
-            lines.append(f" {row}")
-        else:
-            numbers = (cell.rjust(width) for cell, width in zip(row[1:], widths, strict=True))
-            lines.append("   ".join([f"   {row[0].ljust(first)}", *numbers]).rstrip())
-    rule = " " + "─" * max(map(len, lines))
-    text = Text(f" {title}\n", style="italic", no_wrap=True)
-    text.append("\n".join([*lines[:2], rule, *lines[2:]]) + "\n", style="not italic")
-    return text
+    """Lay out a row of numbers per name and direction."""
+    named = [(name, list(_directions(members, columns))) for name, members in groups]
+    return named_rows(title, ["", *columns], named)
+
+
+def _directions(
+    members: Sequence[Product], columns: dict[str, Callable[[Sequence[Product]], str]]
+) -> Iterator[Sequence[str]]:
+    for direction in dict.fromkeys(product.direction for product in members):
+        those = [product for product in members if product.direction == direction]
+        yield [direction, *(cell(those) for cell in columns.values())]

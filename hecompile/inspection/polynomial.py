@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 from rich.table import Table
+from rich.text import Text
 
 from hecompile.ckks.parameters import MAX_MODULUS_BITS, MAX_SCALE_BITS, CkksLiteral, smallest
 from hecompile.errors import InputError
@@ -16,6 +17,7 @@ from hecompile.graph.ir import ATTENTION_OPERATORS, DOMAIN, attributes_of, modul
 from hecompile.graph.legality import REFRESHED, check_stage
 from hecompile.he.security import COST_MODEL, MINIMUM_BITS
 from hecompile.inspection.kinds import kind_of, span
+from hecompile.inspection.rows import named_rows
 from hecompile.polynomial.depth import CircuitCost, circuit_cost, elements, levels, product_kind
 from hecompile.polynomial.inputs import NORMS
 
@@ -38,7 +40,7 @@ def polynomial_file(path: Path) -> ir.Model:
     return model
 
 
-def approximation_table(model: ir.Model, layers: bool = False) -> Table | None:
+def approximation_table(model: ir.Model, layers: bool = False) -> Text | None:
     """Return a row per kind of approximated node: its domain, degree or iterations, error bound. None where there is none.
 
     Ranges are over the layers: a domain is the widest. layers: a row per node instead.
@@ -53,16 +55,18 @@ def approximation_table(model: ir.Model, layers: bool = False) -> Table | None:
             )
     if not rows:
         return None
-    table = Table(title="approximations" + ("" if layers else ", ranges over layers"))
-    for heading in ("module", "operator", "domain", "degree, steps", "error bound"):
-        table.add_column(heading, overflow="fold")
-    for (module, op_type, what, texts), those in rows.items():
-        counted = f"{module} × {len(those)}" if len(those) > 1 else module
-        efforts = zip(texts, zip(*([number for _, number in one.effort] for one in those), strict=True), strict=True)
-        effort = ", ".join(text.format(span(values)) for text, values in efforts) or "exact"
-        error = span((one.error_bound for one in those), "{:.2e}".format)
-        table.add_row(counted, op_type, _domain(what, those), effort, error)
-    return table
+    groups = [
+        (f"{module}{f' × {len(those)}' if len(those) > 1 else ''}: {op_type}", [_approximation_row(what, texts, those)])
+        for (module, op_type, what, texts), those in rows.items()
+    ]
+    title = "approximations" + ("" if layers else ", ranges over layers")
+    return named_rows(title, ("domain", "degree, steps", "error bound"), groups, left=2)
+
+
+def _approximation_row(what: str, texts: tuple[str, ...], those: list[_Approximation]) -> list[str]:
+    efforts = zip(texts, zip(*([number for _, number in one.effort] for one in those), strict=True), strict=True)
+    effort = ", ".join(text.format(span(values)) for text, values in efforts) or "exact"
+    return [_domain(what, those), effort, span((one.error_bound for one in those), "{:.2e}".format)]
 
 
 @dataclass(frozen=True)

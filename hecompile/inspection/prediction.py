@@ -132,5 +132,7 @@ def prediction_json(size: ModelSize, weight_bits: int | Literal["auto"], tokens:
 
 
 def megabytes(count: int) -> str:
-    """Format a number of bytes for people, in MB or GB."""
+    """Format a number of bytes for people, in kB, MB or GB."""
+    if count < 1e5:
+        return f"{count / 1e3:.1f} kB"
     return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"

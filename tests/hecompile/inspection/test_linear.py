@@ -26,7 +26,7 @@ from hecompile.inspection.linear import (
 )
 from hecompile.inspection.linear_json import plan_json
 from hecompile.inspection.linear_tables import kinds_table, noise_table, products_table, totals_table
-from hecompile.inspection.prediction import ModelSize, prediction_json
+from hecompile.inspection.prediction import ModelSize, megabytes, prediction_json
 from tests.conftest import ROOT
 
 QKV = "self_attn.q_proj-k_proj-v_proj"
@@ -124,13 +124,13 @@ def test_totals(bundle: ClientBundle, products: list[Product], build: Path) -> N
     assert "161 bits (MATZOV, classical): ring LWE, dimension 1536, q = 2^32; ring 128 x 12" in text
     assert f"{weights} of 10 bits" in text
     assert "r = 2, alpha = 4, q_proj, v_proj, down_proj" in text
-    assert f"{up * 32 / 1e6:.1f} MB up, {down * 32 / 1e6:.1f} MB down" in text
+    assert f"{megabytes(up * 32)} up, {megabytes(down * 32)} down" in text
 
 
 def test_a_half_that_is_not_there_is_not_counted(bundle: ClientBundle, products: list[Product]) -> None:
     alone = replace(bundle, directory=bundle.checks)
     assert Totals.of(alone, products).worker_disk is None
-    assert "not beside it" in rendered(totals_table(alone, products))
+    assert "worker none beside it" in rendered(totals_table(alone, products))
 
 
 def test_json_has_what_the_tables_have(bundle: ClientBundle, products: list[Product], build: Path) -> None:

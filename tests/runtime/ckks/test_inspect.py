@@ -53,7 +53,7 @@ def test_inspect_shows_what_a_bundle_is(build: Path) -> None:
     assert int(client["bytes per evaluation up"].split()[2]) > predicted.bytes_up(parameters)
     folded = shown(str(build))
     counted = [count for name, count in predicted.refreshes.items() if circuit_module(circuit, name) == MLP]
-    assert folded[f"refreshes in {kind_of(MLP)}"] == f"{counted[0]} ciphertexts" and len(counted) == 1
+    assert folded[kind_of(MLP)] == f"{counted[0]} ciphertexts" and len(counted) == 1
     nodes = shown(str(build), "--nodes")
     assert nodes["logits"] == "Linear" and {nodes[name] for name in plan.refreshes} == {"Refresh"}
 
