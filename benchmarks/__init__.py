@@ -23,6 +23,7 @@ SECTIONS = {
     "field": "benchmarks.crypto.field",
     "precision": "benchmarks.training.precision",
     "compile_1b": "benchmarks.training.compile_1b",
+    "families": "benchmarks.training.families",
     "hintless": "benchmarks.training.hintless",
     "growth": "benchmarks.training.growth",
     "unit_costs": "benchmarks.crypto.unit_costs",

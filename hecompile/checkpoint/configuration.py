@@ -34,6 +34,7 @@ _HANDLED = frozenset(
 _WITHOUT_EFFECT = frozenset(
     {
         "initializer_range", "use_cache", "pretraining_tp", "attention_dropout", "classifier_dropout", "summary_type",
+        "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
         "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
         *(field.name for field in dataclasses.fields(PretrainedConfig)),
     }
@@ -51,6 +52,7 @@ def read_configuration(directory: Path) -> PretrainedConfig:
     config, where = read_object(path), str(path)
     family = _check_architecture(path, config)
     kind: Any = getattr(transformers, family.configuration)
+    config = {kind.attribute_map[key]: value for key, value in config.items() if key in kind.attribute_map} | config
     defaults = {each.name: each.default for each in dataclasses.fields(kind)}
     settings = _read_settings(where, config, family, defaults)
     named = _Named(kind.attribute_map, defaults | settings)
@@ -130,7 +132,7 @@ def _read_settings(
             settings[key] = rule.read(where, key, config[key])
     known = family.settings.keys() | _HANDLED | _WITHOUT_EFFECT | _FIXED.keys() | family.fixed.keys()
     for key in defaults.keys() & config.keys() - known:
-        if config[key] is not None and config[key] != defaults[key]:
+        if config[key] not in (None, [], defaults[key]):
             raise InputError(f"{where}: {key} is {show(config[key])}; supported: {show(defaults[key])}")
     return settings
 

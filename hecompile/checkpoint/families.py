@@ -36,6 +36,16 @@ _GEMMA: dict[str, Rule] = {
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Say what files call the experts that transformers keeps in `mlp.experts`: the block, and an expert's three linears."""
+
+    block: str
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True)
 class Family:
     """Describe the decoders of one `model_type`.
 
@@ -50,6 +60,7 @@ class Family:
         fixed: settings that are not taken from the file.
         own_code: what `auto_map` may name, since `model` computes the same.
         conv1d: whether linears keep their weights as [in, out], which PEFT calls fan_in_fan_out.
+        experts: names of its experts in the files, each of which is two linears on the worker; None where it has none.
         polynomials: whether polynomials may stand for its attention, norm and activation.
     """
 
@@ -64,6 +75,7 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     own_code: tuple[str, ...] = ()
     conv1d: bool = False
+    experts: Experts | None = None
     polynomials: bool = False
 
     @property
@@ -115,6 +127,16 @@ _FAMILIES = (
         {**_SIZES, "hidden_act": _ACTIVATION, "layer_norm_eps": Number(), "tie_word_embeddings": Flag(),
          "use_parallel_residual": Flag(), "attention_bias": Flag()},
         partial=0.25, fixed={"attention_dropout": 0.0, "hidden_dropout": 0.0},
+    ),
+    Family("mixtral", "Mixtral", "MixtralForCausalLM", "MixtralConfig", _SEPARATE[:2],
+        {**_GROUPED, **_HEAD, "sliding_window": _WINDOW, "num_local_experts": Whole(2**12, False),
+         "num_experts_per_tok": Whole(2**12, False)},
+        experts=Experts("block_sparse_moe", "w1", "w3", "w2"),
+    ),
+    Family("qwen3_moe", "Qwen3 MoE", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", _SEPARATE[:2],
+        {**_GROUPED, **_HEAD, **_SOME_WINDOWS, "attention_bias": Flag(), "moe_intermediate_size": Whole(2**22, False),
+         "num_local_experts": Whole(2**12, False), "num_experts_per_tok": Whole(2**12, False), "norm_topk_prob": Flag()},
+        experts=Experts("mlp", "gate_proj", "up_proj", "down_proj"),
     ),
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _FAMILIES}

@@ -7,7 +7,7 @@ refused, for the model without it is another one.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from hecompile.checkpoint.configuration import family_of
+from hecompile.checkpoint.families import Experts
 from hecompile.checkpoint.formats.bitsandbytes import dequantised
 from hecompile.checkpoint.formats.safetensors_files import FLOATS
 from hecompile.checkpoint.formats.stored import Stored, cannot
@@ -40,7 +41,7 @@ def empty_model(config: PretrainedConfig) -> Any:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Hold the names and shapes of a model's tensors, without those that are tied.
+    """Hold the names and shapes of a model's tensors as files have them, without those that are tied.
 
     prefix: what a decoder saved without its head leaves out. tied: the embedding that is the head too, None where none is.
     """
@@ -54,7 +55,10 @@ class _Shape:
         """Read off what the model of a configuration has."""
         model = empty_model(config)
         tied = model._tied_weights_keys.get(HEAD) if config.tie_word_embeddings else None
-        tensors = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        experts = family_of(config).experts
+        tensors: dict[str, tuple[int, ...]] = {}
+        for name, value in model.state_dict().items():
+            tensors |= dict(_stored(name, tuple(value.shape), experts))
         if tied is not None:
             del tensors[HEAD]
         return cls(tensors, model.base_model_prefix, tied)
@@ -64,6 +68,23 @@ class _Shape:
         key = _OLDER.get(key, key)
         whole = f"{self.prefix}.{key}"
         return whole if key not in self.tensors and whole in self.tensors else key
+
+
+def _stored(name: str, shape: tuple[int, ...], experts: Experts | None) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield what files have in the place of a tensor: of experts, one matrix for each, and gate and up apart."""
+    if experts is None or ".mlp." not in name:
+        yield name, shape
+        return
+    renamed = name.replace(".mlp.", f".{experts.block}.")
+    base, _, last = renamed.rpartition(".")
+    if last not in ("gate_up_proj", "down_proj"):
+        yield renamed, shape
+        return
+    count, outputs, inputs = shape
+    parts = (experts.gate, experts.up) if last == "gate_up_proj" else (experts.down,)
+    for number in range(count):
+        for part in parts:
+            yield f"{base}.{number}.{part}.weight", (outputs // len(parts), inputs)
 
 
 def read_weights(place: Path, config: PretrainedConfig) -> dict[str, Tensor]:

@@ -71,10 +71,12 @@ def _export(
         lora.attach(all_linears()), encryption, batches, polynomials
     )  # refused before anything is looked up
     check_target(out, BundleKind.CLIENT)
-    linears = family_of(load_config(model)).linears
-    options = _compile_options(lora.attach(linears), encryption, batches, polynomials)
+    family = family_of(load_config(model))
+    options = _compile_options(lora.attach(family.linears), encryption, batches, polynomials)
     console = wide_console()
     console.print(predicted_sizes(model, options))
+    if family.experts is not None and options.experts == "routed":
+        console.print("The worker will learn how many tokens go to which expert; --experts all hides it.", soft_wrap=True)
     plan_id = _compile(model, out, options, console)
     console.print(_chosen(out), soft_wrap=True)
     console.print(f"plan {plan_id}\nclient bundle: {out / 'client'}\nworker bundle: {out / 'worker'}", soft_wrap=True)
@@ -87,6 +89,8 @@ def _compile_options(
 
     if encryption.placement not in ("offload", "cheapest"):
         raise InputError(f"--placement must be offload or cheapest, got {encryption.placement!r}")
+    if encryption.experts not in ("routed", "all"):
+        raise InputError(f"--experts must be routed or all, got {encryption.experts!r}")
     return CompileOptions(
         lora=lora,
         effective_bits=encryption.precision,
@@ -97,6 +101,7 @@ def _compile_options(
         public_seed=encryption.seed(),
         policy="offload" if encryption.placement == "offload" else "cheapest",
         stored_hints=encryption.hints,
+        experts="routed" if encryption.experts == "routed" else "all",
         attention=polynomials.attention,
         norm=polynomials.norm,
         activation=polynomials.activation,

@@ -98,6 +98,14 @@ class EncryptionOptions:
             "sizes it may keep everything on the client."
         ),
     ] = "offload"
+    experts: Annotated[
+        str,
+        typer.Option(
+            help="Whom a mixture of experts asks. 'routed': an expert is asked for the tokens that the router chose for it; "
+            "the worker learns how many. 'all': every expert for every token, which hides that, at the price of as many "
+            "times the bytes as there are experts for each one chosen (docs/models.md)."
+        ),
+    ] = "routed"
     hints: Annotated[
         bool,
         typer.Option(

@@ -18,6 +18,7 @@ from torch import Tensor
 from hecompile.checkpoint.loading import load_configuration, load_model
 from hecompile.checkpoint.place import find_checkpoint
 from hecompile.checkpoint.rope import LENGTH_DEPENDENT
+from hecompile.compiler.experts import experts_apart
 from hecompile.graph.ir import ATTENTION_BIAS, NAME_SCOPES, SLIDING_BIAS, WINDOW
 
 OPSET = 23
@@ -109,7 +110,7 @@ def export_onnx(model: transformers.PreTrainedModel) -> ir.Model:
     shapes = [{0: batch, 1: sequence}, {0: batch, 2: sequence, 3: sequence}, {0: batch, 1: sequence}]
     if masks.window is not None:
         names, example, shapes = [*names, SLIDING_BIAS], [*example, torch.zeros(2, 1, 3, 3)], [*shapes, shapes[1]]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _fixed_frequencies(model):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _prepared(model):
         warnings.simplefilter("ignore")
         exporter_log = logging.getLogger("torch.onnx")
         level = exporter_log.level
@@ -135,6 +136,13 @@ def export_onnx(model: transformers.PreTrainedModel) -> ir.Model:
     if masks.window is not None:
         exported.graph.inputs[-1].metadata_props[WINDOW] = str(masks.window)
     return exported
+
+
+@contextlib.contextmanager
+def _prepared(model: transformers.PreTrainedModel) -> Iterator[None]:
+    """Put what the exporter cannot follow into another form for as long as it runs."""
+    with _fixed_frequencies(model), experts_apart(model):
+        yield
 
 
 @contextlib.contextmanager

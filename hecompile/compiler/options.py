@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from hecompile.compiler.polynomial_options import PolynomialOptions, require_polynomial_family
 from hecompile.errors import InputError
@@ -22,6 +22,7 @@ from hecompile.passes.offload.select_weight_bits import TWO_BYTES, SelectWeightB
 from hecompile.plan.costs import CostModel
 
 WeightBits = int | Literal["auto"]
+Experts = Literal["routed", "all"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class CompileOptions:
     policy: Policy = "offload"
     costs: CostModel = field(default_factory=CostModel)
     remote_head: bool = False
+    experts: Experts = "routed"
+    """Whom a mixture asks: "routed" an expert for the tokens that its router chose, and the worker learns how many they are;
+    "all" every expert for every token."""
     stored_hints: bool = True
     """False: the client stores no hints; the worker computes them with every product (`hecompile.bundles.public_rows`)."""
     attention: str | ApproximateSoftmax | None = None
@@ -57,6 +61,8 @@ class CompileOptions:
         buckets = self.sequence_buckets
         if not buckets or min(buckets) < 2 or list(buckets) != sorted(set(buckets)):
             raise InputError(f"sequence buckets must be increasing lengths of at least 2, got {list(buckets)}")
+        if self.experts not in get_args(Experts):
+            raise InputError(f"experts must be one of {', '.join(get_args(Experts))}, got {self.experts!r}")
         if not 0.0 < self.effective_bits < math.inf:
             raise InputError(f"effective bits must be a positive number, got {self.effective_bits}")
         if self.ring is not None and self.ring not in CATALOGUE:

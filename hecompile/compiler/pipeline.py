@@ -31,6 +31,7 @@ from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.passes.offload.place import Place
 from hecompile.passes.offload.quantize import Quantize
 from hecompile.passes.offload.rotate import Rotate
+from hecompile.passes.offload.route_experts import RouteExperts, has_experts
 from hecompile.passes.offload.select_parameters import SelectParameters, selected_ring
 from hecompile.passes.offload.select_weight_bits import SelectWeightBits
 from hecompile.passes.offload.split import Split
@@ -60,6 +61,7 @@ PASSES: dict[str, type] = {
     "quantize": Quantize,
     "annotate_secrecy": AnnotateSecrecy,
     "place": Place,
+    "route_experts": RouteExperts,
     "stack_projections": StackProjections,
     "select_parameters": SelectParameters,
     "split": Split,
@@ -155,6 +157,8 @@ def lower_linear(
     model = run(model, "quantize", options.quantize(), QUANTIZED)
     model = run(model, "annotate_secrecy", AnnotateSecrecy(), QUANTIZED)
     model = run(model, "place", Place(options.policy, options.costs), QUANTIZED)
+    if options.experts == "routed" and has_experts(model):
+        model = run(model, "route_experts", RouteExperts(), QUANTIZED)
     model = run(model, "stack_projections", StackProjections(), QUANTIZED)
     model = run(model, "select_parameters", options.select_parameters(), QUANTIZED)
     ring = selected_ring(model)

@@ -8,6 +8,7 @@ table of what each of them computes.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -61,6 +62,8 @@ WEIGHT_BITS = "hecompile.weight_bits"
 LEVEL = "hecompile.level"
 """Metadata key of a value: its multiplicative depth."""
 
+_SLICE = re.compile(r"\.slice\([^()]*\)")
+"""What the exporter adds to the path of a block that the model takes from a slice of its blocks."""
 _SHORT_DTYPES = {"FLOAT": "f32", "DOUBLE": "f64", "FLOAT16": "f16", "BFLOAT16": "bf16", "INT64": "i64", "INT32": "i32"}
 _SHORT_DTYPES |= {"INT8": "i8", "INT16": "i16", "UINT8": "u8", "UINT32": "u32", "BOOL": "bool"}
 _PRINTED_CONSTANT_ELEMENTS = 8
@@ -80,12 +83,17 @@ def module_path(node: ir.Node) -> str:
     scopes = ast.literal_eval(raw)
     # The last entry names the operator itself; the one before is the innermost module.
     innermost = scopes[-2] if len(scopes) >= 2 else ""
-    return innermost.partition(".")[2]
+    return _SLICE.sub("", innermost.partition(".")[2])
 
 
 def in_block(node: ir.Node) -> bool:
-    """Tell whether `node` comes from a numbered block of the decoder: not from embedding, last norm or output head."""
-    return any(part.isdigit() for part in module_path(node).split("."))
+    """Tell whether a product comes from a numbered block of the decoder, and is no router's.
+
+    Embedding, last norm and output head are in no block. A router is a product whose softmax is taken as it is: it chooses
+    experts, which is the client's business.
+    """
+    routes = any(consumer.op_type == "Softmax" for output in node.outputs for consumer in output.consumers())
+    return not routes and any(part.isdigit() for part in module_path(node).split("."))
 
 
 def window_of(bias: ir.Value) -> int | None:

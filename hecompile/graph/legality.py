@@ -13,8 +13,11 @@ from hecompile.graph.ir import DOMAIN, module_path
 _SHAPE_OPERATORS = frozenset({"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Concat", "Split", "Slice", "Constant"})
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Neg", "Cos", "Sin", "Cast"})
 _PLAIN = frozenset(
-    {"Pow", "Sqrt", "Reciprocal", "ReduceMean", "Sigmoid", "Tanh", "Erf", "Relu", "Gelu", "LayerNormalization"}
-)
+    {
+        "Pow", "Sqrt", "Reciprocal", "ReduceMean", "ReduceSum", "Sigmoid", "Tanh", "Erf", "Relu", "Gelu",
+        "LayerNormalization", "TopK", "ScatterElements",
+    }
+)  # fmt: skip
 """What families of models compute besides, as the exporter wrote it: it stays so, on the client."""
 _EXPORTER_ONLY = frozenset({"Shape", "Expand", "Identity", "CastLike", "Gemm", "SplitToSequence", "SequenceAt"})
 _MODEL = frozenset({"Gather", "MatMul", "Softmax"}) | _SHAPE_OPERATORS | _ELEMENTWISE | _PLAIN
@@ -36,7 +39,8 @@ class Stage:
 EXPORTED = Stage("exported", _MODEL | _EXPORTER_ONLY)
 CANONICAL = Stage("canonical", _MODEL, _RAISED)
 ADAPTED = Stage("adapted", _MODEL, _RAISED | {"Lora", "Rotate"})
-QUANTIZED = Stage("quantized", _MODEL, ADAPTED.custom | {"QuantizedLinear"})
+_ROUTED = frozenset({"TakeRows", "PutRows"})
+QUANTIZED = Stage("quantized", _MODEL, ADAPTED.custom | _ROUTED | {"QuantizedLinear"})
 CLIENT_PLAN = Stage("client plan", _MODEL, QUANTIZED.custom | {"RemoteLinear"})
 FUSED_CLIENT_PLAN = Stage(
     "fused client plan", CLIENT_PLAN.standard, CLIENT_PLAN.custom | {"Attention", "SwiGLU", "GatedLora"}
@@ -101,6 +105,8 @@ TYPE_RULES: dict[str, tuple[int, TypeRule | None]] = {
     "ComposedSiLU": (1, None),
     "QuantizedSiLU": (1, None),
     "Refresh": (1, None),
+    "TakeRows": (2, None),
+    "PutRows": (2, None),
     "SwiGLU": (2, None),
     "GatedLora": (5, _lora_rule),
 }

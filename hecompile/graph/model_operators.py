@@ -17,6 +17,8 @@
   arXiv 2408.00118).
 * `SwiGLU(gate, up)`: SiLU(gate) ⊙ up.
 * `GatedLora(x, A, B, gate, up; scaling, dropout)`: Lora(x, A, B) for x = SwiGLU(gate, up); it does not keep x.
+* `TakeRows(x, weight)`: the rows of x [B, S, H] for which weight [B, S, 1] is not 0, [1, n, H].
+* `PutRows(y, weight)`: these rows back at their places, [B, S, H], zeros elsewhere.
 * `Refresh(x)`: x; on ciphertexts, where the noise budget is renewed.
 """
 
@@ -199,6 +201,17 @@ def _gated_lora(
 
 def _drops(context: Context, attributes: Attributes) -> bool:
     return bool(context.training and attributes["dropout"])
+
+
+@operator("TakeRows", DOMAIN)
+def _take_rows(context: Context, attributes: Attributes, x: Tensor, weight: Tensor) -> Tensor:
+    return x[weight[..., 0] != 0][None]
+
+
+@operator("PutRows", DOMAIN)
+def _put_rows(context: Context, attributes: Attributes, y: Tensor, weight: Tensor) -> Tensor:
+    places = (weight[..., 0] != 0).nonzero(as_tuple=True)
+    return y.new_zeros(*weight.shape[:-1], y.shape[-1]).index_put(places, y[0])
 
 
 @operator("Refresh", DOMAIN)

@@ -188,6 +188,17 @@ def _layer_normalization(
     return F.layer_norm(x, shape, scale.expand(shape), shift, attributes.get("epsilon", 1e-5))
 
 
+@operator("TopK")
+def _top_k(context: Context, attributes: Attributes, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    values, indices = torch.topk(x, int(k), dim=int(attributes.get("axis", -1)), largest=bool(attributes.get("largest", 1)))
+    return values, indices
+
+
+@operator("ScatterElements")
+def _scatter_elements(context: Context, attributes: Attributes, x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
+    return x.scatter(int(attributes.get("axis", 0)), indices, updates)
+
+
 @operator("Softmax")
 def _softmax(context: Context, attributes: Attributes, x: Tensor) -> Tensor:
     return torch.softmax(x, dim=int(attributes.get("axis", -1)))

@@ -61,6 +61,11 @@ class ModelSize:
             outputs, inputs = reversed(weight.shape) if family.conv1d else weight.shape
             forward[parent, number] = inputs, outputs + forward.get((parent, number), (0, 0))[1]
             offloaded += weight.numel()
+        for path, parameter in model.named_parameters():
+            if family.experts is not None and parameter.dim() == 3:  # one matrix [out, in] per expert
+                for number, (outputs, inputs) in enumerate([parameter.shape[1:]] * len(parameter)):
+                    forward[path, number] = inputs, outputs
+                offloaded += parameter.numel()
         both = tuple(forward.values()) + tuple((outputs, inputs) for inputs, outputs in forward.values())
         kept = sum(parameter.numel() for parameter in model.parameters()) - offloaded
         scales = sum(outputs for _, outputs in forward.values())

@@ -42,6 +42,8 @@ class _RemoteLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, products: Products, linear: str) -> Tensor:
         ctx.save_for_backward(scale)
         ctx.products, ctx.linear, ctx.shape = products, linear, x.shape
+        if not x.numel():  # an expert that no token goes to is not asked
+            return x.new_zeros(*x.shape[:-1], len(scale))
         product = products.product(f"{linear}.forward", x.reshape(-1, x.shape[-1]), row_scale=scale)  # [T, out]
         return product.view(*x.shape[:-1], -1)
 
@@ -50,6 +52,8 @@ class _RemoteLinear(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         (scale,) = ctx.saved_tensors
+        if not gradients[0].numel():
+            return gradients[0].new_zeros(ctx.shape), None, None, None
         flat = gradients[0].reshape(-1, gradients[0].shape[-1])  # [T, out]
         product = ctx.products.product(f"{ctx.linear}.backward", flat, column_scale=scale)  # [T, in]
         return product.view(ctx.shape), None, None, None

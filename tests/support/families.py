@@ -86,6 +86,10 @@ BASIC: dict[str, Variant] = {
                  "max_position_embeddings"),
     ),
     "gpt_neox": Variant("gpt_neox", {"rotary_pct": 0.5}, without=("num_key_value_heads",)),
+    "mixtral": Variant("mixtral", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": Variant(
+        "qwen3_moe", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    ),
 }  # fmt: skip
 """One of each family."""
 FURTHER: dict[str, Variant] = {
@@ -115,6 +119,11 @@ FURTHER: dict[str, Variant] = {
     ),
     "olmo2 bias": Variant("olmo2", {"attention_bias": True}),
     "granite without multipliers": Variant("granite", {"attention_multiplier": 1.0}),
+    "qwen3_moe normed": Variant(
+        "qwen3_moe",
+        {"head_dim": 16, "num_experts": 3, "num_experts_per_tok": 1, "moe_intermediate_size": 24, "norm_topk_prob": True,
+         "use_sliding_window": True, "sliding_window": 4},
+    ),
     "gpt2 narrow relu": Variant(
         "gpt2", {**_GPT2, "n_inner": None, "activation_function": "relu"}, without=BASIC["gpt2"].without
     ),

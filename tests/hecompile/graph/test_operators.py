@@ -23,6 +23,10 @@ TEXTS = {
     "Gelu of tanh": 'y = Gelu <approximate = "tanh"> (x)',
     "LayerNormalization": "y = LayerNormalization <axis = -1, epsilon = 0.25> (x, gain, shift)",
     "LayerNormalization without a shift": "y = LayerNormalization <axis = -1> (x, gain)",
+    "TopK": "y, places = TopK <axis: int = -1> (x, two)",
+    "ScatterElements": "v, places = TopK <axis: int = -1> (x, two)\n w = Mul (v, v)\n y = ScatterElements <axis: int = -1> "
+    "(x, places, w)",
+    "ReduceSum": "y = ReduceSum <keepdims: int = 1> (x, last)",
     "Split": "y, rest = Split <axis: int = -1> (x, sizes)",
 }
 
@@ -31,7 +35,8 @@ TEXTS = {
 def test_value_and_gradient(name: str) -> None:
     model = parse(
         f"""g (float[2,3,4] x) => (float[?,?,?] y) <float three = {{3.0}}, int64[1] last = {{-1}},
-        float[4] gain = {{1.0, 2.0, -1.0, 0.5}}, float[4] shift = {{0.5, 0.0, 1.0, -2.0}}, int64[2] sizes = {{1, 3}}>
+        float[4] gain = {{1.0, 2.0, -1.0, 0.5}}, float[4] shift = {{0.5, 0.0, 1.0, -2.0}},
+        int64[2] sizes = {{1, 3}}, int64[1] two = {{2}}>
         {{ {TEXTS[name]} }}"""
     )
     check_stage(model, CLIENT_PLAN)
