@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import http.client
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import Future
 
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
 from hecompile.foreign import parse_json, printable
@@ -20,6 +22,8 @@ from hecompile.runtime.wire.address import parse_address
 from hecompile.runtime.wire.credentials import ClientCredentials
 
 TIMEOUT_SECONDS, MAX_BYTES, MAX_WORKERS = 10.0, 1 << 20, 4096
+OVERALL_SECONDS = 30.0
+"""Most seconds for connecting, a TLS handshake and an answer together; between its bytes TIMEOUT_SECONDS may pass."""
 _MEANT = "give the address that `hecompile worker deploy` printed"
 
 
@@ -30,7 +34,7 @@ def fetch_workers(url: str, credentials: ClientCredentials | None = None) -> lis
         WorkerUnavailableError: it does not answer.
         WorkerError: it answers something else.
     """
-    content = _fetch(url, credentials)
+    content = _fetch_in_time(url, credentials)
     try:
         workers = parse_json(content)["workers"] if len(content) <= MAX_BYTES else None
     except (ValueError, TypeError, KeyError):
@@ -43,6 +47,23 @@ def fetch_workers(url: str, credentials: ClientCredentials | None = None) -> lis
     except InputError as error:
         raise WorkerError(f"the directory {url} lists an address that is none: {printable(error)}") from None
     return workers
+
+
+def _fetch_in_time(url: str, credentials: ClientCredentials | None) -> bytes:
+    """Fetch in a thread of its own: urllib has no limit on the whole. One that is left behind ends with its connection."""
+    content: Future[bytes] = Future()
+
+    def fetch() -> None:
+        try:
+            content.set_result(_fetch(url, credentials))
+        except BaseException as error:  # raised again where it is waited for
+            content.set_exception(error)
+
+    threading.Thread(target=fetch, daemon=True).start()
+    try:
+        return content.result(OVERALL_SECONDS)
+    except TimeoutError:
+        raise WorkerUnavailableError(f"the directory of workers {url} does not answer: it answers too slowly") from None
 
 
 def _fetch(url: str, credentials: ClientCredentials | None) -> bytes:

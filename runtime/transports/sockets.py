@@ -23,7 +23,8 @@ class SocketTransport(FrameTransport):
     Args:
         address: `tcp://host:port` or `unix:///path`.
         connect_timeout: seconds.
-        reply_timeout: the longest silence, in seconds, while a request is answered.
+        reply_timeout: the longest silence, in seconds, while a request is answered. A reply that has begun must come at
+            `framing.SLOWEST_BYTES_PER_SECOND` besides, or at most so many seconds later.
 
     Raises:
         InputError: the address is malformed.
@@ -44,7 +45,6 @@ class SocketTransport(FrameTransport):
         self._reply_timeout = reply_timeout
         self._max_message_bytes = max_message_bytes
         self._socket: socket.socket | None = _open(address, connect_timeout)
-        self._socket.settimeout(reply_timeout)
 
     def _exchange(self, frame: Frame) -> Frame:
         if self._socket is None:
@@ -55,8 +55,9 @@ class SocketTransport(FrameTransport):
             )
         answer = None
         try:
+            self._socket.settimeout(self._reply_timeout)
             framing.send_frame(self._socket, frame)
-            answer = framing.receive_frame(self._socket, self._max_message_bytes)
+            answer = framing.receive_frame(self._socket, self._max_message_bytes, self._reply_timeout)
         except TimeoutError as error:
             raise WorkerUnavailableError(
                 f"the worker at {self._address} was silent for {self._reply_timeout:g} s; "

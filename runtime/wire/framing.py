@@ -90,12 +90,13 @@ def receive_frame(
         connection: a stream socket.
         max_bytes: largest frame that is read, all of it counted.
         patience: seconds without a byte after which a frame that has begun is given up, as is one that comes more slowly
-            than `SLOWEST_BYTES_PER_SECOND`; the socket has no time-out after that. By default its own time-out holds.
+            than `SLOWEST_BYTES_PER_SECOND`; the socket has no time-out after that. By default its own time-out holds, for
+            each piece that comes.
         max_header: longest header that is read.
 
     Raises:
-        WorkerError: the bytes are no frame, the frame is too large or stands still, or the stream ends within it. The
-            stream cannot be read on after that.
+        WorkerError: the bytes are no frame, or the frame is too large. The stream cannot be read on after that.
+        WorkerUnavailableError: nor where the frame stands still, or the stream ends within it.
         OSError: as the socket does, and TimeoutError without `patience`.
     """
     first = connection.recv(1)
@@ -106,7 +107,9 @@ def receive_frame(
     try:
         return _rest_of_frame(connection, first, max_bytes, max_header, patience)
     except TimeoutError:
-        raise WorkerError(f"nothing of a message that had begun came for {patience:g} s, or too little") from None
+        raise WorkerUnavailableError(
+            f"nothing of a message that had begun came for {patience:g} s, or too little"
+        ) from None
     finally:
         connection.settimeout(None)
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hecompile.errors import FederationError
+from hecompile.runtime.federation.protocol import messages
 from hecompile.runtime.federation.protocol.messages import (
     VERSION,
     Advert,
@@ -88,6 +89,25 @@ def test_a_message_of_another_version_is_named(version: int) -> None:
         FederationError, match=f"writes messages of version {version}, this one {VERSION}: run the same"
     ):
         from_bytes(len(data).to_bytes(8, "little") + data)
+
+
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_the_head_of_a_message_is_bounded(beyond: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head at the bound is read; a longer one is refused before it is decoded."""
+    data = to_bytes(SumShare(name="a", share=b"share"))
+    size = int.from_bytes(data[:8], "little")
+    head = data[8 : 8 + size] + b" " * (messages._MOST_HEAD_BYTES + beyond - size)
+    decoded: list[int] = []
+    parse = messages.parse_json
+    monkeypatch.setattr(messages, "parse_json", lambda text: decoded.append(len(text)) or parse(text))
+    padded = len(head).to_bytes(8, "little") + head + data[8 + size :]
+    if beyond:
+        with pytest.raises(FederationError, match="malformed or cut short"):
+            from_bytes(padded)
+        assert decoded == []
+    else:
+        assert from_bytes(padded) == SumShare(name="a", share=b"share")
+        assert decoded == [messages._MOST_HEAD_BYTES]
 
 
 def test_unexpected_messages_and_headers() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
 from hecompile.runtime.recipes.workplace import make_workplace
+from hecompile.runtime.transports import directory
 from hecompile.runtime.transports.directory import fetch_workers
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -81,6 +82,30 @@ def test_nobody_there_may_be_asked_again() -> None:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
     with pytest.raises(WorkerUnavailableError, match=url):
         fetch_workers(url)
+
+
+@pytest.mark.parametrize("begin", [b"", OK, OK + b"Content-Length: 1000000\r\n\r\n"], ids=["status", "header", "body"])
+def test_an_answer_that_drips_is_given_up(begin: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes in time, and the whole never would."""
+    monkeypatch.setattr(directory, "OVERALL_SECONDS", 0.2)
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(begin)
+                while not done.wait(0.01):
+                    connection.sendall(b"x")
+
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/workers"
+        with pytest.raises(WorkerUnavailableError, match=f"{url} does not answer: it answers too slowly"):
+            fetch_workers(url)
+        done.set()
+        thread.join(5.0)
 
 
 def test_the_error_of_an_address_names_every_scheme() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import gzip
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
-from hecompile.errors import WorkerError
+from hecompile.errors import WorkerError, WorkerUnavailableError
 from hecompile.runtime.transports import connect, open_connection
 from hecompile.runtime.wire import connections, framing
 from hecompile.runtime.wire.inference_protocol import MAX_REQUEST_BYTES, fill
@@ -139,6 +141,28 @@ def test_a_message_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
         far.sendall(framing.PREFIX.pack(framing.MAGIC, 100, 0) + bytes(30))
         with pytest.raises(WorkerError, match="or too little"):
             framing.receive_frame(near, patience=0.2)
+
+
+def test_a_reply_that_drips_is_given_up_as_from_a_worker_that_is_gone() -> None:
+    """Each byte comes well within the longest silence; without a limit on the whole the client would wait for ever."""
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        transport = connect(f"tcp://127.0.0.1:{listener.getsockname()[1]}", reply_timeout=0.5)
+        accepted, _ = listener.accept()
+
+        def drip() -> None:
+            accepted.sendall(framing.PREFIX.pack(framing.MAGIC, 100_000, 0))
+            with contextlib.suppress(OSError):
+                while not done.wait(0.01):
+                    accepted.sendall(b" ")
+
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        with pytest.raises(WorkerUnavailableError, match=r"had begun came for 0\.5 s, or too little"):
+            transport.hello(PLAN_ID)
+        done.set()
+        thread.join(5.0)
+        accepted.close()
 
 
 def test_a_header_of_a_request_is_bounded(worker: Worker) -> None:
