@@ -117,7 +117,7 @@ def test_a_setting_that_a_family_does_not_list_must_have_its_default(tmp_path: P
 
 
 def test_a_text_longer_than_longrope_s_switch_is_refused(family_root: Path, tmp_path: Path) -> None:
-    for name in ("llama rope longrope", "phi3 longrope"):
+    for name in ("llama longrope", "phi3 longrope"):
         directory = str(checkpoint(name, family_root).directory)
         with pytest.raises(InputError, match=f"sequence bucket {ORIGINAL + 1} is longer than the {ORIGINAL} positions"):
             compile_checkpoint(directory, tmp_path / "out", CompileOptions(sequence_buckets=(ORIGINAL + 1,)))
@@ -125,7 +125,7 @@ def test_a_text_longer_than_longrope_s_switch_is_refused(family_root: Path, tmp_
 
 
 def test_polynomials_are_refused_where_none_stand_for_the_parts(family_root: Path) -> None:
-    for name in ("qwen2", "gpt2", "llama biases and gelu"):
+    for name in ("qwen2", "gpt2", "llama biases, gelu, linear rope"):
         config = checkpoint(name, family_root).model.config
         assert not CompileOptions().polynomials(config)
         for options in (CompileOptions(norm="polynomial"), CkksOptions(8)):

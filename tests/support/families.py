@@ -51,12 +51,8 @@ class Variant:
         return model.eval()
 
 
-def _llama(**settings: Any) -> Variant:
-    return Variant("llama", settings)
-
-
-def _rope(kind: str, **settings: Any) -> Variant:
-    return _llama(rope_parameters={"rope_type": kind, "rope_theta": 100.0, **settings})
+def _rope(kind: str, **settings: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 100.0, **settings}}
 
 
 ORIGINAL = 32
@@ -93,17 +89,21 @@ BASIC: dict[str, Variant] = {
 }  # fmt: skip
 """One of each family."""
 FURTHER: dict[str, Variant] = {
-    "llama biases and gelu": _llama(attention_bias=True, mlp_bias=True, hidden_act="gelu", tie_word_embeddings=True),
-    "llama rope linear": _rope("linear", factor=2.0),
-    "llama rope dynamic": _rope("dynamic", factor=2.0),
-    "llama rope yarn": _rope("yarn", factor=2.0, original_max_position_embeddings=32, beta_fast=16.0),
-    "llama rope longrope": _rope("longrope", original_max_position_embeddings=ORIGINAL, factor=2.0, **_FACTORS),
-    "llama rope llama3": _rope(
-        "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+    "llama biases, gelu, linear rope": Variant(
+        "llama",
+        {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "tie_word_embeddings": True,
+         **_rope("linear", factor=2.0)},
     ),
-    "mistral without a window": Variant("mistral", {"sliding_window": None}),
-    "qwen2 windows from the second layer": Variant(
-        "qwen2", {**_TWO, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    "llama longrope": Variant(
+        "llama", _rope("longrope", original_max_position_embeddings=ORIGINAL, factor=2.0, **_FACTORS)
+    ),
+    "mistral without a window, dynamic rope": Variant(
+        "mistral", {"sliding_window": None, **_rope("dynamic", factor=2.0)}
+    ),
+    "qwen2 windows from the second layer, yarn": Variant(
+        "qwen2",
+        {**_TWO, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1,
+         **_rope("yarn", factor=2.0, original_max_position_embeddings=32, beta_fast=16.0)},
     ),
     "gemma3 two ropes": Variant(
         "gemma3_text",
@@ -117,7 +117,11 @@ FURTHER: dict[str, Variant] = {
         {"original_max_position_embeddings": ORIGINAL, "tie_word_embeddings": True,
          "rope_parameters": {"rope_type": "longrope", "rope_theta": 100.0, **_FACTORS}},
     ),
-    "olmo2 bias": Variant("olmo2", {"attention_bias": True}),
+    "olmo2 bias, llama3 rope": Variant(
+        "olmo2",
+        {"attention_bias": True, **_rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                                         original_max_position_embeddings=32)},
+    ),
     "granite without multipliers": Variant("granite", {"attention_multiplier": 1.0}),
     "qwen3_moe normed": Variant(
         "qwen3_moe",
