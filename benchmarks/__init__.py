@@ -24,6 +24,7 @@ SECTIONS = {
     "precision": "benchmarks.training.precision",
     "compile_1b": "benchmarks.training.compile_1b",
     "families": "benchmarks.training.families",
+    "loading": "benchmarks.training.loading",
     "hintless": "benchmarks.training.hintless",
     "growth": "benchmarks.training.growth",
     "unit_costs": "benchmarks.crypto.unit_costs",
