@@ -27,6 +27,11 @@ _SAFER = "load it where you trust it, and save it as safetensors"
 def pickled_tensors(path: Path) -> dict[str, Stored]:
     """Return the tensors of a file by name. Raises InputError for what is no plain file of tensors."""
     _check_archive(path)
+    return {_checked_name(path, name): _stored(path, name, value) for name, value in _content(path).items()}
+
+
+def _content(path: Path) -> Mapping[Any, Any]:
+    """Open a file: its pickle is read, the tensors' values are mapped. Raises InputError for what holds no named tensors."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -34,7 +39,7 @@ def pickled_tensors(path: Path) -> dict[str, Stored]:
         raise cannot(path.parent, f"{path.name} holds more than tensors ({reason}); {_SAFER}") from error
     if not isinstance(content, Mapping):
         raise cannot(path.parent, f"{path.name} holds no tensors by name; {_SAFER}")
-    return {_checked_name(path, name): _stored(path, name, value) for name, value in content.items()}
+    return content
 
 
 def _check_archive(path: Path) -> None:
@@ -64,6 +69,12 @@ def _stored(path: Path, name: Any, value: Any) -> Stored:
     plain = type(value) in (Tensor, torch.nn.Parameter) and value.layout is torch.strided and value.device.type == "cpu"
     if not plain or value.is_quantized:
         raise cannot(path.parent, f"{name} in {path.name} is no plain tensor; {_SAFER}")
-    tensor: Tensor = value.detach()
-    kind = str(tensor.dtype).removeprefix("torch.")
-    return Stored(tuple(tensor.shape), kind, tensor.is_floating_point(), lambda: tensor.to(torch.float32).contiguous())
+    shape, kind = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+    if value.dtype == torch.float32:
+        return Stored(shape, kind, True, lambda: value.detach().contiguous())  # mapped: pages are the system's to drop
+
+    def read() -> Tensor:
+        converted: Tensor = _content(path)[name].detach().to(torch.float32)  # its pages are let go with the content
+        return converted.contiguous()
+
+    return Stored(shape, kind, value.is_floating_point(), read)

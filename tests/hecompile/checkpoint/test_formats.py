@@ -74,11 +74,15 @@ def test_half_precision_is_computed_with_in_float32(damaged: Path, kind: str, pi
     assert not torch.equal(logits(damaged), tiny_llama()(TOKENS).logits)
 
 
-def test_what_was_converted_is_not_kept_beside_its_float32_form(damaged: Path) -> None:
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
+def test_what_was_converted_is_not_kept_beside_its_float32_form(damaged: Path, pickled: bool) -> None:
     halves = {name: value.to(torch.bfloat16) for name, value in weights(damaged).items()}
     path = damaged / "model.safetensors"
     path.unlink()
-    save_file(halves, path)
+    if pickled:
+        path = as_pickle(damaged, halves)
+    else:
+        save_file(halves, path)
     model, _ = load_model(damaged)
     assert model.lm_head.weight.dtype == torch.float32
     assert str(path) not in Path("/proc/self/maps").read_text()
