@@ -22,6 +22,7 @@ SECTIONS = {
     "client_saved": "benchmarks.crypto.client_saved",
     "field": "benchmarks.crypto.field",
     "precision": "benchmarks.training.precision",
+    "precision_real": "benchmarks.training.precision_real",
     "compile_1b": "benchmarks.training.compile_1b",
     "families": "benchmarks.training.families",
     "loading": "benchmarks.training.loading",

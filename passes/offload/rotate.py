@@ -1,10 +1,15 @@
-"""Rotate what the frozen linears read, so that no entry of it is much larger than the others.
+"""Balance and rotate what the frozen linears read, so that no entry of it matters much more than the others.
 
-    Linear(x, W)  →  Linear(Rotate(x), W·Rᵀ),   R orthogonal and public (`hecompile.graph.rotation`)
+    Linear(x, W)  →  Linear(Rotate(Mul(x, c)), W·diag(1/c)·Rᵀ),   c_j = ν_j / min(max(ν_j, 1/2), 2)
 
-The function is unchanged, since (x·Rᵀ)·(W·Rᵀ)ᵀ = x·Wᵀ. Outliers of x and of the rows of W are spread over all columns:
-integers of few bits then lose less of W, and an encoded token uses more of its range (Chee et al., QuIP, arXiv 2307.13304;
-Ashkboos et al., QuaRot, arXiv 2404.00456). Linears that read one value share its rotation. LoRA reads x as it was.
+R is orthogonal and public (`hecompile.graph.rotation`), ν_j the norm of column j of W over their mean. The function is
+unchanged, for the two products with c cancel and so do those with R. Outliers of x and of the rows of W are spread over all
+columns: integers of few bits then lose less of W, and an encoded token uses more of its range (Chee et al., QuIP, arXiv
+2307.13304; Ashkboos et al., QuaRot, arXiv 2404.00456).
+
+The gradient of x is spread likewise, and so are errors of it. Without c they would drown the entries that are small because
+their column of W is, and that a gain before it makes large again (scales as in Xiao et al., SmoothQuant, arXiv 2211.10438).
+Linears that read one value share c and the rotation. LoRA reads x as it was.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from hecompile.graph.ir import (
     DOMAIN,
@@ -26,6 +32,12 @@ from hecompile.graph.ir import (
 )
 from hecompile.graph.rotation import rotate
 
+_SPREAD = 2.0
+"""How far column norms may lie from their mean: nearer, scales would only move errors from small columns to large ones."""
+
+_SMALLEST = 1e-6
+"""Column norms of less than this share of the mean are taken for zeros."""
+
 
 @dataclass(frozen=True)
 class Rotate(ir.passes.InPlacePass):
@@ -34,17 +46,18 @@ class Rotate(ir.passes.InPlacePass):
     include_head: bool = False
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        rotated: dict[ir.Value, ir.Value] = {}
+        readers: dict[ir.Value, list[ir.Node]] = {}
         for node in nodes_of_type(model, "Linear"):
-            x = node.inputs[0]
-            if x is None or not (in_block(node) or self.include_head):
-                continue
-            if x not in rotated:
-                rotated[x] = _insert(model.graph, node, x)
-            node.replace_input_with(0, rotated[x])
-            _rotate_weight(model.graph, node)
+            if node.inputs[0] is not None and (in_block(node) or self.include_head):
+                readers.setdefault(node.inputs[0], []).append(node)
+        for x, nodes in readers.items():
+            balance = _balance([_weight(node) for node in nodes])
+            rotated = _insert(model.graph, nodes[0], x, balance)
+            for node in nodes:
+                node.replace_input_with(0, rotated)
+                _replace_weight(model.graph, node, rotate(_weight(node) / balance))
         remove_unused(model)
-        return ir.passes.PassResult(model, bool(rotated))
+        return ir.passes.PassResult(model, bool(readers))
 
     def ensures(self, model: ir.Model) -> None:
         for node in nodes_of_type(model, "Rotate"):
@@ -52,21 +65,40 @@ class Rotate(ir.passes.InPlacePass):
                 raise ir.passes.PostconditionError(f"what {module_path(node)} rotates is read by more than linears")
 
 
-def _insert(graph: ir.Graph, before: ir.Node, x: ir.Value) -> ir.Value:
-    """Put a Rotate of `x` before the first linear that reads it, and return its result."""
-    node = ir.node("Rotate", [x], domain=DOMAIN, metadata_props={ORIGIN: module_path(before)})
-    result = node.outputs[0]
-    result.name, result.type, result.shape = f"{x.name}.rotated", x.type, x.shape
-    graph.insert_before(before, [node])
-    return result
-
-
-def _rotate_weight(graph: ir.Graph, node: ir.Node) -> None:
-    frozen = node.inputs[1]
-    weight = constant_of(frozen)
+def _weight(node: ir.Node) -> Tensor:
+    weight = constant_of(node.inputs[1])
     assert weight is not None
-    turned = rotate(torch.tensor(weight)).numpy()  # [out, in]
-    node.replace_input_with(1, add_initializer(graph, f"{module_path(node)}.weight_rotated", turned))
+    return torch.tensor(weight)  # [out, in]
+
+
+def _balance(weights: list[Tensor]) -> Tensor:
+    """Return c, f32 [in], of weights [out, in] that stand on top of each other.
+
+    It is 1 for columns of zeros and for those that are not finite, which are refused later.
+    """
+    norms = torch.stack([torch.linalg.vector_norm(weight, dim=0) for weight in weights]).norm(dim=0)  # [in]
+    known = torch.isfinite(norms) & (norms > 0)
+    if not bool(known.any()):
+        return torch.ones_like(norms)
+    relative = norms / norms[known].mean()
+    return torch.where(known & (relative > _SMALLEST), relative / relative.clamp(1 / _SPREAD, _SPREAD), 1.0)
+
+
+def _insert(graph: ir.Graph, before: ir.Node, x: ir.Value, balance: Tensor) -> ir.Value:
+    """Put Mul and Rotate of `x` before the first linear that reads it, and return their result."""
+    origin = module_path(before)
+    columns = add_initializer(graph, f"{origin}.column_scale", balance.numpy())
+    balanced = ir.node("Mul", [x, columns], metadata_props={ORIGIN: origin})
+    rotated = ir.node("Rotate", [balanced.outputs[0]], domain=DOMAIN, metadata_props={ORIGIN: origin})
+    for value, name in ((balanced.outputs[0], "balanced"), (rotated.outputs[0], "rotated")):
+        value.name, value.type, value.shape = f"{x.name}.{name}", x.type, x.shape
+    graph.insert_before(before, [balanced, rotated])
+    return rotated.outputs[0]
+
+
+def _replace_weight(graph: ir.Graph, node: ir.Node, weight: Tensor) -> None:
+    frozen = node.inputs[1]
+    node.replace_input_with(1, add_initializer(graph, f"{module_path(node)}.weight_rotated", weight.numpy()))
     if frozen is not None and frozen.name is not None and not frozen.uses():
         # At once, and the array too: values outlive their graph in reference cycles.
         del graph.initializers[frozen.name]

@@ -58,8 +58,8 @@ def _experts(model: ir.Model) -> Iterator[_Expert]:
     for node in model.graph:
         if (match := _EXPERT.fullmatch(module_path(node))) is not None:
             group = groups.setdefault(match[1], [])
-            # x is rotated once for all experts, by a node that is named after the first of them.
-            if node.op_type != "Rotate" or (node.inputs[0] is not None and node.inputs[0].producer() in group):
+            # x is rotated once for all experts, by nodes that are named after the first of them.
+            if not _rotates(node) or (node.inputs[0] is not None and node.inputs[0].producer() in group):
                 group.append(node)
     for product in list(nodes_of_type(model, "Mul", domain="")):
         for result, weight in either_order(product):
@@ -74,9 +74,15 @@ def _experts(model: ir.Model) -> Iterator[_Expert]:
                 yield _Expert(match[1], tuple(nodes), read, result, product, weight)
 
 
-def _before_rotation(value: ir.Value) -> ir.Value | None:
-    maker = value.producer()
-    return maker.inputs[0] if maker is not None and maker.op_type == "Rotate" else value
+def _rotates(node: ir.Node) -> bool:
+    """Tell whether a node rotates, or scales what is rotated then (`passes/offload/rotate.py`)."""
+    users = node.outputs[0].consumers()
+    return node.op_type == "Rotate" or (node.op_type == "Mul" and any(user.op_type == "Rotate" for user in users))
+
+
+def _before_rotation(value: ir.Value | None) -> ir.Value | None:
+    maker = None if value is None else value.producer()
+    return _before_rotation(maker.inputs[0]) if maker is not None and _rotates(maker) else value
 
 
 def _from_outside(value: ir.Value, nodes: list[ir.Node]) -> bool:

@@ -54,7 +54,10 @@ class _Plan:
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     directory = tmp_path_factory.mktemp("build") / "tiny"
     options = CompileOptions(
-        batch_size=BATCH_SIZE, sequence_buckets=SEQUENCE_BUCKETS, public_seed=PublicSeed.from_hex("11" * 32)
+        weight_bits=10,
+        batch_size=BATCH_SIZE,
+        sequence_buckets=SEQUENCE_BUCKETS,
+        public_seed=PublicSeed.from_hex("11" * 32),
     )
     compile_checkpoint(str(TINY_LLAMA), directory, options)
     return Build(directory, ClientBundle.open(directory / CLIENT), WorkerBundle.open(directory / WORKER))

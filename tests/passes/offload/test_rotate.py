@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hecompile.graph.interpreter import Interpreter
-from hecompile.graph.ir import DOMAIN, ORIGIN, nodes_of_type, print_model
+from hecompile.graph.ir import DOMAIN, ORIGIN, constant_of, nodes_of_type, print_model
 from hecompile.graph.legality import ADAPTED
 from hecompile.graph.rotation import rotate
 from tests.conftest import Golden
@@ -63,7 +63,7 @@ def test_golden(golden: Golden) -> None:
 def test_the_head_too_where_it_is_asked_for() -> None:
     model = attention()
     run_pass(model, "rotate", ADAPTED, include_head=True)
-    assert [str(node.inputs[0].name) for node in nodes_of_type(model, "Rotate")] == ["x", "q"]
+    assert [str(node.inputs[0].name) for node in nodes_of_type(model, "Rotate")] == ["x.balanced", "q.balanced"]
 
 
 def test_untouched_outside_the_decoder_layers() -> None:
@@ -104,6 +104,26 @@ def test_rows_are_rotated_one_by_one_and_gradients_back() -> None:
     gradient = gaussian(2, 5, 24, seed=1).double()
     rotate(x).backward(gradient)
     torch.testing.assert_close(x.grad, gradient @ matrix.t())
+
+
+def test_columns_are_balanced_by_what_all_readers_have_and_zeros_and_infinities_stay() -> None:
+    """Columns of wq and wk have norms √2, √8, √10, √20, √26 and √121 of mean 4.65; those within a factor of 2 stay."""
+    model = attention()
+    run_pass(model, "rotate", ADAPTED)
+    scale = constant_of(model.graph.initializers["model.layers.0.self_attn.q_proj.column_scale"])
+    norms = torch.tensor([2.0, 8.0, 10.0, 20.0, 26.0, 121.0]).sqrt()
+    expected = torch.ones(6)
+    expected[0], expected[5] = 2 * norms[0] / norms.mean(), norms[5] / norms.mean() / 2
+    torch.testing.assert_close(torch.tensor(scale), expected)
+    for damage in (0.0, float("inf"), float("nan")):
+        model = attention()
+        for name in ("wq", "wk"):
+            weight = torch.tensor(constant_of(model.graph.initializers[name]))
+            weight[:, 2] = damage
+            model.graph.initializers[name].const_value = ir.Tensor(weight.numpy(), name=name)
+        run_pass(model, "rotate", ADAPTED)
+        scale = torch.tensor(constant_of(model.graph.initializers["model.layers.0.self_attn.q_proj.column_scale"]))
+        assert bool((scale > 0).all()) and bool(torch.isfinite(scale).all()) and float(scale[2]) == 1.0
 
 
 def test_outliers_of_a_weight_no_longer_set_the_scale() -> None:
