@@ -22,8 +22,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 
 from benchmarks.report import ROOT
+from hecompile.checkpoint.families import FAMILIES
 from hecompile.errors import InputError
-from hecompile.llama import LLAMA_LINEARS
 from hecompile.models import PRIVATE_TRAIN
 from hecompile.runtime.model.data import Example, PadToBucket, eos_and_pad
 from hecompile.runtime.model.plaintext import PlaintextPeftModel
@@ -109,7 +109,7 @@ class RealModel:
 
     def plaintext(self) -> PlaintextPeftModel:
         """Load the checkpoint with an adapter of rank 8 on all seven linears, in float32."""
-        config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(LLAMA_LINEARS), task_type="CAUSAL_LM")
+        config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(FAMILIES["llama"].linears), task_type="CAUSAL_LM")
         return PlaintextPeftModel.from_pretrained(self.folder, config, (BUCKET,), BATCH_SIZE)
 
     def trained_adapter(self, model: PlaintextPeftModel) -> dict[str, Tensor]:

@@ -95,6 +95,7 @@ def _compile_options(
         lora=lora,
         effective_bits=encryption.precision,
         weight_bits=encryption.bits(),
+        calibration=encryption.calibration,
         ring=encryption.ring,
         batch_size=batches.batch_size,
         sequence_buckets=batches.lengths(),

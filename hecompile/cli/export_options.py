@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -77,6 +78,13 @@ class EncryptionOptions:
             "of float32 training; more take up to twice the worker's time and follow its gradients too."
         ),
     ] = "auto"
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="PUBLIC text that ranges are measured and weights are rounded on: one text a line, or .jsonl as for "
+            "training. The worker gets weights that depend on it. By default the model writes text itself."
+        ),
+    ] = None
     ring: Annotated[
         str | None,
         typer.Option(

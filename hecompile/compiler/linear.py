@@ -34,6 +34,7 @@ from hecompile.checkpoint.loading import answer_ends
 from hecompile.checkpoint.rope import longest_exact
 from hecompile.checkpoint.tokenizer import write_answer_ends
 from hecompile.compiler.calibration import SHORT_LENGTH, write_samples
+from hecompile.compiler.calibration_file import read_samples
 from hecompile.compiler.circuit_writer import Progress, write_circuits, write_circuits_without_hints
 from hecompile.compiler.frontend import export_onnx, load_checkpoint
 from hecompile.compiler.options import CompileOptions
@@ -87,8 +88,11 @@ def _compile(model_name_or_path: str, out: Path, options: CompileOptions, progre
         progress("export", 0, 1)
         model = export_onnx(checkpoint.model)
         progress("sample", 0, 1)
-        length = options.sequence_buckets[-1] if polynomials else SHORT_LENGTH
-        samples = write_samples(checkpoint, model, polynomials, seed, length)
+        length = options.sequence_buckets[-1] if polynomials else min(SHORT_LENGTH, longest)
+        if options.calibration is None:
+            samples = write_samples(checkpoint, model, polynomials, seed, length)
+        else:
+            samples = read_samples(options.calibration, tokenizer, length)
         # The graph holds the weights from here on, and lets go of each as it is quantised.
         del checkpoint
         gc.collect()  # the exporter's program is part of reference cycles

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hecompile.compiler.polynomial_options import PolynomialOptions, require_polynomial_family
@@ -35,6 +36,8 @@ class CompileOptions:
     """Bits of the frozen weights; "auto": 8 or 12 for each linear, by the error that calibration predicts."""
     error_budget: float = SelectWeightBits.error_budget
     """What "auto" leaves to weights of one byte (`hecompile.passes.offload.select_weight_bits`)."""
+    calibration: Path | None = None
+    """Public text to calibrate on (`hecompile.compiler.calibration_file`); None: the model writes it."""
     ring: str | None = None
     batch_size: int = 8
     sequence_buckets: tuple[int, ...] = (32, 64, 128)
