@@ -28,7 +28,7 @@ from hecompile.runtime.transports import InProcessTransport, connect, open_conne
 from hecompile.runtime.worker.process import worker_process
 from hecompile.runtime.worker.worker import Worker
 from tests.e2e.conftest import BATCH_SIZE, SEQUENCE_BUCKETS, Build, copy_of
-from tests.e2e.test_gradients import cleartext, gradients
+from tests.e2e.precision.test_gradients import cleartext, gradients
 
 
 @pytest.fixture(scope="module")

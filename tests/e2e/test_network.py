@@ -27,7 +27,7 @@ from hecompile.runtime.wire.development_certificates import CLIENT as CLIENT_CER
 from hecompile.runtime.worker.servers.open_server import open_server
 from hecompile.runtime.worker.worker import Worker
 from tests.e2e.conftest import Build
-from tests.e2e.test_gradients import gradients
+from tests.e2e.precision.test_gradients import gradients
 from tests.support.foreign_server import ForeignServer
 
 

@@ -18,7 +18,7 @@ from hecompile.he.random.sampling import PublicSeed
 from hecompile.models import TINY_LLAMA
 from hecompile.runtime.model.plaintext import PlaintextPeftModel
 from tests.e2e.conftest import BATCH_SIZE, SEQUENCE_BUCKETS, Build
-from tests.e2e.test_gradients import COSINE, gradients
+from tests.e2e.precision.test_gradients import COSINE, gradients
 from tests.support.outliers import ATTENTION, RESIDUAL, TIMES, plant_outliers
 
 
