@@ -88,7 +88,7 @@ _SEPARATE = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj
 _GPT2_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _FAMILIES = (
     Family(
-        "llama", "Llama 2, Llama 3", "LlamaForCausalLM", "LlamaConfig", _SEPARATE,
+        "llama", "Llama 2, Llama 3, SmolLM2", "LlamaForCausalLM", "LlamaConfig", _SEPARATE,
         {**_GROUPED, **_HEAD, "attention_bias": Flag(), "mlp_bias": Flag()}, polynomials=True,
     ),
     Family("mistral", "Mistral", "MistralForCausalLM", "MistralConfig", _SEPARATE,
