@@ -108,9 +108,7 @@ def _check_architecture(path: Path, config: Mapping[str, Any]) -> Family:
     if family is None:
         raise InputError(f"{path}: the model has architecture {show(kind)}; supported: {SUPPORTED}")
     classes = config.get("architectures")
-    known = (family.model, family.model.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model"))
-    if family.model == "Gemma3ForCausalLM":
-        known = (family.model, "Gemma3TextModel")
+    known = (family.model, family.decoder)
     if classes is not None and not (isinstance(classes, list) and any(name in known for name in classes)):
         raise InputError(f"{path}: architectures is {show(classes)}; supported: {family.model}")
     check_quantisation(path, config)
@@ -189,11 +187,11 @@ def _read_rope(where: str, config: Mapping[str, Any], family: Family, kind: Any,
     given = {**config, **sizes}
     if isinstance(kind.default_theta, Mapping):  # one embedding for each type of layer
         return _read_two_ropes(where, given, family, kind.default_theta, width)
-    if family.model_type == "gpt_neox":  # names of its own
-        given.setdefault("rope_theta", config.get("rotary_emb_base", kind.default_theta))
-        given.setdefault("partial_rotary_factor", config.get("rotary_pct", family.partial))
-    aliases = {"su": "longrope", "yarn": "longrope"} if family.model_type == "phi3" else None
-    return read_rope(where, given, RopeRules(family.rope, kind.default_theta, width, family.partial, aliases))
+    for name, own in family.rope_keys.items():
+        if own in config:
+            given.setdefault(name, config[own])
+    rules = RopeRules(family.rope, kind.default_theta, width, family.partial, family.rope_aliases)
+    return read_rope(where, given, rules)
 
 
 def _read_two_ropes(

@@ -57,6 +57,7 @@ class Family:
         settings: every key of config.json that decides what is computed, and what it may be.
         rope: types of rotary embeddings; none where positions are learned.
         partial: how much of a head is turned where the file does not say; None where it is always all of it.
+        rope_keys: the family's own names of rope_theta and partial_rotary_factor. rope_aliases: older names of types.
         fixed: settings that are not taken from the file.
         own_code: what `auto_map` may name, since `model` computes the same.
         conv1d: whether linears keep their weights as [in, out], which PEFT calls fan_in_fan_out.
@@ -72,11 +73,18 @@ class Family:
     settings: Mapping[str, Rule]
     rope: tuple[str, ...] = ROPE
     partial: float | None = None
+    rope_keys: Mapping[str, str] = field(default_factory=dict)
+    rope_aliases: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     own_code: tuple[str, ...] = ()
     conv1d: bool = False
     experts: Experts | None = None
     polynomials: bool = False
+
+    @property
+    def decoder(self) -> str:
+        """Return the name of the class in transformers that is the model without its output head."""
+        return self.configuration.replace("Config", "Model")
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -106,7 +114,8 @@ _FAMILIES = (
     Family("phi3", "Phi-3, Phi-4", "Phi3ForCausalLM", "Phi3Config",
         (("qkv_proj",), ("o_proj",), ("gate_up_proj",), ("down_proj",)),
         {**_GROUPED, "original_max_position_embeddings": Whole(2**31, False), "sliding_window": _WINDOW},
-        rope=("default", "longrope"), partial=1.0, fixed={"resid_pdrop": 0.0, "embd_pdrop": 0.0},
+        rope=("default", "longrope"), partial=1.0, rope_aliases={"su": "longrope", "yarn": "longrope"},
+        fixed={"resid_pdrop": 0.0, "embd_pdrop": 0.0},
         own_code=("configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM"),
     ),
     Family("olmo2", "OLMo 2", "Olmo2ForCausalLM", "Olmo2Config", _SEPARATE, {**_GROUPED, "attention_bias": Flag()}),
@@ -126,7 +135,8 @@ _FAMILIES = (
         (("query_key_value",), ("dense",), ("dense_h_to_4h",), ("dense_4h_to_h",)),
         {**_SIZES, "hidden_act": _ACTIVATION, "layer_norm_eps": Number(), "tie_word_embeddings": Flag(),
          "use_parallel_residual": Flag(), "attention_bias": Flag()},
-        partial=0.25, fixed={"attention_dropout": 0.0, "hidden_dropout": 0.0},
+        partial=0.25, rope_keys={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+        fixed={"attention_dropout": 0.0, "hidden_dropout": 0.0},
     ),
     Family("mixtral", "Mixtral", "MixtralForCausalLM", "MixtralConfig", _SEPARATE[:2],
         {**_GROUPED, **_HEAD, "sliding_window": _WINDOW, "num_local_experts": Whole(2**12, False),
