@@ -20,6 +20,8 @@ from hecompile.runtime.model.head import scored_positions, scored_targets
 from tests.e2e.conftest import Build
 
 COSINE = 0.999
+"""At four layers. Errors add up over the depth: docs/precision.md has what is left at thirty."""
+
 LOGIT_TOLERANCE = 0.15
 """Largest difference of a logit, with logits of up to about 20: 10-bit weights and noise at 8 effective bits."""
 

@@ -149,9 +149,21 @@ def test_a_plan_of_before_there_were_packed_rings_hashes_to_its_id(client: Path)
     assert ClientBundle.open(client).ring == RingParameters(128, 12, packed=False)
 
 
+def test_a_plan_of_version_4_has_one_number_of_weight_bits_and_keeps_its_id(client: Path) -> None:
+    def as_version_4(manifest: dict[str, Any]) -> None:
+        for circuit in manifest["plan"]["circuits"].values():
+            assert circuit.pop("weight_bits") == 10
+        canonical = json.dumps(manifest["plan"], sort_keys=True)
+        manifest.update(version=4, plan_id=hashlib.sha256(canonical.encode()).hexdigest())
+
+    edit_manifest(client, as_version_4)
+    plan = ClientBundle.open(client).plan
+    assert {plan.bits_of(name) for name in plan.circuits} == {10}
+
+
 def test_another_version(client: Path) -> None:
     edit_manifest(client, lambda m: m.update(version=1))
-    assert "has format version 1, this program reads (3, 4)" in refused(client)
+    assert "has format version 1, this program reads (3, 4, 5)" in refused(client)
 
 
 def test_unknown_and_missing_fields(client: Path) -> None:
