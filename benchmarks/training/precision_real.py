@@ -37,7 +37,7 @@ from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.worker.worker import Worker
 
 SEED = PublicSeed.from_hex("11" * 32)
-BUDGETS = (1.6e-2, 8e-3, 2e-3, CompileOptions().error_budget)
+BUDGETS = (1.6e-2, 8e-3, 2e-3, 2e-4, CompileOptions().error_budget)
 METHODS = [(name, bits) for bits in (8, 12) for name in ("nearest", "rotated", "feedback", "rotated, feedback")]
 ENCRYPTED: tuple[WeightBits, ...] = ("auto", 8)
 COSINE, LENGTH = 0.999, 0.01

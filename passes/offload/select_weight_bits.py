@@ -36,7 +36,7 @@ class SelectWeightBits(ir.passes.InPlacePass):
     LegalityError where calibration kept no samples, InputError for a budget below 0.
     """
 
-    error_budget: float = 2e-4
+    error_budget: float = 5e-5
     include_head: bool = False
 
     def __post_init__(self) -> None:

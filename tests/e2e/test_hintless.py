@@ -36,6 +36,7 @@ def hintless(tmp_path_factory: pytest.TempPathFactory) -> Build:
     """Compile the build of `build` again without hints: same seed, same weights."""
     directory = tmp_path_factory.mktemp("hintless") / "tiny"
     options = CompileOptions(
+        weight_bits=10,
         batch_size=BATCH_SIZE,
         sequence_buckets=SEQUENCE_BUCKETS,
         public_seed=PublicSeed.from_hex("11" * 32),
