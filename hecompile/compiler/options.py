@@ -93,7 +93,7 @@ class CompileOptions:
 
     def select_weight_bits(self) -> SelectWeightBits:
         """Return the pass that chooses bits where they are not given."""
-        return SelectWeightBits(self.error_budget, self.remote_head)
+        return SelectWeightBits(self.error_budget, self.remote_head, self.effective_bits)
 
     def select_parameters(self) -> SelectParameters:
         """Return the pass that chooses ring and bytes for the longest batch that these options allow."""

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from hecompile.bundles.public_rows import WORD_BYTES, exact_name
+from hecompile.errors import HecompileError
 from hecompile.he.parameters import LinearParameters
-from hecompile.he.weight_norms import WeightNorms
+from hecompile.he.weight_norms import WeightNorms, measure_norms
 from hecompile.plan.encrypted_linear import encrypted_linear_model
 
 DIRECTIONS = ("forward", "backward")
+_FALLBACK_CREST = 16.0
+"""Crest of values that calibration did not see, because their gradient was zero."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,33 @@ def effective_bits(parameters: LinearParameters, norms: WeightNorms, crest: floa
     if signal <= 0:
         return math.inf  # a matrix of zeros: its product is exact
     return math.log2(signal / rms_noise(parameters, norms))
+
+
+def largest_crest(values: Iterable[ir.Value | None], key: str) -> float:
+    """Return the largest crest that calibration wrote to values, under RANGE or GRADIENT_RANGE, and 16 if it wrote none.
+
+    Values that stand in one row are as uneven as the most uneven of them.
+    """
+    crests = [
+        json.loads(value.metadata_props[key])["crest"]
+        for value in values
+        if value is not None and key in value.metadata_props
+    ]
+    return max(crests, default=_FALLBACK_CREST)
+
+
+def reachable_bits(weight: np.ndarray, forward_crest: float, backward_crest: float) -> float:
+    """Predict the most effective bits that both products of a matrix can have, with all bytes sent.
+
+    weight: int8 or int16 [out, in]. It is -inf where no input fits.
+    """
+    reached = []
+    for norms, crest in zip(measure_norms(torch.from_numpy(weight)), (forward_crest, backward_crest), strict=True):
+        try:
+            reached.append(effective_bits(LinearParameters.from_norms(norms, WORD_BYTES, WORD_BYTES), norms, crest))
+        except HecompileError:
+            return -math.inf
+    return min(reached)
 
 
 def rms_noise(parameters: LinearParameters, norms: WeightNorms) -> float:

@@ -24,7 +24,6 @@ needed, and 70 kB. So they stay together, and only there the limbs grow.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,13 +38,12 @@ from hecompile.he.check_vectors import can_be_verified
 from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
 from hecompile.he.security import AMPLE_BITS
 from hecompile.he.weight_norms import WeightNorms, measure_norms
-from hecompile.plan.circuits import DIRECTIONS, effective_bits
+from hecompile.plan.circuits import DIRECTIONS, effective_bits, largest_crest
 from hecompile.plan.costs import CostModel
 
 RING_DIM, RANK, PACKED = "hecompile.ring_dim", "hecompile.rank", "hecompile.packed"
 _SIMILAR_COST = 1.2  # sets whose costs differ by less count as equal
 _BYTE_COUNTS = tuple((limbs, reply) for limbs in (1, 2, 3, 4) for reply in range(1, limbs + 1))
-_FALLBACK_CREST = 16.0  # a value that calibration did not see (its gradient was zero)
 
 
 @dataclass(frozen=True)
@@ -152,12 +150,7 @@ def selected_ring(model: ir.Model) -> RingParameters:
 
 def _crest(node: ir.Node, direction: str) -> float:
     if direction == "forward":
-        value = node.inputs[0]
-        raw = value.metadata_props.get(RANGE) if value is not None else None
-        return json.loads(raw)["crest"] if raw else _FALLBACK_CREST
+        return largest_crest([node.inputs[0]], RANGE)
     # A stacked gradient is as uneven as its most uneven part.
     outputs = [node.outputs[0]] + [o for consumer in node.outputs[0].consumers() for o in consumer.outputs]
-    crests = [
-        json.loads(o.metadata_props[GRADIENT_RANGE])["crest"] for o in outputs if GRADIENT_RANGE in o.metadata_props
-    ]
-    return max(crests, default=_FALLBACK_CREST)
+    return largest_crest(outputs, GRADIENT_RANGE)

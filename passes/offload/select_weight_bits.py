@@ -1,6 +1,6 @@
 """Give two bytes to the weights whose rounding to one would move the gradients most, and one byte to all others.
 
-    Linear(x, W)  →  the node with weight_bits 8 or 12
+    Linear(x, W)  →  the node with weight_bits 8, or up to 12
 
 Rounding a row to multiples of its scale s_i adds noise of variance s_i²/12 to every element. In products with the rows x and
 gradients g that calibration saw, relative to their size, it has the squares
@@ -10,7 +10,9 @@ gradients g that calibration saw, relative to their size, it has the squares
 (Widrow and Kollár, Quantization Noise, 2008, chapter 4, for the variance). Errors of different linears are independent and
 add up on their way through the model, so that the error that a model's gradients have grows with the sum. Linears that read
 one value travel as one, and get the same bits. Those with the largest ε² + δ² for each weight get two bytes, until what the
-others add up to is within `error_budget`.
+others add up to is within `error_budget`. Two bytes hold 12 bits, but noise of the encryption grows with the weights: where
+products of 12 bits would not reach the wanted effective bits, as for rows of thousands of features, they get as many bits as
+do, or one byte.
 """
 
 from __future__ import annotations
@@ -22,22 +24,37 @@ import onnx_ir as ir
 import torch
 
 from hecompile.errors import InputError, LegalityError
-from hecompile.graph.ir import GRADIENT_SAMPLES, SAMPLES, WEIGHT_BITS, constant_of, in_block, module_path, nodes_of_type
+from hecompile.graph.ir import (
+    GRADIENT_RANGE,
+    GRADIENT_SAMPLES,
+    RANGE,
+    SAMPLES,
+    WEIGHT_BITS,
+    constant_of,
+    in_block,
+    module_path,
+    nodes_of_type,
+)
+from hecompile.plan.circuits import largest_crest, reachable_bits
 
 ONE_BYTE, TWO_BYTES = 8, 12
 """Bits of weights: of more than 8, 12 cost as much as 9 on the worker."""
+_MARGIN = 0.1
+"""Effective bits between the prediction here, for weights rounded to the nearest, and that for weights as they will be."""
 
 
 @dataclass(frozen=True)
 class SelectWeightBits(ir.passes.InPlacePass):
     """Choose bits for every Linear inside the decoder layers, and for the output head where `include_head` is set.
 
-    error_budget: the sum of ε² + δ² that one-byte linears may have; 0 gives two bytes to all that have an error. Raises
-    LegalityError where calibration kept no samples, InputError for a budget below 0.
+    error_budget: the sum of ε² + δ² that one-byte linears may have; 0 gives two bytes to all that have an error.
+    effective_bits: that products must reach. Raises LegalityError where calibration kept no samples, InputError for a budget
+    below 0.
     """
 
     error_budget: float = 5e-5
     include_head: bool = False
+    effective_bits: float = 8.0
 
     def __post_init__(self) -> None:
         if not self.error_budget >= 0:
@@ -52,12 +69,25 @@ class SelectWeightBits(ir.passes.InPlacePass):
         sizes = {x: sum(_weights(node) for node in nodes) for x, nodes in readers.items()}
         left, modified = sum(errors.values()), False
         for x in sorted(readers, key=lambda value: -errors[value] / sizes[value]):
-            bits = TWO_BYTES if left > self.error_budget else ONE_BYTE
-            left -= errors[x] if bits == TWO_BYTES else 0.0
+            bits = self._most_bits(readers[x]) if left > self.error_budget else ONE_BYTE
+            left -= errors[x] if bits > ONE_BYTE else 0.0
             for node in readers[x]:
                 modified |= node.metadata_props.get(WEIGHT_BITS) != str(bits)
                 node.metadata_props[WEIGHT_BITS] = str(bits)
         return ir.passes.PassResult(model, modified)
+
+    def _most_bits(self, nodes: list[ir.Node]) -> int:
+        """Return the most bits with which the products of linears that travel as one reach the effective bits."""
+        weight = np.concatenate([array for node in nodes if (array := constant_of(node.inputs[1])) is not None])  # [out, in]
+        forward = largest_crest([nodes[0].inputs[0]], RANGE)
+        backward = largest_crest([node.outputs[0] for node in nodes], GRADIENT_RANGE)
+        step = np.abs(weight).max(axis=1, keepdims=True)
+        unit = weight / np.where(step > 0, step, 1.0)
+        for bits in range(TWO_BYTES, ONE_BYTE, -1):
+            integers = np.rint(unit * (2 ** (bits - 1) - 1)).astype(np.int16)
+            if reachable_bits(integers, forward, backward) >= self.effective_bits + _MARGIN:
+                return bits
+        return ONE_BYTE
 
 
 def one_byte_error(node: ir.Node) -> float:

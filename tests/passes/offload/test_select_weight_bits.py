@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hecompile.graph.ir import GRADIENT_SAMPLES, SAMPLES, WEIGHT_BITS, add_initi
 from hecompile.graph.legality import ADAPTED
 from hecompile.passes.offload.quantize import quantize_weight
 from hecompile.passes.offload.select_weight_bits import SelectWeightBits, one_byte_error
+from hecompile.plan.circuits import reachable_bits
 from tests.support.graphs import gaussian, parse, refused, run_pass
 
 TEXT = """
@@ -70,6 +72,21 @@ def test_those_with_the_largest_error_get_two_bytes_and_siblings_get_the_same() 
     assert not run_pass(model, "select_weight_bits", ADAPTED, error_budget=2 * (first + second)).modified
     run_pass(model, "select_weight_bits", ADAPTED, error_budget=first)
     assert bits_of(model) == {"q": "12", "k": "12", "o": "12", "y": ""}
+
+
+@pytest.mark.parametrize("wanted", [8.0, 13.0, 15.0, 99.0])
+def test_as_many_bits_as_the_precision_leaves_room_for(wanted: float) -> None:
+    """Weights of more bits make the encryption's noise larger: what is chosen can be had, and one bit more could not."""
+    model = layer()
+    run_pass(model, "select_weight_bits", ADAPTED, error_budget=0.0, effective_bits=wanted)
+    for linears in (("q", "k"), ("o",)):
+        nodes = [node for node in nodes_of_type(model, "Linear") if node.outputs[0].name in linears]
+        (bits,) = {int(node.metadata_props[WEIGHT_BITS]) for node in nodes}
+        weight = np.concatenate([node.inputs[1].const_value.numpy() for node in nodes])
+        reached = {each: reachable_bits(quantize_weight(weight, each)[0], 16.0, 16.0) for each in range(8, 13)}
+        assert bits == max((each for each in reached if each > 8 and reached[each] >= wanted + 0.1), default=8)
+    chosen = set(bits_of(model).values()) - {""}
+    assert chosen == {"12"} if wanted == 8.0 else chosen == {"8"} if wanted == 99.0 else chosen
 
 
 @pytest.mark.parametrize(("budget", "bits"), [(0.0, "12"), (1e9, "8")])
