@@ -1,6 +1,6 @@
 """Measure the gradients of a real pretrained model against plaintext: by method, by share of two-byte weights, encrypted.
 
-$HECOMPILE_REAL_MODEL is the checkpoint's folder (`benchmarks.training.real_model`). Each row is stored under
+`benchmarks.training.real_model` says which model. Each row is stored under
 build/precision_real/ as it is measured, and a run that was interrupted goes on there; delete the folder to begin again.
 """
 

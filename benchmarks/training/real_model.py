@@ -1,7 +1,7 @@
 """Provide a real pretrained chat model: its checkpoint, two batches of real tokens, a trained adapter, exact gradients.
 
-$HECOMPILE_REAL_MODEL is the folder of a Llama checkpoint with a chat template and at least 256 positions, such as
-SmolLM2-135M-Instruct.
+It is SmolLM2-135M-Instruct, which `make demo-real` fetches too, or the Llama with a chat template and at least 256 positions
+whose folder $HECOMPILE_REAL_MODEL names.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from benchmarks.report import ROOT
 from hecompile.checkpoint.families import FAMILIES
 from hecompile.errors import InputError
 from hecompile.models import PRIVATE_TRAIN
+from hecompile.models.real import real_checkpoint
 from hecompile.runtime.model.data import Example, PadToBucket, eos_and_pad
 from hecompile.runtime.model.plaintext import PlaintextPeftModel
 
@@ -71,12 +72,12 @@ class Gradients:
 
 
 class RealModel:
-    """Hold the checkpoint in a folder. Raises InputError where $HECOMPILE_REAL_MODEL names none."""
+    """Hold the checkpoint in a folder. Raises InputError where $HECOMPILE_REAL_MODEL names none, or none can be fetched."""
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        given = folder or os.environ.get(FOLDER)
-        if not given or not (Path(given) / "config.json").is_file():
-            raise InputError(f"{FOLDER}={given or ''}: set it to the folder of a Llama checkpoint with a chat template")
+        given = folder or os.environ.get(FOLDER) or real_checkpoint(ROOT / "runs" / "demo-real")
+        if not (Path(given) / "config.json").is_file():
+            raise InputError(f"{FOLDER}={given}: set it to the folder of a Llama checkpoint with a chat template")
         self.folder = Path(given)
 
     @cached_property
