@@ -41,10 +41,9 @@ def read_samples(path: Path, tokenizer: PreTrainedTokenizerBase, length: int) ->
 
 
 def _texts(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_content(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        yield _text_of(line, f"{path}, line {number}") if path.suffix == ".jsonl" else line
+    for number, line in enumerate(_content(path).split("\n"), start=1):  # a text may hold U+2028, where splitlines cuts
+        if line.strip():
+            yield _text_of(line, f"{path}, line {number}") if path.suffix == ".jsonl" else line
 
 
 def _content(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,18 @@ def test_lines_and_objects_of_the_same_texts_give_the_same_sequences(tmp_path: P
     assert {sample[0] for sample in samples} == {tokenizer.bos_token_id}
     text = tokenizer("one two", add_special_tokens=False)["input_ids"]
     assert list(samples[0][1 : len(text) + 2]) == [*text, tokenizer.eos_token_id]
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    r"""JSON may hold U+2028 and U+0085 as they are; CR LF ends a line too."""
+    tokenizer, text = make_tokenizer(), "a\u2028b\x85c " * 9
+    path = written(tmp_path / "a.jsonl", json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert list(read_samples(path, tokenizer, 16)[0][1:]) == ids[:15]
+    (tmp_path / "b.txt").write_bytes(b"one two\r\nthree four\r\n")
+    assert read_samples(tmp_path / "b.txt", tokenizer, 16) == read_samples(
+        written(tmp_path / "c.txt", "one two\nthree four\n"), tokenizer, 16
+    )
 
 
 def test_a_short_file_gives_fewer_sequences(tmp_path: Path) -> None:
