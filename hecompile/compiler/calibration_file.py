@@ -65,4 +65,9 @@ def _text_of(line: str, where: str) -> str:
     keys = ("text",) if isinstance(value, dict) and "text" in value else ("prompt", "completion")
     if not isinstance(value, dict) or not all(isinstance(value.get(key), str) for key in keys):
         raise InputError(f"{where}: wanted is an object with the string text, or with prompt and completion")
-    return "".join(value[key] for key in keys)
+    text = "".join(value[key] for key in keys)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: its text has half a character (\\ud800 to \\udfff alone); write the whole one") from None
+    return text

@@ -60,6 +60,7 @@ def test_a_short_file_gives_fewer_sequences(tmp_path: Path) -> None:
         ("a.jsonl", b'{"prompt": "a"}', r"a.jsonl, line 1: wanted is an object"),
         ("a.jsonl", b'{"text": 3}', r"a.jsonl, line 1: wanted is an object"),
         ("a.jsonl", b"[1]", r"a.jsonl, line 1: wanted is an object"),
+        ("a.jsonl", b'{"text": "a \\ud83d"}', r"a.jsonl, line 1: its text has half a character"),
         ("gone/a.txt", None, r"the calibration text .*gone"),
     ],
 )
