@@ -52,10 +52,13 @@ def read_configuration(directory: Path) -> PretrainedConfig:
     config, where = read_object(path), str(path)
     family = _check_architecture(path, config)
     kind: Any = getattr(transformers, family.configuration)
-    config = {kind.attribute_map[key]: value for key, value in config.items() if key in kind.attribute_map} | config
-    defaults = {each.name: each.default for each in dataclasses.fields(kind)}
+    names = kind.attribute_map
+    config = {names[key]: value for key, value in config.items() if key in names} | {
+        key: value for key, value in config.items() if key not in names
+    }
+    defaults = {names.get(each.name, each.name): each.default for each in dataclasses.fields(kind)}
     settings = _read_settings(where, config, family, defaults)
-    named = _Named(kind.attribute_map, defaults | settings)
+    named = _Named(names, defaults | settings)
     _check_sizes(where, named, turned=bool(family.rope))
     settings |= _read_layers(where, config, defaults, named["num_hidden_layers"])
     settings |= _read_tokens(where, config, defaults, named["vocab_size"])

@@ -71,6 +71,7 @@ OLDER: dict[str, tuple[dict[str, Any], Callable[[Any], Any], Any]] = {
                       "modeling_phi3.Phi3ForCausalLM"}},
         lambda read: (read.rope_parameters["rope_type"], longest_exact(read)[0]), ("longrope", 16),
     ),
+    "qwen3_moe": ({"model_type": "qwen3_moe", "num_experts": 64}, lambda read: read.num_experts, 64),
 }  # fmt: skip
 SIZES: dict[str, Any] = {
     "vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
