@@ -146,6 +146,9 @@ def _check_sizes(where: str, named: _Named, turned: bool) -> None:
     if groups is not None and heads % groups:
         raise InputError(f"{where}: num_attention_heads {heads} is not divisible by num_key_value_heads {groups}")
     width = hidden // heads if width is None else width
+    experts, chosen = named["num_local_experts"], named["num_experts_per_tok"]
+    if experts is not None and chosen > experts:
+        raise InputError(f"{where}: num_experts_per_tok is {chosen}, and there are {experts} experts")
     if turned and width % 2:
         raise InputError(f"{where}: a head has {width} features, and the rotary embedding turns pairs of them")
 
