@@ -70,6 +70,11 @@ def read_configuration(directory: Path) -> PretrainedConfig:
         made: PretrainedConfig = kind(**settings, **family.fixed)
     except Exception as error:  # transformers' own checks, of what is left
         raise InputError(f"{where}: transformers refuses it: {' '.join(str(error).split())}") from error
+    if "sliding_attention" in (getattr(made, "layer_types", None) or ()) and made.sliding_window is None:
+        raise InputError(
+            f"{where}: layer_types has sliding_attention, and there is no window: sliding_window is "
+            f"{show(config.get('sliding_window'))}, use_sliding_window {show(config.get('use_sliding_window', False))}"
+        )
     return made
 
 

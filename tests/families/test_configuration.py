@@ -100,6 +100,8 @@ def test_names_of_older_files_are_read(name: str, tmp_path: Path) -> None:
         ({"model_type": "phi3", "partial_rotary_factor": 0.4}, "partial_rotary_factor 0.4 of 8 features are no pairs"),
         ({"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2}}, "supported: default, longrope"),
         ({"model_type": "gemma3_text", "rope_parameters": {"global": {}}}, "has 'global'; supported: full_attention"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2, "sliding_window": 4},
+         "layer_types has sliding_attention, and there is no window: sliding_window is 4, use_sliding_window False"),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok is 9, and there are 8 experts"),
         ({"model_type": "qwen3_moe", "num_experts": 4}, "num_experts_per_tok is 8, and there are 4 experts"),
     ],
