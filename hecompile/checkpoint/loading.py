@@ -52,7 +52,8 @@ def load_model(
     try:
         with without_launcher():
             model: Any = kind.from_pretrained(
-                None, config=config, state_dict=weights, dtype=torch.float32, attn_implementation=attention
+                None, config=config, state_dict=weights, dtype=torch.float32, attn_implementation=attention,
+                experts_implementation="eager",  # the default takes no widths but multiples of four
             )
     except Exception as error:  # whatever transformers finds in weights that have the right names and shapes
         raise InputError(f"cannot load the weights of {directory}: {' '.join(str(error).split())}") from error

@@ -11,13 +11,15 @@ from torch import Tensor
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.bundles.worker import WorkerBundle
+from hecompile.checkpoint.loading import load_model
 from hecompile.compiler import linear
 from hecompile.compiler.options import CompileOptions
 from hecompile.errors import InputError
 from hecompile.passes.offload.attach_lora import AttachLora
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import CleartextProducts
-from tests.support.families import checkpoint
+from tests.support.families import Variant, checkpoint
+from tests.support.training import make_tokenizer
 
 TOKENS, EXPERTS, CHOSEN = 14, 4, 2
 
@@ -69,3 +71,14 @@ def test_what_the_worker_is_asked_for(family_root: Path, monkeypatch: pytest.Mon
 def test_another_word_for_experts_is_refused() -> None:
     with pytest.raises(InputError, match="experts must be one of routed, all, got 'some'"):
         CompileOptions(experts="some")  # type: ignore[arg-type]
+
+
+def test_experts_of_any_width_are_loaded_so_that_they_run(tmp_path: Path) -> None:
+    """transformers' own choice of a product takes rows of whole 16 bytes alone, and a model writes its calibration text."""
+    made = Variant("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 29}).make()
+    made.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    made.set_experts_implementation("eager")
+    tokens = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path)[0](input_ids=tokens).logits, made(input_ids=tokens).logits)
