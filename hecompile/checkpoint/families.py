@@ -116,7 +116,7 @@ _FAMILIES = (
         {**_GROUPED, "original_max_position_embeddings": Whole(2**31, False), "sliding_window": _WINDOW},
         rope=("default", "longrope"), partial=1.0, rope_aliases={"su": "longrope", "yarn": "longrope"},
         fixed={"resid_pdrop": 0.0, "embd_pdrop": 0.0},
-        own_code=("configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM"),
+        own_code=("configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM", "Xenova/gpt-4o"),  # a tokenizer
     ),
     Family("olmo2", "OLMo 2", "Olmo2ForCausalLM", "Olmo2Config", _SEPARATE, {**_GROUPED, "attention_bias": Flag()}),
     Family("granite", "Granite 3", "GraniteForCausalLM", "GraniteConfig", _SEPARATE,

@@ -68,7 +68,7 @@ OLDER: dict[str, tuple[dict[str, Any], Callable[[Any], Any], Any]] = {
         {"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
          "original_max_position_embeddings": 16, "max_position_embeddings": 64,
          "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM":
-                      "modeling_phi3.Phi3ForCausalLM"}},
+                      "modeling_phi3.Phi3ForCausalLM", "AutoTokenizer": "Xenova/gpt-4o"}},
         lambda read: (read.rope_parameters["rope_type"], longest_exact(read)[0]), ("longrope", 16),
     ),
     "qwen3_moe": ({"model_type": "qwen3_moe", "num_experts": 64}, lambda read: read.num_experts, 64),
