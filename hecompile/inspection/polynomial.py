@@ -27,8 +27,8 @@ _RING = f"ring dimension at {MINIMUM_BITS:.0f} bits ({COST_MODEL})"
 def polynomial_file(path: Path) -> ir.Model:
     """Read a saved graph.
 
-    Raises InputError when the file is no ONNX model, LegalityError when it is not at stage `polynomial`, with refreshes or
-    without.
+    Raises InputError when the file is no ONNX model or an empty one, LegalityError when it is not at stage `polynomial`,
+    with refreshes or without.
     """
     try:
         model = ir.load(path)
@@ -36,6 +36,8 @@ def polynomial_file(path: Path) -> ir.Model:
         raise InputError(
             f"{path} cannot be read as an ONNX model; give a build directory or a polynomial graph"
         ) from error
+    if not len(model.graph):  # protobuf takes an empty file, too
+        raise InputError(f"{path} holds no graph; give a build directory or a polynomial graph")
     check_stage(model, REFRESHED)
     return model
 

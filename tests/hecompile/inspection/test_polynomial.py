@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from rich.console import Console, RenderableType
 
+from hecompile.errors import InputError
 from hecompile.graph.ir import DOMAIN, attributes_of, module_path
-from hecompile.inspection.polynomial import approximation_table, modules_of
+from hecompile.inspection.polynomial import approximation_table, modules_of, polynomial_file
 from hecompile.inspection.rows import named_rows
 from tests.hecompile.compiler.test_polynomial_plan import POWER, approximated
 from tests.support.tiny import exported
@@ -56,3 +60,9 @@ def test_names_are_whole_at_any_width() -> None:
         "   backward      200",
         "",
     ]
+
+
+def test_an_empty_file_is_no_graph(tmp_path: Path) -> None:
+    (tmp_path / "empty.onnx").touch()
+    with pytest.raises(InputError, match=r"empty\.onnx holds no graph"):
+        polynomial_file(tmp_path / "empty.onnx")
