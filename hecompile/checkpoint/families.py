@@ -12,7 +12,7 @@ from typing import Any
 
 from hecompile.checkpoint.values import Choice, Flag, Number, Rule, Whole
 
-_ACTIVATION = Choice(("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"))
+_ACTIVATION = Choice(("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu"))
 ROPE = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 """Every type of rotary embedding that is computed."""
 _SIZES: dict[str, Rule] = {

@@ -132,7 +132,7 @@ FURTHER: dict[str, Variant] = {
         "gpt2", {**_GPT2, "n_inner": None, "activation_function": "relu"}, without=BASIC["gpt2"].without
     ),
     "gpt_neox sequential": Variant(
-        "gpt_neox", {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"},
+        "gpt_neox", {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_act": "gelu_fast"},
         without=("num_key_value_heads",),
     ),
 }  # fmt: skip
