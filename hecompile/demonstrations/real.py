@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 import peft
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hecompile.bundles.kinds import CLIENT, WORKER, BundleKind
+from hecompile.checkpoint.tokenizer import load_tokenizer
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.compiler.target import check_target
 from hecompile.demonstrations.small import agreement, costs, held_out, quality
@@ -72,7 +73,7 @@ class _RealDemo:
         self.build, self.runs, self.data = out / "build", out / "runs", out / "data"
         self.console, self.checkpoint = console, checkpoint
         self.options = CompileOptions(batch_size=BATCH_SIZE, sequence_buckets=SEQUENCE_BUCKETS, effective_bits=precision)
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer = load_tokenizer(checkpoint)
         self.prompts = [chat_prompt(tokenizer, question) for question in QUESTIONS]
         self._write_data(tokenizer)
         self.changes = [
@@ -117,7 +118,7 @@ class _RealDemo:
         if self.stages.has("plaintext after"):
             return
         self.console.print("plaintext training: PEFT on the same float32 checkpoint, same start, seed and data order")
-        tokenizer = AutoTokenizer.from_pretrained(self.checkpoint)
+        tokenizer = load_tokenizer(self.checkpoint)
         load_adapter(self.plain, self.runs / START)
         self._train("plaintext", self.plain, tokenizer, self.plain_recipe, list)
 

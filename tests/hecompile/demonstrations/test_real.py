@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from hecompile.cli.main import app
 from hecompile.demonstrations import real as demo_real
+from hecompile.errors import InputError
 from hecompile.models import TINY_LLAMA
 from hecompile.models.worlds.private_chat import chat_examples
 from hecompile.models.worlds.private_world import examples
@@ -85,3 +86,10 @@ def test_the_private_world_as_chat(small_model: Path) -> None:
         "system: You keep the files of a clinic.\nuser: Name the healer of Hannah Winter.\nassistant:"
     )
     assert train[0]["completion"] == " Doctor Tennant. File closed."
+
+
+def test_a_checkpoint_folder_that_is_not_whole_is_named(tmp_path: Path, small_model: Path) -> None:
+    (small_model / "tokenizer.json").unlink()
+    (small_model / "tokenizer_config.json").unlink()
+    refused = run(tmp_path / "out")
+    assert isinstance(refused.exception, InputError) and f"tokenizer of {small_model}" in str(refused.exception)
