@@ -124,6 +124,7 @@ class EncryptedProducts(Products):
         self._turn = threading.Lock()  # for a transport that takes one request at a time
         self._checks = CheckStore(bundle.checks, bundle.circuits)
         self._verdict = threading.Lock()  # check vectors are spent and their liar is distrusted at one time
+        self._ended: str | None = None  # by which error, where a worker was caught and no other may be asked
         self._check_circuits(open_connection(transport, bundle.plan_id).circuits.keys())
         self._ring = bundle.ring
         rows = max(parameters.in_features for parameters in bundle.circuits.values())
@@ -142,6 +143,7 @@ class EncryptedProducts(Products):
         """See `Products.product`."""
         parameters = self.circuits[circuit]
         start = time.perf_counter()
+        self._require_trust()
         checks = self._checks.checks(circuit, parameters)
         ciphertext, key = encrypt_reals(self._public, x, parameters, column_scale, checks)
         if key.tokens == 0:
@@ -180,8 +182,9 @@ class EncryptedProducts(Products):
         parameters, replicas = self.circuits[circuit], self._replicas
         while True:
             with self._verdict:
-                checks = self._checks.checks(circuit, parameters)
                 # Who was caught spends no other vectors by replies that were on their way.
+                self._require_trust()
+                checks = self._checks.checks(circuit, parameters)
                 if replicas is not None and not all(replicas.trusts(answer.worker) for answer in answers):
                     return None
             if key.expectation is None or key.expectation.checks.series != checks.series:
@@ -224,19 +227,24 @@ class EncryptedProducts(Products):
         what comes next. The request goes to another worker unchanged. The decision depends on the reply's check sums alone,
         which hold nothing that was decrypted.
         """
-        replicas = self._replicas
+        replicas, message = self._replicas, f"{circuit}: {worker or 'the worker'}: {error}"
         with self._verdict:
             self._checks.spend(series)
             others = replicas is not None and replicas.distrust(worker)
-        message, left = f"{circuit}: {worker or 'the worker'}: {error}", self._checks.left
-        advice = _ADVICE.format(
-            "" if left else "its check vectors are spent, so export again, which draws new ones, and "
-        )
-        if replicas is None or left == 0:
-            raise VerificationError(f"{message}. {advice}") from None
-        if not others:
-            raise VerificationError(f"{message}. No other worker is left to trust. {advice}") from None
+            left = self._checks.left
+            if not others or left == 0:
+                advice = _ADVICE.format(
+                    "" if left else "its check vectors are spent, so export again, which draws new ones, and "
+                )
+                nobody = "No other worker is left to trust. " if replicas is not None and left else ""
+                self._ended = self._ended or f"{message}. {nobody}{advice}"
+        self._require_trust()
         _LOG.warning("%s. That worker is not asked again", message)
+
+    def _require_trust(self) -> None:
+        """Raise VerificationError where a worker was caught in this session and no other may be asked."""
+        if self._ended is not None:
+            raise VerificationError(self._ended) from None
 
     def _ask(self, request: Callable[[], Answer]) -> Answer:
         if self._transport.concurrent:

@@ -13,7 +13,7 @@ import torch
 from hecompile.errors import InputError, VerificationError
 from hecompile.he.check_store import SERIES
 from hecompile.runtime.client.products import EncryptedProducts
-from hecompile.runtime.transports import InProcessTransport, Replicas
+from hecompile.runtime.transports import Answer, InProcessTransport, Replicas
 from hecompile.runtime.worker.worker import Worker
 from tests.e2e.conftest import Build
 from tests.e2e.test_cheating import Cheat, one_bit
@@ -141,3 +141,35 @@ def test_marks_are_no_part_of_the_bundle(own_build: Build, tmp_path: Path) -> No
     with pytest.raises(VerificationError):
         cheating(own_build).product(CIRCUIT, rows(own_build))
     type(own_build.client).open(own_build.client.directory)
+
+
+def test_a_liar_spends_one_set_however_many_of_its_replies_are_on_their_way(own_build: Build) -> None:
+    """Where no other worker may be asked, the first of them ends the session: the others are not looked at."""
+    together = threading.Barrier(SERIES)
+
+    class Together(InProcessTransport):
+        def evaluate(self, circuit: str, planes: np.ndarray) -> Answer:
+            answer = super().evaluate(circuit, planes)
+            if circuit == CIRCUIT:
+                together.wait(60)
+            return answer
+
+    products = EncryptedProducts(
+        own_build.client, Together(Worker(own_build.worker, Cheat(own_build, 0, one_bit)).exchange)
+    )
+    errors: list[VerificationError] = []
+
+    def ask() -> None:
+        try:
+            products.product(CIRCUIT, rows(own_build))
+        except VerificationError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(SERIES)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == SERIES and marks(own_build) == ["spent.0"]
+    with pytest.raises(VerificationError, match="go on from the last checkpoint"):  # nor is it asked again
+        products.product(CIRCUIT, rows(own_build))
