@@ -30,12 +30,14 @@ cannot both pass. So at most two of the four values pass.
   nor even factors one.)
 * *Tokens are wrong, visibly to their checks, and their sum is not*: they pass with probability Π_{j<k} (V/2)/(V - j) at most
   if they meet k distinct variants (MOST_LIKELY). For, given j of its factors, an output's next one has neither parity with a
-  higher probability than that. For k from 1 to 8 this is 0.5, 0.26, 0.14, 0.08, 0.05, 0.03, 0.02 and 0.013. A lie told again
-  in further requests meets further variants; it passes all V with probability MISSED.
+  higher probability than that. For k from 1 to 8 this is 0.5, 0.26, 0.14, 0.08, 0.05, 0.03, 0.02 and 0.013. Two tokens share
+  a variant with probability 1/8, so that m of them meet fewer than m: 2, 4, 6, 8 and many pass with probability 0.29, 0.13,
+  0.07, 0.05 and 0.013. A lie told again in further requests meets further variants; it passes all V with probability MISSED.
 * *The reply is to something else* (an old one, another layer's, another client's): D is uniform over the multiples of the
   finer step. Then a check passes with probability about 2·tolerance/q: half a percent at 2048 outputs and 2 bytes of reply,
-  11 % for the coarsest replies that are admitted. All V of a total practically never do. Tokens exchanged within a window
-  leave its sum as it is, and then two checks of a token have to pass.
+  11 % for the coarsest replies that are admitted. All V of a total practically never do. Two tokens exchanged
+  within a window leave its sum as it is, and then two checks of a token have to pass. Where both have the same variant, with
+  probability 1/8, the two D are opposite, so that both pass or neither: p/8 + p² at most, where p is that of one check.
 
 **For how long.** Vectors serve until the first lie that they catch (`check_store`). As long as none was caught, the worker
 sees what it would see for any other r. So its first lie of the first two kinds does not depend on r either, whatever was

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
 from hecompile.he.check_vectors import MISSED, MOST_LIKELY, Checks, tolerance
 from hecompile.he.random.sampling import SecretRandom
+from hecompile.he.verification import Expectation
 from tests.hecompile.he.test_verification import OUTPUTS, Product, reply_of, words_of
 
 HALF = -(2**31)
@@ -83,7 +85,7 @@ def test_what_cancels_in_a_token_is_caught_by_the_sum() -> None:
 
 
 @pytest.mark.parametrize("outputs", [[3], [3, 9]])
-@pytest.mark.parametrize(("lying", "most"), [(2, 0.29), (8, 0.054), (64, 0.013)])
+@pytest.mark.parametrize(("lying", "most"), [(2, 0.29), (8, 0.047), (64, 0.013)])
 def test_what_cancels_in_the_sum_is_caught_by_the_tokens(outputs: list[int], lying: int, most: float) -> None:
     """Each token passes by its own variant with probability 1/2: the worst case for an even number of them."""
     rounds = 200
@@ -106,7 +108,30 @@ def test_no_output_is_blind_for_the_life_of_the_vectors() -> None:
 
 
 def test_a_token_exchanged_for_another_is_caught() -> None:
-    assert caught(exchanged, 64) >= 59  # the sum of the window is right; both tokens pass with a probability below 2^-13
+    assert caught(exchanged, 64) >= 59  # the sum of the window is right; both tokens pass with a probability below 2^-12
+
+
+def test_tokens_that_are_exchanged_and_have_one_variant_pass_together_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of replies this coarse each check passes with probability 8 %, and so do two of two tokens, not with its square."""
+    draw = Expectation.draw
+
+    def one_variant(*request: Any) -> Expectation:
+        expectation = draw(*request)
+        expectation.variants[:] = expectation.drawn[0]
+        return expectation
+
+    monkeypatch.setattr(Expectation, "draw", one_variant)
+    options = {"limbs": 3, "reply_bytes": 1, "outputs": 8}
+    single = 2 * tolerance(Product(**options).linear) / 2**32
+    assert 0.07 < single < 0.09
+
+    def neighbours(words: np.ndarray, _: int) -> None:
+        words[[0, 1]] = words[[1, 0]]
+
+    passed = 250 - caught(neighbours, 12, 250, **options)
+    assert passed > 0.4 * 250 * single > 4 * 250 * single**2  # 20 are expected, where independent checks would pass 1.6
 
 
 @pytest.mark.parametrize("tokens", [1, 64])
