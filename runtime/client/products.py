@@ -3,7 +3,8 @@
     real rows [T, in] → encode per token, encrypt → worker → verify, decrypt, decode → [T, out]
 
 Every row travels, whatever its values: the number of rows follows from attention masks and labels alone, which
-`EncryptedCausalLM` packs by. A row that is zero by value is sent as an encryption of zeros, and comes back as exact zeros.
+`EncryptedCausalLM` packs by, and for routed experts from what the router chose (`passes/offload/route_experts.py`). A row
+that is zero by value is sent as an encryption of zeros, and comes back as exact zeros.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT, WORKER
@@ -66,6 +67,22 @@ def test_what_the_worker_is_asked_for(family_root: Path, monkeypatch: pytest.Mon
     assert set(first.values()) == {run} and len(first) == 2 and stacked.partition(".mlp.")[2] in next(iter(first))
     down = [padded[f"experts.{expert}.down_proj.{way}"] for expert in range(EXPERTS) for way in ("forward", "backward")]
     assert down == [run] * 2 * EXPERTS
+
+
+def test_the_experts_of_a_single_token_tell_which_it_is() -> None:
+    """Why THREAT_MODEL.md says that routed answers are given away: who has the weights compares all tokens' experts."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=6,
+        num_attention_heads=2, num_key_value_heads=1, num_experts=16, num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config).eval()
+    context = torch.randint(0, 300, (12,))
+    with torch.no_grad():
+        candidates = torch.cat([context.expand(300, 12), torch.arange(300)[:, None]], dim=1)
+        scores = model(candidates, output_router_logits=True).router_logits
+    chosen = torch.cat([layer.view(300, 13, 16)[:, -1].topk(2).indices.sort().values for layer in scores], dim=1)
+    assert len(chosen.unique(dim=0)) > 280  # of 300
 
 
 def test_another_word_for_experts_is_refused() -> None:
