@@ -91,7 +91,9 @@ def _row(name: str, model: _Model) -> list[str]:
     tokens = torch.randint(3, _VOCABULARY, (4, _LENGTH), generator=torch.Generator().manual_seed(1))
     difference = _difference(made, approximate(graph.clone()), tokens)
     del made
-    options = CompileOptions(lora=AttachLora(target_modules=family.linears), sequence_buckets=(_LENGTH, 128))
+    options = CompileOptions(
+        lora=AttachLora(target_modules=family.linears), sequence_buckets=(_LENGTH, 128), experts="routed"
+    )
     samples = tuple(map(tuple, tokens.tolist()))
     try:
         plan, _ = lower_linear(graph.clone(), options, samples)

@@ -76,7 +76,9 @@ def _export(
     console = wide_console()
     console.print(predicted_sizes(model, options))
     if family.experts is not None and options.experts == "routed":
-        console.print("The worker will learn how many tokens go to which expert; --experts all hides it.", soft_wrap=True)
+        console.print(
+            "--experts routed: the worker will learn which experts are asked, from which it can read answers.", soft_wrap=True
+        )
     plan_id = _compile(model, out, options, console)
     console.print(_chosen(out), soft_wrap=True)
     console.print(f"plan {plan_id}\nclient bundle: {out / 'client'}\nworker bundle: {out / 'worker'}", soft_wrap=True)

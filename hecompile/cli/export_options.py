@@ -109,11 +109,11 @@ class EncryptionOptions:
     experts: Annotated[
         str,
         typer.Option(
-            help="Whom a mixture of experts asks. 'routed': an expert is asked for the tokens that the router chose for it; "
-            "the worker learns how many. 'all': every expert for every token, which hides that, at the price of as many "
-            "times the bytes as there are experts for each one chosen (docs/models.md)."
+            help="Whom a mixture of experts asks. 'all': every expert for every token, which tells nothing. 'routed': an "
+            "expert for the tokens that the router chose for it, which takes fewer bytes by as many times as there are experts for "
+            "each one chosen, and gives answers away to the worker (docs/models.md)."
         ),
-    ] = "routed"
+    ] = "all"
     hints: Annotated[
         bool,
         typer.Option(

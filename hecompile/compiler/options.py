@@ -45,9 +45,9 @@ class CompileOptions:
     policy: Policy = "offload"
     costs: CostModel = field(default_factory=CostModel)
     remote_head: bool = False
-    experts: Experts = "routed"
-    """Whom a mixture asks: "routed" an expert for the tokens that its router chose, and the worker learns how many they are;
-    "all" every expert for every token."""
+    experts: Experts = "all"
+    """Whom a mixture asks: "all" every expert for every token; "routed" an expert for the tokens that its router chose, from
+    which the worker can read answers."""
     stored_hints: bool = True
     """False: the client stores no hints; the worker computes them with every product (`hecompile.bundles.public_rows`)."""
     attention: str | ApproximateSoftmax | None = None

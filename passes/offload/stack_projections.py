@@ -4,7 +4,9 @@
       →  y = QuantizedLinear(x, [Qq; Qk; Qv], [sq; sk; sv]);  q, k, v = Split(y)
 
 Forward one upload serves all; backward the three gradients are concatenated (the gradient of Split) and one product returns
-their sum. Exact. The stacked linear is named by its parts: `model.layers.0.self_attn.q_proj-k_proj-v_proj`.
+their sum. Exact. The stacked linear is named by its parts: `model.layers.0.self_attn.q_proj-k_proj-v_proj`, and
+`model.layers.0.mlp.experts.0-7.gate_up_proj` where they differ in a number alone. A product has 32768 inputs at most,
+also backward: siblings with more outputs than that are stacked in several parts, each with an upload of its own.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from hecompile.graph.ir import (
     remove_unused,
 )
 
+_MOST_OUTPUTS = 2**15
+"""Inputs of the backward product: as many as hints and check vectors are exact for."""
+
 
 @dataclass(frozen=True)
 class StackProjections(ir.passes.InPlacePass):
@@ -37,28 +42,65 @@ class StackProjections(ir.passes.InPlacePass):
         for node in nodes_of_type(model, "QuantizedLinear"):
             if node.metadata_props.get(PLACEMENT) == "worker" and node.inputs[0] is not None:
                 siblings.setdefault(node.inputs[0], []).append(node)
-        groups = [group for group in siblings.values() if len(group) > 1]
+        groups = [part for group in siblings.values() for part in _parts(group) if len(part) > 1]
         for group in groups:
             _stack(model.graph, group)
         remove_unused(model)
         return ir.passes.PassResult(model, bool(groups))
 
     def ensures(self, model: ir.Model) -> None:
-        seen: set[ir.Value | None] = set()
+        before: dict[ir.Value | None, int] = {}
         for node in nodes_of_type(model, "QuantizedLinear"):
             if node.metadata_props.get(PLACEMENT) == "worker":
-                if node.inputs[0] in seen:
+                last, outputs = before.get(node.inputs[0]), _outputs(node)
+                if last is not None and last + outputs <= _MOST_OUTPUTS:
                     raise ir.passes.PostconditionError(f"{module_path(node)} would upload its input a second time")
-                seen.add(node.inputs[0])
+                before[node.inputs[0]] = outputs
+
+
+def _outputs(node: ir.Node) -> int:
+    weight = node.inputs[1]
+    assert weight is not None and weight.shape is not None
+    return int(weight.shape.numpy()[0])
+
+
+def _parts(group: list[ir.Node]) -> list[list[ir.Node]]:
+    """Cut siblings into runs whose outputs one product can take."""
+    parts: list[list[ir.Node]] = []
+    total = 0
+    for node in group:
+        total += _outputs(node)
+        if not parts or total > _MOST_OUTPUTS:
+            parts.append([])
+            total = _outputs(node)
+        parts[-1].append(node)
+    return parts
 
 
 def stacked_name(paths: list[str]) -> str:
-    """Join names: `a.b.q_proj`, `a.b.k_proj` → `a.b.q_proj-k_proj`; parts of different parents keep their whole paths."""
+    """Join names: `a.b.q_proj`, `a.b.k_proj` → `a.b.q_proj-k_proj`; `a.0.b`, `a.1.b` → `a.0-1.b`.
+
+    Other parts of different parents keep their whole paths.
+    """
+    if (numbered := _numbered(paths)) is not None:
+        return numbered
     parents = {path.rpartition(".")[0] for path in paths}
     if len(parents) == 1:
         parent, names = parents.pop(), "-".join(path.rpartition(".")[2] for path in paths)
         return f"{parent}.{names}" if parent else names
     return "-".join(paths)
+
+
+def _numbered(paths: list[str]) -> str | None:
+    """Return the name of parts that differ in one number alone, which counts up; None for others."""
+    words = [path.split(".") for path in paths]
+    if len({len(each) for each in words}) > 1:
+        return None
+    different = [place for place, column in enumerate(zip(*words, strict=True)) if len(set(column)) > 1]
+    numbers = [each[different[0]] for each in words] if len(different) == 1 else []
+    if not numbers or not numbers[0].isdigit() or numbers != [str(int(numbers[0]) + at) for at in range(len(numbers))]:
+        return None
+    return ".".join([*words[0][: different[0]], f"{numbers[0]}-{numbers[-1]}", *words[0][different[0] + 1 :]])
 
 
 def _stack(graph: ir.Graph, group: list[ir.Node]) -> None:

@@ -8,7 +8,8 @@ import torch
 
 from hecompile.errors import HecompileError
 from hecompile.graph.interpreter import Interpreter
-from hecompile.graph.ir import PLACEMENT, print_model
+from hecompile.graph.ir import PLACEMENT, nodes_of_type, print_model
+from hecompile.passes.offload import stack_projections
 from hecompile.passes.offload.stack_projections import StackProjections, stacked_name
 from tests.conftest import Golden
 from tests.support.graphs import integers, parse, prepared, run_pass
@@ -87,4 +88,18 @@ def test_refused_name_that_two_groups_share() -> None:
 def test_boundary_names_of_other_parents_keep_their_paths() -> None:
     assert stacked_name(["a.b.q_proj", "a.b.k_proj"]) == "a.b.q_proj-k_proj"
     assert stacked_name(["a.b.q_proj", "a.c.k_proj"]) == "a.b.q_proj-a.c.k_proj"
+    assert stacked_name([f"a.e.{number}.up" for number in range(9, 12)]) == "a.e.9-11.up"
+    assert stacked_name(["a.e.1.up", "a.e.3.up"]) == "a.e.1.up-a.e.3.up"
+    assert stacked_name(["a.e.1.up", "a.e.2.down"]) == "a.e.1.up-a.e.2.down"
     assert stacked_name(["lm_head", "other"]) == "lm_head-other"
+
+
+def test_no_product_has_more_inputs_than_can_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stacks what fits together, in order: two of the three projections here."""
+    outputs = [int(node.inputs[1].shape.numpy()[0]) for node in nodes_of_type(attention(), "QuantizedLinear")][:3]
+    monkeypatch.setattr(stack_projections, "_MOST_OUTPUTS", outputs[0] + outputs[1])
+    model = run_pass(attention(), "stack_projections").model
+    rows = [int(node.inputs[1].shape.numpy()[0]) for node in nodes_of_type(model, "QuantizedLinear")]
+    assert rows[:2] == [outputs[0] + outputs[1], outputs[2]]
+    monkeypatch.setattr(stack_projections, "_MOST_OUTPUTS", 1)
+    assert not run_pass(attention(), "stack_projections").modified
