@@ -77,7 +77,8 @@ def _export(
     console.print(predicted_sizes(model, options))
     if family.experts is not None and options.experts == "routed":
         console.print(
-            "--experts routed: the worker will learn which experts are asked, from which it can read answers.", soft_wrap=True
+            "--experts routed: the worker will learn which experts are asked, from which it can read answers.",
+            soft_wrap=True,
         )
     plan_id = _compile(model, out, options, console)
     console.print(_chosen(out), soft_wrap=True)

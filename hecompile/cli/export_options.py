@@ -110,8 +110,8 @@ class EncryptionOptions:
         str,
         typer.Option(
             help="Whom a mixture of experts asks. 'all': every expert for every token, which tells nothing. 'routed': an "
-            "expert for the tokens that the router chose for it, which takes fewer bytes by as many times as there are experts for "
-            "each one chosen, and gives answers away to the worker (docs/models.md)."
+            "expert for the tokens that the router chose for it, which takes fewer bytes by as many times as there are "
+            "experts for each one chosen, and gives answers away to the worker (docs/models.md)."
         ),
     ] = "all"
     hints: Annotated[
