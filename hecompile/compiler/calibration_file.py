@@ -17,6 +17,8 @@ from hecompile.passes.approximation.calibrate import Samples
 
 SEQUENCES = 8
 """Sequences that are taken of a file at most."""
+_LONGEST_TOKEN = 64
+"""Characters of a token, generously: so many for each token that is wanted are enough."""
 
 
 def read_samples(path: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> Samples:
@@ -31,7 +33,8 @@ def read_samples(path: Path, tokenizer: PreTrainedTokenizerBase, length: int) ->
     stream: list[int] = []
     width = length - len(start)
     for text in _texts(path):
-        stream += [*tokenizer(text, add_special_tokens=False)["input_ids"], *end]
+        begun = text[: SEQUENCES * width * _LONGEST_TOKEN]  # a line of megabytes would be tokenised for nothing
+        stream += [*tokenizer(begun, add_special_tokens=False)["input_ids"], *end]
         if len(stream) >= SEQUENCES * width:
             break
     count = min(SEQUENCES, len(stream) // width)

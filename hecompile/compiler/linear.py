@@ -82,17 +82,15 @@ def _compile(model_name_or_path: str, out: Path, options: CompileOptions, progre
     polynomials = options.polynomials(checkpoint.model.config)
     if not options.unconverted:
         require_trained(name, PolynomialOptions.from_config(checkpoint.model.config), polynomials)
+    length = options.sequence_buckets[-1] if polynomials else min(SHORT_LENGTH, longest)
+    given = None if options.calibration is None else read_samples(options.calibration, tokenizer, length)
     request = f"{CLIENT_VERSION} {WORKER_VERSION} {name} {options!r} {polynomials!r}"
     with staging(out, request, options.public_seed or PublicSeed.draw()) as stage:
         seed = stage.public_seed
         progress("export", 0, 1)
         model = export_onnx(checkpoint.model)
         progress("sample", 0, 1)
-        length = options.sequence_buckets[-1] if polynomials else min(SHORT_LENGTH, longest)
-        if options.calibration is None:
-            samples = write_samples(checkpoint, model, polynomials, seed, length)
-        else:
-            samples = read_samples(options.calibration, tokenizer, length)
+        samples = given or write_samples(checkpoint, model, polynomials, seed, length)
         # The graph holds the weights from here on, and lets go of each as it is quantised.
         del checkpoint
         gc.collect()  # the exporter's program is part of reference cycles

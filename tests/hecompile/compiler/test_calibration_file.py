@@ -34,6 +34,19 @@ def test_lines_and_objects_of_the_same_texts_give_the_same_sequences(tmp_path: P
     assert list(samples[0][1 : len(text) + 2]) == [*text, tokenizer.eos_token_id]
 
 
+def test_no_more_of_a_line_is_tokenised_than_is_wanted(tmp_path: Path) -> None:
+    class Measuring:
+        eos_token_id, bos_token_id, longest = 2, 1, 0
+
+        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+            self.longest = max(self.longest, len(text))
+            return {"input_ids": [5] * (len(text) // 4)}
+
+    tokenizer = Measuring()
+    samples = read_samples(written(tmp_path / "a.txt", "word" * 500_000), tokenizer, 16)  # type: ignore[arg-type]
+    assert len(samples) == 8 and 0 < tokenizer.longest < 20_000
+
+
 def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
     r"""JSON may hold U+2028 and U+0085 as they are; CR LF ends a line too."""
     tokenizer, text = make_tokenizer(), "a\u2028b\x85c " * 9
