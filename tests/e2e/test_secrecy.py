@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hecompile.bundles.client import ClientBundle
+from hecompile.graph.rotation import rotate
 from hecompile.models import TINY_LLAMA
+from hecompile.passes.offload.rotate import _balance
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import EncryptedProducts
 from hecompile.runtime.transports import SocketTransport
@@ -175,8 +177,10 @@ def test_the_worker_bundle_is_public_weights_and_nothing_else(build: Build) -> N
         rows = weight if direction == "backward" else weight.T  # [out, in]
         prefix, _, parts = linear.rpartition(".")
         stacked = torch.cat([frozen[f"{prefix}.{part}.weight"] for part in parts.split("-")]).detach()
-        scale = stacked.abs().amax(dim=1, keepdim=True) / 511
-        assert np.array_equal(rows, torch.round(stacked / scale).to(torch.int16).numpy()), name
+        public = rotate(stacked / _balance([stacked]))  # as passes/offload/rotate.py makes it of the weights alone
+        steps = public / (public.abs().amax(dim=1, keepdim=True) / 511)
+        rounding = torch.from_numpy(rows.astype(np.float32)) - steps
+        assert rounding.square().mean().sqrt() < 0.7 and rounding.abs().max() < 6, name  # nearest: 0.29 and 0.5
 
 
 def test_no_log_or_error_shows_text_tokens_or_values(
