@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.training import real_model
 from benchmarks.training.real_model import FOLDER, Gradients, RealModel
 from benchmarks.training.rounded_plan import MeasuredPlan, RoundedModel, calibrated, split_plan
 from hecompile.compiler.pipeline import lower_linear
@@ -15,11 +16,17 @@ from hecompile.errors import InputError
 from tests.support.tiny import OPTIONS, exported, samples, tiny_llama
 
 
-def test_without_a_checkpoint_it_says_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(FOLDER, raising=False)
+def test_a_folder_without_a_checkpoint_is_named_and_none_means_that_it_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
     for folder in (None, tmp_path):
         with pytest.raises(InputError, match=f"{FOLDER}=.*set it to the folder of a Llama checkpoint"):
             RealModel(folder)
+    monkeypatch.delenv(FOLDER)
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(real_model, "real_checkpoint", lambda folder: tmp_path)
+    assert RealModel().folder == tmp_path
 
 
 def test_gradients_are_compared_by_direction_and_length() -> None:

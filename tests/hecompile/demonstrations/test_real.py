@@ -57,7 +57,8 @@ def test_it_goes_on_where_it_stopped_and_shows_answers_in_words(
     assert (out / "runs/encrypted/metrics.jsonl").read_bytes() == metrics
     assert "Who treats Hannah Winter?" in ended.output and "over 2 steps" in ended.output
     again = run(out)
-    assert again.exception is None and again.output.splitlines()[-20:] == ended.output.splitlines()[-20:]
+    shown = [output[output.index("in words, answered") :] for output in (again.output, ended.output)]
+    assert again.exception is None and shown[0] == shown[1]
 
 
 def test_other_settings_begin_anew(tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
