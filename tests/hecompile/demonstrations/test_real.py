@@ -56,9 +56,9 @@ def test_it_goes_on_where_it_stopped_and_shows_answers_in_words(
     assert ended.exception is None, ended.output
     assert (out / "runs/encrypted/metrics.jsonl").read_bytes() == metrics
     assert "Who treats Hannah Winter?" in ended.output and "over 2 steps" in ended.output
+    monkeypatch.setattr(demo_real, "run_training", lambda *_: pytest.fail("trained again"))
     again = run(out)
-    shown = [output[output.index("in words, answered") :] for output in (again.output, ended.output)]
-    assert again.exception is None and shown[0] == shown[1]
+    assert again.exception is None and "Who treats Hannah Winter?" in again.output, again.output
 
 
 def test_other_settings_begin_anew(tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
