@@ -89,7 +89,7 @@ def fit(points: list[tuple[RingParameters, int, float, float]]) -> tuple[CostMod
 
 def _point(ring: RingParameters, tokens: int, repeats: int) -> tuple[float, float]:
     """Measure the seconds to encrypt and to decrypt [tokens, FEATURES]."""
-    linear = LinearParameters(FEATURES, FEATURES, max_l1=2**15, max_l2=2.0**10, upload_limbs=3, reply_bytes=2)
+    linear = LinearParameters(FEATURES, FEATURES, max_l1=2**15, max_l2=2.0**10, upload_bits=24, reply_bits=16)
     public = PublicMatrix(ring, PublicSeed.from_hex("33" * 32), FEATURES)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, FEATURES, generator=generator)

@@ -51,7 +51,7 @@ def random_linear(in_features: int, out_features: int, seed: int = 0) -> Linear:
     generator = torch.Generator().manual_seed(seed)
     weight, _ = quantize_weight(torch.randn(out_features, in_features, generator=generator).numpy(), WEIGHT_BITS)
     matrix = torch.from_numpy(weight)
-    return Linear(matrix, LinearParameters.from_weight(matrix, UPLOAD_LIMBS, REPLY_BYTES))
+    return Linear(matrix, LinearParameters.from_weight(matrix, 8 * UPLOAD_LIMBS, 8 * REPLY_BYTES))
 
 
 def parameters_of_shape(in_features: int, out_features: int) -> LinearParameters:
@@ -59,7 +59,7 @@ def parameters_of_shape(in_features: int, out_features: int) -> LinearParameters
     sample = random_linear(in_features, min(out_features, _SAMPLED_ROWS)).parameters
     slack = 1.05  # the largest norm of all rows is a little above that of the sample
     return LinearParameters(
-        in_features, out_features, int(slack * sample.max_l1), slack * sample.max_l2, UPLOAD_LIMBS, REPLY_BYTES
+        in_features, out_features, int(slack * sample.max_l1), slack * sample.max_l2, sample.upload_bits, sample.reply_bits
     )
 
 

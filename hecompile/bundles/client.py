@@ -112,8 +112,8 @@ class CircuitRecord(_Record):
             out_features=self.out_features,
             max_l1=self.max_l1,
             max_l2=self.max_l2,
-            upload_limbs=self.upload_limbs,
-            reply_bytes=self.reply_bytes,
+            upload_bits=8 * self.upload_limbs,
+            reply_bits=8 * self.reply_bytes,
         )
 
 

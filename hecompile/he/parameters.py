@@ -17,6 +17,7 @@ from hecompile.he.random.sampling import ERROR_BOUND, SIGMA
 from hecompile.he.ring import SINGLE, rounding_error_bound
 from hecompile.he.security import MINIMUM_BITS, security_bits, show_bits
 from hecompile.he.weight_norms import WeightNorms, measure_norms
+from hecompile.integers import bytes_of
 
 LOG_Q = 32
 SINGLE_ERROR_BOUND = 55_000_000
@@ -158,11 +159,11 @@ CATALOGUE: dict[str, RingParameters] = {
 
 @dataclass(frozen=True)
 class LinearParameters:
-    """Describe one circuit: a public int8 or int16 matrix W `[out_features, in_features]`, and the bytes of a word each way.
+    """Describe one circuit: a public int8 or int16 matrix W `[out_features, in_features]`, and the bits of a word each way.
 
     Args:
-        upload_limbs: L, bytes of an uploaded word; below 4, the client rounds b to a multiple of U = 2^(8(4-L)).
-        reply_bytes: R ≤ L, bytes of a returned word; the worker rounds to a multiple of G = 2^(8(4-R)).
+        upload_bits: B, bits of an uploaded word; below 32, the client rounds b to a multiple of U = 2^(32-B).
+        reply_bits: C ≤ B, bits of a returned word; the worker rounds to a multiple of G = 2^(32-C).
         max_l1: largest ‖W_i‖₁ of a row.
         max_l2: largest ‖W_i‖₂ of a row.
 
@@ -174,15 +175,15 @@ class LinearParameters:
     out_features: int
     max_l1: int
     max_l2: float
-    upload_limbs: int = 4
-    reply_bytes: int = 4
+    upload_bits: int = LOG_Q
+    reply_bits: int = LOG_Q
 
     def __post_init__(self) -> None:
         if self.in_features < 1 or self.out_features < 1:
             raise InputError(f"a linear needs at least one feature each way: {self.in_features}, {self.out_features}")
-        if not 1 <= self.reply_bytes <= self.upload_limbs <= 4:
+        if not 1 <= self.reply_bits <= self.upload_bits <= LOG_Q:
             raise InputError(
-                f"1 <= reply_bytes <= upload_limbs <= 4 is wanted, got {self.reply_bytes} and {self.upload_limbs}"
+                f"1 <= reply_bits <= upload_bits <= {LOG_Q} is wanted, got {self.reply_bits} and {self.upload_bits}"
             )
         if not 0 <= self.max_l1 <= 2**15 * self.in_features:
             raise InputError(f"max_l1 {self.max_l1} is impossible for {self.in_features} int16 weights in a row")
@@ -190,29 +191,39 @@ class LinearParameters:
             raise InputError(f"max_l2 {self.max_l2} cannot belong to rows with max_l1 {self.max_l1}")
         if self.input_bound < 1:
             raise InputError(
-                f"row norm {self.max_l1} with {self.upload_limbs} limbs and {self.reply_bytes} reply bytes leaves no "
-                "room for an input: use more limbs or reply bytes"
+                f"row norm {self.max_l1} with words of {self.upload_bits} bits up and {self.reply_bits} down leaves no room "
+                "for an input: use more bits"
             )
 
     @classmethod
-    def from_weight(cls, weight: Tensor, upload_limbs: int = 4, reply_bytes: int = 4) -> LinearParameters:
+    def from_weight(cls, weight: Tensor, upload_bits: int = LOG_Q, reply_bits: int = LOG_Q) -> LinearParameters:
         """Make the parameters of int8 or int16 `weight [out, in]`, whose norms are measured."""
-        return cls.from_norms(measure_norms(weight)[0], upload_limbs, reply_bytes)
+        return cls.from_norms(measure_norms(weight)[0], upload_bits, reply_bits)
 
     @classmethod
-    def from_norms(cls, norms: WeightNorms, upload_limbs: int = 4, reply_bytes: int = 4) -> LinearParameters:
+    def from_norms(cls, norms: WeightNorms, upload_bits: int = LOG_Q, reply_bits: int = LOG_Q) -> LinearParameters:
         """Make the parameters of a matrix that was measured before."""
-        return cls(norms.in_features, norms.out_features, norms.max_l1, norms.max_l2, upload_limbs, reply_bytes)
+        return cls(norms.in_features, norms.out_features, norms.max_l1, norms.max_l2, upload_bits, reply_bits)
+
+    @property
+    def upload_limbs(self) -> int:
+        """Return L, the bytes that hold an uploaded word: the lowest 8·L - B bits of them are 0."""
+        return bytes_of(self.upload_bits)
+
+    @property
+    def reply_bytes(self) -> int:
+        """Return R, the bytes that hold a returned word: the lowest 8·R - C bits of them are 0."""
+        return bytes_of(self.reply_bits)
 
     @property
     def upload_step(self) -> int:
-        """Return U, to whose multiples ciphertext words are rounded: 1 where all 4 bytes are sent."""
-        return 1 << (8 * (4 - self.upload_limbs))
+        """Return U, to whose multiples ciphertext words are rounded: 1 where all 32 bits are sent."""
+        return 1 << (LOG_Q - self.upload_bits)
 
     @property
     def reply_step(self) -> int:
         """Return G, to whose multiples replies are rounded."""
-        return 1 << (8 * (4 - self.reply_bytes))
+        return 1 << (LOG_Q - self.reply_bits)
 
     @property
     def decryption_precision(self) -> type[np.floating]:
@@ -221,7 +232,7 @@ class LinearParameters:
         Beside such rounding the error of float32 is small, and it takes half the time. The masks of encryption are always
         exact.
         """
-        return np.float32 if self.reply_bytes <= 2 else np.float64
+        return np.float32 if self.reply_bits <= 16 else np.float64
 
     @property
     def _decryption_error(self) -> int:
@@ -250,12 +261,12 @@ class LinearParameters:
     def room(self) -> int:
         """Return the largest |W_i·x| for which x decrypts without overflow, whatever the secret and the error.
 
-        Proof. The client sends b' = b + ρ mod q with b = ⟨A, s⟩ + e + x, |ρ| ≤ U/2, and word = b'/U mod 2^(8L). The
-        worker has Y with U·Y = W·b' mod q, and replies Y' with U·Y' = W·b' + ρ' mod q, |ρ'| ≤ G/2. As U divides q,
-        the wrap mod 2^(8L) is the wrap mod q. The client subtracts ⟨H, s⟩ + δ = W·⟨A, s⟩ + δ mod q, where |δ| ≤ D,
-        and is left with V = W·(x + e + ρ) + ρ' - δ mod q. Row i of the integer V is at most |W_i·x| +
-        ‖W_i‖₁·(ERROR_BOUND + U/2) + G/2 + D = |W_i·x| + noise_bound ≤ room + noise_bound = 2^31 - 1 = q/2 - 1, so
-        the centred residue is V.
+        Proof. The client sends b' = b + ρ mod q with b = ⟨A, s⟩ + e + x, |ρ| ≤ U/2, as a multiple of U: it is
+        word = b'/V mod 2^(8L), where V = 2^(32-8L) divides U. The worker has Y with V·Y = W·b' mod q, and replies Y' with
+        V·Y' = W·b' + ρ' mod q, |ρ'| ≤ G/2. As V divides q, the wrap mod 2^(8L) is the wrap mod q. The client subtracts
+        ⟨H, s⟩ + δ = W·⟨A, s⟩ + δ mod q, where |δ| ≤ D, and is left with Z = W·(x + e + ρ) + ρ' - δ mod q. Row i of the
+        integer Z is at most |W_i·x| + ‖W_i‖₁·(ERROR_BOUND + U/2) + G/2 + D = |W_i·x| + noise_bound ≤ room +
+        noise_bound = 2^31 - 1 = q/2 - 1, so the centred residue is Z.
         """
         return 2 ** (LOG_Q - 1) - 1 - self.noise_bound
 

@@ -28,7 +28,7 @@ class RemoteCircuit:
 
     Attributes:
         linear: name of the linear; the circuit is `<linear>.<direction>`.
-        parameters: shapes, norms and byte counts.
+        parameters: shapes, norms and bits of a word.
         weight: int8 or int16 [features_in, features_out], as the worker multiplies by it from the right.
         norms: of the matrix [features_out, features_in], measured.
         crest: max|x| / rms(x) of the values that will be encoded, from calibration.
@@ -115,7 +115,7 @@ def reachable_bits(weight: np.ndarray, forward_crest: float, backward_crest: flo
     reached = []
     for norms, crest in zip(measure_norms(torch.from_numpy(weight)), (forward_crest, backward_crest), strict=True):
         try:
-            reached.append(effective_bits(LinearParameters.from_norms(norms, WORD_BYTES, WORD_BYTES), norms, crest))
+            reached.append(effective_bits(LinearParameters.from_norms(norms), norms, crest))
         except HecompileError:
             return -math.inf
     return min(reached)

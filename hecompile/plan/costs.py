@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hecompile.bundles.public_rows import WORD_BYTES
-from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
+from hecompile.he.parameters import CATALOGUE, LOG_Q, LinearParameters, RingParameters
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class CostModel:
 
     def fetched_hint(self, ring: RingParameters, parameters: LinearParameters, weight_bytes: int = 1) -> float:
         """Return seconds of worker and link for the hint that a client without stored hints requests with every product."""
-        exact = dataclasses.replace(parameters, upload_limbs=WORD_BYTES, reply_bytes=WORD_BYTES)
+        exact = dataclasses.replace(parameters, upload_bits=LOG_Q, reply_bits=LOG_Q)
         download = hint_bytes(ring, parameters.out_features) / self.bandwidth
         return self.worker(exact, ring.lattice_dim, weight_bytes) + download
 

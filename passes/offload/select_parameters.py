@@ -92,7 +92,7 @@ class SelectParameters(ir.passes.InPlacePass):
         reaching: list[LinearParameters] = []
         for limbs, reply in _BYTE_COUNTS:
             try:
-                candidate = LinearParameters.from_norms(norms, limbs, reply)
+                candidate = LinearParameters.from_norms(norms, 8 * limbs, 8 * reply)
             except HecompileError:
                 continue  # so few bytes that no input fits
             bits = effective_bits(candidate, norms, crest)

@@ -66,7 +66,7 @@ def _circuits(node: ir.Node) -> Iterator[RemoteCircuit]:
     both_norms = measure_norms(torch.from_numpy(weight))
     for direction, stored, norms in zip(DIRECTIONS, both_stored, both_norms, strict=True):
         limbs, reply = attributes[f"{direction}_upload_limbs"], attributes[f"{direction}_reply_bytes"]
-        parameters = LinearParameters.from_norms(norms, upload_limbs=limbs, reply_bytes=reply)
+        parameters = LinearParameters.from_norms(norms, upload_bits=8 * limbs, reply_bits=8 * reply)
         yield RemoteCircuit(name, direction, parameters, stored, norms, attributes[f"{direction}_crest"])
 
 

@@ -64,7 +64,7 @@ class Validate:
             raise LegalityError(f"{circuit.name}: the weight is {circuit.weight.shape}, its parameters say otherwise")
         # The input bound, and so the promise that nothing overflows mod q, rests on these norms.
         norms, _ = measure_norms(torch.from_numpy(circuit.weight.T))  # of [features_out, features_in]
-        measured = LinearParameters.from_norms(norms, parameters.upload_limbs, parameters.reply_bytes)
+        measured = LinearParameters.from_norms(norms, parameters.upload_bits, parameters.reply_bits)
         if measured != parameters:
             raise LegalityError(
                 f"{circuit.name}: the weight has row norms {measured.max_l1} and {measured.max_l2:.6g}, its parameters say "

@@ -85,7 +85,7 @@ def test_the_bytes_chosen_are_the_cheapest_that_reach_the_precision(
         seconds = []
         for limbs, reply in itertools.product((1, 2, 3, 4), repeat=2):
             try:
-                parameters = LinearParameters.from_norms(norms, limbs, reply)
+                parameters = LinearParameters.from_norms(norms, 8 * limbs, 8 * reply)
             except HecompileError:
                 continue
             if effective_bits(parameters, norms, 16.0) >= wanted:

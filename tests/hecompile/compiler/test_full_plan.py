@@ -24,7 +24,8 @@ def test_golden(golden: Golden) -> None:
     # No choice of bytes is so near the precision asked for that the last digit of a calibrated crest could decide it.
     for circuit in plan.circuits:
         for limbs, reply in ((2, 1), (2, 2), (3, 1), (3, 2), (3, 3), (4, 2), (4, 3), (4, 4)):
-            bits = effective_bits(LinearParameters.from_norms(circuit.norms, limbs, reply), circuit.norms, circuit.crest)
+            parameters = LinearParameters.from_norms(circuit.norms, 8 * limbs, 8 * reply)
+            bits = effective_bits(parameters, circuit.norms, circuit.crest)
             assert abs(bits - OPTIONS.effective_bits) > 0.02, (circuit.name, limbs, reply)
 
 

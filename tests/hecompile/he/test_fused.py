@@ -58,7 +58,7 @@ def check_against_the_simple_path(
     weight = weights(out_features, in_features)
     if limbs == 1:
         weight = weight.sign()  # larger ones leave no room for an input
-    linear = LinearParameters.from_weight(weight, limbs, reply_bytes)
+    linear = LinearParameters.from_weight(weight, 8 * limbs, 8 * reply_bytes)
     public = PublicMatrix(params, SEED, in_features + 3)
     rng = np.random.default_rng(7)
     count = len(blocks(tokens, params.ring_dim))
@@ -146,7 +146,7 @@ def test_a_ring_too_small_for_the_kernels_is_refused() -> None:
     for ring_dim in (4, 8):
         with pytest.raises(SecurityError, match=f"the kernels are for ring_dim 16 or more, not {ring_dim}"):
             public = PublicMatrix(test_insecure_parameters(ring_dim, 2), SEED, 8)
-            encrypt_reals(public, reals(3, 8), LinearParameters.from_weight(weights(2, 8), 3, 2))
+            encrypt_reals(public, reals(3, 8), LinearParameters.from_weight(weights(2, 8), 24, 16))
 
 
 @pytest.mark.parametrize(("limbs", "reply_bytes"), [(4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2), (4, 1)])
@@ -189,7 +189,7 @@ def test_threads_share_what_is_worth_waking_them_for() -> None:
 def round_trip(
     x: torch.Tensor, weight: torch.Tensor, params: RingParameters = TOY, column_scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, RealKey]:
-    linear = LinearParameters.from_weight(weight, 4, 4)
+    linear = LinearParameters.from_weight(weight, 32, 32)
     public = PublicMatrix(params, SEED, linear.in_features)
     ciphertext, key = encrypt_reals(public, x, linear, column_scale)
     assert ciphertext.planes.shape == (4, key.tokens, linear.in_features)
@@ -202,7 +202,7 @@ def round_trip(
 
 def test_result_is_the_product_within_the_noise() -> None:
     weight = weights(24, 40)
-    linear = LinearParameters.from_weight(weight, 4, 4)
+    linear = LinearParameters.from_weight(weight, 32, 32)
     x = reals(700, 40)
     result, key = round_trip(x, weight, CATALOGUE["512x3"])
     integers = (x.double() / torch.from_numpy(key.scale)[:, None]).round()
@@ -213,7 +213,7 @@ def test_result_is_the_product_within_the_noise() -> None:
 
 
 def test_every_ciphertext_is_fresh() -> None:
-    linear = LinearParameters.from_weight(weights(9, 12), 4, 4)
+    linear = LinearParameters.from_weight(weights(9, 12), 32, 32)
     public, x = PublicMatrix(TOY, SEED, 12), reals(20, 12)
     one, other = encrypt_reals(public, x, linear)[0].planes, encrypt_reals(public, x, linear)[0].planes
     # Equal in one byte of 256 by chance; 960 bytes give 3.75 ± 1.9.
@@ -230,7 +230,7 @@ def test_values_that_are_not_finite_are_refused(bad: float, place: int) -> None:
 
 
 def test_wrong_shapes_are_refused() -> None:
-    linear = LinearParameters.from_weight(weights(9, 12), 4, 4)
+    linear = LinearParameters.from_weight(weights(9, 12), 32, 32)
     public = PublicMatrix(TOY, SEED, 12)
     for x in (reals(4, 11), reals(4, 12).double(), reals(4, 12).reshape(2, 2, 12)):
         with pytest.raises(InputError, match="float32"):
@@ -246,7 +246,7 @@ def test_wrong_shapes_are_refused() -> None:
 
 
 def test_a_key_shows_nothing_and_cannot_be_copied() -> None:
-    linear = LinearParameters.from_weight(weights(9, 12), 4, 4)
+    linear = LinearParameters.from_weight(weights(9, 12), 32, 32)
     key = encrypt_reals(PublicMatrix(TOY, SEED, 12), reals(4, 12), linear)[1]
     assert isinstance(key, DecryptionKey)
     assert repr(key) == "<RealKey>"
@@ -296,7 +296,7 @@ def test_masks_are_exact_where_words_and_secrets_are_as_large_as_can_be(params: 
     public = _LargestMatrix(params, SEED, rows)
     gathered = np.where(np.cos(np.pi * np.arange(d) / d) >= 0, 1, -1)
     secrets = np.stack([np.ones((params.rank, d)), np.broadcast_to(gathered, (params.rank, d))]).astype(np.int8)
-    key = key_of(params, LinearParameters(rows, 8, 80, 30.0, 4, 4), np.ones(2 * d), secrets)
+    key = key_of(params, LinearParameters(rows, 8, 80, 30.0, 32, 32), np.ones(2 * d), secrets)
     planes = torch.zeros((4, 2 * d, rows), dtype=torch.uint8)
     transformed = key.secrets_extended() if params.packed else key.secrets_transformed()
     fused._encrypt_part(

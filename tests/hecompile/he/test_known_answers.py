@@ -60,7 +60,7 @@ def test_known_answers(name: str) -> None:
     hint = setup(weight, public)
     found = {"A": digest(public.coefficients(slice(0, FEATURES))), "hint": digest(hint)}
     for limbs, reply_bytes in ((4, 4), (3, 2)):
-        linear = LinearParameters.from_weight(weight, limbs, reply_bytes)
+        linear = LinearParameters.from_weight(weight, 8 * limbs, 8 * reply_bytes)
         ciphertext, key = _encrypt_with(public, [secret], error, x, linear)
         reply = evaluate(weight, ciphertext.planes, linear)
         found |= {

@@ -115,7 +115,7 @@ def test_insecure_parameters_say_so_and_cannot_be_written() -> None:
 )
 def test_bounds_by_hand(limbs: int, reply: int, noise: int, bound: int) -> None:
     assert ERROR_BOUND == 29
-    linear = LinearParameters(100, 50, max_l1=1000, max_l2=120.0, upload_limbs=limbs, reply_bytes=reply)
+    linear = LinearParameters(100, 50, max_l1=1000, max_l2=120.0, upload_bits=8 * limbs, reply_bits=8 * reply)
     assert linear.noise_bound == noise
     assert linear.input_bound == bound
     assert linear.room == 2**31 - 1 - noise
@@ -127,7 +127,7 @@ def test_bounds_by_hand(limbs: int, reply: int, noise: int, bound: int) -> None:
 def test_predicted_noise_by_hand() -> None:
     exact = LinearParameters(100, 50, max_l1=1000, max_l2=120.0)
     assert exact.noise_std(100.0) == pytest.approx(320.0)
-    rounded = LinearParameters(100, 50, max_l1=1000, max_l2=120.0, upload_limbs=3, reply_bytes=2)
+    rounded = LinearParameters(100, 50, max_l1=1000, max_l2=120.0, upload_bits=24, reply_bits=16)
     wanted = ((3.2**2 + 65535 / 12) * 1e4 + (2**32 - 2**16) / 12 + 2**26) ** 0.5
     assert rounded.noise_std(100.0) == pytest.approx(wanted)
     assert rounded.noise_std(torch.tensor([100.0, 0.0])).tolist() == pytest.approx(  # type: ignore[union-attr]
@@ -146,14 +146,14 @@ def test_norms_of_a_weight_are_measured() -> None:
     [
         {"in_features": 0},
         {"out_features": 0},
-        {"upload_limbs": 5},
-        {"reply_bytes": 0},
-        {"upload_limbs": 2, "reply_bytes": 3},
+        {"upload_bits": 33},
+        {"reply_bits": 0},
+        {"upload_bits": 16, "reply_bits": 17},
         {"max_l1": 2**15 * 100 + 1, "max_l2": 2.0**18},
         {"max_l1": -1},
         {"max_l2": 1001.0},
         {"max_l2": float("nan")},
-        {"upload_limbs": 1, "reply_bytes": 1},  # rounding alone fills the modulus
+        {"upload_bits": 8, "reply_bits": 8},  # rounding alone fills the modulus
     ],
 )
 def test_impossible_linear_is_refused(fields: dict[str, int]) -> None:

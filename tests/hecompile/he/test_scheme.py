@@ -56,7 +56,7 @@ def round_trip(params: RingParameters, weight: torch.Tensor, x: torch.Tensor, li
 @pytest.mark.parametrize(("limbs", "reply"), [(4, 4), (3, 3), (4, 2)])
 def test_any_number_of_tokens(tokens: int, limbs: int, reply: int) -> None:
     weight = weights(9, 12)
-    linear = LinearParameters.from_weight(weight, limbs, reply)
+    linear = LinearParameters.from_weight(weight, 8 * limbs, 8 * reply)
     x = inputs(tokens, linear)
     noise = round_trip(TOY, weight, x, linear) - products(x, weight)
     assert noise.shape == (tokens, 9)
@@ -66,7 +66,7 @@ def test_any_number_of_tokens(tokens: int, limbs: int, reply: int) -> None:
 @pytest.mark.parametrize("params", CATALOGUE.values(), ids=CATALOGUE)
 def test_every_ring_of_the_catalogue(params: RingParameters) -> None:
     weight = weights(7, 20)
-    linear = LinearParameters.from_weight(weight, 4, 3)
+    linear = LinearParameters.from_weight(weight, 32, 24)
     x = inputs(params.ring_dim + 3, linear).to(torch.int32)
     noise = round_trip(params, weight, x, linear) - products(x, weight)
     assert 0 < noise.abs().max() <= linear.noise_bound
@@ -76,7 +76,7 @@ def test_every_ring_of_the_catalogue(params: RingParameters) -> None:
 def test_noise_is_as_predicted(limbs: int, reply: int) -> None:
     weight = weights(32, 64)
     weight[:8] //= 16  # rows of different norms
-    linear = LinearParameters.from_weight(weight, limbs, reply)
+    linear = LinearParameters.from_weight(weight, 8 * limbs, 8 * reply)
     x = inputs(1024, linear)
     noise = (round_trip(CATALOGUE["512x3"], weight, x, linear) - products(x, weight)).double()
     assert noise.abs().max() <= linear.noise_bound
@@ -111,7 +111,7 @@ def test_largest_input_with_extreme_weights_and_errors_is_exact(value: int, sign
 @pytest.mark.parametrize(("limbs", "reply"), [(4, 4), (3, 3), (3, 2)])
 def test_input_beyond_the_bound_is_refused(limbs: int, reply: int) -> None:
     weight = torch.full((3, 8), 127, dtype=torch.int8)
-    linear = LinearParameters.from_weight(weight, limbs, reply)
+    linear = LinearParameters.from_weight(weight, 8 * limbs, 8 * reply)
     public = PublicMatrix(TOY, SEED, 8)
     for sign in (1, -1):
         x = torch.zeros(4, 8, dtype=torch.int64)
@@ -130,7 +130,7 @@ def test_input_beyond_the_bound_is_refused(limbs: int, reply: int) -> None:
 @pytest.mark.parametrize(("limbs", "reply"), [(4, 4), (3, 3), (3, 2), (2, 1)])
 def test_tokens_at_the_norm_bound_decrypt_without_overflow(limbs: int, reply: int) -> None:
     weight = weights(40, 48)
-    linear = LinearParameters.from_weight(weight, limbs, reply)
+    linear = LinearParameters.from_weight(weight, 8 * limbs, 8 * reply)
     # The worst that Cauchy-Schwarz allows: each token parallel to a row of W, in both directions, and as long as it may be.
     tokens = torch.cat([weight.double(), -weight.double()])
     integers, _ = encode(tokens * 1e-3, linear.input_bound, linear.norm_bound)
@@ -154,7 +154,7 @@ def test_ciphertext_is_what_the_definition_says() -> None:
     x = inputs(11, linear)
     b = encryption(public, secret, error, x)
     for limbs in (1, 2, 3, 4):
-        small = LinearParameters(6, 2, max_l1=10, max_l2=5.0, upload_limbs=limbs, reply_bytes=1)
+        small = LinearParameters(6, 2, max_l1=10, max_l2=5.0, upload_bits=8 * limbs, reply_bits=8)
         ciphertext, _ = _encrypt_with(public, [secret], error, x, small)
         step = 2 ** (8 * (4 - limbs))
         assert ciphertext.planes.dtype == torch.uint8
@@ -169,7 +169,7 @@ def test_evaluation_rounds_and_wraps_as_on_the_wire() -> None:
         planes[:, 0] = 255
         y = words(planes) @ weight.numpy().astype(np.int64).T
         for reply in range(1, limbs + 1):
-            linear = LinearParameters(5, 4, max_l1=100, max_l2=60.0, upload_limbs=limbs, reply_bytes=reply)
+            linear = LinearParameters(5, 4, max_l1=100, max_l2=60.0, upload_bits=8 * limbs, reply_bits=8 * reply)
             shift = 8 * (limbs - reply)
             wanted = ((y + (1 << shift >> 1)) % 2 ** (8 * limbs)) >> shift
             assert (words(evaluate(weight, planes, linear)) == wanted).all()
@@ -232,7 +232,7 @@ def test_key_shows_nothing_stays_here_and_decrypts_every_reply() -> None:
 
 def test_zero_tokens_come_back_as_exact_zeros() -> None:
     weight = weights(6, 10)
-    linear = LinearParameters.from_weight(weight, 3, 3)
+    linear = LinearParameters.from_weight(weight, 24, 24)
     x = torch.randn(20, 10, generator=torch.Generator().manual_seed(9))
     x[[0, 7, 19]] = 0
     integers, scale = encode(x, linear.input_bound)
@@ -260,7 +260,7 @@ def test_matrix_with_too_few_rows_is_refused() -> None:
 
 def test_malformed_replies_and_strange_hints_are_refused() -> None:
     weight = weights(3, 4)
-    linear = LinearParameters.from_weight(weight, 4, 3)
+    linear = LinearParameters.from_weight(weight, 32, 24)
     public = PublicMatrix(TOY, SEED, 4)
     ciphertext, key = encrypt_tokens(public, inputs(9, linear), linear)
     hint, reply = Hint.from_coefficients(TOY, setup(weight, public)), evaluate(weight, ciphertext.planes, linear)
@@ -274,7 +274,7 @@ def test_malformed_replies_and_strange_hints_are_refused() -> None:
         with pytest.raises(InputError, match="hint"):
             decrypt(key, strange, reply, linear)
     with pytest.raises(InputError, match="other inputs"):
-        decrypt(key, hint, reply, LinearParameters.from_weight(weight, 3, 3))
+        decrypt(key, hint, reply, LinearParameters.from_weight(weight, 24, 24))
     for planes in (ciphertext.planes[:3], ciphertext.planes.int(), ciphertext.planes[:, :, :3]):
         with pytest.raises(InputError, match="ciphertext"):
             evaluate(weight, planes, linear)
@@ -291,7 +291,7 @@ def test_any_small_circuit_decrypts_within_its_bound(data: st.DataObject) -> Non
     flat = data.draw(st.lists(byte, min_size=rows * columns, max_size=rows * columns))
     weight = torch.tensor(flat, dtype=torch.int8).view(rows, columns)
     limbs = data.draw(st.integers(2, 4))
-    linear = LinearParameters.from_weight(weight, limbs, data.draw(st.integers(1, limbs)))
+    linear = LinearParameters.from_weight(weight, 8 * limbs, 8 * data.draw(st.integers(1, limbs)))
     tokens, bound = data.draw(st.integers(1, 40)), linear.input_bound
     value = st.one_of(st.integers(-bound, bound), st.sampled_from([-bound, bound, 0]))
     column = torch.tensor(data.draw(st.lists(value, min_size=tokens, max_size=tokens)))  # [T]

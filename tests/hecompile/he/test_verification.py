@@ -54,7 +54,7 @@ class Product:
 
     def __init__(self, limbs: int = 3, reply_bytes: int = 2, inputs: int = INPUTS, outputs: int = OUTPUTS) -> None:
         self.weight = weights(outputs, inputs)
-        self.linear = LinearParameters.from_weight(self.weight, limbs, reply_bytes)
+        self.linear = LinearParameters.from_weight(self.weight, 8 * limbs, 8 * reply_bytes)
         self.public = PublicMatrix(TOY, SEED, inputs)
         self.hint = Hint.from_coefficients(TOY, setup(self.weight, self.public))
         self.checks = Checks.draw(self.weight, SecretRandom())
@@ -272,7 +272,7 @@ def test_stored_checks_come_back_and_are_private(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="export again"):
         CheckStore(tmp_path / "checks").checks("missing", product.linear)
     with pytest.raises(InputError, match="wanted"):
-        CheckStore(tmp_path / "checks").checks("a.b.forward", LinearParameters.from_weight(weights(9, 9), 3, 2))
+        CheckStore(tmp_path / "checks").checks("a.b.forward", LinearParameters.from_weight(weights(9, 9), 24, 16))
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(InputError, match="cannot be read"):
         CheckStore(tmp_path / "checks").checks("a.b.forward", product.linear)
@@ -285,11 +285,11 @@ def test_checks_take_secret_randomness_only(wrong: object) -> None:
 
 
 def test_replies_too_coarse_to_verify_are_refused() -> None:
-    coarse = LinearParameters.from_weight(weights(2048, 64), 3, 1)
+    coarse = LinearParameters.from_weight(weights(2048, 64), 24, 8)
     assert not can_be_verified(coarse)
     with pytest.raises(SecurityError, match="cannot be verified: ask for a higher precision"):
         tolerance(coarse)
-    assert can_be_verified(LinearParameters.from_weight(weights(2048, 64), 3, 2))
+    assert can_be_verified(LinearParameters.from_weight(weights(2048, 64), 24, 16))
 
 
 def test_checks_of_another_circuit_and_rings_beyond_the_kernels_are_refused() -> None:
@@ -309,7 +309,7 @@ def test_a_tail_group_has_a_tolerance_of_its_own() -> None:
 
 
 def test_tolerance_of_a_real_layer_is_near_its_noise_bound() -> None:
-    linear = LinearParameters.from_weight(weights(2048, 2048), 3, 2)
+    linear = LinearParameters.from_weight(weights(2048, 2048), 24, 16)
     assert tolerance(linear) < linear.noise_bound
     assert 18 * tolerance(linear) < 2**32
     assert check_count(8192) == 4

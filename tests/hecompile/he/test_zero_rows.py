@@ -41,7 +41,7 @@ def test_nothing_but_zeros_is_sent_as_well() -> None:
 def test_the_ciphertext_of_a_row_of_zeros_is_distributed_as_any_other(limbs: int) -> None:
     """Its bytes are uniform, and under the mask is an error of the full width, fresh for every feature."""
     features = 4000
-    linear = LinearParameters.from_weight(weights(2, features), limbs, 2)
+    linear = LinearParameters.from_weight(weights(2, features), 8 * limbs, 16)
     x = reals(16, features)
     x[3] = 0
     public = PublicMatrix(TOY, SEED, features)

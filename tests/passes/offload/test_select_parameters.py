@@ -76,7 +76,7 @@ def test_refused_precision_names_the_linear_and_the_best() -> None:
 
 
 def test_boundary_bits_that_are_just_reached_and_just_missed() -> None:
-    reached = effective_bits(LinearParameters.from_norms(NORMS, 2, 2), NORMS, CREST)
+    reached = effective_bits(LinearParameters.from_norms(NORMS, 16, 16), NORMS, CREST)
     model = model_with_ranges()
     run_pass(model, "select_parameters", effective_bits=reached)
     assert (attributes(model)["forward_upload_limbs"], attributes(model)["forward_reply_bytes"]) == (2, 2)
@@ -143,7 +143,10 @@ def test_who_is_slow_decides_between_a_limb_and_a_reply_byte() -> None:
     """Backward, 2 inputs and 4 outputs: 3 bytes up and 3 down are 18 on the wire and 3 products; 4 and 2 are 16, and 4."""
     model = model_with_ranges()
     _, norms = measure_norms(torch.from_numpy(WEIGHT))
-    bits = {pair: effective_bits(LinearParameters.from_norms(norms, *pair), norms, 4.0) for pair in ((3, 2), (3, 3), (4, 2))}
+    bits = {
+        (limbs, reply): effective_bits(LinearParameters.from_norms(norms, 8 * limbs, 8 * reply), norms, 4.0)
+        for limbs, reply in ((3, 2), (3, 3), (4, 2))
+    }
     wanted = min(bits[3, 3], bits[4, 2])
     assert bits[3, 2] < wanted
     for costs, chosen in ((CostModel(worker_flops=1e18), (4, 2)), (CostModel(bandwidth=1e18), (3, 3))):

@@ -93,7 +93,7 @@ def test_small_results_are_left_to_the_allocator(monkeypatch: pytest.MonkeyPatch
 
 def test_a_ciphertext_in_used_memory_is_written_all_over() -> None:
     public = PublicMatrix(CATALOGUE["512x3"], PublicSeed(bytes(32)), 130)
-    linear = LinearParameters(130, 4, 9000, 800.0, 3, 2)
+    linear = LinearParameters(130, 4, 9000, 800.0, 24, 16)
     x = torch.randn(515, 130, generator=torch.Generator().manual_seed(0))
     planes = encrypt_reals(public, x, linear)[0].planes
     address, never_written = planes.data_ptr(), torch.ones_like(planes, dtype=torch.bool)

@@ -24,7 +24,7 @@ ROWS = 40
 def masks(params: RingParameters, hint: torch.Tensor, secrets: np.ndarray, reply_bytes: int) -> torch.Tensor:
     """-⟨H, s⟩ mod 2^32 as decryption makes it, centred: float64 `[tokens, rows]`. A reply of zeros is decrypted."""
     tokens = len(secrets) * params.ring_dim
-    linear = LinearParameters(8, len(hint), 80, 30.0, 4, reply_bytes)
+    linear = LinearParameters(8, len(hint), 80, 30.0, 32, 8 * reply_bytes)
     key = RealKey(params, linear, secrets, np.ones(tokens))
     reply = torch.zeros((reply_bytes, tokens, len(hint)), dtype=torch.uint8)
     return decrypt_reals(key, Hint.from_coefficients(params, hint), reply, linear).double()
@@ -57,7 +57,7 @@ def test_a_ring_beyond_the_bound_is_refused() -> None:
 @pytest.mark.parametrize(("reply_bytes", "precision"), [(1, np.float32), (2, np.float32), (3, np.float64), (4, np.float64)])
 def test_where_it_is_used(reply_bytes: int, precision: type[np.floating]) -> None:
     """Where replies are rounded to multiples of 2^16: the noise grows by a tenth at most, and bounds say so."""
-    linear = LinearParameters(8, 8, 80, 30.0, 4, reply_bytes)
+    linear = LinearParameters(8, 8, 80, 30.0, 32, 8 * reply_bytes)
     assert linear.decryption_precision is precision
     without = (3.2**2 * 30.0**2 + (linear.reply_step**2 - 1) / 12) ** 0.5
     assert without <= linear.noise_std(30.0) * 1.0001 and linear.noise_std(30.0) <= 1.1 * without + 1e-9
