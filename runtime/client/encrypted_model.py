@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import cast
 
 import onnx_ir as ir
 import peft
@@ -30,33 +30,10 @@ from hecompile.runtime.client.mapped import release
 from hecompile.runtime.client.output_head import detach_head
 from hecompile.runtime.client.products import Products
 from hecompile.runtime.client.range_terms import RangeLoss, WatchedOutput
+from hecompile.runtime.client.remote_linear import remote_linear
 from hecompile.runtime.model.adapter import head_digest
 from hecompile.runtime.model.head import linear_cross_entropy, scored_positions, scored_targets
 from hecompile.runtime.model.per_example import GradientCollector, PerExample
-
-
-class _RemoteLinear(torch.autograd.Function):
-    """Compute y = (x·Wᵀ) ⊙ scale forward and dx = (dy ⊙ scale)·W backward, both by `products`. Keep no activation."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, products: Products, linear: str) -> Tensor:
-        ctx.save_for_backward(scale)
-        ctx.products, ctx.linear, ctx.shape = products, linear, x.shape
-        if not x.numel():  # an expert that no token goes to is not asked
-            return x.new_zeros(*x.shape[:-1], len(scale))
-        product = products.product(f"{linear}.forward", x.reshape(-1, x.shape[-1]), row_scale=scale)  # [T, out]
-        return product.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        (scale,) = ctx.saved_tensors
-        if not gradients[0].numel():
-            return gradients[0].new_zeros(ctx.shape), None, None, None
-        flat = gradients[0].reshape(-1, gradients[0].shape[-1])  # [T, out]
-        product = ctx.products.product(f"{ctx.linear}.backward", flat, column_scale=scale)  # [T, in]
-        return product.view(ctx.shape), None, None, None
 
 
 @dataclass(frozen=True)
@@ -263,8 +240,7 @@ class EncryptedCausalLM(torch.nn.Module):
         """Compute the head's input [N, H] at the wanted positions of packed sequences."""
 
         def remote(linear: str, x: Tensor, scale: Tensor) -> Tensor:
-            result: Tensor = _RemoteLinear.apply(x, scale, self.products, linear)
-            return result
+            return remote_linear(x, scale, self.products, linear)
 
         inputs = packed_graph_inputs(packed.tokens[None], packed.lengths, packed.starts) | dict(self.adapter_state())
         context = Context(self.training, remote, generator, packed.lengths, cache, trainable)

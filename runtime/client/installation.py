@@ -16,6 +16,7 @@ EXTRAS = {
     "privacy": "training with differential privacy",
     "ckks": "polynomial models wholly on a worker",
     "gguf": "checkpoints in GGUF files",
+    "trl": "TRL's trainers on an offloaded model",
     "fleet": "fleets of workers on Ray Serve",
     "federation": "federations run by Flower",
     "bench": "other libraries to compare with in benchmarks",

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.pytorch_utils import Conv1D
 
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT, WORKER
@@ -20,6 +21,7 @@ from hecompile.bundles.worker import WorkerBundle
 from hecompile.checkpoint.families import FAMILIES
 from hecompile.compiler import linear
 from hecompile.compiler.options import CompileOptions
+from hecompile.errors import InputError
 from hecompile.he.random.sampling import PublicSeed
 from hecompile.passes.offload.attach_lora import AttachLora
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
@@ -27,6 +29,7 @@ from hecompile.runtime.client.products import EncryptedProducts
 from hecompile.runtime.inference.generation import CachedSteps, generate
 from hecompile.runtime.model.adapter import load_adapter, save_adapter
 from hecompile.runtime.model.plaintext import PlaintextPeftModel
+from hecompile.runtime.offload import offload
 from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.worker.worker import Worker
 from tests.support.families import BASIC, Checkpoint, checkpoint
@@ -42,6 +45,7 @@ class Trained:
 
     checkpoint: Checkpoint
     encrypted: EncryptedCausalLM
+    build: Path
 
     def plain(self) -> PlaintextPeftModel:
         base = copy.deepcopy(self.checkpoint.model)
@@ -68,7 +72,7 @@ def trained(name: str, root: Path) -> Trained:
     generator = torch.Generator().manual_seed(7)
     shapes = {key: value.shape for key, value in model.adapter_state().items()}
     model.load_adapter_state({key: 0.1 * torch.randn(shape, generator=generator) for key, shape in shapes.items()})
-    return Trained(made, model)
+    return Trained(made, model, out)
 
 
 def batch() -> dict[str, Tensor]:
@@ -137,3 +141,19 @@ def test_an_answer_is_that_of_hugging_face_token_for_token(name: str, family_roo
         assert float(best[0] - best[1]) > 1e-3, "a near tie says nothing"
     (answer,) = generate(model.encrypted, CachedSteps(model.encrypted), [prompt.tolist()], 2, 6)
     assert list(answer.tokens) == expected.sequences[0, 6:].tolist()
+
+
+@pytest.mark.parametrize("name", BASIC)
+def test_its_modules_are_offloaded_in_place(name: str, family_root: Path) -> None:
+    model, given = trained(name, family_root), batch()
+    base = copy.deepcopy(model.checkpoint.model).eval()
+    if name in ("mixtral", "qwen3_moe"):
+        with pytest.raises(InputError, match="an expert of a mixture"):
+            offload(base, model.build / CLIENT, worker_bundle=model.build / WORKER)
+        return
+    real = given["attention_mask"].bool()
+    with torch.no_grad(), offload(base, model.build / CLIENT, worker_bundle=model.build / WORKER):
+        own = base(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).logits[real]
+        other = model.checkpoint.model.eval()(**{k: v for k, v in given.items() if k != "labels"}).logits[real]
+    assert not any(type(module) in (torch.nn.Linear, Conv1D) for module in base.base_model.modules())
+    assert float((own - other).abs().max()) < LOGITS * float(other.max() - other.min())
