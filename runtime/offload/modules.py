@@ -27,7 +27,7 @@ Rows = Callable[[tuple[int, ...]], Tensor | None]
 
 
 class WorkersWeight(nn.Parameter):
-    """Have the shape and type of a weight that the worker has, and no values: to read or change them raises InputError.
+    """Stand for a weight that the worker has: its shape and type, no values. To read or change them raises InputError.
 
     It takes the memory of one number.
     """
