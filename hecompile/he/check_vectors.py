@@ -55,15 +55,16 @@ def check_count(out_features: int) -> int:
     return math.ceil(out_features / GROUP)
 
 
-def tolerance(linear: LinearParameters, square_sum: float | None = None) -> int:
-    """Return the largest |D| of a check that passes: 8 standard deviations of an honest worker's Σ_i r_i·ρ'_i.
+def tolerance(linear: LinearParameters, square_sum: float | None = None, factor_sum: float | None = None) -> int:
+    """Return the largest |D| of a check that passes: 8 standard deviations of an honest worker's Σ_i r_i·ρ'_i, and its mean.
 
-    ρ' is uniform over the multiples of U within ±G/2, so its mean square is (G² - U²)/12, plus (U/2)² for ties that all
-    go up. The result is 0 where the worker rounds nothing.
+    ρ' is uniform over the G/U multiples of U above -G/2 and up to G/2, as ties go up. So its variance is (G² - U²)/12 and
+    its mean U/2, which is as large as the standard deviation where G = 2·U. The result is 0 where the worker rounds nothing.
 
     Args:
         linear: the circuit.
         square_sum: Σ r_i² of the check; by default the expected one of a full group.
+        factor_sum: Σ r_i of the check; by default the root of `square_sum`, which is its standard deviation.
 
     Raises:
         SecurityError: replies are rounded so coarsely that a wrong one could pass.
@@ -71,13 +72,14 @@ def tolerance(linear: LinearParameters, square_sum: float | None = None) -> int:
     if linear.reply_step <= linear.upload_step:
         return 0
     squares = _MEAN_SQUARE * min(GROUP, linear.out_features) if square_sum is None else square_sum
-    spread = _spread(linear, squares)
-    if 18 * spread >= 2**LOG_Q:
+    mean = linear.upload_step / 2 * abs(math.sqrt(squares) if factor_sum is None else factor_sum)
+    allowed = math.ceil(_spread(linear, squares) + mean)
+    if 18 * allowed >= 2**LOG_Q:
         raise SecurityError(
-            f"replies of {linear.reply_bytes} byte(s) for {linear.out_features} outputs cannot be verified: ask for a "
-            "higher precision, which takes more bytes"
+            f"replies of {linear.reply_bits} bits for {linear.out_features} outputs cannot be verified: ask for a "
+            "higher precision, which takes more bits"
         )
-    return spread
+    return allowed
 
 
 def can_be_verified(linear: LinearParameters) -> bool:
@@ -89,26 +91,26 @@ def largest_tolerance(linear: LinearParameters) -> int:
     """Return the tolerance of a check whose factors are all ±2, 0 where the worker rounds nothing."""
     if linear.reply_step <= linear.upload_step:
         return 0
-    return _spread(linear, _LARGEST_SQUARE * min(GROUP, linear.out_features))
+    outputs = min(GROUP, linear.out_features)
+    return math.ceil(_spread(linear, _LARGEST_SQUARE * outputs) + linear.upload_step * outputs)
 
 
-def _spread(linear: LinearParameters, square_sum: float) -> int:
-    """Return 8 standard deviations of Σ_i r_i·ρ'_i, rounded up, for Σ r_i² = `square_sum`."""
-    coarse, fine = linear.reply_step, linear.upload_step
-    return math.ceil(_DEVIATIONS * math.sqrt(square_sum * ((coarse**2 - fine**2) / 12 + fine**2 / 4)))
+def _spread(linear: LinearParameters, square_sum: float) -> float:
+    """Return 8 standard deviations of Σ_i r_i·ρ'_i for Σ r_i² = `square_sum`."""
+    return _DEVIATIONS * math.sqrt(square_sum * (linear.reply_step**2 - linear.upload_step**2) / 12)
 
 
 @dataclass(frozen=True)
 class _Tolerances:
     """Hold the tolerances of one circuit.
 
-    of_token: int64 `[variants, checks]`. largest: over the variants, int64 `[checks]`. mean: largest mean of a token's Σ_i
-    r_i·ρ'_i, float64 `[checks]`. longest: tokens of a window.
+    of_token: int64 `[variants, checks]`. spread: 8 standard deviations of a token's Σ_i r_i·ρ'_i, the most of all variants,
+    float64 `[checks]`. mean: largest mean of that, float64 `[checks]`. longest: tokens of a window.
     """
 
     linear: LinearParameters
     of_token: NDArray[np.int64]
-    largest: NDArray[np.int64]
+    spread: NDArray[np.float64]
     mean: NDArray[np.float64]
     longest: int
 
@@ -133,7 +135,7 @@ class Checks(Unsharable):
     """
 
     __slots__ = (
-        "_largest_sums", "_square_sums", "_tolerances", "images_by_lines", "inputs", "outputs", "series", "variants",
+        "_factor_sums", "_square_sums", "_tolerances", "images_by_lines", "inputs", "outputs", "series", "variants",
         "vectors_by_lines",
     )  # fmt: skip
 
@@ -147,7 +149,7 @@ class Checks(Unsharable):
             raise InputError("the check vectors of a circuit do not fit together: export again")
         groups = [vectors[:, at : at + GROUP].astype(np.float64) for at in range(0, outputs, GROUP)]
         self._square_sums = np.stack([np.square(group).sum(axis=1) for group in groups], axis=1)  # [variants, checks]
-        self._largest_sums = np.array([np.abs(group.sum(axis=1)).max(initial=0.0) for group in groups])  # [checks]
+        self._factor_sums = np.stack([group.sum(axis=1) for group in groups], axis=1)  # likewise
         self.series, self.variants, self.outputs, self.inputs = series, variants, outputs, images.shape[2]
         self._tolerances: _Tolerances | None = None
         self.vectors_by_lines = _by_lines(vectors.astype(np.int8))
@@ -187,8 +189,7 @@ class Checks(Unsharable):
         """Return how many tokens of a request are added up for all variants to check their total: a power of two.
 
         It is 1 in a request of up to SMALL tokens, else the whole request or LONGEST_WINDOW. An error of q/2 must stay far
-        beyond the tolerance of a total, which grows with the root of the tokens: 8·√n times the largest tolerance of one
-        token is at most q.
+        beyond the tolerance of a total, which grows with the tokens and is at most q/8.
         """
         return 1 if tokens <= SMALL else min(self._tolerances_for(linear).longest, 1 << (tokens - 1).bit_length())
 
@@ -203,17 +204,23 @@ class Checks(Unsharable):
         have a mean of U/2 besides, which adds up.
         """
         tolerances = self._tolerances_for(linear)
-        return math.sqrt(tokens) * tolerances.largest + tokens * tolerances.mean
+        return math.sqrt(tokens) * tolerances.spread + tokens * tolerances.mean
 
     def _tolerances_for(self, linear: LinearParameters) -> _Tolerances:
         """Return what follows from the vectors and the circuit, computed once."""
         if self._tolerances is None or self._tolerances.linear != linear:
-            allowed = [[tolerance(linear, float(square)) for square in row] for row in self._square_sums]
-            of_token, largest, longest = np.array(allowed, dtype=np.int64), largest_tolerance(linear), 1
-            while longest < LONGEST_WINDOW and 128 * longest * largest**2 <= 4**LOG_Q:
+            pairs = zip(self._square_sums.flat, self._factor_sums.flat, strict=True)
+            allowed = np.array([tolerance(linear, float(square), float(total)) for square, total in pairs], dtype=np.int64)
+            largest, longest = largest_tolerance(linear), 1
+            mean = (linear.upload_step / 2 if largest else 0.0) * np.abs(self._factor_sums).max(axis=0)  # [checks]
+            while (
+                longest < LONGEST_WINDOW
+                and math.sqrt(2 * longest) * largest + 2 * longest * mean.max(initial=0.0) <= 2**LOG_Q / 8
+            ):
                 longest *= 2
-            up = linear.upload_step / 2 if largest else 0.0
-            self._tolerances = _Tolerances(linear, of_token, of_token.max(axis=0), up * self._largest_sums, longest)
+            spread = np.array([_spread(linear, float(square)) for square in self._square_sums.max(axis=0)])
+            spread *= float(largest > 0)
+            self._tolerances = _Tolerances(linear, allowed.reshape(self._square_sums.shape), spread, mean, longest)
         return self._tolerances
 
     def pack(self) -> NDArray[np.uint8]:

@@ -149,7 +149,7 @@ def _encrypt_part(
             Rows(rows.numpy().reshape(-1), start, features),
             Scales(inverse[piece], factors[part]),
             error.reshape(-1)[piece.start * width :],
-            Planes(planes.numpy().reshape(-1), start, tokens * features, features, linear.upload_limbs, past_caches),
+            Planes(planes.numpy().reshape(-1), start, tokens * features, features, linear.upload_bits, past_caches),
             checks,
             _scratch(ring, count, np.float64),
         )
@@ -213,7 +213,7 @@ def _decrypt_part(
             Extent(part.start // LANES, part.stop - part.start, count),
             HintArrays(hint.words, kept),
             secrets[piece.start * params.rank :],
-            Planes(planes.numpy().reshape(-1), start, tokens * features, features, linear.reply_bytes),
+            Planes(planes.numpy().reshape(-1), start, tokens * features, features, linear.reply_bits),
             Scales(key.scale[piece], factors[part]),
             Rows(result.numpy().reshape(-1), start, features),
             checks,

@@ -20,6 +20,9 @@ from hecompile.he.weight_norms import WeightNorms, measure_norms
 from hecompile.integers import bytes_of
 
 LOG_Q = 32
+MIN_BITS = 8
+"""Fewest bits of a word: one byte, so that no message is much larger in memory than on the wire."""
+
 SINGLE_ERROR_BOUND = 55_000_000
 """Upper bound on `rounding_error_bound` in float32, plus half for rounding to an integer: larger rings are refused."""
 
@@ -181,9 +184,9 @@ class LinearParameters:
     def __post_init__(self) -> None:
         if self.in_features < 1 or self.out_features < 1:
             raise InputError(f"a linear needs at least one feature each way: {self.in_features}, {self.out_features}")
-        if not 1 <= self.reply_bits <= self.upload_bits <= LOG_Q:
+        if not MIN_BITS <= self.reply_bits <= self.upload_bits <= LOG_Q:
             raise InputError(
-                f"1 <= reply_bits <= upload_bits <= {LOG_Q} is wanted, got {self.reply_bits} and {self.upload_bits}"
+                f"{MIN_BITS} <= reply_bits <= upload_bits <= {LOG_Q} is wanted, got {self.reply_bits} and {self.upload_bits}"
             )
         if not 0 <= self.max_l1 <= 2**15 * self.in_features:
             raise InputError(f"max_l1 {self.max_l1} is impossible for {self.in_features} int16 weights in a row")

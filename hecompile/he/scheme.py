@@ -32,18 +32,19 @@ from torch import Tensor
 from hecompile.errors import InputError, SecurityError, WorkerError
 from hecompile.he.hints import Hint
 from hecompile.he.kernels.transform import extend_secrets, transform_secrets
-from hecompile.he.parameters import LinearParameters, RingParameters
+from hecompile.he.parameters import LOG_Q, LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.random.sampling import OneTimeSecret, SecretRandom, Unsharable
 from hecompile.he.ring import folded_fft, row_chunks
 from hecompile.he.setup import setup
+from hecompile.integers import bytes_of
 
 __all__ = ["Ciphertext", "DecryptionKey", "decrypt", "encrypt", "encrypt_tokens", "evaluate", "keygen", "setup"]
 
 
 @dataclass(frozen=True, eq=False)
 class Ciphertext:
-    """Hold what the worker gets: little-endian byte planes of b / U, uint8 `[upload_limbs, T, in_features]`."""
+    """Hold what the worker gets: the top bytes of b, rounded, as planes uint8 `[upload_limbs, T, in_features]`, lowest first."""
 
     planes: Tensor
 
@@ -85,7 +86,7 @@ class DecryptionKey(Unsharable):
             WorkerError: the reply does not have the requested shape.
             InputError: the hint or the circuit is another.
         """
-        if self.linear.in_features != linear.in_features or self.linear.upload_limbs != linear.upload_limbs:
+        if self.linear.in_features != linear.in_features or self.linear.upload_bits != linear.upload_bits:
             raise InputError("this ciphertext was made for a circuit with other inputs: decrypt with that one")
         if hint.params != self.params or hint.rows != linear.out_features:
             raise InputError(
@@ -153,7 +154,7 @@ def _encrypt_with(
         for rows in row_chunks(linear.in_features, params.ring_dim):
             mask = fft.inner_product(public.fft(rows), secret_fft, block.stop - block.start)  # [rows, T of the block]
             b[block, rows] += mask.t()
-    planes = _top_bytes(b, linear.upload_limbs, linear.upload_step)
+    planes = _top_bytes(b, linear.upload_bits)
     return Ciphertext(planes), key
 
 
@@ -166,7 +167,7 @@ def evaluate(weight: Tensor, planes: Tensor, linear: LinearParameters) -> Tensor
         linear: the circuit.
 
     Returns:
-        uint8 `[reply_bytes, T, out]`: the top bytes of W·word mod 2^(8·upload_limbs), rounded to nearest.
+        uint8 `[reply_bytes, T, out]`: the top `reply_bits` of W·word mod 2^(8·upload_limbs), rounded to nearest, then zeros.
 
     Raises:
         InputError: the weight or the planes do not have the circuit's type or shape.
@@ -179,7 +180,7 @@ def evaluate(weight: Tensor, planes: Tensor, linear: LinearParameters) -> Tensor
     # Each float64 product is exact: its sums are integers below 255 · 2^15 · in.
     partial = [(plane.double() @ weight.double().t()).to(torch.int64) for plane in planes]
     total = sum((part << (8 * limb) for limb, part in enumerate(partial)), torch.zeros_like(partial[0]))  # [T, out]
-    return _top_bytes((total * linear.upload_step).to(torch.int32), linear.reply_bytes, linear.reply_step)
+    return _top_bytes((total << (LOG_Q - 8 * linear.upload_limbs)).to(torch.int32), linear.reply_bits)
 
 
 def decrypt(key: DecryptionKey, hint: Hint, reply: Tensor, linear: LinearParameters) -> Tensor:
@@ -223,10 +224,11 @@ def _check_input(public: PublicMatrix, x: Tensor, linear: LinearParameters) -> N
         )
 
 
-def _top_bytes(words: Tensor, count: int, step: int) -> Tensor:
-    """Round int32 words mod 2^32 to multiples of `step` = 2^(8(4-count)), ties up: uint8 `[count, *words.shape]`."""
-    rounded = words + step // 2 if step > 1 else words
-    split = rounded.contiguous().view(torch.uint8).view(*words.shape, 4)[..., 4 - count :]
+def _top_bytes(words: Tensor, bits: int) -> Tensor:
+    """Round int32 words mod 2^32 to their top `bits`, ties up: uint8 `[bytes that hold them, *words.shape]`."""
+    step = 1 << (LOG_Q - bits)
+    rounded = (words + step // 2) & -step if step > 1 else words
+    split = rounded.contiguous().view(torch.uint8).view(*words.shape, 4)[..., 4 - bytes_of(bits) :]
     return split.permute(2, 0, 1).contiguous()
 
 

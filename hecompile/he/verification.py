@@ -2,12 +2,12 @@
 
 At setup the client draws r ∈ {±1, ±2}^out and keeps v = rᵀ·W (Freivalds, "Probabilistic machines can use less running
 time", IFIP 1977). A product sends words b' mod q and gets words Y' = W·b' + ρ' mod q, where ρ' is the worker's own rounding
-to R bytes: |ρ'_i| ≤ G/2, and 0 where nothing is rounded. For an honest worker
+to the bits of a reply: |ρ'_i| ≤ G/2, and 0 where nothing is rounded. For an honest worker
 
     D = Σ_i r_i·Y'_i - Σ_j v_j·b'_j = Σ_i r_i·ρ'_i   (mod q, centred)
 
-is small. The tolerance is 8 standard deviations of the right-hand side for the r that were drawn. With ρ'_i independent and
-uniform, which is sub-Gaussian with its own variance, |D| exceeds the tolerance with probability below 2·exp(-32) < 3e-14
+is small. The tolerance is the mean of the right-hand side and 8 standard deviations, for the r that were drawn. With ρ'_i
+independent and uniform, which is sub-Gaussian with its own variance, |D| exceeds the tolerance with probability below 2·exp(-32) < 3e-14
 for each check. A reply is accepted if every check is within its tolerance:
 
 * token by token, by one of TOKEN_VARIANTS r, drawn for the token. Which these are of all VARIANTS is drawn for the request;
@@ -26,7 +26,7 @@ cannot both pass. So at most two of the four values pass.
   MISSED · Σ_p Π_v n_v(p_v)/2 = MISSED · Π_v (n_v(0) + n_v(1))/2 ≤ MISSED.
 * *One output of one token is wrong, visibly to the token's check*: always caught. Unless δ_i is within the tolerance of q/2,
   neither ±δ_i nor ±2·δ_i is small, and the token's check fails. If it is, half of the variants have r_i odd and see q/2 in
-  the total, whose tolerance is about q/8 at most. (Factors ±1 alone would never see two outputs that are both off by q/2,
+  the total, whose tolerance is q/8 at most. (Factors ±1 alone would never see two outputs that are both off by q/2,
   nor even factors one.)
 * *Tokens are wrong, visibly to their checks, and their sum is not*: they pass with probability Π_{j<k} (V/2)/(V - j) at most
   if they meet k distinct variants (MOST_LIKELY). For, given j of its factors, an output's next one has neither parity with a
@@ -34,7 +34,7 @@ cannot both pass. So at most two of the four values pass.
   a variant with probability 1/8, so that m of them meet fewer than m: 2, 4, 6, 8 and many pass with probability 0.29, 0.13,
   0.07, 0.05 and 0.013. A lie told again in further requests meets further variants; it passes all V with probability MISSED.
 * *The reply is to something else* (an old one, another layer's, another client's): D is uniform over the multiples of the
-  finer step. Then a check passes with probability about 2·tolerance/q: half a percent at 2048 outputs and 2 bytes of reply,
+  finer step. Then a check passes with probability about 2·tolerance/q: half a percent at 2048 outputs and 16 bits of reply,
   11 % for the coarsest replies that are admitted. All V of a total practically never do. Two tokens exchanged
   within a window leave its sum as it is, and then two checks of a token have to pass. Where both have the same variant, with
   probability 1/8, the two D are opposite, so that both pass or neither: p/8 + p² at most, where p is that of one check.

@@ -77,13 +77,16 @@ class Rows(NamedTuple):
 
 
 class Planes(NamedTuple):
-    """Locate wire bytes: byte l of feature j of token t is number `start + l · plane + t · row + j` of `wire`."""
+    """Locate wire bytes: byte l of feature j of token t is number `start + l · plane + t · row + j` of `wire`.
+
+    A word has so many `bits`, the highest of as few whole bytes as hold them; those below are 0.
+    """
 
     wire: NDArray[np.uint8]
     start: int
     plane: int
     row: int
-    limbs: int
+    bits: int
     past_caches: bool = False
     """Whether to write past the caches, where whole lines of 64 features are cache lines."""
 

@@ -80,7 +80,7 @@ def _decrypt(
     first_group, features, tokens,
     hint, kept,
     secrets,
-    wire, start, plane, row_stride, limbs, _,
+    wire, start, plane, row_stride, bits, _,
     scale, factors,
     result, result_start, result_stride,
     vectors, drawn, variants, sums, window, totals, total_sums, check_features,
@@ -88,6 +88,7 @@ def _decrypt(
 ):  # fmt: skip
     """Run `decrypt` on its arguments unpacked, a line for each: see `encrypt_tiles._encrypt`."""
     stride = 8 * tokens + PADDING
+    limbs = (bits + 7) // 8
     dropped = 8 * (4 - limbs)
     ring = Ring(n, rank, packing, real_address(roots), root_count)
     hint_, kept_, secrets_ = address(hint), real_address(kept), real_address(secrets)

@@ -27,6 +27,7 @@ from hecompile.he.kernels.lines import (
     add_dot,
     add_words,
     line_of,
+    line_shifted_up,
     load_line,
     load_words,
     no_words,
@@ -84,7 +85,7 @@ def _encrypt(
     x, x_start, x_stride,
     inverse_scale, factors,
     error,
-    wire, start, plane, row_stride, limbs, past_caches,
+    wire, start, plane, row_stride, bits, past_caches,
     images, drawn, variants, sums, window, totals, total_sums, _,
     tile, values, work,
 ):  # fmt: skip
@@ -95,8 +96,8 @@ def _encrypt(
     run = 1  # tokens that one line is made of before the next line: words are added up in registers meanwhile
     while 2 * run <= min(8, window):
         run *= 2
-    dropped = 8 * (4 - limbs)
-    half = (1 << dropped) >> 1
+    limbs, rounded = (bits + 7) // 8, 32 - bits
+    dropped, unused, half = 8 * (4 - limbs), 8 * limbs - bits, (1 << rounded) >> 1
     ring = Ring(n, rank, packing, address(roots), root_count)
     x_, scale_, factor_, error_ = address(x), address(inverse_scale), address(factors), address(error)
     matrix_, secrets_ = address(matrix), address(secrets)
@@ -150,7 +151,8 @@ def _encrypt(
                             _encoded(x_at, to, scale, e_at, 32), _encoded(x_at, to, scale, e_at, 40),
                             _encoded(x_at, to, scale, e_at, 48), _encoded(x_at, to, scale, e_at, 56),
                         )  # fmt: skip
-                        top = top_of_line(plain + load_line(tile_ + masks + 32 * t, 4 * stride), half, dropped)
+                        word = plain + load_line(tile_ + masks + 32 * t, 4 * stride)
+                        top = line_shifted_up(top_of_line(word, half, rounded), unused)
                         if past_caches:
                             pack_past_caches(limbs, top, planes_ + out, plane)
                         else:
@@ -164,14 +166,14 @@ def _encrypt(
                         continue
                     for k in range(width):
                         value = np.int64(np.rint(np.float64(x[row + k]) * factors[i + k] * inverse_scale[t]))
-                        word = value + error[e + k] + tile[(c + k) // 8 * stride + 8 * t + k % 8] + half
-                        word = (word & 0xFFFFFFFF) >> dropped
+                        number = value + error[e + k] + tile[(c + k) // 8 * stride + 8 * t + k % 8] + half
+                        number = (number & 0xFFFFFFFF) >> rounded << unused
                         for limb in range(limbs):
-                            wire[out + limb * plane + k] = np.uint8((word >> (8 * limb)) & 255)
+                            wire[out + limb * plane + k] = np.uint8((number >> (8 * limb)) & 255)
                         for check in range(check_count):
-                            sums[check, t, 0] += word * images_flat[image + WIDTH * check + k]
+                            sums[check, t, 0] += number * images_flat[image + WIDTH * check + k]
                         if windows > 0:
-                            totals[total_at + k] += word
+                            totals[total_at + k] += number
                 if windows > 0:
                     add_words(total, totals_ + 4 * total_at)
         for c in range(0, columns, WIDTH):

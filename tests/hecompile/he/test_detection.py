@@ -133,7 +133,7 @@ def test_tokens_that_are_exchanged_and_have_one_variant_pass_together_or_not_at_
         return expectation
 
     monkeypatch.setattr(Expectation, "draw", one_variant)
-    options = {"limbs": 3, "reply_bytes": 1, "outputs": 8}
+    options = {"upload_bits": 24, "reply_bits": 8, "outputs": 8}
     single = 2 * tolerance(Product(**options).linear) / 2**32
     assert 0.07 < single < 0.09
 

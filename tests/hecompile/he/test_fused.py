@@ -50,15 +50,15 @@ def key_of(params: RingParameters, linear: LinearParameters, scale: np.ndarray, 
 
 
 def check_against_the_simple_path(
-    params: RingParameters, tokens: int, shape: tuple[int, int], limbs: int, reply_bytes: int, extreme: bool = False,
+    params: RingParameters, tokens: int, shape: tuple[int, int], upload: int, reply_bits: int, extreme: bool = False,
     offset: int = 0,
 ) -> None:  # fmt: skip
     """offset: bytes from a cache line to where the ciphertext begins."""
     out_features, in_features = shape
     weight = weights(out_features, in_features)
-    if limbs == 1:
+    if upload == 8:
         weight = weight.sign()  # larger ones leave no room for an input
-    linear = LinearParameters.from_weight(weight, 8 * limbs, 8 * reply_bytes)
+    linear = LinearParameters.from_weight(weight, upload, reply_bits)
     public = PublicMatrix(params, SEED, in_features + 3)
     rng = np.random.default_rng(7)
     count = len(blocks(tokens, params.ring_dim))
@@ -114,13 +114,13 @@ def check_against_the_simple_path(
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 55])
 @pytest.mark.parametrize("shape", [(9, 12), (64, 8), (5, 3), (70, 130), (1, 65), (3, 1300), (1300, 3)])
 def test_any_number_of_tokens_and_features(tokens: int, shape: tuple[int, int]) -> None:
-    check_against_the_simple_path(TOY, tokens, shape, 3, 2)
+    check_against_the_simple_path(TOY, tokens, shape, 21, 16)
 
 
 @pytest.mark.parametrize("rank", [2, 3, 4, 6, 12])
 @pytest.mark.parametrize("shape", [(9, 12), (5, 3), (70, 130), (1, 215)])
 def test_packed_rings(rank: int, shape: tuple[int, int]) -> None:
-    check_against_the_simple_path(test_insecure_parameters(16, rank, packed=True), 55, shape, 3, 2)
+    check_against_the_simple_path(test_insecure_parameters(16, rank, packed=True), 55, shape, 24, 16)
 
 
 @pytest.mark.parametrize("ring_dim", [16, 32, 64, 128, 256])
@@ -128,17 +128,17 @@ def test_packed_rings(rank: int, shape: tuple[int, int]) -> None:
 def test_every_ring_dim_from_the_smallest_on(ring_dim: int, rank: int, packed: bool) -> None:
     params = test_insecure_parameters(ring_dim, rank, packed=packed)
     for more in (1, ring_dim // 8 - 1, ring_dim // 8, ring_dim // 8 + 1, ring_dim // 2 + 1):  # a quarter of the points
-        check_against_the_simple_path(params, 2 * ring_dim + more, (5, 70), 3, 2)
+        check_against_the_simple_path(params, 2 * ring_dim + more, (5, 70), 22, 13)
 
 
 @pytest.mark.parametrize(("features", "offset"), [(64, 0), (192, 0), (200, 0), (32, 0), (192, 32), (192, 1)])
-@pytest.mark.parametrize(("limbs", "reply_bytes"), [(1, 1), (2, 2), (3, 2), (4, 2)])
+@pytest.mark.parametrize(("upload", "reply"), [(8, 8), (16, 16), (21, 12), (24, 16), (32, 16)])
 def test_wire_bytes_past_the_caches(
-    monkeypatch: pytest.MonkeyPatch, features: int, offset: int, limbs: int, reply_bytes: int
+    monkeypatch: pytest.MonkeyPatch, features: int, offset: int, upload: int, reply: int
 ) -> None:
     """As large ciphertexts are written where their lines are cache lines, and as others where they are not."""
     monkeypatch.setattr(fused, "_PAST_CACHES", 0)
-    check_against_the_simple_path(TOY, 55, (5, features), limbs, reply_bytes, offset=offset)
+    check_against_the_simple_path(TOY, 55, (5, features), upload, reply, offset=offset)
 
 
 def test_a_ring_too_small_for_the_kernels_is_refused() -> None:
@@ -149,16 +149,19 @@ def test_a_ring_too_small_for_the_kernels_is_refused() -> None:
             encrypt_reals(public, reals(3, 8), LinearParameters.from_weight(weights(2, 8), 24, 16))
 
 
-@pytest.mark.parametrize(("limbs", "reply_bytes"), [(4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("upload", "reply"),
+    [(32, 32), (32, 24), (31, 19), (32, 16), (24, 24), (24, 16), (23, 17), (22, 22), (17, 16), (16, 16), (32, 8), (29, 9)],
+)
 @pytest.mark.parametrize("extreme", [False, True])
-def test_any_number_of_bytes(limbs: int, reply_bytes: int, extreme: bool) -> None:
-    check_against_the_simple_path(TOY, 20, (11, 21), limbs, reply_bytes, extreme)
+def test_any_number_of_bits(upload: int, reply: int, extreme: bool) -> None:
+    check_against_the_simple_path(TOY, 20, (11, 21), upload, reply, extreme)
 
 
 @pytest.mark.parametrize("params", CATALOGUE.values(), ids=CATALOGUE)
 @pytest.mark.parametrize("extreme", [False, True])
 def test_every_ring_of_the_catalogue(params: RingParameters, extreme: bool) -> None:
-    check_against_the_simple_path(params, params.ring_dim + 5, (20, 150), 3, 2, extreme)
+    check_against_the_simple_path(params, params.ring_dim + 5, (20, 150), 22, 13, extreme)
 
 
 def test_one_thread_and_several_agree(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +170,7 @@ def test_one_thread_and_several_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            check_against_the_simple_path(TOY, 30, (150, 210), 3, 2)
+            check_against_the_simple_path(TOY, 30, (150, 210), 24, 16)
     finally:
         torch.set_num_threads(before)
 

@@ -53,10 +53,10 @@ def round_trip(params: RingParameters, weight: torch.Tensor, x: torch.Tensor, li
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 55])
-@pytest.mark.parametrize(("limbs", "reply"), [(4, 4), (3, 3), (4, 2)])
-def test_any_number_of_tokens(tokens: int, limbs: int, reply: int) -> None:
+@pytest.mark.parametrize(("upload", "reply"), [(32, 32), (24, 24), (32, 16), (21, 11)])
+def test_any_number_of_tokens(tokens: int, upload: int, reply: int) -> None:
     weight = weights(9, 12)
-    linear = LinearParameters.from_weight(weight, 8 * limbs, 8 * reply)
+    linear = LinearParameters.from_weight(weight, upload, reply)
     x = inputs(tokens, linear)
     noise = round_trip(TOY, weight, x, linear) - products(x, weight)
     assert noise.shape == (tokens, 9)
@@ -72,11 +72,13 @@ def test_every_ring_of_the_catalogue(params: RingParameters) -> None:
     assert 0 < noise.abs().max() <= linear.noise_bound
 
 
-@pytest.mark.parametrize(("limbs", "reply"), [(4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2)])
-def test_noise_is_as_predicted(limbs: int, reply: int) -> None:
+@pytest.mark.parametrize(
+    ("upload", "reply"), [(32, 32), (32, 24), (32, 16), (24, 24), (24, 16), (23, 22), (22, 12), (16, 16)]
+)
+def test_noise_is_as_predicted(upload: int, reply: int) -> None:
     weight = weights(32, 64)
     weight[:8] //= 16  # rows of different norms
-    linear = LinearParameters.from_weight(weight, 8 * limbs, 8 * reply)
+    linear = LinearParameters.from_weight(weight, upload, reply)
     x = inputs(1024, linear)
     noise = (round_trip(CATALOGUE["512x3"], weight, x, linear) - products(x, weight)).double()
     assert noise.abs().max() <= linear.noise_bound
@@ -108,10 +110,10 @@ def test_largest_input_with_extreme_weights_and_errors_is_exact(value: int, sign
     assert (decrypted(largest + 1) == (wrapped if wrapped == -(2**31) else wrapped - sign_of(wrapped) * 2**32)).all()
 
 
-@pytest.mark.parametrize(("limbs", "reply"), [(4, 4), (3, 3), (3, 2)])
-def test_input_beyond_the_bound_is_refused(limbs: int, reply: int) -> None:
+@pytest.mark.parametrize(("upload", "reply"), [(32, 32), (24, 24), (24, 16), (22, 15)])
+def test_input_beyond_the_bound_is_refused(upload: int, reply: int) -> None:
     weight = torch.full((3, 8), 127, dtype=torch.int8)
-    linear = LinearParameters.from_weight(weight, 8 * limbs, 8 * reply)
+    linear = LinearParameters.from_weight(weight, upload, reply)
     public = PublicMatrix(TOY, SEED, 8)
     for sign in (1, -1):
         x = torch.zeros(4, 8, dtype=torch.int64)
@@ -127,10 +129,10 @@ def test_input_beyond_the_bound_is_refused(limbs: int, reply: int) -> None:
         encrypt_tokens(public, x, linear)
 
 
-@pytest.mark.parametrize(("limbs", "reply"), [(4, 4), (3, 3), (3, 2), (2, 1)])
-def test_tokens_at_the_norm_bound_decrypt_without_overflow(limbs: int, reply: int) -> None:
+@pytest.mark.parametrize(("upload", "reply"), [(32, 32), (24, 24), (24, 16), (16, 8), (18, 12)])
+def test_tokens_at_the_norm_bound_decrypt_without_overflow(upload: int, reply: int) -> None:
     weight = weights(40, 48)
-    linear = LinearParameters.from_weight(weight, 8 * limbs, 8 * reply)
+    linear = LinearParameters.from_weight(weight, upload, reply)
     # The worst that Cauchy-Schwarz allows: each token parallel to a row of W, in both directions, and as long as it may be.
     tokens = torch.cat([weight.double(), -weight.double()])
     integers, _ = encode(tokens * 1e-3, linear.input_bound, linear.norm_bound)
@@ -153,12 +155,13 @@ def test_ciphertext_is_what_the_definition_says() -> None:
     error = generator.integers(-ERROR_BOUND, ERROR_BOUND + 1, (11, 6)).astype(np.int8)
     x = inputs(11, linear)
     b = encryption(public, secret, error, x)
-    for limbs in (1, 2, 3, 4):
-        small = LinearParameters(6, 2, max_l1=10, max_l2=5.0, upload_bits=8 * limbs, reply_bits=8)
+    for bits in (8, 13, 16, 22, 24, 31, 32):
+        small = LinearParameters(6, 2, max_l1=10, max_l2=5.0, upload_bits=bits, reply_bits=8)
         ciphertext, _ = _encrypt_with(public, [secret], error, x, small)
-        step = 2 ** (8 * (4 - limbs))
-        assert ciphertext.planes.dtype == torch.uint8
-        assert (words(ciphertext.planes) == (b + step // 2) // step % 2 ** (8 * limbs)).all()
+        step = 2 ** (32 - bits)
+        assert ciphertext.planes.dtype == torch.uint8 and len(ciphertext.planes) == small.upload_limbs
+        unused = 8 * small.upload_limbs - bits
+        assert (words(ciphertext.planes) == (b + step // 2) // step % 2**bits << unused).all()
 
 
 def test_evaluation_rounds_and_wraps_as_on_the_wire() -> None:
@@ -168,10 +171,10 @@ def test_evaluation_rounds_and_wraps_as_on_the_wire() -> None:
         planes = torch.randint(0, 256, (limbs, 6, 5), generator=generator).to(torch.uint8)
         planes[:, 0] = 255
         y = words(planes) @ weight.numpy().astype(np.int64).T
-        for reply in range(1, limbs + 1):
-            linear = LinearParameters(5, 4, max_l1=100, max_l2=60.0, upload_bits=8 * limbs, reply_bits=8 * reply)
-            shift = 8 * (limbs - reply)
-            wanted = ((y + (1 << shift >> 1)) % 2 ** (8 * limbs)) >> shift
+        for reply in range(8, 8 * limbs + 1):
+            linear = LinearParameters(5, 4, max_l1=100, max_l2=60.0, upload_bits=8 * limbs, reply_bits=reply)
+            shift = 8 * limbs - reply
+            wanted = ((y + (1 << shift >> 1)) % 2 ** (8 * limbs)) >> shift << -reply % 8
             assert (words(evaluate(weight, planes, linear)) == wanted).all()
 
 
@@ -290,8 +293,8 @@ def test_any_small_circuit_decrypts_within_its_bound(data: st.DataObject) -> Non
     byte = st.one_of(st.integers(-128, 127), st.sampled_from([-128, 127, 0]))
     flat = data.draw(st.lists(byte, min_size=rows * columns, max_size=rows * columns))
     weight = torch.tensor(flat, dtype=torch.int8).view(rows, columns)
-    limbs = data.draw(st.integers(2, 4))
-    linear = LinearParameters.from_weight(weight, 8 * limbs, 8 * data.draw(st.integers(1, limbs)))
+    upload = data.draw(st.integers(16, 32))
+    linear = LinearParameters.from_weight(weight, upload, data.draw(st.integers(8, upload)))
     tokens, bound = data.draw(st.integers(1, 40)), linear.input_bound
     value = st.one_of(st.integers(-bound, bound), st.sampled_from([-bound, bound, 0]))
     column = torch.tensor(data.draw(st.lists(value, min_size=tokens, max_size=tokens)))  # [T]

@@ -52,9 +52,9 @@ def reply_of(words: np.ndarray, linear: LinearParameters) -> torch.Tensor:
 class Product:
     """One circuit of a toy ring, its checks, and products over it."""
 
-    def __init__(self, limbs: int = 3, reply_bytes: int = 2, inputs: int = INPUTS, outputs: int = OUTPUTS) -> None:
+    def __init__(self, upload_bits: int = 24, reply_bits: int = 16, inputs: int = INPUTS, outputs: int = OUTPUTS) -> None:
         self.weight = weights(outputs, inputs)
-        self.linear = LinearParameters.from_weight(self.weight, 8 * limbs, 8 * reply_bytes)
+        self.linear = LinearParameters.from_weight(self.weight, upload_bits, reply_bits)
         self.public = PublicMatrix(TOY, SEED, inputs)
         self.hint = Hint.from_coefficients(TOY, setup(self.weight, self.public))
         self.checks = Checks.draw(self.weight, SecretRandom())
@@ -72,13 +72,15 @@ class Product:
         return True
 
 
-@pytest.mark.parametrize(("limbs", "reply_bytes"), [(4, 4), (4, 2), (3, 3), (3, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("upload_bits", "reply_bits"), [(32, 32), (32, 16), (24, 24), (24, 16), (23, 22), (21, 12), (16, 16)]
+)
 @pytest.mark.parametrize("tokens", [1, 16, 40])
-def test_an_honest_reply_passes(limbs: int, reply_bytes: int, tokens: int) -> None:
-    product = Product(limbs, reply_bytes)
+def test_an_honest_reply_passes(upload_bits: int, reply_bits: int, tokens: int) -> None:
+    product = Product(upload_bits, reply_bits)
     key, reply = product.request(tokens)
     assert product.accepts(key, reply)
-    assert (tolerance(product.linear) == 0) == (limbs == reply_bytes)
+    assert (tolerance(product.linear) == 0) == (upload_bits == reply_bits)
 
 
 def test_an_honest_reply_passes_where_tiles_have_several_lines_of_a_token() -> None:
@@ -94,7 +96,7 @@ def test_the_sums_are_those_of_the_definition(
 ) -> None:
     """Over features that fill no tile, several groups of outputs, and several pieces of tokens."""
     monkeypatch.setattr(fused, "_TOKENS", pieces)
-    product = Product(3, 2, *shape)
+    product = Product(21, 16, *shape)
     x = torch.randn(37, shape[0], generator=torch.Generator().manual_seed(3))
     ciphertext, key = encrypt_reals(product.public, x, product.linear, checks=product.checks)
     sent = np.zeros((*ciphertext.planes.shape[1:], 4), dtype=np.uint8)
