@@ -55,8 +55,8 @@ KINDS = (
     Kind("in process", None),
     Kind("frames, TCP", "tcp://127.0.0.1:0"),
     Kind("frames, Unix socket", "unix://{folder}/socket"),
-    Kind("Arrow Flight", "flight://127.0.0.1:0", "hecompile.runtime.wire.flight_frames"),
-    Kind("Arrow Flight, TLS and token", "flights://127.0.0.1:0", "hecompile.runtime.wire.flight_frames", tls=True),
+    Kind("Arrow Flight", "flight://127.0.0.1:0", "hecompile.runtime.transports.flight"),
+    Kind("Arrow Flight, TLS and token", "flights://127.0.0.1:0", "hecompile.runtime.transports.flight", tls=True),
     Kind("Open Inference Protocol, gRPC", "grpc://127.0.0.1:0", "hecompile.runtime.transports.oip"),
 )
 

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import ssl
 from pathlib import Path
-from typing import Any
+
+import grpc
+import numpy as np
 
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
 from hecompile.foreign import printable
 from hecompile.runtime.transports.base import FrameTransport, TrafficRecorder
+from hecompile.runtime.transports.grpc_channel import open_channel
 from hecompile.runtime.wire import framing, protocol
 from hecompile.runtime.wire.address import TcpAddress, parse_address
 from hecompile.runtime.wire.credentials import ClientCredentials
-from hecompile.runtime.wire.flight_frames import COMMAND, flight, pyarrow, read_frame, write_frame
+from hecompile.runtime.wire.flight_frames import METHOD, OPTIONS, SERVICE, FrameReader, limits, request_messages
 from hecompile.runtime.wire.framing import Frame
 from hecompile.runtime.wire.network import FLIGHT_SCHEMES, check_client_access
 
-_MIB = 1 << 20
-_TUNING = [
-    # Each transport has a connection of its own; gRPC would share one among those to the same address.
-    ("grpc.use_local_subchannel_pool", 1),
-    # The defaults of 16 KiB, 64 KiB and 64 KiB mean many small reads and writes for messages of several MiB.
-    ("grpc.http2.max_frame_size", 4 * _MIB),
-    ("grpc.http2.lookahead_bytes", 16 * _MIB),
-    ("grpc.http2.write_buffer_size", 16 * _MIB),
-]
+_UNKNOWN_CLIENT = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+_INTERRUPTED = (grpc.StatusCode.CANCELLED, grpc.StatusCode.ABORTED, grpc.StatusCode.INTERNAL)
+"""Statuses of a call that was lost on its way, while its connection may serve others."""
 
 
 class FlightTransport(FrameTransport):
@@ -62,80 +59,70 @@ class FlightTransport(FrameTransport):
         self._address = address
         self._reply_timeout = reply_timeout
         self._max_message_bytes = max_message_bytes
-        headers = [] if credentials.token is None else [(b"authorization", b"Bearer " + credentials.token.encode())]
-        self._options = flight.FlightCallOptions(timeout=reply_timeout, headers=headers)
-        options: dict[str, Any] = {
-            "generic_options": [
-                *_TUNING,
-                ("grpc.min_reconnect_backoff_ms", int(1000 * connect_timeout)),  # the longest attempt to connect
-                ("grpc.max_receive_message_length", max_message_bytes + framing.MAX_HEADER_BYTES),
-            ]
-        }
-        if parsed.tls:
-            options |= {
-                "tls_root_certs": credentials.authority or _system_authorities(),
-                "cert_chain": credentials.certificate,
-                "private_key": credentials.key,
-            }
-        location = f"{'grpc+tls' if parsed.tls else 'grpc'}://{parsed.authority}"
-        self._client: Any = flight.FlightClient(location, **options)
+        self._metadata = () if credentials.token is None else (("authorization", f"Bearer {credentials.token}"),)
+        if parsed.tls and credentials.authority is None:
+            credentials = dataclasses.replace(credentials, authority=_system_authorities())
+        options = [
+            *OPTIONS, *limits(max_message_bytes),
+            ("grpc.min_reconnect_backoff_ms", int(1000 * connect_timeout)),  # the longest attempt to connect
+        ]  # fmt: skip
+        self._channel: grpc.Channel | None = open_channel(parsed, credentials, options)
 
     def _exchange(self, frame: Frame) -> Frame:
-        client = self._client
-        if client is None:
-            raise WorkerUnavailableError(f"the connection to the worker at {self._address} is closed; connect again")
+        channel = self._channel
+        if channel is None:
+            raise self._closed()
         if frame.size > self._max_message_bytes:
             raise WorkerError(
                 f"request of {frame.size} bytes; at most {self._max_message_bytes} are sent; use a smaller batch"
             )
-        kind = WorkerError
         try:
-            return self._call(client, frame)
-        except flight.FlightTimedOutError:
-            kind = WorkerUnavailableError
-            failure = (
+            return self._call(channel, frame)
+        except WorkerError as error:
+            raise type(error)(f"worker at {self._address}: {error}") from None
+        except grpc.RpcError as error:
+            raise self._failure(error.code(), _text(error.details())) from None
+        except ValueError:  # closed by another thread meanwhile
+            raise self._closed() from None
+
+    def _call(self, channel: grpc.Channel, frame: Frame) -> Frame:
+        """Exchange one frame for one in a call. Raises WorkerError for a malformed reply, and what gRPC raises."""
+        call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(
+            request_messages(frame), timeout=self._reply_timeout, metadata=self._metadata
+        )
+        try:
+            reader = FrameReader(call, self._max_message_bytes)
+            answer = reader.next_frame()
+            if answer is None:
+                raise WorkerUnavailableError("it ended the call without an answer; see its log")
+            if reader.next_frame() is not None:
+                raise WorkerError("it sent more than one answer")
+        finally:
+            call.cancel()  # which does nothing to a call that has ended
+        # gRPC's memory is read-only, of which torch warns.
+        return Frame(answer.header, np.array(np.frombuffer(answer.payload, np.uint8)).data)
+
+    def _failure(self, code: grpc.StatusCode, text: str) -> WorkerError:
+        """Return the error for the status with which a call ended."""
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return WorkerUnavailableError(
                 f"the worker at {self._address} was silent for {self._reply_timeout:g} s; "
                 "see its log, or raise the reply timeout for a slow machine"
             )
-        except flight.FlightUnavailableError as error:
-            kind = WorkerUnavailableError
-            failure = self._unavailable(_text(error))
+        if code is grpc.StatusCode.UNAVAILABLE:
             self.close()
-        except (flight.FlightUnauthenticatedError, flight.FlightUnauthorizedError) as error:
-            failure = f"the worker at {self._address} does not accept this client: {_text(error)}"
-        except WorkerError as error:
-            kind = type(error)
-            failure = f"worker at {self._address}: {error}"
-        except flight.FlightServerError as error:
-            failure = f"the worker refused the request: {_text(error)}"
-        except (flight.FlightError, pyarrow.ArrowException, OSError) as error:
-            kind = WorkerUnavailableError
-            failure = f"the exchange with the worker at {self._address} failed: {_text(error)}"
-        # Out here: pyarrow's own exception quotes what the worker sent at any length.
-        raise kind(failure)
+            return WorkerUnavailableError(self._unavailable(text))
+        # This status also says that a message is too large, which it would be elsewhere and later as well.
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" not in text:
+            return WorkerUnavailableError(f"the worker at {self._address} is busy: {text}")
+        if code in _UNKNOWN_CLIENT:
+            return WorkerError(f"the worker at {self._address} does not accept this client: {text}")
+        if code in _INTERRUPTED:
+            return WorkerUnavailableError(f"the exchange with the worker at {self._address} failed: {text}")
+        return WorkerError(f"the worker refused the request: {text}")
 
-    def _call(self, client: Any, frame: Frame) -> Frame:
-        """Exchange one frame for one in a call. Raises WorkerError for a malformed reply, and what pyarrow raises."""
-        writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(COMMAND), self._options)
-        try:
-            try:
-                write_frame(writer, frame)
-                writer.done_writing()
-            except (flight.FlightError, pyarrow.ArrowException, OSError):
-                reader.read_chunk()  # raises the reason why the worker takes no more, if it gave one
-                raise
-            answer = read_frame(reader, self._max_message_bytes)
-            if answer is None:
-                raise WorkerUnavailableError("it ended the call without an answer; see its log")
-            if read_frame(reader, self._max_message_bytes) is not None:
-                raise WorkerError("it sent more than one answer")
-            return answer
-        except BaseException:
-            reader.cancel()  # or closing would wait for what the worker may still send
-            raise
-        finally:
-            with contextlib.suppress(flight.FlightError, pyarrow.ArrowException, OSError):
-                writer.close()
+    def _closed(self) -> WorkerError:
+        return WorkerUnavailableError(f"the connection to the worker at {self._address} is closed; connect again")
 
     def _unavailable(self, reason: str) -> str:
         if self._info is None:
@@ -145,9 +132,9 @@ class FlightTransport(FrameTransport):
     def close(self) -> None:
         """See `Transport.close`."""
         with self._lock:
-            client, self._client = self._client, None
-        if client is not None:
-            client.close()
+            channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
 
 
 def _checked_address(address: str, credentials: ClientCredentials) -> TcpAddress:
@@ -164,13 +151,6 @@ def _system_authorities() -> bytes | None:
     return None if file is None else Path(file).read_bytes()
 
 
-def _text(error: BaseException) -> str:
-    """Return the worker's or gRPC's text without pyarrow's additions, safe for a terminal: the worker is not trusted."""
-    own = getattr(error, "extra_info", None)
-    text = own.decode("utf-8", "replace") if own else _status_text(str(error))
-    return printable(text, protocol.MAX_ERROR_CHARACTERS)
-
-
-def _status_text(text: str) -> str:
-    text = text.partition(". gRPC client debug context")[0].partition(". Detail: ")[0]
-    return text.rpartition(" error, with message: ")[2]
+def _text(details: str | None) -> str:
+    """Return the worker's or gRPC's text without Arrow's addition, safe for a terminal: the worker is not trusted."""
+    return printable((details or "").partition(". Detail: ")[0], protocol.MAX_ERROR_CHARACTERS)

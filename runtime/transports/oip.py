@@ -20,6 +20,7 @@ from hecompile.bundles.triton_repository import INPUT_NAME, OUTPUT_NAME, PLAN_ID
 from hecompile.errors import InputError, WorkerError, WorkerUnavailableError
 from hecompile.foreign import printable
 from hecompile.runtime.transports.base import Answer, Direction, TrafficRecorder
+from hecompile.runtime.transports.grpc_channel import open_channel
 from hecompile.runtime.wire import framing
 from hecompile.runtime.wire.address import TcpAddress, parse_address
 from hecompile.runtime.wire.credentials import ClientCredentials
@@ -291,11 +292,5 @@ def _channel(address: TcpAddress, credentials: ClientCredentials, max_message_by
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
         UNCOMPRESSED,
-        ("grpc.use_local_subchannel_pool", 1),  # a connection of its own, which ends with it
     ]
-    if address.is_loopback:
-        options.append(("grpc.enable_http_proxy", 0))  # nothing meant for this machine goes to another
-    if not address.tls:
-        return grpc.insecure_channel(address.authority, options)
-    tls = grpc.ssl_channel_credentials(credentials.authority, credentials.key, credentials.certificate)
-    return grpc.secure_channel(address.authority, tls, options)
+    return open_channel(address, credentials, options)

@@ -18,6 +18,8 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 from tritonclient.grpc import service_pb2 as messages
 
+from hecompile.runtime.wire.protobuf_fields import FIXED_BYTES, LENGTH_DELIMITED, prefix, read_varint
+
 __all__ = [
     "COMPUTE_SECONDS",
     "DATATYPE",
@@ -32,7 +34,6 @@ __all__ = [
     "with_raw_contents",
 ]
 
-_WIRE_TYPE_BYTES = 2
 SERVICE = messages.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 DATATYPE = "UINT8"
 COMPUTE_SECONDS = "compute_seconds"
@@ -49,7 +50,6 @@ MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES = 64 << 10, 1 << 20
 
 _MOST_TENSORS = 16
 _RAW_FIELDS = frozenset({"raw_input_contents", "raw_output_contents"})
-_FIXED_BYTES = {1: 8, 5: 4}
 
 
 def fill(message: Message, content: bytes, most: int) -> None:
@@ -79,35 +79,22 @@ def _check_parts(content: bytes, raw: set[int], most: int) -> None:
     place, other, tensors = 0, 0, 0
     while place < len(content):
         start = place
-        tag, place = _read_varint(content, place)
+        tag, place = read_varint(content, place)
         kind = tag & 7
-        size = _FIXED_BYTES.get(kind, 0)
-        if kind == _WIRE_TYPE_BYTES:
-            size, place = _read_varint(content, place)
+        size = FIXED_BYTES.get(kind, 0)
+        if kind == LENGTH_DELIMITED:
+            size, place = read_varint(content, place)
         elif kind == 0:
-            _, place = _read_varint(content, place)
+            _, place = read_varint(content, place)
         elif size == 0:
             raise ValueError("it is no message of this protocol")
         place += size
-        if kind == _WIRE_TYPE_BYTES and tag >> 3 in raw:
+        if kind == LENGTH_DELIMITED and tag >> 3 in raw:
             tensors += 1
         else:
             other += place - start
         if other > most or tensors > _MOST_TENSORS:
             raise ValueError("it is larger than any message of this protocol")
-
-
-def _read_varint(content: bytes, place: int) -> tuple[int, int]:
-    """Return an integer as protobuf encodes it, and the place after it. Raises ValueError where it does not end."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if place >= len(content):
-            break
-        value |= (content[place] & 0x7F) << shift
-        place += 1
-        if content[place - 1] < 0x80:
-            return value, place
-    raise ValueError("it is no message of this protocol")
 
 
 def compute_seconds(response: messages.ModelInferResponse) -> float:
@@ -125,15 +112,6 @@ def with_raw_contents(message: messages.ModelInferRequest | messages.ModelInferR
     serialising would copy the planes three times where this copies them once.
     """
     name = "raw_input_contents" if isinstance(message, messages.ModelInferRequest) else "raw_output_contents"
-    tag = message.DESCRIPTOR.fields_by_name[name].number << 3 | _WIRE_TYPE_BYTES
+    number = message.DESCRIPTOR.fields_by_name[name].number
     contents = np.ascontiguousarray(planes).reshape(-1).data
-    return b"".join((message.SerializeToString(), _varint(tag), _varint(len(contents)), contents))
-
-
-def _varint(value: int) -> bytes:
-    """Encode an integer as protobuf does: seven bits per byte, lowest first, the eighth set on all but the last."""
-    digits = bytearray()
-    while value > 0x7F:
-        digits.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*digits, value])
+    return b"".join((message.SerializeToString(), prefix(number, len(contents)), contents))

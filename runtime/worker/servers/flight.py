@@ -1,33 +1,38 @@
-"""Serve a worker over Arrow Flight, the fastest network transport; see `hecompile.runtime.wire.flight_frames` for messages.
+"""Serve a worker over Arrow Flight; see `hecompile.runtime.wire.flight_frames` for the messages.
 
-gRPC serves any number of connections, with any number of requests under way on each, in threads of its own.
+gRPC serves any number of connections, with any number of requests under way on each.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import socket
 import threading
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
 
 from hecompile.errors import HecompileError, InputError, WorkerError
 from hecompile.files import reason_of
 from hecompile.runtime.wire import framing, protocol
 from hecompile.runtime.wire.address import TcpAddress, parse_address
 from hecompile.runtime.wire.credentials import ServerCredentials
-from hecompile.runtime.wire.flight_frames import COMMAND, flight, pyarrow, read_frame, write_frame
+from hecompile.runtime.wire.flight_frames import METHOD, OPTIONS, SERVICE, FrameReader, limits, reply_messages
 from hecompile.runtime.wire.framing import Frame
 from hecompile.runtime.wire.network import FLIGHT_SCHEMES, check_server_access
+from hecompile.runtime.worker.servers.grpc_listening import NOT_SHARED, listen
 from hecompile.runtime.worker.worker import Worker, handle
 
 LOGGER = logging.getLogger(__name__)
 MAX_REQUESTS = 64
 """Requests under way at once, of all clients; each takes a thread, and the memory of a request and its reply."""
 
+_REFUSALS = 8
+"""Threads beside these, which tell further clients so."""
+
+_LONGEST_COMPUTATION = 86_400.0
 STOP_SECONDS = 5.0
 """Time that clients have to finish sending requests and taking replies after the server was told to stop."""
 
@@ -58,23 +63,25 @@ class FlightWorkerServer:
     ) -> None:
         credentials = credentials or ServerCredentials()
         self._parsed = _listening_address(address, credentials, allow_plaintext_network)
-        location = f"{'grpc+tls' if self._parsed.tls else 'grpc'}://{self._parsed.authority}"
-        options: dict[str, Any] = {"middleware": {"gate": _Gate(credentials)}}
-        if self._parsed.tls:
-            options["tls_certificates"] = [(credentials.certificate, credentials.key)]
-        if credentials.client_authority is not None:
-            options |= {"verify_client": True, "root_certificates": credentials.client_authority}
-        self._calls = _Calls()
+        self._service = _Service(worker, max_message_bytes)
+        self._threads = ThreadPoolExecutor(MAX_REQUESTS + _REFUSALS, thread_name_prefix="flight")
+        self._server = grpc.server(
+            self._threads,
+            handlers=(_Gate(self._service, credentials),),
+            options=(*OPTIONS, *limits(max_message_bytes), NOT_SHARED),
+            maximum_concurrent_rpcs=MAX_REQUESTS + _REFUSALS,
+        )
         try:
-            self._server = _service(worker, max_message_bytes, self._calls)(location, **options)
-        except (OSError, ValueError, pyarrow.ArrowException, flight.FlightError) as error:
-            reason = _bind_failure(self._parsed) or str(error).partition(". Detail")[0]
+            self._port = listen(self._server, self._parsed, credentials)
+        except RuntimeError:  # all that gRPC says of a socket that it cannot bind
+            reason = _bind_failure(self._parsed) or "gRPC cannot bind it"
             raise InputError(f"cannot listen on {address}: {reason}; free the address or choose another") from None
+        self._server.start()
 
     @property
     def address(self) -> str:
         """Return the address that clients connect to, with the real port."""
-        return f"{self._parsed.scheme}://{TcpAddress(self._parsed.host, self._server.port).authority}"
+        return f"{self._parsed.scheme}://{TcpAddress(self._parsed.host, self._port).authority}"
 
     def __enter__(self) -> FlightWorkerServer:
         return self
@@ -84,35 +91,58 @@ class FlightWorkerServer:
 
         A client that is still sending its request, or taking its reply, `STOP_SECONDS` after that is cut off.
         """
-        stopping = threading.Thread(target=self._server.shutdown)  # waits for every call to end
-        stopping.start()
-        stopping.join(STOP_SECONDS)
-        while stopping.is_alive():
-            if self._calls.computing == 0:
-                _end_connections(self._server.port)
-            stopping.join(0.2)
+        ended = self._server.stop(_LONGEST_COMPUTATION)
+        ended.wait(STOP_SECONDS)
+        while not ended.wait(0.2):
+            if self._service.computing == 0:
+                self._server.stop(None)
+        self._threads.shutdown()
 
 
-class _Calls:
-    """Count the calls under way, and those that compute."""
+class _Service:
+    """Answer calls, and count those that compute."""
 
-    def __init__(self) -> None:
+    def __init__(self, worker: Worker, max_message_bytes: int) -> None:
         self.computing = 0
+        self._worker, self._max_message_bytes = worker, max_message_bytes
         self._free = threading.BoundedSemaphore(MAX_REQUESTS)
         self._lock = threading.Lock()
 
-    @contextlib.contextmanager
-    def one(self) -> Iterator[None]:
-        """Count one call. Raises FlightServerError when there are too many."""
+    def exchange(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Return the messages of the reply to those of a request."""
         if not self._free.acquire(blocking=False):
-            raise _refusal(f"the worker has {MAX_REQUESTS} requests under way; send fewer at a time")
+            _refuse(context, f"the worker has {MAX_REQUESTS} requests under way; send fewer at a time")
         try:
-            yield
+            answer = self._answer(messages)
+            if isinstance(answer, str):
+                _refuse(context, answer)
+            else:
+                yield from reply_messages(answer)
         finally:
             self._free.release()
 
+    def _answer(self, messages: Iterator[bytes]) -> Frame | str:
+        """Return the reply, or why there is none."""
+        try:
+            frame = FrameReader(messages, self._max_message_bytes, framing.MAX_REQUEST_HEADER_BYTES).first_of_call()
+            if frame is None:
+                raise WorkerError("malformed message: the call ended without a request")
+            with self._computing():
+                request_id, request = protocol.decode_request(frame)
+                return protocol.encode(handle(request, self._worker), request_id)
+        except HecompileError as error:
+            LOGGER.warning("refused a request: %s", error)
+            return str(error)[: protocol.MAX_ERROR_CHARACTERS]
+        except grpc.RpcError:
+            LOGGER.info("a request did not arrive whole")
+            return "malformed message: it did not arrive whole"
+        except Exception as error:
+            # Neither the text nor the traceback is sent: they may quote values of the payload.
+            LOGGER.error("a request failed with %s", type(error).__name__)
+            return f"the worker failed with {type(error).__name__}"
+
     @contextlib.contextmanager
-    def compute(self) -> Iterator[None]:
+    def _computing(self) -> Iterator[None]:
         """Mark the part of a call that no client can prolong."""
         with self._lock:
             self.computing += 1
@@ -123,66 +153,36 @@ class _Calls:
                 self.computing -= 1
 
 
-def _service(worker: Worker, max_message_bytes: int, calls: _Calls) -> type[Any]:
-    class Service(flight.FlightServerBase):
-        """Answer the calls of Flight clients."""
+class _Gate(grpc.GenericRpcHandler):
+    """Refuse a call, before any of its messages is read, unless it is a DoExchange with a known token."""
 
-        def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-            with calls.one():
-                answer = self._answer(descriptor, reader)
-                if isinstance(answer, str):
-                    # Raised out here: Flight errors have no traceback on the wire, other exceptions do.
-                    raise _refusal(answer)
-                write_frame(writer, answer)
-
-        def _answer(self, descriptor: Any, reader: Any) -> Frame | str:
-            """Return the reply, or why there is none."""
-            try:
-                if descriptor.command != COMMAND:
-                    raise WorkerError(f"unknown command; this worker answers {COMMAND.decode()}")
-                frame = read_frame(reader, max_message_bytes, framing.MAX_REQUEST_HEADER_BYTES)
-                if frame is None:
-                    raise WorkerError("malformed message: the call ended without a request")
-                with calls.compute():
-                    request_id, request = protocol.decode_request(frame)
-                    return protocol.encode(handle(request, worker), request_id)
-            except HecompileError as error:
-                LOGGER.warning("refused a request: %s", error)
-                return str(error)[: protocol.MAX_ERROR_CHARACTERS]
-            except (pyarrow.ArrowException, flight.FlightError, OSError) as error:
-                LOGGER.info("a request did not arrive whole: %s", type(error).__name__)
-                return "malformed message: it is no Arrow record batch, or did not arrive whole"
-            except Exception as error:
-                # Neither the text nor the traceback is sent: they may quote values of the payload.
-                LOGGER.error("a request failed with %s", type(error).__name__)
-                return f"the worker failed with {type(error).__name__}"
-
-    return Service
-
-
-class _Gate(flight.ServerMiddlewareFactory):
-    """Refuse a call, before anything of it is read, unless it is a DoExchange with a known token.
-
-    pyarrow refuses other methods as well, but would send the client a traceback.
-    """
-
-    def __init__(self, credentials: ServerCredentials) -> None:
-        super().__init__()
+    def __init__(self, service: _Service, credentials: ServerCredentials) -> None:
         self._credentials = credentials
+        self._answered = grpc.stream_stream_rpc_method_handler(service.exchange)
+        # These handlers too are of a kind that is called before a message has come: a stranger fills no memory.
+        self._unknown = grpc.stream_stream_rpc_method_handler(_refuse_stranger)
+        self._other = grpc.stream_stream_rpc_method_handler(_refuse_other_call)
 
-    def start_call(self, info: Any, headers: dict[str, list[str]]) -> None:
-        values = headers.get("authorization", [])
-        if not self._credentials.accepts(values[0] if len(values) == 1 else None):
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        """Choose what answers a call."""
+        sent = [value for key, value in details.invocation_metadata if key == "authorization"]
+        if not self._credentials.accepts(sent[0] if len(sent) == 1 else None):
             LOGGER.warning("refused a call without a known token")
-            raise flight.FlightUnauthenticatedError("this worker needs a bearer token that it knows")
-        if info.method != flight.FlightMethod.DO_EXCHANGE:
-            raise _refusal("a hecompile worker answers DoExchange and no other call")
+            return self._unknown
+        return self._answered if details.method == f"/{SERVICE}/{METHOD}" else self._other
 
 
-def _refusal(text: str) -> Exception:
-    """Make the error of a refused call; it carries the text twice, once without pyarrow's additions."""
-    error: Exception = flight.FlightServerError(text, extra_info=text.encode())
-    return error
+def _refuse_stranger(_: object, context: grpc.ServicerContext) -> None:
+    context.abort(grpc.StatusCode.UNAUTHENTICATED, "this worker needs a bearer token that it knows")
+
+
+def _refuse_other_call(_: object, context: grpc.ServicerContext) -> None:
+    _refuse(context, "a hecompile worker answers DoExchange and no other call")
+
+
+def _refuse(context: grpc.ServicerContext, text: str) -> None:
+    """End a call with a text, by raising; clients of Arrow Flight show this status as the server's own error."""
+    context.abort(grpc.StatusCode.UNKNOWN, text)
 
 
 def _listening_address(address: str, credentials: ServerCredentials, allow_plaintext_network: bool) -> TcpAddress:
@@ -192,9 +192,8 @@ def _listening_address(address: str, credentials: ServerCredentials, allow_plain
     check_server_access(parsed, credentials, allow_plaintext_network)
     if parsed.tls and not parsed.is_loopback and not credentials.authenticates:
         LOGGER.warning(
-            "everybody who reaches %s is served: neither tokens nor client certificates are required. Arrow unpacks what "
-            "they send before its size is checked; require tokens or certificates, or listen on grpcs://", address,
-        )  # fmt: skip
+            "everybody who reaches %s is served: neither tokens nor client certificates are required", address
+        )
     return parsed
 
 
@@ -208,14 +207,3 @@ def _bind_failure(address: TcpAddress) -> str | None:
     except OSError as error:
         return reason_of(error)
     return None
-
-
-def _end_connections(port: int) -> None:
-    """Shut down this process's sockets on local port `port`: gRPC has no call that ends a client's stream from here."""
-    for file in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # closed meanwhile
-            if file.is_socket():
-                with socket.socket(fileno=os.dup(int(file.name))) as connection:
-                    internet = connection.family in (socket.AF_INET, socket.AF_INET6)
-                    if internet and connection.getsockname()[1] == port:
-                        connection.shutdown(socket.SHUT_RDWR)

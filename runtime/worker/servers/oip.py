@@ -15,6 +15,7 @@ from hecompile.runtime.wire.connections import SEND_TIMEOUT_SECONDS
 from hecompile.runtime.wire.credentials import ServerCredentials
 from hecompile.runtime.wire.inference_protocol import UNCOMPRESSED
 from hecompile.runtime.wire.network import check_server_access
+from hecompile.runtime.worker.servers.grpc_listening import NOT_SHARED, listen
 from hecompile.runtime.worker.servers.oip_service import OipService
 from hecompile.runtime.worker.worker import Worker
 
@@ -62,13 +63,13 @@ class OipServer:
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),
                 UNCOMPRESSED,
-                ("grpc.so_reuseport", 0),  # or a second worker on the same port would take half of the requests
+                NOT_SHARED,
             ),
             maximum_concurrent_rpcs=max_requests,
         )
         self._server.add_generic_rpc_handlers((OipService(worker).handlers(),))
         try:
-            port = self._listen(address, credentials)
+            port = listen(self._server, address, credentials)
         except RuntimeError as error:  # all that gRPC says of a socket that it cannot bind
             raise InputError(
                 f"cannot listen on {address.scheme}://{address.authority}: the address is in use or not of this machine; "
@@ -77,15 +78,6 @@ class OipServer:
         self._address = TcpAddress(address.host, port, address.scheme)
         if not credentials.authenticates and not address.is_loopback:
             LOGGER.warning("%s serves every machine: it requires no token or client certificate", self.address)
-
-    def _listen(self, address: TcpAddress, credentials: ServerCredentials) -> int:
-        if not credentials.tls:
-            return int(self._server.add_insecure_port(address.authority))
-        authority = credentials.client_authority
-        tls = grpc.ssl_server_credentials(
-            [(credentials.key, credentials.certificate)], authority, authority is not None
-        )
-        return int(self._server.add_secure_port(address.authority, tls))
 
     @property
     def address(self) -> str:

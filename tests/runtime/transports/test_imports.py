@@ -12,7 +12,7 @@ HEAVY = {"grpc", "tritonclient", "pyarrow", "onnx", "torch", "numba", "llvmlite"
 
 @pytest.mark.parametrize(
     ("module", "needed"),
-    [("", set()), (".sockets", set()), (".oip", {"grpc", "tritonclient"}), (".flight", {"pyarrow"})],
+    [("", set()), (".sockets", set()), (".oip", {"grpc", "tritonclient"}), (".flight", {"grpc"})],
 )
 def test_a_transport_loads_what_it_needs(module: str, needed: set[str]) -> None:
     program = f"import sys, hecompile.runtime.transports{module}; print(*sys.modules)"

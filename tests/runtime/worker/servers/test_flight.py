@@ -76,6 +76,8 @@ def test_refusals_have_the_workers_words_and_leave_the_connection_open(server: F
             WorkerError, match=r"refused the request: message of .* bytes; at most 1048576 are accepted"
         ):
             transport.evaluate(CIRCUIT, np.zeros((3, 50_000, 8), np.uint8))
+        with pytest.raises(WorkerError, match=r"refused the request: .*larger than max"):  # by gRPC, unread
+            transport.evaluate(CIRCUIT, np.zeros((3, 300_000, 8), np.uint8))
         with pytest.raises(WorkerError, match=r"cannot compute the hint of 'linear\.forward'"):
             transport._info.circuits["linear.forward.exact"] = transport._info.circuits[CIRCUIT]  # type: ignore[union-attr]
             transport.setup(CIRCUIT, 1)

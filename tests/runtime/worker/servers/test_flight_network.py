@@ -24,7 +24,7 @@ from hecompile.runtime.worker.servers.open_server import open_server
 from hecompile.runtime.worker.worker import Worker
 from tests.support.bundles import PLAN_ID, development_credentials, extreme_planes, extreme_weight, write_bundle
 
-pytest.importorskip("pyarrow.flight", exc_type=ImportError)
+pytest.importorskip("grpc")
 CIRCUIT = "linear.forward"
 TLS, PLAIN = "flights://127.0.0.1:0", "flight://127.0.0.1:0"
 Pair = tuple[ServerCredentials, ClientCredentials]
@@ -217,15 +217,15 @@ def test_signal_ends_the_worker_cleanly(bundle: WorkerBundle, number: signal.Sig
     assert (process.returncode, errors) == (0, "")
 
 
-def test_missing_pyarrow_is_named_with_the_remedy(bundle: WorkerBundle) -> None:
+def test_missing_grpc_is_named_with_the_remedy(bundle: WorkerBundle) -> None:
     program = (
-        "import sys; sys.modules['pyarrow'] = None\n"
+        "import sys; sys.modules['grpc'] = None\n"
         "from hecompile.errors import InputError\n"
         "from hecompile.runtime.transports import connect\n"
         "try:\n    connect('flight://127.0.0.1:1')\nexcept InputError as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "flight:// and flights:// need pyarrow" in done.stdout
+    assert "flight:// and flights:// need packages that are not installed (grpc)" in done.stdout
     assert "pip install -e " in done.stdout and "[network]" in done.stdout
 
 
