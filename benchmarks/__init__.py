@@ -23,6 +23,7 @@ SECTIONS = {
     "field": "benchmarks.crypto.field",
     "precision": "benchmarks.training.precision",
     "precision_real": "benchmarks.training.precision_real",
+    "curves": "benchmarks.training.curves",
     "compile_1b": "benchmarks.training.compile_1b",
     "families": "benchmarks.training.families",
     "loading": "benchmarks.training.loading",
