@@ -19,6 +19,7 @@ SECTIONS = {
     "verification": "benchmarks.crypto.verification",
     "detection": "benchmarks.crypto.detection",
     "step": "benchmarks.training.step",
+    "client_cpu": "benchmarks.training.client_cpu",
     "client_saved": "benchmarks.crypto.client_saved",
     "field": "benchmarks.crypto.field",
     "precision": "benchmarks.training.precision",

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Side:
-    """Hold one side's rounds: the counted steps' records of metrics.jsonl, CPU seconds per step, peak resident bytes."""
+    """Hold one side's rounds: the counted steps' records of metrics.jsonl, CPU seconds per step, peak resident bytes.
+
+    parts: CPU seconds per step by part (`benchmarks.training.client_parts`), if they were asked for.
+    """
 
     rounds: list[list[dict[str, Any]]]
     cpu_seconds: float
     peak: int
     first_loss: float
+    parts: dict[str, float] = field(default_factory=dict)
 
     def median(self, *names: str) -> float:
         """Return the median over the counted steps of the sum of some figures."""
@@ -102,16 +106,19 @@ def _seconds(steps: Sequence[dict[str, Any]]) -> float:
     return statistics.median(step["seconds"] for step in steps)
 
 
-def measure_steps(built: Built, batch: Batch, rounds: int, steps: int) -> Steps:
-    """Train `rounds` times `steps` + 1 steps on each side, in turn. Raises HecompileError when a process fails."""
+def measure_steps(built: Built, batch: Batch, rounds: int, steps: int, parts: bool = False) -> Steps:
+    """Train `rounds` times `steps` + 1 steps on each side, in turn; `parts`: split their CPU seconds.
+
+    Raises HecompileError when a process fails.
+    """
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         worker, address = stack.enter_context(running_worker(built.build / WORKER, ("--engine", DEFAULT_ENGINE)))
         end_first(worker.pid)
         recipes = _write_recipes(scratch, built, batch, steps + 1)
         specs = {
-            "encrypted": _spec(built, recipes["encrypted"], address),
-            "plaintext": _spec(built, recipes["plaintext"]),
+            "encrypted": _spec(built, recipes["encrypted"], address, parts),
+            "plaintext": _spec(built, recipes["plaintext"], None, parts),
         }
         trainers = {
             name: stack.enter_context(_trainer(spec.save(scratch / f"{name}.json"))) for name, spec in specs.items()
@@ -130,11 +137,12 @@ def measure_steps(built: Built, batch: Batch, rounds: int, steps: int) -> Steps:
 
 @dataclass(frozen=True)
 class _Round:
-    """Hold what a trainer answers after a round: the records of all its steps, CPU seconds, peak resident bytes."""
+    """Hold what a trainer answers after a round: the records of all its steps, CPU seconds, peak resident bytes, parts."""
 
     steps: list[dict[str, Any]]
     cpu_seconds: float
     peak: int
+    parts: dict[str, float]
 
 
 def _side(answers: list[_Round]) -> Side:
@@ -143,13 +151,17 @@ def _side(answers: list[_Round]) -> Side:
         cpu_seconds=statistics.median(answer.cpu_seconds / len(answer.steps) for answer in answers),
         peak=max(answer.peak for answer in answers),
         first_loss=answers[0].steps[0]["loss"],
+        parts={
+            name: statistics.median(answer.parts[name] / len(answer.steps) for answer in answers)
+            for name in answers[0].parts
+        },
     )
 
 
-def _spec(built: Built, recipe: Path, worker: str | None = None) -> Spec:
+def _spec(built: Built, recipe: Path, worker: str | None, parts: bool) -> Spec:
     plan = json.loads((built.build / CLIENT / MANIFEST).read_text(encoding="utf-8"))["plan"]
     shape = {key: plan[key] for key in ("sequence_buckets", "batch_size")}
-    return Spec(str(recipe), str(built.checkpoint), worker, plan["lora"], **shape)
+    return Spec(str(recipe), str(built.checkpoint), worker, plan["lora"], **shape, parts=parts)
 
 
 def _write_recipes(scratch: Path, built: Built, batch: Batch, steps: int) -> dict[str, Path]:
@@ -213,4 +225,5 @@ def _train_round(trainer: subprocess.Popen[str]) -> _Round:
     trainer.stdin.write("go\n")
     trainer.stdin.flush()
     answer = next_event(trainer, "round")
-    return _Round(read_metrics(Path(answer["metrics"])), answer["cpu_seconds"], answer["peak"])
+    parts = json.loads(answer["parts"])
+    return _Round(read_metrics(Path(answer["metrics"])), answer["cpu_seconds"], answer["peak"], parts)

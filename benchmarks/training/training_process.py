@@ -4,7 +4,7 @@
 
 Started by `benchmarks.training.stepping`. It runs `hecompile.runtime.training.train.run_training`, on the encrypted model
 over a worker's address or on plaintext PEFT. Its events are `ready`, then `round` with the file of its metrics, its CPU
-seconds and its peak resident memory in bytes.
+seconds, in all and by part, and its peak resident memory in bytes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.timing import resident_bytes
+from benchmarks.training.client_parts import PartClock
 from hecompile.runtime.client.session import open_session
 from hecompile.runtime.model.adapter import AdapterModel
 from hecompile.runtime.model.plaintext import PlaintextPeftModel
@@ -37,6 +38,7 @@ class Spec:
     """Say what to train. `recipe` is a file; `worker` an address, or None for plaintext PEFT on `checkpoint`.
 
     lora, sequence_buckets, batch_size: those of the plan, for the plaintext model, which has no bundle to read them from.
+    parts: split the CPU seconds by part (`benchmarks.training.client_parts`).
     """
 
     recipe: str
@@ -45,6 +47,7 @@ class Spec:
     lora: dict[str, Any]
     sequence_buckets: list[int]
     batch_size: int
+    parts: bool = False
 
     def save(self, path: Path) -> Path:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -55,16 +58,21 @@ def main() -> None:
     """Open the model that the command line names, and train a round for each line."""
     transformers.utils.logging.disable_progress_bar()
     spec = Spec(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    clock = PartClock()
+    if spec.parts:
+        clock.watch()
     with ExitStack() as stack:
         with _quiet():
             model, tokenizer, recipe = _open(spec, stack)
         emit("ready")
         for _ in sys.stdin:
             before = time.process_time()
+            clock.take()
             with _quiet():
                 run_training(model, tokenizer, recipe)
             seconds, (_, peak) = time.process_time() - before, resident_bytes()
-            emit("round", metrics=str(recipe.training.output_dir / METRICS_FILE), cpu_seconds=seconds, peak=peak)
+            metrics = str(recipe.training.output_dir / METRICS_FILE)
+            emit("round", metrics=metrics, cpu_seconds=seconds, peak=peak, parts=json.dumps(clock.take()))
 
 
 def _quiet() -> contextlib.AbstractContextManager[object]:
