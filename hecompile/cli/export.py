@@ -92,6 +92,9 @@ def _compile_options(
 
     if encryption.placement not in ("offload", "cheapest"):
         raise InputError(f"--placement must be offload or cheapest, got {encryption.placement!r}")
+    head = encryption.head or ("local" if encryption.placement == "offload" else "auto")
+    if head not in ("local", "remote", "auto"):
+        raise InputError(f"--head must be local, remote or auto, got {head!r}")
     if encryption.experts not in ("routed", "all"):
         raise InputError(f"--experts must be routed or all, got {encryption.experts!r}")
     return CompileOptions(
@@ -104,6 +107,7 @@ def _compile_options(
         sequence_buckets=batches.lengths(),
         public_seed=encryption.seed(),
         policy="offload" if encryption.placement == "offload" else "cheapest",
+        head="remote" if head == "remote" else "auto" if head == "auto" else "local",
         stored_hints=encryption.hints,
         experts="routed" if encryption.experts == "routed" else "all",
         attention=polynomials.attention,

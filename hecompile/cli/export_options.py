@@ -106,6 +106,14 @@ class EncryptionOptions:
             "sizes it may keep everything on the client."
         ),
     ] = "offload"
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="Who multiplies by the output head. 'local': the client, more than half of its work at 1B size. 'remote': "
+            "the worker, for about six bytes per word of the vocabulary and scored position. 'auto': whoever makes a step shorter by the cost model. Default: local, auto with --placement "
+            "cheapest."
+        ),
+    ] = None
     experts: Annotated[
         str,
         typer.Option(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,6 +24,7 @@ from hecompile.plan.costs import CostModel
 
 WeightBits = int | Literal["auto"]
 Experts = Literal["routed", "all"]
+Head = Literal["local", "remote", "auto"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class CompileOptions:
     public_seed: PublicSeed | None = None
     policy: Policy = "offload"
     costs: CostModel = field(default_factory=CostModel)
-    remote_head: bool = False
+    head: Head = "local"
+    """Who multiplies by the output head: the client, the worker, or "auto", whoever makes a step shorter by `costs`."""
     experts: Experts = "all"
     """Whom a mixture asks: "all" every expert for every token; "routed" an expert for the tokens that its router chose, from
     which the worker can read answers."""
@@ -66,12 +68,25 @@ class CompileOptions:
             raise InputError(f"sequence buckets must be increasing lengths of at least 2, got {list(buckets)}")
         if self.experts not in get_args(Experts):
             raise InputError(f"experts must be one of {', '.join(get_args(Experts))}, got {self.experts!r}")
+        if self.head not in get_args(Head):
+            raise InputError(f"head must be one of {', '.join(get_args(Head))}, got {self.head!r}")
         if not 0.0 < self.effective_bits < math.inf:
             raise InputError(f"effective bits must be a positive number, got {self.effective_bits}")
         if self.ring is not None and self.ring not in CATALOGUE:
             raise InputError(f"ring {self.ring!r} cannot be selected; choose from {', '.join(CATALOGUE)}")
         self.quantize()  # refuses bits that it does not make, before a model is read
         self.polynomials()
+
+    @property
+    def remote_head(self) -> bool:
+        """Tell whether the worker multiplies by the head; "auto" is to be decided first (`deciding_head`)."""
+        return self.head == "remote"
+
+    def deciding_head(self, shape: tuple[int, int] | None) -> CompileOptions:
+        """Return these options with "auto" decided for a head of that shape (V, H); None for a graph without one."""
+        if self.head != "auto" or shape is None:
+            return self if shape is not None else replace(self, head="local")
+        return replace(self, head="remote" if self.costs.prefers_remote_head(*shape) else "local")
 
     def polynomials(self, config: Any = None) -> PolynomialOptions:
         """Return what the plan of a checkpoint with this configuration replaces by polynomials.

@@ -15,6 +15,7 @@ from hecompile.ckks.parameters import CkksLiteral, CkksParameters, select
 from hecompile.compiler.options import CkksOptions, CompileOptions
 from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import HecompileError, LegalityError
+from hecompile.graph.head import head_shape, keep_head_digest
 from hecompile.graph.ir import ATTENTION_BIAS, SLIDING_BIAS
 from hecompile.graph.legality import ADAPTED, CANONICAL, EXPORTED, POLYNOMIAL, QUANTIZED, REFRESHED, Stage, check_stage
 from hecompile.graph.matching import require_matched_attention
@@ -26,6 +27,7 @@ from hecompile.passes.approximation.calibrate import Calibrate, Samples
 from hecompile.passes.approximation.quantize_activation import QuantizeActivation
 from hecompile.passes.offload.annotate_secrecy import AnnotateSecrecy
 from hecompile.passes.offload.attach_lora import AttachLora
+from hecompile.passes.offload.cut_wide import CutWide
 from hecompile.passes.offload.fuse import Fuse
 from hecompile.passes.offload.lower_worker import LowerWorker
 from hecompile.passes.offload.place import Place
@@ -63,6 +65,7 @@ PASSES: dict[str, type] = {
     "place": Place,
     "route_experts": RouteExperts,
     "stack_projections": StackProjections,
+    "cut_wide": CutWide,
     "select_parameters": SelectParameters,
     "split": Split,
     "lower_worker": LowerWorker,
@@ -149,6 +152,9 @@ def lower_linear(
     model = approximate(model, polynomials, Calibrate(samples), on_step)
     if polynomials.attention is None:
         require_matched_attention(model, (ATTENTION_BIAS, SLIDING_BIAS))
+    options = options.deciding_head(head_shape(model))
+    if options.remote_head:
+        keep_head_digest(model)
     model = run(model, "attach_lora", options.lora, ADAPTED)
     model = run(model, "rotate", Rotate(options.remote_head), ADAPTED)
     model = run(model, "calibrate", Calibrate(samples, keep_samples=True), ADAPTED)
@@ -160,6 +166,7 @@ def lower_linear(
     if options.experts == "routed" and has_experts(model):
         model = run(model, "route_experts", RouteExperts(), QUANTIZED)
     model = run(model, "stack_projections", StackProjections(), QUANTIZED)
+    model = run(model, "cut_wide", CutWide(), QUANTIZED)
     model = run(model, "select_parameters", options.select_parameters(), QUANTIZED)
     ring = selected_ring(model)
     on_step("split")

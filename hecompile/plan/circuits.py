@@ -18,6 +18,8 @@ from hecompile.he.weight_norms import WeightNorms, measure_norms
 from hecompile.plan.encrypted_linear import encrypted_linear_model
 
 DIRECTIONS = ("forward", "backward")
+MOST_OUTPUTS = 2**15
+"""Inputs of the backward product of a linear: as many as hints and check vectors are exact for."""
 _FALLBACK_CREST = 16.0
 """Crest of values that calibration did not see, because their gradient was zero."""
 

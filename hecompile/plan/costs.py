@@ -104,6 +104,12 @@ class CostModel:
         """Return client seconds per token of a linear that the client computes itself, forward and backward."""
         return 4 * multiplications / self.client_flops
 
+    def prefers_remote_head(self, vocabulary: int, hidden: int) -> bool:
+        """Return whether a scored token is done sooner where the worker multiplies by the output head [V, H]."""
+        weights = vocabulary * hidden
+        away = self.crossing(hidden) + self.crossing(vocabulary) + self.remote(weights)
+        return away < self.local(weights)
+
 
 def limb_products(upload_limbs: int, weight_bytes: int) -> int:
     """Count the integer matrix products of a circuit: limb l times weight byte k matters mod 2^(8L) only for l + k < L."""

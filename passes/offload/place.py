@@ -19,7 +19,7 @@ import networkx as nx
 import onnx_ir as ir
 
 from hecompile.errors import InputError
-from hecompile.graph.ir import PLACEMENT, SECRECY
+from hecompile.graph.ir import PLACEMENT, SECRECY, in_block, module_path
 from hecompile.graph.secrecy import WORKER_OPERATORS, check_placement
 from hecompile.plan.costs import CostModel
 
@@ -69,7 +69,8 @@ class Place(ir.passes.InPlacePass):
             assert weight is not None and weight.shape is not None
             multiplications = math.prod(weight.shape.numpy())
             cut.add_edge("client", node, capacity=self.costs.remote(multiplications))
-            if self.policy == "offload":
+            # A head that was quantised is meant for the worker.
+            if self.policy == "offload" or (module_path(node) and not in_block(node)):
                 cut.add_edge(node, "worker")
             else:
                 cut.add_edge(node, "worker", capacity=self.costs.local(multiplications))

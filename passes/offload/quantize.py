@@ -39,6 +39,9 @@ from hecompile.graph.ir import WEIGHT_BITS as CHOSEN_BITS
 WEIGHT_BITS = (8, 9, 10, 11, 12)
 """Up to 8 bits are one byte a weight on the worker; up to 12 are two, and the worker has up to twice the work."""
 
+_ROWS = 2**15
+"""Rows of a matrix that are quantised at a time."""
+
 
 @dataclass(frozen=True)
 class Quantize(ir.passes.InPlacePass):
@@ -85,6 +88,9 @@ def quantize_weight(
 
     A row of zeros gets scale 0, and so does one whose scale would be subnormal: its quotients could leave the range.
     """
+    if len(weight) > _ROWS:  # a head, of which float copies would take gigabytes
+        pieces = [quantize_weight(weight[at : at + _ROWS], bits, feedback) for at in range(0, len(weight), _ROWS)]
+        return np.concatenate([part for part, _ in pieces]), np.concatenate([scale for _, scale in pieces])
     largest = 2 ** (bits - 1) - 1
     scale = np.abs(weight).max(axis=1) / largest  # [out]
     scale = np.where(scale < np.finfo(np.float32).tiny, 0.0, scale)

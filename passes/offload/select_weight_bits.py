@@ -35,7 +35,7 @@ from hecompile.graph.ir import (
     module_path,
     nodes_of_type,
 )
-from hecompile.plan.circuits import largest_crest, reachable_bits
+from hecompile.plan.circuits import MOST_OUTPUTS, largest_crest, reachable_bits
 
 ONE_BYTE, TWO_BYTES = 8, 12
 """Bits of weights: of more than 8, 12 cost as much as 9 on the worker."""
@@ -78,9 +78,18 @@ class SelectWeightBits(ir.passes.InPlacePass):
 
     def _most_bits(self, nodes: list[ir.Node]) -> int:
         """Return the most bits with which the products of linears that travel as one reach the effective bits."""
-        weight = np.concatenate([array for node in nodes if (array := constant_of(node.inputs[1])) is not None])  # [out, in]
+        arrays = [array for node in nodes if (array := constant_of(node.inputs[1])) is not None]  # [out, in] each
+        if len(arrays) == 1 and len(arrays[0]) > MOST_OUTPUTS:  # a head, which travels in parts
+            whole = arrays[0]
+            parts = [whole[at : at + MOST_OUTPUTS] for at in range(0, len(whole), MOST_OUTPUTS)]
+        else:
+            parts = [np.concatenate(arrays)]
         forward = largest_crest([nodes[0].inputs[0]], RANGE)
         backward = largest_crest([node.outputs[0] for node in nodes], GRADIENT_RANGE)
+        return min(self._most_bits_of(weight, forward, backward) for weight in parts)
+
+    def _most_bits_of(self, weight: np.ndarray, forward: float, backward: float) -> int:
+        """Return the same for one product's weight f32 [out, in] and the crests of what it is multiplied with."""
         step = np.abs(weight).max(axis=1, keepdims=True)
         unit = weight / np.where(step > 0, step, 1.0)
         for bits in range(TWO_BYTES, ONE_BYTE, -1):

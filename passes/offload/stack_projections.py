@@ -28,9 +28,7 @@ from hecompile.graph.ir import (
     nodes_of_type,
     remove_unused,
 )
-
-_MOST_OUTPUTS = 2**15
-"""Inputs of the backward product: as many as hints and check vectors are exact for."""
+from hecompile.plan.circuits import MOST_OUTPUTS
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class StackProjections(ir.passes.InPlacePass):
         for node in nodes_of_type(model, "QuantizedLinear"):
             if node.metadata_props.get(PLACEMENT) == "worker":
                 last, outputs = before.get(node.inputs[0]), _outputs(node)
-                if last is not None and last + outputs <= _MOST_OUTPUTS:
+                if last is not None and last + outputs <= MOST_OUTPUTS:
                     raise ir.passes.PostconditionError(f"{module_path(node)} would upload its input a second time")
                 before[node.inputs[0]] = outputs
 
@@ -70,7 +68,7 @@ def _parts(group: list[ir.Node]) -> list[list[ir.Node]]:
     total = 0
     for node in group:
         total += _outputs(node)
-        if not parts or total > _MOST_OUTPUTS:
+        if not parts or total > MOST_OUTPUTS:
             parts.append([])
             total = _outputs(node)
         parts[-1].append(node)

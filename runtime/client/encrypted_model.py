@@ -20,19 +20,17 @@ from hecompile.bundles.client import ClientBundle
 from hecompile.checkpoint.tokenizer import read_answer_ends
 from hecompile.errors import HecompileError, InputError
 from hecompile.graph.attention_cache import AttentionCache
+from hecompile.graph.head import HEAD_DIGEST, head_digest
 from hecompile.graph.interpreter import Interpreter, Observer, packed_graph_inputs
-from hecompile.graph.ir import constant_of
 from hecompile.graph.legality import FUSED_CLIENT_PLAN, check_stage
 from hecompile.graph.operators import Context
 from hecompile.passes.offload.fuse import Fuse
 from hecompile.polynomial.domains import DomainMonitor, DomainViolation
-from hecompile.runtime.client.mapped import release
 from hecompile.runtime.client.output_head import detach_head
 from hecompile.runtime.client.products import Products
 from hecompile.runtime.client.range_terms import RangeLoss, WatchedOutput
 from hecompile.runtime.client.remote_linear import remote_linear
-from hecompile.runtime.model.adapter import head_digest
-from hecompile.runtime.model.head import linear_cross_entropy, scored_positions, scored_targets
+from hecompile.runtime.model.head import head_cross_entropy, logits_of, scored_positions, scored_targets
 from hecompile.runtime.model.per_example import GradientCollector, PerExample
 
 
@@ -71,12 +69,15 @@ class EncryptedCausalLM(torch.nn.Module):
         self.bundle, self.products = bundle, products
         model = Fuse()(bundle.graph()).model
         check_stage(model, FUSED_CLIENT_PLAN)
-        head, self._form = detach_head(model)
+        head = detach_head(model)
+        self._form = head.form
         self._model, self._interpreter = model, Interpreter(model)
+        self._head = head.open(model, self._interpreter.constants, products, bundle.ring.ring_dim)
         self._range_loss = RangeLoss(model)
         self.with_range_terms = False
-        self._head = self._interpreter.constants[head]  # f32 [V, H]
-        self._mapped_head = constant_of(model.graph.initializers[head])
+        self._digest = model.metadata_props.get(HEAD_DIGEST)  # where the head is remote
+        if head.weight is not None:
+            self._digest = head_digest(self._interpreter.constants[head.weight])
         self._tokens, self._lock = 0, threading.Lock()
         self._names: dict[str, str] = {}
         for name, matrix in _initial_adapter(model, seed).items():
@@ -110,7 +111,7 @@ class EncryptedCausalLM(torch.nn.Module):
 
     @property
     def digest(self) -> str:
-        return head_digest(self._head)
+        return str(self._digest)
 
     @cached_property
     def answer_ends(self) -> frozenset[int]:
@@ -148,9 +149,9 @@ class EncryptedCausalLM(torch.nn.Module):
         if labels is not None:
             targets = scored_targets(labels)
             count = len(targets) if num_items_in_batch is None else num_items_in_batch
-            loss = linear_cross_entropy(hidden, self._head, targets, self._release_head, self._form) / count
+            loss = head_cross_entropy(hidden, self._head, targets, self._form) / count
             return WatchedOutput(loss=loss, ranges=ranges)
-        logits = self._form(hidden @ self._head.t())  # [N, V]
+        logits = logits_of(hidden, self._head, self._form)  # [N, V]
         if wanted is None:
             everywhere = logits.new_zeros(*input_ids.shape, logits.shape[1])  # [B, S, V]
             everywhere[real] = logits
@@ -167,7 +168,7 @@ class EncryptedCausalLM(torch.nn.Module):
         # The last layer works on the scored positions alone, every other one on all that are sent.
         collector = GradientCollector(self.adapter_state(), [real.sum(dim=1).tolist(), counts.tolist()])
         hidden = self._hidden(packed, generator, trainable=collector.product)  # [N, H]
-        loss = linear_cross_entropy(hidden, self._head, scored_targets(labels), self._release_head, self._form)
+        loss = head_cross_entropy(hidden, self._head, scored_targets(labels), self._form)
         return collector.backward(loss, counts)
 
     def outside_domains(
@@ -202,7 +203,8 @@ class EncryptedCausalLM(torch.nn.Module):
         last[torch.tensor(lengths).cumsum(0) - 1] = True
         cache.begin(tuple(tokens))
         self._count(len(flat))
-        return self._form(self._hidden(_Packed(flat, lengths, last, starts), cache=cache) @ self._head.t())
+        hidden = self._hidden(_Packed(flat, lengths, last, starts), cache=cache)  # [n, H]
+        return logits_of(hidden, self._head, self._form)
 
     def _pack(self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor | None) -> tuple[Tensor, _Packed]:
         """Return which positions of a batch run (bool [B, S]), and their tokens packed."""
@@ -246,10 +248,6 @@ class EncryptedCausalLM(torch.nn.Module):
         context = Context(self.training, remote, generator, packed.lengths, cache, trainable)
         (hidden,) = self._interpreter.run(inputs, context, observer, packed.positions).values()  # [1, N, H]
         return hidden[0]
-
-    def _release_head(self, rows: slice) -> None:
-        if self._mapped_head is not None:
-            release(self._mapped_head[rows])
 
     def adapter_state(self) -> dict[str, torch.nn.Parameter]:
         return {name: getattr(self, attribute) for name, attribute in self._names.items()}

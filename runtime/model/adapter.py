@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import tempfile
@@ -105,13 +104,6 @@ class AdapterModel(Protocol):
         They are `client_crypto_seconds`, `worker_seconds`, `wire_seconds`, `bytes_up`, `bytes_down` and `tokens`: the
         attended tokens that went forward (a token after the last scored one of its row need not).
         """
-
-
-def head_digest(head: torch.Tensor) -> str:
-    """Hash the shape and some rows, evenly spaced, of a head's float32 weight [V, H]: SHA-256 in hex."""
-    rows = head.detach()[:: max(1, len(head) // 256)]
-    values = rows.to(torch.float32).contiguous().numpy()
-    return hashlib.sha256(repr(tuple(head.shape)).encode() + values.tobytes()).hexdigest()
 
 
 def save_adapter(model: AdapterModel, directory: str | Path, base_model_name_or_path: str | Path | None = None) -> Path:

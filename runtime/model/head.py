@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ WEIGHT_ROWS = 1 << 14
 PIECE_BYTES = 128 << 20
 """Size of one piece of logits, float32: 261 rows of 128256. Half of it takes a third longer per row, for each piece reads
 the whole weight twice."""
+
+CACHED_BYTES = 4 << 20
+"""Bytes of logits that softmax and its gradient are computed of at a time: a tenth of what a third-level cache holds."""
 
 
 def scored_positions(labels: Tensor) -> Tensor:
@@ -71,47 +74,127 @@ class LogitsForm:
 _AS_THEY_ARE = LogitsForm()
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class OutputHead(Protocol):
+    """Multiply hidden states by a frozen weight W [V, H], whose rows lie in pieces one after the other."""
+
+    @property
+    def rows(self) -> int:
+        """Return the most rows of logits that are to exist at a time."""
+
+    def products(self, hidden: Tensor) -> list[Tensor]:
+        """Return hidden·Wᵀ of f32 [n, H] in pieces f32 [n, V_k] of the vocabulary; the caller may write to them."""
+
+    def gradient(self, pieces: list[Tensor]) -> Tensor:
+        """Return the sum over the pieces of g·W_k for g f32 [n, V_k], f32 [n, H]; the list is emptied."""
+
+
+class LocalHead:
+    """Multiply by a float32 weight [V, H] of this process, WEIGHT_ROWS rows at a time.
+
+    release: called with the rows of the weight that have been used.
+    """
+
+    def __init__(self, weight: Tensor, release: Release = lambda rows: None) -> None:
+        self._weight, self._release = weight, release
+        self._vocabulary = [
+            slice(at, min(at + WEIGHT_ROWS, len(weight))) for at in range(0, len(weight), WEIGHT_ROWS)
+        ]
+
+    @property
+    def rows(self) -> int:
+        return max(1, PIECE_BYTES // (self._weight.shape[0] * self._weight.element_size()))
+
+    def products(self, hidden: Tensor) -> list[Tensor]:
+        """See `OutputHead.products`."""
+        logits = hidden.new_empty(len(hidden), len(self._weight))  # [n, V]
+        for words in self._vocabulary:
+            torch.mm(hidden, self._weight[words].t(), out=logits[:, words])
+            self._release(words)
+        return [logits]
+
+    def gradient(self, pieces: list[Tensor]) -> Tensor:
+        """See `OutputHead.gradient`."""
+        gradient = pieces[0].new_zeros(len(pieces[0]), self._weight.shape[1])  # [n, H]
+        for words in reversed(self._vocabulary):
+            gradient.addmm_(pieces[0][:, words], self._weight[words])
+            self._release(words)
+        pieces.clear()
+        return gradient
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, release: Release, form: LogitsForm
-    ) -> Tensor:
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.zeros_like(hidden) if wanted else None  # [N, H]
+    def forward(ctx: Any, hidden: Tensor, head: OutputHead, targets: Tensor, form: LogitsForm) -> Tensor:
+        gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None  # [N, H]
         total = hidden.new_zeros(())
-        vocabulary = [slice(at, min(at + WEIGHT_ROWS, len(weight))) for at in range(0, len(weight), WEIGHT_ROWS)]
-        most = max(1, PIECE_BYTES // (weight.shape[0] * weight.element_size()))
-        rows = math.ceil(len(hidden) / max(1, math.ceil(len(hidden) / most))) or 1  # pieces of about one size
-        for start in range(0, len(hidden), rows):
-            piece = slice(start, start + rows)
-            logits = hidden.new_empty(len(hidden[piece]), len(weight))  # [n, V]
-            for words in vocabulary:
-                torch.mm(hidden[piece], weight[words].t(), out=logits[:, words])
-                release(words)
-            logits = form(logits)
-            slope = form.slope(logits) if wanted else 1.0
-            target = targets[piece, None]  # [n, 1]
-            logits -= logits.amax(dim=1, keepdim=True)
-            at_target = logits.gather(1, target)  # [n, 1]
-            exponentials = logits.exp_()  # in place: one piece of logits exists at a time
-            sums = exponentials.sum(dim=1, keepdim=True)  # [n, 1]
-            total += (sums.log() - at_target).sum()
+        count = math.ceil(len(hidden) / max(1, math.ceil(len(hidden) / head.rows))) or 1  # pieces of about one size
+        for start in range(0, len(hidden), count):
+            piece = slice(start, start + count)
+            logits = head.products(hidden[piece])  # one piece of logits exists at a time
+            total += _to_gradient(logits, targets[piece], form, gradient is not None)
             if gradient is not None:
-                # d/dlogits of -log softmax at the target is softmax minus its indicator.
-                probabilities = exponentials.div_(sums)
-                probabilities.scatter_add_(1, target, torch.full_like(sums, -1.0))
-                if form != _AS_THEY_ARE:
-                    probabilities *= slope
-                for words in reversed(vocabulary):
-                    gradient[piece].addmm_(probabilities[:, words], weight[words])
-                    release(words)
+                gradient[piece] = head.gradient(logits)
         ctx.gradient = gradient
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None, None]:
         gradient, ctx.gradient = ctx.gradient, None
-        return None if gradient is None else gradient * gradients[0], None, None, None, None
+        return None if gradient is None else gradient * gradients[0], None, None, None
+
+
+def _to_gradient(products: list[Tensor], targets: Tensor, form: LogitsForm, wanted: bool) -> Tensor:
+    """Return the sum of the rows' cross entropies; where it is `wanted`, put its gradient in the place of the products.
+
+    A few rows at a time, so that all that is done to them is done while a cache holds them.
+    """
+    total = products[0].new_zeros(())
+    few = max(1, CACHED_BYTES // sum(piece.shape[1] * piece.element_size() for piece in products))
+    for start in range(0, len(targets), few):
+        rows = slice(start, start + few)
+        total += _rows_to_gradient([piece[rows] for piece in products], targets[rows], form, wanted)
+    return total
+
+
+def _rows_to_gradient(rows: list[Tensor], targets: Tensor, form: LogitsForm, wanted: bool) -> Tensor:
+    """See `_to_gradient`; each of `rows` f32 [n, V_k] is overwritten."""
+    slopes: list[Tensor | float] = []
+    if form != _AS_THEY_ARE:
+        for piece in rows:
+            piece.copy_(form(piece))
+            slopes.append(form.slope(piece) if wanted else 1.0)
+    peak = torch.stack([piece.amax(dim=1) for piece in rows]).amax(dim=0)[:, None]  # [n, 1]
+    at_target, sums = torch.zeros_like(peak), torch.zeros_like(peak)
+    places, first = [], 0
+    for piece in rows:
+        here = ((targets >= first) & (targets < first + piece.shape[1])).nonzero().squeeze(1)  # rows whose target is here
+        places.append((here, targets[here] - first))
+        piece -= peak
+        at_target[here, 0] = piece[places[-1]]
+        sums += piece.exp_().sum(dim=1, keepdim=True)
+        first += piece.shape[1]
+    if wanted:
+        for piece, place in zip(rows, places, strict=True):
+            # d/dlogits of -log softmax at the target is softmax minus its indicator.
+            piece /= sums
+            piece[place] -= 1.0
+        for piece, slope in zip(rows, slopes, strict=False):
+            piece *= slope
+    return (sums.log() - at_target).sum()
+
+
+def logits_of(hidden: Tensor, head: OutputHead, form: LogitsForm = _AS_THEY_ARE) -> Tensor:
+    """Return form(hidden·Wᵀ) of f32 [N, H], f32 [N, V]."""
+    return form(torch.cat(head.products(hidden), dim=1))
+
+
+def head_cross_entropy(hidden: Tensor, head: OutputHead, targets: Tensor, form: LogitsForm = _AS_THEY_ARE) -> Tensor:
+    """Return Σ over rows of -log softmax(form(hidden·Wᵀ))[target] in nats: float32 scalar, differentiable once, in `hidden`.
+
+    hidden f32 [N, H], W the weight of `head`, targets int64 [N].
+    """
+    total: Tensor = _HeadCrossEntropy.apply(hidden, head, targets, form)
+    return total
 
 
 def linear_cross_entropy(
@@ -121,11 +204,5 @@ def linear_cross_entropy(
     release: Release = lambda rows: None,
     form: LogitsForm = _AS_THEY_ARE,
 ) -> Tensor:
-    """Return Σ over rows of -log softmax(form(hidden·weightᵀ))[target] in nats: float32 scalar, differentiable once, in
-    `hidden`.
-
-    hidden f32 [N, H], weight f32 [V, H] without gradient, targets int64 [N]; `release` is called with the rows of the
-    weight that have been used.
-    """
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, release, form)
-    return total
+    """Compute `head_cross_entropy` for the weight f32 [V, H], without gradient; `release` as of `LocalHead`."""
+    return head_cross_entropy(hidden, LocalHead(weight, release), targets, form)

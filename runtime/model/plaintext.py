@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from hecompile.checkpoint.loading import answer_ends, load_model
 from hecompile.errors import InputError
 from hecompile.files import explain_missing
-from hecompile.runtime.model.adapter import head_digest
+from hecompile.graph.head import head_digest
 from hecompile.runtime.model.head import LogitsForm, linear_cross_entropy, scored_positions, scored_targets
 from hecompile.runtime.model.per_example import GradientCollector, PerExample
 

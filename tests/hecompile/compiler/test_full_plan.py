@@ -48,6 +48,6 @@ def test_the_plan_computes_the_model_up_to_quantised_weights(bits: int, largest:
 
 
 def test_remote_head_sends_the_head_too() -> None:
-    plan, _ = lower_linear(exported(), dataclasses.replace(OPTIONS, remote_head=True), samples())
+    plan, _ = lower_linear(exported(), dataclasses.replace(OPTIONS, head="remote"), samples())
     assert [circuit.name for circuit in plan.circuits][-2:] == ["lm_head.forward", "lm_head.backward"]
     assert plan.circuits[-2].weight.shape == (32, 259)

@@ -99,6 +99,6 @@ def test_no_product_has_more_inputs_than_can_be_checked(
     monkeypatch: pytest.MonkeyPatch, most: int, outputs: list[int]
 ) -> None:
     """q has 3 outputs and k 1; o reads another value."""
-    monkeypatch.setattr(stack_projections, "_MOST_OUTPUTS", most)
+    monkeypatch.setattr(stack_projections, "MOST_OUTPUTS", most)
     model = run_pass(attention(), "stack_projections").model
     assert [int(node.inputs[1].shape.numpy()[0]) for node in nodes_of_type(model, "QuantizedLinear")] == outputs
