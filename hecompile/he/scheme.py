@@ -44,7 +44,7 @@ __all__ = ["Ciphertext", "DecryptionKey", "decrypt", "encrypt", "encrypt_tokens"
 
 @dataclass(frozen=True, eq=False)
 class Ciphertext:
-    """Hold what the worker gets: the top bytes of b, rounded, as planes uint8 `[upload_limbs, T, in_features]`, lowest first."""
+    """Hold what the worker gets: the top bytes of b, rounded, as planes uint8 `[upload_limbs, T, in]`, lowest first."""
 
     planes: Tensor
 

@@ -7,8 +7,8 @@ to the bits of a reply: |ρ'_i| ≤ G/2, and 0 where nothing is rounded. For an 
     D = Σ_i r_i·Y'_i - Σ_j v_j·b'_j = Σ_i r_i·ρ'_i   (mod q, centred)
 
 is small. The tolerance is the mean of the right-hand side and 8 standard deviations, for the r that were drawn. With ρ'_i
-independent and uniform, which is sub-Gaussian with its own variance, |D| exceeds the tolerance with probability below 2·exp(-32) < 3e-14
-for each check. A reply is accepted if every check is within its tolerance:
+independent and uniform, which is sub-Gaussian with its own variance, |D| exceeds the tolerance with probability below
+2·exp(-32) < 3e-14 for each check. A reply is accepted if every check is within its tolerance:
 
 * token by token, by one of TOKEN_VARIANTS r, drawn for the token. Which these are of all VARIANTS is drawn for the request;
 * by all VARIANTS r, the sum of the tokens of a window: of a token alone in a request of up to SMALL tokens, else of up to

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hecompile.errors import InputError
-from hecompile.graph.ir import constant_of, module_path, nodes_of_type
+from hecompile.graph.ir import constant_of, in_block, module_path, nodes_of_type
 from hecompile.graph.rotation import rotate
 
 _COLUMN_SCALE = ".column_scale"
@@ -40,11 +40,11 @@ class PlannedProduct:
 
 
 def products_of(graph: ir.Model) -> tuple[PlannedProduct, ...]:
-    """List the products of a client plan, as `ClientBundle.graph` reads it.
+    """List the products of a client plan, as `ClientBundle.graph` reads it. An output head on the worker is left out.
 
     Raises InputError for a plan whose products are no modules of the model: experts are one tensor in transformers.
     """
-    return tuple(_product(node) for node in nodes_of_type(graph, "RemoteLinear"))
+    return tuple(_product(node) for node in nodes_of_type(graph, "RemoteLinear") if in_block(node))
 
 
 def _product(node: ir.Node) -> PlannedProduct:
