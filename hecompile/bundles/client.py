@@ -36,9 +36,10 @@ from hecompile.he.security import AMPLE_BITS, MINIMUM_BITS, show_bits
 
 LOGGER = logging.getLogger(__name__)
 
-VERSION = 5
-READABLE = (3, 4, 5)
-"""Versions that can be read; 3 has neither packed rings nor transformed hints, 4 one number of weight bits for all."""
+VERSION = 6
+READABLE = (3, 4, 5, 6)
+"""Versions that can be read; 3 has neither packed rings nor transformed hints, 4 one number of weight bits for all, 5 a
+backward product of every linear and adapters on all layers."""
 
 PLAN, PLAN_DATA = "plan.onnx", "plan.onnx.data"
 HINTS, CHECKS, TOKENIZER = "hints", "checks", "tokenizer"
@@ -76,11 +77,14 @@ class LoraRecord(_Record):
     lora_dropout: float
     target_modules: list[str]
     fan_in_fan_out: bool = False
+    layers_to_transform: list[int] | None = None
+    layers_pattern: list[str] | None = None
 
     @model_serializer(mode="wrap")
     def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `fan_in_fan_out` where it is false: plans from before there was GPT-2 must hash to their ids."""
-        return {name: value for name, value in serialize(self).items() if name != "fan_in_fan_out" or value}
+        """Leave out what is later than the first plans where it is false or None: those must hash to their ids."""
+        later = ("fan_in_fan_out", "layers_to_transform", "layers_pattern")
+        return {name: value for name, value in serialize(self).items() if name not in later or value}
 
 
 class CircuitRecord(_Record):

@@ -14,6 +14,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -35,6 +36,18 @@ def _any(value: object) -> bool:
     return True
 
 
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _are(value: object, kind: Callable[[object], bool]) -> bool:
+    return isinstance(value, list) and all(map(kind, value))
+
+
 _HARMLESS: dict[str, Callable[[object], bool]] = {
     "peft_version": _any,  # who wrote the file
     "base_model_name_or_path": _any,  # where the base came from; `base.sha256` tells models apart
@@ -48,15 +61,19 @@ _HARMLESS: dict[str, Callable[[object], bool]] = {
     "runtime_config": _any,  # where PEFT computes
     "init_lora_weights": lambda value: isinstance(value, (bool, str)) and value in _INITIALISATIONS,
     "megatron_core": _any,  # a module that PEFT imports where megatron_config is set, and that must not be
-    "layers_pattern": _any,  # read where layers_to_transform is set, and that must not be
+    # Which modules have matrices is compared with the matrices in `check_targets`.
+    "target_modules": lambda value: isinstance(value, (list, str)),
+    "layers_to_transform": lambda value: value is None or _is_index(value) or _are(value, _is_index),
+    "layers_pattern": lambda value: value is None or isinstance(value, str) or _are(value, _is_text),
     "qalora_group_size": _any,  # read where use_qalora is set, and that must not be
-    "target_modules": lambda value: isinstance(value, (list, str)),  # compared with the matrices in `check_targets`
 }
 """The settings that may differ, each with the values for which it changes nothing."""
 _SUPPORTED = {
     "init_lora_weights": ", ".join(map(str, _INITIALISATIONS)) + "; others change the base model's weights",
     "task_type": "CAUSAL_LM",
     "target_modules": "a list of names, or a regular expression",
+    "layers_to_transform": "a layer's index, or a list of them",
+    "layers_pattern": "a name, or a list of names",
 }
 
 
@@ -119,24 +136,36 @@ def check_settings(
         raise InputError(f"adapter {directory}: {name} is {show(value)} but the model's is {show(wanted.get(name))}")
 
 
-def check_targets(directory: Path, targets: list[Any] | str, names: Iterable[str]) -> None:
-    """Raise InputError unless `target_modules` names exactly the modules that have matrices, by PEFT's own rule."""
+def check_targets(directory: Path, settings: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise InputError unless the settings name exactly the modules that have matrices, by PEFT's own rule.
+
+    settings: as `read_settings` returns them, `target_modules`, `layers_to_transform` and `layers_pattern` checked.
+    """
     modules = {match["module"] for name in names if (match := _MATRIX.fullmatch(name))}
-    if isinstance(targets, str):
-        if targets == "all-linear":  # PEFT writes what it found in place of this
-            return
-        try:
-            left_out = sorted(module for module in modules if not re.fullmatch(targets, module))
-        except re.error as error:
-            raise InputError(f"adapter {directory}: target_modules is no regular expression: {error}") from None
-        unused: list[Any] = []
-    else:
-        left_out = sorted(module for module in modules if not any(_targets(target, module) for target in targets))
-        unused = [target for target in targets if not any(_targets(target, module) for module in modules)]
+    targets = settings["target_modules"]
+    if targets == "all-linear":  # PEFT writes what it found in place of this
+        return
+    layers = settings.get("layers_to_transform")
+    pattern = None if layers is None else settings.get("layers_pattern")  # without layers it means nothing
+    try:
+        config = peft.LoraConfig(target_modules=targets, layers_to_transform=layers, layers_pattern=pattern)
+        left_out = sorted(module for module in modules if not is_target(config, module))
+    except re.error as error:
+        which = "target_modules" if isinstance(targets, str) else "layers_pattern"
+        raise InputError(f"adapter {directory}: {which} is no regular expression: {error}") from None
+    except ValueError as error:  # settings that PEFT does not take together
+        raise InputError(f"adapter {directory}: {error}") from None
+    unused = [] if isinstance(targets, str) else [t for t in targets if not any(_targets(t, module) for module in modules)]
     if left_out:
-        raise InputError(f"adapter {directory}: there are matrices for {left_out[0]}, which target_modules leaves out")
+        which = "target_modules" if layers is None else "target_modules with layers_to_transform"
+        raise InputError(f"adapter {directory}: there are matrices for {left_out[0]}, which {which} leaves out")
     if unused:
         raise InputError(f"adapter {directory}: target_modules has {show(unused[0])}, and there are no matrices for it")
+
+
+def is_target(config: peft.LoraConfig, module: str) -> bool:
+    """Tell whether PEFT puts an adapter with this configuration on the module of that path in the base model."""
+    return bool(check_target_module_exists(config, module))
 
 
 def read_matrices(directory: Path) -> dict[str, Tensor]:

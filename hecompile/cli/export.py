@@ -126,7 +126,8 @@ def predicted_sizes(model: str, options: CompileOptions) -> Table:
     from hecompile.inspection.prediction import ModelSize, prediction_table
 
     tokens = options.batch_size * options.sequence_buckets[-1]
-    return prediction_table(ModelSize.of(load_config(model)), options.weight_bits, tokens, options.ring_parameters())
+    size = ModelSize.of(load_config(model), options.lora.adapts)
+    return prediction_table(size, options.weight_bits, tokens, options.ring_parameters())
 
 
 def _chosen(out: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -31,6 +32,17 @@ class LoraOptions:
             "all of the model's decoder (docs/models.md)."
         ),
     ] = None
+    layers_to_transform: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers that get an adapter, counted from 0 (PEFT's layers_to_transform): 8-15, or 8,9,12-15. By default "
+            "all. Below the lowest of them nothing is sent backward."
+        ),
+    ] = None
+    layers_pattern: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated names of the lists of layers that these are counted in (PEFT's layers_pattern)."),
+    ] = None
 
     def attach(self, linears: tuple[str, ...]) -> AttachLora:
         """Return the options of the pass that attaches the adapter. Raises InputError for a value out of range, or a target
@@ -38,7 +50,9 @@ class LoraOptions:
         from hecompile.passes.offload.attach_lora import AttachLora
 
         targets = linears if self.target_modules is None else tuple(_split(self.target_modules))
-        options = AttachLora(self.lora_r, self.lora_alpha, self.lora_dropout, targets)
+        layers = None if self.layers_to_transform is None else _layers(self.layers_to_transform)
+        pattern = None if self.layers_pattern is None else tuple(_split(self.layers_pattern))
+        options = AttachLora(self.lora_r, self.lora_alpha, self.lora_dropout, targets, layers, pattern)
         if other := sorted(set(targets) - set(linears)):
             raise InputError(f"target module {other[0]!r} does not exist in this model; choose from {', '.join(linears)}")
         return options
@@ -145,6 +159,18 @@ class EncryptionOptions:
         from hecompile.he.random.sampling import PublicSeed
 
         return None if self.public_seed is None else PublicSeed.from_hex(self.public_seed)
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    """Return the layers of `8,9,12-15`. Raises InputError for anything else."""
+    layers: list[int] = []
+    for part in _split(text):
+        found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            raise InputError(f"--layers-to-transform must be layers counted from 0, such as 8-15 or 8,9,12, got {text!r}")
+        layers += range(first, last + 1)
+    return tuple(layers)
 
 
 def _split(text: str) -> list[str]:

@@ -123,7 +123,7 @@ def merged_checkpoint(checkpoint: Checkpoint, adapter: Path) -> Checkpoint:
     rank = whole(str(adapter), "r", settings["r"], 1, 2**20)
     alpha = number(str(adapter), "lora_alpha", settings["lora_alpha"])
     state = read_matrices(adapter)
-    check_targets(adapter, settings["target_modules"], state)
+    check_targets(adapter, settings, state)
     linears = {
         name: module
         for name, module in checkpoint.model.named_modules()

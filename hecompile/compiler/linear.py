@@ -130,6 +130,8 @@ def _plan_record(
             lora_dropout=float(lora.lora_dropout),
             target_modules=list(lora.target_modules),
             fan_in_fan_out=fan_in_fan_out,
+            layers_to_transform=None if lora.layers_to_transform is None else list(lora.layers_to_transform),
+            layers_pattern=None if lora.layers_pattern is None else list(lora.layers_pattern),
         ),
         batch_size=options.batch_size,
         sequence_buckets=list(options.sequence_buckets),

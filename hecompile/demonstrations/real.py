@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-import peft
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
@@ -168,8 +167,7 @@ class _RealDemo:
 
     def _plaintext(self, tokenizer: PreTrainedTokenizerBase) -> PlaintextPeftModel:
         """Return the model to compare with. Raises InputError where the recipe or its data do not fit it."""
-        lora = asdict(self.options.lora) | {"target_modules": list(self.options.lora.target_modules)}
-        config = peft.LoraConfig(**lora, task_type="CAUSAL_LM")
+        config = self.options.lora.peft_config
         model = PlaintextPeftModel.from_pretrained(self.checkpoint, config, SEQUENCE_BUCKETS, BATCH_SIZE)
         check_training(model, tokenizer, self.plain_recipe)
         return model

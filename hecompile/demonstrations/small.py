@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-import peft
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -84,11 +82,9 @@ def _run(out: Path, console: Console, precision: float, changes: Sequence[str]) 
 
 def _checked_plaintext(recipe: Recipe, options: CompileOptions) -> PlaintextPeftModel:
     """Return the model to compare with. Raises InputError where the recipe or its data do not fit it."""
-    settings = asdict(options.lora)
-    config = peft.LoraConfig(**settings | {"target_modules": list(options.lora.target_modules)}, task_type="CAUSAL_LM")
     if recipe.data.validation_file is None:
         raise InputError("the demo compares what is known of held-out text: data.validation_file cannot be left out")
-    model = PlaintextPeftModel.from_pretrained(TINY_LLAMA, config, SEQUENCE_BUCKETS, BATCH_SIZE)
+    model = PlaintextPeftModel.from_pretrained(TINY_LLAMA, options.lora.peft_config, SEQUENCE_BUCKETS, BATCH_SIZE)
     check_training(model, AutoTokenizer.from_pretrained(TINY_LLAMA), recipe)
     return model
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from hecompile.bundles.client import CircuitRecord, ClientBundle, PlanRecord
-from hecompile.graph.ir import DOMAIN, module_path
+from hecompile.graph.gradients import without_gradient
+from hecompile.graph.ir import module_path
 from hecompile.he.check_vectors import tolerance
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.plan.costs import hint_bytes, limb_products
@@ -44,18 +45,9 @@ def hint_traffic(
 def circuits_without_gradient(model: ir.Model) -> frozenset[str]:
     """Name the backward circuits that training never calls.
 
-    No LoRA matrix stands before such a linear, so that its input needs no gradient: in a Llama, those that read the
-    normalised embedding.
+    No LoRA matrix stands before such a linear, so that its input needs no gradient. Plans of version 5 and before have them.
     """
-    trained: set[ir.Value] = {value for value in model.graph.inputs if ".lora_" in str(value.name)}
-    unused: list[str] = []
-    for node in model.graph:
-        reached = any(value in trained for value in node.inputs if value is not None)
-        if reached:
-            trained.update(node.outputs)
-        elif node.domain == DOMAIN and node.op_type == "RemoteLinear":
-            unused.append(f"{module_path(node)}.backward")
-    return frozenset(unused)
+    return frozenset(f"{module_path(node)}.backward" for node in without_gradient(model, "RemoteLinear"))
 
 
 @dataclass(frozen=True)

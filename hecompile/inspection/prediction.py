@@ -1,14 +1,14 @@
 """Predict what a build takes on disk and in memory from a model's configuration, before anything is exported.
 
 Every decoder linear is on the worker (placement "offload"), those that read one input being one product: query, key and
-value of a Llama, its gate and up. There is one each forward and backward. A hint has one row of `rank · ring_dim` words per
-output of a product.
+value of a Llama, its gate and up. There is one each forward, and one backward where an adapter stands before it. A hint has
+one row of `rank · ring_dim` words per output of a product.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from hecompile.checkpoint.configuration import family_of
 from hecompile.checkpoint.weights import empty_model
 from hecompile.he.parameters import CATALOGUE, RingParameters
 from hecompile.he.security import show_bits
+from hecompile.inspection.kinds import layer_of
 from hecompile.plan.costs import hint_bytes
 
 HINT_ROW_GROUP = 8
@@ -37,7 +38,8 @@ class ModelSize:
     """Describe the remote products of a model and what stays with the client.
 
     Attributes:
-        products: (in, out) of every product, forward and backward.
+        products: (in, out) of every product, forward and backward; backward one too many where a block computes attention
+            and feed-forward side by side.
         plan_bytes: of the client's plan: float32 embedding, norms, biases and output head.
         vocabulary: how many tokens there are.
     """
@@ -48,9 +50,13 @@ class ModelSize:
     vocabulary: int
 
     @classmethod
-    def of(cls, config: PretrainedConfig) -> ModelSize:
-        """Read the sizes off the model that a configuration describes, made without its values."""
+    def of(cls, config: PretrainedConfig, adapts: Callable[[str], bool] = lambda path: True) -> ModelSize:
+        """Read the sizes off the model that a configuration describes, made without its values.
+
+        adapts: whether the linear of a module path gets an adapter.
+        """
         family, forward, offloaded = family_of(config), dict[tuple[str, int], tuple[int, int]](), 0
+        adapted: set[tuple[str, int]] = set()
         model = empty_model(config)
         for path, module in model.named_modules():
             parent, _, name = path.rpartition(".")
@@ -61,12 +67,18 @@ class ModelSize:
             outputs, inputs = reversed(weight.shape) if family.conv1d else weight.shape
             forward[parent, number] = inputs, outputs + forward.get((parent, number), (0, 0))[1]
             offloaded += weight.numel()
+            if adapts(path):
+                adapted.add((parent, number))
         for path, parameter in model.named_parameters():
             if family.experts is not None and parameter.dim() == 3:  # one matrix [out, in] per expert
                 for number, (outputs, inputs) in enumerate([parameter.shape[1:]] * len(parameter)):
                     forward[path, number] = inputs, outputs
                 offloaded += parameter.numel()
-        both = tuple(forward.values()) + tuple((outputs, inputs) for inputs, outputs in forward.values())
+        # What reads the lowest adapter's input, and all below it, has no backward product.
+        order = sorted(forward, key=lambda product: layer_of(product[0]) or 0)
+        lowest = next((place for place, product in enumerate(order) if product in adapted), len(order))
+        backward = tuple((outputs, inputs) for inputs, outputs in map(forward.__getitem__, order[lowest + 1 :]))
+        both = tuple(forward.values()) + backward
         kept = sum(parameter.numel() for parameter in model.parameters()) - offloaded
         scales = sum(outputs for _, outputs in forward.values())
         return cls(config.num_hidden_layers, both, 4 * (kept + scales), config.vocab_size)

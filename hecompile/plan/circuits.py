@@ -109,13 +109,15 @@ def largest_crest(values: Iterable[ir.Value | None], key: str) -> float:
     return max(crests, default=_FALLBACK_CREST)
 
 
-def reachable_bits(weight: np.ndarray, forward_crest: float, backward_crest: float) -> float:
+def reachable_bits(weight: np.ndarray, forward_crest: float, backward_crest: float | None) -> float:
     """Predict the most effective bits that both products of a matrix can have, with all bytes sent.
 
-    weight: int8 or int16 [out, in]. It is -inf where no input fits.
+    weight: int8 or int16 [out, in]. backward_crest: None where there is no backward product. It is -inf where no input fits.
     """
     reached = []
     for norms, crest in zip(measure_norms(torch.from_numpy(weight)), (forward_crest, backward_crest), strict=True):
+        if crest is None:
+            continue
         try:
             reached.append(effective_bits(LinearParameters.from_norms(norms), norms, crest))
         except HecompileError:

@@ -4,16 +4,19 @@
 
 A [r, in] and B [out, r] become graph inputs named as in PEFT's adapter file, so that the compiled plan holds no adapter and
 any PEFT adapter of the same shape can be run with it (Hu et al., arXiv 2106.09685; names and semantics of PEFT's
-LoraConfig). Exact where B = 0.
+LoraConfig, whose own rule says which modules are meant). Exact where B = 0.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 import onnx_ir as ir
+import peft
 
+from hecompile.checkpoint.adapter import is_target
 from hecompile.checkpoint.families import LLAMA_LINEARS, all_linears
 from hecompile.errors import InputError
 from hecompile.graph.ir import DOMAIN, ORIGIN, module_path, nodes_of_type, replace_node
@@ -23,13 +26,17 @@ from hecompile.graph.ir import DOMAIN, ORIGIN, module_path, nodes_of_type, repla
 class AttachLora(ir.passes.InPlacePass):
     """Add LoRA branches; options as in PEFT's LoraConfig.
 
-    Raises InputError for a target that no Linear of the graph has, or options out of range.
+    layers_to_transform: indices of the layers that get an adapter, counted from 0; None for all. layers_pattern: names of
+    the list of layers, where a model has several. Raises InputError for a target or a layer that no Linear of the graph has,
+    or options out of range.
     """
 
     r: int = 8
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0
     target_modules: tuple[str, ...] = LLAMA_LINEARS
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -43,14 +50,47 @@ class AttachLora(ir.passes.InPlacePass):
         unknown = sorted(set(self.target_modules) - set(all_linears()))
         if unknown:
             raise InputError(f"target module {unknown[0]!r} does not exist; choose from {', '.join(all_linears())}")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        layers, pattern = self.layers_to_transform, self.layers_pattern
+        if layers is None:
+            if pattern is not None:
+                raise InputError("layers_pattern says where layers_to_transform counts: give that as well, or neither")
+            return
+        if not layers or min(layers) < 0 or len(set(layers)) < len(layers):
+            raise InputError(f"layers_to_transform must be different indices from 0 on, got {list(layers)}")
+        if pattern is not None and not (pattern and all(name.isidentifier() for name in pattern)):
+            raise InputError(f"layers_pattern must be names of lists of layers, such as layers or h, got {list(pattern)}")
+
+    @property
+    def peft_config(self) -> peft.LoraConfig:
+        """Return the options as PEFT's own."""
+        return peft.LoraConfig(
+            r=self.r,
+            lora_alpha=self.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number and declares an int
+            lora_dropout=self.lora_dropout,
+            target_modules=list(self.target_modules),
+            layers_to_transform=None if self.layers_to_transform is None else list(self.layers_to_transform),
+            layers_pattern=None if self.layers_pattern is None else list(self.layers_pattern),
+            task_type="CAUSAL_LM",
+        )
+
+    def adapts(self, path: str) -> bool:
+        """Tell whether the linear at the module path `path` gets an adapter, by PEFT's own rule."""
+        return path.rpartition(".")[2] in self.target_modules and is_target(self.peft_config, path)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        targets = [
-            n for n in nodes_of_type(model, "Linear") if module_path(n).rpartition(".")[2] in self.target_modules
-        ]
+        linears = [n for n in nodes_of_type(model, "Linear") if module_path(n).rpartition(".")[2] in self.target_modules]
         for target in self.target_modules:
-            if not any(module_path(node).endswith(f".{target}") for node in targets):
+            if not any(module_path(node).endswith(f".{target}") for node in linears):
                 raise InputError(f"target module {target!r} does not exist in this model")
+        for layer in self.layers_to_transform or ():
+            alone = dataclasses.replace(self, layers_to_transform=(layer,)).peft_config
+            if not any(is_target(alone, module_path(node)) for node in linears):
+                raise InputError(f"layers_to_transform: layer {layer} does not exist in this model, or has no target module")
+        config = self.peft_config
+        targets = [node for node in linears if is_target(config, module_path(node))]
         for node in targets:
             self._attach(model.graph, node)
         return ir.passes.PassResult(model, bool(targets))

@@ -1,6 +1,7 @@
 """Choose the cheapest ring, and the bytes that travel for every linear on the worker, for a wanted precision.
 
-    QuantizedLinear(x, Q, s) @worker  →  the node with upload_limbs, reply_bytes and crest for each direction
+    QuantizedLinear(x, Q, s) @worker  →  the node with upload_limbs, reply_bytes and crest for each direction, the
+                                          backward one where x needs a gradient
     model                              →  metadata: ring_dim, rank, packed
 
 Precision is counted in *effective bits*: log2 of the rms of the exact product over the standard deviation of its noise. With
@@ -33,6 +34,7 @@ import onnx_ir as ir
 import torch
 
 from hecompile.errors import HecompileError, InputError, LegalityError
+from hecompile.graph.gradients import without_gradient
 from hecompile.graph.ir import GRADIENT_RANGE, PLACEMENT, RANGE, constant_of, module_path, nodes_of_type
 from hecompile.he.check_vectors import can_be_verified
 from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
@@ -64,12 +66,15 @@ class SelectParameters(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         circuits: list[LinearParameters] = []
+        forward_only = without_gradient(model, "QuantizedLinear")
         for node in nodes_of_type(model, "QuantizedLinear"):
             if node.metadata_props.get(PLACEMENT) != "worker":
                 continue
             weight = constant_of(node.inputs[1])
             assert weight is not None
             for direction, norms in zip(DIRECTIONS, measure_norms(torch.from_numpy(weight)), strict=True):
+                if direction == "backward" and node in forward_only:
+                    continue
                 crest = _crest(node, direction)
                 parameters = self._cheapest(f"{module_path(node)}, {direction}", norms, crest, weight.itemsize)
                 circuits.append(parameters)

@@ -9,10 +9,10 @@ gradients g that calibration saw, relative to their size, it has the squares
 
 (Widrow and Kollár, Quantization Noise, 2008, chapter 4, for the variance). Errors of different linears are independent and
 add up on their way through the model, so that the error that a model's gradients have grows with the sum. Linears that read
-one value travel as one, and get the same bits. Those with the largest ε² + δ² for each weight get two bytes, until what the
-others add up to is within `error_budget`. Two bytes hold 12 bits, but noise of the encryption grows with the weights: where
-products of 12 bits would not reach the wanted effective bits, as for rows of thousands of features, they get as many bits as
-do, or one byte.
+one value travel as one, and get the same bits; δ counts where that value needs a gradient. Those with the largest ε² + δ²
+for each weight get two bytes, until what the others add up to is within `error_budget`. Two bytes hold 12 bits, but noise of
+the encryption grows with the weights: where products of 12 bits would not reach the wanted effective bits, as for rows of
+thousands of features, they get as many bits as do, or one byte.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import onnx_ir as ir
 import torch
 
 from hecompile.errors import InputError, LegalityError
+from hecompile.graph.gradients import without_gradient
 from hecompile.graph.ir import (
     GRADIENT_RANGE,
     GRADIENT_SAMPLES,
@@ -65,19 +66,23 @@ class SelectWeightBits(ir.passes.InPlacePass):
         for node in nodes_of_type(model, "Linear"):
             if in_block(node) or self.include_head:
                 readers.setdefault(node.inputs[0], []).append(node)
-        errors = {x: sum(one_byte_error(node) for node in nodes) for x, nodes in readers.items()}
+        forward_only = without_gradient(model, "Linear")
+        errors = {x: sum(one_byte_error(n, n not in forward_only) for n in nodes) for x, nodes in readers.items()}
         sizes = {x: sum(_weights(node) for node in nodes) for x, nodes in readers.items()}
         left, modified = sum(errors.values()), False
         for x in sorted(readers, key=lambda value: -errors[value] / sizes[value]):
-            bits = self._most_bits(readers[x]) if left > self.error_budget else ONE_BYTE
+            bits = self._most_bits(readers[x], readers[x][0] not in forward_only) if left > self.error_budget else ONE_BYTE
             left -= errors[x] if bits > ONE_BYTE else 0.0
             for node in readers[x]:
                 modified |= node.metadata_props.get(WEIGHT_BITS) != str(bits)
                 node.metadata_props[WEIGHT_BITS] = str(bits)
         return ir.passes.PassResult(model, modified)
 
-    def _most_bits(self, nodes: list[ir.Node]) -> int:
-        """Return the most bits with which the products of linears that travel as one reach the effective bits."""
+    def _most_bits(self, nodes: list[ir.Node], both: bool) -> int:
+        """Return the most bits with which the products of linears that travel as one reach the effective bits.
+
+        both: the backward product as well.
+        """
         arrays = [array for node in nodes if (array := constant_of(node.inputs[1])) is not None]  # [out, in] each
         if len(arrays) == 1 and len(arrays[0]) > MOST_OUTPUTS:  # a head, which travels in parts
             whole = arrays[0]
@@ -85,10 +90,10 @@ class SelectWeightBits(ir.passes.InPlacePass):
         else:
             parts = [np.concatenate(arrays)]
         forward = largest_crest([nodes[0].inputs[0]], RANGE)
-        backward = largest_crest([node.outputs[0] for node in nodes], GRADIENT_RANGE)
+        backward = largest_crest([node.outputs[0] for node in nodes], GRADIENT_RANGE) if both else None
         return min(self._most_bits_of(weight, forward, backward) for weight in parts)
 
-    def _most_bits_of(self, weight: np.ndarray, forward: float, backward: float) -> int:
+    def _most_bits_of(self, weight: np.ndarray, forward: float, backward: float | None) -> int:
         """Return the same for one product's weight f32 [out, in] and the crests of what it is multiplied with."""
         step = np.abs(weight).max(axis=1, keepdims=True)
         unit = weight / np.where(step > 0, step, 1.0)
@@ -99,8 +104,8 @@ class SelectWeightBits(ir.passes.InPlacePass):
         return ONE_BYTE
 
 
-def one_byte_error(node: ir.Node) -> float:
-    """Predict ε² + δ² of a Linear with weights of one byte.
+def one_byte_error(node: ir.Node, both: bool = True) -> float:
+    """Predict ε² + δ² of a Linear with weights of one byte; ε² alone where `both` is false.
 
     δ² is 0 where no gradient reached it. Raises LegalityError where calibration kept no samples of it.
     """
@@ -111,7 +116,7 @@ def one_byte_error(node: ir.Node) -> float:
     variance = (weight.abs().amax(dim=1) / (2 ** (ONE_BYTE - 1) - 1)).square() / 12  # [out]
     error = _ratio(samples.square().sum() * variance.sum(), (samples @ weight.t()).square().sum())
     gradient = y.meta.get(GRADIENT_SAMPLES)  # [T, out]
-    if gradient is not None and bool(gradient.any()):
+    if both and gradient is not None and bool(gradient.any()):
         gradient = gradient / gradient.abs().max()  # its squares may be too small for float32
         noise = weight.shape[1] * (gradient.square() @ variance).sum()
         error += _ratio(noise, (gradient @ weight).square().sum())

@@ -2,7 +2,7 @@
 
     QuantizedLinear(x, Q, s) @worker  →  client:  RemoteLinear(x, s; linear = name)
                                           worker:  name.forward = EncryptedLinear(ciphertext, Qᵀ),
-                                                   name.backward = EncryptedLinear(ciphertext, Q)
+                                                   name.backward = EncryptedLinear(ciphertext, Q), if x needs a gradient
 
 The weights leave the client plan, the scales stay in it. Nothing secret can reach a worker circuit: its only constant is a
 frozen weight, whose secrecy is checked here.
@@ -10,7 +10,7 @@ frozen weight, whose secrecy is checked here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ import onnx_ir as ir
 import torch
 
 from hecompile.errors import LegalityError, SecurityError
+from hecompile.graph.gradients import without_gradient
 from hecompile.graph.ir import (
     DOMAIN,
     ORIGIN,
@@ -44,15 +45,16 @@ class Split:
         """Split `model` (consumed). Raises LegalityError without selected parameters, SecurityError on a secret weight."""
         check_placement(model)
         circuits: list[RemoteCircuit] = []
+        forward_only = without_gradient(model, "QuantizedLinear")
         for node in nodes_of_type(model, "QuantizedLinear"):
             if node.metadata_props.get(PLACEMENT) == "worker":
-                circuits.extend(_circuits(node))
+                circuits.extend(_circuits(node, DIRECTIONS[:1] if node in forward_only else DIRECTIONS))
                 _make_remote(node)
         remove_unused(model)
         return SplitPlan(model, tuple(circuits))
 
 
-def _circuits(node: ir.Node) -> Iterator[RemoteCircuit]:
+def _circuits(node: ir.Node, directions: Sequence[str]) -> Iterator[RemoteCircuit]:
     name, value = module_path(node), node.inputs[1]
     if value is None or value.metadata_props.get(SECRECY) != "public":
         raise SecurityError(f"the weight of {name} is not marked public; it must not be given to the worker")
@@ -65,6 +67,8 @@ def _circuits(node: ir.Node) -> Iterator[RemoteCircuit]:
     both_stored = (transposed, np.ascontiguousarray(weight))
     both_norms = measure_norms(torch.from_numpy(weight))
     for direction, stored, norms in zip(DIRECTIONS, both_stored, both_norms, strict=True):
+        if direction not in directions:
+            continue
         limbs, reply = attributes[f"{direction}_upload_limbs"], attributes[f"{direction}_reply_bytes"]
         parameters = LinearParameters.from_norms(norms, upload_bits=8 * limbs, reply_bits=8 * reply)
         yield RemoteCircuit(name, direction, parameters, stored, norms, attributes[f"{direction}_crest"])

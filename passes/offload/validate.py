@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 
 from hecompile.errors import LegalityError, SecurityError
+from hecompile.graph.gradients import without_gradient
 from hecompile.graph.ir import PLACEMENT, attributes_of, nodes_of_type
 from hecompile.graph.legality import CLIENT_PLAN, check_stage
 from hecompile.he.parameters import LinearParameters, RingParameters
@@ -43,8 +44,12 @@ class Validate:
         _check_client_holds_no_weight(plan)
 
     def _check_matching(self, plan: SplitPlan, circuits: dict[str, RemoteCircuit]) -> None:
-        named = {attributes_of(node)["linear"] for node in nodes_of_type(plan.client, "RemoteLinear")}
-        wanted = {f"{linear}.{direction}" for linear in named for direction in DIRECTIONS}
+        forward_only = without_gradient(plan.client, "RemoteLinear")
+        wanted = {
+            f"{attributes_of(node)['linear']}.{direction}"
+            for node in nodes_of_type(plan.client, "RemoteLinear")
+            for direction in (DIRECTIONS[:1] if node in forward_only else DIRECTIONS)
+        }
         for missing in sorted(wanted ^ circuits.keys()):
             raise LegalityError(f"circuit {missing} is {'missing' if missing in wanted else 'used by no RemoteLinear'}")
         for node in plan.client.graph:

@@ -105,6 +105,8 @@ class EncryptedCausalLM(torch.nn.Module):
             lora_dropout=lora.lora_dropout,
             target_modules=list(lora.target_modules),
             fan_in_fan_out=lora.fan_in_fan_out,
+            layers_to_transform=lora.layers_to_transform,
+            layers_pattern=lora.layers_pattern,
             task_type="CAUSAL_LM",
             base_model_name_or_path=self.bundle.plan.base_model,
         )

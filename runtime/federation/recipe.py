@@ -66,6 +66,8 @@ class LoraShape(Section):
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: list[str] = Field(default=list(LLAMA_LINEARS))
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = None
+    layers_pattern: list[str] | None = None
 
     def config(self) -> peft.LoraConfig:
         """Return it as PEFT's configuration."""

@@ -145,7 +145,7 @@ def load_adapter(model: AdapterModel, directory: str | Path) -> None:
     settings = read_settings(directory)
     check_settings(directory, settings, plain_settings(model.peft_config))
     state, base = read_matrices(directory), _base_of(directory)
-    check_targets(directory, settings["target_modules"], state)
+    check_targets(directory, settings, state)
     expected = model.adapter_state()
     _refuse(directory, "has no values for", sorted(expected.keys() - state.keys()))
     _refuse(directory, "has values that the model has no place for:", sorted(state.keys() - expected.keys()))

@@ -46,6 +46,8 @@ class LoraSection(Section):
     lora_alpha: float | None = None
     lora_dropout: Fraction | None = None
     target_modules: list[str] | None = None
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = None
+    layers_pattern: list[str] | None = None
 
 
 class TrainingSection(Section):
@@ -199,8 +201,9 @@ def check_lora(section: LoraSection | None, config: peft.LoraConfig) -> None:
     """Raise `InputError` if a recipe names LoRA settings that differ from those the model was exported with."""
     for name, wanted in section.model_dump(exclude_none=True).items() if section else ():
         actual = getattr(config, name)
-        if (set(wanted) != set(actual)) if name == "target_modules" else (wanted != actual):
-            shown = sorted(actual) if name == "target_modules" else actual
+        several = isinstance(wanted, list) and actual is not None
+        if (set(wanted) != set(actual)) if several else (wanted != actual):
+            shown = sorted(actual) if several else actual
             raise InputError(
                 f"recipe: lora.{name} is {wanted} but the model was exported with {shown}; "
                 f"drop it from the recipe or export the model again"

@@ -96,7 +96,8 @@ def product_of(plan: SplitPlan) -> RemoteProduct:
     weights = {circuit.name: torch.from_numpy(circuit.weight.copy()).float() for circuit in plan.circuits}
 
     def product(linear: str, x: Tensor, scale: Tensor) -> Tensor:
-        assert torch.equal(weights[f"{linear}.forward"], weights[f"{linear}.backward"].T)
-        return x @ weights[f"{linear}.forward"] * scale
+        forward, backward = weights[f"{linear}.forward"], weights.get(f"{linear}.backward")
+        assert backward is None or torch.equal(forward, backward.T)
+        return x @ forward * scale
 
     return product

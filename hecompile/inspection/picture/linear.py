@@ -30,7 +30,7 @@ def plan_diagram(model: ir.Model, products: Sequence[Product]) -> Diagram:
         if node.op_type != "RemoteLinear":
             return plain(node, name, sources, worker=False)
         module = module_path(node)
-        return _remote(name, module, sources, known[module, "forward"], known[module, "backward"])
+        return _remote(name, module, sources, known[module, "forward"], known.get((module, "backward")))
 
     inputs = [
         (value, Operator(str(value.name), "", str(value.name), worker=False, sources=()))
@@ -40,9 +40,9 @@ def plan_diagram(model: ir.Model, products: Sequence[Product]) -> Diagram:
     return fold(read_operators(model, inputs, describe))
 
 
-def _remote(name: str, module: str, sources: tuple[str, ...], forward: Product, backward: Product) -> Operator:
+def _remote(name: str, module: str, sources: tuple[str, ...], forward: Product, backward: Product | None) -> Operator:
     """Describe a linear of the worker: x goes up and y comes down, the gradient of y goes up and that of x comes down."""
-    up, down = ((backward.bytes_up,), (backward.bytes_down,)) if backward.trained else ((), ())
+    up, down = ((backward.bytes_up,), (backward.bytes_down,)) if backward is not None and backward.trained else ((), ())
     return Operator(
         name, module, "Linear", True, sources,
         facts=(

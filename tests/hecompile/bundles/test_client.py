@@ -59,7 +59,7 @@ def edit_manifest(directory: Path, change: Callable[[dict[str, Any]], object], r
 def test_a_good_bundle_opens(build: Path) -> None:
     bundle = ClientBundle.open(build / "client")
     assert (bundle.ring.ring_dim, bundle.ring.rank) == (128, 12)
-    assert len(bundle.circuits) == 16 and bundle.plan.lora.target_modules == ["q_proj", "v_proj", "down_proj"]
+    assert len(bundle.circuits) == 15 and bundle.plan.lora.target_modules == ["q_proj", "v_proj", "down_proj"]
     text = print_model(bundle.graph())
     assert hashlib.sha256(text.encode()).hexdigest() == bundle.plan.graph_sha256
 
@@ -163,7 +163,7 @@ def test_a_plan_of_version_4_has_one_number_of_weight_bits_and_keeps_its_id(clie
 
 def test_another_version(client: Path) -> None:
     edit_manifest(client, lambda m: m.update(version=1))
-    assert "has format version 1, this program reads (3, 4, 5)" in refused(client)
+    assert "has format version 1, this program reads (3, 4, 5, 6)" in refused(client)
 
 
 def test_unknown_and_missing_fields(client: Path) -> None:
@@ -253,7 +253,7 @@ def test_worker_of_another_plan_is_refused(build: Path, tmp_path: Path) -> None:
 def test_worker_without_all_circuits_is_refused(build: Path, tmp_path: Path) -> None:
     client = ClientBundle.open(build / "client")
     worker = other_worker(build, tmp_path / "worker", client.plan_id, 3)
-    with pytest.raises(WorkerError, match="the worker lacks 13 circuits of this plan, first: model"):
+    with pytest.raises(WorkerError, match="the worker lacks 12 circuits of this plan, first: model"):
         EncryptedProducts(client, InProcessTransport(Worker(worker).exchange))
 
 
@@ -270,7 +270,7 @@ def test_an_open_plan_holds_no_descriptors(build: Path) -> None:
     store = HintStore(bundle.hints, bundle.ring, cache_bytes=0)
     hints = [store.hint(name, linear.out_features, np.float32) for name, linear in bundle.circuits.items()]
     weights = [worker.bundle.weight_digits(name) for name in worker.bundle.circuits]
-    assert len(hints) == 16 and weights and graph is not None
+    assert len(hints) == 15 and weights and graph is not None
     assert descriptors() == before
 
 

@@ -16,6 +16,8 @@ import typer
 from typer.testing import CliRunner
 
 import hecompile
+from hecompile.checkpoint.families import LLAMA_LINEARS
+from hecompile.cli.export_options import LoraOptions
 from hecompile.cli.main import app
 from hecompile.errors import HecompileError, InputError
 from hecompile.terminal import counted, shown_path
@@ -145,7 +147,7 @@ def test_export_then_inspect(checkpoint: Path, tmp_path: Path) -> None:
     assert re.search(r"\nprecision: \d+\.\d to \d+\.\d effective bits, 8 asked for", exported.output)
     assert re.search(r"\nring \d+ x \d+, security 161 bits \(MATZOV, classical\)", exported.output), exported.output
     assert "\nseconds: " in exported.output  # of the phases that took long enough to be worth it
-    assert "736 rows of hints; predicted" in exported.output
+    assert "704 rows of hints; predicted" in exported.output
     picture = tmp_path / "plan.svg"
     for target in (out, out / "client"):
         shown = CliRunner().invoke(app, ["inspect", str(target), "--draw", str(picture)])
@@ -164,12 +166,12 @@ def test_a_target_that_cannot_be_used_is_refused_before_anything_is_said(checkpo
 def test_inspect_of_a_checkpoint_predicts_its_sizes(checkpoint: Path) -> None:
     shown = CliRunner().invoke(app, ["inspect", str(checkpoint)])
     assert shown.exit_code == 0, shown.output
-    assert "16 products, 736 rows of hints; predicted" in shown.output
+    assert "15 products, 704 rows of hints; predicted" in shown.output
     (row,) = [line for line in shown.output.splitlines() if "512 x 3" in line]
-    assert "161 bits" in row and "4.5 MB" in row
+    assert "161 bits" in row and "4.3 MB" in row
     found = json.loads(CliRunner().invoke(app, ["inspect", str(checkpoint), "--json"]).output)
-    assert (found["what"], found["products"], found["hint_rows"]) == ("prediction", 16, 736)
-    assert {ring["ring_dim"]: ring["hint_bytes"] for ring in found["rings"]}[512] == 736 * 1536 * 4
+    assert (found["what"], found["products"], found["hint_rows"]) == ("prediction", 15, 704)
+    assert {ring["ring_dim"]: ring["hint_bytes"] for ring in found["rings"]}[512] == 704 * 1536 * 4
 
 
 def test_inspect_draws_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
@@ -210,3 +212,16 @@ def test_a_path_is_printed_from_the_working_directory(tmp_path: Path, monkeypatc
     assert str(shown_path(tmp_path / "here" / "models" / ".." / "runs")) == "runs"
     assert shown_path(Path("../runs")) == tmp_path / "runs"
     assert (counted(1, "step"), counted(2, "step")) == ("1 step", "2 steps")
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"), [("8-11", (8, 9, 10, 11)), ("3", (3,)), ("0, 2,4-5", (0, 2, 4, 5)), ("5-3", None), ("x", None)]
+)
+def test_layers_with_an_adapter(text: str, layers: tuple[int, ...] | None) -> None:
+    options = LoraOptions(layers_to_transform=text, layers_pattern="layers")
+    if layers is None:
+        with pytest.raises(InputError, match=f"--layers-to-transform must be layers counted from 0, .* got '{text}'"):
+            options.attach(LLAMA_LINEARS)
+        return
+    attached = options.attach(LLAMA_LINEARS)
+    assert (attached.layers_to_transform, attached.layers_pattern) == (layers, ("layers",))

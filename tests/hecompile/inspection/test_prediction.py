@@ -18,6 +18,7 @@ from hecompile.inspection.prediction import (
     prediction_table,
     stored_hint_bytes,
 )
+from hecompile.passes.offload.attach_lora import AttachLora
 from tests.support.tiny import OPTIONS
 
 _HEADER = 256
@@ -44,9 +45,16 @@ def test_llama_3_2_1b() -> None:
         num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
     )  # fmt: skip
     size = ModelSize.of(config)
-    assert size.hint_rows == 16 * (3072 + 2048 + 16384 + 2048 + 2048 + 2048 + 2048 + 8192)
+    forward, backward = 3072 + 2048 + 16384 + 2048, 2048 + 2048 + 2048 + 8192
+    assert size.hint_rows == 16 * (forward + backward) - 2048  # nothing is before the first layer's q, k and v
     assert size.hint_file_bytes(CATALOGUE["512x3"]) == size.hint_rows * 1536 * 4
-    assert size.worker_bytes(8) == 2 * 973_078_528
+    assert size.worker_bytes(8) == 2 * 973_078_528 - 3072 * 2048
+    upper = ModelSize.of(config, AttachLora(layers_to_transform=tuple(range(8, 16))).adapts)
+    assert upper.hint_rows == 16 * forward + 8 * backward - 2048
+    queries = ModelSize.of(config, AttachLora(target_modules=("q_proj", "v_proj")).adapts)
+    assert queries.hint_rows == size.hint_rows
+    last = ModelSize.of(config, AttachLora(target_modules=("down_proj",), layers_to_transform=(15,)).adapts)
+    assert last.hint_rows == 16 * forward
     assert size.plan_bytes == pytest.approx(128256 * 2048 * 4, rel=0.01)
     untied = ModelSize.of(LlamaConfig(**{**config.to_dict(), "tie_word_embeddings": False}))
     assert untied.plan_bytes - size.plan_bytes == 128256 * 2048 * 4

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+import peft
 import pytest
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 
 from hecompile.checkpoint.families import LLAMA_LINEARS
 from hecompile.errors import InputError
@@ -60,6 +62,48 @@ def test_boundary_a_module_whose_name_only_ends_alike_is_no_target() -> None:
     assert "'q_proj' does not exist" in str(error)
 
 
+FOUR = """
+blocks (float[B,S,2] x) => (float[B,S,2] y)
+<float[2,2] w = {1.0, 2.0, 3.0, 4.0}, float[B,S,2] a, float[B,S,2] b, float[B,S,2] c>
+{
+    a = hecompile.Linear (x, w)
+    b = hecompile.Linear (a, w)
+    c = hecompile.Linear (b, w)
+    y = hecompile.Linear (c, w)
+}
+"""
+PATHS = {
+    "a": "model.layers.0.q_proj", "b": "model.layers.1.q_proj", "c": "model.layers.12.mlp.experts.1.q_proj",
+    "y": "vision.blocks.1.q_proj",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern", "adapted"),
+    [
+        (None, None, "abcy"), ((1,), None, "by"), ((1,), ("layers",), "b"), ((1,), ("h", "blocks"), "y"),
+        ((12, 0), None, "ac"), ((0, 12), ("layers",), "ac"),
+    ],
+)  # fmt: skip
+def test_layers_are_pefts(layers: tuple[int, ...] | None, pattern: tuple[str, ...] | None, adapted: str) -> None:
+    """The first number of a path is the layer's, not that of an expert in it; PEFT itself would take the same modules."""
+    options = {"target_modules": ("q_proj",), "layers_to_transform": layers, "layers_pattern": pattern}
+    model = run_pass(parse(FOUR, PATHS), "attach_lora", ADAPTED, **options).model
+    found = {str(value.name).removesuffix(".lora_A.weight") for value in model.graph.inputs if "lora_A" in str(value.name)}
+    assert found == {f"base_model.model.{PATHS[name]}" for name in adapted}
+    config = peft.LoraConfig(**options)  # type: ignore[arg-type]
+    assert all(bool(check_target_module_exists(config, PATHS[name])) == (name in adapted) for name in PATHS)
+
+
+@pytest.mark.parametrize(("layers", "pattern"), [((1, 2), None), ((12,), ("blocks",))])
+def test_refused_layer_that_the_model_does_not_have(layers: tuple[int, ...], pattern: tuple[str, ...] | None) -> None:
+    error = refused(
+        parse(FOUR, PATHS), "attach_lora", ADAPTED,
+        target_modules=("q_proj",), layers_to_transform=layers, layers_pattern=pattern,
+    )  # fmt: skip
+    assert str(error) == f"layers_to_transform: layer {layers[-1]} does not exist in this model, or has no target module"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -71,6 +115,11 @@ def test_boundary_a_module_whose_name_only_ends_alike_is_no_target() -> None:
         ({"target_modules": ()}, "target_modules is empty"),
         ({"target_modules": ("q_proj", "q_porj")}, "target module 'q_porj' does not exist; choose from q_proj"),
         ({"target_modules": ("lm_head",)}, "target module 'lm_head' does not exist"),
+        ({"layers_to_transform": ()}, r"layers_to_transform must be different indices from 0 on, got \[\]"),
+        ({"layers_to_transform": (1, 1)}, r"different indices from 0 on, got \[1, 1\]"),
+        ({"layers_to_transform": (-1,)}, r"different indices from 0 on, got \[-1\]"),
+        ({"layers_pattern": ("layers",)}, "layers_pattern says where layers_to_transform counts: give that as well"),
+        ({"layers_to_transform": (0,), "layers_pattern": ("(",)}, r"layers_pattern must be names .*, got \['\('\]"),
     ],
 )
 def test_refused_options(options: dict[str, object], message: str) -> None:

@@ -153,7 +153,7 @@ def test_matrices_that_are_differences_to_a_changed_base_are_refused(tmp_path: P
         ("init_lora_weights", "lora_ga"), ("init_lora_weights", "mica"), ("init_lora_weights", 1),
         ("alora_invocation_tokens", [5]), ("use_rslora", True), ("use_dora", True), ("bias", "all"), ("lora_bias", True),
         ("fan_in_fan_out", True), ("rank_pattern", {"q_proj": 2}), ("alpha_pattern", {"q_proj": 2}),
-        ("init_lora_weights", None), ("layers_to_transform", [0]), ("layers_to_transform", 0),
+        ("init_lora_weights", None), ("layers_to_transform", "0"), ("layers_to_transform", [0, True]),
         ("modules_to_save", ["lm_head"]), ("layer_replication", [[0, 2], [1, 2]]),
         ("trainable_token_indices", [3]), ("loftq_config", {"loftq_bits": 4}), ("eva_config", {"rho": 2.0}),
         ("corda_config", {"corda_method": "ipm"}), ("target_parameters", ["q_proj.weight"]), ("exclude_modules", ["q_proj"]),
@@ -224,6 +224,28 @@ def test_a_setting_that_is_missing_has_pefts_default(tmp_path: Path) -> None:
 def test_targets_are_the_modules_with_matrices(tmp_path: Path, targets: object, said: str) -> None:
     directory = save_adapter(make_model(), tmp_path / "a")
     saved_settings(directory, target_modules=targets)
+    with pytest.raises(InputError, match=said):
+        load_adapter(make_model(), directory)
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern", "said"),
+    [
+        ([0], None, r"matrices for model\.layers\.1\..*, which target_modules with layers_to_transform leaves out"),
+        (1, None, r"matrices for model\.layers\.0\..*, which target_modules with layers_to_transform leaves out"),
+        ([0, 1], "blocks", r"matrices for model\.layers\.0\..*, which target_modules with layers_to_transform leaves out"),
+        ([0, 1], "(", "layers_pattern is no regular expression"),
+        ([1, 0], ["layers"], None), ([], None, None), (None, "blocks", None),
+    ],
+)  # fmt: skip
+def test_layers_are_those_with_matrices(
+    tmp_path: Path, layers: object, pattern: object, said: str | None
+) -> None:
+    directory = save_adapter(make_model(), tmp_path / "a")
+    saved_settings(directory, layers_to_transform=layers, layers_pattern=pattern)
+    if said is None:
+        load_adapter(make_model(), directory)
+        return
     with pytest.raises(InputError, match=said):
         load_adapter(make_model(), directory)
 

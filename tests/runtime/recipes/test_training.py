@@ -165,3 +165,9 @@ def test_lora_settings_may_only_repeat_the_exported_ones() -> None:
         check_lora(LoraSection(r=4), config)
     with pytest.raises(InputError, match=r"lora\.target_modules is .* exported with \['q_proj', 'v_proj'\]"):
         check_lora(LoraSection(target_modules=["q_proj"]), config)
+    with pytest.raises(InputError, match=r"lora\.layers_to_transform is \[1\] but the model was exported with None"):
+        check_lora(LoraSection(layers_to_transform=[1]), config)
+    upper = peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=[1, 2], layers_pattern=["layers"])
+    check_lora(LoraSection(layers_to_transform=[2, 1], layers_pattern=["layers"]), upper)
+    with pytest.raises(InputError, match=r"lora\.layers_to_transform is \[1\] but the model was exported with \[1, 2\]"):
+        check_lora(LoraSection(layers_to_transform=[1]), upper)
