@@ -25,7 +25,7 @@ from hecompile.passes.offload.lower_worker import LowerWorker
 from tests.hecompile.compiler.test_build import hashes
 from tests.support.tiny import OPTIONS
 
-COMPLETE, CIRCUITS = 6, 16
+COMPLETE, CIRCUITS = 6, 15
 FRESH = dataclasses.replace(OPTIONS, public_seed=None)
 
 _KILLED_MIDWAY = """
