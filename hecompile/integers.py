@@ -50,8 +50,3 @@ def from_balanced_bytes(digits: tuple[np.ndarray, ...]) -> np.ndarray:
         return digits[0]
     low, high = digits
     return (high.astype(np.int16) * 256 + low).astype(np.int16)
-
-
-def bytes_of(bits: int) -> int:
-    """Return how many whole bytes hold a word of so many bits."""
-    return -(-bits // 8)

@@ -64,7 +64,7 @@ def check_extremes(engine: CudaEngine, bundle: WorkerBundle, circuit: str) -> No
     """Raise RuntimeError unless the replies to all-255, all-0, all-128 and uniform bytes are exact."""
     planes = random_planes(CHECKED_TOKENS, bundle.circuits[circuit].in_features)
     planes[:, 0], planes[:, 1], planes[:, 2] = 255, 0, 128
-    expected = encrypted_linear_reference(planes, bundle.weight(circuit), REPLY_BYTES)
+    expected = encrypted_linear_reference(planes, bundle.weight(circuit), 8 * REPLY_BYTES)
     if not np.array_equal(engine.evaluate(circuit, planes), expected):
         raise RuntimeError(f"engine {engine.name} computes {circuit} wrongly")
 

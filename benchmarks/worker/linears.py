@@ -111,7 +111,7 @@ def engine_of(linear: Linear, engine: str) -> Iterator[Engine]:
     parameters = linear.parameters
     weight = linear.weight.t().contiguous().numpy()  # int8 [in, out]
     with tempfile.TemporaryDirectory() as scratch:
-        circuit = encrypted_linear_model(weight, parameters.upload_limbs, parameters.reply_bytes, "linear.forward")
+        circuit = encrypted_linear_model(weight, parameters.upload_bits, parameters.reply_bits, "linear.forward")
         yield create_engine(engine, _write_circuits(Path(scratch) / "worker", [circuit]))
 
 
@@ -139,7 +139,7 @@ def _random_circuits(linears: dict[str, tuple[int, int]]) -> Iterator[ir.Model]:
     for name, shape in linears.items():
         weight = rng.integers(-127, 128, shape, dtype=np.int8)
         for direction, matrix in (("forward", weight), ("backward", weight.T)):
-            yield encrypted_linear_model(matrix, UPLOAD_LIMBS, REPLY_BYTES, f"{name}.{direction}")
+            yield encrypted_linear_model(matrix, 8 * UPLOAD_LIMBS, 8 * REPLY_BYTES, f"{name}.{direction}")
 
 
 def _write_circuits(directory: Path, circuits: Iterable[ir.Model]) -> WorkerBundle:

@@ -86,7 +86,7 @@ def _soak(bundle: WorkerBundle, listen: str, seconds: float) -> list[object]:
 def _client(address: str, index: int, weight: np.ndarray, stop: float, tally: _Tally) -> None:
     random = np.random.default_rng(index)
     requests = [random.integers(0, 256, (3, TOKENS - shorter, IN), dtype=np.uint8) for shorter in range(4)]
-    answers = [encrypted_linear_reference(planes, weight, 2) for planes in requests]
+    answers = [encrypted_linear_reference(planes, weight, 16) for planes in requests]
     transport = connect(address)
     try:
         open_connection(transport, PLAN_ID)

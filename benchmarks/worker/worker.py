@@ -103,7 +103,7 @@ def _row(bundle: WorkerBundle, engines: dict[str, Engine], direction: str, token
 def _check(engine: Engine, circuit: str, planes: np.ndarray, bundle: WorkerBundle) -> None:
     """Raise RuntimeError for a wrong reply, whose time would mean nothing."""
     reply = engine.evaluate(circuit, planes)
-    expected = encrypted_linear_reference(planes[:, :CHECKED_TOKENS], bundle.weight(circuit), REPLY_BYTES)
+    expected = encrypted_linear_reference(planes[:, :CHECKED_TOKENS], bundle.weight(circuit), 8 * REPLY_BYTES)
     if not np.array_equal(reply[:, :CHECKED_TOKENS], expected):
         raise RuntimeError(f"engine {engine.name} computes {circuit} wrongly")
 

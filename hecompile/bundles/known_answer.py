@@ -12,10 +12,11 @@ import hashlib
 import numpy as np
 
 from hecompile.bundles.circuit_reference import encrypted_linear_reference
+from hecompile.word_sizes import bytes_of
 
 KNOWN_ANSWER = "known_answer"
-KNOWN_ANSWER_LIMBS = 4
-KNOWN_ANSWER_REPLY_BYTES = 3  # so that the reply is also rounded
+KNOWN_ANSWER_BITS = 32
+KNOWN_ANSWER_REPLY_BITS = 24  # so that the reply is also rounded
 KNOWN_ANSWER_SHAPE = (5, 1031, 37)
 """(T, in, out). Sums over 1031 features pass 2^24, where float32 loses the lowest bit, and some of them are odd; 1031
 is prime, so every vector kernel meets its remainder loop."""
@@ -38,12 +39,13 @@ def known_answer_vector(plan_id: str) -> tuple[np.ndarray, np.ndarray]:
     Token 0 is all 255, token 1 all 0, token 2 alternates, the rest is drawn from {0, 255} by `plan_id`.
     """
     tokens, in_features, _ = KNOWN_ANSWER_SHAPE
-    drawn = _expand(plan_id, "planes", KNOWN_ANSWER_LIMBS * tokens * in_features) & 1
-    planes = (drawn * 255).astype(np.uint8).reshape(KNOWN_ANSWER_LIMBS, tokens, in_features)
+    limbs = bytes_of(KNOWN_ANSWER_BITS)
+    drawn = _expand(plan_id, "planes", limbs * tokens * in_features) & 1
+    planes = (drawn * 255).astype(np.uint8).reshape(limbs, tokens, in_features)
     planes[:, 0, :] = 255
     planes[:, 1, :] = 0
     planes[:, 2, 0::2], planes[:, 2, 1::2] = 255, 0
-    return planes, encrypted_linear_reference(planes, known_answer_weight(plan_id), KNOWN_ANSWER_REPLY_BYTES)
+    return planes, encrypted_linear_reference(planes, known_answer_weight(plan_id), KNOWN_ANSWER_REPLY_BITS)
 
 
 def _expand(plan_id: str, label: str, count: int) -> np.ndarray:

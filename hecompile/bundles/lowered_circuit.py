@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 from onnx import AttributeProto, TensorProto
 
 from hecompile.bundles.triton_repository import INPUT_NAME, OUTPUT_NAME, WEIGHT_FILE
+from hecompile.word_sizes import unused_bits
 
 ONNX_OPSET = 18
 """The first with BitwiseAnd."""
@@ -59,6 +60,9 @@ class Shape(Protocol):
 
     @property
     def reply_bytes(self) -> int: ...
+
+    @property
+    def reply_bits(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -162,15 +166,15 @@ class _LoweredCircuit:
                     term = self._add(uint32, "Mul", term, self._uint32(256 ** (j + k)))
                 word = term if word is None else self._add(uint32, "Add", word, term)
         assert word is not None
-        dropped = 8 * (limbs - shape.reply_bytes)
-        if dropped:
+        if dropped := 8 * limbs - shape.reply_bits:
             word = self._add(uint32, "Add", word, self._uint32(2 ** (dropped - 1)))
-        planes = []
-        for shift in range(dropped, 8 * limbs, 8):
+        planes: list[int] = []
+        kept = 255 >> unused_bits(shape.reply_bits) << unused_bits(shape.reply_bits)
+        for shift in range(8 * (limbs - shape.reply_bytes), 8 * limbs, 8):
             byte = word
             if shift:
                 byte = self._add(uint32, "BitShift", ("direction", b"RIGHT"), word, self._uint32(shift))
-            masked = self._add(uint32, "BitwiseAnd", byte, self._uint32(255))
+            masked = self._add(uint32, "BitwiseAnd", byte, self._uint32(255 if planes else kept))
             planes.append(self._add(one_byte, "Cast", ("to", TensorProto.UINT8), masked))
         reply = (TensorProto.UINT8, (shape.reply_bytes, None, shape.out_features))
         self.reply = self._add(reply, "Concat", ("axis", 0), *planes)

@@ -16,8 +16,12 @@ from hecompile.bundles.triton_repository import config_path, model_path, weight_
 from hecompile.errors import InputError
 from hecompile.files import file_sha256, missing_path_hint, read_whole, unreadable
 from hecompile.foreign import parse_json
+from hecompile.word_sizes import bytes_of
 
-VERSION = 2
+VERSION = 3
+READABLE = (2, 3)
+"""Versions that can be read; 2 counts the bytes of words, not their bits."""
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 PLAN_ID = re.compile(r"[0-9a-f]{8,128}")
 _REMEDY = "give the directory `worker` of what `hecompile export llama` wrote"
@@ -49,19 +53,29 @@ class CircuitSpec(_Record):
     direction: Literal["forward", "backward"]
     in_features: int = Field(ge=1, le=MAX_FEATURES_IN)
     out_features: int = Field(ge=1, lt=2**31)
-    upload_limbs: int = Field(ge=1, le=4)
-    reply_bytes: int = Field(ge=1, le=4)
+    upload_bits: int = Field(ge=8, le=32)
+    reply_bits: int = Field(ge=8, le=32)
     file: BundleFile
     data: BundleFile | None = None
     config: BundleFile | None = None
 
     @model_validator(mode="after")
     def _is_consistent(self) -> CircuitSpec:
-        if self.reply_bytes > self.upload_limbs:
-            raise ValueError(f"circuit {self.name} replies with {self.reply_bytes} bytes of {self.upload_limbs}")
+        if self.reply_bits > self.upload_bits:
+            raise ValueError(f"circuit {self.name} replies with {self.reply_bits} bits of {self.upload_bits}")
         if (self.config is None) != (config_path(self.name) is None):
             raise ValueError(f"circuit {self.name} {'lacks its' if self.config is None else 'has a'} config")
         return self
+
+    @property
+    def upload_limbs(self) -> int:
+        """Return the bytes that hold an uploaded word."""
+        return bytes_of(self.upload_bits)
+
+    @property
+    def reply_bytes(self) -> int:
+        """Return the bytes that hold a returned word."""
+        return bytes_of(self.reply_bits)
 
     def files(self) -> Iterator[tuple[BundleFile, str]]:
         """Yield each file that the circuit needs, and the path where it belongs, relative to the bundle."""
@@ -102,13 +116,31 @@ def read_manifest(directory: Path) -> Manifest:
         raise damaged(path, f"it cannot be read ({type(error).__name__})") from error
     if not isinstance(raw, dict) or raw.get("format") != WORKER_FORMAT:
         raise InputError(f"{path} is not the manifest of a worker bundle; {_REMEDY}")
-    if raw.get("version") != VERSION:
-        raise InputError(f"{path} has version {raw.get('version')!r}, this program reads {VERSION}; compile the model again")
+    if raw.get("version") not in READABLE:
+        raise InputError(
+            f"{path} has version {raw.get('version')!r}, this program reads {' and '.join(map(str, READABLE))}; "
+            "compile the model again"
+        )
+    if raw["version"] == 2:
+        raw["circuits"] = _in_bits(raw.get("circuits"))
     try:
         return Manifest.model_validate_json(json.dumps(raw))
     except ValidationError as error:
         first = error.errors()[0]
         raise damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def _in_bits(circuits: object) -> object:
+    """Rewrite what version 2 says of circuits, where a word has `upload_limbs` bytes up and `reply_bytes` down."""
+    if not isinstance(circuits, list):
+        return circuits
+    names = {"upload_limbs": "upload_bits", "reply_bytes": "reply_bits"}
+    return [
+        {names.get(key, key): 8 * value if key in names and type(value) is int else value for key, value in circuit.items()}
+        if isinstance(circuit, dict)
+        else circuit
+        for circuit in circuits
+    ]
 
 
 def describe_bundle_file(directory: Path, path: str) -> BundleFile:

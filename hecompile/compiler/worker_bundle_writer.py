@@ -20,8 +20,8 @@ import onnx_ir as ir
 from hecompile.bundles.kinds import MANIFEST, WORKER_FORMAT
 from hecompile.bundles.known_answer import (
     KNOWN_ANSWER,
-    KNOWN_ANSWER_LIMBS,
-    KNOWN_ANSWER_REPLY_BYTES,
+    KNOWN_ANSWER_BITS,
+    KNOWN_ANSWER_REPLY_BITS,
     known_answer_weight,
 )
 from hecompile.bundles.public_rows import PUBLIC_ROWS, WORD_BYTES, base_name
@@ -42,7 +42,7 @@ from hecompile.errors import InputError, LegalityError
 from hecompile.files import reason_of
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.passes.offload.lower_worker import LowerWorker
-from hecompile.plan.encrypted_linear import encrypted_linear_model
+from hecompile.plan.encrypted_linear import REPLY_BITS, UPLOAD_BITS, encrypted_linear_model
 
 EXTERNAL_DATA_THRESHOLD = 65536
 """Weights above this many bytes go to a file of their own, which the engines can map into memory."""
@@ -123,7 +123,7 @@ class WorkerBundleWriter:
         The manifest has the circuits named in `order` first, then the others as they were added.
         """
         weight = known_answer_weight(self._plan_id)
-        model = encrypted_linear_model(weight, KNOWN_ANSWER_LIMBS, KNOWN_ANSWER_REPLY_BYTES, KNOWN_ANSWER)
+        model = encrypted_linear_model(weight, KNOWN_ANSWER_BITS, KNOWN_ANSWER_REPLY_BITS, KNOWN_ANSWER)
         self._add(lower_circuit(model), KNOWN_ANSWER, KNOWN_ANSWER, "forward")
         names = [*order, *(name for name in self._circuits if name not in set(order))]
         circuits = [self._circuits[name] for name in names]
@@ -141,6 +141,9 @@ class WorkerBundleWriter:
             raise LegalityError(f"circuit {name} is in the bundle already")
         LowerWorker().ensures(model)
         (upload_limbs, in_features), (reply_bytes, out_features) = _dimensions(model)
+        # Not written to the ONNX file, which is one of bytes.
+        upload_bits = int(model.metadata_props.pop(UPLOAD_BITS, 8 * upload_limbs))
+        reply_bits = int(model.metadata_props.pop(REPLY_BITS, 8 * reply_bytes))
         path, base = self._temporary / model_path(name), base_name(name)
         with _writing(self._target):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,8 +168,8 @@ class WorkerBundleWriter:
             direction=direction,
             in_features=in_features,
             out_features=out_features,
-            upload_limbs=upload_limbs,
-            reply_bytes=reply_bytes,
+            upload_bits=upload_bits,
+            reply_bits=reply_bits,
             file=file,
             data=data,
             config=config,

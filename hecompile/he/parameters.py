@@ -17,7 +17,7 @@ from hecompile.he.random.sampling import ERROR_BOUND, SIGMA
 from hecompile.he.ring import SINGLE, rounding_error_bound
 from hecompile.he.security import MINIMUM_BITS, security_bits, show_bits
 from hecompile.he.weight_norms import WeightNorms, measure_norms
-from hecompile.integers import bytes_of
+from hecompile.word_sizes import bytes_of
 
 LOG_Q = 32
 MIN_BITS = 8
@@ -306,9 +306,9 @@ class LinearParameters:
         return (error * row_l2**2 + rounding + decryption) ** 0.5
 
     def bytes_up(self, tokens: int) -> int:
-        """Return the bytes of the ciphertext of `tokens` tokens."""
-        return self.upload_limbs * tokens * self.in_features
+        """Return the bytes of the ciphertext of `tokens` tokens, as packed for the wire but for its padding to 64 words."""
+        return bytes_of(self.upload_bits * tokens * self.in_features)
 
     def bytes_down(self, tokens: int) -> int:
-        """Return the bytes of the reply for `tokens` tokens."""
-        return self.reply_bytes * tokens * self.out_features
+        """Return the bytes of the reply for `tokens` tokens, counted likewise."""
+        return bytes_of(self.reply_bits * tokens * self.out_features)

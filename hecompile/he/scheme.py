@@ -37,14 +37,14 @@ from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.random.sampling import OneTimeSecret, SecretRandom, Unsharable
 from hecompile.he.ring import folded_fft, row_chunks
 from hecompile.he.setup import setup
-from hecompile.integers import bytes_of
+from hecompile.word_sizes import bytes_of
 
 __all__ = ["Ciphertext", "DecryptionKey", "decrypt", "encrypt", "encrypt_tokens", "evaluate", "keygen", "setup"]
 
 
 @dataclass(frozen=True, eq=False)
 class Ciphertext:
-    """Hold what the worker gets: the top bytes of b, rounded, as planes uint8 `[upload_limbs, T, in]`, lowest first."""
+    """Hold what the worker gets: the top bits of b, rounded, as byte planes uint8 `[upload_limbs, T, in_features]`."""
 
     planes: Tensor
 

@@ -11,9 +11,9 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from hecompile.bundles.public_rows import WORD_BYTES, exact_name
+from hecompile.bundles.public_rows import exact_name
 from hecompile.errors import HecompileError
-from hecompile.he.parameters import LinearParameters
+from hecompile.he.parameters import LOG_Q, LinearParameters
 from hecompile.he.weight_norms import WeightNorms, measure_norms
 from hecompile.plan.encrypted_linear import encrypted_linear_model
 
@@ -55,11 +55,11 @@ class RemoteCircuit:
 
     def model(self) -> ir.Model:
         """Make the worker circuit, not yet lowered."""
-        return encrypted_linear_model(self.weight, self.parameters.upload_limbs, self.parameters.reply_bytes, self.name)
+        return encrypted_linear_model(self.weight, self.parameters.upload_bits, self.parameters.reply_bits, self.name)
 
     def exact_model(self) -> ir.Model:
-        """Make the circuit with all four bytes in and out, for a worker that computes hints; not yet lowered."""
-        return encrypted_linear_model(self.weight, WORD_BYTES, WORD_BYTES, exact_name(self.name))
+        """Make the circuit with all bits in and out, for a worker that computes hints; not yet lowered."""
+        return encrypted_linear_model(self.weight, LOG_Q, LOG_Q, exact_name(self.name))
 
     @property
     def effective_bits(self) -> float:

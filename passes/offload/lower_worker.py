@@ -1,14 +1,15 @@
 """Lower the encrypted linear of a worker circuit to standard integer ONNX operators.
 
-    reply = hecompile.EncryptedLinear(ciphertext, weight) {upload_limbs=L, reply_bytes=R}
+    reply = hecompile.EncryptedLinear(ciphertext, weight) {upload_bits=B, reply_bits=C}
       →  word  = Σ_l uint32(MatMulInteger(ciphertext[l], weight)) · 2^(8l)              (mod 2^32, read mod 2^(8L))
-         reply = the top R of the L bytes of word + 2^(8(L-R)-1), as byte planes
+         reply = the top C of the 8L bits of word + 2^(8L-C-1), as byte planes
 
-The ciphertext word is `c = Σ_l plane_l · 2^(8l)`, so by linearity `c·W = Σ_l (plane_l·W) · 2^(8l)`. An int16 weight is
-`W = W_0 + 256·W_1` in balanced bytes, and `c·W = Σ_(l+k < L) (plane_l·W_k) · 2^(8(l+k))`: the terms left out are multiples
-of 2^(8L). Every product is a uint8 × int8 integer matrix product whose int32 accumulator cannot overflow while
+A word of B bits is the highest of the L bytes that hold it; where 8 does not divide C, the lowest bits of the lowest reply
+plane are 0. The ciphertext word is `c = Σ_l plane_l · 2^(8l)`, so by linearity `c·W = Σ_l (plane_l·W) · 2^(8l)`. An
+int16 weight is `W = W_0 + 256·W_1` in balanced bytes, and `c·W = Σ_(l+k < L) (plane_l·W_k) · 2^(8(l+k))`: the terms left out
+are multiples of 2^(8L). Every product is a uint8 × int8 integer matrix product whose int32 accumulator cannot overflow while
 `255 · 128 · features_in < 2^31`, and everything after it is arithmetic mod 2^32. The result is exact: the only rounding is
-the one that `reply_bytes < upload_limbs` asks for, of at most half a unit of the lowest byte that is sent. `Add` and `Mul`
+the one that `reply_bits < upload_bits` asks for, of at most half a unit of the lowest bit that is sent. `Add` and `Mul`
 are used and never `ReduceSum`, which ONNX Runtime computes inexactly on integers.
 """
 
@@ -24,9 +25,12 @@ from hecompile.graph.ir import DOMAIN, ORIGIN, add_initializer, nodes_of_type, r
 from hecompile.integers import balanced_bytes
 from hecompile.plan.encrypted_linear import (
     ENCRYPTED_LINEAR,
+    REPLY_BITS,
+    UPLOAD_BITS,
+    bit_counts,
     check_encrypted_linear,
-    limb_counts,
 )
+from hecompile.word_sizes import bytes_of, unused_bits
 
 STANDARD_OPERATORS = frozenset({"Slice", "MatMulInteger", "Cast", "Mul", "Add", "BitShift", "BitwiseAnd", "Concat"})
 INTEGER_TYPES = frozenset(
@@ -37,9 +41,10 @@ INTEGER_TYPES = frozenset(
 class LowerWorker(ir.passes.InPlacePass):
     """Replace every `hecompile.EncryptedLinear` of a worker circuit; `modified` is False when there is none.
 
-    requires: each such node has a uint8 ciphertext [upload_limbs, T, features_in], an int8 or int16 initializer
-    [features_in, features_out], `1 <= reply_bytes <= upload_limbs <= 4` and `features_in <= 65793`.
+    requires: each such node has a uint8 ciphertext [L, T, features_in], an int8 or int16 initializer [features_in,
+    features_out], `8 <= reply_bits <= upload_bits <= 32` and `features_in <= 65793`.
     ensures: only standard operators, integer tensors and constants, and an origin on every node.
+    The model's metadata say the bits of a word, which byte planes do not show.
     Both raise `LegalityError`, which the pass base chains into `PreconditionError` and `PostconditionError`.
     """
 
@@ -51,6 +56,7 @@ class LowerWorker(ir.passes.InPlacePass):
         nodes = list(nodes_of_type(model, ENCRYPTED_LINEAR))
         for node in nodes:
             lowered, reply = lower_encrypted_linear(node)
+            model.metadata_props.update(zip((UPLOAD_BITS, REPLY_BITS), map(str, bit_counts(node)), strict=True))
             weight = node.inputs[1]
             replace_node(node, lowered, [reply])
             if weight is not None and weight.name is not None and not weight.uses():
@@ -77,7 +83,8 @@ class LowerWorker(ir.passes.InPlacePass):
 
 def lower_encrypted_linear(node: ir.Node) -> tuple[list[ir.Node], ir.Value]:
     """Return the standard nodes that compute `node`, in order, and the value that replaces its output."""
-    limbs, reply_bytes = limb_counts(node)
+    upload_bits, reply_bits = bit_counts(node)
+    limbs, reply_bytes = bytes_of(upload_bits), bytes_of(reply_bits)
     ciphertext, weight = node.inputs
     assert ciphertext is not None and ciphertext.shape is not None and weight is not None
     assert weight.const_value is not None
@@ -103,19 +110,21 @@ def lower_encrypted_linear(node: ir.Node) -> tuple[list[ir.Node], ir.Value]:
             word = term if word is None else emit("Add", [word, term], f"word_{name}", "UINT32", product_shape)
     assert word is not None
 
-    dropped_bits = 8 * (limbs - reply_bytes)
+    dropped_bits, dropped_bytes = 8 * limbs - reply_bits, limbs - reply_bytes
     if dropped_bits:
         half = emit.constant("half", np.array(2 ** (dropped_bits - 1), dtype=np.uint32))
         word = emit("Add", [word, half], "rounded", "UINT32", product_shape)
-    low_byte = emit.constant("low_byte", np.array(255, dtype=np.uint32))
+    masks = [emit.constant("low_byte", np.array(255, dtype=np.uint32))] * reply_bytes
+    if unused := unused_bits(reply_bits):
+        masks[0] = emit.constant("top_bits", np.array(255 >> unused << unused, dtype=np.uint32))
     planes = []
-    for r in range(reply_bytes):
+    for r, mask in enumerate(masks):
         byte = word
-        if shift := dropped_bits + 8 * r:
+        if shift := 8 * (dropped_bytes + r):
             amount = emit.constant(f"shift_{shift}", np.array(shift, dtype=np.uint32))
             byte = emit("BitShift", [word, amount], f"shifted_{r}", "UINT32", product_shape, direction="RIGHT")
         # The mask makes the narrowing cast in-range: ONNX leaves an out-of-range cast to the implementation.
-        byte = emit("BitwiseAnd", [byte, low_byte], f"masked_{r}", "UINT32", product_shape)
+        byte = emit("BitwiseAnd", [byte, mask], f"masked_{r}", "UINT32", product_shape)
         planes.append(emit("Cast", [byte], f"reply_{r}", "UINT8", product_shape, to=ir.DataType.UINT8))
     reply_shape = ir.Shape([reply_bytes, tokens, features_out])
     return emit.nodes, emit("Concat", planes, "reply", "UINT8", reply_shape, axis=0)

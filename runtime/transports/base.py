@@ -16,6 +16,7 @@ from hecompile.errors import WorkerError
 from hecompile.runtime.wire import protocol
 from hecompile.runtime.wire.framing import Frame
 from hecompile.runtime.wire.protocol import (
+    CircuitInfo,
     ErrorReply,
     EvaluateReply,
     EvaluateRequest,
@@ -120,35 +121,46 @@ class FrameTransport(abc.ABC):
         reply, _, _ = self._request(HelloRequest(plan_id))
         if not isinstance(reply, WorkerInfo):
             raise WorkerError(f"the worker answered hello with {type(reply).__name__}")
-        if reply.protocol != protocol.PROTOCOL_VERSION or reply.plan_id != plan_id:
+        if reply.protocol != protocol.PROTOCOL_VERSION:
             raise WorkerError(
-                f"the worker answers for plan {reply.plan_id} in protocol {reply.protocol}; "
-                f"needs plan {plan_id} in protocol {protocol.PROTOCOL_VERSION}"
+                f"the worker speaks protocol {reply.protocol}, this client {protocol.PROTOCOL_VERSION}; "
+                "install the same version of hecompile on both"
             )
+        if reply.plan_id != plan_id:
+            raise WorkerError(f"the worker answers for plan {reply.plan_id}; needs plan {plan_id}")
         self._info = reply
         return reply
 
     def evaluate(self, circuit: str, planes: np.ndarray) -> Answer:
         """See `Transport.evaluate`; needs `hello` first."""
-        return self._product(circuit, EvaluateRequest(circuit, planes), planes.shape[1])
+        request = EvaluateRequest(circuit, planes, self._announced(circuit).upload_bits)
+        return self._product(circuit, request, planes.shape[1])
 
     def setup(self, circuit: str, lattice_dim: int) -> Answer:
         """See `Transport.setup`; needs `hello` first."""
         return self._product(exact_name(circuit), SetupRequest(circuit), lattice_dim)
 
-    def _product(self, circuit: str, request: Request, tokens: int) -> Answer:
-        """Send a request that `circuit` answers for `tokens` tokens, and check the shape of the reply."""
+    def _announced(self, circuit: str) -> CircuitInfo:
+        """Return what the worker said of a circuit in its hello."""
         if self._info is None:
-            raise WorkerError(f"{type(request).__name__} before hello: open connections with open_connection")
+            raise WorkerError("a request before hello: open connections with open_connection")
         announced = self._info.circuits.get(circuit)
         if announced is None:
             raise WorkerError(f"the worker has no circuit {circuit!r}; start it on the bundle of this plan")
+        return announced
+
+    def _product(self, circuit: str, request: Request, tokens: int) -> Answer:
+        """Send a request that `circuit` answers for `tokens` tokens, and check the shape of the reply."""
+        announced = self._announced(circuit)
         reply, sent, received = self._request(request)
         if not isinstance(reply, EvaluateReply):
             raise WorkerError(f"the worker answered circuit {circuit} with {type(reply).__name__}")
         expected = (announced.reply_bytes, tokens, announced.out_features)
-        if reply.planes.shape != expected:
-            raise WorkerError(f"circuit {circuit}: the reply has shape {reply.planes.shape}; needs {expected}")
+        if reply.planes.shape != expected or reply.bits != announced.reply_bits:
+            raise WorkerError(
+                f"circuit {circuit}: the reply has shape {reply.planes.shape} with {reply.bits} bits a word; "
+                f"needs {expected} with {announced.reply_bits}"
+            )
         return Answer(reply.planes, reply.compute_seconds, sent, received)
 
     def _request(self, request: Request) -> tuple[Reply, int, int]:
@@ -173,4 +185,4 @@ class FrameTransport(abc.ABC):
             else:
                 self.bytes_received += frame.size
             if self._recorder is not None:
-                self._recorder(direction, frame.prefix() + frame.header + bytes(frame.payload))
+                self._recorder(direction, frame.prefix() + frame.header + bytes(frame.joined()))

@@ -164,7 +164,8 @@ class OipTransport:
                     f"{name!r} of {DATATYPE} [bytes, T, features]"
                 )
             sides.append((shape[0], shape[2]))
-        return CircuitInfo(*sides[0], *sides[1]), printable(response.platform) or "unknown"
+        (limbs, inputs), (reply_bytes, outputs) = sides
+        return CircuitInfo(8 * limbs, inputs, 8 * reply_bytes, outputs), printable(response.platform) or "unknown"
 
     def names(self) -> list[str]:
         """List the models that are ready. Raises WorkerError where the server cannot list them."""

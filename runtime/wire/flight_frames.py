@@ -63,12 +63,12 @@ def request_messages(frame: Frame) -> Iterator[bytes]:
 def reply_messages(frame: Frame) -> tuple[bytes, ...]:
     """Return the messages that carry `frame`. Its payload is copied once."""
     metadata = field(_METADATA, frame.header)
-    size = len(frame.payload)
+    size = frame.payload_size
     if not size:
         return (metadata,)
     end = padding(size)
     head = field(_HEADER, batch_header(size)) + metadata + prefix(_BODY, size + len(end))
-    return field(_HEADER, schema_header()), b"".join((head, frame.payload, end))
+    return field(_HEADER, schema_header()), b"".join((head, frame.payload, frame.rest, end))
 
 
 @dataclass(frozen=True)

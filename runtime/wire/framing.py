@@ -37,19 +37,32 @@ Buffer = bytes | bytearray | memoryview
 
 @dataclass(frozen=True)
 class Frame:
-    """Hold header and payload of one message, not joined: payloads are large and are not copied."""
+    """Hold header and payload of one message, not joined: payloads are large and are not copied.
+
+    A payload may come in two parts, `payload` and then `rest`. A frame that was received has one.
+    """
 
     header: bytes
     payload: Buffer = b""
+    rest: Buffer = b""
 
     @property
     def size(self) -> int:
         """Count the bytes of the whole frame on a wire."""
-        return PREFIX.size + len(self.header) + len(self.payload)
+        return PREFIX.size + len(self.header) + self.payload_size
+
+    @property
+    def payload_size(self) -> int:
+        """Count the bytes of the payload, both parts."""
+        return len(self.payload) + len(self.rest)
+
+    def joined(self) -> Buffer:
+        """Return the payload in one part; it is copied only where it has two."""
+        return self.payload if not len(self.rest) else b"".join((self.payload, self.rest))
 
     def prefix(self) -> bytes:
         """Return the fixed part before the header."""
-        return PREFIX.pack(MAGIC, len(self.header), len(self.payload))
+        return PREFIX.pack(MAGIC, len(self.header), self.payload_size)
 
 
 def check_sizes(header_bytes: int, payload_bytes: int, max_bytes: int, max_header: int = MAX_HEADER_BYTES) -> None:
@@ -76,6 +89,8 @@ def send_frame(connection: socket.socket, frame: Frame) -> None:
     connection.sendall(frame.prefix() + frame.header, _NO_SIGNAL)
     if len(frame.payload):
         connection.sendall(frame.payload, _NO_SIGNAL)
+    if len(frame.rest):
+        connection.sendall(frame.rest, _NO_SIGNAL)
 
 
 def receive_frame(

@@ -1,11 +1,14 @@
 """Encode and decode the messages of client and worker as frames of `hecompile.runtime.wire.framing`.
 
-The header has `kind`, `id` and the fields of that kind; the payload is the byte planes, or nothing.
+The header has `kind`, `id` and the fields of that kind; the payload is words of B bits, or nothing (`word_bits`).
 
     request  hello     protocol, plan_id              reply  hello     protocol, plan_id, engine, circuits
-             evaluate  circuit, shape [L, T, in]             evaluate  shape [R, T, out], seconds
-             setup     circuit                               evaluate  shape [4, rank · ring_dim, out], seconds
+             evaluate  circuit, shape [B, T, in]             evaluate  shape [B, T, out], seconds
+             setup     circuit                               evaluate  shape [32, rank · ring_dim, out], seconds
                                                              error     message
+
+Protocol 1 counted the bytes of a word where this one counts its bits. Hello and error are as they were, so either side
+tells the other which protocol it speaks.
 
 Everything is checked before it is used: decoding returns a message or raises WorkerError, whatever bytes arrive.
 """
@@ -13,7 +16,6 @@ Everything is checked before it is used: decoding returns a message or raises Wo
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +25,13 @@ import numpy as np
 from hecompile.errors import WorkerError
 from hecompile.foreign import finite, printable
 from hecompile.runtime.wire.framing import Buffer, Frame, read_header
+from hecompile.runtime.wire.word_bits import pack, unpack, whole_bytes
+from hecompile.word_sizes import bytes_of, wire_bytes
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+MIN_BITS, MAX_BITS = 8, 32
+"""Bits of a word. With fewer than 8 a message could be eight times as large in memory."""
+
 MAX_ERROR_CHARACTERS = 1000
 MAX_NAME_CHARACTERS = 256
 
@@ -39,10 +46,14 @@ class HelloRequest:
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """Ask for the product of a circuit's weight and ciphertext planes, uint8 [upload_limbs, T, in_features]."""
+    """Ask for the product of a circuit's weight and ciphertext planes, uint8 [upload_limbs, T, in_features].
+
+    bits: of a word, the highest of its bytes; None for all of them.
+    """
 
     circuit: str
     planes: np.ndarray
+    bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,10 +70,15 @@ class SetupRequest:
 class CircuitInfo:
     """Hold the shape of one circuit as the worker announces it."""
 
-    upload_limbs: int
+    upload_bits: int
     in_features: int
-    reply_bytes: int
+    reply_bits: int
     out_features: int
+
+    @property
+    def reply_bytes(self) -> int:
+        """Return the bytes that hold a returned word."""
+        return bytes_of(self.reply_bits)
 
 
 @dataclass(frozen=True)
@@ -77,10 +93,14 @@ class WorkerInfo:
 
 @dataclass(frozen=True)
 class EvaluateReply:
-    """Answer with a product: planes uint8 [reply_bytes, T, out_features], and the engine's seconds on the worker's clock."""
+    """Answer with a product: planes uint8 [reply_bytes, T, out_features], and the engine's seconds on the worker's clock.
+
+    bits: of a word, the highest of its bytes; None for all of them.
+    """
 
     planes: np.ndarray
     compute_seconds: float
+    bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,29 +115,30 @@ Reply = WorkerInfo | EvaluateReply | ErrorReply
 
 
 def encode(message: Request | Reply, request_id: int) -> Frame:
-    """Return the frame of `message`. The payload shares memory with its planes."""
+    """Return the frame of `message`. The payload shares memory with its planes, but for bits that are packed."""
     payload: Buffer = b""
+    rest: Buffer = b""
     fields: dict[str, Any]
     match message:
         case HelloRequest(plan_id, protocol):
             fields = {"kind": "hello", "protocol": protocol, "plan_id": plan_id}
         case WorkerInfo(plan_id, engine, circuits, protocol):
             shapes = {
-                name: [info.upload_limbs, info.in_features, info.reply_bytes, info.out_features]
+                name: [info.upload_bits, info.in_features, info.reply_bits, info.out_features]
                 for name, info in circuits.items()
             }
             fields = {"kind": "hello", "protocol": protocol, "plan_id": plan_id, "engine": engine, "circuits": shapes}
-        case EvaluateRequest(circuit, planes):
-            fields = {"kind": "evaluate", "circuit": circuit, "shape": list(planes.shape)}
-            payload = _bytes_of(planes)
+        case EvaluateRequest(circuit, planes, bits):
+            shape, payload, rest = _packed(planes, bits)
+            fields = {"kind": "evaluate", "circuit": circuit, "shape": shape}
         case SetupRequest(circuit):
             fields = {"kind": "setup", "circuit": circuit}
-        case EvaluateReply(planes, seconds):
-            fields = {"kind": "evaluate", "shape": list(planes.shape), "seconds": seconds}
-            payload = _bytes_of(planes)
+        case EvaluateReply(planes, seconds, bits):
+            shape, payload, rest = _packed(planes, bits)
+            fields = {"kind": "evaluate", "shape": shape, "seconds": seconds}
         case ErrorReply(text):
             fields = {"kind": "error", "message": text[:MAX_ERROR_CHARACTERS]}
-    return Frame(json.dumps(fields | {"id": request_id}).encode(), payload)
+    return Frame(json.dumps(fields | {"id": request_id}).encode(), payload, rest)
 
 
 def decode_request(frame: Frame) -> tuple[int, Request]:
@@ -127,7 +148,7 @@ def decode_request(frame: Frame) -> tuple[int, Request]:
     if kind == "hello":
         return request_id, HelloRequest(_name(header, "plan_id"), _field(header, "protocol", int))
     if kind == "evaluate":
-        return request_id, EvaluateRequest(_name(header, "circuit"), _planes(header, frame.payload))
+        return request_id, EvaluateRequest(_name(header, "circuit"), *_planes(header, frame))
     if kind == "setup":
         return request_id, SetupRequest(_name(header, "circuit"))
     raise WorkerError(f"unknown request kind {kind[:40]!r}; a worker answers hello, evaluate and setup")
@@ -143,21 +164,25 @@ def decode_reply(frame: Frame) -> tuple[int, Reply]:
         seconds = finite(header.get("seconds"))
         if seconds is None or seconds < 0:
             raise WorkerError("malformed message: seconds is no number of seconds")
-        return request_id, EvaluateReply(_planes(header, frame.payload), seconds)
+        planes, bits = _planes(header, frame)
+        return request_id, EvaluateReply(planes, seconds, bits)
     if kind == "hello":
         raw = _field(header, "circuits", dict)
-        circuits = {
-            _checked_name(name, "circuits"): CircuitInfo(*_integers(sizes, 4, "circuits")) for name, sizes in raw.items()
-        }
+        circuits = {_checked_name(name, "circuits"): _circuit(sizes) for name, sizes in raw.items()}
         plan_id, engine = _name(header, "plan_id"), _name(header, "engine")
         return request_id, WorkerInfo(plan_id, engine, circuits, _field(header, "protocol", int))
     raise WorkerError(f"unknown reply kind {kind[:40]!r}; is there a hecompile worker at this address?")
 
 
-def _bytes_of(planes: np.ndarray) -> memoryview:
+def _packed(planes: np.ndarray, bits: int | None) -> tuple[list[int], memoryview, memoryview]:
+    """Return the shape of a header, and the payload in two parts."""
     if planes.dtype != np.uint8 or planes.ndim != 3:
         raise WorkerError(f"planes are {planes.dtype} of rank {planes.ndim}; needs uint8 [bytes, T, features]")
-    return np.ascontiguousarray(planes).reshape(-1).data
+    bits = 8 * len(planes) if bits is None else bits
+    if bytes_of(bits) != len(planes):
+        raise WorkerError(f"words of {bits} bits are {bytes_of(bits)} planes of bytes, not {len(planes)}")
+    whole, rest = pack(planes, bits)
+    return [bits, *planes.shape[1:]], whole.data, rest.data
 
 
 def _field(header: dict[str, Any], name: str, kind: type) -> Any:
@@ -187,8 +212,28 @@ def _integers(value: Any, count: int, name: str) -> list[int]:
     return value
 
 
-def _planes(header: dict[str, Any], payload: Buffer) -> np.ndarray:
-    shape = _integers(header.get("shape"), 3, "shape")
-    if math.prod(shape) != len(payload):
-        raise WorkerError(f"malformed message: shape {shape} is {math.prod(shape)} bytes, the payload {len(payload)}")
-    return np.frombuffer(payload, dtype=np.uint8).reshape(shape)
+def _circuit(sizes: Any) -> CircuitInfo:
+    info = CircuitInfo(*_integers(sizes, 4, "circuits"))
+    _check_bits(info.upload_bits, "circuits")
+    _check_bits(info.reply_bits, "circuits")
+    return info
+
+
+def _check_bits(bits: int, name: str) -> None:
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise WorkerError(f"malformed message: {name} has words of {bits} bits; needs {MIN_BITS} to {MAX_BITS}")
+
+
+def _planes(header: dict[str, Any], frame: Frame) -> tuple[np.ndarray, int]:
+    """Return the byte planes of a message and the bits of its words; memory is taken after the sizes are found to fit."""
+    bits, tokens, features = _integers(header.get("shape"), 3, "shape")
+    _check_bits(bits, "shape")
+    values = tokens * features
+    if (size := wire_bytes(bits, values)) != frame.payload_size:
+        raise WorkerError(
+            f"malformed message: shape {[bits, tokens, features]} is {size} bytes, the payload {frame.payload_size}"
+        )
+    whole = whole_bytes(bits, values)
+    parts = (frame.payload, frame.rest) if len(frame.rest) else (frame.payload[:whole], frame.payload[whole:])
+    first, rest = (np.frombuffer(part, dtype=np.uint8) for part in parts)
+    return unpack(first, rest, bits, (tokens, features)), bits

@@ -83,16 +83,19 @@ def handle(request: Request, state: Worker) -> Reply:
                 "start the worker on the bundle that was compiled together with the client's"
             )
         circuits = {
-            name: protocol.CircuitInfo(spec.upload_limbs, spec.in_features, spec.reply_bytes, spec.out_features)
+            name: protocol.CircuitInfo(spec.upload_bits, spec.in_features, spec.reply_bits, spec.out_features)
             for name, spec in bundle.circuits.items()
         }
         return WorkerInfo(bundle.plan_id, state.engine.name, circuits)
     circuit, planes = (
         (request.circuit, request.planes) if isinstance(request, EvaluateRequest) else state.setup_product(request.circuit)
     )
+    spec = bundle.circuits.get(circuit)
+    if isinstance(request, EvaluateRequest) and spec is not None and request.bits not in (None, spec.upload_bits):
+        raise WorkerError(f"circuit {circuit}: its words have {spec.upload_bits} bits, those of the request {request.bits}")
     tokens = planes.shape[1]
     start = time.perf_counter()
     planes = state.engine.evaluate(circuit, planes)
     seconds = time.perf_counter() - start
     LOGGER.debug("evaluated %s for %d tokens in %.4f s", circuit, tokens, seconds)
-    return EvaluateReply(planes, seconds)
+    return EvaluateReply(planes, seconds, None if spec is None else spec.reply_bits)

@@ -44,11 +44,11 @@ def extreme_planes(limbs: int, tokens: int, features: int, seed: int = 0) -> np.
 def write_bundle(
     directory: Path, linears: dict[str, tuple[np.ndarray, int, int]], plan_id: str = PLAN_ID
 ) -> WorkerBundle:
-    """linears: name → (right-hand side of the forward product int8 [in, out], upload_limbs, reply_bytes)."""
+    """linears: name → (right-hand side of the forward product int8 [in, out], upload_bits, reply_bits)."""
     with WorkerBundleWriter(directory, plan_id) as writer:
-        for name, (weight, limbs, reply_bytes) in linears.items():
+        for name, (weight, upload_bits, reply_bits) in linears.items():
             for direction, matrix in (("forward", weight), ("backward", weight.T)):
-                model = encrypted_linear_model(matrix, limbs, reply_bytes, f"{name}.{direction}")
+                model = encrypted_linear_model(matrix, upload_bits, reply_bits, f"{name}.{direction}")
                 writer.add(LowerWorker()(model).model)
         return writer.commit()
 

@@ -42,10 +42,10 @@ class ConcreteEngine:
             products = np.stack([[_run(compiled, token) for token in plane] for plane in planes])  # int64 [L, T, out]
         scales = np.int64(256) ** np.arange(spec.upload_limbs)
         word = np.tensordot(scales, products, axes=1)  # [T, out]; |word| < 2^32 · 2^31, int64 holds it
-        dropped_bits = 8 * (spec.upload_limbs - spec.reply_bytes)
+        dropped_bits = 8 * spec.upload_limbs - spec.reply_bits
         if dropped_bits:
-            word += 1 << (dropped_bits - 1)
-        kept = [(word >> (dropped_bits + 8 * r)) & 255 for r in range(spec.reply_bytes)]
+            word = (word + (1 << (dropped_bits - 1))) & -(1 << dropped_bits)
+        kept = [(word >> (8 * place)) & 255 for place in range(spec.upload_limbs - spec.reply_bytes, spec.upload_limbs)]
         return np.stack(kept).astype(np.uint8)  # [reply_bytes, T, out]
 
     def _compiled(self, spec: CircuitSpec) -> fhe.Circuit:

@@ -46,7 +46,7 @@ class Kernels(Protocol):
     def split_digits(self, planes: Tensor, rows: int, features: int) -> Tensor: ...
 
     def recombine(
-        self, products: Sequence[Tensor], limbs: int, tokens: int, out_features: int, reply_bytes: int
+        self, products: Sequence[Tensor], limbs: int, tokens: int, out_features: int, reply_bits: int
     ) -> Tensor: ...
 
 
@@ -113,7 +113,7 @@ class CudaEngine:
             matrix = stored.t().contiguous() if transposed else stored  # int8 [out, in] of this circuit, in contiguous
             needed = _round_up((limbs - j) * tokens, ROW_GRANULE)  # the rows beyond count for nothing in `recombine`
             products.append(torch._int_mm(digits[:needed], matrix.t()))
-        return self._kernels.recombine(products, limbs, tokens, spec.out_features, spec.reply_bytes)
+        return self._kernels.recombine(products, limbs, tokens, spec.out_features, spec.reply_bits)
 
     def _on_device(self, weight: Weight) -> tuple[Tensor, ...]:
         with self._lock:

@@ -24,6 +24,7 @@ from torch import Tensor
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.runtime.worker.engines.base import check_request
 from hecompile.runtime.worker.engines.weights import Weights
+from hecompile.word_sizes import bytes_of
 
 
 class TorchEngine:
@@ -49,7 +50,7 @@ class TorchEngine:
             matrix = readable(stored)
             # a term with j + k ≥ limbs is 0 mod 2^(8·limbs), hence fewer rows for the higher digit
             products.append(torch._int_mm(digits[: (limbs - j) * tokens], matrix.t() if weight.transposed else matrix))
-        return recombine(products, limbs, tokens, spec.out_features, spec.reply_bytes).numpy()
+        return recombine(products, limbs, tokens, spec.out_features, spec.reply_bits).numpy()
 
 
 def readable(array: np.ndarray) -> Tensor:
@@ -85,18 +86,20 @@ def balanced_digits(planes: Tensor) -> Tensor:
     return digits.view(torch.int8)
 
 
-def recombine(products: Sequence[Tensor], limbs: int, tokens: int, out_features: int, reply_bytes: int) -> Tensor:
-    """Add the products of all digits up, and round to the bytes of the reply.
+def recombine(products: Sequence[Tensor], limbs: int, tokens: int, out_features: int, reply_bits: int) -> Tensor:
+    """Add the products of all digits up, and round to the bits of the reply.
 
-    int32 [≥ (limbs - j)·T, ≥ out_features] for each weight digit j → uint8 [reply_bytes, T, out_features]. The word is
-    Σ_(j+k < limbs) products_j[plane k] · 2^(8(j+k)) mod 2^(8·limbs), rounded to its top `reply_bytes` bytes.
+    int32 [≥ (limbs - j)·T, ≥ out_features] for each weight digit j → uint8 [bytes, T, out_features]. The word is
+    Σ_(j+k < limbs) products_j[plane k] · 2^(8(j+k)) mod 2^(8·limbs), rounded to its top `reply_bits`, in as few bytes as
+    hold them.
     """
     word = torch.zeros(tokens, out_features, dtype=torch.int32, device=products[0].device)
     for j, product in enumerate(products):
         for k in range(limbs - j):
             word += product[k * tokens : (k + 1) * tokens, :out_features] << (8 * (j + k))
-    dropped_bytes = limbs - reply_bytes
-    if dropped_bytes:
-        word += 1 << (8 * dropped_bytes - 1)
+    dropped_bits, dropped_bytes = 8 * limbs - reply_bits, limbs - bytes_of(reply_bits)
+    if dropped_bits:
+        word += 1 << (dropped_bits - 1)
+        word &= -(1 << dropped_bits)
     in_bytes = word.view(torch.uint8).view(tokens, out_features, 4)  # little-endian, as every torch platform
-    return in_bytes[..., dropped_bytes:limbs].permute(2, 0, 1).contiguous()  # [reply_bytes, T, out]
+    return in_bytes[..., dropped_bytes:limbs].permute(2, 0, 1).contiguous()  # [bytes, T, out]

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hecompile.word_sizes import bytes_of
+
 BLOCK = 1024
 """Elements of one program: 8 a thread with the default of 4 warps. Not tuned on a GPU."""
 
@@ -49,20 +51,24 @@ def _recombine(  # type: ignore[no-untyped-def]
     LIMBS: tl.constexpr,
     DIGITS: tl.constexpr,
     REPLY_BYTES: tl.constexpr,
-    HALF: tl.constexpr,
+    DROPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Shift, add and round BLOCK neighbouring words of [tokens, columns], and store them as bytes."""
+    """Shift, add and round BLOCK neighbouring words of [tokens, columns], and store them as bytes.
+
+    DROPPED: lowest bits that are rounded away, and 0 in the reply.
+    """
     position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     token = position // columns
     column = position % columns
     inside = token < tokens
-    word = tl.full([BLOCK], HALF, dtype=tl.int32)
+    word = tl.full([BLOCK], (1 << DROPPED) >> 1, dtype=tl.int32)
     for limb in tl.static_range(LIMBS):
         word += tl.load(low + (limb * tokens + token) * stride + column, mask=inside, other=0) << (8 * limb)
     if DIGITS == 2:
         for limb in tl.static_range(LIMBS - 1):
             word += tl.load(high + (limb * tokens + token) * stride + column, mask=inside, other=0) << (8 * limb + 8)
+    word = (word >> DROPPED) << DROPPED
     for place in tl.static_range(REPLY_BYTES):
         byte = (word >> (8 * (LIMBS - REPLY_BYTES + place))) & 255
         tl.store(reply + (place * tokens + token) * columns + column, byte.to(tl.uint8), mask=inside)
@@ -78,11 +84,11 @@ def split_digits(planes: Tensor, rows: int, features: int) -> Tensor:
     return digits
 
 
-def recombine(products: Sequence[Tensor], limbs: int, tokens: int, out_features: int, reply_bytes: int) -> Tensor:
+def recombine(products: Sequence[Tensor], limbs: int, tokens: int, out_features: int, reply_bits: int) -> Tensor:
     """See `torch_engine.recombine`. products: C order, all of one width."""
     low, high = products[0], products[-1]
+    reply_bytes = bytes_of(reply_bits)
     reply = torch.empty(reply_bytes, tokens, out_features, dtype=torch.uint8, device=low.device)
-    dropped = 8 * (limbs - reply_bytes)
     _recombine[(triton.cdiv(tokens * out_features, BLOCK),)](
         low,
         high,
@@ -93,7 +99,7 @@ def recombine(products: Sequence[Tensor], limbs: int, tokens: int, out_features:
         LIMBS=limbs,
         DIGITS=len(products),
         REPLY_BYTES=reply_bytes,
-        HALF=1 << (dropped - 1) if dropped else 0,
+        DROPPED=8 * limbs - reply_bits,
         BLOCK=BLOCK,
     )
     return reply

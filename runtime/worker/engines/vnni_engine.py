@@ -67,7 +67,7 @@ class VnniEngine:
 
         def share() -> None:
             packed = aligned((len(digits), quads, PANEL))
-            work(planes, digits, weight.transposed, block, counter, packed, reply)
+            work(planes, digits, weight.transposed, block, counter, packed, reply, spec.reply_bits)
 
         helpers: list[Future[None]] = [self._pool.submit(share) for _ in range(threads - 1)]
         share()

@@ -96,9 +96,11 @@ def product_kernel(limbs: int, digits: int) -> Any:
         counter: np.ndarray,  # int64 [1], 0 at the start: the next piece
         packed: np.ndarray,  # uint32 [digits, quads, 64], aligned to a cache line, the thread's own
         reply: np.ndarray,  # uint8 [reply_bytes, T, out], C order
+        reply_bits: int,  # of a word; the lowest bits of its bytes are 0
     ) -> None:
         _, tokens, features = planes.shape
         reply_bytes, _, columns = reply.shape
+        dropped = 8 * limbs - reply_bits
         blocks = (tokens + block - 1) // block
         pieces = blocks * ((columns + PANEL - 1) // PANEL)
         panel = -1
@@ -125,6 +127,7 @@ def product_kernel(limbs: int, digits: int) -> Any:
                     packed.shape[1],
                     reply.ctypes.data + first,
                     reply_bytes,
+                    dropped,
                     columns,
                     valid,
                 )

@@ -6,7 +6,7 @@ accumulators of bytes l of the word and digits j of the weight, grouped by shift
 the whole sum is there:
 
     word = Σ_s (Σ_(l+j=s) plane_l · W_j) · 2^(8s)        (mod 2^32, read mod 2^(8·limbs))
-    reply = the top reply_bytes of word + 2^(8(limbs - reply_bytes) - 1)
+    reply = the top reply_bytes of word + 2^(dropped - 1), with its lowest `dropped` bits made 0
 
 Numba's cache of `vnni_kernel` does not notice a change in this file: touch that one as well.
 """
@@ -43,6 +43,7 @@ def write_tile(
     quads: Any,
     reply: Any,
     reply_bytes: Any,
+    dropped: Any,
     columns: Any,
     valid: Any,
 ) -> Any:
@@ -50,10 +51,10 @@ def write_tile(
 
     limbs, digits: compile-time constants. planes: address of uint8 [limbs, tokens, features]. panel: address of int8
     [digits, quads, 64, 4], 64-byte aligned. reply: address of uint8 [reply_bytes, tokens, columns] plus the tile's first
-    column, of which `valid` ≤ 64 are written.
+    column, of which `valid` ≤ 64 are written. dropped: bits of a word that are rounded away.
     """
     count, digit_count = limbs.literal_value, digits.literal_value
-    signature = types.void(limbs, digits, *[types.int64] * 10)
+    signature = types.void(limbs, digits, *[types.int64] * 11)
 
     def codegen(context: Any, builder: ir.IRBuilder, _: Any, arguments: Any) -> Any:
         _TileBuilder(builder, count, digit_count).build(*arguments[2:])
@@ -74,7 +75,7 @@ class _TileBuilder:
         self.tokens = TILE_TOKENS[limbs]
 
     def build(self, *arguments: ir.Value) -> None:
-        planes, token, tokens, features, panel, quads, reply, reply_bytes, columns, valid = arguments
+        planes, token, tokens, features, panel, quads, reply, reply_bytes, dropped, columns, valid = arguments
         b = self.builder
         last = b.sub(tokens, self.long(1))
         rows = [self.smaller(b.add(token, self.long(t)), last) for t in range(self.tokens)]
@@ -85,7 +86,7 @@ class _TileBuilder:
         ]
         sums = self.products(sources, panel, quads)
         words = [[self.word(sums, t, v) for v in range(VECTORS)] for t in range(self.tokens)]
-        self.store(words, rows, reply, b.mul(tokens, columns), reply_bytes, columns, valid)
+        self.store(words, rows, reply, b.mul(tokens, columns), reply_bytes, dropped, columns, valid)
 
     def products(self, sources: list[list[ir.Value]], panel: ir.Value, quads: ir.Value) -> list[list[list[ir.Value]]]:
         """Add up the products in a loop over the quads; returns WORDS [shift][token][vector]."""
@@ -135,26 +136,28 @@ class _TileBuilder:
         reply: ir.Value,
         plane_size: ir.Value,
         reply_bytes: ir.Value,
+        dropped: ir.Value,
         columns: ir.Value,
         valid: ir.Value,
     ) -> None:
         """Round the words and store the first `valid` of the 64 features in each reply plane of each token."""
         b = self.builder
-        dropped = b.mul(b.sub(self.long(self.limbs), reply_bytes), self.long(8))
+        first = b.mul(b.sub(self.long(self.limbs), reply_bytes), self.long(8))
         # 2^(dropped - 1), and 0 where nothing is dropped.
         half = b.trunc(b.lshr(b.shl(self.long(1), dropped), self.long(1)), self.I32)
         half = b.select(b.icmp_signed("==", dropped, self.long(0)), ir.Constant(self.I32, 0), half)
         rounding = self.broadcast_word(half)
+        kept = self.broadcast_word(b.trunc(b.shl(self.long(-1), dropped), self.I32))
         indices = ir.Constant(ir.VectorType(self.I64, PANEL), list(range(PANEL)))
         limit = self.repeat(valid, ir.VectorType(self.I64, PANEL))
         mask = b.icmp_signed("<", indices, limit)
-        rounded = [[b.add(word, rounding) for word in row] for row in words]
+        rounded = [[b.and_(b.add(word, rounding), kept) for word in row] for row in words]
         entry, loop, after = b.block, b.append_basic_block("bytes"), b.append_basic_block("done")
         b.branch(loop)
         b.position_at_end(loop)
         index = b.phi(self.I64)
         index.add_incoming(self.long(0), entry)
-        amount = self.broadcast_word(b.trunc(b.add(dropped, b.mul(index, self.long(8))), self.I32))
+        amount = self.broadcast_word(b.trunc(b.add(first, b.mul(index, self.long(8))), self.I32))
         plane = b.add(reply, b.mul(plane_size, index))
         for row, vectors in zip(rows, rounded, strict=True):
             parts = [b.trunc(b.lshr(vector, amount), ir.VectorType(self.I8, LANES)) for vector in vectors]

@@ -236,7 +236,7 @@ def other_worker(build: Path, directory: Path, plan_id: str, circuits: int) -> W
     with WorkerBundleWriter(directory, plan_id) as writer:
         for name in list(ClientBundle.open(build / "client").circuits)[:circuits]:
             spec = own.circuits[name]
-            model = encrypted_linear_model(own.weight(name), spec.upload_limbs, spec.reply_bytes, name)
+            model = encrypted_linear_model(own.weight(name), spec.upload_bits, spec.reply_bits, name)
             writer.add(LowerWorker()(model).model)
         return writer.commit()
 

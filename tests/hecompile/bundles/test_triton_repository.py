@@ -30,8 +30,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> WorkerBundle:
     with WorkerBundleWriter(tmp_path_factory.mktemp("repository") / "worker", PLAN_ID) as writer:
         for linear, shape in SHAPES.items():
             name = f"{linear}.forward"
-            writer.add(LowerWorker()(encrypted_linear_model(extreme_weight(*shape), LIMBS, REPLY_BYTES, name)).model)
-            writer.add(LowerWorker()(encrypted_linear_model(extreme_weight(*shape), 4, 4, exact_name(name))).model)
+            writer.add(LowerWorker()(encrypted_linear_model(extreme_weight(*shape), 8 * LIMBS, 8 * REPLY_BYTES, name)).model)
+            writer.add(LowerWorker()(encrypted_linear_model(extreme_weight(*shape), 32, 32, exact_name(name))).model)
         return writer.commit()
 
 
@@ -74,7 +74,7 @@ def test_onnx_runtime_opens_every_file_where_it_lies(bundle: WorkerBundle) -> No
                 session = onnxruntime.InferenceSession(exact_here(folder / file), providers=["CPUExecutionProvider"])
                 (reply,) = session.run(["reply"], {"ciphertext": planes})
             weight = extreme_weight(in_features, out_features)
-            np.testing.assert_array_equal(reply, encrypted_linear_reference(planes, weight, reply_bytes))
+            np.testing.assert_array_equal(reply, encrypted_linear_reference(planes, weight, 8 * reply_bytes))
 
 
 def test_the_exact_form_has_no_weight_file_and_no_configuration_of_its_own(bundle: WorkerBundle) -> None:

@@ -27,9 +27,9 @@ def counting_weight(in_features: int, out_features: int) -> np.ndarray:
 
 
 SMALL, LARGE = counting_weight(6, 4), counting_weight(300, 256)
-LINEARS = {"layers.0.small": (SMALL, 3, 2), "layers.0.large": (LARGE, 4, 3)}
+LINEARS = {"layers.0.small": (SMALL, 24, 16), "layers.0.large": (LARGE, 32, 24)}
 # SHA-256 over the names and contents of every file of the bundle above; changes with the format, and only then.
-PINNED = "d0f90e32aa4e2810acf4cb45438b364ddbf4fa4d7a5210d8af3fb4e7e5670c37"
+PINNED = "83df02ef864aa57397af1828c6053985f2b9dc54786890553d581e19dc8368a2"
 
 
 def digest(directory: Path) -> str:
@@ -112,7 +112,7 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest of something else": (lambda d: (d / MANIFEST).write_text("[]"), "not the manifest of a worker bundle"),
     "long number in the manifest": (lambda d: (d / MANIFEST).write_text("7" * 5000), "manifest.json is damaged"),
     "deep manifest": (lambda d: (d / MANIFEST).write_text("[" * 100_000), "manifest.json is damaged"),
-    "earlier version": (edit_manifest(lambda m: m.update(version=1)), "has version 1, this program reads 2"),
+    "earlier version": (edit_manifest(lambda m: m.update(version=1)), "has version 1, this program reads 2 and 3"),
     "unknown field": (edit_manifest(lambda m: m.update(note="x")), "note: Extra inputs are not permitted"),
     "bad plan_id": (edit_manifest(lambda m: m.update(plan_id="xyz")), "plan_id: "),
     "text for a number": (edit_manifest(lambda m: m["circuits"][0].update(in_features="6")), "circuits.0.in_features"),
@@ -175,7 +175,7 @@ def test_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_behind_when_writing_fails(tmp_path: Path) -> None:
-    model = LowerWorker()(encrypted_linear_model(SMALL, 3, 2, "a.forward")).model
+    model = LowerWorker()(encrypted_linear_model(SMALL, 24, 16, "a.forward")).model
     with pytest.raises(RuntimeError, match="out of luck"), WorkerBundleWriter(tmp_path / "worker", PLAN_ID) as writer:
         writer.add(model)
         raise RuntimeError("out of luck")
@@ -203,13 +203,13 @@ def test_writer_refuses_a_plan_id_that_is_not_hex(tmp_path: Path, plan_id: str) 
 
 @pytest.mark.parametrize("name", ["a.sideways", "forward", ".forward", "../a.forward", "a b.forward", KNOWN_ANSWER])
 def test_writer_refuses_a_circuit_name(tmp_path: Path, name: str) -> None:
-    model = LowerWorker()(encrypted_linear_model(SMALL, 3, 2, name)).model
+    model = LowerWorker()(encrypted_linear_model(SMALL, 24, 16, name)).model
     with WorkerBundleWriter(tmp_path / "worker", PLAN_ID) as writer, pytest.raises(LegalityError, match="circuit name"):
         writer.add(model)
 
 
 def test_writer_refuses_a_circuit_twice_or_not_lowered(tmp_path: Path) -> None:
-    model = encrypted_linear_model(SMALL, 3, 2, "a.forward")
+    model = encrypted_linear_model(SMALL, 24, 16, "a.forward")
     with WorkerBundleWriter(tmp_path / "worker", PLAN_ID) as writer:
         with pytest.raises(LegalityError, match=r"is hecompile\.EncryptedLinear; a worker runs only"):
             writer.add(model)

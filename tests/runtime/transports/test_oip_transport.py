@@ -35,7 +35,7 @@ OTHER_PLAN = "ffffffff"
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> WorkerBundle:
-    return write_bundle(tmp_path_factory.mktemp("oip") / "worker", {"layers.0.linear": (WEIGHT, 3, 2)})
+    return write_bundle(tmp_path_factory.mktemp("oip") / "worker", {"layers.0.linear": (WEIGHT, 24, 16)})
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def foreign(bundle: WorkerBundle) -> Iterator[ForeignServer]:
 def assert_answers(transport: OipTransport, seed: int = 0) -> None:
     planes = extreme_planes(3, 5 + seed, 300, seed=seed)
     np.testing.assert_array_equal(
-        transport.evaluate(CIRCUIT, planes).planes, encrypted_linear_reference(planes, WEIGHT, 2)
+        transport.evaluate(CIRCUIT, planes).planes, encrypted_linear_reference(planes, WEIGHT, 16)
     )
 
 
@@ -260,8 +260,8 @@ def test_hints_come_from_a_worker_of_this_program_alone(tmp_path: Path, worker: 
     """The rows here are any bytes: that they are those of a plan's matrix is not the transport's business."""
     rows = extreme_planes(4, 7, 300)
     with WorkerBundleWriter(tmp_path / "worker", PLAN_ID) as writer:
-        writer.add(LowerWorker()(encrypted_linear_model(WEIGHT, 3, 2, CIRCUIT)).model)
-        writer.add(LowerWorker()(encrypted_linear_model(WEIGHT, 4, 4, exact_name(CIRCUIT))).model)
+        writer.add(LowerWorker()(encrypted_linear_model(WEIGHT, 24, 16, CIRCUIT)).model)
+        writer.add(LowerWorker()(encrypted_linear_model(WEIGHT, 32, 32, exact_name(CIRCUIT))).model)
         directory = writer.commit().directory
     np.save(directory / PUBLIC_ROWS, rows)
     some = Worker(WorkerBundle(directory, PLAN_ID, WorkerBundle.open(directory).circuits, has_public_rows=True))
@@ -269,7 +269,7 @@ def test_hints_come_from_a_worker_of_this_program_alone(tmp_path: Path, worker: 
         transport = OipTransport(server.address)
         open_connection(transport, PLAN_ID)
         answer = transport.setup(CIRCUIT, 7)
-        np.testing.assert_array_equal(answer.planes, encrypted_linear_reference(rows, WEIGHT, 4))
+        np.testing.assert_array_equal(answer.planes, encrypted_linear_reference(rows, WEIGHT, 32))
         assert answer.bytes_sent < 200 and answer.worker_seconds > 0
         transport.close()
     with ForeignServer(directory / "circuits") as server:

@@ -24,7 +24,7 @@ CIRCUIT = "linear.forward"
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
-    return Worker(write_bundle(tmp_path_factory.mktemp("pool") / "worker", {"linear": (WEIGHT, 3, 2)}))
+    return Worker(write_bundle(tmp_path_factory.mktemp("pool") / "worker", {"linear": (WEIGHT, 24, 16)}))
 
 
 class Connection:
@@ -67,7 +67,7 @@ class Factory:
 def ask(pool: TransportPool, tokens: int = 4) -> None:
     planes = extreme_planes(3, tokens, 8)
     np.testing.assert_array_equal(
-        pool.evaluate(CIRCUIT, planes).planes, encrypted_linear_reference(planes, WEIGHT, 2)
+        pool.evaluate(CIRCUIT, planes).planes, encrypted_linear_reference(planes, WEIGHT, 16)
     )
 
 

@@ -32,12 +32,12 @@ from tests.support.bundles import PLAN_ID, extreme_planes, extreme_weight, write
 WEIGHT = extreme_weight(8, 6)
 CIRCUIT = "linear.forward"
 PLANES = extreme_planes(3, 4, 8)
-ANSWER = encrypted_linear_reference(PLANES, WEIGHT, 2)
+ANSWER = encrypted_linear_reference(PLANES, WEIGHT, 16)
 
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
-    return Worker(write_bundle(tmp_path_factory.mktemp("replicas") / "worker", {"linear": (WEIGHT, 3, 2)}))
+    return Worker(write_bundle(tmp_path_factory.mktemp("replicas") / "worker", {"linear": (WEIGHT, 24, 16)}))
 
 
 class Fragile:
@@ -202,7 +202,7 @@ def test_waits_grow_and_are_bounded() -> None:
 
 
 def test_shards_are_asked_for_their_own_circuits_only(tmp_path: Path) -> None:
-    weights = {f"model.layers.{layer}.o": (extreme_weight(8, 6, seed=layer), 3, 2) for layer in range(4)}
+    weights = {f"model.layers.{layer}.o": (extreme_weight(8, 6, seed=layer), 24, 16) for layer in range(4)}
     bundle = write_bundle(tmp_path / "worker", weights)
     shards = {f"{part.start}-{copy}": Fragile(Worker(shard(bundle, part)), no_failure)
               for part in split_layers(4, 2) for copy in "ab"}  # fmt: skip
@@ -212,7 +212,7 @@ def test_shards_are_asked_for_their_own_circuits_only(tmp_path: Path) -> None:
     for layer in range(4):
         answer = transport.evaluate(f"model.layers.{layer}.o.forward", PLANES)
         weight = extreme_weight(8, 6, seed=layer)
-        assert np.array_equal(answer.planes, encrypted_linear_reference(PLANES, weight, 2))
+        assert np.array_equal(answer.planes, encrypted_linear_reference(PLANES, weight, 16))
         assert answer.worker.startswith("0-" if layer < 2 else "2-")
     for copy in "ab":
         transport.distrust(f"0-{copy}")
@@ -222,7 +222,7 @@ def test_shards_are_asked_for_their_own_circuits_only(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_was_away_at_the_start_is_met_when_it_is_back(tmp_path: Path) -> None:
-    weights = {f"model.layers.{layer}.o": (extreme_weight(8, 6, seed=layer), 3, 2) for layer in range(2)}
+    weights = {f"model.layers.{layer}.o": (extreme_weight(8, 6, seed=layer), 24, 16) for layer in range(2)}
     bundle = write_bundle(tmp_path / "worker", weights)
     one, other = (Worker(shard(bundle, range(layer, layer + 1))) for layer in range(2))
     away = failing(2)
@@ -254,11 +254,11 @@ def test_layers_are_split_evenly_and_nothing_is_left_out(tmp_path: Path) -> None
     assert [layer for part in split_layers(7, 4) for layer in part] == list(range(7))
     with pytest.raises(InputError, match="cannot be split"):
         split_layers(2, 3)
-    bundle = write_bundle(tmp_path / "worker", {"linear": (WEIGHT, 3, 2)})
+    bundle = write_bundle(tmp_path / "worker", {"linear": (WEIGHT, 24, 16)})
     assert set(shard(bundle, range(1)).circuits) == set(bundle.circuits)  # outside all layers: with the first
     with pytest.raises(InputError, match="none of 4-4"):
         shard(bundle, range(4, 5))
-    four = write_bundle(tmp_path / "four", {f"model.layers.{layer}.mlp": (WEIGHT, 3, 2) for layer in range(4)})
+    four = write_bundle(tmp_path / "four", {f"model.layers.{layer}.mlp": (WEIGHT, 24, 16) for layer in range(4)})
     assert len(shard(four, parse_layers("2-3")).circuits) == 5  # of two layers, and the known answer
     for text in ("0-7", "3-4"):  # a slip: the worker would serve less than it was asked for
         with pytest.raises(InputError, match=f"has 4 layers, not all of {text}: the last is 3, counted from 0"):
@@ -299,7 +299,7 @@ def test_a_worker_that_refuses_is_left_for_another_where_that_is_asked_for(worke
 
 
 def test_a_worker_of_another_plan_among_others_is_left_or_ends_it(worker: Worker, tmp_path: Path) -> None:
-    other = Worker(write_bundle(tmp_path / "other", {"linear": (WEIGHT, 3, 2)}, "ab" * 16))
+    other = Worker(write_bundle(tmp_path / "other", {"linear": (WEIGHT, 24, 16)}, "ab" * 16))
     workers = {"good": lambda: InProcessTransport(worker.exchange), "other": lambda: InProcessTransport(other.exchange)}
     with pytest.raises(WorkerError, match="another plan"):
         open_connection(Replicas(workers), PLAN_ID)

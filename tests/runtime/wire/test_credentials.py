@@ -171,7 +171,7 @@ def test_certificates_that_cannot_all_be_written_leave_none(tmp_path: Path, monk
 
 
 def test_a_worker_that_cannot_listen_leaves_no_keys(tmp_path: Path) -> None:
-    write_bundle(tmp_path / "worker", {"linear": (extreme_weight(8, 6), 3, 2)})
+    write_bundle(tmp_path / "worker", {"linear": (extreme_weight(8, 6), 24, 16)})
     with socket.create_server(("127.0.0.1", 0)) as taken:
         listen = f"grpcs://127.0.0.1:{taken.getsockname()[1]}"
         command = [*serve_command(tmp_path / "worker"), "--listen", listen]

@@ -55,7 +55,7 @@ def whole(frame: Frame) -> bytes:
 def test_hello_round_trip() -> None:
     request = HelloRequest("abcdef01")
     assert decode_request(encode(request, 7)) == (7, request)
-    info = WorkerInfo("abcdef01", "torch", {"a.forward": CircuitInfo(3, 4, 2, 5)})
+    info = WorkerInfo("abcdef01", "torch", {"a.forward": CircuitInfo(22, 4, 12, 5)})
     assert decode_reply(encode(info, 7)) == (7, info)
 
 
@@ -115,7 +115,7 @@ def frame_of(header: object, payload: bytes = b"") -> Frame:
     return Frame(json.dumps(header).encode(), payload)
 
 
-EVALUATE: dict[str, Any] = {"kind": "evaluate", "id": 1, "circuit": "a", "shape": [1, 2, 3]}
+EVALUATE: dict[str, Any] = {"kind": "evaluate", "id": 1, "circuit": "a", "shape": [8, 2, 3]}
 BAD_REQUESTS = {
     "not JSON": (Frame(b"\xff\xfe{"), "the header is not JSON"),
     "deep JSON": (Frame(b"[" * 100_000), "the header is not JSON"),
@@ -131,7 +131,11 @@ BAD_REQUESTS = {
     "shape with zero": (frame_of(EVALUATE | {"shape": [0, 2, 3]}), "shape holds something else"),
     "negative shape": (frame_of(EVALUATE | {"shape": [-1, -2, 3]}, b"123456"), "shape holds something else"),
     "fractional shape": (frame_of(EVALUATE | {"shape": [1.0, 2, 3]}, b"123456"), "shape holds something else"),
-    "huge shape": (frame_of(EVALUATE | {"shape": [1, 1 << 31, 1 << 31]}, b"1"), "the payload 1"),
+    "huge shape": (frame_of(EVALUATE | {"shape": [8, 1 << 31, 1 << 31]}, b"1"), "the payload 1"),
+    "huge shape of bits": (frame_of(EVALUATE | {"shape": [9, 1 << 31, 1 << 31]}, b"1"), "the payload 1"),
+    "shape in bytes": (frame_of(EVALUATE | {"shape": [1, 2, 3]}, b"123456"), "words of 1 bits; needs 8 to 32"),
+    "too many bits": (frame_of(EVALUATE | {"shape": [33, 2, 3]}, b"123456"), "words of 33 bits; needs 8 to 32"),
+    "a packed part too short": (frame_of(EVALUATE | {"shape": [22, 2, 3]}, b"1" * 59), "is 60 bytes, the payload 59"),
     "shape of another size": (frame_of(EVALUATE, b"12345"), "is 6 bytes, the payload 5"),
 }
 
@@ -145,7 +149,7 @@ def test_malformed_request_is_refused(case: str) -> None:
 
 @pytest.mark.parametrize("seconds", ["NaN", "Infinity", "-1.0", '"fast"', "1e999"])
 def test_reply_with_impossible_seconds_is_refused(seconds: str) -> None:
-    header = f'{{"kind": "evaluate", "id": 1, "shape": [1, 1, 1], "seconds": {seconds}}}'
+    header = f'{{"kind": "evaluate", "id": 1, "shape": [8, 1, 1], "seconds": {seconds}}}'
     with pytest.raises(WorkerError, match="seconds"):
         decode_reply(Frame(header.encode(), b"x"))
 

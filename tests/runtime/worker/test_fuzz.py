@@ -50,7 +50,7 @@ STRANGE = [
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
-    return Worker(write_bundle(tmp_path_factory.mktemp("fuzz") / "worker", {"linear": (WEIGHT, 3, 2)}))
+    return Worker(write_bundle(tmp_path_factory.mktemp("fuzz") / "worker", {"linear": (WEIGHT, 24, 16)}))
 
 
 def mutated(chance: random.Random) -> Frame:
@@ -128,7 +128,7 @@ def test_garbage_on_the_socket_ends_that_connection_and_no_other(
                     hostile.sendall(corrupt)
             if index % 50 == 0:
                 answer = patient.evaluate(CIRCUIT, PLANES)
-                assert np.array_equal(answer.planes, encrypted_linear_reference(PLANES, WEIGHT, 2))
+                assert np.array_equal(answer.planes, encrypted_linear_reference(PLANES, WEIGHT, 16))
         patient.close()
         fresh = connect(server.address)
         open_connection(fresh, PLAN_ID)
@@ -144,7 +144,7 @@ def test_half_open_connections_do_not_keep_others_waiting(worker: Worker) -> Non
             connection.sendall(framing.MAGIC[: index % 5])
         own = connect(server.address, reply_timeout=30)
         open_connection(own, PLAN_ID)
-        assert np.array_equal(own.evaluate(CIRCUIT, PLANES).planes, encrypted_linear_reference(PLANES, WEIGHT, 2))
+        assert np.array_equal(own.evaluate(CIRCUIT, PLANES).planes, encrypted_linear_reference(PLANES, WEIGHT, 16))
         own.close()
         for connection in silent:
             connection.close()
@@ -162,7 +162,7 @@ def test_a_message_that_stands_still_is_given_up_and_costs_no_memory(
             connection.sendall(framing.PREFIX.pack(framing.MAGIC, 2, 1 << 29) + b"{}" + b"x")
         own = connect(server.address, reply_timeout=30)
         open_connection(own, PLAN_ID)
-        assert np.array_equal(own.evaluate(CIRCUIT, PLANES).planes, encrypted_linear_reference(PLANES, WEIGHT, 2))
+        assert np.array_equal(own.evaluate(CIRCUIT, PLANES).planes, encrypted_linear_reference(PLANES, WEIGHT, 16))
         for connection in slow:
             frame = framing.receive_frame(connection)
             assert frame is not None and "had begun came for 0.2 s" in str(protocol.decode_reply(frame)[1])
@@ -171,7 +171,7 @@ def test_a_message_that_stands_still_is_given_up_and_costs_no_memory(
         assert _resident()[0] - before < 1 << 28
         # Between two messages a client may be silent for longer.
         time.sleep(0.4)
-        assert np.array_equal(own.evaluate(CIRCUIT, PLANES).planes, encrypted_linear_reference(PLANES, WEIGHT, 2))
+        assert np.array_equal(own.evaluate(CIRCUIT, PLANES).planes, encrypted_linear_reference(PLANES, WEIGHT, 16))
         own.close()
 
 
@@ -187,7 +187,7 @@ def test_one_connection_too_many_is_told_so_and_the_others_are_served(
             connect(server.address).hello(PLAN_ID)
         for transport in served:
             answer = transport.evaluate(CIRCUIT, PLANES)
-            assert np.array_equal(answer.planes, encrypted_linear_reference(PLANES, WEIGHT, 2))
+            assert np.array_equal(answer.planes, encrypted_linear_reference(PLANES, WEIGHT, 16))
             transport.close()
 
 
@@ -209,7 +209,7 @@ def test_a_clock_that_jumps_changes_nothing(worker: Worker, monkeypatch: pytest.
         open_connection(own, PLAN_ID)
         for _ in range(20):
             answer = own.evaluate(CIRCUIT, PLANES)
-            assert np.array_equal(answer.planes, encrypted_linear_reference(PLANES, WEIGHT, 2))
+            assert np.array_equal(answer.planes, encrypted_linear_reference(PLANES, WEIGHT, 16))
             assert 0.0 <= answer.worker_seconds < 5.0
         own.close()
     assert waits and all(0.0 <= wait <= RetryPolicy().longest_wait for wait in waits)

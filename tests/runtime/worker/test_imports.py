@@ -38,7 +38,7 @@ def test_a_worker_loads_no_code_of_the_scheme_and_no_torch(engine: str, tmp_path
     """Torch alone is 240 MB that a worker would hold beside the weights."""
     if engine == "vnni" and not supported():
         pytest.skip("this CPU has no AVX512-VNNI")
-    bundle = write_bundle(tmp_path / "worker", {"layers.0.wide": (extreme_weight(512, 256), 3, 2)})
+    bundle = write_bundle(tmp_path / "worker", {"layers.0.wide": (extreme_weight(512, 256), 24, 16)})
     loaded = modules_of(bundle.directory, engine)
     assert "hecompile.runtime.worker.worker" in loaded and "onnx" in loaded
     rooms = {f"hecompile.{room}" for room in ("he", "graph", "plan", "compiler", "passes")}

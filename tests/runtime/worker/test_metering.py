@@ -20,7 +20,7 @@ pytest.importorskip("prometheus_client")
 
 
 def test_metrics_count_what_was_asked_and_name_no_circuit(tmp_path: pytest.TempPathFactory) -> None:
-    bundle = write_bundle(tmp_path / "worker", {"linear": (extreme_weight(8, 6), 3, 2)})  # type: ignore[operator]
+    bundle = write_bundle(tmp_path / "worker", {"linear": (extreme_weight(8, 6), 24, 16)})  # type: ignore[operator]
     metered = MeteredEngine(Worker(bundle).engine)
     transport = InProcessTransport(Worker(bundle, metered).exchange)
     open_connection(transport, PLAN_ID)
@@ -49,7 +49,7 @@ def scrape(host: str, port: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.1:x", "127.0.0.1:99999999", "203.0.113.1:0"])
 def test_an_address_that_cannot_be_served_is_named(tmp_path: pytest.TempPathFactory, address: str) -> None:
-    bundle = write_bundle(tmp_path / "worker", {"linear": (extreme_weight(8, 6), 3, 2)})  # type: ignore[operator]
+    bundle = write_bundle(tmp_path / "worker", {"linear": (extreme_weight(8, 6), 24, 16)})  # type: ignore[operator]
     with pytest.raises(InputError, match="metrics cannot be served"):
         MeteredEngine(Worker(bundle).engine).serve(address)
 

@@ -16,7 +16,7 @@ from tests.support.bundles import PLAN_ID, extreme_weight, write_bundle
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bundle(tmp_path_factory.mktemp("process") / "bundle", {"linear": (extreme_weight(8, 6), 3, 2)}).directory
+    return write_bundle(tmp_path_factory.mktemp("process") / "bundle", {"linear": (extreme_weight(8, 6), 24, 16)}).directory
 
 
 def test_a_worker_is_started_and_stopped(bundle: Path) -> None:

@@ -35,7 +35,7 @@ OTHER_PLAN = "ffffffff"
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> WorkerBundle:
-    return write_bundle(tmp_path_factory.mktemp("server") / "worker", {"linear": (WEIGHT, 3, 2)})
+    return write_bundle(tmp_path_factory.mktemp("server") / "worker", {"linear": (WEIGHT, 24, 16)})
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def server(worker: Worker) -> Iterator[WorkerServer]:
 def assert_answers(transport: InProcessTransport | SocketTransport) -> None:
     planes = extreme_planes(3, 5, 8)
     np.testing.assert_array_equal(
-        transport.evaluate(CIRCUIT, planes).planes, encrypted_linear_reference(planes, WEIGHT, 2)
+        transport.evaluate(CIRCUIT, planes).planes, encrypted_linear_reference(planes, WEIGHT, 16)
     )
 
 
@@ -84,13 +84,20 @@ def test_worker_that_does_not_check_the_plan_is_refused_by_the_client(worker: Wo
             request_id, _ = protocol.decode_request(frame)
             return protocol.encode(handle(HelloRequest(self.bundle.plan_id), self), request_id)
 
-    with pytest.raises(WorkerError, match=f"answers for plan {PLAN_ID} .* needs plan {OTHER_PLAN}"):
+    with pytest.raises(WorkerError, match=f"answers for plan {PLAN_ID}; needs plan {OTHER_PLAN}"):
         InProcessTransport(Agreeable(worker.bundle, worker.engine).exchange).hello(OTHER_PLAN)
 
 
 def test_other_protocol_version_is_refused(worker: Worker) -> None:
-    with pytest.raises(WorkerError, match="the client speaks protocol 2, this worker 1"):
-        handle(HelloRequest(PLAN_ID, protocol=2), worker)
+    with pytest.raises(WorkerError, match="the client speaks protocol 1, this worker 2; install the same version"):
+        handle(HelloRequest(PLAN_ID, protocol=1), worker)
+
+    def of_protocol_1(frame: Frame) -> Frame:
+        request_id, _ = protocol.decode_request(frame)
+        return protocol.encode(protocol.WorkerInfo(PLAN_ID, "vnni", {}, protocol=1), request_id)
+
+    with pytest.raises(WorkerError, match="the worker speaks protocol 1, this client 2; install the same version"):
+        InProcessTransport(of_protocol_1).hello(PLAN_ID)
 
 
 def test_evaluate_before_hello_is_refused(worker: Worker) -> None:
@@ -121,8 +128,9 @@ def test_refused_request_leaves_the_connection_open(server: WorkerServer) -> Non
     with raw_connection(server) as connection:
         for header, payload, message in [
             ({"kind": "decrypt", "id": 1}, b"", "unknown request kind 'decrypt'"),
-            ({"kind": "evaluate", "id": 2, "circuit": "absent", "shape": [1, 1, 1]}, b"x", "no circuit 'absent'"),
-            ({"kind": "evaluate", "id": 3, "circuit": CIRCUIT, "shape": [1, 1, 1]}, b"x", "planes have shape"),
+            ({"kind": "evaluate", "id": 2, "circuit": "absent", "shape": [8, 1, 1]}, b"x", "no circuit 'absent'"),
+            ({"kind": "evaluate", "id": 3, "circuit": CIRCUIT, "shape": [24, 1, 1]}, b"xyz", "planes have shape"),
+            ({"kind": "evaluate", "id": 4, "circuit": CIRCUIT, "shape": [16, 1, 8]}, b"x" * 16, "its words have 24 bits"),
         ]:
             framing.send_frame(connection, Frame(json.dumps(header).encode(), payload))
             frame = framing.receive_frame(connection)

@@ -50,19 +50,19 @@ def _number(chance: random.Random, value: int) -> int:
 
 def change_a_number(chance: random.Random, directory: Path, manifest: dict[str, Any]) -> None:
     spec = chance.choice(manifest["circuits"])
-    key = chance.choice(["in_features", "out_features", "upload_limbs", "reply_bytes"])
+    key = chance.choice(["in_features", "out_features", "upload_bits", "reply_bits"])
     spec[key] = chance.choice([_number(chance, spec[key]), str(spec[key]), True, None, 10**400, float(spec[key]), [3]])
 
 
 def set_a_number(chance: random.Random, directory: Path, manifest: dict[str, Any]) -> None:
     spec = chance.choice(manifest["circuits"])
-    key = chance.choice(["in_features", "out_features", "upload_limbs", "reply_bytes"])
+    key = chance.choice(["in_features", "out_features", "upload_bits", "reply_bits"])
     spec[key] = _number(chance, spec[key])
 
 
 def exchange_numbers(chance: random.Random, directory: Path, manifest: dict[str, Any]) -> None:
     spec, other = chance.choice(manifest["circuits"]), chance.choice(manifest["circuits"])
-    for key in chance.sample(["in_features", "out_features", "upload_limbs", "reply_bytes"], chance.randrange(1, 5)):
+    for key in chance.sample(["in_features", "out_features", "upload_bits", "reply_bits"], chance.randrange(1, 5)):
         spec[key] = other[key]
 
 
@@ -227,7 +227,7 @@ def check_served(bundle: WorkerBundle, engine: str) -> None:
         tokens = 1 if engine == "concrete" else 5
         planes = extreme_planes(spec.upload_limbs, tokens, spec.in_features)
         reply = worker.engine.evaluate(name, planes)
-        expected = encrypted_linear_reference(planes, weight_in_the_files(bundle, name), spec.reply_bytes)
+        expected = encrypted_linear_reference(planes, weight_in_the_files(bundle, name), spec.reply_bits)
         if not np.array_equal(reply, expected):
             raise AssertionError(f"{name} is served wrongly")
 
@@ -235,18 +235,18 @@ def check_served(bundle: WorkerBundle, engine: str) -> None:
 def make_bundle(directory: Path, tiny: bool) -> None:
     """Write a bundle with weights in and beside their circuits, of one digit and two, and with exact forms."""
     wide = np.random.default_rng(3).integers(-32768, 32640, (9, 6), dtype=np.int16)
-    linears = {"small": (extreme_weight(6, 4), 3, 2), "wide": (wide, 4, 2), "exact": (extreme_weight(300, 256), 2, 2)}
-    linears |= {"large": (extreme_weight(300, 256, 1), 3, 2), "turned": (extreme_weight(256, 300), 2, 2)}
+    linears = {"small": (extreme_weight(6, 4), 24, 16), "wide": (wide, 32, 16), "exact": (extreme_weight(300, 256), 15, 11)}
+    linears |= {"large": (extreme_weight(300, 256, 1), 24, 16), "turned": (extreme_weight(256, 300), 16, 16)}
     if tiny:
-        linears = {"exact": (extreme_weight(4, 3), 2, 1)}
+        linears = {"exact": (extreme_weight(4, 3), 16, 8)}
     features = linears["exact"][0].shape[0]
     with WorkerBundleWriter(directory, PLAN_ID) as writer:
-        for name, (weight, limbs, reply_bytes) in linears.items():
+        for name, (weight, upload_bits, reply_bits) in linears.items():
             for direction, matrix in (("forward", weight), ("backward", weight.T)):
                 circuit = f"{name}.{direction}"
-                writer.add(LowerWorker()(encrypted_linear_model(matrix, limbs, reply_bytes, circuit)).model)
+                writer.add(LowerWorker()(encrypted_linear_model(matrix, upload_bits, reply_bits, circuit)).model)
                 if name == "exact":
-                    writer.add(LowerWorker()(encrypted_linear_model(matrix, 4, 4, f"{circuit}.exact")).model)
+                    writer.add(LowerWorker()(encrypted_linear_model(matrix, 32, 32, f"{circuit}.exact")).model)
         writer.add_public_rows(_PublicRows(features), features)  # type: ignore[arg-type]
         writer.commit()
 

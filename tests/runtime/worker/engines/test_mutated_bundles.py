@@ -39,14 +39,14 @@ def test_a_mutated_bundle_is_refused_or_served_exactly(engine: str) -> None:
     [
         ({"in_features": 16}, r"model\.onnx is damaged: its weight is \[768, 256\], the manifest says \[16, 256\]"),
         ({"in_features": 4096}, r"the manifest says \[4096, 256\]"),
-        ({"upload_limbs": 4}, "is not one of a circuit with the manifest's dimensions"),
-        ({"reply_bytes": 1}, "is not one of a circuit with the manifest's dimensions"),
-        ({"reply_bytes": 4}, "replies with 4 bytes of 3"),
+        ({"upload_bits": 32}, "is not one of a circuit with the manifest's dimensions"),
+        ({"reply_bits": 8}, "is not one of a circuit with the manifest's dimensions"),
+        ({"reply_bits": 32}, "replies with 32 bits of 24"),
         ({"in_features": 65794}, "in_features: "),
     ],
 )
 def test_dimensions_that_are_not_the_files_are_named(tmp_path: Path, changed: dict[str, int], message: str) -> None:
-    write_bundle(tmp_path / "worker", {"linear": (extreme_weight(768, 256), 3, 2)})
+    write_bundle(tmp_path / "worker", {"linear": (extreme_weight(768, 256), 24, 16)})
     manifest = json.loads((tmp_path / "worker" / MANIFEST).read_text())
     manifest["circuits"][0].update(changed)
     seal(tmp_path / "worker", manifest)
@@ -56,7 +56,7 @@ def test_dimensions_that_are_not_the_files_are_named(tmp_path: Path, changed: di
 
 @pytest.mark.parametrize(("key", "value"), [("offset", "-1"), ("offset", "76801"), ("length", "1"), ("offset", "9" * 40)])
 def test_a_place_beyond_the_weight_file_is_refused(tmp_path: Path, key: str, value: str) -> None:
-    bundle = write_bundle(tmp_path / "worker", {"linear": (extreme_weight(300, 256), 3, 2)})
+    bundle = write_bundle(tmp_path / "worker", {"linear": (extreme_weight(300, 256), 24, 16)})
     path = bundle.circuit_path("linear.forward")
     model = onnx.load(path, load_external_data=False)
     (entry,) = (entry for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == key)
@@ -68,7 +68,7 @@ def test_a_place_beyond_the_weight_file_is_refused(tmp_path: Path, key: str, val
 
 
 def test_a_weight_file_that_is_a_link_out_of_the_bundle_is_refused(tmp_path: Path) -> None:
-    bundle = write_bundle(tmp_path / "worker", {"linear": (extreme_weight(300, 256), 3, 2)})
+    bundle = write_bundle(tmp_path / "worker", {"linear": (extreme_weight(300, 256), 24, 16)})
     weight = bundle.circuit_path("linear.forward").with_name("weight.bin")
     weight.rename(tmp_path / "elsewhere.bin")
     weight.symlink_to(tmp_path / "elsewhere.bin")

@@ -28,7 +28,7 @@ SHAPES = {"one_panel": (64, 64), "two_panels": (66, 128), "part_of_a_panel": (12
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> WorkerBundle:
-    linears = {name: (extreme_weight(*shape), 3, 2) for name, shape in SHAPES.items()}
+    linears = {name: (extreme_weight(*shape), 24, 16) for name, shape in SHAPES.items()}
     return write_bundle(tmp_path_factory.mktemp("vnni") / "worker", linears)
 
 
@@ -48,7 +48,7 @@ def test_shapes_of_whole_and_partial_panels(bundle: WorkerBundle, name: str, tok
     for direction, weight in (("forward", forward), ("backward", forward.T)):
         planes = extreme_planes(3, tokens, weight.shape[0], seed=tokens)
         reply = engine.evaluate(f"{name}.{direction}", planes)
-        np.testing.assert_array_equal(reply, encrypted_linear_reference(planes, weight, 2))
+        np.testing.assert_array_equal(reply, encrypted_linear_reference(planes, weight, 16))
 
 
 @needs_vnni
@@ -56,10 +56,10 @@ def test_sums_beyond_32_bits_wrap_as_the_scheme_wants(tmp_path: Path) -> None:
     """255 · 32639 · 600 features passes 2^32 in the shifted sum, and the two digits' sums add up in one accumulator."""
     weight = np.full((600, 65), 32639, dtype=np.int16)
     weight[:, 1] = -32768
-    bundle = write_bundle(tmp_path / "worker", {"wide": (weight, 4, 4)})
+    bundle = write_bundle(tmp_path / "worker", {"wide": (weight, 32, 32)})
     planes = np.full((4, 3, 600), 255, dtype=np.uint8)
     reply = VnniEngine(bundle).evaluate("wide.forward", planes)
-    np.testing.assert_array_equal(reply, encrypted_linear_reference(planes, weight, 4))
+    np.testing.assert_array_equal(reply, encrypted_linear_reference(planes, weight, 32))
 
 
 @needs_vnni
@@ -71,7 +71,7 @@ def test_many_callers_at_once_get_their_own_replies(bundle: WorkerBundle) -> Non
         name = list(SHAPES)[number % len(SHAPES)]
         weight = extreme_weight(*SHAPES[name])
         planes = extreme_planes(3, 1 + number, weight.shape[0], seed=number)
-        return bool((engine.evaluate(f"{name}.forward", planes) == encrypted_linear_reference(planes, weight, 2)).all())
+        return bool((engine.evaluate(f"{name}.forward", planes) == encrypted_linear_reference(planes, weight, 16)).all())
 
     with ThreadPoolExecutor(8) as callers:
         assert all(callers.map(evaluate, range(64)))
@@ -110,7 +110,7 @@ def test_blocks_are_whole_tiles_and_cover_every_token(limbs: int, tokens: int, o
 
 @needs_vnni
 def test_small_requests_wake_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = write_bundle(tmp_path / "worker", {"wide": (extreme_weight(256, 512), 3, 2)})
+    bundle = write_bundle(tmp_path / "worker", {"wide": (extreme_weight(256, 512), 24, 16)})
     engine = VnniEngine(bundle, threads=3)
     woken = []
     submit = engine._pool.submit

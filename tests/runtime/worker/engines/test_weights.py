@@ -20,7 +20,7 @@ LARGE = extreme_weight(300, 260)  # above the 64 KiB from which a weight has a f
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> WorkerBundle:
     wide = np.random.default_rng(0).integers(-32768, 32640, (300, 260), dtype=np.int16)
-    linears = {"large": (LARGE, 3, 2), "small": (LARGE[:8, :4].copy(), 3, 2), "wide": (wide, 3, 2)}
+    linears = {"large": (LARGE, 24, 16), "small": (LARGE[:8, :4].copy(), 24, 16), "wide": (wide, 24, 16)}
     return write_bundle(tmp_path_factory.mktemp("weights") / "worker", linears)
 
 
@@ -59,7 +59,7 @@ def test_a_direction_with_fewer_limbs_shares_the_digits_it_needs(tmp_path: Path)
     weight = np.random.default_rng(1).integers(-32768, 32640, (9, 7), dtype=np.int16)
     with WorkerBundleWriter(tmp_path / "worker", PLAN_ID) as writer:
         for name, matrix, limbs in (("pair.forward", weight, 3), ("pair.backward", weight.T, 1)):
-            writer.add(LowerWorker()(encrypted_linear_model(matrix, limbs, 1, name)).model)
+            writer.add(LowerWorker()(encrypted_linear_model(matrix, 8 * limbs, 8, name)).model)
         bundle = writer.commit()
     weights = Weights(bundle)
     forward, backward = (weights[bundle.circuits[f"pair.{direction}"]] for direction in ("forward", "backward"))

@@ -36,7 +36,7 @@ ANY_PORT = "flight://127.0.0.1:0"
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> WorkerBundle:
-    return write_bundle(tmp_path_factory.mktemp("flight") / "worker", {"linear": (WEIGHT, 3, 2)})
+    return write_bundle(tmp_path_factory.mktemp("flight") / "worker", {"linear": (WEIGHT, 24, 16)})
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def server(worker: Worker) -> Iterator[FlightWorkerServer]:
 def assert_answers(transport: Transport, tokens: int = 5) -> None:
     planes = extreme_planes(3, tokens, 8, seed=tokens)
     np.testing.assert_array_equal(
-        transport.evaluate(CIRCUIT, planes).planes, encrypted_linear_reference(planes, WEIGHT, 2)
+        transport.evaluate(CIRCUIT, planes).planes, encrypted_linear_reference(planes, WEIGHT, 16)
     )
 
 
@@ -69,9 +69,9 @@ def test_refusals_have_the_workers_words_and_leave_the_connection_open(server: F
             transport.hello("ffff")
         open_connection(transport, PLAN_ID)
         with pytest.raises(
-            WorkerError, match=r"refused the request: circuit linear\.forward: planes have shape \[2, 1, 8\]"
+            WorkerError, match=r"refused the request: circuit linear\.forward: planes have shape \[3, 1, 9\]"
         ):
-            transport.evaluate(CIRCUIT, np.zeros((2, 1, 8), np.uint8))
+            transport.evaluate(CIRCUIT, np.zeros((3, 1, 9), np.uint8))
         with pytest.raises(
             WorkerError, match=r"refused the request: message of .* bytes; at most 1048576 are accepted"
         ):

@@ -31,12 +31,12 @@ ANY_PORT = "flight://127.0.0.1:0"
 BYTES = pa.uint8()
 COLUMN = pa.schema([("payload", BYTES)])
 HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-EVALUATE = json.dumps({"kind": "evaluate", "id": 1, "circuit": CIRCUIT, "shape": [3, 1, 8]}).encode()
+EVALUATE = json.dumps({"kind": "evaluate", "id": 1, "circuit": CIRCUIT, "shape": [24, 1, 8]}).encode()
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> WorkerBundle:
-    return write_bundle(tmp_path_factory.mktemp("flight") / "worker", {"linear": (WEIGHT, 3, 2)})
+    return write_bundle(tmp_path_factory.mktemp("flight") / "worker", {"linear": (WEIGHT, 24, 16)})
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def server(worker: Worker) -> Iterator[FlightWorkerServer]:
 def assert_answers(transport: Transport, tokens: int = 5) -> None:
     planes = extreme_planes(3, tokens, 8, seed=tokens)
     np.testing.assert_array_equal(
-        transport.evaluate(CIRCUIT, planes).planes, encrypted_linear_reference(planes, WEIGHT, 2)
+        transport.evaluate(CIRCUIT, planes).planes, encrypted_linear_reference(planes, WEIGHT, 16)
     )
 
 
@@ -120,8 +120,8 @@ HOSTILE = {
         "it has no header",
     ),
     "wrong shape": (
-        send_batch({"payload": planes(8)}, EVALUATE.replace(b"[3, 1, 8]", b"[1, 1, 8]")),
-        r"planes have shape \[1, 1, 8\]; needs \[3, T, 8\]",
+        send_batch({"payload": planes(27)}, EVALUATE.replace(b"[24, 1, 8]", b"[24, 1, 9]")),
+        r"planes have shape \[3, 1, 9\]; needs \[3, T, 8\]",
     ),
     "too large": (send_batch({"payload": planes(LIMIT)}), f"at most {LIMIT} are accepted; send fewer tokens"),
     "too large once decompressed": (

@@ -32,7 +32,7 @@ Pair = tuple[ServerCredentials, ClientCredentials]
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> WorkerBundle:
-    return write_bundle(tmp_path_factory.mktemp("network") / "worker", {"linear": (extreme_weight(8, 6), 3, 2)})
+    return write_bundle(tmp_path_factory.mktemp("network") / "worker", {"linear": (extreme_weight(8, 6), 24, 16)})
 
 
 @pytest.fixture(scope="module")

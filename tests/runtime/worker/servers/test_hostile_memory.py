@@ -34,7 +34,7 @@ SERVICE = "/inference.GRPCInferenceService"
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
-    return Worker(write_bundle(tmp_path_factory.mktemp("hostile") / "worker", {"linear": (WEIGHT, 3, 2)}))
+    return Worker(write_bundle(tmp_path_factory.mktemp("hostile") / "worker", {"linear": (WEIGHT, 24, 16)}))
 
 
 def resident() -> int:
@@ -45,7 +45,7 @@ def resident() -> int:
 def assert_serves(address: str) -> None:
     own = connect(address, reply_timeout=30)
     open_connection(own, PLAN_ID)
-    assert np.array_equal(own.evaluate("linear.forward", PLANES).planes, encrypted_linear_reference(PLANES, WEIGHT, 2))
+    assert np.array_equal(own.evaluate("linear.forward", PLANES).planes, encrypted_linear_reference(PLANES, WEIGHT, 16))
     own.close()
 
 
@@ -104,7 +104,7 @@ def test_silent_connections_give_their_places_to_those_that_speak(
         silent[-1].sendall(framing.MAGIC[:2])  # one that has begun counts as silent
         assert_serves(server.address)
         assert np.array_equal(  # who has spoken keeps its place
-            served.evaluate("linear.forward", PLANES).planes, encrypted_linear_reference(PLANES, WEIGHT, 2)
+            served.evaluate("linear.forward", PLANES).planes, encrypted_linear_reference(PLANES, WEIGHT, 16)
         )
         monkeypatch.setattr(connections, "IDLE_SECONDS", 0.0)  # but not for ever
         spoken = []
@@ -176,7 +176,7 @@ def test_a_header_of_a_request_is_bounded(worker: Worker) -> None:
 
 
 def test_a_configuration_that_is_none_is_no_failure_of_the_server(tmp_path: Path) -> None:
-    bundle = write_bundle(tmp_path / "worker", {"linear": (WEIGHT, 3, 2)})
+    bundle = write_bundle(tmp_path / "worker", {"linear": (WEIGHT, 24, 16)})
     with open_server(Worker(bundle), "grpc://127.0.0.1:0") as server:
         (bundle.directory / "circuits/linear.forward/config.pbtxt").write_bytes(os.urandom(100))
         with grpc.insecure_channel(server.address.removeprefix("grpc://")) as channel:

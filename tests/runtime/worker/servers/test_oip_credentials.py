@@ -36,7 +36,7 @@ CIRCUIT = "layers.0.linear.forward"
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> WorkerBundle:
-    return write_bundle(tmp_path_factory.mktemp("oip") / "worker", {"layers.0.linear": (WEIGHT, 3, 2)})
+    return write_bundle(tmp_path_factory.mktemp("oip") / "worker", {"layers.0.linear": (WEIGHT, 24, 16)})
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +57,13 @@ def ask(client: InferenceServerClient, headers: dict[str, str]) -> None:
     tensor = InferInput("ciphertext", list(planes.shape), "UINT8")
     tensor.set_data_from_numpy(planes)
     reply = client.infer(CIRCUIT, [tensor], headers=headers).as_numpy("reply")
-    np.testing.assert_array_equal(reply, encrypted_linear_reference(planes, WEIGHT, 2))
+    np.testing.assert_array_equal(reply, encrypted_linear_reference(planes, WEIGHT, 16))
 
 
 def assert_answers(transport: OipTransport) -> None:
     planes = extreme_planes(3, 5, 8)
     np.testing.assert_array_equal(
-        transport.evaluate(CIRCUIT, planes).planes, encrypted_linear_reference(planes, WEIGHT, 2)
+        transport.evaluate(CIRCUIT, planes).planes, encrypted_linear_reference(planes, WEIGHT, 16)
     )
 
 

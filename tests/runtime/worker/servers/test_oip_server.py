@@ -33,7 +33,7 @@ SECRET_BYTE = 173
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> WorkerBundle:
-    return write_bundle(tmp_path_factory.mktemp("oip") / "worker", {"layers.0.linear": (WEIGHT, 3, 2)})
+    return write_bundle(tmp_path_factory.mktemp("oip") / "worker", {"layers.0.linear": (WEIGHT, 24, 16)})
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def ask(client: InferenceServerClient, planes: np.ndarray, circuit: str = CIRCUI
 
 def assert_answers(client: InferenceServerClient, **options: object) -> None:
     planes = extreme_planes(3, 5, 8)
-    np.testing.assert_array_equal(ask(client, planes, **options), encrypted_linear_reference(planes, WEIGHT, 2))
+    np.testing.assert_array_equal(ask(client, planes, **options), encrypted_linear_reference(planes, WEIGHT, 16))
 
 
 def test_the_client_of_others_finds_and_runs_every_circuit(url: str, bundle: WorkerBundle) -> None:
@@ -143,7 +143,7 @@ def test_a_wrong_request_is_refused_with_its_reason_and_no_byte_of_it(
         assert "\\xad" not in caught.value.details() + caplog.text
         good = stub.ModelInfer(request(), timeout=60)
     planes = np.full((3, 2, 8), SECRET_BYTE, np.uint8)
-    assert good.raw_output_contents[0] == encrypted_linear_reference(planes, WEIGHT, 2).tobytes()
+    assert good.raw_output_contents[0] == encrypted_linear_reference(planes, WEIGHT, 16).tobytes()
 
 
 def test_what_is_no_message_is_refused_and_the_server_stays_up(url: str) -> None:
@@ -196,7 +196,7 @@ def test_eight_requests_at_once_are_not_mixed_up(url: str) -> None:
         with InferenceServerClient(url) as client:
             for round_ in range(3):
                 planes = extreme_planes(3, 4 + index, 8, seed=100 * index + round_)
-                expected = encrypted_linear_reference(planes, WEIGHT, 2)
+                expected = encrypted_linear_reference(planes, WEIGHT, 16)
                 np.testing.assert_array_equal(ask(client, planes), expected)
         return True
 
@@ -232,7 +232,7 @@ def test_more_requests_than_it_takes_are_refused_and_those_under_way_answered(wo
             OipTransport(server.address).hello(PLAN_ID)
         engine.go.set()
         planes = np.full((3, 2, 8), SECRET_BYTE, np.uint8)
-        expected = encrypted_linear_reference(planes, WEIGHT, 2).tobytes()
+        expected = encrypted_linear_reference(planes, WEIGHT, 16).tobytes()
         assert [call.result().raw_output_contents[0] for call in waiting] == [expected] * 2
 
 
