@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from benchmarks.report import section_main, table
 from benchmarks.worker.linears import Linear, public_matrix, random_linear, random_rows, stored_hint
 from hecompile.errors import VerificationError
-from hecompile.he.check_vectors import MISSED, MOST_LIKELY, SMALL, TOKEN_VARIANTS, VARIANTS, Checks, tolerance
+from hecompile.he.check_tolerances import result_tolerance, tolerance
+from hecompile.he.check_vectors import MISSED, MOST_LIKELY, SMALL, TOKEN_VARIANTS, VARIANTS, Checks
 from hecompile.he.fused import decrypt_reals, encrypt_reals
 from hecompile.he.hints import Hint
 from hecompile.he.public_matrix import PublicMatrix
@@ -29,9 +30,10 @@ PROSE = """\
 ## Detection
 
 A worker that lies in one way, in requests of 1 and 64 tokens, each checked by vectors drawn afresh: how often the reply is
-refused, and the least share that `hecompile/he/verification.py` derives. *Tolerance* is that of one token; *cancel* means
-opposite errors in two results; an even number of q/2 cancels in a sum of tokens. Up to twice the tolerance nothing is
-promised, and what is derived is the mean: of the check of a token, to which rounding adds a normal eighth of the tolerance.
+refused, and the least share that `hecompile/he/verification.py` derives. *Cancel* means opposite errors in two results; an
+even number of q/2 cancels in a sum of tokens. *Tolerance* is that of a single result (`check_tolerances.result_tolerance`):
+an error above it passes with probability 2^-20 at most. Below it nothing is promised, and what is derived is the mean: of
+the check of a token, to which rounding adds a normal eighth of the check's own tolerance.
 """
 
 Words = NDArray[np.int64]
@@ -41,7 +43,7 @@ Words = NDArray[np.int64]
 class Lie:
     """Describe a lie: what it does to the words of a reply, int64 `[T, out]` in steps of the rounding, and its derived rate.
 
-    `tolerance` and `modulus` are in the same steps.
+    `tell` takes words, the tolerance of a result and the modulus in the same steps. `derived` takes the number of tokens.
     """
 
     name: str
@@ -66,6 +68,8 @@ def _always(_: int) -> float:
 
 def _near(times: float, tokens: int) -> float:
     """Return the mean rate for an error of so many tolerances in one result: see PROSE."""
+    linear = random_linear(IN_FEATURES, OUT_FEATURES).parameters
+    times *= result_tolerance(linear) / tolerance(linear)
     beyond = [1 - NormalDist(times * factor, 1 / 8).cdf(1) for factor in (1, 2)]  # of an odd and of an even factor
     return 1 - prod((1 - rate) ** (VARIANTS // 2) for rate in beyond) if tokens <= SMALL else sum(beyond) / 2
 
@@ -120,10 +124,10 @@ LIES = (
     Lie("errors that cancel in a token", _cancel, _one_token),
     Lie("two tokens exchanged", _exchange, lambda _: 1 - 1e-3, 2),
     Lie("another reply", _replay, _one_token),
-    Lie("2.1 times the tolerance in one result", _add_tolerances(2.1), _always),
-    Lie("1.1 times the tolerance in one result", _add_tolerances(1.1), partial(_near, 1.1)),
+    Lie("1.01 times the tolerance in one result", _add_tolerances(1.01), lambda _: 1 - 2.0**-20),
     Lie("0.9 times the tolerance in one result", _add_tolerances(0.9), partial(_near, 0.9)),
-    Lie("a tenth of the tolerance in one result", _add_tolerances(0.1), partial(_near, 0.1)),
+    Lie("0.5 times the tolerance in one result", _add_tolerances(0.5), partial(_near, 0.5)),
+    Lie("0.1 times the tolerance in one result", _add_tolerances(0.1), partial(_near, 0.1)),
 )
 
 
@@ -169,7 +173,7 @@ def _caught(lie: Lie, linear: Linear, public: PublicMatrix, hint: Hint, tokens: 
         ciphertext, key = encrypt_reals(public, random_rows(tokens, IN_FEATURES), parameters, checks=checks)
         reply = evaluate(linear.weight, ciphertext.planes, parameters).numpy()  # uint8 [bytes, T, out]
         words = sum(plane.astype(np.int64) << (8 * place) for place, plane in enumerate(reply))
-        lie.tell(words, tolerance(parameters) / step, modulus)
+        lie.tell(words, result_tolerance(parameters) / step, modulus)
         planes = np.stack([((words % modulus) >> (8 * place)) & 255 for place in range(len(reply))]).astype(np.uint8)
         try:
             decrypt_reals(key, hint, torch.from_numpy(planes), parameters)

@@ -10,7 +10,8 @@ import torch
 from benchmarks.report import section_main, table
 from benchmarks.timing import Samples, paired, ratio, threads
 from benchmarks.worker.linears import llama_layer, public_matrix, random_linear, random_rows, stored_hint
-from hecompile.he.check_vectors import Checks, check_count, tolerance
+from hecompile.he.check_tolerances import check_count, result_tolerance
+from hecompile.he.check_vectors import Checks
 from hecompile.he.fused import decrypt_reals, encrypt_reals
 from hecompile.he.random.sampling import SecretRandom
 from hecompile.he.scheme import evaluate
@@ -27,8 +28,8 @@ PROSE = f"""\
 Encrypting and decrypting with and without the check of the reply, one thread, in turn; *cost* is the median over pairs of
 the time with it over the time without, minus one (target: at most {TARGET:.0%} of both together). *Layer* is all circuits
 of a layer of Llama-3.2-1B, forward and backward: the sum of their medians with the check over the sum without. *Tolerance*:
-the largest deviation of a check sum that rounding is allowed, in units of what the worker rounds to; a single result that
-is wrong by twice that is always caught. *Noise bound*: of decryption, in the same units.
+the amount from which on an error of a single result is caught, in units of what the worker rounds to. *Noise bound*: of
+decryption, in the same units.
 """
 
 
@@ -72,7 +73,7 @@ def _row(
     costs.append(ratio(both["verified"], both["plain"]) - 1)
     step = parameters.reply_step
     cells: list[object] = [f"{in_features} × {out_features}", tokens, check_count(out_features), *map(_percent, costs)]
-    cells += [tolerance(parameters) / step, parameters.noise_bound / step]
+    cells += [result_tolerance(parameters) / step, parameters.noise_bound / step]
     names = [(name, what) for name in ("plain", "verified") for what in ("encrypt", "decrypt")]
     return cells, {(name, what): samples[f"{name} {what}"].seconds for name, what in names}
 

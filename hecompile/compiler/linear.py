@@ -45,6 +45,7 @@ from hecompile.compiler.target import check_target
 from hecompile.errors import InputError
 from hecompile.files import found_anywhere, only_writer
 from hecompile.he.check_store import SERIES, write_checks
+from hecompile.he.check_tolerances import Rows
 from hecompile.he.check_vectors import Checks
 from hecompile.he.parameters import RingParameters
 from hecompile.he.random.sampling import PublicSeed, SecretRandom
@@ -103,7 +104,10 @@ def _compile(model_name_or_path: str, out: Path, options: CompileOptions, progre
         random = SecretRandom()
         for circuit in plan.circuits:
             weight = torch.from_numpy(circuit.weight).t()  # [out, in]
-            series = [Checks.draw(weight, random) for _ in range(SERIES)]
+            rows = Rows(weight, random)
+            series = [Checks.draw(weight, random, rows) for _ in range(SERIES)]
+            for checks in series:
+                checks.tolerances(circuit.parameters)  # raises where those rows cannot be verified at that precision
             write_checks(stage.build / CLIENT / CHECKS, circuit.name, *series)
         progress("write", 0, 1)
         _write_client(stage.build / CLIENT, plan, tokenizer, ends, record, hints)

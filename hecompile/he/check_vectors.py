@@ -1,4 +1,4 @@
-"""Draw the secret vectors that replies are checked with, and say how far an honest worker's sums may deviate.
+"""Draw the secret vectors that replies are checked with, and keep what they allow an honest worker's sums to deviate by.
 
 A circuit has VARIANTS vectors r ∈ {±1, ±2}^out with v = rᵀ·W. For each output, independently, a uniform half of the variants
 has an odd factor, ±1, the other half ±2, and every sign is uniform. `verification` says what follows from that.
@@ -18,6 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.errors import InputError, SecurityError
+from hecompile.he.check_tolerances import (
+    GROUP,
+    KINDS,
+    Roundings,
+    Rows,
+    check_count,
+    largest_tolerance,
+    tolerances,
+)
 from hecompile.he.kernels.transform import aligned
 from hecompile.he.parameters import LOG_Q, LinearParameters
 from hecompile.he.random.sampling import SecretRandom, Unsharable
@@ -37,81 +46,23 @@ SMALL = 8
 """Tokens of a request of which each is checked by all variants."""
 LONGEST_WINDOW = 512
 """Most tokens whose total is checked by all variants; divides the tokens of a piece that the kernels work on."""
-GROUP = 2048
-"""Outputs per check: a multiple of _LINE."""
-
 _LINE = 64
 """Features that the kernels take at a time."""
 
-_DEVIATIONS = 8
-_MEAN_SQUARE = 2.5
-"""Mean of r_i², half of them 1 and half of them 4."""
-_LARGEST_SQUARE = 4.0
 _LARGEST_INPUTS = 2**15
-
-
-def check_count(out_features: int) -> int:
-    """Return the number of checks per token."""
-    return math.ceil(out_features / GROUP)
-
-
-def tolerance(linear: LinearParameters, square_sum: float | None = None, factor_sum: float | None = None) -> int:
-    """Return the largest |D| of a check that passes: 8 standard deviations of an honest worker's Σ_i r_i·ρ'_i, and its mean.
-
-    ρ' is uniform over the G/U multiples of U above -G/2 and up to G/2, as ties go up. So its variance is (G² - U²)/12 and
-    its mean U/2, which is as large as the standard deviation where G = 2·U. The result is 0 where the worker rounds nothing.
-
-    Args:
-        linear: the circuit.
-        square_sum: Σ r_i² of the check; by default the expected one of a full group.
-        factor_sum: Σ r_i of the check; by default the root of `square_sum`, which is its standard deviation.
-
-    Raises:
-        SecurityError: replies are rounded so coarsely that a wrong one could pass.
-    """
-    if linear.reply_step <= linear.upload_step:
-        return 0
-    squares = _MEAN_SQUARE * min(GROUP, linear.out_features) if square_sum is None else square_sum
-    mean = linear.upload_step / 2 * abs(math.sqrt(squares) if factor_sum is None else factor_sum)
-    allowed = math.ceil(_spread(linear, squares) + mean)
-    if 18 * allowed >= 2**LOG_Q:
-        raise SecurityError(
-            f"replies of {linear.reply_bits} bits for {linear.out_features} outputs cannot be verified: ask for a "
-            "higher precision, which takes more bits"
-        )
-    return allowed
-
-
-def can_be_verified(linear: LinearParameters) -> bool:
-    """Return whether replies of that circuit are fine enough for their check, whatever r is drawn."""
-    return 18 * largest_tolerance(linear) < 2**LOG_Q
-
-
-def largest_tolerance(linear: LinearParameters) -> int:
-    """Return the tolerance of a check whose factors are all ±2, 0 where the worker rounds nothing."""
-    if linear.reply_step <= linear.upload_step:
-        return 0
-    outputs = min(GROUP, linear.out_features)
-    return math.ceil(_spread(linear, _LARGEST_SQUARE * outputs) + linear.upload_step * outputs)
-
-
-def _spread(linear: LinearParameters, square_sum: float) -> float:
-    """Return 8 standard deviations of Σ_i r_i·ρ'_i for Σ r_i² = `square_sum`."""
-    return _DEVIATIONS * math.sqrt(square_sum * (linear.reply_step**2 - linear.upload_step**2) / 12)
 
 
 @dataclass(frozen=True)
 class _Tolerances:
     """Hold the tolerances of one circuit.
 
-    of_token: int64 `[variants, checks]`. spread: 8 standard deviations of a token's Σ_i r_i·ρ'_i, the most of all variants,
-    float64 `[checks]`. mean: largest mean of that, float64 `[checks]`. longest: tokens of a window.
+    of_token: int64 `[variants, checks]`. means: of a token's Σ_i r_i·ρ'_i, float64 `[variants, checks]`. longest: tokens of
+    a window.
     """
 
     linear: LinearParameters
     of_token: NDArray[np.int64]
-    spread: NDArray[np.float64]
-    mean: NDArray[np.float64]
+    means: NDArray[np.float64]
     longest: int
 
 
@@ -121,6 +72,7 @@ class Checks(Unsharable):
     Attributes:
         variants: how many there are; OLD_VARIANTS in old bundles.
         series: which of the circuit's sets of vectors this is.
+        roundings: how far an honest worker deviates.
         outputs, inputs: the circuit's features.
         vectors_by_lines: the r for the kernels, int8 `[lines, variants, 64]`.
         images_by_lines: the v for the kernels, int32 `[lines, variants · checks, 64]`.
@@ -129,17 +81,19 @@ class Checks(Unsharable):
         vectors: the r, int32 `[variants, out]`.
         images: the v, int32 `[variants, checks, in]`.
         series: see above.
+        roundings: how far an honest worker deviates; by default as for rows of odd weights, none a multiple of another.
 
     Raises:
         InputError: shapes or types do not fit together.
     """
 
     __slots__ = (
-        "_factor_sums", "_square_sums", "_tolerances", "images_by_lines", "inputs", "outputs", "series", "variants",
-        "vectors_by_lines",
+        "_tolerances", "images_by_lines", "inputs", "outputs", "roundings", "series", "variants", "vectors_by_lines",
     )  # fmt: skip
 
-    def __init__(self, vectors: NDArray[np.int32], images: NDArray[np.int32], series: int = 0) -> None:
+    def __init__(
+        self, vectors: NDArray[np.int32], images: NDArray[np.int32], series: int = 0, roundings: Roundings | None = None
+    ) -> None:
         variants, outputs = vectors.shape
         if (
             vectors.dtype != np.int32
@@ -147,9 +101,7 @@ class Checks(Unsharable):
             or images.shape[:2] != (variants, check_count(outputs))
         ):
             raise InputError("the check vectors of a circuit do not fit together: export again")
-        groups = [vectors[:, at : at + GROUP].astype(np.float64) for at in range(0, outputs, GROUP)]
-        self._square_sums = np.stack([np.square(group).sum(axis=1) for group in groups], axis=1)  # [variants, checks]
-        self._factor_sums = np.stack([group.sum(axis=1) for group in groups], axis=1)  # likewise
+        self.roundings = Roundings.of_unknown_rows(vectors) if roundings is None else roundings
         self.series, self.variants, self.outputs, self.inputs = series, variants, outputs, images.shape[2]
         self._tolerances: _Tolerances | None = None
         self.vectors_by_lines = _by_lines(vectors.astype(np.int8))
@@ -166,8 +118,13 @@ class Checks(Unsharable):
         return _by_rows(self.images_by_lines, self.inputs).reshape(self.variants, -1, self.inputs)
 
     @classmethod
-    def draw(cls, weight: Tensor, random: SecretRandom) -> Checks:
+    def draw(cls, weight: Tensor, random: SecretRandom, rows: Rows | None = None) -> Checks:
         """Draw check vectors for int8 or int16 `weight [out, in]`, in ≤ 32768.
+
+        Args:
+            weight: W.
+            random: of the factors.
+            rows: of that weight, where they are known.
 
         Raises:
             SecurityError: `random` is anything but a SecretRandom.
@@ -183,7 +140,8 @@ class Checks(Unsharable):
         exact = torch.float32 if weight.dtype == torch.int8 else torch.float64
         groups = [slice(at, at + GROUP) for at in range(0, outputs, GROUP)]
         images = [torch.from_numpy(vectors[:, group]).to(exact) @ weight[group].to(exact) for group in groups]
-        return cls(vectors, torch.stack(images, dim=1).to(torch.int32).numpy())
+        roundings = (rows or Rows(weight, random)).roundings(vectors)
+        return cls(vectors, torch.stack(images, dim=1).to(torch.int32).numpy(), roundings=roundings)
 
     def window(self, linear: LinearParameters, tokens: int) -> int:
         """Return how many tokens of a request are added up for all variants to check their total: a power of two.
@@ -194,63 +152,76 @@ class Checks(Unsharable):
         return 1 if tokens <= SMALL else min(self._tolerances_for(linear).longest, 1 << (tokens - 1).bit_length())
 
     def tolerances(self, linear: LinearParameters) -> NDArray[np.int64]:
-        """Return the tolerance of every check of one token, int64 `[variants, checks]`: see `tolerance`."""
+        """Return the tolerance of every check of one token, int64 `[variants, checks]`: see `check_tolerances.tolerance`.
+
+        Raises:
+            SecurityError: replies are rounded so coarsely that a wrong one could pass.
+        """
         return self._tolerances_for(linear).of_token
 
     def tolerances_of_total(self, linear: LinearParameters, tokens: int) -> NDArray[np.float64]:
-        """Return the tolerance of every check of a total of up to that many tokens, by any variant, float64 `[checks]`.
+        """Return the tolerance of every check of a total of that many tokens, float64 `[variants, checks]`.
 
-        It grows with the root of the number, as the standard deviation of independent roundings does. Ties, which all go up,
-        have a mean of U/2 besides, which adds up.
+        It grows with the root of the number, as the standard deviation of independent roundings does.
         """
-        tolerances = self._tolerances_for(linear)
-        return math.sqrt(tokens) * tolerances.spread + tokens * tolerances.mean
+        return math.sqrt(tokens) * self._tolerances_for(linear).of_token
+
+    def means(self, linear: LinearParameters) -> NDArray[np.float64]:
+        """Return what an honest worker's D of one token is in the mean, float64 `[variants, checks]`: ties all go up."""
+        return self._tolerances_for(linear).means
 
     def _tolerances_for(self, linear: LinearParameters) -> _Tolerances:
         """Return what follows from the vectors and the circuit, computed once."""
         if self._tolerances is None or self._tolerances.linear != linear:
-            pairs = zip(self._square_sums.flat, self._factor_sums.flat, strict=True)
-            allowed = np.array([tolerance(linear, float(square), float(total)) for square, total in pairs], dtype=np.int64)
-            largest, longest = largest_tolerance(linear), 1
-            mean = (linear.upload_step / 2 if largest else 0.0) * np.abs(self._factor_sums).max(axis=0)  # [checks]
-            while (
-                longest < LONGEST_WINDOW
-                and math.sqrt(2 * longest) * largest + 2 * longest * mean.max(initial=0.0) <= 2**LOG_Q / 8
-            ):
+            of_token, longest = tolerances(linear, self.roundings), 1
+            largest = max(largest_tolerance(linear), int(of_token.max(initial=0)))
+            while longest < LONGEST_WINDOW and 128 * longest * largest**2 <= 4**LOG_Q:
                 longest *= 2
-            spread = np.array([_spread(linear, float(square)) for square in self._square_sums.max(axis=0)])
-            spread *= float(largest > 0)
-            self._tolerances = _Tolerances(linear, allowed.reshape(self._square_sums.shape), spread, mean, longest)
+            self._tolerances = _Tolerances(linear, of_token, self.roundings.means(linear), longest)
         return self._tolerances
 
     def pack(self) -> NDArray[np.uint8]:
-        """Return what a file holds of this: uint8 `[variants, out + 4 · checks · in]`, r in int8 and then v in little-endian
-        int32."""
-        images = self.images.reshape(self.variants, -1).astype("<i4")
-        return np.concatenate([self.vectors.astype(np.int8).view(np.uint8), images.view(np.uint8)], axis=1)
+        """Return what a file holds of this: uint8 `[variants, out + 4 · checks · (in + 2 · KINDS)]`.
+
+        These are r in int8, then in little-endian int32 v and the two arrays of `Roundings`, each by checks.
+        """
+        words = (self.images, self.roundings.squares, self.roundings.sums)
+        octets = [np.ascontiguousarray(part.reshape(self.variants, -1), dtype="<i4").view(np.uint8) for part in words]
+        return np.concatenate([self.vectors.astype(np.int8).view(np.uint8), *octets], axis=1)
 
     @classmethod
     def unpack(cls, packed: NDArray[Any], linear: LinearParameters, series: int = 0) -> Checks:
-        """Invert `pack` for that circuit; reads the int32 `[OLD_VARIANTS, out + checks · in]` of old bundles too.
+        """Invert `pack` for that circuit.
+
+        Reads two older formats without roundings too: uint8 `[variants, out + 4 · checks · in]`, and int32
+        `[OLD_VARIANTS, out + checks · in]`.
 
         Raises:
             InputError: the array has another size or type, or values that no r has.
         """
-        outputs, inputs = linear.out_features, linear.in_features
-        size = check_count(outputs) * inputs
+        outputs, inputs, checks = linear.out_features, linear.in_features, check_count(linear.out_features)
+        size, kinds = checks * inputs, checks * KINDS
+        widths = outputs + 4 * size, outputs + 4 * (size + 2 * kinds)
+        roundings = None
         if packed.dtype == np.int32 and packed.shape == (OLD_VARIANTS, outputs + size):
             vectors, images = packed[:, :outputs], packed[:, outputs:]
-        elif packed.dtype == np.uint8 and packed.shape == (VARIANTS, outputs + 4 * size):
+        elif packed.dtype == np.uint8 and packed.ndim == 2 and len(packed) == VARIANTS and packed.shape[1] in widths:
             vectors = np.ascontiguousarray(packed[:, :outputs]).view(np.int8).astype(np.int32)
-            images = np.ascontiguousarray(packed[:, outputs:]).view("<i4").astype(np.int32)
+            words = np.ascontiguousarray(packed[:, outputs:]).view("<i4").astype(np.int32)
+            images = words[:, :size]
+            if packed.shape[1] == widths[1]:
+                parts = words[:, size : size + kinds], words[:, size + kinds :]
+                roundings = Roundings(*(part.reshape(VARIANTS, checks, KINDS) for part in parts))
         else:
             raise InputError(
-                f"check vectors of uint8 {[VARIANTS, outputs + 4 * size]} were wanted, got {packed.dtype} "
-                f"{list(packed.shape)}: export again"
+                f"check vectors of uint8 {[VARIANTS, widths[1]]} were wanted, got {packed.dtype} {list(packed.shape)}: "
+                "export again"
             )
         if not np.isin(np.abs(vectors), (1, 2)).all():
             raise InputError("check vectors of ±1 and ±2 were wanted, got others: export again")
-        return cls(vectors, images.reshape(len(images), -1, inputs), series)
+        if roundings is not None and (roundings.squares < 0).any():
+            raise InputError("check vectors have sums of squares below zero: export again")
+        return cls(vectors, images.reshape(len(images), -1, inputs), series, roundings)
 
     def check_fits(self, linear: LinearParameters) -> None:
         """Check the shape of the circuit, which the kernels do not.

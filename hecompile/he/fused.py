@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.errors import InputError, NotFiniteError, SecurityError
-from hecompile.he.check_vectors import GROUP, Checks
+from hecompile.he.check_tolerances import GROUP
+from hecompile.he.check_vectors import Checks
 from hecompile.he.hints import Hint
 from hecompile.he.kernels import decrypt_tiles, encrypt_tiles
 from hecompile.he.kernels.arguments import CheckSums, Extent, HintArrays, Planes, Ring, Rows, Scales, Scratch

@@ -152,7 +152,8 @@ test_insecure_parameters.__test__ = False  # type: ignore[attr-defined]  # its n
 
 # A longer ring makes the hints cheaper to transform per token; a shorter one wastes less on short sequences. 128x12, 256x6
 # and 512x3 are one ring, Z_q[X]/(X^1536 - X^768 + 1); 1024x2 and 2048x1 are Z_q[X]/(X^2048 + 1). Each has at least 161 bits,
-# because all secrets of a bundle share A: for 2^33 secrets 128 bits are left (a hybrid argument: log2 of their number less).
+# because all secrets of a bundle share A: for 2^33 secrets 128 bits are left (a hybrid argument: log2 of their number less),
+# under MATZOV alone: under ADPS16 dimension 1536 has 135 bits, and 102 are left.
 # Rings of 1280 dimensions, at 133 bits, have no such margin and cost more than packed ones; older bundles may have them.
 CATALOGUE: dict[str, RingParameters] = {
     f"{ring_dim}x{rank}": RingParameters(ring_dim, rank, packed=_can_be_packed(rank))

@@ -2,21 +2,21 @@
 
 At setup the client draws r ∈ {±1, ±2}^out and keeps v = rᵀ·W (Freivalds, "Probabilistic machines can use less running
 time", IFIP 1977). A product sends words b' mod q and gets words Y' = W·b' + ρ' mod q, where ρ' is the worker's own rounding
-to the bits of a reply: |ρ'_i| ≤ G/2, and 0 where nothing is rounded. For an honest worker
+to multiples of G: |ρ'_i| ≤ G/2, with the mean m_i ≥ 0, for ties go up; 0 where nothing is rounded. For an honest worker
 
-    D = Σ_i r_i·Y'_i - Σ_j v_j·b'_j = Σ_i r_i·ρ'_i   (mod q, centred)
+    D = Σ_i r_i·(Y'_i - m_i) - Σ_j v_j·b'_j = Σ_i r_i·(ρ'_i - m_i)   (mod q, centred)
 
-is small. The tolerance is the mean of the right-hand side and 8 standard deviations, for the r that were drawn. With ρ'_i
-independent and uniform, which is sub-Gaussian with its own variance, |D| exceeds the tolerance with probability below
-2·exp(-32) < 3e-14 for each check. A reply is accepted if every check is within its tolerance:
+is small. The tolerance is 8 standard deviations of the right-hand side for the r that were drawn and the rows of W
+(`check_tolerances`). |D| exceeds it with probability below 2·exp(-32) < 3e-14 for each check of an honest reply. A reply is
+accepted if every check is within its tolerance:
 
 * token by token, by one of TOKEN_VARIANTS r, drawn for the token. Which these are of all VARIANTS is drawn for the request;
 * by all VARIANTS r, the sum of the tokens of a window: of a token alone in a request of up to SMALL tokens, else of up to
   LONGEST_WINDOW neighbours. Its D is the sum of theirs, the tolerance grows with the root of their number.
 
-**Caught.** Let the reply be W·b' + δ mod q, from a worker that does not know r: nothing that it is sent depends on r. Call
-an error visible to a check if some |δ_i| is more than twice the tolerance, whichever r_i is drawn. Fix the factors of all
-outputs but i. The four values of r_i move D by ±δ_i and ±2·δ_i. Two that differ by δ_i itself, so 1 and 2 or -1 and -2,
+**Caught.** Let the reply be W·b' + m + δ mod q, from a worker that does not know r: nothing that it is sent depends on r.
+Call an error visible to a check if some |δ_i| is more than twice the tolerance, whichever r_i is drawn. Fix the factors of
+all outputs but i. The four values of r_i move D by ±δ_i and ±2·δ_i. Two that differ by δ_i itself, so 1 and 2 or -1 and -2,
 cannot both pass. So at most two of the four values pass.
 
 * *The sum of a window is wrong, visibly to its checks*, as it is if a single token is: that passes with probability
@@ -24,10 +24,11 @@ cannot both pass. So at most two of the four values pass.
   pass in variant v: n_v(0) + n_v(1) ≤ 2. Signs are uniform, so parities p_v pass with probability Π n_v(p_v)/2. Half of an
   output's V factors are odd, and each half is equally likely, with probability MISSED. So the reply passes with at most
   MISSED · Σ_p Π_v n_v(p_v)/2 = MISSED · Π_v (n_v(0) + n_v(1))/2 ≤ MISSED.
-* *One output of one token is wrong, visibly to the token's check*: always caught. Unless δ_i is within the tolerance of q/2,
-  neither ±δ_i nor ±2·δ_i is small, and the token's check fails. If it is, half of the variants have r_i odd and see q/2 in
-  the total, whose tolerance is q/8 at most. (Factors ±1 alone would never see two outputs that are both off by q/2,
-  nor even factors one.)
+* *One output of one token is wrong*, by `check_tolerances.result_tolerance` or more, and all else is honest: caught but
+  with probability 2^-20, and from twice the tolerance on but with that of an honest reply that fails. Unless the error is
+  so near q/2 that twice of it is small mod q, the token's check sees it, whatever its variant. If it is, half of the
+  variants have r_i odd and see it in the total, whose tolerance is q/11 at most. (Factors ±1 alone would never see two
+  outputs that are both off by q/2, nor even factors one.)
 * *Tokens are wrong, visibly to their checks, and their sum is not*: they pass with probability Π_{j<k} (V/2)/(V - j) at most
   if they meet k distinct variants (MOST_LIKELY). For, given j of its factors, an output's next one has neither parity with a
   higher probability than that. For k from 1 to 8 this is 0.5, 0.26, 0.14, 0.08, 0.05, 0.03, 0.02 and 0.013. Two tokens share
@@ -43,16 +44,22 @@ cannot both pass. So at most two of the four values pass.
 sees what it would see for any other r. So its first lie of the first two kinds does not depend on r either, whatever was
 tried before, and passes with probability MISSED at most. That bounds a worker's chance for the whole life of the vectors.
 
-**Not caught** are errors below the tolerance. `inspect` shows the tolerance in standard deviations of the noise of
-decryption; at 2048 outputs it is some hundreds of them, a tenth to a half of a typical result. So a worker can, without
-risk, add a bias of some percent to single results of its choice. Only the Euclidean norm of all that it adds to a token is
-held near that of the noise; a bias that all n tokens of a window share is held to 1/√n of that. Errors between the tolerance
-of a token and that of its window, made to cancel in the token, are seen by the token's check alone: with probability 1/2 at
-least. `LinearParameters` whose tolerance comes near q cannot be checked and are refused.
+**Not caught** are errors below the tolerance; single ones up to `result_tolerance`, 1.7 times that, may pass. `inspect`
+shows that amount in standard deviations of the noise of decryption; at 2048 outputs it is some hundreds of them, a tenth of
+a typical result or more. So a worker can, without risk, add a bias of some percent to single results of its choice. Only
+the Euclidean norm of all that it adds to a token is held near that of the noise; a bias that all n tokens of a window share
+is held to 1/√n of that. (Factors ±3 and ±4 would make the amount 1.3 times smaller beside the noise, and the tolerance 2.2
+times larger beside q: replies would need a bit more to be verified at all.) Errors between the tolerance of a token and that
+of its window, made to cancel in the token, are seen by the token's check alone: with probability 1/2 at least.
+`LinearParameters` whose tolerance comes near q cannot be checked and are refused.
+
+**Honest workers** are never refused for what W is like, within what is said above: rows of zeros, rows that a power of two
+divides, and rows that are multiples of each other are accounted for when r is drawn.
 
 **Old bundles** have OLD_VARIANTS vectors, whose factors were drawn each by itself. The rest holds with 2^-8 in place of
 MISSED and 2^-k of the product, but for what is said of q/2: one output in 256 has even factors in all of them, and can be
-changed by q/2 for as long as the bundle lives. Opening them warns.
+changed by q/2 for as long as the bundle lives. Opening them warns. Older ones than those with `Roundings` are checked as if
+every row had an odd weight and none were a multiple of another.
 
 The check looks at ciphertext words, replies and r, and at nothing decrypted. What the client does after it tells nothing
 about data, adapter or encryption secrets, only about r.
@@ -68,7 +75,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.errors import VerificationError
-from hecompile.he.check_vectors import GROUP, TOKEN_VARIANTS, Checks, check_count
+from hecompile.he.check_tolerances import GROUP, check_count
+from hecompile.he.check_vectors import TOKEN_VARIANTS, Checks
 from hecompile.he.parameters import LOG_Q, LinearParameters
 from hecompile.he.random.sampling import SecretRandom
 
@@ -176,9 +184,12 @@ class Received(_Sums):
         expectation, tokens = self._expectation, len(self.sums)
         checks, starts = expectation.checks, range(0, tokens, self.window)
         counts = [min(self.window, tokens - start) for start in starts]  # the last window may have fewer
-        wrong = _distance(self.sums, expectation.sums) > checks.tolerances(linear)[expectation.variants]  # [T, checks]
-        allowed = np.stack([checks.tolerances_of_total(linear, count) for count in counts])  # [windows, checks]
-        bad = _distance(self.total_sums, expectation.total_sums) > allowed[:, None]
+        variants, means = expectation.variants, checks.means(linear)
+        deviations = _distance(self.sums, expectation.sums, means[variants])  # [T, checks]
+        wrong = deviations > checks.tolerances(linear)[variants]
+        allowed = np.stack([checks.tolerances_of_total(linear, count) for count in counts])  # [windows, variants, checks]
+        means = np.array(counts)[:, None, None] * means
+        bad = _distance(self.total_sums, expectation.total_sums, means) > allowed
         if wrong.any() or bad.any():
             count, windows = int(wrong.any(axis=1).sum()), int(bad.any(axis=(1, 2)).sum())
             # The message shows no deviation: a worker could arrange it to spell out some of r for whoever sees the log.
@@ -188,9 +199,11 @@ class Received(_Sums):
             )
 
 
-def _distance(one: NDArray[np.int32], other: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Return |one - other| mod q, centred, which int32 does by itself."""
-    return np.abs((one - other).astype(np.int64))
+def _distance(one: NDArray[np.int32], other: NDArray[np.int32], means: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return |one - other - means| mod q, centred, which int32 does by itself; means are multiples of 1/2."""
+    whole = np.floor(means)
+    deviations: NDArray[np.float64] = np.abs((one - other - whole.astype(np.int64)).astype(np.int32) - (means - whole))
+    return deviations
 
 
 def hint_is_right(checks: Checks, coefficients: Tensor, matrix: Tensor) -> bool:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from hecompile.bundles.client import CircuitRecord, ClientBundle, PlanRecord
 from hecompile.graph.gradients import without_gradient
 from hecompile.graph.ir import module_path
-from hecompile.he.check_vectors import tolerance
+from hecompile.he.check_tolerances import result_tolerance
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.plan.costs import hint_bytes, limb_products
 
@@ -58,7 +58,7 @@ class Product:
         trained: whether training calls it.
         weight_bits: of the quantised weight.
         effective_bits, noise_std: predicted precision; noise in units of the integer product.
-        unseen_error: the largest error of a reply that verification lets pass, in units of the same.
+        unseen_error: from which on verification sees an error of a single result, in units of the same.
         multiplications: per token, of a byte of the input by a byte of a weight.
     """
 
@@ -84,7 +84,7 @@ class Product:
         limbs = limb_products(record.upload_limbs, 1 if weight_bits <= 8 else 2)
         return cls(
             record.linear, record.direction, trained, record.in_features, record.out_features, weight_bits,
-            record.effective_bits, record.noise_std, float(tolerance(parameters)), int(parameters.input_bound),
+            record.effective_bits, record.noise_std, float(result_tolerance(parameters)), int(parameters.input_bound),
             record.upload_limbs, record.reply_bytes, parameters.bytes_up(1), parameters.bytes_down(1),
             record.in_features * record.out_features * limbs,
         )  # fmt: skip

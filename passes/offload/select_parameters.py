@@ -36,7 +36,7 @@ import torch
 from hecompile.errors import HecompileError, InputError, LegalityError
 from hecompile.graph.gradients import without_gradient
 from hecompile.graph.ir import GRADIENT_RANGE, PLACEMENT, RANGE, constant_of, module_path, nodes_of_type
-from hecompile.he.check_vectors import can_be_verified
+from hecompile.he.check_tolerances import can_be_verified
 from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
 from hecompile.he.security import AMPLE_BITS
 from hecompile.he.weight_norms import WeightNorms, measure_norms

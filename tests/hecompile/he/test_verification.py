@@ -12,14 +12,8 @@ import torch
 from hecompile.errors import InputError, SecurityError, VerificationError
 from hecompile.he import fused
 from hecompile.he.check_store import CheckStore, write_checks
-from hecompile.he.check_vectors import (
-    OLD_VARIANTS,
-    VARIANTS,
-    Checks,
-    can_be_verified,
-    check_count,
-    tolerance,
-)
+from hecompile.he.check_tolerances import can_be_verified, check_count, tolerance
+from hecompile.he.check_vectors import OLD_VARIANTS, VARIANTS, Checks
 from hecompile.he.fused import RealKey, decrypt_reals, encrypt_reals
 from hecompile.he.hints import Hint
 from hecompile.he.parameters import LinearParameters, test_insecure_parameters
