@@ -1,12 +1,14 @@
 """Read the client bundle: the client plan, the hints, the check vectors, the tokenizer and a manifest.
 
-All of it is public but for the check vectors, which the worker must not see: with them it could return wrong results that
-pass for right ones (and would learn nothing about the data). The bundle holds no key: keys are drawn for each request.
+All of it is public but for the check vectors and those that find wrapped products, which the worker must not see: with them
+it could return wrong results that pass for right ones (and would learn nothing about the data). There is no key in it: keys
+are drawn for each request.
 
 manifest.json   format, plan id, public seed, ring, LoRA options, buckets, every circuit's parameters, file hashes
 plan.onnx(.data) the client plan: embedding, norms, row scales, and linears that stay with the client
 hints/*.npy     H = W·A mod q, one per circuit; none in a plan whose worker computes them (`hints` in the manifest)
 checks/*.npy    secret: what each reply is verified with, one per circuit (`hecompile.he.verification`)
+wraps/*.npy     secret: what finds wrapped products, one per circuit with a calibrated bound (`hecompile.he.wraps`)
 tokenizer/      what AutoTokenizer.from_pretrained loads; generation_config.json: the ids of the tokens that end an answer
 """
 
@@ -42,7 +44,7 @@ READABLE = (3, 4, 5, 6)
 backward product of every linear and adapters on all layers."""
 
 PLAN, PLAN_DATA = "plan.onnx", "plan.onnx.data"
-HINTS, CHECKS, TOKENIZER = "hints", "checks", "tokenizer"
+HINTS, CHECKS, WRAPS, TOKENIZER = "hints", "checks", "wraps", "tokenizer"
 _REMEDY = "make the bundle again with `hecompile export llama`"
 
 
@@ -103,11 +105,13 @@ class CircuitRecord(_Record):
     weight_sha256: str
     weight_bits: int | None = None
     """Bits that hold every weight; None in a plan of version 4 or before, whose circuits all have those of the plan."""
+    gain: float | None = None
+    """How many times longer than proven a token may be; None for a proven bound, as of every plan before version 6."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `weight_bits` where there are none: a plan from before must hash to its id."""
-        return {name: value for name, value in serialize(self).items() if name != "weight_bits" or value is not None}
+        """Leave out what is None: a plan from before must hash to its id."""
+        return {name: value for name, value in serialize(self).items() if value is not None}
 
     def parameters(self) -> LinearParameters:
         """Return the checked form. Raises InputError where the numbers cannot belong together."""
@@ -118,6 +122,7 @@ class CircuitRecord(_Record):
             max_l2=self.max_l2,
             upload_bits=8 * self.upload_limbs,
             reply_bits=8 * self.reply_bytes,
+            gain=self.gain or 1.0,
         )
 
 
@@ -196,6 +201,10 @@ class ClientBundle:
         return self.directory / CHECKS
 
     @property
+    def wraps(self) -> Path:
+        return self.directory / WRAPS
+
+    @property
     def tokenizer(self) -> Path:
         return self.directory / TOKENIZER
 
@@ -238,7 +247,8 @@ class ClientBundle:
         hints = (f"{HINTS}/{circuit}.npy" for circuit in stored)
         checks = (f"{CHECKS}/{circuit}.npy" for circuit in manifest.plan.circuits)
         data = (PLAN_DATA,) if (directory / PLAN_DATA).exists() else ()
-        for needed in (PLAN, *data, *hints, *checks):
+        wraps = (f"{WRAPS}/{name}.npy" for name, record in manifest.plan.circuits.items() if record.gain is not None)
+        for needed in (PLAN, *data, *hints, *checks, *wraps):
             if needed not in listed:
                 raise InputError(f"{directory / MANIFEST} is damaged: {needed} is not listed; {_REMEDY}")
         _refuse_strangers(directory, listed)

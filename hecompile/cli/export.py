@@ -97,6 +97,8 @@ def _compile_options(
         raise InputError(f"--head must be local, remote or auto, got {head!r}")
     if encryption.experts not in ("routed", "all"):
         raise InputError(f"--experts must be routed or all, got {encryption.experts!r}")
+    if encryption.bounds not in ("calibrated", "proven"):
+        raise InputError(f"--bounds must be calibrated or proven, got {encryption.bounds!r}")
     return CompileOptions(
         lora=lora,
         effective_bits=encryption.precision,
@@ -108,6 +110,7 @@ def _compile_options(
         public_seed=encryption.seed(),
         policy="offload" if encryption.placement == "offload" else "cheapest",
         head="remote" if head == "remote" else "auto" if head == "auto" else "local",
+        bounds="proven" if encryption.bounds == "proven" else "calibrated",
         stored_hints=encryption.hints,
         experts="routed" if encryption.experts == "routed" else "all",
         attention=polynomials.attention,

@@ -136,6 +136,14 @@ class EncryptionOptions:
             "experts for each one chosen, and gives answers away to the worker (docs/models.md)."
         ),
     ] = "all"
+    bounds: Annotated[
+        str,
+        typer.Option(
+            help="How far values are scaled up before they are encrypted. 'calibrated': to half of what products "
+            "of the calibration's text leave room for; a row whose product overflows all the same is noticed by the client, "
+            "which sends it again. 'proven': only so far that nothing can overflow, which takes more bytes."
+        ),
+    ] = "calibrated"
     hints: Annotated[
         bool,
         typer.Option(

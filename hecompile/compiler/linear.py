@@ -18,6 +18,7 @@ from hecompile.bundles.client import (
     PLAN,
     PLAN_DATA,
     TOKENIZER,
+    WRAPS,
     CircuitRecord,
     FileRecord,
     LoraRecord,
@@ -49,6 +50,7 @@ from hecompile.he.check_tolerances import Rows
 from hecompile.he.check_vectors import Checks
 from hecompile.he.parameters import RingParameters
 from hecompile.he.random.sampling import PublicSeed, SecretRandom
+from hecompile.he.wraps import WrapChecks, write_wrap_checks
 from hecompile.plan.circuits import RemoteCircuit, SplitPlan
 
 
@@ -109,6 +111,9 @@ def _compile(model_name_or_path: str, out: Path, options: CompileOptions, progre
             for checks in series:
                 checks.tolerances(circuit.parameters)  # raises where those rows cannot be verified at that precision
             write_checks(stage.build / CLIENT / CHECKS, circuit.name, *series)
+            if (largest := circuit.largest_factor) is not None:
+                path = stage.build / CLIENT / WRAPS / f"{circuit.name}.npy"
+                write_wrap_checks(path, WrapChecks.draw(weight, largest, random))
         progress("write", 0, 1)
         _write_client(stage.build / CLIENT, plan, tokenizer, ends, record, hints)
     return record.plan_id()
@@ -162,6 +167,7 @@ def _circuit_record(circuit: RemoteCircuit) -> CircuitRecord:
         effective_bits=round(circuit.effective_bits, 2),
         weight_sha256=hashlib.sha256(np.ascontiguousarray(circuit.weight).data).hexdigest(),
         weight_bits=circuit.weight_bits,
+        gain=None if circuit.largest_factor is None else parameters.gain,
     )
 
 

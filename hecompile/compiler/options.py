@@ -25,6 +25,7 @@ from hecompile.plan.costs import CostModel
 WeightBits = int | Literal["auto"]
 Experts = Literal["routed", "all"]
 Head = Literal["local", "remote", "auto"]
+Bounds = Literal["calibrated", "proven"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class CompileOptions:
     experts: Experts = "all"
     """Whom a mixture asks: "all" every expert for every token; "routed" an expert for the tokens that its router chose, from
     which the worker can read answers."""
+    bounds: Bounds = "calibrated"
+    """How far a token is scaled: "calibrated" until products like calibration's fill half of the room, and what wraps is
+    found and sent again (`hecompile.he.wraps`); "proven" only so far that nothing can wrap."""
     stored_hints: bool = True
     """False: the client stores no hints; the worker computes them with every product (`hecompile.bundles.public_rows`)."""
     attention: str | ApproximateSoftmax | None = None
@@ -70,6 +74,8 @@ class CompileOptions:
             raise InputError(f"experts must be one of {', '.join(get_args(Experts))}, got {self.experts!r}")
         if self.head not in get_args(Head):
             raise InputError(f"head must be one of {', '.join(get_args(Head))}, got {self.head!r}")
+        if self.bounds not in get_args(Bounds):
+            raise InputError(f"bounds must be one of {', '.join(get_args(Bounds))}, got {self.bounds!r}")
         if not 0.0 < self.effective_bits < math.inf:
             raise InputError(f"effective bits must be a positive number, got {self.effective_bits}")
         if self.ring is not None and self.ring not in CATALOGUE:
@@ -118,6 +124,7 @@ class CompileOptions:
             ring=self.ring_parameters(),
             costs=self.costs,
             stored_hints=self.stored_hints,
+            calibrated=self.bounds == "calibrated",
         )
 
 

@@ -43,6 +43,13 @@ RANGE = "hecompile.range"
 GRADIENT_RANGE = "hecompile.gradient_range"
 """Metadata key of a value: the range of the gradient that flows back into it, in the form of `RANGE`."""
 
+PRODUCT_PEAK = "hecompile.product_peak"
+"""Metadata key of a Linear's result: the largest |W_i·x| / (max_j |W_ij| · ‖x‖₂) of an output and token in calibration."""
+
+GRADIENT_PEAK = "hecompile.gradient_peak"
+"""Metadata key of what Linears read: the largest entry of a token's gradient, which their products with W sum up to, in
+proportion to the Euclidean norm of what is multiplied, each gradient times max_j |W_ij| of its row."""
+
 APPROXIMATION_RANGE = "hecompile.approximation_range"
 """Metadata key of the result of an attention, RMSNorm or SiLU: JSON of what calibration saw where a polynomial would stand
 (`hecompile.polynomial.ranges`)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,12 @@ SINGLE_ERROR_BOUND = 55_000_000
 
 SINGLE_ERROR_STD = 2.0**13
 """Upper bound on the measured standard deviation of that error: tests/hecompile/he/kernels/test_single_precision.py."""
+
+LARGEST_GAIN = 64.0
+"""Largest gain of a bound, of a matrix whose rows have little in common with what they are multiplied with."""
+
+_LONGEST_INPUT = 2.0**30
+"""Norm beyond which no gain scales a token, so that its integers stay far within a word."""
 
 _NORM_SLACK = 1e-9
 """Far above the rounding of the float64 norms that the two sides of the comparison are made of."""
@@ -170,6 +177,7 @@ class LinearParameters:
         reply_bits: C ≤ B, bits of a returned word; the worker rounds to a multiple of G = 2^(32-C).
         max_l1: largest ‖W_i‖₁ of a row.
         max_l2: largest ‖W_i‖₂ of a row.
+        gain: how many times longer than proven a token may be: 1, or more from calibration (`hecompile.he.wraps`).
 
     Raises:
         InputError: a field is out of range, or so little room is left that no non-zero input fits.
@@ -181,8 +189,11 @@ class LinearParameters:
     max_l2: float
     upload_bits: int = LOG_Q
     reply_bits: int = LOG_Q
+    gain: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 1.0 <= self.gain <= LARGEST_GAIN:
+            raise InputError(f"the gain of a bound must be in [1, {LARGEST_GAIN:.0f}], got {self.gain}")
         if self.in_features < 1 or self.out_features < 1:
             raise InputError(f"a linear needs at least one feature each way: {self.in_features}, {self.out_features}")
         if not MIN_BITS <= self.reply_bits <= self.upload_bits <= LOG_Q:
@@ -205,9 +216,16 @@ class LinearParameters:
         return cls.from_norms(measure_norms(weight)[0], upload_bits, reply_bits)
 
     @classmethod
-    def from_norms(cls, norms: WeightNorms, upload_bits: int = LOG_Q, reply_bits: int = LOG_Q) -> LinearParameters:
+    def from_norms(
+        cls, norms: WeightNorms, upload_bits: int = LOG_Q, reply_bits: int = LOG_Q, gain: float = 1.0
+    ) -> LinearParameters:
         """Make the parameters of a matrix that was measured before."""
-        return cls(norms.in_features, norms.out_features, norms.max_l1, norms.max_l2, upload_bits, reply_bits)
+        return cls(norms.in_features, norms.out_features, norms.max_l1, norms.max_l2, upload_bits, reply_bits, gain)
+
+    @cached_property
+    def proven(self) -> LinearParameters:
+        """Return the same circuit with a gain of 1, under which no product can overflow."""
+        return self if self.gain == 1.0 else dataclasses.replace(self, gain=1.0)
 
     @property
     def upload_limbs(self) -> int:
@@ -281,15 +299,19 @@ class LinearParameters:
 
     @cached_property
     def norm_bound(self) -> float:
-        """Return the largest N such that real x with ‖x‖₂ ≤ N, rounded to integers, stays within `room`; may be negative.
+        """Return N, up to which the Euclidean norm of a real x is scaled: `gain` times the proven one; may be negative.
 
-        |W_i·x| ≤ ‖W_i‖₂·‖x‖₂ (Cauchy-Schwarz), and rounding adds at most √in/2 to the norm. Where weights and activations
-        are not all of one size, this admits far larger x than `input_bound`: by 0.8 · crest for Gaussian weights.
+        With a gain of 1, x of norm ≤ N, rounded to integers, stays within `room`: |W_i·x| ≤ ‖W_i‖₂·‖x‖₂ (Cauchy-Schwarz),
+        and rounding adds at most √in/2 to the norm. Where weights and activations are not all of one size, this admits far
+        larger x than `input_bound`: by 0.8 · crest for Gaussian weights. With a larger gain nothing is proven, and the
+        client looks for products that wrapped (`hecompile.he.wraps`).
         """
-        return (self.room / max(1.0, self.max_l2) - math.sqrt(self.in_features) / 2) * (1 - _NORM_SLACK)
+        proven = (self.room / max(1.0, self.max_l2) - math.sqrt(self.in_features) / 2) * (1 - _NORM_SLACK)
+        return min(proven * self.gain, max(proven, _LONGEST_INPUT))
 
     def admits(self, x: Tensor) -> Tensor:
-        """Return which rows of integer `x [T, in]` are within `room` by one of the two inequalities: bool `[T]`."""
+        """Return which rows of integer `x [T, in]` are within `room` by one of the two inequalities, whatever the gain: bool
+        `[T]`."""
         largest = x.abs().amax(dim=1).double()  # [T]
         length = torch.linalg.vector_norm(x.double(), dim=1)  # [T]
         return (largest <= self.input_bound) | (length * max(1.0, self.max_l2) <= self.room)

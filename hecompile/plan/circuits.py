@@ -13,8 +13,9 @@ import torch
 
 from hecompile.bundles.public_rows import exact_name
 from hecompile.errors import HecompileError
-from hecompile.he.parameters import LOG_Q, LinearParameters
+from hecompile.he.parameters import LARGEST_GAIN, LOG_Q, LinearParameters
 from hecompile.he.weight_norms import WeightNorms, measure_norms
+from hecompile.he.wraps import largest_factor
 from hecompile.plan.encrypted_linear import encrypted_linear_model
 
 DIRECTIONS = ("forward", "backward")
@@ -22,6 +23,13 @@ MOST_OUTPUTS = 2**15
 """Inputs of the backward product of a linear: as many as hints and check vectors are exact for."""
 _FALLBACK_CREST = 16.0
 """Crest of values that calibration did not see, because their gradient was zero."""
+
+
+MARGIN = 2.0
+"""How much larger than any of calibration a product may be, in proportion to what is multiplied, before it wraps."""
+
+_LEAST_GAIN = 1.2
+"""Gain that is worth a look at every product: a quarter of a bit."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,11 @@ class RemoteCircuit:
     def exact_model(self) -> ir.Model:
         """Make the circuit with all bits in and out, for a worker that computes hints; not yet lowered."""
         return encrypted_linear_model(self.weight, LOG_Q, LOG_Q, exact_name(self.name))
+
+    @property
+    def largest_factor(self) -> int | None:
+        """Return up to what the factors are drawn that find wrapped products; None where the bound is the proven one."""
+        return None if self.parameters.gain == 1 else largest_factor(self.parameters, self.norms)
 
     @property
     def effective_bits(self) -> float:
@@ -107,6 +120,20 @@ def largest_crest(values: Iterable[ir.Value | None], key: str) -> float:
         if value is not None and key in value.metadata_props
     ]
     return max(crests, default=_FALLBACK_CREST)
+
+
+def calibrated_gain(peak: float, norms: WeightNorms, largest: int) -> float:
+    """Return by how much a bound may exceed the proven one, so that products like those of calibration fill 1/MARGIN of q/2.
+
+    Args:
+        peak: the largest |W_i·x| / (largest · ‖x‖₂) that calibration saw; 0 where it saw none, which gives 1.
+        norms: of the integer matrix.
+        largest: its largest |weight|.
+    """
+    if peak <= 0 or largest == 0:
+        return 1.0
+    gain = min(LARGEST_GAIN, norms.max_l2 / (MARGIN * peak * largest))
+    return gain if gain >= _LEAST_GAIN else 1.0
 
 
 def reachable_bits(weight: np.ndarray, forward_crest: float, backward_crest: float | None) -> float:

@@ -4,8 +4,9 @@
 
 `crest` is the root mean square, over tokens, of max|x| / rms(x) within a token: with per-token scaling it says how far
 the rms of an encoded token lies below the largest integer, hence what precision a given noise leaves. `max` is the largest
-magnitude and feeds the domains of polynomial approximations. The tokens need not be private: any text of the model's
-language will do. Records only; the function of the graph is unchanged.
+magnitude and feeds the domains of polynomial approximations. How large products become in proportion to what is multiplied
+(`PRODUCT_PEAK`, `GRADIENT_PEAK`) says how far tokens can be scaled before one overflows. The tokens need not be private: any
+text of the model's language will do. Records only; the function of the graph is unchanged.
 
 Attentions, RMSNorms and SiLUs, exact or approximated, get what a polynomial in their place must cover: scores, exponents and
 divisors, variances, inputs (`hecompile.polynomial.ranges`). Where a polynomial stands already and its domain does not
@@ -19,13 +20,24 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from hecompile.errors import InputError
 from hecompile.graph.interpreter import Interpreter, graph_inputs
-from hecompile.graph.ir import DOMAIN, GRADIENT_RANGE, GRADIENT_SAMPLES, RANGE, SAMPLES, nodes_of_type
+from hecompile.graph.ir import (
+    DOMAIN,
+    GRADIENT_PEAK,
+    GRADIENT_RANGE,
+    GRADIENT_SAMPLES,
+    PRODUCT_PEAK,
+    RANGE,
+    SAMPLES,
+    constant_of,
+    nodes_of_type,
+)
 from hecompile.polynomial.inputs import AttentionInputs, NonlinearNodes
 from hecompile.polynomial.ranges import check_domain, range_of, write_range
 
@@ -77,6 +89,7 @@ class Calibrate(ir.passes.InPlacePass):
                 node.outputs[0].metadata_props[GRADIENT_RANGE] = _summary(gradient)
             if self.keep_samples:
                 _keep(node, seen)
+        _write_peaks(_linears(model), seen)
         for node in model.graph:
             check_domain(node)
         return ir.passes.PassResult(model, True)
@@ -93,6 +106,39 @@ def _keep(node: ir.Node, seen: dict[ir.Value, Tensor]) -> None:
     x.meta[SAMPLES] = seen[x].detach().flatten(0, -2)  # [T, in]
     if (gradient := seen[y].grad) is not None:
         y.meta[GRADIENT_SAMPLES] = gradient.flatten(0, -2)  # [T, out]
+
+
+def _write_peaks(nodes: list[ir.Node], seen: dict[ir.Value, Tensor]) -> None:
+    """Write PRODUCT_PEAK of the results and GRADIENT_PEAK of what is read, of each where there is something but zeros.
+
+    Linears that read one value send their gradients in one row, and get the sum of their products.
+    """
+    squares: dict[ir.Value, Tensor] = {}
+    for node in nodes:
+        x, y, weight = node.inputs[0], node.outputs[0], constant_of(node.inputs[1])
+        assert x is not None and weight is not None
+        largest = torch.from_numpy(np.abs(weight).max(axis=1))  # [out]
+        result, gradient = seen[y].detach(), seen[y].grad
+        _write_peak(y, PRODUCT_PEAK, torch.where(largest > 0, result / largest, 0.0), _length(seen[x].detach()))
+        if gradient is not None:
+            squares[x] = squares.get(x, torch.zeros(())) + _length(gradient * largest).square()
+    for x, square in squares.items():
+        product = seen[x].grad
+        if product is not None:
+            _write_peak(x, GRADIENT_PEAK, product, square.sqrt())
+
+
+def _write_peak(value: ir.Value, key: str, product: Tensor, length: Tensor) -> None:
+    """Write the largest |product| [..., n] in proportion to `length` [T], of tokens whose length is not zero."""
+    largest = product.flatten(0, -2).abs().amax(dim=1).double()  # [T]
+    live = (length > 0) & (largest > 0)
+    if bool(live.any()):
+        value.metadata_props[key] = f"{float((largest[live] / length[live]).max()):.4g}"
+
+
+def _length(rows: Tensor) -> Tensor:
+    """Return the Euclidean norm of every token of [..., features], float64 [T]."""
+    return torch.linalg.vector_norm(rows.flatten(0, -2), dim=1, dtype=torch.float64)
 
 
 def _write_range(node: ir.Node, inputs: AttentionInputs | Tensor) -> None:

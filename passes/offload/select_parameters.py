@@ -9,7 +9,9 @@ input bound X (no overflow, whatever comes), crest factor c of the encoded token
 
     rms(W_i·x) ≈ ‖W_i‖·X/c      std(noise) = LinearParameters.noise_std(‖W_i‖)
 
-(the first for inputs that are uncorrelated with the row, which is where precision is scarcest). The modulus is q = 2^32 for
+(the first for inputs that are uncorrelated with the row, which is where precision is scarcest). With calibrated bounds X is
+larger by a gain that calibration gives (`hecompile.plan.circuits.calibrated_gain`), unless bytes are so few that noise would
+hide a product that wraps (`hecompile.he.wraps`); then these bytes have the proven bound. The modulus is q = 2^32 for
 every linear; each rounds what travels to a modulus of its own, 2^(8·upload_limbs) up and 2^(8·reply_bytes) down.
 
 Among the byte counts that reach the wanted bits, the pass takes those with the least time on wire and worker
@@ -35,12 +37,22 @@ import torch
 
 from hecompile.errors import HecompileError, InputError, LegalityError
 from hecompile.graph.gradients import without_gradient
-from hecompile.graph.ir import GRADIENT_RANGE, PLACEMENT, RANGE, constant_of, module_path, nodes_of_type
+from hecompile.graph.ir import (
+    GRADIENT_PEAK,
+    GRADIENT_RANGE,
+    PLACEMENT,
+    PRODUCT_PEAK,
+    RANGE,
+    constant_of,
+    module_path,
+    nodes_of_type,
+)
 from hecompile.he.check_tolerances import can_be_verified
 from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
 from hecompile.he.security import AMPLE_BITS
 from hecompile.he.weight_norms import WeightNorms, measure_norms
-from hecompile.plan.circuits import DIRECTIONS, effective_bits, largest_crest
+from hecompile.he.wraps import largest_factor
+from hecompile.plan.circuits import DIRECTIONS, calibrated_gain, effective_bits, largest_crest
 from hecompile.plan.costs import CostModel
 
 RING_DIM, RANK, PACKED = "hecompile.ring_dim", "hecompile.rank", "hecompile.packed"
@@ -62,6 +74,7 @@ class SelectParameters(ir.passes.InPlacePass):
     ring: RingParameters | None = None
     costs: CostModel = field(default_factory=CostModel)
     stored_hints: bool = True
+    calibrated: bool = True
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
@@ -76,12 +89,14 @@ class SelectParameters(ir.passes.InPlacePass):
                 if direction == "backward" and node in forward_only:
                     continue
                 crest = _crest(node, direction)
-                parameters = self._cheapest(f"{module_path(node)}, {direction}", norms, crest, weight.itemsize)
+                gain = _gain(node, direction, norms) if self.calibrated else 1.0
+                parameters = self._cheapest(f"{module_path(node)}, {direction}", norms, crest, weight.itemsize, gain)
                 circuits.append(parameters)
                 for attribute in (
                     ir.AttrInt64(f"{direction}_upload_limbs", parameters.upload_limbs),
                     ir.AttrInt64(f"{direction}_reply_bytes", parameters.reply_bytes),
                     ir.AttrFloat32(f"{direction}_crest", crest),
+                    ir.AttrFloat32(f"{direction}_gain", parameters.gain),
                 ):
                     before = node.attributes.get(attribute.name)
                     modified |= before is None or before.value != attribute.value
@@ -92,17 +107,21 @@ class SelectParameters(ir.passes.InPlacePass):
         model.metadata_props.update(chosen)
         return ir.passes.PassResult(model, modified)
 
-    def _cheapest(self, where: str, norms: WeightNorms, crest: float, weight_bytes: int) -> LinearParameters:
+    def _cheapest(
+        self, where: str, norms: WeightNorms, crest: float, weight_bytes: int, gain: float
+    ) -> LinearParameters:
         best, best_bits = None, -math.inf
         reaching: list[LinearParameters] = []
         for limbs, reply in _BYTE_COUNTS:
             try:
-                candidate = LinearParameters.from_norms(norms, 8 * limbs, 8 * reply)
+                candidate = LinearParameters.from_norms(norms, 8 * limbs, 8 * reply, gain)
             except HecompileError:
                 continue  # so few bytes that no input fits
-            bits = effective_bits(candidate, norms, crest)
             if not can_be_verified(candidate):
                 continue
+            if gain > 1 and largest_factor(candidate, norms) is None:
+                candidate = candidate.proven
+            bits = effective_bits(candidate, norms, crest)
             if bits >= self.effective_bits:
                 reaching.append(candidate)
             elif bits > best_bits:
@@ -157,5 +176,19 @@ def _crest(node: ir.Node, direction: str) -> float:
     if direction == "forward":
         return largest_crest([node.inputs[0]], RANGE)
     # A stacked gradient is as uneven as its most uneven part.
-    outputs = [node.outputs[0]] + [o for consumer in node.outputs[0].consumers() for o in consumer.outputs]
-    return largest_crest(outputs, GRADIENT_RANGE)
+    return largest_crest(_results(node), GRADIENT_RANGE)
+
+
+def _gain(node: ir.Node, direction: str, norms: WeightNorms) -> float:
+    """Return the gain of a product's bound by calibration, in float32, as the graph holds it."""
+    weight = constant_of(node.inputs[1])
+    assert weight is not None and node.inputs[0] is not None
+    values, key = (_results(node), PRODUCT_PEAK) if direction == "forward" else ([node.inputs[0]], GRADIENT_PEAK)
+    peaks = [float(value.metadata_props[key]) for value in values if key in value.metadata_props]
+    largest = max(int(weight.max()), -int(weight.min()))
+    return float(np.float32(calibrated_gain(max(peaks, default=0.0), norms, largest)))
+
+
+def _results(node: ir.Node) -> list[ir.Value]:
+    """Return the result of a linear and, where it is a stack, those of its parts."""
+    return [node.outputs[0]] + [output for consumer in node.outputs[0].consumers() for output in consumer.outputs]

@@ -70,7 +70,8 @@ def _circuits(node: ir.Node, directions: Sequence[str]) -> Iterator[RemoteCircui
         if direction not in directions:
             continue
         limbs, reply = attributes[f"{direction}_upload_limbs"], attributes[f"{direction}_reply_bytes"]
-        parameters = LinearParameters.from_norms(norms, upload_bits=8 * limbs, reply_bits=8 * reply)
+        gain = attributes[f"{direction}_gain"]
+        parameters = LinearParameters.from_norms(norms, upload_bits=8 * limbs, reply_bits=8 * reply, gain=gain)
         yield RemoteCircuit(name, direction, parameters, stored, norms, attributes[f"{direction}_crest"])
 
 

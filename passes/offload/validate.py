@@ -17,6 +17,7 @@ from hecompile.graph.legality import CLIENT_PLAN, check_stage
 from hecompile.he.parameters import LinearParameters, RingParameters
 from hecompile.he.security import MINIMUM_BITS, show_bits
 from hecompile.he.weight_norms import measure_norms
+from hecompile.he.wraps import largest_factor
 from hecompile.plan.circuits import DIRECTIONS, RemoteCircuit, SplitPlan, effective_bits
 
 _ACCUMULATOR_LIMIT = 2**31
@@ -69,7 +70,7 @@ class Validate:
             raise LegalityError(f"{circuit.name}: the weight is {circuit.weight.shape}, its parameters say otherwise")
         # The input bound, and so the promise that nothing overflows mod q, rests on these norms.
         norms, _ = measure_norms(torch.from_numpy(circuit.weight.T))  # of [features_out, features_in]
-        measured = LinearParameters.from_norms(norms, parameters.upload_bits, parameters.reply_bits)
+        measured = LinearParameters.from_norms(norms, parameters.upload_bits, parameters.reply_bits, parameters.gain)
         if measured != parameters:
             raise LegalityError(
                 f"{circuit.name}: the weight has row norms {measured.max_l1} and {measured.max_l2:.6g}, its parameters say "
@@ -78,6 +79,8 @@ class Validate:
         worst = parameters.max_l1 * parameters.input_bound + parameters.noise_bound
         if worst >= 2**31:
             raise LegalityError(f"{circuit.name}: a result can reach {worst}, over q/2 = 2^31")
+        if parameters.gain > 1 and largest_factor(parameters, norms) is None:
+            raise LegalityError(f"{circuit.name}: a product beyond its proven bound could wrap unseen")
         bits = effective_bits(parameters, norms, circuit.crest)
         if bits < self.effective_bits - 1e-6:
             raise LegalityError(

@@ -1,6 +1,6 @@
 """Compute remote products on the client's side: how rows are encoded and encrypted, what is done with replies, what it cost.
 
-    real rows [T, in] → encode per token, encrypt → worker → verify, decrypt, decode → [T, out]
+    real rows [T, in] → encode per token, encrypt → worker → verify, decrypt, decode → wrapped rows once more → [T, out]
 
 Every row travels, whatever its values: the number of rows follows from attention masks and labels alone, which
 `EncryptedCausalLM` packs by, and for routed experts from what the router chose (`passes/offload/route_experts.py`). A row
@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,7 @@ from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.random.sampling import SecretRandom
 from hecompile.he.scheme import Ciphertext
 from hecompile.he.verification import Expectation, hint_is_right
+from hecompile.runtime.client.bounds import Bounds
 from hecompile.runtime.client.hintless import hint_of
 from hecompile.runtime.transports import Answer, Replicas, Transport, open_connection
 
@@ -57,6 +59,8 @@ class Costs:
     wire_seconds: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
+    repeated_rows: int = 0
+    """Rows that were sent again under the proven bound, as a product of theirs had wrapped (`hecompile.he.wraps`)."""
 
     def as_dict(self) -> dict[str, float]:
         return {field.name: float(getattr(self, field.name)) for field in fields(self)}
@@ -132,6 +136,7 @@ class EncryptedProducts(Products):
         self._public = PublicMatrix(bundle.ring, bundle.public_seed, rows)
         self._hints = HintStore(bundle.hints, bundle.ring, cache_bytes)
         self._hintless = bundle.plan.hints == "none"
+        self.bounds = Bounds(bundle)
 
     def _check_circuits(self, offered: object) -> None:
         missing = sorted(name for name in self.circuits if name not in offered)  # type: ignore[operator]
@@ -142,13 +147,35 @@ class EncryptedProducts(Products):
         self, circuit: str, x: Tensor, column_scale: Tensor | None = None, row_scale: Tensor | None = None
     ) -> Tensor:
         """See `Products.product`."""
-        parameters = self.circuits[circuit]
+        parameters = self.bounds.parameters(circuit)
+        result, scale = self._verified(circuit, parameters, x, column_scale, row_scale)
+        if parameters.gain == 1 or len(x) == 0:
+            return result
+        start = time.perf_counter()
+        wrapped = self.bounds.wrapped(circuit, x, result, scale, column_scale, row_scale)
+        seconds = time.perf_counter() - start
+        gain = np.full(len(x), parameters.gain)
+        if len(wrapped):
+            # Nothing of a row that wrapped is kept: its values are encrypted anew, scaled so that nothing can wrap.
+            again = self._verified(circuit, parameters.proven, x[wrapped], column_scale, row_scale)
+            result[wrapped], scale[wrapped], gain[wrapped] = again[0], again[1], 1.0
+        start = time.perf_counter()
+        self.bounds.follow(circuit, gain, result, scale, row_scale)
+        with self._lock:
+            self.costs.repeated_rows += len(wrapped)
+            self.costs.client_crypto_seconds += seconds + time.perf_counter() - start
+        return result
+
+    def _verified(
+        self, circuit: str, parameters: LinearParameters, x: Tensor, column_scale: Tensor | None, row_scale: Tensor | None
+    ) -> tuple[Tensor, np.ndarray]:  # fmt: skip
+        """Return a product that a worker has computed and verification has passed, and the scale of its tokens."""
         start = time.perf_counter()
         self._require_trust()
         checks = self._checks.checks(circuit, parameters)
         ciphertext, key = encrypt_reals(self._public, x, parameters, column_scale, checks)
         if key.tokens == 0:
-            return x.new_zeros(len(x), parameters.out_features)
+            return x.new_zeros(len(x), parameters.out_features), key.scale
         encrypted = time.perf_counter()
         result = None
         while result is None:
@@ -163,7 +190,7 @@ class EncryptedProducts(Products):
             self.costs.wire_seconds += max(0.0, answered - encrypted - worker_seconds)
             self.costs.bytes_up += sum(answer.bytes_sent for answer in answers)
             self.costs.bytes_down += sum(answer.bytes_received for answer in answers)
-        return result
+        return result, key.scale
 
     def _request(self, circuit: str, planes: Tensor) -> list[Answer]:
         """Get the worker's product of a ciphertext, and the circuit's hint where none is stored."""
@@ -288,6 +315,6 @@ class CleartextProducts(Products):
                 self._weights[circuit] = torch.from_numpy(self._worker_bundle.weight(circuit).copy()).double()
         scaled = x.double() if column_scale is None else x.double() * column_scale.double()
         integers, scale = encode(scaled, parameters.input_bound, parameters.norm_bound)
-        # Exact: |W·x| < 2^31 by the choice of the input bound, far below 2^53.
+        # Exact: |W·x| is at most 2^31 times a gain, far below 2^53. Nothing wraps here, whatever the gain.
         result = decode((integers.double() @ self._weights[circuit]).to(torch.int64), scale, torch.float64)
         return (result if row_scale is None else result * row_scale.double()).to(torch.float32)

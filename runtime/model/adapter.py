@@ -101,8 +101,9 @@ class AdapterModel(Protocol):
     def stats(self) -> dict[str, float]:
         """Return cumulative figures since the model was made.
 
-        They are `client_crypto_seconds`, `worker_seconds`, `wire_seconds`, `bytes_up`, `bytes_down` and `tokens`: the
-        attended tokens that went forward (a token after the last scored one of its row need not).
+        They are `client_crypto_seconds`, `worker_seconds`, `wire_seconds`, `bytes_up`, `bytes_down`, `repeated_rows` (sent
+        again as a product had wrapped) and `tokens`: the attended tokens that went forward (a token after the last scored
+        one of its row need not).
         """
 
 

@@ -153,7 +153,7 @@ class PlaintextPeftModel(torch.nn.Module):
 
     def stats(self) -> dict[str, float]:
         """Return the figures; nothing is encrypted or sent, so that all but `tokens` is zero."""
-        names = ("client_crypto_seconds", "worker_seconds", "wire_seconds", "bytes_up", "bytes_down")
+        names = ("client_crypto_seconds", "worker_seconds", "wire_seconds", "bytes_up", "bytes_down", "repeated_rows")
         return {**dict.fromkeys(names, 0.0), "tokens": float(self._tokens)}
 
 

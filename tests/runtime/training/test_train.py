@@ -21,7 +21,7 @@ from tests.support.training import RECORDS, SECRET, make_model, make_recipe, mak
 TOKENIZER = make_tokenizer()
 STEP_KEYS = {
     "step", "epoch", "loss", "learning_rate", "grad_norm", "seconds", "tokens", "client_crypto_seconds",
-    "worker_seconds", "wire_seconds", "bytes_up", "bytes_down", "overlapped_seconds",
+    "worker_seconds", "wire_seconds", "bytes_up", "bytes_down", "repeated_rows", "overlapped_seconds",
 }  # fmt: skip
 
 
