@@ -18,6 +18,7 @@ SECTIONS = {
     "crypto": "benchmarks.crypto.crypto",
     "verification": "benchmarks.crypto.verification",
     "detection": "benchmarks.crypto.detection",
+    "bounds": "benchmarks.training.bounds",
     "step": "benchmarks.training.step",
     "client_cpu": "benchmarks.training.client_cpu",
     "client_saved": "benchmarks.crypto.client_saved",

@@ -70,12 +70,13 @@ class RoundedModel(torch.nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> CausalLMOutput:
         """Return the loss, its mean over the labelled tokens."""
 
-        def product(linear: str, x: Tensor, scale: Tensor) -> Tensor:
-            return x @ self._weights[f"{linear}.forward"].float() * scale
-
         inputs = graph_inputs(input_ids, attention_mask) | self._adapter
-        logits = self._interpreter.run(inputs, Context(remote=product))["logits"]  # [B, S, V]
+        logits = self._interpreter.run(inputs, Context(remote=self.product))["logits"]  # [B, S, V]
         return CausalLMOutput(loss=F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+
+    def product(self, linear: str, x: Tensor, scale: Tensor) -> Tensor:
+        """Compute a product as a worker and its client do, differentiable in x."""
+        return x @ self._weights[f"{linear}.forward"].float() * scale
 
 
 @dataclass(frozen=True)

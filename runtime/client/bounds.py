@@ -92,7 +92,7 @@ class Bounds:
             row_scale: float32 `[out]`, which the product was multiplied with; None for ones.
         """
         unit = np.where(scale > 0, scale * gain, np.inf)
-        largest = float((_largest(product, row_scale) / unit).max(initial=0.0)) / _HALF  # with a gain of 1
+        largest = float((largest_products(product, row_scale) / unit).max(initial=0.0)) / _HALF  # with a gain of 1
         if largest > 0:
             with self._lock:
                 self._lower(circuit, max(1.0, FULLEST / largest))
@@ -105,7 +105,7 @@ class Bounds:
             _LOG.info("%s: its bound comes nearer to the proven one, as products have come near the modulus", circuit)
 
 
-def _largest(product: Tensor, row_scale: Tensor | None) -> NDArray[np.float64]:
+def largest_products(product: Tensor, row_scale: Tensor | None) -> NDArray[np.float64]:
     """Return the largest |Y_i| of each token in units of its scale, float64 `[T]`; 0 where something is not finite."""
     factors = torch.ones(product.shape[1], dtype=torch.float64)
     if row_scale is not None:
