@@ -17,7 +17,17 @@ from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import HecompileError, LegalityError
 from hecompile.graph.head import head_shape, keep_head_digest
 from hecompile.graph.ir import ATTENTION_BIAS, SLIDING_BIAS
-from hecompile.graph.legality import ADAPTED, CANONICAL, EXPORTED, POLYNOMIAL, QUANTIZED, REFRESHED, Stage, check_stage
+from hecompile.graph.legality import (
+    ADAPTED,
+    CANONICAL,
+    CLIENT_PLAN,
+    EXPORTED,
+    POLYNOMIAL,
+    QUANTIZED,
+    REFRESHED,
+    Stage,
+    check_stage,
+)
 from hecompile.graph.matching import require_matched_attention
 from hecompile.he.parameters import RingParameters
 from hecompile.passes.approximation.approximate_rmsnorm import ApproximateRMSNorm
@@ -30,6 +40,7 @@ from hecompile.passes.offload.attach_lora import AttachLora
 from hecompile.passes.offload.cut_wide import CutWide
 from hecompile.passes.offload.fuse import Fuse
 from hecompile.passes.offload.lower_worker import LowerWorker
+from hecompile.passes.offload.narrow import Narrow
 from hecompile.passes.offload.place import Place
 from hecompile.passes.offload.quantize import Quantize
 from hecompile.passes.offload.rotate import Rotate
@@ -68,6 +79,7 @@ PASSES: dict[str, type] = {
     "cut_wide": CutWide,
     "select_parameters": SelectParameters,
     "split": Split,
+    "narrow": Narrow,
     "lower_worker": LowerWorker,
     "validate": Validate,
     "fuse": Fuse,
@@ -171,6 +183,7 @@ def lower_linear(
     ring = selected_ring(model)
     on_step("split")
     plan = Split()(model)
+    run(plan.client, "narrow", Narrow(), CLIENT_PLAN)
     on_step("validate")
     Validate(ring, options.effective_bits)(plan)
     return plan, ring  # the worker's circuits go through `lower_circuit` one by one, as they are written

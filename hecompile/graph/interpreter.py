@@ -47,6 +47,8 @@ def _as_tensor(array: np.ndarray) -> Tensor:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")
+        if array.dtype == ir.DataType.BFLOAT16.numpy():  # which torch knows under its own name alone
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
 

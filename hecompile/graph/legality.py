@@ -87,7 +87,7 @@ def _gain_rule(node: ir.Node) -> str | None:
 
 
 TYPE_RULES: dict[str, tuple[int, TypeRule | None]] = {
-    "Linear": (2, _weight_rule(ir.DataType.FLOAT)),
+    "Linear": (2, _weight_rule(ir.DataType.FLOAT, ir.DataType.BFLOAT16, ir.DataType.FLOAT16)),
     "QuantizedLinear": (3, _weight_rule(ir.DataType.INT8, ir.DataType.INT16)),
     "RemoteLinear": (2, None),
     "Rotate": (1, None),

@@ -1,6 +1,6 @@
 """Define the operators of the `hecompile` domain that a decoder, its adapter and its split plan are made of.
 
-* `Linear(x, weight)`: y = x·Wᵀ, x [..., in], weight [out, in], float.
+* `Linear(x, weight)`: y = x·Wᵀ, x [..., in], weight [out, in], float of x's type or of 16 bits.
 * `QuantizedLinear(x, weight, scale)`: y = (x·Wᵀ) ⊙ scale, weight int8 or int16 [out, in], scale f32 [out].
 * `RemoteLinear(x, scale)`: the product of `QuantizedLinear` with a W that the worker alone knows, by `context.remote`.
 * `Rotate(x)`: x·Rᵀ, R the public orthogonal matrix of x's last axis (`hecompile.graph.rotation`).
@@ -40,7 +40,7 @@ from hecompile.graph.rotation import rotate
 
 @operator("Linear", DOMAIN)
 def _linear(context: Context, attributes: Attributes, x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(x, weight)
+    return F.linear(x, weight.to(x.dtype))
 
 
 @operator("QuantizedLinear", DOMAIN)

@@ -89,7 +89,7 @@ class OutputHead(Protocol):
 
 
 class LocalHead:
-    """Multiply by a float32 weight [V, H] of this process, WEIGHT_ROWS rows at a time.
+    """Multiply by a weight [V, H] of this process, WEIGHT_ROWS rows at a time: one of 16 bits is converted to float32.
 
     release: called with the rows of the weight that have been used.
     """
@@ -102,13 +102,13 @@ class LocalHead:
 
     @property
     def rows(self) -> int:
-        return max(1, PIECE_BYTES // (self._weight.shape[0] * self._weight.element_size()))
+        return max(1, PIECE_BYTES // (4 * len(self._weight)))
 
     def products(self, hidden: Tensor) -> list[Tensor]:
         """See `OutputHead.products`."""
         logits = hidden.new_empty(len(hidden), len(self._weight))  # [n, V]
         for words in self._vocabulary:
-            torch.mm(hidden, self._weight[words].t(), out=logits[:, words])
+            torch.mm(hidden, self._weight[words].to(hidden.dtype).t(), out=logits[:, words])
             self._release(words)
         return [logits]
 
@@ -116,7 +116,7 @@ class LocalHead:
         """See `OutputHead.gradient`."""
         gradient = pieces[0].new_zeros(len(pieces[0]), self._weight.shape[1])  # [n, H]
         for words in reversed(self._vocabulary):
-            gradient.addmm_(pieces[0][:, words], self._weight[words])
+            gradient.addmm_(pieces[0][:, words], self._weight[words].to(gradient.dtype))
             self._release(words)
         pieces.clear()
         return gradient

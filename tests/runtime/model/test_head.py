@@ -47,6 +47,20 @@ def test_one_row_is_a_piece_however_small_the_limit(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets), expected)
 
 
+def test_a_weight_of_16_bits_is_multiplied_as_the_float32_that_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "WEIGHT_ROWS", 10)
+    hidden, weight, targets = inputs(5)
+    narrow = weight.bfloat16()
+    gradients = []
+    for stored in (narrow, narrow.float()):
+        hidden.grad = None
+        loss = linear_cross_entropy(hidden, stored, targets)
+        loss.backward()
+        assert hidden.grad is not None
+        gradients.append((loss.detach(), hidden.grad))
+    assert torch.equal(gradients[0][0], gradients[1][0]) and torch.equal(gradients[0][1], gradients[1][1])
+
+
 def test_large_logits_do_not_overflow() -> None:
     hidden, weight, targets = inputs(4)
     loss = linear_cross_entropy(1000 * hidden, weight, targets)
