@@ -49,6 +49,8 @@ _PAST_CACHES = 2**20
 """Bytes of a ciphertext from which on they are written past the caches: a store to a line that no cache has reads it from
 memory first, and two threads wait for that. A smaller ciphertext is still largely in a cache when it is sent."""
 
+_NOT_PACKED = np.empty(0, dtype=np.uint8)
+
 
 class RealKey(DecryptionKey):
     """Extend a `DecryptionKey` by the scale of each token and by what its reply must sum to."""
@@ -204,6 +206,9 @@ def _decrypt_part(
     kept = hint.transformed
     if kept is None or kept.dtype != precision:
         kept = np.empty(0, precision)
+    use_packed = kept.size == 0 and hint.packed.size > 0
+    words = scratch("hint", LANES * params.lattice_dim, np.int32) if use_packed else hint.words
+    arrays = HintArrays(words, kept, hint.packed if use_packed else _NOT_PACKED, hint.bits)
     secrets = key.secrets_transformed(precision)
     vectors = _check_vectors(key, part, lambda checks: checks.vectors_by_lines, np.int8)
     for piece in slices(tokens, _TOKENS):
@@ -212,7 +217,7 @@ def _decrypt_part(
         decrypt_tiles.decrypt(
             ring,
             Extent(part.start // LANES, part.stop - part.start, count),
-            HintArrays(hint.words, kept),
+            arrays,
             secrets[piece.start * params.rank :],
             Planes(planes.numpy().reshape(-1), start, tokens * features, features, linear.reply_bits),
             Scales(key.scale[piece], factors[part]),

@@ -1,10 +1,17 @@
 """Store hints H = W·A mod q: one file per circuit, memory-mapped, read ahead of its use and released after it.
 
-A file holds the words of a hint or, where decryption is in float32, their float32 transform. The transform takes no more
-room and saves rank of the rank + 1 transforms of decrypting a block of tokens.
+A file holds the words of a hint in one of three forms:
 
-Training visits every circuit in turn, over and over. Where the transformed hints of all circuits fit in memory (once or
-twice the size of the files), they stay there. Otherwise all are streamed: the order of the last visit tells which come
+    uint8 [groups, bits, rank · ring_dim]      rounded to 16 to 31 bits and packed (`kernels/hint_words.py`)
+    int32 [groups, rank · ring_dim, 8]         whole
+    float32 [groups, rank · ring_dim, 8]       their transform, where decryption is in float32 and no bit can be spared
+
+Rounding them to `LinearParameters.hint_bits` is part of the noise that the parameters allow for. Packed words are unpacked
+and transformed at each use: at 20 bits they are three fifths of the bytes to keep, to fetch and to read, and the transform
+takes half as long as decrypting a block of 512 tokens. A transform in the file takes as much room as whole words.
+
+Training visits every circuit in turn, over and over. Where the transformed hints of all circuits fit in memory (four or
+eight bytes a word), they stay there. Otherwise all are streamed: the order of the last visit tells which come
 next, the operating system is told to read those, and the pages of a used hint are given back. (Under such a cycle a cache
 that is too small to hold everything saves little: it would hit for its share of the circuits alone.)
 """
@@ -25,6 +32,8 @@ from torch import Tensor
 from hecompile.array_files import map_npy
 from hecompile.errors import InputError
 from hecompile.files import opened_whole, unreadable
+from hecompile.he.hint_rounding import FEWEST_BITS, HINT_TERMS, WORD_BITS, terms
+from hecompile.he.kernels.hint_words import pack_words, unpack_words
 from hecompile.he.kernels.transform import deinterleave, interleave, transform
 from hecompile.he.kernels.vectors import LANES
 from hecompile.he.parameters import RingParameters
@@ -35,6 +44,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 Precision = type[np.floating]
 
 _NO_WORDS = np.empty(0, dtype=np.int32)
+_NOT_PACKED = np.empty(0, dtype=np.uint8)
 
 _READ_AHEAD = 4
 """Hints that are read ahead of the one in use: the circuits of one decoder layer in one direction."""
@@ -45,8 +55,8 @@ class Hint:
 
     Args:
         params: the ring.
-        stored: int32 `[groups, rank · ring_dim, 8]`, perhaps memory-mapped, as `interleave` makes it; or its transform in
-            float32, for decryption in float32 alone.
+        stored: int32 `[groups, rank · ring_dim, 8]`, perhaps memory-mapped, as `interleave` makes it; or those words packed,
+            uint8 `[groups, bits, rank · ring_dim]`; or their transform in float32, for decryption in float32 alone.
         rows: how many of the 8 · groups rows are real.
         keep_transformed: float64 or float32, to transform words once in that precision and keep the result; None, to
             transform them at each use.
@@ -58,36 +68,48 @@ class Hint:
     def __init__(
         self, params: RingParameters, stored: NDArray[Any], rows: int, keep_transformed: Precision | None = None
     ) -> None:
-        wanted = (-(-rows // LANES), params.lattice_dim, LANES)
-        if stored.shape != wanted or stored.dtype not in (np.int32, np.float32) or rows < 1:
+        groups = -(-rows // LANES)
+        whole = (groups, params.lattice_dim, LANES)
+        self.bits = _bits_of(stored, (groups, params.lattice_dim))
+        if self.bits == 0 or (self.bits == WORD_BITS and stored.shape != whole) or rows < 1:
             raise InputError(
-                f"a hint of {rows} rows for {params.ring_dim} x {params.rank} is int32 or float32 {list(wanted)}, "
+                f"a hint of {rows} rows for {params.ring_dim} x {params.rank} is int32 or float32 {list(whole)}, or packed, "
                 f"got {stored.dtype} {list(stored.shape)}: run setup again with these parameters"
             )
+        if self.bits < WORD_BITS and terms(params) > HINT_TERMS:
+            ring = f"{params.ring_dim} x {params.rank}"
+            raise InputError(f"rounded hints are for smaller rings than {ring}: make the bundle again")
         self.params = params
         self.rows = rows
         self.words: NDArray[np.int32] = _NO_WORDS
+        self.packed: NDArray[np.uint8] = _NOT_PACKED
         self.transformed: NDArray[Any] | None = None
         if stored.dtype == np.float32:
             self.transformed = stored.reshape(-1)
             return
-        self.words = stored.reshape(-1)
+        if self.bits < WORD_BITS and keep_transformed is None:
+            self.packed = stored.reshape(-1)
+            return
+        self.words = self._unpacked(stored.reshape(-1)) if self.bits < WORD_BITS else stored.reshape(-1)
         if keep_transformed is not None:
             self.transformed = transform(self.words, params, precision=keep_transformed)
 
     @classmethod
     def from_coefficients(
-        cls, params: RingParameters, coefficients: Tensor, keep_transformed: Precision | None = None
+        cls,
+        params: RingParameters,
+        coefficients: Tensor,
+        keep_transformed: Precision | None = None,
+        bits: int = WORD_BITS,
     ) -> Hint:
-        """Make a hint of what `setup` returns: int32 `[out_features, rank · ring_dim]`.
+        """Make a hint of what `setup` returns: int32 `[out_features, rank · ring_dim]`, rounded to `bits` bits.
 
         Raises:
             InputError: it has another type or shape.
         """
         if coefficients.dtype != torch.int32 or coefficients.dim() != 2 or len(coefficients) == 0:
             raise InputError(f"a hint is int32 [out, rank * ring_dim], got {coefficients.dtype}")
-        words = interleave(coefficients).reshape(-1, coefficients.shape[1], LANES)
-        return cls(params, words, len(coefficients), keep_transformed)
+        return cls(params, _stored_form(coefficients, bits), len(coefficients), keep_transformed)
 
     def coefficients(self, rows: slice) -> Tensor:
         """Return some rows: int32 `[rows, rank · ring_dim]`, a copy.
@@ -97,7 +119,15 @@ class Hint:
         """
         self.check_precision(np.float64)
         start, stop, _ = rows.indices(self.rows)
-        return torch.from_numpy(deinterleave(self.words, slice(start, stop), self.params.lattice_dim))
+        words, before = self.words, start // LANES * LANES
+        if self.packed.size:
+            group = self.bits * self.params.lattice_dim
+            words = self._unpacked(self.packed[before // LANES * group : -(-stop // LANES) * group])
+            start, stop = start - before, stop - before
+        return torch.from_numpy(deinterleave(words, slice(start, stop), self.params.lattice_dim))
+
+    def _unpacked(self, packed: NDArray[np.uint8]) -> NDArray[np.int32]:
+        return unpack_words(packed, self.params.lattice_dim, self.bits)
 
     def check_precision(self, precision: Precision) -> None:
         """Check that this hint can decrypt in `precision`.
@@ -105,7 +135,7 @@ class Hint:
         Raises:
             InputError: it is a float32 transform, and `precision` is not float32.
         """
-        if self.words.size == 0 and precision is not np.float32:
+        if self.words.size == self.packed.size == 0 and precision is not np.float32:
             raise InputError("this hint was made for decryption in float32 alone: make the bundle again")
 
     def fft(self, rows: slice) -> Tensor:
@@ -114,20 +144,39 @@ class Hint:
         return folded_fft(self.params).forward(shaped.transpose(0, 1))
 
 
+def _bits_of(stored: NDArray[Any], whole: tuple[int, int]) -> int:
+    """Return the bits of a word of `stored`, for (groups, lattice dimension); 0 where it is no hint of that size."""
+    if stored.dtype in (np.int32, np.float32):
+        return WORD_BITS
+    packed = stored.dtype == np.uint8 and stored.ndim == 3 and FEWEST_BITS <= stored.shape[1] < WORD_BITS
+    return stored.shape[1] if packed and stored.shape[::2] == whole else 0
+
+
+def _stored_form(hint: Tensor, bits: int) -> NDArray[Any]:
+    """Return what a file holds of int32 `[out_features, rank · ring_dim]`, rounded to that many bits."""
+    lattice_dim = hint.shape[1]
+    words = interleave(hint)
+    return words.reshape(-1, lattice_dim, LANES) if bits == WORD_BITS else pack_words(words, lattice_dim, bits)
+
+
 def _path(directory: Path, circuit: str) -> Path:
     if not _NAME.fullmatch(circuit):
         raise InputError(f"{circuit!r} cannot name a circuit: use letters, digits, dots, dashes and underscores")
     return directory / f"{circuit}.npy"
 
 
-def write_hint(directory: Path, circuit: str, hint: Tensor, single: RingParameters | None = None) -> Path:
+def write_hint(
+    directory: Path, circuit: str, hint: Tensor, single: RingParameters | None = None, bits: int = WORD_BITS
+) -> Path:
     """Write the hint of `circuit` to `<directory>/<circuit>.npy`, whole or not at all, and return the path.
 
     Args:
         directory: made if it is missing.
         circuit: its name.
         hint: int32 `[out_features, rank · ring_dim]`, as `setup` makes it; the file has eight rows side by side.
-        single: the ring, to write the float32 transform, for circuits that are decrypted in float32; None, for the words.
+        single: the ring, to write the float32 transform of whole words, for circuits that are decrypted in float32; None,
+            for the words.
+        bits: of a stored word, 16 to 32; below 32 they are rounded and packed, whatever `single` is.
 
     Raises:
         InputError: the hint has another type or shape, or `circuit` cannot be the name of a file.
@@ -136,12 +185,22 @@ def write_hint(directory: Path, circuit: str, hint: Tensor, single: RingParamete
     if hint.dtype != torch.int32 or hint.dim() != 2 or len(hint) == 0:
         raise InputError(f"the hint of {circuit} must be int32 [out, rank * ring_dim], got {hint.dtype}")
     directory.mkdir(parents=True, exist_ok=True)
-    stored: NDArray[Any] = interleave(hint)
-    if single is not None:
-        stored = transform(stored, single, precision=np.float32)
+    stored = _stored_form(hint, bits)
+    if single is not None and bits == WORD_BITS:
+        stored = transform(stored.reshape(-1), single, precision=np.float32).reshape(stored.shape)
     with opened_whole(path) as file:
-        np.save(file, stored.reshape(-1, hint.shape[1], LANES))
+        np.save(file, stored)
     return path
+
+
+def _word_bytes(path: Path) -> int:
+    """Return what a hint file takes with words of 32 bits; its own size where it cannot be read, which its use will tell."""
+    size = path.stat().st_size
+    try:
+        stored = map_npy(path)
+    except (ValueError, OSError):
+        return size
+    return size * WORD_BITS // stored.shape[1] if stored.dtype == np.uint8 and stored.ndim == 3 else size
 
 
 class HintStore:
@@ -150,15 +209,14 @@ class HintStore:
     Args:
         directory: where `write_hint` wrote.
         params: the ring that they were made for.
-        cache_bytes: memory that the transformed hints of the folder may take together, at most twice their files. If they
-            need more, each is read from the mapped file at each use, and transformed unless the file has the transform.
+        cache_bytes: memory that the transformed hints of the folder may take together, at most twice their whole words. If
+            they need more, each is read from the mapped file at each use, and transformed unless the file has the transform.
     """
 
     def __init__(self, directory: Path, params: RingParameters, cache_bytes: int) -> None:
         self.directory = directory
         self.params = params
-        files = directory.glob("*.npy")
-        self.cached = 2 * sum(path.stat().st_size for path in files) <= cache_bytes
+        self.cached = 2 * sum(map(_word_bytes, directory.glob("*.npy"))) <= cache_bytes
         self._hints: dict[str, Hint] = {}
         self._maps: dict[str, Mapping] = {}
         self._next: dict[str, str] = {}  # circuit → the one used after it
@@ -181,7 +239,7 @@ class HintStore:
                 self._hints[circuit] = hint
                 if not self.cached:
                     self._maps[circuit] = mapping
-                elif stored.dtype == np.int32:
+                elif stored.dtype != np.float32:
                     mapping.madvise(mmap.MADV_DONTNEED)
             if self._last is not None:
                 self._next[self._last] = circuit

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hecompile.errors import InputError, SecurityError
+from hecompile.he import hint_rounding
 from hecompile.he.kernels.ring_shape import SMALLEST_RING_DIM
 from hecompile.he.random.sampling import ERROR_BOUND, SIGMA
 from hecompile.he.ring import SINGLE, rounding_error_bound
@@ -178,6 +179,7 @@ class LinearParameters:
         max_l1: largest ‖W_i‖₁ of a row.
         max_l2: largest ‖W_i‖₂ of a row.
         gain: how many times longer than proven a token may be: 1, or more from calibration (`hecompile.he.wraps`).
+        hint_bits: bits of a word of the hint, 16 to 32; below 32, it is rounded to a multiple of S = 2^(32-hint_bits).
 
     Raises:
         InputError: a field is out of range, or so little room is left that no non-zero input fits.
@@ -190,6 +192,7 @@ class LinearParameters:
     upload_bits: int = LOG_Q
     reply_bits: int = LOG_Q
     gain: float = 1.0
+    hint_bits: int = LOG_Q
 
     def __post_init__(self) -> None:
         if not 1.0 <= self.gain <= LARGEST_GAIN:
@@ -200,6 +203,8 @@ class LinearParameters:
             raise InputError(
                 f"{MIN_BITS} <= reply_bits <= upload_bits <= {LOG_Q} is wanted, got {self.reply_bits} and {self.upload_bits}"
             )
+        if not hint_rounding.FEWEST_BITS <= self.hint_bits <= LOG_Q:
+            raise InputError(f"a word of a hint has {hint_rounding.FEWEST_BITS} to {LOG_Q} bits, got {self.hint_bits}")
         if not 0 <= self.max_l1 <= 2**15 * self.in_features:
             raise InputError(f"max_l1 {self.max_l1} is impossible for {self.in_features} int16 weights in a row")
         if not (math.isfinite(self.max_l2) and 0 <= self.max_l2 <= self.max_l1 + 1e-6):
@@ -275,9 +280,11 @@ class LinearParameters:
     def noise_bound(self) -> int:
         """Return the largest |decrypted - W·x| that can ever occur: max_l1 · (ERROR_BOUND + U/2) + G/2 + D.
 
-        U/2 and G/2 are 0 where nothing is rounded. D is the largest error of decryption in float32, 0 in float64.
+        U/2 and G/2 are 0 where nothing is rounded. D is the largest error of the mask that decryption subtracts: that of
+        float32, 0 in float64, and that of a rounded hint.
         """
-        return self.max_l1 * (ERROR_BOUND + self._upload_error) + self._reply_error + self._decryption_error
+        mask_error = self._decryption_error + hint_rounding.error_bound(self.hint_bits)
+        return self.max_l1 * (ERROR_BOUND + self._upload_error) + self._reply_error + mask_error
 
     @cached_property
     def room(self) -> int:
@@ -321,12 +328,13 @@ class LinearParameters:
 
         It is √((σ² + (U² - 1)/12)·‖W_i‖₂² + (G² - U²)/12): the error, and two roundings of uniform words, each uniform over
         the multiples of the finer step within the coarser one. Decryption in float32 adds SINGLE_ERROR_STD² to the variance,
-        as if its error were independent of those.
+        as if its error were independent of those, a rounded hint what `hint_rounding` says.
         """
         error = SIGMA**2 + (self.upload_step**2 - 1) / 12
         rounding = (self.reply_step**2 - self.upload_step**2) / 12
         decryption = SINGLE_ERROR_STD**2 if self.decryption_precision is np.float32 else 0.0
-        return (error * row_l2**2 + rounding + decryption) ** 0.5
+        hint = hint_rounding.error_variance(self.hint_bits)
+        return (error * row_l2**2 + rounding + decryption + hint) ** 0.5
 
     def bytes_up(self, tokens: int) -> int:
         """Return the bytes of the ciphertext of `tokens` tokens, as packed for the wire but for its padding to 64 words."""

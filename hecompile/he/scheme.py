@@ -93,6 +93,8 @@ class DecryptionKey(Unsharable):
                 f"the hint has {hint.rows} rows and may be of another ring; {linear.out_features} are wanted"
             )
         hint.check_precision(linear.decryption_precision)
+        if hint.bits < linear.hint_bits:
+            raise InputError(f"the hint's words have {hint.bits} bits; {linear.hint_bits} are wanted: make the bundle again")
         shape = (linear.reply_bytes, self.tokens, linear.out_features)
         if reply.dtype != torch.uint8 or reply.shape != shape:
             raise WorkerError(f"the reply must be uint8 {list(shape)}, got {reply.dtype} {list(reply.shape)}")

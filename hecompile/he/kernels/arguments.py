@@ -52,12 +52,16 @@ class Prefetch(NamedTuple):
 
 
 class HintArrays(NamedTuple):
-    """Hold rows of H: words, and the transforms of the words, which are used where there are any."""
+    """Hold rows of H in one of three forms: transforms of words, used where there are any, or words, or packed words."""
 
     words: NDArray[np.int32]
-    """`[groups, rank, 2n, 8]`."""
+    """`[groups, rank, 2n, 8]`; where they are packed, memory for one group."""
     transformed: NDArray[Any]
     """`[groups, rank, n, 2, 8]`, float64 or float32, or empty."""
+    packed: NDArray[np.uint8]
+    """`[groups, bits, rank · 2n]` as `hint_words` has it, or empty."""
+    bits: int
+    """Bits of a packed word."""
 
 
 class Extent(NamedTuple):

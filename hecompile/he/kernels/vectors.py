@@ -58,6 +58,8 @@ F8, I8, S8, SINGLE_ADDRESS = F8Type(), I8Type(), S8Type(), SingleAddressType()
 DOUBLES = ir.VectorType(ir.DoubleType(), LANES)
 WORDS = ir.VectorType(ir.IntType(32), LANES)
 BYTES = ir.VectorType(ir.IntType(8), LANES)
+HALVES = ir.VectorType(ir.IntType(16), LANES)
+LONGS = ir.VectorType(ir.IntType(64), LANES)
 SINGLES = ir.VectorType(ir.FloatType(), LANES)
 
 
@@ -189,9 +191,17 @@ load_f64 = _load_as(DOUBLES, 8, F8, lambda builder, v: v)
 load_f32 = _load_as(SINGLES, 4, F8, lambda builder, v: builder.fpext(v, DOUBLES))
 load_i32 = _load_as(WORDS, 4, I8, lambda builder, v: v)
 load_i8 = _load_as(BYTES, 1, I8, lambda builder, v: builder.sext(v, WORDS))
+load_top_halves = _load_as(HALVES, 2, I8, lambda builder, v: _shifted_up(builder, v, 16))
+"""Load eight halves as the top of words."""
+load_middle_bytes = _load_as(BYTES, 1, I8, lambda builder, v: _shifted_up(builder, v, 8))
+"""Load eight bytes as the second lowest of words."""
 store_f64 = _store_as(DOUBLES, 8, F8, lambda builder, v: v)
 store_f32 = _store_as(SINGLES, 4, F8, lambda builder, v: builder.fptrunc(v, SINGLES))
 store_i32 = _store_as(WORDS, 4, I8, lambda builder, v: v)
+
+
+def _shifted_up(builder: Any, value: Any, places: int) -> Any:
+    return builder.shl(builder.zext(value, WORDS), ir.Constant(WORDS, [places] * LANES))
 
 
 def _splat(builder: Any, scalar: Any, vector: ir.Type) -> Any:
@@ -243,3 +253,27 @@ def _prefetch(write: int) -> Any:
 prefetch = _prefetch(0)
 """Prefetch the cache line at byte `offset` from the address `start`, which need not be valid."""
 prefetch_to_write = _prefetch(1)
+
+
+@intrinsic
+def load_low_bits(typing_context, start, end, count, place):  # type: ignore[no-untyped-def]
+    """Load eight numbers of `count` bits each, at most 8, which end before byte `end` from the address `start`.
+
+    The first is the lowest. They come as words, shifted up by `place`. Eight bytes are read, of which the last `count` hold
+    the numbers: what lies before them must be readable, and what comes after need not.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        begin, end, count, place = args
+        long, word = ir.IntType(64), ir.IntType(32)
+        loaded = builder.load(_pointer(builder, begin, builder.sub(end, long(8)), ir.IntType(8), long))
+        loaded.align = 1
+        before = builder.mul(builder.sub(long(8), count), long(8))
+        lanes = builder.mul(_splat(builder, count, LONGS), ir.Constant(LONGS, list(range(LANES))))
+        shifts = builder.add(_splat(builder, before, LONGS), lanes)
+        numbers = builder.trunc(builder.lshr(_splat(builder, loaded, LONGS), shifts), WORDS)
+        mask = builder.trunc(builder.sub(builder.shl(long(1), count), long(1)), word)
+        kept = builder.and_(numbers, _splat(builder, mask, WORDS))
+        return builder.shl(kept, _splat(builder, builder.trunc(place, word), WORDS))
+
+    return I8(types.int64, types.int64, types.int64, types.int64), generate
