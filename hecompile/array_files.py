@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import math
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,6 +13,7 @@ from numpy.lib import format as npy
 from hecompile.mapped_files import map_array
 
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+_MOST_HEADER = 1 << 12
 
 
 def map_npy(path: Path) -> np.ndarray:
@@ -30,6 +33,21 @@ def read_npy(path: Path) -> np.ndarray:
     """Read the array of a .npy file into memory, no more of it than there is. Raises as `map_npy` does."""
     mapped = map_npy(path)
     return np.array(mapped)
+
+
+def npy_in(content: np.ndarray) -> np.ndarray:
+    """Return the array of a .npy file that was read or fetched, uint8 [bytes], without a copy where it is aligned.
+
+    Raises:
+        ValueError: it is another file, holds objects or Fortran order, or is shorter than its header says.
+    """
+    file = io.BytesIO(content[:_MOST_HEADER].tobytes())
+    shape, dtype = _header(file)
+    count = math.prod(shape) * dtype.itemsize
+    body = content[file.tell() : file.tell() + count]
+    if len(body) < count:
+        raise ValueError(f"it has {len(content)} bytes; {file.tell() + count} are needed")
+    return np.require(body.view(dtype).reshape(shape), requirements="A")
 
 
 def _header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:

@@ -19,11 +19,10 @@ import torch
 from benchmarks.report import table
 from hecompile.he.fused import decrypt_reals, encrypt_reals
 from hecompile.he.hints import Hint
-from hecompile.he.kernels.transform import interleave, transform
-from hecompile.he.kernels.vectors import LANES
 from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
 from hecompile.he.public_matrix import PublicMatrix
 from hecompile.he.random.sampling import PublicSeed
+from hecompile.inspection.prediction import LIKELY_HINT_BITS
 from hecompile.plan.costs import CostModel, hint_bytes
 
 FEATURES = 1024
@@ -94,8 +93,7 @@ def _point(ring: RingParameters, tokens: int, repeats: int) -> tuple[float, floa
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, FEATURES, generator=generator)
     words = torch.randint(-(2**31), 2**31, (FEATURES, ring.lattice_dim), generator=generator).to(torch.int32)
-    transformed = transform(interleave(words), ring, precision=linear.decryption_precision)
-    hint = Hint(ring, transformed.reshape(-1, ring.lattice_dim, LANES), FEATURES)
+    hint = Hint.from_coefficients(ring, words, bits=LIKELY_HINT_BITS)
     reply = torch.randint(0, 256, (2, tokens, FEATURES), generator=generator, dtype=torch.uint8)
     _, key = encrypt_reals(public, x, linear)
     encrypting = _shortest(lambda: encrypt_reals(public, x, linear), repeats)

@@ -1,4 +1,4 @@
-"""Measure the price of storing no hints: training steps of the small Llama with and without them, over a worker process.
+"""Measure the price of computed hints: training steps of the small Llama with and without them, over a worker process.
 
 python -m benchmarks hintless [--quick]
 """
@@ -14,6 +14,7 @@ from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.demonstrations.small import RECIPE
 from hecompile.inspection.linear import circuits_without_gradient, hint_traffic
 from hecompile.models import TINY_LLAMA
+from hecompile.plan.hint_bits import Hints
 from hecompile.runtime.client.session import open_session
 from hecompile.runtime.recipes.training import load_recipe
 from hecompile.runtime.training.comparison import StepSplit, step_split
@@ -25,11 +26,11 @@ SEQUENCE_BUCKETS = (32, 48)
 BATCHES, QUICK_BATCHES = (4, 16, 48), (4,)
 STEPS, QUICK_STEPS = 8, 2
 PROSE = """\
-## Without stored hints
+## Computed hints
 
-`export llama --no-hints` stores nothing but the plan on the client; the worker computes W·A with every product, exactly and
-in four bytes. One optimizer step of the small Llama (median of {steps}), the same recipe over a worker process, both ways.
-The price falls with the tokens per batch, as a hint does not depend on their number. *Predicted*: the download by
+`export llama --hints computed` stores nothing but the plan on the client; the worker computes W·A with every product,
+exactly and in four bytes. One optimizer step of the small Llama (median of {steps}), the same recipe over a worker process,
+both ways. The price falls with the tokens per batch, as a hint does not depend on their number. *Predicted*: the download by
 `inspect`'s count.
 
 | tokens/step | ring | hints | on the client | s/step | worker s | bytes down/token | time | download | predicted |
@@ -45,10 +46,10 @@ def run(quick: bool) -> str:
 
 def _rows(batch: int, steps: int) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as scratch:
-        stored, tokens, bundle = _train(Path(scratch) / "stored", batch, steps, stored_hints=True)
+        stored, tokens, bundle = _train(Path(scratch) / "stored", batch, steps, hints="stored")
         # One ring for both: the comparison is of where the hints come from.
         ring = f"{bundle.ring.ring_dim}x{bundle.ring.rank}"
-        fetched, _, without = _train(Path(scratch) / "fetched", batch, steps, stored_hints=False, ring=ring)
+        fetched, _, without = _train(Path(scratch) / "fetched", batch, steps, hints="computed", ring=ring)
         hints = hint_traffic(without.circuits, without.ring, circuits_without_gradient(without.graph())) / tokens
         megabytes = sum(path.stat().st_size for path in bundle.hints.glob("*.npy")) / 1e6
     ratios = (
@@ -57,7 +58,7 @@ def _rows(batch: int, steps: int) -> tuple[str, str]:
         f"{1 + hints / stored.bytes_down_per_token:.2f}x",
     )
     first = [f"{tokens:.0f}", ring, "stored", f"{megabytes:.0f} MB", *_measured(stored), "1", "1", "1"]
-    return _line(first), _line([f"{tokens:.0f}", ring, "fetched", "0 MB", *_measured(fetched), *ratios])
+    return _line(first), _line([f"{tokens:.0f}", ring, "computed", "0 MB", *_measured(fetched), *ratios])
 
 
 def _measured(split: StepSplit) -> tuple[str, str, str]:
@@ -69,11 +70,11 @@ def _line(cells: list[str]) -> str:
 
 
 def _train(
-    directory: Path, batch: int, steps: int, stored_hints: bool, ring: str | None = None
+    directory: Path, batch: int, steps: int, hints: Hints, ring: str | None = None
 ) -> tuple[StepSplit, float, ClientBundle]:
     """Train with the recipe of the demo: (what a step took, mean tokens per step, the bundle)."""
     options = CompileOptions(
-        batch_size=batch, sequence_buckets=SEQUENCE_BUCKETS, stored_hints=stored_hints, weight_bits=8, ring=ring
+        batch_size=batch, sequence_buckets=SEQUENCE_BUCKETS, hints=hints, weight_bits=8, ring=ring
     )
     compile_checkpoint(str(TINY_LLAMA), directory, options)
     with worker_process(directory / WORKER) as address:

@@ -6,7 +6,7 @@ are drawn for each request.
 
 manifest.json   format, plan id, public seed, ring, LoRA options, buckets, every circuit's parameters, file hashes
 plan.onnx(.data) the client plan: embedding, norms, row scales, and linears that stay with the client
-hints/*.npy     H = W·A mod q, one per circuit; none in a plan whose worker computes them (`hints` in the manifest)
+hints/*.npy     H = W·A mod q, one per circuit; none in a plan whose worker has or computes them (`hints` in the manifest)
 checks/*.npy    secret: what each reply is verified with, one per circuit (`hecompile.he.verification`)
 wraps/*.npy     secret: what finds wrapped products, one per circuit with a calibrated bound (`hecompile.he.wraps`)
 tokenizer/      what AutoTokenizer.from_pretrained loads; generation_config.json: the ids of the tokens that end an answer
@@ -18,7 +18,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -26,13 +26,15 @@ from typing import Any, Literal
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
+from hecompile.bundles.client_files import REMEDY, FileRecord, check_file, describe_file
+from hecompile.bundles.hint_files import HINTS, hint_path
 from hecompile.bundles.kinds import CLIENT_FORMAT, MANIFEST, MAX_MANIFEST_BYTES, BundleKind, explain_mix_up
 from hecompile.bundles.mapped_constants import map_constants
 from hecompile.errors import HecompileError, InputError
-from hecompile.files import file_sha256, missing_path_hint, read_whole, unreadable
+from hecompile.files import missing_path_hint, read_whole, unreadable
 from hecompile.foreign import parse_json, printable
 from hecompile.graph.ir import print_model
-from hecompile.he.parameters import LinearParameters, RingParameters, RingParametersLiteral
+from hecompile.he.parameters import LOG_Q, LinearParameters, RingParameters, RingParametersLiteral
 from hecompile.he.random.sampling import PublicSeed
 from hecompile.he.security import AMPLE_BITS, MINIMUM_BITS, show_bits
 
@@ -40,12 +42,11 @@ LOGGER = logging.getLogger(__name__)
 
 VERSION = 6
 READABLE = (3, 4, 5, 6)
-"""Versions that can be read; 3 has neither packed rings nor transformed hints, 4 one number of weight bits for all, 5 a
-backward product of every linear and adapters on all layers."""
+"""Versions that can be read; 3 has neither packed rings nor transformed hints, 4 one number of weight bits for all, 5 hints
+of whole words, proven bounds, a backward product of every linear and adapters on all layers."""
 
 PLAN, PLAN_DATA = "plan.onnx", "plan.onnx.data"
-HINTS, CHECKS, WRAPS, TOKENIZER = "hints", "checks", "wraps", "tokenizer"
-_REMEDY = "make the bundle again with `hecompile export llama`"
+CHECKS, WRAPS, TOKENIZER = "checks", "wraps", "tokenizer"
 
 
 class _Record(BaseModel):
@@ -107,6 +108,8 @@ class CircuitRecord(_Record):
     """Bits that hold every weight; None in a plan of version 4 or before, whose circuits all have those of the plan."""
     gain: float | None = None
     """How many times longer than proven a token may be; None for a proven bound, as of every plan before version 6."""
+    hint_bits: int | None = None
+    """Bits of a word of the hint; None where words are whole, as in plans of version 5 or before."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -123,13 +126,8 @@ class CircuitRecord(_Record):
             upload_bits=8 * self.upload_limbs,
             reply_bits=8 * self.reply_bytes,
             gain=self.gain or 1.0,
+            hint_bits=LOG_Q if self.hint_bits is None else self.hint_bits,
         )
-
-
-class FileRecord(_Record):
-    path: str
-    bytes: int
-    sha256: str
 
 
 class PlanRecord(_Record):
@@ -143,7 +141,8 @@ class PlanRecord(_Record):
     sequence_buckets: list[int]
     effective_bits: float
     weight_bits: int | Literal["auto"]
-    hints: Literal["stored", "none"] = "stored"
+    hints: Literal["stored", "fetched", "none"] = "stored"
+    """Where hints are: in this bundle, in the worker's, or nowhere, as the worker computes them with every product."""
     graph_sha256: str
     circuits: dict[str, CircuitRecord]
 
@@ -171,6 +170,8 @@ class _Manifest(_Record):
     plan_id: str
     plan: PlanRecord
     files: list[FileRecord]
+    fetched: list[FileRecord] | None = None
+    """The hints in the worker's bundle, which the client fetches."""
 
 
 def read_plan(directory: Path) -> PlanRecord:
@@ -187,6 +188,8 @@ class ClientBundle:
     plan: PlanRecord
     ring: RingParameters
     circuits: dict[str, LinearParameters]
+    fetched: dict[str, FileRecord] = field(default_factory=dict)
+    """Circuit → its hint in the worker's bundle; empty where hints are not fetched."""
 
     @property
     def public_seed(self) -> PublicSeed:
@@ -224,9 +227,9 @@ class ClientBundle:
             map_constants(model, self.directory / PLAN_DATA)
             return model
         except OSError as error:
-            raise unreadable(self.directory / PLAN, error, _REMEDY) from error
+            raise unreadable(self.directory / PLAN, error, REMEDY) from error
         except Exception as error:  # protobuf and onnx_ir raise many kinds for a file that is no model
-            raise InputError(f"{self.directory / PLAN} cannot be read; {_REMEDY}") from error
+            raise InputError(f"{self.directory / PLAN} cannot be read; {REMEDY}") from error
 
     @classmethod
     def open(cls, directory: str | Path) -> ClientBundle:
@@ -239,18 +242,23 @@ class ClientBundle:
         directory = Path(directory)
         manifest = _read_manifest(directory)
         if manifest.plan.plan_id() != manifest.plan_id:
-            raise InputError(f"{directory / MANIFEST}: the plan does not hash to its id; {_REMEDY}")
+            raise InputError(f"{directory / MANIFEST}: the plan does not hash to its id; {REMEDY}")
         for record in manifest.files:
-            _check_file(directory, record)
+            check_file(directory, record)
         listed = {record.path for record in manifest.files}
         stored = manifest.plan.circuits if manifest.plan.hints == "stored" else ()
-        hints = (f"{HINTS}/{circuit}.npy" for circuit in stored)
+        hints = (hint_path(circuit) for circuit in stored)
         checks = (f"{CHECKS}/{circuit}.npy" for circuit in manifest.plan.circuits)
         data = (PLAN_DATA,) if (directory / PLAN_DATA).exists() else ()
         wraps = (f"{WRAPS}/{name}.npy" for name, record in manifest.plan.circuits.items() if record.gain is not None)
         for needed in (PLAN, *data, *hints, *checks, *wraps):
             if needed not in listed:
-                raise InputError(f"{directory / MANIFEST} is damaged: {needed} is not listed; {_REMEDY}")
+                raise InputError(f"{directory / MANIFEST} is damaged: {needed} is not listed; {REMEDY}")
+        fetched = {record.path: record for record in manifest.fetched or ()}
+        remote = manifest.plan.circuits if manifest.plan.hints == "fetched" else ()
+        for circuit in remote:
+            if hint_path(circuit) not in fetched:
+                raise InputError(f"{directory / MANIFEST} is damaged: the hint of {circuit} is not listed; {REMEDY}")
         _refuse_strangers(directory, listed)
         ring = manifest.plan.ring.ring()
         if ring.security_bits < AMPLE_BITS:
@@ -260,32 +268,30 @@ class ClientBundle:
                 directory, show_bits(ring.security_bits), MINIMUM_BITS, ring.security_bits - MINIMUM_BITS,
             )  # fmt: skip
         circuits = {name: record.parameters() for name, record in manifest.plan.circuits.items()}
-        bundle = cls(directory, manifest.plan_id, manifest.plan, ring, circuits)
+        hashes = {circuit: fetched[hint_path(circuit)] for circuit in remote}
+        bundle = cls(directory, manifest.plan_id, manifest.plan, ring, circuits, hashes)
         # The plan id that client and worker agree on covers the graph through its hash, not through the file's.
         if graph_sha256(bundle._parsed) != manifest.plan.graph_sha256:
-            raise InputError(f"{directory / PLAN} is not the graph that the plan was made with; {_REMEDY}")
+            raise InputError(f"{directory / PLAN} is not the graph that the plan was made with; {REMEDY}")
         return bundle
 
 
-def describe_file(directory: Path, path: Path) -> FileRecord:
-    """Hash a file of the bundle and return its record."""
-    relative = path.relative_to(directory).as_posix()
-    return FileRecord(path=relative, bytes=path.stat().st_size, sha256=file_sha256(path))
+def write_manifest(
+    directory: Path, plan: PlanRecord, hashed: Iterable[FileRecord] = (), fetched: Iterable[FileRecord] = ()
+) -> None:
+    """Hash every file under `directory`, apart from those in `hashed`, and write the manifest beside them.
 
-
-def is_intact(directory: Path, record: FileRecord) -> bool:
-    """Tell whether the file of a record is there, whole and unchanged."""
-    path = directory / record.path
-    return path.is_file() and path.stat().st_size == record.bytes and file_sha256(path) == record.sha256
-
-
-def write_manifest(directory: Path, plan: PlanRecord, hashed: Iterable[FileRecord] = ()) -> None:
-    """Hash every file under `directory`, apart from those in `hashed`, and write the manifest beside them."""
+    fetched: the hints in the worker's bundle.
+    """
     known = {record.path: record for record in hashed}
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     files = [known.get(path.relative_to(directory).as_posix()) or describe_file(directory, path) for path in paths]
-    manifest = _Manifest(format=CLIENT_FORMAT, version=VERSION, plan_id=plan.plan_id(), plan=plan, files=files)
-    (directory / MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=1) + "\n", encoding="utf-8")
+    remote = sorted(fetched, key=lambda record: record.path) or None
+    manifest = _Manifest(
+        format=CLIENT_FORMAT, version=VERSION, plan_id=plan.plan_id(), plan=plan, files=files, fetched=remote
+    )
+    content = manifest.model_dump(exclude=None if remote else {"fetched"})
+    (directory / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def graph_sha256(model: ir.Model) -> str:
@@ -300,26 +306,26 @@ def _read_manifest(directory: Path) -> _Manifest:
     if (mix_up := explain_mix_up(directory, BundleKind.CLIENT)) is not None:
         raise InputError(mix_up)
     if not path.is_file():
-        raise InputError(f"{directory} is not a client bundle: {MANIFEST} is missing; {_REMEDY}")
+        raise InputError(f"{directory} is not a client bundle: {MANIFEST} is missing; {REMEDY}")
     try:
         raw = parse_json(read_whole(path, MAX_MANIFEST_BYTES))
         if not isinstance(raw, dict) or raw.get("format") != CLIENT_FORMAT:
-            raise InputError(f"{path} is not the manifest of a client bundle; {_REMEDY}")
+            raise InputError(f"{path} is not the manifest of a client bundle; {REMEDY}")
         if raw.get("version") not in READABLE:
             raise InputError(
-                f"{path} has format version {raw.get('version')}, this program reads {READABLE}; {_REMEDY}"
+                f"{path} has format version {raw.get('version')}, this program reads {READABLE}; {REMEDY}"
             )
         return _Manifest.model_validate(raw)
     except HecompileError:
         raise
     except OSError as error:
-        raise unreadable(path, error, _REMEDY) from error
+        raise unreadable(path, error, REMEDY) from error
     except ValueError as error:  # a ValidationError is one
         first = (str(error).splitlines() or [type(error).__name__])[0]
         if isinstance(error, ValidationError):
             detail = error.errors()[0]
             first = printable(f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}")
-        raise InputError(f"{path} is damaged ({first}); {_REMEDY}") from error
+        raise InputError(f"{path} is damaged ({first}); {REMEDY}") from error
 
 
 def _refuse_strangers(directory: Path, listed: set[str]) -> None:
@@ -328,16 +334,3 @@ def _refuse_strangers(directory: Path, listed: set[str]) -> None:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.relative_to(directory).as_posix() not in listed:
             raise InputError(f"{path} is not part of the bundle, and a tokenizer may read it; delete it")
-
-
-def _check_file(directory: Path, record: FileRecord) -> None:
-    path = directory / record.path
-    if not path.resolve().is_relative_to(directory.resolve()):
-        raise InputError(f"{directory / MANIFEST} names a file outside the bundle; {_REMEDY}")
-    if not path.is_file():
-        raise InputError(f"client bundle {directory}: {record.path} is missing; {_REMEDY}")
-    size = path.stat().st_size
-    if size != record.bytes:
-        raise InputError(f"client bundle {directory}: {record.path} has {size} bytes of {record.bytes}; {_REMEDY}")
-    if file_sha256(path) != record.sha256:
-        raise InputError(f"client bundle {directory}: {record.path} is corrupt (its hash is wrong); {_REMEDY}")

@@ -5,6 +5,7 @@
                         (hecompile/bundles/triton_repository.py)
     public_rows.npy     only in a plan without stored hints: the matrix A in byte planes (hecompile/bundles/public_rows.py);
                         beside each circuit `<name>.exact`, with the same weight file and four bytes in and out
+    hints/              only in a plan whose client fetches them: one file per circuit (hecompile/bundles/hint_files.py)
 
 This module runs on the worker's machine: it and its imports know ONNX files and numbers, and neither torch nor
 `hecompile.he`. `hecompile/compiler/worker_bundle_writer.py` writes the bundle.
@@ -14,11 +15,12 @@ Every bundle also holds the circuit `known_answer` (hecompile/bundles/known_answ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from hecompile.bundles.hint_files import hint_path
 from hecompile.bundles.kinds import MANIFEST
 from hecompile.bundles.known_answer import KNOWN_ANSWER, KNOWN_ANSWER_SHAPE, known_answer_vector, known_answer_weight
 from hecompile.bundles.lowered_circuit import CircuitError, StoredDigit, read_circuit
@@ -58,6 +60,7 @@ class WorkerBundle:
     plan_id: str
     circuits: dict[str, CircuitSpec]
     has_public_rows: bool = False
+    hints: dict[str, BundleFile] = field(default_factory=dict)
 
     @classmethod
     def open(cls, directory: str | Path) -> WorkerBundle:
@@ -76,7 +79,12 @@ class WorkerBundle:
             for file, path in spec.files():
                 check_bundle_file(directory, file, path)
             stored_digits(directory, spec)
-        bundle = cls(directory, manifest.plan_id, circuits, manifest.public_rows is not None)
+        hints = {Path(file.path).stem: file for file in manifest.hints or ()}
+        for name, file in hints.items():
+            if name not in circuits:
+                raise damaged(directory / MANIFEST, f"it has a hint of {name}, which is no circuit of it")
+            check_bundle_file(directory, file, hint_path(name))
+        bundle = cls(directory, manifest.plan_id, circuits, manifest.public_rows is not None, hints)
         if manifest.public_rows is not None:
             check_bundle_file(directory, manifest.public_rows, PUBLIC_ROWS)
             bundle.public_rows()
@@ -95,6 +103,21 @@ class WorkerBundle:
             raise InputError(f"worker bundle {self.directory} holds no public rows: its plan has hints on the client")
         exact = [spec for name, spec in self.circuits.items() if base_name(name) != name]
         return open_public_rows(self.directory / PUBLIC_ROWS, max((spec.in_features for spec in exact), default=0))
+
+    def hint_file(self, name: str) -> np.ndarray:
+        """Map the file of a circuit's hint, uint8 [bytes].
+
+        Raises InputError when the bundle has none, or it cannot be read.
+        """
+        if name not in self.hints or name not in self.circuits:
+            raise InputError(
+                f"the worker bundle has no hint of {name!r}: only one that was exported with --hints fetched has hints"
+            )
+        path = self.directory / hint_path(name)
+        try:
+            return map_array(path, np.uint8, (self.hints[name].bytes,), 0)
+        except (OSError, ValueError) as error:
+            raise unreadable(f"the hint of {name}", error, "copy the worker bundle again") from error
 
     def weight(self, name: str) -> np.ndarray:
         """Return the right-hand side of circuit `name`, int8 or int16 [in_features, out_features].

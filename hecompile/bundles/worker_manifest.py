@@ -94,6 +94,7 @@ class Manifest(_Record):
     plan_id: str = Field(pattern=rf"^{PLAN_ID.pattern}$")
     circuits: list[CircuitSpec]
     public_rows: BundleFile | None = None
+    hints: list[BundleFile] | None = None
 
 
 def read_manifest(directory: Path) -> Manifest:

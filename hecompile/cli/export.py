@@ -111,7 +111,7 @@ def _compile_options(
         policy="offload" if encryption.placement == "offload" else "cheapest",
         head="remote" if head == "remote" else "auto" if head == "auto" else "local",
         bounds="proven" if encryption.bounds == "proven" else "calibrated",
-        stored_hints=encryption.hints,
+        hints=encryption.hints_option(),
         experts="routed" if encryption.experts == "routed" else "all",
         attention=polynomials.attention,
         norm=polynomials.norm,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -15,6 +15,7 @@ from hecompile.errors import InputError
 if TYPE_CHECKING:  # imported when a command runs: help is to be quick
     from hecompile.he.random.sampling import PublicSeed
     from hecompile.passes.offload.attach_lora import AttachLora
+    from hecompile.plan.hint_bits import Hints
 
 
 @dataclass(frozen=True)
@@ -145,13 +146,14 @@ class EncryptionOptions:
         ),
     ] = "calibrated"
     hints: Annotated[
-        bool,
+        str,
         typer.Option(
-            "--hints/--no-hints",
-            help="--no-hints stores no hints on the client; the worker then computes one with every product, which costs "
-            "its time and your download. `inspect` shows how many bytes, `python -m benchmarks hintless` the time.",
+            help="'stored': hints lie in the client bundle. 'fetched': they lie in the worker's, and the client downloads "
+            "each ahead of its use, once per pass over a batch. 'computed': the worker computes one with every product. "
+            "`inspect` shows the bytes (docs/hints.md)."
         ),
-    ] = True
+    ] = "stored"
+    no_hints: Annotated[bool, typer.Option("--no-hints", help="As --hints computed.")] = False
 
     def bits(self) -> int | Literal["auto"]:
         """Return the bits of the weights. Raises InputError for anything but a whole number or "auto"."""
@@ -161,6 +163,14 @@ class EncryptionOptions:
             return int(self.weight_bits)
         except ValueError:
             raise InputError(f"--weight-bits must be auto or a whole number, got {self.weight_bits!r}") from None
+
+    def hints_option(self) -> Hints:
+        """Return where hints are. Raises InputError for a place that is none, or two of them."""
+        if self.no_hints and self.hints not in ("stored", "computed"):  # "stored" is what --hints is where it is not given
+            raise InputError(f"--no-hints is --hints computed; drop it, or --hints {self.hints}")
+        if self.hints not in ("stored", "fetched", "computed"):
+            raise InputError(f"--hints must be stored, fetched or computed, got {self.hints!r}")
+        return "computed" if self.no_hints else cast("Hints", self.hints)
 
     def seed(self) -> PublicSeed | None:
         """Return the seed of the public matrix, None where one is drawn. Raises InputError for anything but 64 digits."""

@@ -17,9 +17,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from hecompile.bundles.client import HINTS, FileRecord, describe_file, is_intact
+from hecompile.bundles.client_files import FileRecord, describe_file, is_intact
+from hecompile.bundles.hint_files import HINTS
 from hecompile.bundles.kinds import CLIENT, WORKER
-from hecompile.bundles.worker import CircuitSpec
+from hecompile.bundles.worker import BundleFile, CircuitSpec
 from hecompile.compiler.pipeline import lower_circuit
 from hecompile.compiler.staging import Staging
 from hecompile.compiler.worker_bundle_writer import WorkerBundleWriter
@@ -48,18 +49,21 @@ class _CompleteCircuit(BaseModel):
 
 
 def write_circuits(
-    stage: Staging, plan: SplitPlan, ring: RingParameters, plan_id: str, progress: Progress
+    stage: Staging, plan: SplitPlan, ring: RingParameters, plan_id: str, progress: Progress, fetched: bool = False
 ) -> tuple[FileRecord, ...]:
     """Write each circuit's hint into the client's part of the build, and the worker bundle beside it.
+
+    With `fetched` the hints are part of the worker bundle instead.
 
     Progress counts rows of hints. Returns the records of the hint files. Raises OSError or InputError when the disk cannot
     be written.
     """
-    client = stage.build / CLIENT
     total = sum(circuit.parameters.out_features for circuit in plan.circuits)
     listed = [line for line in map(_parsed, stage.begin(plan_id)) if line is not None]
     with WorkerBundleWriter(stage.build / WORKER, plan_id, keep=True) as writer:
-        kept = _keep_complete(stage, writer, client, {line.name: line for line in listed}, plan.circuits)
+        home = writer.folder if fetched else stage.build / CLIENT
+        home.mkdir(exist_ok=True)
+        kept = _keep_complete(stage, writer, home, {line.name: line for line in listed}, plan.circuits)
         missing = [circuit for circuit in plan.circuits if circuit.name not in kept]
         done = total - sum(circuit.parameters.out_features for circuit in missing)
         if kept:
@@ -72,12 +76,14 @@ def write_circuits(
         with ThreadPoolExecutor(max_workers=1) as background:
             for circuit in missing:
                 hint = prepared.setup(torch.from_numpy(circuit.weight).t())  # of [features_out, features_in]
-                pending.append((circuit, background.submit(_write, stage, writer, client, circuit, hint, ring)))
+                pending.append((circuit, background.submit(_write, stage, writer, home, circuit, hint, ring)))
                 while len(pending) > (_PENDING if circuit is not missing[-1] else 0):
                     written, future = pending.popleft()
                     records.append(future.result())
                     done += written.parameters.out_features
                     progress(MAKING, done, total)
+        for record in records if fetched else ():
+            writer.add_hint(BundleFile(**record.model_dump()))
         writer.commit([circuit.name for circuit in plan.circuits])
     return tuple(records)
 
@@ -105,11 +111,12 @@ def write_circuits_without_hints(
 
 
 def _write(
-    stage: Staging, writer: WorkerBundleWriter, client: Path, circuit: RemoteCircuit, hint: Tensor, ring: RingParameters
+    stage: Staging, writer: WorkerBundleWriter, home: Path, circuit: RemoteCircuit, hint: Tensor, ring: RingParameters
 ) -> FileRecord:
     spec = writer.add(lower_circuit(circuit.model()))
     single = ring if circuit.parameters.decryption_precision is np.float32 else None
-    record = describe_file(client, write_hint(client / HINTS, circuit.name, hint, single))
+    path = write_hint(home / HINTS, circuit.name, hint, single, circuit.parameters.hint_bits)
+    record = describe_file(home, path)
     stage.note(_CompleteCircuit(name=circuit.name, hint=record, worker=spec).model_dump(mode="json"))
     return record
 
@@ -117,7 +124,7 @@ def _write(
 def _keep_complete(
     stage: Staging,
     writer: WorkerBundleWriter,
-    client: Path,
+    home: Path,
     listed: dict[str, _CompleteCircuit],
     wanted: Iterable[RemoteCircuit],
 ) -> dict[str, _CompleteCircuit]:
@@ -128,9 +135,9 @@ def _keep_complete(
         line = listed.get(name)
         if line is None or line.worker.name != name or not line.hint.path.startswith(f"{HINTS}/{name}."):
             continue
-        if is_intact(client, line.hint) and (circuit_files := writer.add_complete(line.worker)) is not None:
+        if is_intact(home, line.hint) and (circuit_files := writer.add_complete(line.worker)) is not None:
             kept[name] = line
-            files += [client / line.hint.path, *circuit_files]
+            files += [home / line.hint.path, *circuit_files]
     stage.drop_unlisted(files)
     return kept
 

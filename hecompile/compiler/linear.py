@@ -20,7 +20,6 @@ from hecompile.bundles.client import (
     TOKENIZER,
     WRAPS,
     CircuitRecord,
-    FileRecord,
     LoraRecord,
     PlanRecord,
     RingRecord,
@@ -28,6 +27,7 @@ from hecompile.bundles.client import (
     write_manifest,
 )
 from hecompile.bundles.client import VERSION as CLIENT_VERSION
+from hecompile.bundles.client_files import FileRecord
 from hecompile.bundles.kinds import CLIENT, BundleKind
 from hecompile.bundles.worker import VERSION as WORKER_VERSION
 from hecompile.checkpoint.configuration import family_of
@@ -48,6 +48,7 @@ from hecompile.files import found_anywhere, only_writer
 from hecompile.he.check_store import SERIES, write_checks
 from hecompile.he.check_tolerances import Rows
 from hecompile.he.check_vectors import Checks
+from hecompile.he.hint_rounding import WORD_BITS
 from hecompile.he.parameters import RingParameters
 from hecompile.he.random.sampling import PublicSeed, SecretRandom
 from hecompile.he.wraps import WrapChecks, write_wrap_checks
@@ -100,8 +101,11 @@ def _compile(model_name_or_path: str, out: Path, options: CompileOptions, progre
         plan, ring = lower_linear(model, options, samples, lambda step: progress(step, 0, 1), polynomials)
         del model
         record = _plan_record(name, plan, ring, seed, options, family.conv1d)
-        write = write_circuits if options.stored_hints else write_circuits_without_hints
-        hints = write(stage, plan, ring, record.plan_id(), progress)
+        where = (stage, plan, ring, record.plan_id(), progress)
+        if options.hints == "computed":
+            hints = write_circuits_without_hints(*where)
+        else:
+            hints = write_circuits(*where, fetched=options.hints == "fetched")
         progress("checks", 0, 1)
         random = SecretRandom()
         for circuit in plan.circuits:
@@ -146,7 +150,7 @@ def _plan_record(
         sequence_buckets=list(options.sequence_buckets),
         effective_bits=float(options.effective_bits),
         weight_bits=options.weight_bits,
-        hints="stored" if options.stored_hints else "none",
+        hints="none" if options.hints == "computed" else options.hints,
         graph_sha256=graph_sha256(plan.client),
         circuits={circuit.name: _circuit_record(circuit) for circuit in plan.circuits},
     )
@@ -168,6 +172,7 @@ def _circuit_record(circuit: RemoteCircuit) -> CircuitRecord:
         weight_sha256=hashlib.sha256(np.ascontiguousarray(circuit.weight).data).hexdigest(),
         weight_bits=circuit.weight_bits,
         gain=None if circuit.largest_factor is None else parameters.gain,
+        hint_bits=parameters.hint_bits if parameters.hint_bits < WORD_BITS else None,
     )
 
 
@@ -179,7 +184,11 @@ def _write_client(
     record: PlanRecord,
     hints: Iterable[FileRecord],
 ) -> None:
+    directory.mkdir(exist_ok=True)
     ir.save(plan.client, directory / PLAN, external_data=PLAN_DATA)
     tokenizer.save_pretrained(directory / TOKENIZER)
     write_answer_ends(directory / TOKENIZER, ends)
-    write_manifest(directory, record, hints)
+    if record.hints == "fetched":
+        write_manifest(directory, record, fetched=hints)
+    else:
+        write_manifest(directory, record, hints)

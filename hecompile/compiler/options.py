@@ -21,6 +21,7 @@ from hecompile.passes.offload.quantize import Quantize
 from hecompile.passes.offload.select_parameters import SelectParameters
 from hecompile.passes.offload.select_weight_bits import TWO_BYTES, SelectWeightBits
 from hecompile.plan.costs import CostModel
+from hecompile.plan.hint_bits import Hints
 
 WeightBits = int | Literal["auto"]
 Experts = Literal["routed", "all"]
@@ -54,8 +55,9 @@ class CompileOptions:
     bounds: Bounds = "calibrated"
     """How far a token is scaled: "calibrated" until products like calibration's fill half of the room, and what wraps is
     found and sent again (`hecompile.he.wraps`); "proven" only so far that nothing can wrap."""
-    stored_hints: bool = True
-    """False: the client stores no hints; the worker computes them with every product (`hecompile.bundles.public_rows`)."""
+    hints: Hints = "stored"
+    """Where hints are: "stored" in the client bundle, "fetched" from the worker's, or "computed" by the worker with every
+    product (`hecompile.bundles.public_rows`)."""
     attention: str | ApproximateSoftmax | None = None
     norm: str | ApproximateRMSNorm | None = None
     activation: str | ApproximateSiLU | QuantizeActivation | None = None
@@ -76,6 +78,8 @@ class CompileOptions:
             raise InputError(f"head must be one of {', '.join(get_args(Head))}, got {self.head!r}")
         if self.bounds not in get_args(Bounds):
             raise InputError(f"bounds must be one of {', '.join(get_args(Bounds))}, got {self.bounds!r}")
+        if self.hints not in get_args(Hints):
+            raise InputError(f"hints must be one of {', '.join(get_args(Hints))}, got {self.hints!r}")
         if not 0.0 < self.effective_bits < math.inf:
             raise InputError(f"effective bits must be a positive number, got {self.effective_bits}")
         if self.ring is not None and self.ring not in CATALOGUE:
@@ -123,7 +127,7 @@ class CompileOptions:
             tokens=self.batch_size * self.sequence_buckets[-1],
             ring=self.ring_parameters(),
             costs=self.costs,
-            stored_hints=self.stored_hints,
+            stored_hints=self.hints != "computed",
             calibrated=self.bounds == "calibrated",
         )
 

@@ -58,6 +58,7 @@ from hecompile.passes.raising.canonicalize import Canonicalize
 from hecompile.passes.raising.simplify import Simplify
 from hecompile.passes.raising.unify import Unify
 from hecompile.plan.circuits import SplitPlan
+from hecompile.plan.hint_bits import with_hint_bits
 
 PASSES: dict[str, type] = {
     "simplify": Simplify,
@@ -184,6 +185,8 @@ def lower_linear(
     on_step("split")
     plan = Split()(model)
     run(plan.client, "narrow", Narrow(), CLIENT_PLAN)
+    if options.hints != "computed":
+        plan = with_hint_bits(plan, options.effective_bits)
     on_step("validate")
     Validate(ring, options.effective_bits)(plan)
     return plan, ring  # the worker's circuits go through `lower_circuit` one by one, as they are written

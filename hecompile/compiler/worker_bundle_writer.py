@@ -74,6 +74,7 @@ class WorkerBundleWriter:
         self._plan_id = plan_id
         self._circuits: dict[str, CircuitSpec] = {}
         self._public_rows: BundleFile | None = None
+        self._hints: list[BundleFile] = []
         with _writing(self._target):
             self._temporary.mkdir(parents=True, exist_ok=keep)
 
@@ -83,6 +84,15 @@ class WorkerBundleWriter:
     def __exit__(self, *_: object) -> None:
         if not self._keep:
             shutil.rmtree(self._temporary, ignore_errors=True)
+
+    @property
+    def folder(self) -> Path:
+        """Return where the bundle is made; it is renamed to its directory at the end."""
+        return self._temporary
+
+    def add_hint(self, file: BundleFile) -> None:
+        """List a file of hints that stands in `folder` already, for the client to fetch."""
+        self._hints.append(file)
 
     def add_complete(self, spec: CircuitSpec) -> list[Path] | None:
         """Count a circuit that an earlier writer with `keep` completed as added.
@@ -128,13 +138,19 @@ class WorkerBundleWriter:
         names = [*order, *(name for name in self._circuits if name not in set(order))]
         circuits = [self._circuits[name] for name in names]
         manifest = Manifest(
-            format=WORKER_FORMAT, version=VERSION, plan_id=self._plan_id, circuits=circuits, public_rows=self._public_rows
+            format=WORKER_FORMAT,
+            version=VERSION,
+            plan_id=self._plan_id,
+            circuits=circuits,
+            public_rows=self._public_rows,
+            hints=sorted(self._hints, key=lambda file: file.path) or None,
         )
         with _writing(self._target):
             text = json.dumps(manifest.model_dump(exclude_none=True), indent=1) + "\n"
             (self._temporary / MANIFEST).write_text(text, encoding="utf-8")
             self._temporary.rename(self._target)
-        return WorkerBundle(self._target, self._plan_id, dict(self._circuits), self._public_rows is not None)
+        hints = {Path(file.path).stem: file for file in self._hints}
+        return WorkerBundle(self._target, self._plan_id, dict(self._circuits), self._public_rows is not None, hints)
 
     def _add(self, model: ir.Model, name: str, linear: str, direction: Literal["forward", "backward"]) -> CircuitSpec:
         if name in self._circuits:

@@ -127,7 +127,8 @@ class Totals:
 
     Attributes:
         step_tokens: of the largest batch.
-        step_hint_bytes: down per step, where the client has no hints.
+        step_hint_bytes: down per step, where the client has no hints: each circuit's once, as in a step of one micro-batch,
+            and none kept from the last step.
         client_disk, worker_disk: bytes; None for a half that is not there.
     """
 
@@ -151,7 +152,7 @@ class Totals:
             forward=Work.of(product for product in known if product.direction == "forward"),
             backward=Work.of(product for product in known if product.direction == "backward" and product.trained),
             step_tokens=plan.batch_size * plan.sequence_buckets[-1],
-            step_hint_bytes=0 if plan.hints == "stored" else hint_traffic(bundle.circuits, bundle.ring, skipped),
+            step_hint_bytes=_step_hint_bytes(bundle, skipped),
             remote_weights=sum(product.remote_weights for product in known),
             client_disk=bytes_below(bundle.directory),
             worker_disk=bytes_below(worker) if beside else None,
@@ -166,6 +167,12 @@ class Totals:
             first.bytes_down + second.bytes_down,
             first.multiplications + second.multiplications,
         )
+
+
+def _step_hint_bytes(bundle: ClientBundle, skipped: frozenset[str]) -> int:
+    if bundle.plan.hints == "none":
+        return hint_traffic(bundle.circuits, bundle.ring, skipped)
+    return sum(record.bytes for circuit, record in bundle.fetched.items() if circuit not in skipped)
 
 
 def bytes_below(directory: Path) -> int:

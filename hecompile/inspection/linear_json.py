@@ -9,7 +9,7 @@ from typing import Any
 from hecompile.bundles.client import ClientBundle
 from hecompile.inspection.linear import Product, Totals, Work
 from hecompile.inspection.linear_tables import group_by_kind
-from hecompile.inspection.prediction import stored_hint_bytes
+from hecompile.inspection.prediction import hint_file_bytes
 
 _RANGES = (
     "in_features", "out_features", "weight_bits", "effective_bits", "noise_std", "unseen_error", "input_bound",
@@ -39,7 +39,6 @@ def plan_json(bundle: ClientBundle, products: Sequence[Product]) -> dict[str, An
 def _totals(bundle: ClientBundle, totals: Totals) -> dict[str, Any]:
     training, tokens = totals.training, totals.step_tokens
     hints = bundle.plan.hints == "stored"
-    rows = [parameters.out_features for parameters in bundle.circuits.values()]
     return {
         "per_token": {
             "forward": _work(totals.forward),
@@ -56,7 +55,7 @@ def _totals(bundle: ClientBundle, totals: Totals) -> dict[str, Any]:
         "disk": {
             "client": totals.client_disk,
             "worker": totals.worker_disk,
-            "hints": stored_hint_bytes(bundle.ring, rows) if hints else 0,
+            "hints": hint_file_bytes(bundle.ring, bundle.circuits.values()) if hints else 0,
         },
         "remote_weights": totals.remote_weights,
     }

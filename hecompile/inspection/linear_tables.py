@@ -12,7 +12,7 @@ from hecompile.bundles.client import ClientBundle
 from hecompile.he.security import show_bits
 from hecompile.inspection.kinds import kind_of, span
 from hecompile.inspection.linear import Product, Totals, Work, reached_precision, weight_bits_text
-from hecompile.inspection.prediction import megabytes, stored_hint_bytes
+from hecompile.inspection.prediction import hint_file_bytes, megabytes
 from hecompile.inspection.rows import named_rows
 
 Group = tuple[str, Sequence[Product]]
@@ -73,9 +73,12 @@ def _millions(work: Work) -> str:
 def _hints(bundle: ClientBundle, totals: Totals, products: Sequence[Product]) -> str:
     """Say what the hints take: on disk, or of the download of a training step."""
     if bundle.plan.hints == "stored":
-        return megabytes(stored_hint_bytes(bundle.ring, (product.out_features for product in products)))
+        bits = [circuit.hint_bits for circuit in bundle.circuits.values()]
+        size = megabytes(hint_file_bytes(bundle.ring, bundle.circuits.values()))
+        return f"{size}, {span(bits)} bits a word"
     step, tokens = totals.step_hint_bytes, totals.step_tokens
-    return f"none: {step} bytes more down per step, {step / tokens:.0f} per token at {tokens} tokens"
+    how = "computed" if bundle.plan.hints == "none" else "fetched"
+    return f"none, {how}: {step} bytes more down per step, {step / tokens:.0f} per token at {tokens} tokens"
 
 
 def kinds_table(products: Sequence[Product]) -> Text:

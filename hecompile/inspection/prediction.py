@@ -2,7 +2,8 @@
 
 Every decoder linear is on the worker (placement "offload"), those that read one input being one product: query, key and
 value of a Llama, its gate and up. There is one each forward, and one backward where an adapter stands before it. A hint has
-one row of `rank · ring_dim` words per output of a product.
+one row of `rank · ring_dim` words per output of a product. How many bits a word keeps follows from the weights
+(`hecompile.plan.hint_bits`): here LIKELY_HINT_BITS.
 """
 
 from __future__ import annotations
@@ -17,20 +18,28 @@ from transformers import PretrainedConfig
 
 from hecompile.checkpoint.configuration import family_of
 from hecompile.checkpoint.weights import empty_model
-from hecompile.he.parameters import CATALOGUE, RingParameters
+from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
 from hecompile.he.security import show_bits
 from hecompile.inspection.kinds import layer_of
 from hecompile.plan.costs import hint_bytes
 
+LIKELY_HINT_BITS = 22
+"""Bits of a stored word in the mean: 19 to 24 at 8 effective bits, as words up have whole bytes, and the rest of their
+precision is kept (`benchmarks/results/hints.md`)."""
 HINT_ROW_GROUP = 8
 """Rows of a hint are padded to a multiple of this on disk."""
 _LOGIT_COPIES = 5
 """Arrays of the size of the logits at the peak of a step: logits, log-softmax, their gradients, and a shifted copy."""
 
 
-def stored_hint_bytes(ring: RingParameters, outputs: Iterable[int]) -> int:
-    """Return the bytes on disk of the hints of products with these numbers of outputs, file headers not counted."""
-    return sum(hint_bytes(ring, math.ceil(rows / HINT_ROW_GROUP) * HINT_ROW_GROUP) for rows in outputs)
+def stored_hint_bytes(ring: RingParameters, sizes: Iterable[tuple[int, int]]) -> int:
+    """Return the bytes on disk of hints of these (outputs, bits of a word), file headers not counted."""
+    return sum(hint_bytes(ring, math.ceil(rows / HINT_ROW_GROUP) * HINT_ROW_GROUP, bits) for rows, bits in sizes)
+
+
+def hint_file_bytes(ring: RingParameters, circuits: Iterable[LinearParameters]) -> int:
+    """Return the bytes of the hint files of these circuits, headers not counted."""
+    return stored_hint_bytes(ring, ((circuit.out_features, circuit.hint_bits) for circuit in circuits))
 
 
 @dataclass(frozen=True)
@@ -87,9 +96,9 @@ class ModelSize:
     def hint_rows(self) -> int:
         return sum(outputs for _, outputs in self.products)
 
-    def hint_file_bytes(self, ring: RingParameters) -> int:
-        """Return the bytes of all hints on the client's disk, file headers not counted."""
-        return stored_hint_bytes(ring, (outputs for _, outputs in self.products))
+    def hint_file_bytes(self, ring: RingParameters, bits: int = LIKELY_HINT_BITS) -> int:
+        """Return the bytes of all hints on the client's disk with words of that many bits, file headers not counted."""
+        return stored_hint_bytes(ring, ((outputs, bits) for _, outputs in self.products))
 
     def worker_bytes(self, weight_bits: int | Literal["auto"]) -> int:
         """Return the bytes of the worker bundle: the weights, for forward and backward apart; for "auto" the most."""
@@ -118,7 +127,7 @@ def prediction_table(
         table.add_row(
             f"{candidate.ring_dim} x {candidate.rank}",
             show_bits(candidate.security_bits),
-            megabytes(size.hint_file_bytes(candidate)),
+            f"about {megabytes(size.hint_file_bytes(candidate))}",
             megabytes(size.plan_bytes),
             f"about {megabytes(size.client_resident_bytes(candidate, tokens))}",
             ("up to " if weight_bits == "auto" else "") + megabytes(size.worker_bytes(weight_bits)),

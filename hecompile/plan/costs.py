@@ -6,8 +6,8 @@ F(d) = 2.5·log2(d/2) flops per coefficient of a complex FFT of length d/2 (5·n
     encrypt, per input feature    blocks·d·(F(d) + 4m)               m pointwise products, one inverse transform
     A, per input feature          8·m·d bytes read                   its transforms; 1/m of it in a packed ring
     decrypt, per output feature   blocks·d·(F(d) + 4m)               as much
-    hint's row as words           m·d·F(d)                           its transforms, where the file does not have them
-    hint, per output feature      4·m·d bytes read
+    hint's row                    m·d·F(d)                           its transforms: files have words
+    hint, per output feature      4·m·d bytes read, at most
     worker                        2·in·out·T operations per limb product, of which L limbs need L (2L - 1 for int16 weights)
     wire                          L·T·in bytes up, R·T·out bytes down
     hint from the worker          as a product of d·m tokens with 4 limbs, and 4 bytes down (plans without stored hints)
@@ -20,8 +20,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-
-import numpy as np
 
 from hecompile.bundles.public_rows import WORD_BYTES
 from hecompile.he.parameters import CATALOGUE, LOG_Q, LinearParameters, RingParameters
@@ -55,12 +53,9 @@ class CostModel:
         seconds = _product_flops(ring, tokens) / self.transform_flops + tokens * self.encrypt_seconds
         return features * (seconds + 2 * hint_bytes(ring, 1) / ring.packing / self.hint_bandwidth)
 
-    def decrypt(self, ring: RingParameters, tokens: int, features: int, words: bool = False) -> float:
-        """Return client seconds to decrypt `tokens` rows of `features`, including the reading of the hint.
-
-        words: the hint comes as words, so that the client computes its transforms.
-        """
-        flops = _product_flops(ring, tokens) + (ring.lattice_dim * _transform_flops(ring) if words else 0.0)
+    def decrypt(self, ring: RingParameters, tokens: int, features: int) -> float:
+        """Return client seconds to decrypt `tokens` rows of `features`, with the reading of the hint and its transforms."""
+        flops = _product_flops(ring, tokens) + ring.lattice_dim * _transform_flops(ring)
         seconds = flops / self.transform_flops + tokens * self.decrypt_seconds
         return features * (seconds + hint_bytes(ring, 1) / self.hint_bandwidth)
 
@@ -75,9 +70,8 @@ class CostModel:
 
     def product(self, ring: RingParameters, parameters: LinearParameters, tokens: int, weight_bytes: int = 1) -> float:
         """Return seconds of one remote product, with nothing done at the same time."""
-        words = parameters.decryption_precision is np.float64
         client = self.encrypt(ring, tokens, parameters.in_features)
-        client += self.decrypt(ring, tokens, parameters.out_features, words)
+        client += self.decrypt(ring, tokens, parameters.out_features)
         return client + self.wire(parameters, tokens) + self.worker(parameters, tokens, weight_bytes)
 
     def fetched_hint(self, ring: RingParameters, parameters: LinearParameters, weight_bytes: int = 1) -> float:
@@ -116,9 +110,9 @@ def limb_products(upload_limbs: int, weight_bytes: int) -> int:
     return sum(upload_limbs - k for k in range(min(weight_bytes, upload_limbs)))
 
 
-def hint_bytes(ring: RingParameters, rows: int) -> int:
-    """Return the bytes of the hint of a circuit with `rows` output features."""
-    return WORD_BYTES * ring.lattice_dim * rows
+def hint_bytes(ring: RingParameters, rows: int, bits: int = 8 * WORD_BYTES) -> int:
+    """Return the bytes of the hint of a circuit with `rows` output features and words of that many bits."""
+    return ring.lattice_dim * rows * bits // 8
 
 
 def _transform_flops(ring: RingParameters) -> float:

@@ -151,13 +151,11 @@ def choose_ring(
         raise InputError(f"the number of tokens per step must be positive, got {tokens}")
     prices = costs or CostModel()
     inputs = sum(p.in_features for p in circuits) or 1
-    as_words = sum(p.out_features for p in circuits if not stored_hints or p.decryption_precision is np.float64)
-    outputs = (sum(p.out_features for p in circuits) or 1) - as_words
+    outputs = sum(p.out_features for p in circuits) or 1
 
     def work(ring: RingParameters) -> float:
         hints = 0.0 if stored_hints else sum(prices.fetched_hint(ring, p) for p in circuits)
-        decrypting = prices.decrypt(ring, tokens, outputs) + prices.decrypt(ring, tokens, as_words, words=True)
-        return prices.encrypt(ring, tokens, inputs) + decrypting + hints
+        return prices.encrypt(ring, tokens, inputs) + prices.decrypt(ring, tokens, outputs) + hints
 
     least = min(work(ring) for ring in CATALOGUE.values())
     similar = [ring for ring in CATALOGUE.values() if work(ring) <= _SIMILAR_COST * least]

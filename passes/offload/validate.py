@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -14,7 +15,7 @@ from hecompile.errors import LegalityError, SecurityError
 from hecompile.graph.gradients import without_gradient
 from hecompile.graph.ir import PLACEMENT, attributes_of, nodes_of_type
 from hecompile.graph.legality import CLIENT_PLAN, check_stage
-from hecompile.he.parameters import LinearParameters, RingParameters
+from hecompile.he.parameters import RingParameters
 from hecompile.he.security import MINIMUM_BITS, show_bits
 from hecompile.he.weight_norms import measure_norms
 from hecompile.he.wraps import largest_factor
@@ -70,7 +71,7 @@ class Validate:
             raise LegalityError(f"{circuit.name}: the weight is {circuit.weight.shape}, its parameters say otherwise")
         # The input bound, and so the promise that nothing overflows mod q, rests on these norms.
         norms, _ = measure_norms(torch.from_numpy(circuit.weight.T))  # of [features_out, features_in]
-        measured = LinearParameters.from_norms(norms, parameters.upload_bits, parameters.reply_bits, parameters.gain)
+        measured = dataclasses.replace(parameters, max_l1=norms.max_l1, max_l2=norms.max_l2)
         if measured != parameters:
             raise LegalityError(
                 f"{circuit.name}: the weight has row norms {measured.max_l1} and {measured.max_l2:.6g}, its parameters say "

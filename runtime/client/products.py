@@ -35,6 +35,7 @@ from hecompile.he.random.sampling import SecretRandom
 from hecompile.he.scheme import Ciphertext
 from hecompile.he.verification import Expectation, hint_is_right
 from hecompile.runtime.client.bounds import Bounds
+from hecompile.runtime.client.fetched_hints import FetchedHints, Fetching, HintSource
 from hecompile.runtime.client.hintless import hint_of
 from hecompile.runtime.transports import Answer, Replicas, Transport, open_connection
 
@@ -110,10 +111,11 @@ class EncryptedProducts(Products):
         cache_bytes: bounds the memory for transformed hints.
         retry_elsewhere: over `Replicas`, a worker whose reply is wrong gets no more requests and another one is tried; else
             the product raises VerificationError.
+        fetching: of hints that are not in the bundle but fetched.
 
     Raises:
         WorkerError: the worker serves another plan or computes wrongly.
-        InputError: the bundle's check vectors are spent on workers that were caught.
+        InputError: the bundle's check vectors are spent on workers that were caught; `fetching` has too small a budget.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class EncryptedProducts(Products):
         transport: Transport,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         retry_elsewhere: bool = False,
+        fetching: Fetching | None = None,
     ) -> None:
         super().__init__(bundle.circuits)
         self._transport = transport
@@ -134,7 +137,9 @@ class EncryptedProducts(Products):
         self._ring = bundle.ring
         rows = max(parameters.in_features for parameters in bundle.circuits.values())
         self._public = PublicMatrix(bundle.ring, bundle.public_seed, rows)
-        self._hints = HintStore(bundle.hints, bundle.ring, cache_bytes)
+        self._hints: HintStore | FetchedHints = HintStore(bundle.hints, bundle.ring, cache_bytes)
+        if bundle.plan.hints == "fetched":
+            self._hints = self._fetched_hints(bundle, fetching or Fetching())
         self._hintless = bundle.plan.hints == "none"
         self.bounds = Bounds(bundle)
 
@@ -194,10 +199,30 @@ class EncryptedProducts(Products):
 
     def _request(self, circuit: str, planes: Tensor) -> list[Answer]:
         """Get the worker's product of a ciphertext, and the circuit's hint where none is stored."""
+        hints = self._hints
+        if isinstance(hints, FetchedHints):
+            hints.expect(circuit)
         answers = [self._ask(lambda: self._transport.evaluate(circuit, planes.numpy()))]
         if self._hintless:
             answers.append(self._ask(lambda: self._transport.setup(circuit, self._ring.lattice_dim)))
+        if isinstance(hints, FetchedHints):
+            hints.wait(circuit)  # here, where waiting counts as the wire's time
         return answers
+
+    def _fetched_hints(self, bundle: ClientBundle, fetching: Fetching) -> FetchedHints:
+        def ask(circuit: str, size: int) -> Answer:
+            return self._ask(lambda: self._transport.hint(circuit, size))
+
+        def distrust(worker: str) -> bool:
+            return fetching.folder is None and self._replicas is not None and self._replicas.distrust(worker)
+
+        source = HintSource(bundle.fetched, fetching.folder or ask, self._count_bytes, distrust)
+        return FetchedHints(bundle, source, fetching.budget, fetching.in_flight)
+
+    def _count_bytes(self, answer: Answer) -> None:
+        with self._lock:
+            self.costs.bytes_up += answer.bytes_sent
+            self.costs.bytes_down += answer.bytes_received
 
     def _decrypt(
         self, circuit: str, key: RealKey, ciphertext: Ciphertext, answers: list[Answer], row_scale: Tensor | None
@@ -281,6 +306,8 @@ class EncryptedProducts(Products):
             return request()
 
     def close(self) -> None:
+        if isinstance(self._hints, FetchedHints):
+            self._hints.close()
         self._transport.close()
 
 

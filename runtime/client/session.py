@@ -17,6 +17,7 @@ from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.checkpoint.tokenizer import load_tokenizer as read_tokenizer
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
+from hecompile.runtime.client.fetched_hints import Fetching
 from hecompile.runtime.client.products import CleartextProducts, EncryptedProducts, Products
 from hecompile.runtime.model.backend import ForwardPass
 from hecompile.runtime.model.evaluation import inference
@@ -24,6 +25,7 @@ from hecompile.runtime.recipes.training import Recipe
 from hecompile.runtime.recipes.workplace import Workplace
 from hecompile.runtime.transports import InProcessTransport, Replicas, RetryPolicy, Transport, connect_for
 from hecompile.runtime.transports.directory import fetch_workers
+from hecompile.runtime.transports.hint_url import HintFolder
 from hecompile.runtime.wire.address import DIRECTORY_SCHEMES
 from hecompile.runtime.wire.credentials import ClientCredentials
 from hecompile.runtime.worker.engines import DEFAULT_ENGINE
@@ -67,10 +69,9 @@ def open_session(place: Workplace) -> Iterator[Session]:
         products.close()
 
 
-def connect_workers(place: Workplace) -> Replicas:
-    """Make a transport to the workers, not opened yet; each has a connection for every request in flight."""
-    section, in_flight = place.connection, place.requests_in_flight
-    credentials = ClientCredentials.load(section.authority, section.certificate, section.key, section.token)
+def connect_workers(place: Workplace, besides: int = 0) -> Replicas:
+    """Make a transport to the workers, not opened yet; each has a connection for every request in flight, and `besides`."""
+    section, in_flight, credentials = place.connection, place.requests_in_flight + besides, _credentials(place)
 
     def pool(address: str) -> Transport:
         return connect_for(address, in_flight, credentials, section.reply_timeout)
@@ -84,6 +85,20 @@ def connect_workers(place: Workplace) -> Replicas:
     return Replicas({address: partial(pool, address) for address in place.workers}, policy, leave_bad=leave_bad)
 
 
+def _credentials(place: Workplace) -> ClientCredentials:
+    section = place.connection
+    return ClientCredentials.load(section.authority, section.certificate, section.key, section.token)
+
+
+def _fetching(place: Workplace) -> Fetching:
+    """Return how hints are fetched, where the plan has them fetched."""
+    section, folder = place.connection, None
+    if section.hints is not None:
+        server = HintFolder(section.hints, _credentials(place), section.reply_timeout, RetryPolicy(section.attempts))
+        folder = server.hint
+    return Fetching(section.hint_cache, place.requests_in_flight, folder)
+
+
 def load_tokenizer(bundle: ClientBundle) -> PreTrainedTokenizerBase:
     """Load the tokenizer that travels with the plan: the original checkpoint is not needed."""
     return read_tokenizer(bundle.tokenizer)
@@ -93,9 +108,12 @@ def open_products(bundle: ClientBundle, place: Workplace) -> Products:
     """Connect to the worker. The cleartext engine is used only where the recipe names it."""
     if place.worker != "inprocess":
         elsewhere = place.connection.on_bad_worker == "retry-elsewhere"
-        return EncryptedProducts(bundle, connect_workers(place), retry_elsewhere=elsewhere)
+        # The largest hint would hold up the requests of a connection for long.
+        workers = connect_workers(place, besides=1 if bundle.plan.hints == "fetched" else 0)
+        return EncryptedProducts(bundle, workers, retry_elsewhere=elsewhere, fetching=_fetching(place))
     assert place.worker_bundle is not None  # it was validated
     worker_bundle = WorkerBundle.open(place.worker_bundle)
     if place.engine == "cleartext":
         return CleartextProducts(bundle, worker_bundle)
-    return EncryptedProducts(bundle, InProcessTransport(Worker(worker_bundle, place.engine or DEFAULT_ENGINE).exchange))
+    worker = Worker(worker_bundle, place.engine or DEFAULT_ENGINE)
+    return EncryptedProducts(bundle, InProcessTransport(worker.exchange), fetching=_fetching(place))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
 
 from hecompile.errors import InputError
 from hecompile.runtime.recipes.key_hints import explain
@@ -24,6 +24,8 @@ class ConnectionSection(Section):
       one worker or several, with growing waits between.
     * `on_bad_worker`: what a reply does that is not the right product. `stop` ends the run at its last checkpoint;
       `retry-elsewhere` sends the ciphertext to another worker and never uses the bad one again.
+    * `hint_cache`: memory that hints may take which are fetched (`export --hints fetched`), in bytes or as `2GB`; `hints`:
+      `http://` or `https://` address of a folder with them (default: the worker serves them).
     """
 
     authority: Path | None = None
@@ -33,6 +35,15 @@ class ConnectionSection(Section):
     reply_timeout: Annotated[float, Field(gt=0)] = 600.0
     attempts: Positive = 6
     on_bad_worker: Literal["stop", "retry-elsewhere"] = "stop"
+    hint_cache: ByteSize = ByteSize(512 << 20)
+    hints: str | None = None
+
+    @field_validator("hints")
+    @classmethod
+    def _is_a_web_address(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(DIRECTORY_SCHEMES):
+            raise ValueError("needs the http:// or https:// address of a folder of hints")
+        return value
 
 
 class Workplace(Section):

@@ -21,6 +21,7 @@ from hecompile.runtime.wire.protocol import (
     EvaluateReply,
     EvaluateRequest,
     HelloRequest,
+    HintRequest,
     Reply,
     Request,
     SetupRequest,
@@ -86,6 +87,13 @@ class Transport(Protocol):
         """
         ...
 
+    def hint(self, circuit: str, size: int) -> Answer:
+        """Fetch the hint of a circuit, a file of `size` bytes, from a worker whose bundle has it: planes uint8 [1, 1, size].
+
+        Raises WorkerError as `evaluate` does.
+        """
+        ...
+
     def close(self) -> None:
         """End the connection; every later call raises WorkerError."""
         ...
@@ -139,6 +147,14 @@ class FrameTransport(abc.ABC):
     def setup(self, circuit: str, lattice_dim: int) -> Answer:
         """See `Transport.setup`; needs `hello` first."""
         return self._product(exact_name(circuit), SetupRequest(circuit), lattice_dim)
+
+    def hint(self, circuit: str, size: int) -> Answer:
+        """See `Transport.hint`; needs `hello` first."""
+        reply, sent, received = self._request(HintRequest(circuit))
+        if not isinstance(reply, EvaluateReply) or reply.planes.shape != (1, 1, size):
+            got = reply.planes.shape if isinstance(reply, EvaluateReply) else type(reply).__name__
+            raise WorkerError(f"the hint of {circuit}: the worker answered with {got}; needs a file of {size} bytes")
+        return Answer(reply.planes, reply.compute_seconds, sent, received)
 
     def _announced(self, circuit: str) -> CircuitInfo:
         """Return what the worker said of a circuit in its hello."""

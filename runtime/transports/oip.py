@@ -26,6 +26,7 @@ from hecompile.runtime.wire.address import TcpAddress, parse_address
 from hecompile.runtime.wire.credentials import ClientCredentials
 from hecompile.runtime.wire.inference_protocol import (
     DATATYPE,
+    HINT_PARAMETER,
     MAX_RESPONSE_BYTES,
     PUBLIC_ROWS_PARAMETER,
     SERVICE,
@@ -140,6 +141,19 @@ class OipTransport:
         request.outputs.add(name=OUTPUT_NAME)
         return self._product(name, request.SerializeToString(), lattice_dim)
 
+    def hint(self, circuit: str, size: int) -> Answer:
+        """See `Transport.hint`; needs `hello` first, and a worker of this program."""
+        request = messages.ModelInferRequest(model_name=circuit)
+        request.parameters[HINT_PARAMETER].bool_param = True
+        request.outputs.add(name=OUTPUT_NAME)
+        try:
+            return self._tensor(circuit, request.SerializeToString(), (1, 1, size))
+        except _Refused as error:
+            raise WorkerError(
+                f"{error}. Only `hecompile worker serve` serves hints: with another server, put the folder hints of the "
+                "worker bundle on a web server and name it in the recipe's connection.hints"
+            ) from None
+
     def close(self) -> None:
         """See `Transport.close`."""
         if self._channel is not None:
@@ -189,9 +203,12 @@ class OipTransport:
         announced = self._circuits.get(circuit)
         if announced is None:
             raise WorkerError(f"the worker has no circuit {circuit!r}; start it on the bundle of this plan")
+        return self._tensor(circuit, request, (announced.reply_bytes, tokens, announced.out_features))
+
+    def _tensor(self, circuit: str, request: bytes, expected: tuple[int, int, int]) -> Answer:
+        """Send a request whose answer is one tensor of that shape, and check it."""
         response = messages.ModelInferResponse()
         sent, received = self._exchange("ModelInfer", request, response, self._reply_timeout)
-        expected = (announced.reply_bytes, tokens, announced.out_features)
         outputs, contents = response.outputs, response.raw_output_contents
         if len(outputs) != 1 or outputs[0].name != OUTPUT_NAME or outputs[0].datatype != DATATYPE or len(contents) != 1:
             raise WorkerError(

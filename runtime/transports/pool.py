@@ -57,6 +57,10 @@ class TransportPool:
         """See `Transport.setup`; waits as well."""
         return self._over_a_connection(lambda connection: connection.setup(circuit, lattice_dim))
 
+    def hint(self, circuit: str, size: int) -> Answer:
+        """See `Transport.hint`; waits as well."""
+        return self._over_a_connection(lambda connection: connection.hint(circuit, size))
+
     def _over_a_connection(self, ask: Callable[[Transport], Answer]) -> Answer:
         if self._plan_id is None:
             raise WorkerError("evaluate was called before hello: open connections with open_connection")

@@ -125,6 +125,10 @@ class Replicas:
         """See `Transport.setup`."""
         return self._ask(circuit, lambda transport: transport.setup(circuit, lattice_dim))
 
+    def hint(self, circuit: str, size: int) -> Answer:
+        """See `Transport.hint`."""
+        return self._ask(circuit, lambda transport: transport.hint(circuit, size))
+
     def trusts(self, worker: str) -> bool:
         """Return whether that worker has not been distrusted; one that was may still answer what it was asked before."""
         with self._lock:

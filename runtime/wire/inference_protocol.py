@@ -3,6 +3,8 @@
     ModelInfer <circuit>          ciphertext UINT8 [limbs, T, in] → reply UINT8 [bytes, T, out], raw contents
     ModelInfer <circuit>.exact    without an input but with the parameter `public_rows`: the hint of the circuit (workers of
                                   this program only, see hecompile/bundles/public_rows.py)
+    ModelInfer <circuit>          without an input but with the parameter `hint`: the file of its hint, UINT8 [1, 1, bytes]
+                                  (workers of this program only, see hecompile/bundles/hint_files.py)
     ModelMetadata, ModelConfig    the shapes; the parameter `plan_id` of every model's configuration
     ServerReady, ModelReady, RepositoryIndex
 
@@ -23,6 +25,7 @@ from hecompile.runtime.wire.protobuf_fields import FIXED_BYTES, LENGTH_DELIMITED
 __all__ = [
     "COMPUTE_SECONDS",
     "DATATYPE",
+    "HINT_PARAMETER",
     "MAX_REQUEST_BYTES",
     "MAX_RESPONSE_BYTES",
     "PUBLIC_ROWS_PARAMETER",
@@ -41,6 +44,9 @@ COMPUTE_SECONDS = "compute_seconds"
 
 PUBLIC_ROWS_PARAMETER = "public_rows"
 """Parameter of a request: multiply by the public rows in the worker's bundle; the client sends no tensor."""
+
+HINT_PARAMETER = "hint"
+"""Parameter of a request: return the file of the circuit's hint; the client sends no tensor."""
 
 UNCOMPRESSED = ("grpc.compression_enabled_algorithms_bitset", 1)
 """Option of a gRPC channel or server: messages come as they are. A compressed one may be a thousand times its bytes."""

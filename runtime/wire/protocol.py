@@ -5,6 +5,7 @@ The header has `kind`, `id` and the fields of that kind; the payload is words of
     request  hello     protocol, plan_id              reply  hello     protocol, plan_id, engine, circuits
              evaluate  circuit, shape [B, T, in]             evaluate  shape [B, T, out], seconds
              setup     circuit                               evaluate  shape [32, rank · ring_dim, out], seconds
+             hint      circuit                               evaluate  shape [8, 1, bytes of the file], seconds
                                                              error     message
 
 Protocol 1 counted the bytes of a word where this one counts its bits. Hello and error are as they were, so either side
@@ -67,6 +68,13 @@ class SetupRequest:
 
 
 @dataclass(frozen=True)
+class HintRequest:
+    """Ask for the file of a circuit's hint that lies in the worker's bundle: see hecompile/bundles/hint_files.py."""
+
+    circuit: str
+
+
+@dataclass(frozen=True)
 class CircuitInfo:
     """Hold the shape of one circuit as the worker announces it."""
 
@@ -110,7 +118,7 @@ class ErrorReply:
     message: str
 
 
-Request = HelloRequest | EvaluateRequest | SetupRequest
+Request = HelloRequest | EvaluateRequest | SetupRequest | HintRequest
 Reply = WorkerInfo | EvaluateReply | ErrorReply
 
 
@@ -133,6 +141,8 @@ def encode(message: Request | Reply, request_id: int) -> Frame:
             fields = {"kind": "evaluate", "circuit": circuit, "shape": shape}
         case SetupRequest(circuit):
             fields = {"kind": "setup", "circuit": circuit}
+        case HintRequest(circuit):
+            fields = {"kind": "hint", "circuit": circuit}
         case EvaluateReply(planes, seconds, bits):
             shape, payload, rest = _packed(planes, bits)
             fields = {"kind": "evaluate", "shape": shape, "seconds": seconds}
@@ -151,7 +161,9 @@ def decode_request(frame: Frame) -> tuple[int, Request]:
         return request_id, EvaluateRequest(_name(header, "circuit"), *_planes(header, frame))
     if kind == "setup":
         return request_id, SetupRequest(_name(header, "circuit"))
-    raise WorkerError(f"unknown request kind {kind[:40]!r}; a worker answers hello, evaluate and setup")
+    if kind == "hint":
+        return request_id, HintRequest(_name(header, "circuit"))
+    raise WorkerError(f"unknown request kind {kind[:40]!r}; a worker answers hello, evaluate, setup and hint")
 
 
 def decode_reply(frame: Frame) -> tuple[int, Reply]:

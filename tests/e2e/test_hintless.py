@@ -40,7 +40,7 @@ def hintless(tmp_path_factory: pytest.TempPathFactory) -> Build:
         batch_size=BATCH_SIZE,
         sequence_buckets=SEQUENCE_BUCKETS,
         public_seed=PublicSeed.from_hex("11" * 32),
-        stored_hints=False,
+        hints="computed",
     )
     compile_checkpoint(str(TINY_LLAMA), directory, options)
     return Build(directory, ClientBundle.open(directory / CLIENT), WorkerBundle.open(directory / WORKER))

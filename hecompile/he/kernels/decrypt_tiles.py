@@ -79,7 +79,7 @@ def decrypt(
 def _decrypt(
     n, rank, packing, roots, root_count,
     first_group, features, tokens,
-    hint, kept, packed, bits,
+    hint, kept, packed, hint_bits,
     secrets,
     wire, start, plane, row_stride, bits, _,
     scale, factors,
@@ -94,7 +94,7 @@ def _decrypt(
     ring = Ring(n, rank, packing, real_address(roots), root_count)
     hint_, kept_, secrets_ = address(hint), real_address(kept), real_address(secrets)
     keep, planes_, sums_, kept_at = kept.size > 0, address(wire), address(sums), address(kept)
-    unpack_first, packed_, group_bytes = packed.size > 0, address(packed), 2 * bits * n * rank
+    unpack_first, packed_, group_bytes = packed.size > 0, address(packed), 2 * hint_bits * n * rank
     scale_, factor_, result_, vectors_ = address(scale), address(factors), address(result), address(vectors)
     tile_, values_, work_ = address(tile), real_address(values), real_address(work)
     vector_rows, vectors_flat = vectors.shape[1], vectors.reshape(-1)
@@ -112,7 +112,7 @@ def _decrypt(
                 ahead_size = 4 * group_size
                 if unpack_first:
                     packed_at = (first_group + j // 8 + g) * group_bytes
-                    unpack_group(packed_, packed_at, 2 * n * rank, bits, hint_, 0)
+                    unpack_group(packed_, packed_at, 2 * n * rank, hint_bits, hint_, 0)
                     base, ahead, ahead_size = 0, packed_ + packed_at + group_bytes, group_bytes
                 for i in range(rank):
                     forward_at(hint_, base + i * 16 * n, n, ring.roots, values_, i * 16 * n)

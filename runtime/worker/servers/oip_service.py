@@ -24,6 +24,7 @@ from hecompile.files import read_whole
 from hecompile.runtime.wire.inference_protocol import (
     COMPUTE_SECONDS,
     DATATYPE,
+    HINT_PARAMETER,
     MAX_REQUEST_BYTES,
     PUBLIC_ROWS_PARAMETER,
     SERVICE,
@@ -31,7 +32,7 @@ from hecompile.runtime.wire.inference_protocol import (
     messages,
     with_raw_contents,
 )
-from hecompile.runtime.wire.protocol import EvaluateReply, EvaluateRequest, Request, SetupRequest
+from hecompile.runtime.wire.protocol import EvaluateReply, EvaluateRequest, HintRequest, Request, SetupRequest
 from hecompile.runtime.worker.worker import Worker, handle
 
 LOGGER = logging.getLogger(__name__)
@@ -163,6 +164,10 @@ class OipService:
         if PUBLIC_ROWS_PARAMETER in request.parameters and request.parameters[PUBLIC_ROWS_PARAMETER].bool_param:
             return self._setup(request)
         name = self._spec(request.model_name, request.model_version).name
+        if HINT_PARAMETER in request.parameters and request.parameters[HINT_PARAMETER].bool_param:
+            if request.inputs or request.raw_input_contents:
+                raise _invalid(f"{HINT_PARAMETER} goes with no input")
+            return HintRequest(name)
         if len(request.inputs) != 1 or request.inputs[0].name != INPUT_NAME:
             raise _invalid(f"circuit {name} takes the one input {INPUT_NAME!r}; got {len(request.inputs)}")
         tensor = request.inputs[0]

@@ -171,7 +171,7 @@ def test_inspect_of_a_checkpoint_predicts_its_sizes(checkpoint: Path) -> None:
     assert "161 bits" in row and "4.3 MB" in row
     found = json.loads(CliRunner().invoke(app, ["inspect", str(checkpoint), "--json"]).output)
     assert (found["what"], found["products"], found["hint_rows"]) == ("prediction", 15, 704)
-    assert {ring["ring_dim"]: ring["hint_bytes"] for ring in found["rings"]}[512] == 704 * 1536 * 4
+    assert {ring["ring_dim"]: ring["hint_bytes"] for ring in found["rings"]}[512] == 704 * 1536 * 22 // 8
 
 
 def test_inspect_draws_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from hecompile.runtime.wire.protocol import (
     EvaluateReply,
     EvaluateRequest,
     HelloRequest,
+    HintRequest,
     WorkerInfo,
     decode_reply,
     decode_request,
@@ -50,6 +51,15 @@ def through_a_socket(data: bytes, max_bytes: int = framing.MAX_MESSAGE_BYTES) ->
 
 def whole(frame: Frame) -> bytes:
     return frame.prefix() + frame.header + bytes(frame.payload)
+
+
+def test_hint_round_trip() -> None:
+    request = HintRequest("a.forward")
+    frame = encode(request, 7)
+    assert decode_request(frame) == (7, request) and not frame.payload
+    file = np.arange(300, dtype=np.uint16).view(np.uint8)
+    _, reply = decode_reply(encode(EvaluateReply(file[None, None], 0.0), 7))
+    assert isinstance(reply, EvaluateReply) and np.array_equal(reply.planes.reshape(-1), file)
 
 
 def test_hello_round_trip() -> None:

@@ -29,6 +29,7 @@ from hecompile.runtime.wire.protocol import (
     EvaluateReply,
     EvaluateRequest,
     HelloRequest,
+    HintRequest,
     SetupRequest,
     WorkerInfo,
 )
@@ -41,7 +42,8 @@ CIRCUIT = "linear.forward"
 PLANES = extreme_planes(3, 4, 8)
 HANDLED, CONNECTIONS = 9_700, 300
 VALID = [
-    HelloRequest(PLAN_ID), EvaluateRequest(CIRCUIT, PLANES), EvaluateRequest("known_answer", PLANES), SetupRequest(CIRCUIT)
+    HelloRequest(PLAN_ID), EvaluateRequest(CIRCUIT, PLANES), EvaluateRequest("known_answer", PLANES), SetupRequest(CIRCUIT),
+    HintRequest(CIRCUIT),
 ]  # fmt: skip
 STRANGE = [
     None, True, -1, 0, 2**31, 2**63, 1e308, float("nan"), "", "x" * 5000, "\x00", "ü", [], [[]], {}, {"a": []}, [3, 4, -8]
