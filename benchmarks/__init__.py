@@ -29,6 +29,8 @@ SECTIONS = {
     "compile_1b": "benchmarks.training.compile_1b",
     "families": "benchmarks.training.families",
     "loading": "benchmarks.training.loading",
+    "hints": "benchmarks.crypto.hints",
+    "client_disk": "benchmarks.crypto.client_disk",
     "hintless": "benchmarks.training.hintless",
     "growth": "benchmarks.training.growth",
     "unit_costs": "benchmarks.crypto.unit_costs",
