@@ -32,6 +32,7 @@ SECTIONS = {
     "hints": "benchmarks.crypto.hints",
     "client_disk": "benchmarks.crypto.client_disk",
     "hintless": "benchmarks.training.hintless",
+    "prefix": "benchmarks.training.prefix",
     "growth": "benchmarks.training.growth",
     "unit_costs": "benchmarks.crypto.unit_costs",
     "transports": "benchmarks.worker.transports",

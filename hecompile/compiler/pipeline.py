@@ -37,6 +37,7 @@ from hecompile.passes.approximation.calibrate import Calibrate, Samples
 from hecompile.passes.approximation.quantize_activation import QuantizeActivation
 from hecompile.passes.offload.annotate_secrecy import AnnotateSecrecy
 from hecompile.passes.offload.attach_lora import AttachLora
+from hecompile.passes.offload.cut_prefix import CutPrefix
 from hecompile.passes.offload.cut_wide import CutWide
 from hecompile.passes.offload.fuse import Fuse
 from hecompile.passes.offload.lower_worker import LowerWorker
@@ -84,11 +85,12 @@ PASSES: dict[str, type] = {
     "lower_worker": LowerWorker,
     "validate": Validate,
     "fuse": Fuse,
+    "cut_prefix": CutPrefix,
     "expand_polynomials": ExpandPolynomials,
     "depth": Depth,
     "place_refreshes": PlaceRefreshes,
 }
-"""Every pass by its registered name. `fuse` runs when a client loads its half of a plan."""
+"""Every pass by its registered name. `fuse` runs when a client loads its half of a plan, `cut_prefix` when it keeps some."""
 
 OnStep = Callable[[str], None]
 """Receives the name of a step before it runs."""

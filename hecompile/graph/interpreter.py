@@ -83,6 +83,11 @@ class Interpreter:
             self._steps.append(_Step(node, function, attributes, names, outputs, dead))
         self._narrowing = self._find_narrowing(last_use)
 
+    @property
+    def can_narrow(self) -> bool:
+        """Tell whether `run` can leave out positions: whether an attention that makes them independent is in the graph."""
+        return self._narrowing is not None
+
     def _find_narrowing(self, last_use: Mapping[str, int]) -> tuple[int, tuple[tuple[str, int], ...]] | None:
         """Return the index of the last attention, and (name, axis) of each value with positions that is read after it."""
         attentions = [i for i, step in enumerate(self._steps) if step.node.op_type in ATTENTION_OPERATORS]

@@ -11,9 +11,10 @@ import onnx_ir as ir
 
 from hecompile.bundles.client import CircuitRecord, ClientBundle, PlanRecord
 from hecompile.graph.gradients import without_gradient
-from hecompile.graph.ir import module_path
+from hecompile.graph.ir import module_path, nodes_of_type
 from hecompile.he.check_tolerances import result_tolerance
 from hecompile.he.parameters import LinearParameters, RingParameters
+from hecompile.passes.offload.cut_prefix import CutPrefix
 from hecompile.plan.costs import hint_bytes, limb_products
 
 
@@ -126,6 +127,9 @@ class Totals:
     """Sum a plan: per token forward, and backward as training calls it; per step of the largest batch; on disk.
 
     Attributes:
+        prefix_kept: forward and backward from the second epoch on, where the prefix is kept (`hecompile.passes.offload.
+            cut_prefix`); None where there is nothing to keep.
+        kept_values: numbers kept of a token then.
         step_tokens: of the largest batch.
         step_hint_bytes: down per step, where the client has no hints: each circuit's once, as in a step of one micro-batch,
             and none kept from the last step.
@@ -134,6 +138,8 @@ class Totals:
 
     forward: Work
     backward: Work
+    prefix_kept: Work | None
+    kept_values: int
     step_tokens: int
     step_hint_bytes: int
     remote_weights: int
@@ -147,10 +153,14 @@ class Totals:
         plan = bundle.plan
         skipped = frozenset(f"{product.linear}.{product.direction}" for product in known if not product.trained)
         worker = bundle.directory.resolve().parent / "worker"
+        cut = CutPrefix()(bundle.graph())
+        asked = set() if cut is None else {module_path(node) for node in nodes_of_type(cut.rest, "RemoteLinear")}
         beside = bundle.directory.resolve().name == "client" and worker.is_dir()
         return cls(
             forward=Work.of(product for product in known if product.direction == "forward"),
             backward=Work.of(product for product in known if product.direction == "backward" and product.trained),
+            prefix_kept=None if cut is None else Work.of(p for p in known if p.trained and p.linear in asked),
+            kept_values=0 if cut is None else cut.features,
             step_tokens=plan.batch_size * plan.sequence_buckets[-1],
             step_hint_bytes=_step_hint_bytes(bundle, skipped),
             remote_weights=sum(product.remote_weights for product in known),

@@ -44,6 +44,8 @@ def _totals(bundle: ClientBundle, totals: Totals) -> dict[str, Any]:
             "forward": _work(totals.forward),
             "backward": _work(totals.backward),
             "training": _work(training),
+            "prefix_kept": None if totals.prefix_kept is None else _work(totals.prefix_kept),
+            "kept_values": totals.kept_values,
         },
         "per_step": {
             "tokens": tokens,

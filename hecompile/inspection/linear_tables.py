@@ -8,9 +8,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from hecompile.bundles.client import ClientBundle
+from hecompile.bundles.client import ClientBundle, LoraRecord
 from hecompile.he.security import show_bits
-from hecompile.inspection.kinds import kind_of, span
+from hecompile.inspection.kinds import kind_of, numbers, span
 from hecompile.inspection.linear import Product, Totals, Work, reached_precision, weight_bits_text
 from hecompile.inspection.prediction import hint_file_bytes, megabytes
 from hecompile.inspection.rows import named_rows
@@ -40,6 +40,7 @@ def totals_table(bundle: ClientBundle, products: Sequence[Product]) -> Table:
         "bytes per token, forward": _traffic(totals.forward),
         "bytes per token, backward": _traffic(totals.backward),
         "bytes per token, training": _traffic(totals.training),
+        "bytes per token, prefix kept": _kept(totals),
         f"bytes per step of {totals.step_tokens} tokens": _step(totals),
         "worker's products of bytes": f"per token {forward} forward, {backward} backward",
         "on disk": f"client {megabytes(totals.client_disk)}, worker {worker_disk}",
@@ -48,7 +49,7 @@ def totals_table(bundle: ClientBundle, products: Sequence[Product]) -> Table:
         f"{ring.lattice_dim}, q = 2^32; ring {ring.ring_dim} x {ring.rank}",
         "precision": reached_precision(plan),
         "remote weights": f"{totals.remote_weights}{weight_bits_text(plan)}",
-        "LoRA": f"r = {lora.r}, alpha = {lora.lora_alpha:g}, {', '.join(lora.target_modules)}",
+        "LoRA": f"r = {lora.r}, alpha = {lora.lora_alpha:g}, {', '.join(lora.target_modules)}{_layers(lora)}",
         "batch": f"up to {plan.batch_size} x {plan.sequence_buckets} tokens",
     }
     for what, value in rows.items():
@@ -58,6 +59,18 @@ def totals_table(bundle: ClientBundle, products: Sequence[Product]) -> Table:
 
 def _traffic(work: Work) -> str:
     return f"{work.bytes_up} up, {work.bytes_down} down"
+
+
+def _layers(lora: LoraRecord) -> str:
+    layers = lora.layers_to_transform
+    return "" if layers is None else f"; layers {numbers(layers)} of {', '.join(lora.layers_pattern or ['the model'])}"
+
+
+def _kept(totals: Totals) -> str:
+    """Say what travels from the second epoch on where the recipe has a prefix_cache, and what is kept for it."""
+    if totals.prefix_kept is None:
+        return "nothing to keep"
+    return f"{_traffic(totals.prefix_kept)}, for {totals.kept_values} values"
 
 
 def _step(totals: Totals) -> str:

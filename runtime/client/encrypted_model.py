@@ -26,6 +26,7 @@ from hecompile.graph.legality import FUSED_CLIENT_PLAN, check_stage
 from hecompile.graph.operators import Context
 from hecompile.passes.offload.fuse import Fuse
 from hecompile.polynomial.domains import DomainMonitor, DomainViolation
+from hecompile.runtime.client.kept_prefix import PrefixKeeper
 from hecompile.runtime.client.output_head import detach_head
 from hecompile.runtime.client.products import Products
 from hecompile.runtime.client.range_terms import RangeLoss, WatchedOutput
@@ -39,13 +40,14 @@ class _Packed:
     """Hold sequences one after the other, without padding.
 
     tokens: int64 [T], T the sum of `lengths`. wanted: the positions whose result is wanted, bool [T]; None for all. starts:
-    the position of each sequence's first token; None for 0.
+    the position of each sequence's first token; None for 0. examples: the number of each; None where it has none.
     """
 
     tokens: Tensor
     lengths: tuple[int, ...]
     wanted: Tensor | None
     starts: tuple[int, ...] | None = None
+    examples: tuple[int, ...] | None = None
 
     @property
     def positions(self) -> Tensor | None:
@@ -74,6 +76,7 @@ class EncryptedCausalLM(torch.nn.Module):
         self._model, self._interpreter = model, Interpreter(model)
         self._head = head.open(model, self._interpreter.constants, products, bundle.ring.ring_dim)
         self._range_loss = RangeLoss(model)
+        self.prefix = PrefixKeeper(model, bundle.plan_id)
         self.with_range_terms = False
         self._digest = model.metadata_props.get(HEAD_DIGEST)  # where the head is remote
         if head.weight is not None:
@@ -136,15 +139,16 @@ class EncryptedCausalLM(torch.nn.Module):
         logits_to_keep: Tensor | None = None,
         num_items_in_batch: int | None = None,
         generator: torch.Generator | None = None,
+        examples: Tensor | None = None,
     ) -> CausalLMOutput:
-        """See `AdapterModel.__call__`. Raises InputError when the batch is larger than the plan was compiled for, or its
-        padding is not on the right.
+        """See `AdapterModel.__call__`, and `PrefixModel` for `examples`. Raises InputError when the batch is larger than the
+        plan was compiled for, or its padding is not on the right.
 
         The sequences run packed, each up to its last wanted position: no later one can matter to it. In the last layer, the
         positions that are not wanted are left out once attention has seen them.
         """
         wanted = scored_positions(labels) if labels is not None else logits_to_keep
-        real, packed = self._pack(input_ids, attention_mask, wanted)
+        real, packed = self._pack(input_ids, attention_mask, wanted, examples)
         watched = self.with_range_terms and labels is not None
         ranges, observer = self._range_loss.start(packed.lengths) if watched else (None, None)
         hidden = self._hidden(packed, generator, observer=observer)  # [N, H]
@@ -161,11 +165,16 @@ class EncryptedCausalLM(torch.nn.Module):
         return CausalLMOutput(logits=logits)
 
     def per_example_gradients(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, generator: torch.Generator | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        generator: torch.Generator | None = None,
+        examples: Tensor | None = None,
     ) -> PerExample:
         """See `PerExampleModel`. The worker sees what it sees of any batch. Raises InputError as `forward` does."""
         scored = scored_positions(labels)
-        real, packed = self._pack(input_ids, attention_mask, scored)
+        real, packed = self._pack(input_ids, attention_mask, scored, examples)
         counts = scored.sum(dim=1)
         # The last layer works on the scored positions alone, every other one on all that are sent.
         collector = GradientCollector(self.adapter_state(), [real.sum(dim=1).tolist(), counts.tolist()])
@@ -174,9 +183,14 @@ class EncryptedCausalLM(torch.nn.Module):
         return collector.backward(loss, counts)
 
     def outside_domains(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, generator: torch.Generator | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        generator: torch.Generator | None = None,
+        examples: Tensor | None = None,
     ) -> tuple[DomainViolation, ...]:
-        """See `DomainModel`. The worker sees what it sees of any batch."""
+        """See `DomainModel`. The worker sees what it sees of any batch, of which nothing is kept."""
         _, packed = self._pack(input_ids, attention_mask, scored_positions(labels))
         monitor = DomainMonitor(self._model, packed.lengths)
         # A failure ends the look: what went before it has been seen, and the reason for looking is to be reported, not this.
@@ -208,7 +222,9 @@ class EncryptedCausalLM(torch.nn.Module):
         hidden = self._hidden(_Packed(flat, lengths, last, starts), cache=cache)  # [n, H]
         return logits_of(hidden, self._head, self._form)
 
-    def _pack(self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor | None) -> tuple[Tensor, _Packed]:
+    def _pack(
+        self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor | None, examples: Tensor | None = None
+    ) -> tuple[Tensor, _Packed]:
         """Return which positions of a batch run (bool [B, S]), and their tokens packed."""
         batch, length = input_ids.shape
         if batch > self.batch_size or length > self.sequence_buckets[-1]:
@@ -227,7 +243,8 @@ class EncryptedCausalLM(torch.nn.Module):
                 "the batch has no token to predict from: attention_mask, labels or logits_to_keep is empty"
             )
         self._count(sum(lengths))
-        return real, _Packed(input_ids[real], lengths, None if wanted is None else wanted[real])
+        numbers = None if examples is None else tuple(examples[real.any(dim=1)].tolist())
+        return real, _Packed(input_ids[real], lengths, None if wanted is None else wanted[real], examples=numbers)
 
     def _count(self, tokens: int) -> None:
         with self._lock:
@@ -248,6 +265,8 @@ class EncryptedCausalLM(torch.nn.Module):
 
         inputs = packed_graph_inputs(packed.tokens[None], packed.lengths, packed.starts) | dict(self.adapter_state())
         context = Context(self.training, remote, generator, packed.lengths, cache, trainable)
+        if (kept := self.prefix.kept) is not None and packed.examples is not None and observer is None:
+            return kept.run(inputs, context, packed.examples, packed.positions)[0]
         (hidden,) = self._interpreter.run(inputs, context, observer, packed.positions).values()  # [1, N, H]
         return hidden[0]
 

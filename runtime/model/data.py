@@ -7,8 +7,9 @@ eos; of a `text` on all of it. No error shows any text.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from hecompile.errors import InputError
 from hecompile.runtime.model.lines import parse_object, read_lines
 from hecompile.runtime.model.tokens import TextEncoder
 
+_NUMBERS = itertools.count()
 _KEYS = ("prompt", "completion", "text")
 IGNORED = -100
 """The label of a position that the loss leaves out; the value that transformers and torch's cross entropy use."""
@@ -30,11 +32,13 @@ class Example:
 
     `prompt_length` is at least 1: the first token is predicted from nothing, so that it has no loss in any case.
     `has_prompt` tells whether it is a prompt that inference answers: neither none, nor white space, nor without a token.
+    `number` tells it from every other example of this process, also from one of the same text.
     """
 
     input_ids: tuple[int, ...]
     prompt_length: int
     has_prompt: bool
+    number: int = field(default_factory=_NUMBERS.__next__, compare=False)
 
     def __repr__(self) -> str:
         return f"Example({len(self.input_ids)} tokens, {self.prompt_length} of them prompt)"
@@ -58,6 +62,10 @@ class Example:
         """Return the lists `input_ids` and `labels`, of equal length, as `PadToBucket` collates them."""
         return {"input_ids": list(self.input_ids), "labels": self.labels}
 
+    def numbered_item(self) -> dict[str, list[int]]:
+        """Return `item` with `number`, a list of one."""
+        return {**self.item(), "number": [self.number]}
+
 
 class Examples(Dataset[dict[str, list[int]]]):
     """Serve tokenised examples in file order, as the trainer's dataset."""
@@ -69,12 +77,17 @@ class Examples(Dataset[dict[str, list[int]]]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self.examples[index].item()
+        return self.examples[index].numbered_item()
 
     @property
     def longest(self) -> int:
         """Count the tokens of the longest example."""
-        return max(len(example.input_ids) for example in self.examples)
+        return max(self.lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Count the tokens of each example."""
+        return [len(example.input_ids) for example in self.examples]
 
     @property
     def digest(self) -> str:
@@ -89,11 +102,13 @@ class Examples(Dataset[dict[str, list[int]]]):
 class PadToBucket:
     """Collate items of `Examples`: pad on the right to the smallest of `sequence_buckets` that holds the longest.
 
-    Returns int64 tensors `input_ids`, `attention_mask` (0 on padding) and `labels` (`IGNORED` on padding), each [B, S].
+    Returns int64 tensors `input_ids`, `attention_mask` (0 on padding) and `labels` (`IGNORED` on padding), each [B, S], and
+    `examples` [B], the numbers of the examples, where `with_examples` is set.
     """
 
     sequence_buckets: tuple[int, ...]
     pad_token_id: int
+    with_examples: bool = False
 
     def __call__(self, items: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
         lengths = [len(item["input_ids"]) for item in items]
@@ -106,7 +121,10 @@ class PadToBucket:
             input_ids[row, :length] = torch.tensor(item["input_ids"])
             labels[row, :length] = torch.tensor(item["labels"])
             attention_mask[row, :length] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        if self.with_examples:
+            batch["examples"] = torch.tensor([item["number"][0] for item in items])
+        return batch
 
 
 def smallest_bucket(length: int, sequence_buckets: Sequence[int]) -> int:

@@ -25,6 +25,7 @@ from hecompile.runtime.model.adapter import AdapterModel
 from hecompile.runtime.model.data import Example, Examples, PadToBucket, smallest_bucket
 from hecompile.runtime.model.divergence import DomainModel, divergence_error, require_finite_loss
 from hecompile.runtime.model.head import scored_positions, scored_targets
+from hecompile.runtime.model.prefix import keeps_prefix
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ def evaluate(model: AdapterModel, examples: Examples, pad_token_id: int, batch_s
     The model is in eval mode meanwhile, no gradient is recorded, and no random number is drawn here. Raises NotFiniteError,
     with what left the domains of a polynomial plan, where the loss or a value to encrypt is infinite or NaN.
     """
-    collate = PadToBucket(model.sequence_buckets, pad_token_id)
+    collate = PadToBucket(model.sequence_buckets, pad_token_id, keeps_prefix(model))
     total_loss, tokens, matches, prompts = 0.0, 0, 0, 0
     with inference(model):
         for batch in _batches(model, examples.examples, batch_size):
-            inputs: dict[str, Any] = collate([example.item() for example in batch])
+            inputs: dict[str, Any] = collate([example.numbered_item() for example in batch])
             labels = inputs.pop("labels")
             scored = scored_positions(labels)  # [B, S]
             targets = scored_targets(labels)  # [N]

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from hecompile.errors import InputError
 from hecompile.polynomial.names import current_name
 from hecompile.runtime.recipes.document import load_document, resolve_paths
+from hecompile.runtime.recipes.prefix import PrefixCacheSection
 from hecompile.runtime.recipes.privacy import PrivacySection
 from hecompile.runtime.recipes.section import Positive, Section
 from hecompile.runtime.recipes.workplace import Workplace, resolve_worker
@@ -23,6 +24,7 @@ _PATH_KEYS = (
     ("data", "validation_file"),
     ("training", "output_dir"),
     ("privacy", "ledger"),
+    ("prefix_cache", "directory"),
     *(("connection", name) for name in ("authority", "certificate", "key", "token")),
 )
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -169,10 +171,16 @@ class Recipe(Workplace):
     training: TrainingSection
     lora: LoraSection | None = None
     privacy: PrivacySection | None = None
+    prefix_cache: PrefixCacheSection | None = None
     attention: Literal["exact", "power", "gaussian_kernel", "chebyshev"] | None = None
     norm: Literal["exact", "polynomial"] | None = None
     activation: Literal["exact", "polynomial", "composed", "quantized"] | None = None
     range_loss: RangeLossSection | None = None
+
+    @field_validator("prefix_cache", mode="before")
+    @classmethod
+    def _size_alone(cls, value: object) -> object:
+        return {"size": value} if isinstance(value, (str, int)) else value
 
     @field_validator("attention", "norm", "activation", mode="before")
     @classmethod
@@ -187,6 +195,8 @@ class Recipe(Workplace):
     def _evaluable(self) -> Recipe:
         if self.training.evaluates and self.data.validation_file is None:
             raise ValueError("the training section asks for evaluation; give data.validation_file")
+        if self.range_loss is not None and self.prefix_cache is not None:
+            raise ValueError("range_loss looks into the layers that prefix_cache computes once: drop one of them")
         if self.range_loss is not None and self.privacy is not None:
             raise ValueError("range_loss is a term of a whole batch, and privacy clips gradients of examples: drop one")
         return self

@@ -31,13 +31,14 @@ from hecompile.runtime.training.trainer import AdapterTrainer
 
 
 class PadPossiblyEmpty(PadToBucket):
-    """Collate as `PadToBucket`; no items make tensors [0, smallest bucket]."""
+    """Collate as `PadToBucket`; no items make tensors [0, smallest bucket], and no numbers."""
 
     def __call__(self, items: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
         if items:
             return super().__call__(items)
         empty = torch.zeros(0, min(self.sequence_buckets), dtype=torch.int64)
-        return {"input_ids": empty, "attention_mask": empty, "labels": empty}
+        batch = {"input_ids": empty, "attention_mask": empty, "labels": empty}
+        return batch | {"examples": empty[:, 0]} if self.with_examples else batch
 
 
 class PrivateTrainer(AdapterTrainer):
@@ -53,7 +54,8 @@ class PrivateTrainer(AdapterTrainer):
         super().__init__(*args, **kwargs)
         self._private = private
         self._model = require_per_example(self._adapter_model) if private.section.mode == "strict" else None
-        self.data_collator = PadPossiblyEmpty(self._collate.sequence_buckets, self._collate.pad_token_id)
+        collate = self._collate
+        self.data_collator = PadPossiblyEmpty(collate.sequence_buckets, collate.pad_token_id, collate.with_examples)
         self.args.max_grad_norm = 0.0  # each example is clipped already, and the noise is not to be
 
     def get_train_dataloader(self) -> DataLoader[Any]:

@@ -10,8 +10,9 @@ import errno
 import math
 import os
 import shutil
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hecompile.files import only_writer, reason_of
 from hecompile.runtime.client.functions import check_functions
 from hecompile.runtime.model.adapter import AdapterModel, load_adapter, save_adapter
 from hecompile.runtime.model.data import Examples, PadToBucket, eos_and_pad, load_examples, smallest_bucket
+from hecompile.runtime.model.prefix import PrefixModel
 from hecompile.runtime.privacy.promise import PrivateRun, PrivateSteps, check_same_promise, private_steps
 from hecompile.runtime.recipes.training import Recipe, TrainingSection, check_lora
 from hecompile.runtime.training.freed_memory import freed_memory_kept
@@ -60,6 +62,11 @@ class _Data:
     train: Examples
     heldout: Examples | None
     collate: PadToBucket
+
+    @property
+    def lengths(self) -> list[int]:
+        """Count the tokens of all examples."""
+        return self.train.lengths + ([] if self.heldout is None else self.heldout.lengths)
 
 
 @dataclass(frozen=True)
@@ -102,11 +109,11 @@ def _run(model: AdapterModel, recipe: Recipe, data: _Data, resume: bool | str | 
     """Run the training whose output directory nobody else writes to."""
     settings = _settings(model, recipe, data.train)
     start = _find_start(recipe, settings, len(data.train), resume)
-    with _promise(recipe, len(data.train), start) as private:
+    with _promise(recipe, len(data.train), start) as private, _kept_prefix(model, recipe, data) as collate:
         if start.checkpoint is not None:
             load_adapter(model, start.checkpoint)  # one that does not fit is refused before anything is written
         section = _prepare_output_dir(recipe, start)
-        parts = (model, section, settings, data.train, data.heldout, data.collate, recipe.range_loss)
+        parts = (model, section, settings, data.train, data.heldout, collate, recipe.range_loss)
         trainer = AdapterTrainer(*parts) if private is None else PrivateTrainer(private, *parts)
         with freed_memory_kept():
             trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
@@ -121,7 +128,19 @@ def _checked_data(model: AdapterModel, tokenizer: PreTrainedTokenizerBase, recip
     check_functions(recipe, model)
     data = _load_data(model, tokenizer, recipe)
     _check_batches_fit(model, recipe, data)
+    if recipe.prefix_cache is not None and isinstance(model, PrefixModel):
+        model.prefix.check(recipe.prefix_cache, data.lengths)
     return data
+
+
+@contextmanager
+def _kept_prefix(model: AdapterModel, recipe: Recipe, data: _Data) -> Iterator[PadToBucket]:
+    """Keep what the recipe wants kept; give what makes batches of the data. A model that sends nothing keeps nothing."""
+    if recipe.prefix_cache is None or not isinstance(model, PrefixModel):
+        yield data.collate
+        return
+    with model.prefix.keep(recipe.prefix_cache, data.lengths):
+        yield replace(data.collate, with_examples=True)
 
 
 def _load_data(model: AdapterModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> _Data:

@@ -21,6 +21,7 @@ from hecompile.runtime.conversion.recipe import (
 )
 from hecompile.runtime.federation.protocol.settings import FederationSection, NoiseSection, PruningSection
 from hecompile.runtime.federation.recipe import FederationRecipe, LoraShape, OwnerSection
+from hecompile.runtime.recipes.prefix import PrefixCacheSection
 from hecompile.runtime.recipes.privacy import PrivacySection
 from hecompile.runtime.recipes.section import Section
 from hecompile.runtime.recipes.training import (
@@ -41,6 +42,7 @@ TRAINING: dict[str, type[Section]] = {
     "lora": LoraSection,
     "training": TrainingSection,
     "privacy": PrivacySection,
+    "prefix_cache": PrefixCacheSection,
     "range_loss": RangeLossSection,
 }
 FEDERATION: dict[str, type[Section]] = {

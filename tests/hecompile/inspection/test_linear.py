@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,10 +126,12 @@ def test_totals(bundle: ClientBundle, products: list[Product], build: Path) -> N
     assert f"{weights} of 10 bits" in text
     assert "r = 2, alpha = 4, q_proj, v_proj, down_proj" in text
     assert f"{megabytes(up * 32)} up, {megabytes(down * 32)} down" in text
+    kept_up, kept_down = up - 3 * 32, down - 2 * 64  # all but the forward product of the first queries, keys and values
+    assert f"{kept_up} up, {kept_down} down, for 64 values" in text and totals.kept_values == 64
 
 
-def test_a_half_that_is_not_there_is_not_counted(bundle: ClientBundle, products: list[Product]) -> None:
-    alone = replace(bundle, directory=bundle.checks)
+def test_a_half_that_is_not_there_is_not_counted(build: Path, products: list[Product], tmp_path: Path) -> None:
+    alone = ClientBundle.open(shutil.copytree(build / "client", tmp_path / "alone"))
     assert Totals.of(alone, products).worker_disk is None
     assert "worker none beside it" in rendered(totals_table(alone, products))
 
