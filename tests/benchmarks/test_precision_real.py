@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.training import real_model
+from benchmarks.training.precision_real import Row, kept_rows
 from benchmarks.training.real_model import FOLDER, Gradients, RealModel
 from benchmarks.training.rounded_plan import MeasuredPlan, RoundedModel, calibrated, split_plan
 from hecompile.compiler.pipeline import lower_linear
@@ -56,3 +58,13 @@ def test_the_share_of_two_bytes_goes_with_the_budget() -> None:
     assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 1 and any(0 < share < 1 for share in shares)
     one, two = (MeasuredPlan.rounded(split_plan(base.clone(), bits)) for bits in (8, 12))
     assert one.worker_seconds_per_token < two.worker_seconds_per_token and one.bytes_per_token <= two.bytes_per_token
+
+
+def test_a_kept_row_is_used_for_the_losses_that_it_was_measured_at_alone(tmp_path: Path) -> None:
+    rows = {name: Row(1.0, 10, 2.0, loss, loss, 0.9, 0.99, 1, 0.1, 2) for name, loss in {"chat": 2.0, "prose": 5.0}.items()}
+    path = tmp_path / "nearest-8.json"
+    assert kept_rows(path, {"chat": 2.0, "prose": 5.0}) is None
+    path.write_text(json.dumps({name: dataclasses.asdict(row) for name, row in rows.items()}))
+    assert kept_rows(path, {"chat": 2.00001, "prose": 5.0}) == rows
+    assert kept_rows(path, {"chat": 2.0, "prose": 5.01}) is None
+    assert kept_rows(path, {"chat": 2.0}) is None
