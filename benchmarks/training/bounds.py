@@ -48,13 +48,12 @@ SHAPES = [shape for there in llama_layer(2048).values() for shape in (there, the
 PROSE = f"""\
 ## Calibrated bounds
 
-Plans with 8-bit weights at 8 effective bits. *Gain*: bits by which tokens are scaled beyond the proven bound, the least,
-the median and the most over the layers, from the calibration that export makes, with a margin of {MARGIN:g}.
-*Effective bits*:
-median over the layers with the same words, under the proven bound and with the gain. *Rows*: of a training run, here
-without encryption and with the plan's integers. *Repeated*: rows of which a product would have wrapped, so that they are
-sent again. *Fullest*: the largest product in proportion to q/2. *Boundary*: how near to q/2, in proportion to it, a product
-is whose wrap an error below verification's tolerance can decide.
+Plans with 8-bit weights at 8 effective bits. *Gain*: bits by which tokens are scaled beyond the proven bound, by
+calibration as export makes it, with a margin of {MARGIN:g}; the least, the median and the most over the layers. *Effective
+bits*: median over the layers with the same words, under the proven bound and with the gain. *Rows*: of a training run, here
+without encryption and with the plan's integers. *Repeated*: rows of which a product would wrap, so that they are sent
+again. *Fullest*: the largest product in proportion to q/2. *Boundary*: how near to q/2, in proportion to it, a product is
+whose wrap an error below verification's tolerance can decide.
 """
 COST_PROSE = """\
 ### The client's second look

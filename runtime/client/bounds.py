@@ -11,9 +11,11 @@ NVIDIA's Transformer Engine). A gain is never raised.
 from __future__ import annotations
 
 import dataclasses
-import logging
+import json
 import threading
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecompile.bundles.client import ClientBundle
+from hecompile.errors import InputError
+from hecompile.files import unreadable
+from hecompile.foreign import parse_json
 from hecompile.he.kernels.norms import row_scales
 from hecompile.he.parameters import LOG_Q, LinearParameters
 from hecompile.he.wraps import WrapChecks, read_wrap_checks
@@ -28,8 +33,19 @@ from hecompile.he.wraps import WrapChecks, read_wrap_checks
 FULLEST = 0.8
 """Share of q/2 that the largest product seen of a circuit may reach before its gain is lowered to where it does not."""
 
-_LOG = logging.getLogger(__name__)
 _HALF = 2.0 ** (LOG_Q - 1)
+
+
+@runtime_checkable
+class BoundedModel(Protocol):
+    """Mark an `AdapterModel` whose products may have calibrated bounds."""
+
+    @property
+    def gains(self) -> dict[str, float]:
+        """Return the present gain of every circuit whose bound is beyond the proven one."""
+
+    def lower_gains(self, gains: Mapping[str, float]) -> None:
+        """See `Bounds.lower`."""
 
 
 class Bounds:
@@ -99,10 +115,8 @@ class Bounds:
 
     def _lower(self, circuit: str, gain: float) -> None:
         before = self._parameters[circuit]
-        if gain < before.gain:
+        if gain < before.gain:  # without a word in a log: it depends on data
             self._parameters[circuit] = dataclasses.replace(before, gain=gain)
-            # Which circuit, and nothing of what it was seen with: logs may be read by others.
-            _LOG.info("%s: its bound comes nearer to the proven one, as products have come near the modulus", circuit)
 
 
 def largest_products(product: Tensor, row_scale: Tensor | None) -> NDArray[np.float64]:
@@ -113,3 +127,21 @@ def largest_products(product: Tensor, row_scale: Tensor | None) -> NDArray[np.fl
     largest = np.empty(len(product))
     row_scales(product.contiguous().numpy().reshape(-1), factors.numpy(), 1, 0.0, largest)
     return np.nan_to_num(largest, nan=0.0)
+
+
+def write_gains(path: Path, gains: Mapping[str, float]) -> None:
+    """Write gains as JSON. They tell how large products of the data were. Raises OSError as files do."""
+    path.write_text(json.dumps(gains, indent=1) + "\n", encoding="utf-8")
+
+
+def read_gains(path: Path) -> dict[str, float]:
+    """Read what `write_gains` has written. Raises InputError for a file that is something else."""
+    try:
+        gains = parse_json(path.read_bytes())
+        if isinstance(gains, dict) and all(type(gain) is float and gain >= 1 for gain in gains.values()):
+            return gains
+    except OSError as error:
+        raise unreadable(path, error, "resume from another checkpoint") from error
+    except ValueError:
+        pass
+    raise InputError(f"{path} is damaged, it does not hold gains of bounds; resume from another checkpoint")

@@ -281,6 +281,14 @@ class EncryptedCausalLM(torch.nn.Module):
             for name, value in state.items():
                 own[name].copy_(value)
 
+    @property
+    def gains(self) -> dict[str, float]:
+        return {} if self.products.bounds is None else self.products.bounds.gains
+
+    def lower_gains(self, gains: Mapping[str, float]) -> None:
+        if self.products.bounds is not None:
+            self.products.bounds.lower(gains)
+
     def stats(self) -> dict[str, float]:
         return {**self.products.costs.as_dict(), "tokens": float(self._tokens)}
 

@@ -70,6 +70,8 @@ class Costs:
 class Products(abc.ABC):
     """Compute the products of a plan's circuits on real numbers; `product` may be called in several threads at once."""
 
+    bounds: Bounds | None = None
+
     def __init__(self, circuits: dict[str, LinearParameters]) -> None:
         self.circuits = circuits
         self.costs = Costs()
@@ -141,7 +143,7 @@ class EncryptedProducts(Products):
         if bundle.plan.hints == "fetched":
             self._hints = self._fetched_hints(bundle, fetching or Fetching())
         self._hintless = bundle.plan.hints == "none"
-        self.bounds = Bounds(bundle)
+        self.bounds: Bounds = Bounds(bundle)
 
     def _check_circuits(self, offered: object) -> None:
         missing = sorted(name for name in self.circuits if name not in offered)  # type: ignore[operator]

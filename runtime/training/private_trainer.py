@@ -49,6 +49,7 @@ class PrivateTrainer(AdapterTrainer):
     """
 
     _one_draw = True  # the generator's state is in every checkpoint
+    _keeps_gains = False  # which are of the data, without noise
 
     def __init__(self, private: PrivateSteps, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -19,6 +19,7 @@ from hecompile.environment import without_launcher
 from hecompile.errors import InputError, NotFiniteError, VerificationError
 from hecompile.files import reason_of
 from hecompile.polynomial.domains import DomainViolation
+from hecompile.runtime.client.bounds import BoundedModel, read_gains, write_gains
 from hecompile.runtime.client.range_terms import RangeLossModel, WatchedOutput
 from hecompile.runtime.model.adapter import AdapterModel, load_adapter, save_adapter
 from hecompile.runtime.model.data import Examples, PadToBucket
@@ -34,6 +35,7 @@ from hecompile.runtime.recipes.training import RangeLossSection, TrainingSection
 from hecompile.runtime.training.metrics import METRICS_FILE, MetricsWriter, ProgressBar
 from hecompile.runtime.training.micro_batches import MicroBatches, cut
 
+GAINS_FILE = "gains.json"
 SETTINGS_FILE = "training_settings.json"
 _STAGING = ".checkpoint-partial"
 
@@ -75,6 +77,7 @@ class AdapterTrainer(Trainer):
     """
 
     _one_draw = False
+    _keeps_gains = True
 
     def __init__(
         self,
@@ -222,6 +225,12 @@ class AdapterTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         load_adapter(self._adapter_model, resume_from_checkpoint)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the bounds of products beside both, for the run that goes on: they have followed the data."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._keeps_gains and isinstance(self._adapter_model, BoundedModel):
+            write_gains(Path(output_dir) / GAINS_FILE, self._adapter_model.gains)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load both, and go on at the learning rate and the intervals that this run has at this step.
 
@@ -229,6 +238,9 @@ class AdapterTrainer(Trainer):
         state has that run's `save_steps` and `eval_steps`.
         """
         super()._load_optimizer_and_scheduler(checkpoint)
+        gains = None if checkpoint is None else Path(checkpoint) / GAINS_FILE
+        if gains is not None and gains.is_file() and isinstance(self._adapter_model, BoundedModel):
+            self._adapter_model.lower_gains(read_gains(gains))
         schedule = self.lr_scheduler
         if checkpoint is None or not isinstance(schedule, LambdaLR):
             return

@@ -11,18 +11,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.errors import InputError, VerificationError
 from hecompile.he.parameters import LARGEST_GAIN, LOG_Q
+from hecompile.runtime.client.bounds import read_gains
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import EncryptedProducts
+from hecompile.runtime.training.metrics import METRICS_FILE, read_metrics
+from hecompile.runtime.training.train import run_training
+from hecompile.runtime.training.trainer import GAINS_FILE
 from hecompile.runtime.transports import InProcessTransport, connect
 from hecompile.runtime.worker.process import worker_process
 from hecompile.runtime.worker.worker import Worker
 from tests.e2e.conftest import Build
 from tests.e2e.precision.test_gradients import gradients
+from tests.support.training import make_recipe
 
 FORWARD, BACKWARD = "model.layers.1.mlp.down_proj.forward", "model.layers.1.mlp.gate_proj-up_proj.backward"
 TOKENS = 9
@@ -133,3 +139,23 @@ def test_without_the_vectors_no_result_is_given(own_build: Build, tmp_path: Path
         products.product(FORWARD, rows_for(own_build, FORWARD)[0])
     with pytest.raises(InputError, match=r"wraps/.* is missing"):
         ClientBundle.open(own_build.directory / CLIENT)
+
+
+def test_a_run_goes_on_with_the_gains_of_its_checkpoint(
+    build: Build, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    def model() -> EncryptedCausalLM:
+        bundle = wrapping(build.client)
+        return EncryptedCausalLM(bundle, EncryptedProducts(bundle, InProcessTransport(Worker(build.worker).exchange)))
+
+    settings = {"save_steps": 1, "eval_strategy": "no", "per_device_train_batch_size": 4}
+    first, second = model(), model()
+    run_training(first, tokenizer, make_recipe(tmp_path, max_steps=1, **settings))
+    run = tmp_path / "run"
+    saved = read_gains(run / "checkpoint-1" / GAINS_FILE)
+    assert sum(gain == LARGEST_GAIN for gain in saved.values()) <= 1  # of a product that nobody asks for
+    run_training(second, tokenizer, make_recipe(tmp_path, max_steps=2, **settings), resume=True)
+    before, after = (record["repeated_rows"] for record in read_metrics(run / METRICS_FILE) if "loss" in record)
+    assert before > 100 > 10 * after
+    assert all(gain <= saved[name] for name, gain in second.gains.items())
+    assert not (run / "adapter" / GAINS_FILE).exists()  # which is handed on

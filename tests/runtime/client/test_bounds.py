@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from hecompile.bundles.client import ClientBundle
+from hecompile.errors import InputError
 from hecompile.he.parameters import LinearParameters
-from hecompile.runtime.client.bounds import FULLEST, Bounds
+from hecompile.runtime.client.bounds import FULLEST, Bounds, read_gains, write_gains
 
 LINEAR = LinearParameters(6, 3, max_l1=500, max_l2=250.0, gain=4.0)
 HALF = 2.0**31
@@ -67,3 +68,13 @@ def test_gains_of_an_earlier_session_are_taken_where_they_are_lower() -> None:
     assert own.gains == {"a": 2.5}
     own.lower({})
     assert own.gains == {}
+
+
+def test_gains_come_back_from_their_file_and_another_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "gains.json"
+    write_gains(path, {"a": 2.5})
+    assert read_gains(path) == {"a": 2.5}
+    for content in ("{", "[1.0]", '{"a": 0.5}', '{"a": NaN}', '{"a": "2"}'):
+        path.write_text(content)
+        with pytest.raises(InputError, match=r"gains\.json is damaged, .* resume from another"):
+            read_gains(path)
