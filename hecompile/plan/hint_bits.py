@@ -9,6 +9,7 @@ from hecompile.errors import HecompileError
 from hecompile.he.hint_rounding import FEWEST_BITS, WORD_BITS
 from hecompile.he.parameters import LinearParameters
 from hecompile.he.weight_norms import WeightNorms
+from hecompile.he.wraps import largest_factor
 from hecompile.plan.circuits import SplitPlan, effective_bits
 
 Hints = Literal["stored", "fetched", "computed"]
@@ -41,6 +42,8 @@ def fewest_hint_bits(parameters: LinearParameters, norms: WeightNorms, crest: fl
             candidate = dataclasses.replace(parameters, hint_bits=bits)
         except HecompileError:
             continue  # so coarse that no input fits
+        if candidate.gain > 1 and largest_factor(candidate, norms) is None:
+            continue  # so coarse that a product that wraps could hide in the noise
         if effective_bits(candidate, norms, crest) >= least:
             return candidate
     return dataclasses.replace(parameters, hint_bits=WORD_BITS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import stat
 from pathlib import Path
@@ -26,6 +27,7 @@ from hecompile.he.wraps import (
     vector_count,
     write_wrap_checks,
 )
+from hecompile.plan.hint_bits import fewest_hint_bits
 
 Q, INPUTS, OUTPUTS, TOKENS = 2.0**32, 70, 90, 12
 WEIGHT = torch.randint(-127, 128, (OUTPUTS, INPUTS), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
@@ -112,6 +114,16 @@ def test_factors_are_as_large_as_noise_and_verification_leave_room_for() -> None
     assert bool((8 * torch.hypot(of_words, of_replies) <= Q / 2).all())
     assert bool((images.square().sum(dim=1) <= 2 * (65 * 129 / 6) * WEIGHT.double().square().sum()).all())
     assert 0 < boundary_share(LINEAR) < 0.01
+
+
+def test_hints_are_not_rounded_so_that_a_wrap_could_hide_in_the_noise() -> None:
+    norms = WeightNorms(1024, 8192, max_l1=2**15, max_l2=590.37, mean_square_l2=590.37**2)
+    linear = LinearParameters.from_norms(norms, 20, 16, gain=2.0)
+    chosen = fewest_hint_bits(linear, norms, 4.0, 4.0)
+    assert largest_factor(linear, norms) == largest_factor(chosen, norms) == 4
+    proven = fewest_hint_bits(linear.proven, norms, 4.0, 4.0)
+    assert proven.hint_bits < chosen.hint_bits
+    assert largest_factor(dataclasses.replace(linear, hint_bits=proven.hint_bits), norms) is None
 
 
 def test_secrets_are_drawn_from_secret_randomness_and_kept() -> None:
