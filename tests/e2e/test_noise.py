@@ -21,7 +21,7 @@ def test_noise_of_every_circuit_is_within_its_bound_and_as_wide_as_predicted(bui
     public = PublicMatrix(client.ring, client.public_seed, max(p.in_features for p in client.circuits.values()))
     hints = HintStore(client.hints, client.ring, cache_bytes=0)
     generator = torch.Generator().manual_seed(3)
-    assert len(client.circuits) == 4 * 4 * 2  # layers, linears, directions
+    assert len(client.circuits) == 4 * 4 * 2 - 1  # layers, linears, directions; nothing is before the first linear
     for name, parameters in client.circuits.items():
         shape = (TOKENS, parameters.in_features)
         bound = parameters.input_bound

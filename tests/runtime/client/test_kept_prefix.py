@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import logging
-import os
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -23,7 +21,6 @@ from hecompile.compiler.linear import compile_checkpoint
 from hecompile.errors import InputError
 from hecompile.passes.offload.attach_lora import AttachLora
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
-from hecompile.runtime.client.prefix_store import PrefixStore
 from hecompile.runtime.client.products import CleartextProducts
 from hecompile.runtime.model.adapter import load_adapter, save_adapter
 from hecompile.runtime.model.data import Example, Examples, PadToBucket
@@ -258,53 +255,3 @@ def test_what_does_not_fit_is_computed_again_and_said_once(
     assert rows[f"0.{Q}.forward"] == LENGTHS[2] + LENGTHS[3] - 2
     (line,) = [record.getMessage() for record in caplog.records if record.name.endswith("prefix_store")]
     assert line.startswith("prefix_cache: its 2,048 bytes are full. 2 examples are kept; the lower layers of all others")
-
-
-@pytest.fixture(params=["memory", "file"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> PrefixStore:
-    return PrefixStore(1000, tmp_path if request.param == "file" else None)
-
-
-def test_a_store_gives_back_what_it_was_given(store: PrefixStore, caplog: pytest.LogCaptureFixture) -> None:
-    for number in range(3):
-        store.put(number, b"text %d" % number, bytes([number]) * 200)
-    assert [store.get(number, b"text %d" % number) for number in range(3)] == [bytes([n]) * 200 for n in range(3)]
-    assert store.get(7, b"text 7") is None and not caplog.records
-    assert store.get(1, b"another text") is None and store.get(1, b"text 1") is None and len(store) == 2
-    assert "what was kept of an example is dropped, and computed again: it is of another text" in caplog.text
-    store.close()
-    assert len(store) == 0
-
-
-def test_a_file_shows_nothing_has_no_name_and_notices_damage(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    store = PrefixStore(1000, tmp_path)
-    assert store._file is not None and list(tmp_path.iterdir()) == []
-    store.put(0, b"a", b"marzipan" * 20)
-    store.put(1, b"b", b"marzipan" * 20)
-    descriptor = store._file.fileno()
-    raw = os.pread(descriptor, 1000, 0)
-    assert len(raw) == 2 * (160 + 16) and b"marzipan" not in raw and raw[:160] != raw[176:336]
-    os.pwrite(descriptor, bytes([raw[5] ^ 1]), 5)
-    assert store.get(0, b"a") is None and store.get(1, b"b") == b"marzipan" * 20
-    assert "the file was changed or damaged" in caplog.text and "marzipan" not in caplog.text
-    os.pwrite(descriptor, raw[:176], 176)  # one record in the place of another
-    assert store.get(1, b"b") is None and len(store) == 0
-
-
-def test_a_full_disk_ends_keeping_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    store = PrefixStore(1000, tmp_path)
-    store.put(0, b"a", b"x" * 100)
-
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "pwrite", full)
-    for number in (1, 2):
-        store.put(number, b"b", b"x" * 100)
-    assert store.get(0, b"a") == b"x" * 100 and store.get(1, b"b") is None
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith("prefix_cache: No space left on device. 1 examples are kept")
