@@ -58,8 +58,17 @@ class CkksStats:
 class CkksSession:
     """Hold a connection to a worker and the keys of this session. Use as a context manager.
 
-    Raises InputError for a bundle that cannot be read, WorkerUnavailableError where nothing answers, WorkerError for a
-    worker of another plan.
+    Args:
+        directory: the client bundle.
+        address: of the worker.
+        timeout: seconds in which the worker must begin each message: what it computes in between, and for others before,
+            takes minutes. A message that has begun must come in a minute, or at the slowest rate of `framing`. As the plan
+            bounds the messages, this bounds an evaluation.
+
+    Raises:
+        InputError: the bundle cannot be read.
+        WorkerUnavailableError: nothing answers, or too slowly.
+        WorkerError: the worker is of another plan.
     """
 
     def __init__(self, directory: str | Path, address: str, timeout: float = 3600.0) -> None:
@@ -72,16 +81,15 @@ class CkksSession:
         self._refreshable = {name: int(np.prod(shape)) for name, shape in self.plan.refreshes.items()}
         self._key = SecretKey(self.parameters)
         self.key_bytes = 0
+        self._address, self._timeout = address, timeout
         try:
-            self._connection = _connect(address, timeout)
+            self._connection = _connect(address)
         except BaseException:
             self._key.close()
             raise
         try:
             keys = self._key.evaluation_keys()
-            self.key_bytes = send(
-                self._connection, "open", keys.words, protocol=PROTOCOL, plan_id=self.plan.plan_id
-            )
+            self.key_bytes = self._send("open", keys.words, protocol=PROTOCOL, plan_id=self.plan.plan_id)
             fields, _, _ = self._receive(0)
             expect(fields, "ready")
         except BaseException:
@@ -113,7 +121,7 @@ class CkksSession:
         batch = self._check(tokens)
         start, self.stats = time.perf_counter(), CkksStats()
         columns = self._table[tokens].reshape(batch, -1).T.astype(np.float64)  # [S·H, B]
-        self._send("run", self._encrypt(np.ascontiguousarray(columns)))
+        self.stats.bytes_up += self._send("run", self._encrypt(np.ascontiguousarray(columns)))
         overflowed = False
         waiting = dict(self._refreshable)
         most = max([plan.sequence_length * plan.vocabulary, *waiting.values()]) * parameters.ciphertext_bytes(0)
@@ -128,7 +136,7 @@ class CkksSession:
                 raise WorkerError("the worker asks for a refresh that the plan does not have at this point")
             numbers, cut = self._bounded(self._decrypt(words, level)[:, :batch])
             overflowed |= cut
-            self._send("fresh", self._encrypt(numbers))
+            self.stats.bytes_up += self._send("fresh", self._encrypt(numbers))
             self.stats.refreshes += 1
             self.stats.refreshed += len(words)
             progress(value, len(words))
@@ -191,16 +199,23 @@ class CkksSession:
             raise WorkerError("the worker names a level that the parameters do not have")
         return level
 
-    def _send(self, kind: str, words: Words) -> None:
+    def _send(self, kind: str, words: Words, **fields: Any) -> int:
+        """Send a message and return its bytes. Raises WorkerUnavailableError where the worker does not take it."""
         try:
-            self.stats.bytes_up += send(self._connection, kind, words)
+            return send(self._connection, kind, words, **fields)
+        except TimeoutError:
+            raise WorkerUnavailableError(f"the worker at {self._address} takes nothing of a message; see its log") from None
         except OSError as error:
             raise WorkerUnavailableError(f"the connection to the worker broke: {reason_of(error)}") from error
 
     def _receive(self, most: int) -> tuple[dict[str, Any], Words, int]:
         try:
-            return receive(self._connection, most)
-        except OSError as error:  # a time-out is one
+            return receive(self._connection, most, self._timeout)
+        except TimeoutError:
+            raise WorkerUnavailableError(
+                f"the worker at {self._address} was silent for {self._timeout:g} s; see its log"
+            ) from None
+        except OSError as error:
             raise WorkerUnavailableError(f"the connection to the worker broke: {reason_of(error)}") from error
 
 
@@ -219,16 +234,19 @@ def _seconds(reported: Any) -> dict[str, float]:
     return {name: number for name, number in numbers.items() if number is not None}
 
 
-def _connect(address: str, timeout: float) -> socket.socket:
+_CONNECT_SECONDS = 10.0
+
+
+def _connect(address: str) -> socket.socket:
     parsed = parse_address(address)
     if isinstance(parsed, TcpAddress) and parsed.scheme != "tcp":
         raise InputError(f"{address}: a polynomial worker is reached at tcp:// or unix://")
     family = socket.AF_INET if isinstance(parsed, TcpAddress) else socket.AF_UNIX
     try:
         if isinstance(parsed, TcpAddress):
-            return socket.create_connection(parsed.socket_address, timeout)
+            return socket.create_connection(parsed.socket_address, _CONNECT_SECONDS)
         connection = socket.socket(family, socket.SOCK_STREAM)
-        connection.settimeout(timeout)
+        connection.settimeout(_CONNECT_SECONDS)
         connection.connect(parsed.socket_address)
         return connection
     except OSError as error:

@@ -31,30 +31,36 @@ from hecompile.runtime.wire.framing import MAX_HEADER_BYTES, PREFIX, Frame, read
 PROTOCOL = 1
 
 
+PATIENCE = 60.0
+"""Seconds that a message may take, from its first byte on, beside what it takes at the slowest rate of `framing`."""
+
+
 def send(connection: socket.socket, kind: str, words: Words | None = None, **fields: Any) -> int:
-    """Send one message; returns its bytes. Raises OSError as the socket does."""
+    """Send one message with PATIENCE; returns its bytes. Raises OSError as the socket does."""
     shape = [] if words is None else list(words.shape)
     header = json.dumps({"kind": kind, "shape": shape, **fields}).encode()
     payload = b"" if words is None else np.ascontiguousarray(words, dtype="<u4").reshape(-1).view(np.uint8).data
     frame = Frame(header, payload)
-    send_frame(connection, frame)
+    send_frame(connection, frame, PATIENCE)
     return frame.size
 
 
 def receive(
-    connection: socket.socket, most: int, patience: float | None = None, max_header: int = MAX_HEADER_BYTES
+    connection: socket.socket, most: int, silence: float | None = None, max_header: int = MAX_HEADER_BYTES
 ) -> tuple[dict[str, Any], Words, int]:
     """Receive the next message.
 
     Args:
         most: bytes of payload that it may have.
-        patience: seconds without a byte after which a message that has begun is given up; None for no limit.
+        silence: seconds for it to begin; None for no limit. The rest is received with PATIENCE.
         max_header: longest header that is read.
 
     Returns its fields, its words uint32 in the shape that it names, and its bytes.
-    Raises WorkerError where it is malformed, larger, an error of the other side, or the connection was closed.
+    Raises WorkerError where it is malformed, larger, an error of the other side, or the connection was closed;
+    WorkerUnavailableError where it comes too slowly; TimeoutError where it does not begin.
     """
-    frame = receive_frame(connection, most + PREFIX.size + max_header, patience, max_header)
+    connection.settimeout(silence)
+    frame = receive_frame(connection, most + PREFIX.size + max_header, PATIENCE, max_header)
     if frame is None:
         raise WorkerError("the other side closed the connection; see its log")
     fields = read_header(frame)

@@ -25,13 +25,13 @@ from hecompile.files import reason_of
 from hecompile.passes.polynomial.expand_polynomials import EMBEDDINGS
 from hecompile.runtime.ckks.messages import PROTOCOL, expect, receive, send
 from hecompile.runtime.wire.address import TcpAddress, UnixAddress, parse_address
-from hecompile.runtime.wire.connections import RECEIVE_TIMEOUT_SECONDS, SEND_TIMEOUT_SECONDS, server_class, waits
+from hecompile.runtime.wire.connections import SEND_TIMEOUT_SECONDS, server_class, waits
 from hecompile.runtime.wire.framing import MAX_REQUEST_HEADER_BYTES
 
 LOGGER = logging.getLogger(__name__)
-_PATIENCE = RECEIVE_TIMEOUT_SECONDS
-_KEYS_SECONDS = 300.0
-"""Time that a client has to make its evaluation keys, before it begins to send them."""
+_ANSWER_SECONDS = 300.0
+"""Time that a client has to make its evaluation keys, and to refresh ciphertexts, before it begins to send them. While it
+refreshes no other client's circuit is evaluated."""
 
 
 class CkksWorker:
@@ -56,7 +56,7 @@ class CkksWorker:
         opened()
         try:
             while True:
-                fields, words, _ = receive(connection, self._most(self._inputs()), _PATIENCE, MAX_REQUEST_HEADER_BYTES)
+                fields, words, _ = receive(connection, self._most(self._inputs()), None, MAX_REQUEST_HEADER_BYTES)
                 expect(fields, "run")
                 with self.turn:
                     self._run(connection, evaluator, words)
@@ -67,7 +67,7 @@ class CkksWorker:
 
     def _open(self, connection: socket.socket) -> Evaluator:
         parameters = self.parameters
-        fields, words, _ = receive(connection, parameters.evaluation_key_bytes, _PATIENCE, MAX_REQUEST_HEADER_BYTES)
+        fields, words, _ = receive(connection, parameters.evaluation_key_bytes, _ANSWER_SECONDS, MAX_REQUEST_HEADER_BYTES)
         expect(fields, "open")
         if fields.get("protocol") != PROTOCOL:
             raise WorkerError("the client speaks another version of this protocol; install the same hecompile on both")
@@ -98,7 +98,7 @@ class CkksWorker:
             sent = evaluator.truncated(stale)
             send(connection, "refresh", sent.words, value=value, level=stale.level)
             most = self._most(len(sent.words))
-            fields, fresh, _ = receive(connection, most, _PATIENCE, MAX_REQUEST_HEADER_BYTES)
+            fields, fresh, _ = receive(connection, most, _ANSWER_SECONDS, MAX_REQUEST_HEADER_BYTES)
             expect(fields, "fresh")
             return CkksTensor(_fresh(fresh, len(sent.words), parameters, top), sent.index, top)
 
@@ -153,7 +153,7 @@ def serve(
 
         def handle(self) -> None:
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT_SECONDS, 0))
-            self.request.settimeout(_KEYS_SECONDS)
+            self.request.settimeout(_ANSWER_SECONDS)
             try:
                 worker.serve(self.request, lambda: waits(self.server, self.request, False))
             except OSError as error:

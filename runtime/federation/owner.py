@@ -23,7 +23,7 @@ from hecompile.runtime.federation.protocol.participant import LocalUpdate, Parti
 from hecompile.runtime.federation.protocol.settings import RoundHeader
 from hecompile.runtime.federation.recipe import FederationRecipe, OwnerSection
 from hecompile.runtime.federation.roster import own_identity
-from hecompile.runtime.federation.sockets import take_part
+from hecompile.runtime.federation.sockets import longest_silence, take_part
 from hecompile.runtime.federation.state import begin_owner, check_owner
 from hecompile.runtime.privacy.ledger import PrivacyLedger, Subject
 from hecompile.runtime.privacy.promise import PrivateRun, PrivateSteps, private_steps
@@ -67,7 +67,9 @@ def _join(recipe: FederationRecipe, name: str, roster: Roster, keys: Path, addre
             if not resume:
                 train = _beginning_first(train, recipe, name, replaces)
             participant = Participant(identity, recipe.terms(roster, local.layout), rounds, train, ledger)
-            directory = save_finished(recipe, name, local, take_part(participant, identity, address))
+            silence = longest_silence(recipe.reply_timeout)
+            finished = take_part(participant, identity, address, silence=silence)
+            directory = save_finished(recipe, name, local, finished)
             rounds.finish()
             return directory
 

@@ -11,10 +11,8 @@ from hecompile.runtime.federation.protocol.channels import Roster
 from hecompile.runtime.federation.protocol.rounds import Exchange, Federation
 from hecompile.runtime.federation.recipe import FederationRecipe
 from hecompile.runtime.federation.records import RoundLog
-from hecompile.runtime.federation.sockets import FederationServer
+from hecompile.runtime.federation.sockets import JOIN_SECONDS, FederationServer
 from hecompile.runtime.federation.state import ServerState, is_interrupted
-
-_JOIN_SECONDS = 180.0
 
 
 def run_rounds(
@@ -75,5 +73,5 @@ def _serve(recipe: FederationRecipe, roster: Roster, port: int, report: Report, 
     local = plaintext_model(recipe)
     with FederationServer(roster, port=port, reply_timeout=recipe.reply_timeout) as server:
         report(LISTENING, address=server.address)
-        server.wait_for(len(recipe.owners), _JOIN_SECONDS, recipe.agreement().fewest if resume else None)
+        server.wait_for(len(recipe.owners), JOIN_SECONDS, recipe.agreement().fewest if resume else None)
         return run_rounds(recipe, roster, local, server, report, resume=resume)

@@ -27,9 +27,15 @@ from hecompile.foreign import printable
 from hecompile.runtime.federation.protocol.channels import Identity, Roster
 from hecompile.runtime.federation.protocol.messages import Finished, Message, from_bytes, to_bytes
 from hecompile.runtime.federation.protocol.participant import Participant
-from hecompile.runtime.wire.framing import receive_exactly
+from hecompile.runtime.wire.framing import receive_exactly, send_exactly
 
 MAX_BYTES = 1 << 30
+JOIN_SECONDS = 180.0
+"""Time in which all owners must connect."""
+_SLOW_SECONDS = 60.0
+"""Time that a message may take, from its first byte on, beside what it takes at the slowest rate of `framing`."""
+_EXCHANGES = 4
+"""Exchanges of a round, in each of which the server waits for the owners that it asks."""
 _HELLO = b"hecompile/federation/hello/1"
 _HELLO_SECONDS = 10.0
 _MOST_STRANGERS = 64
@@ -101,8 +107,8 @@ class FederationServer:
         written = {id(message): to_bytes(message) for message in requests.values()}
         for name, link in links.items():
             try:
-                _send(link.connection, number, written[id(requests[name])])
-            except OSError:
+                _send(link.connection, number, written[id(requests[name])], self._reply_timeout)
+            except OSError:  # one that takes nothing, too
                 self._drop(name, link)
         if all(isinstance(message, Finished) for message in requests.values()):
             return {}
@@ -139,7 +145,6 @@ class FederationServer:
             connection.settimeout(_HELLO_SECONDS)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             name = self._authenticate(connection)
-            connection.settimeout(None)
         except (OSError, FederationError, UnicodeDecodeError) as error:
             _log.warning("a connection was refused: %s", printable(error))
             connection.close()
@@ -149,7 +154,7 @@ class FederationServer:
         link = self._register(name, connection)
         try:
             while True:
-                number, content = _receive(connection)
+                number, content = _receive(connection)  # its silence is what an exchange bounds
                 with self._changed:
                     if number == self._number:  # a late answer to an earlier request is dropped
                         link.answers[number] = content
@@ -172,7 +177,7 @@ class FederationServer:
         """Return the name of the owner who proves to be it. Raises FederationError for anybody else."""
         challenge = os.urandom(32)
         connection.sendall(challenge)
-        _, hello = _receive(connection, limit=1024, patience=_HELLO_SECONDS)
+        _, hello = _receive(connection, _HELLO_SECONDS, limit=1024, patience=_HELLO_SECONDS)
         signature, name = hello[:64], hello[64:].decode()
         try:
             Ed25519PublicKey.from_public_bytes(self._roster[name]).verify(signature, _HELLO + challenge)
@@ -196,11 +201,32 @@ def _answer_of(name: str, content: bytes) -> Message:
         raise FederationError(f"{name!r} sent what cannot be read: {error}") from None
 
 
-def take_part(participant: Participant, identity: Identity, address: str, timeout: float = 60.0) -> Finished:
+def longest_silence(reply_timeout: float = 600.0) -> float:
+    """Return the seconds after which an owner gives up a server that says nothing.
+
+    A server that is there waits for all to join, and for up to `reply_timeout` in each exchange; an owner that it leaves out
+    of a round hears of the next one after all exchanges of that.
+    """
+    return JOIN_SECONDS + _EXCHANGES * reply_timeout
+
+
+def take_part(
+    participant: Participant, identity: Identity, address: str, timeout: float = 60.0, silence: float | None = None
+) -> Finished:
     """Connect, answer until the federation is over, and return its last message.
 
-    Raises FederationError where no server answers within `timeout` seconds, or the connection breaks.
+    Args:
+        participant: what answers.
+        identity: whose it is.
+        address: of the server.
+        timeout: seconds in which the server must answer the connection.
+        silence: seconds without a message after which the server is given up; by default `longest_silence`. One that has
+            begun must come in a minute, or at the slowest rate of `framing`.
+
+    Raises:
+        FederationError: no server answers, it is silent or too slow, or the connection breaks.
     """
+    silence = longest_silence() if silence is None else silence
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     try:
         connection = socket.create_connection((host, int(port)), timeout)
@@ -209,36 +235,57 @@ def take_part(participant: Participant, identity: Identity, address: str, timeou
     with contextlib.closing(connection):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
-            challenge = _read(connection, 32)
-            hello = identity.sign_hello(_HELLO + challenge) + identity.name.encode()
+            hello = identity.sign_hello(_HELLO + _challenge(connection, address, timeout)) + identity.name.encode()
             _send(connection, 0, hello)
-            connection.settimeout(None)
             while True:
-                number, content = _receive(connection)
+                number, content = _receive(connection, silence)
                 message = from_bytes(content)
                 if isinstance(message, Finished):
                     return message
                 _send(connection, number, to_bytes(participant.answer_or_refuse(message)))
+        except TimeoutError:
+            raise FederationError(
+                f"the server of the federation at {address} said nothing for {silence:g} s, or began a message that did not "
+                f"come within {_SLOW_SECONDS:g} s; see its log; the same command with --resume goes on"
+            ) from None
         except OSError as error:
             raise FederationError(
                 f"the connection to the federation at {address} broke: {error}; the same command with --resume goes on"
             ) from None
 
 
-def _send(connection: socket.socket, number: int, content: bytes) -> None:
-    connection.sendall(_PREFIX.pack(number, len(content)) + content)
+def _challenge(connection: socket.socket, address: str, timeout: float) -> bytes:
+    try:
+        return _read(connection, 32, timeout)
+    except TimeoutError:
+        raise FederationError(f"no federation answers at {address} within {timeout:g} s") from None
+
+
+def _send(connection: socket.socket, number: int, content: bytes, patience: float | None = None) -> None:
+    """Send a message with `patience`, by default _SLOW_SECONDS, as `send_exactly` has it. Raises OSError as that does."""
+    patience = _SLOW_SECONDS if patience is None else patience
+    send_exactly(connection, _PREFIX.pack(number, len(content)) + content, patience)
 
 
 def _receive(
-    connection: socket.socket, limit: int = MAX_BYTES, patience: float | None = None
+    connection: socket.socket, silence: float | None = None, limit: int = MAX_BYTES, patience: float | None = None
 ) -> tuple[int, bytes]:
-    number, size = _PREFIX.unpack(_read(connection, _PREFIX.size, patience))
+    """Wait up to `silence` seconds for a message to begin, and for its bytes with `patience` as `receive_exactly` has it.
+
+    Raises TimeoutError for either, FederationError for a message that is too large, OSError as the socket does.
+    """
+    patience = _SLOW_SECONDS if patience is None else patience
+    connection.settimeout(silence)
+    first = connection.recv(1)
+    if not first:
+        raise ConnectionError("the other side closed it")
+    number, size = _PREFIX.unpack(first + _read(connection, _PREFIX.size - 1, patience))
     if size > limit:
         raise FederationError(f"a message of {size} bytes is announced; at most {limit} are read")
     return number, _read(connection, size, patience)
 
 
-def _read(connection: socket.socket, size: int, patience: float | None = None) -> bytes:
+def _read(connection: socket.socket, size: int, patience: float) -> bytes:
     try:
         return bytes(receive_exactly(connection, size, patience))
     except EOFError:

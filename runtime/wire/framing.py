@@ -6,6 +6,8 @@ lengths are checked before memory is taken for what they announce. `receive_exac
 
 from __future__ import annotations
 
+import contextlib
+import select
 import socket
 import struct
 import time
@@ -84,13 +86,42 @@ def read_header(frame: Frame) -> dict[str, Any]:
     return header
 
 
-def send_frame(connection: socket.socket, frame: Frame) -> None:
-    """Send one frame whole. Raises OSError as the socket does."""
-    connection.sendall(frame.prefix() + frame.header, _NO_SIGNAL)
-    if len(frame.payload):
-        connection.sendall(frame.payload, _NO_SIGNAL)
-    if len(frame.rest):
-        connection.sendall(frame.rest, _NO_SIGNAL)
+def send_frame(connection: socket.socket, frame: Frame, patience: float | None = None) -> None:
+    """Send one frame whole, by the socket's own time-out or with `patience` (see `send_exactly`).
+
+    Raises OSError as the socket does.
+    """
+    for part in (frame.prefix() + frame.header, frame.payload, frame.rest):
+        if patience is not None:
+            send_exactly(connection, part, patience)
+        elif len(part):
+            connection.sendall(part, _NO_SIGNAL)
+
+
+def send_exactly(connection: socket.socket, content: Buffer, patience: float) -> None:
+    """Send all of `content` to a peer that may take it slowly, but not for ever.
+
+    The socket's own time-out does not matter, so that another thread may wait for bytes of the same connection.
+
+    Args:
+        connection: a stream socket.
+        content: what is sent.
+        patience: seconds in which nothing is taken, and seconds more than at `SLOWEST_BYTES_PER_SECOND`, after which it is
+            given up.
+
+    Raises:
+        TimeoutError: it is not taken, or too slowly.
+        OSError: as the socket does.
+    """
+    start, view, sent = time.monotonic(), memoryview(content), 0
+    writable = select.poll()
+    writable.register(connection, select.POLLOUT)
+    while sent < len(view):
+        left = patience + sent / SLOWEST_BYTES_PER_SECOND - (time.monotonic() - start)
+        if left <= 0 or not writable.poll(1000 * min(patience, left)):
+            raise TimeoutError
+        with contextlib.suppress(BlockingIOError):
+            sent += connection.send(view[sent:], _NO_SIGNAL | socket.MSG_DONTWAIT)
 
 
 def receive_frame(

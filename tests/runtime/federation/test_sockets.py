@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ from hecompile.runtime.federation import sockets
 from hecompile.runtime.federation.protocol.channels import Identity
 from hecompile.runtime.federation.protocol.messages import Finished, Message
 from hecompile.runtime.federation.protocol.participant import Participant
-from hecompile.runtime.federation.sockets import FederationServer, take_part
+from hecompile.runtime.federation.sockets import FederationServer, longest_silence, take_part
 from tests.runtime.federation.conftest import World, make_world
 
 
@@ -94,6 +98,58 @@ def test_a_silent_owner_is_left_out_and_its_late_answer_is_not_mistaken(monkeypa
             thread.join(10)
     assert results[0].contributors == ("owner-0", "owner-1")  # type: ignore[attr-defined]
     assert all(isinstance(end, Finished) for end in ends.values())
+
+
+@contextmanager
+def playing_server(drips: bytes, silent_from_the_start: bool = False) -> Iterator[str]:
+    """Serve as a federation that says the beginning of a message, a byte now and then, and nothing else."""
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(os.urandom(3 if silent_from_the_start else 32))
+                for octet in drips:
+                    over.wait(0.05)
+                    connection.sendall(bytes([octet]))
+                over.wait(30)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        over.set()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("what", ["silent", "slow", "no challenge"])
+def test_an_owner_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    world = make_world(3)
+    monkeypatch.setattr(sockets, "_SLOW_SECONDS", 0.3)
+    drips = (5).to_bytes(8, "little") + (1 << 20).to_bytes(8, "little") + bytes(600)
+    expected = "no federation answers at .* within 0.3 s" if what == "no challenge" else "said nothing for 0.3 s, or began"
+    start = time.monotonic()
+    with playing_server(drips if what == "slow" else b"", what == "no challenge") as address:
+        participant, identity = world.participants["owner-0"], world.identities["owner-0"]
+        with pytest.raises(FederationError, match=expected):
+            take_part(participant, identity, address, timeout=0.3 if what == "no challenge" else 30, silence=0.3)
+    assert time.monotonic() - start < 20  # the bytes alone would take 30 seconds
+    assert longest_silence(600) == 180 + 4 * 600
+
+
+def test_a_server_does_not_wait_for_an_owner_that_takes_nothing() -> None:
+    world = make_world(3)
+    identity = world.identities["owner-0"]
+    with FederationServer(world.federation.terms.roster, reply_timeout=0.3) as server:
+        host, _, port = server.address.removeprefix("tcp://").rpartition(":")
+        with socket.create_connection((host, int(port))) as connection:
+            hello = identity.sign_hello(b"hecompile/federation/hello/1" + connection.recv(32)) + b"owner-0"
+            connection.sendall((0).to_bytes(8, "little") + len(hello).to_bytes(8, "little") + hello)
+            assert server.wait_for(1, 10) == ["owner-0"]
+            assert server({"owner-0": Finished(adapter=bytes(1 << 26), rounds=1)}) == {}
+            with pytest.raises(FederationError, match="0 of 1 owners"):
+                server.wait_for(1, 0.1)
 
 
 def test_strangers_and_impostors_are_refused() -> None:
