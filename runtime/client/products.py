@@ -135,13 +135,13 @@ class EncryptedProducts(Products):
         self._checks = CheckStore(bundle.checks, bundle.circuits)
         self._verdict = threading.Lock()  # check vectors are spent and their liar is distrusted at one time
         self._ended: str | None = None  # by which error, where a worker was caught and no other may be asked
+        self._hints: HintStore | FetchedHints = HintStore(bundle.hints, bundle.ring, cache_bytes)
+        if bundle.plan.hints == "fetched":
+            self._hints = self._fetched_hints(bundle, fetching or Fetching())
         self._check_circuits(open_connection(transport, bundle.plan_id).circuits.keys())
         self._ring = bundle.ring
         rows = max(parameters.in_features for parameters in bundle.circuits.values())
         self._public = PublicMatrix(bundle.ring, bundle.public_seed, rows)
-        self._hints: HintStore | FetchedHints = HintStore(bundle.hints, bundle.ring, cache_bytes)
-        if bundle.plan.hints == "fetched":
-            self._hints = self._fetched_hints(bundle, fetching or Fetching())
         self._hintless = bundle.plan.hints == "none"
         self.bounds: Bounds = Bounds(bundle)
 
