@@ -60,11 +60,11 @@ class Honest(Product):
 
     def __init__(self, weight: torch.Tensor, folder: Path) -> None:
         self.weight = weight
-        self.linear = LinearParameters.from_weight(weight, 3, 2)
+        self.linear = LinearParameters.from_weight(weight, 24, 16)
         self.public = PublicMatrix(TOY, SEED, SIZE)
         self.hint = Hint.from_coefficients(TOY, setup(weight, self.public))
         self.checks = Checks.draw(weight, SecretRandom())
-        self._engine = create_engine("torch", write_bundle(folder / "worker", {"a": (weight.t().numpy(), 3, 2)}))
+        self._engine = create_engine("torch", write_bundle(folder / "worker", {"a": (weight.t().numpy(), 24, 16)}))
 
     def is_accepted(self, tokens: int = TOKENS) -> bool:
         ciphertext, key = encrypt_reals(self.public, torch.randn(tokens, SIZE), self.linear, checks=self.checks)
@@ -129,7 +129,7 @@ def test_rows_are_told_by_their_powers_of_two_and_directions() -> None:
 
 
 def test_they_are_stored_and_earlier_files_without_them_are_read(tmp_path: Path) -> None:
-    checks, linear = Checks.draw(_diagonal([64, 3]), SecretRandom()), LinearParameters.from_weight(_diagonal([64, 3]), 3, 2)
+    checks, linear = Checks.draw(_diagonal([64, 3]), SecretRandom()), LinearParameters.from_weight(_diagonal([64, 3]), 24, 16)
     packed = checks.pack()
     found = Checks.unpack(packed, linear)
     assert np.array_equal(found.means(linear), checks.means(linear)) and checks.means(linear).any()
@@ -145,7 +145,7 @@ def test_they_are_stored_and_earlier_files_without_them_are_read(tmp_path: Path)
 def test_rows_too_much_alike_to_be_verified_are_refused() -> None:
     weight = weights(1, 16).repeat(2048, 1)
     weight *= torch.arange(1, 2049)[:, None].remainder(2).to(torch.int8)
-    linear = LinearParameters.from_weight(weight, 3, 2)
+    linear = LinearParameters.from_weight(weight, 24, 16)
     vectors = np.full((VARIANTS, 2048), 2, dtype=np.int32)  # as good as never drawn
     checks = Checks(vectors, np.zeros((VARIANTS, 1, 16), dtype=np.int32), 0, Rows(weight, SecretRandom()).roundings(vectors))
     with pytest.raises(SecurityError, match="cannot be verified"):
@@ -153,11 +153,11 @@ def test_rows_too_much_alike_to_be_verified_are_refused() -> None:
 
 
 def test_the_amount_of_an_error_that_is_caught_follows_from_two_tails() -> None:
-    linear = LinearParameters.from_weight(weights(2048, 64), 3, 2)
+    linear = LinearParameters.from_weight(weights(2048, 64), 24, 16)
     deviation = tolerance(linear) / 8
     assert 13.4 * deviation < result_tolerance(linear) < 14 * deviation
-    assert result_tolerance(LinearParameters.from_weight(weights(2048, 64), 2, 2)) == 0
-    few = LinearParameters.from_weight(weights(3, 64), 3, 2)
+    assert result_tolerance(LinearParameters.from_weight(weights(2048, 64), 16, 16)) == 0
+    few = LinearParameters.from_weight(weights(3, 64), 24, 16)
     assert abs(result_tolerance(few) - (8 + math.sqrt(42 * math.log(2))) * largest_tolerance(few) / 8) < 2
 
 

@@ -44,7 +44,7 @@ def test_noise_is_bounded_and_as_wide_as_stated(params: RingParameters) -> None:
     rng = np.random.default_rng(5)
     hint = torch.from_numpy(rng.integers(-(2**31), 2**31, (rows, params.lattice_dim)).astype(np.int32))
     secrets = rng.integers(-1, 2, (blocks, params.rank, params.ring_dim)).astype(np.int8)
-    linear = LinearParameters(8, rows, 80, 30.0, 4, 4)
+    linear = LinearParameters(8, rows, 80, 30.0)
     reply = torch.zeros((4, blocks * params.ring_dim, rows), dtype=torch.uint8)
     key = RealKey(params, linear, secrets, np.ones(blocks * params.ring_dim))
     exact, rounded = (
@@ -65,7 +65,7 @@ def test_the_largest_error_is_reached() -> None:
     hint = torch.full((1, 2048), half - 1, dtype=torch.int32)  # rounds down by the most
     secrets = -np.ones((1, 1, 2048), dtype=np.int8)
     secrets[0, 0, 0] = 1  # coefficient 0 is s_0·h_0 - Σ s_k·h_{2048-k}: all terms add up
-    linear = LinearParameters(8, 1, 80, 30.0, 4, 4, bits)
+    linear = LinearParameters(8, 1, 80, 30.0, hint_bits=bits)
     reply = torch.zeros((4, 2048, 1), dtype=torch.uint8)
     key = RealKey(params, linear, secrets, np.ones(2048))
     mask = -decrypt_reals(key, Hint.from_coefficients(params, hint, bits=32), reply, linear)[0, 0]
@@ -79,7 +79,7 @@ def test_decryption_by_packed_words_is_that_by_rounded_ones(
     tmp_path: Path, params: RingParameters, bits: int, reply_bytes: int
 ) -> None:
     weight = torch.randint(-128, 128, (70, 40), generator=torch.Generator().manual_seed(1)).to(torch.int8)
-    linear = dataclasses.replace(LinearParameters.from_weight(weight, 4, reply_bytes), hint_bits=bits)
+    linear = dataclasses.replace(LinearParameters.from_weight(weight, 32, 8 * reply_bytes), hint_bits=bits)
     public = PublicMatrix(params, SEED, 40)
     coefficients = setup(weight, public)
     ciphertext, key = encrypt_reals(public, torch.randn(37, 40, generator=torch.Generator().manual_seed(2)), linear)
@@ -99,7 +99,7 @@ def test_decryption_by_packed_words_is_that_by_rounded_ones(
 
 def test_coarser_hints_than_the_parameters_say_are_refused() -> None:
     weight = torch.ones((9, 8), dtype=torch.int8)
-    public, linear = PublicMatrix(TOY, SEED, 8), LinearParameters.from_weight(weight, 4, 4)
+    public, linear = PublicMatrix(TOY, SEED, 8), LinearParameters.from_weight(weight)
     ciphertext, key = encrypt_reals(public, torch.ones(3, 8), linear)
     hint = Hint.from_coefficients(TOY, setup(weight, public), bits=20)
     with pytest.raises(InputError, match="the hint's words have 20 bits; 32 are wanted"):

@@ -46,9 +46,9 @@ def products(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def round_trip(params: RingParameters, weight: torch.Tensor, x: torch.Tensor, linear: LinearParameters) -> torch.Tensor:
     public = PublicMatrix(params, SEED, linear.in_features)
     ciphertext, key = encrypt_tokens(public, x, linear)
-    assert ciphertext.planes.numel() == linear.bytes_up(len(x))
+    assert ciphertext.planes.numel() == linear.upload_limbs * x.numel()
     reply = evaluate(weight, ciphertext.planes, linear)
-    assert reply.numel() == linear.bytes_down(len(x))
+    assert reply.numel() == linear.reply_bytes * len(x) * linear.out_features
     return decrypt(key, Hint.from_coefficients(params, setup(weight, public)), reply, linear)
 
 
