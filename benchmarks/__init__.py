@@ -21,6 +21,7 @@ SECTIONS = {
     "bounds": "benchmarks.training.bounds",
     "step": "benchmarks.training.step",
     "client_cpu": "benchmarks.training.client_cpu",
+    "bytes": "benchmarks.training.bytes",
     "client_saved": "benchmarks.crypto.client_saved",
     "field": "benchmarks.crypto.field",
     "precision": "benchmarks.training.precision",

@@ -98,7 +98,7 @@ def _speed(session: Session, prompts: list[list[int]], repeats: int) -> list[lis
 def forward_bytes(bundle: ClientBundle) -> int:
     """Count the payload bytes of one token forward through every circuit, up and down."""
     circuits = [parameters for name, parameters in bundle.circuits.items() if name.endswith(".forward")]
-    return sum(p.upload_limbs * p.in_features + p.reply_bytes * p.out_features for p in circuits)
+    return sum(p.bytes_up(1) + p.bytes_down(1) for p in circuits)
 
 
 def _median(runs: list[list[object]]) -> list[object]:

@@ -42,8 +42,8 @@ LOGGER = logging.getLogger(__name__)
 
 VERSION = 6
 READABLE = (3, 4, 5, 6)
-"""Versions that can be read; 3 has neither packed rings nor transformed hints, 4 one number of weight bits for all, 5 hints
-of whole words, proven bounds, a backward product of every linear and adapters on all layers."""
+"""Versions that can be read; 3 has neither packed rings nor transformed hints, 4 one number of weight bits for all, 5
+words and hints of whole bytes, proven bounds, a backward product of every linear and adapters on all layers."""
 
 PLAN, PLAN_DATA = "plan.onnx", "plan.onnx.data"
 CHECKS, WRAPS, TOKENIZER = "checks", "wraps", "tokenizer"
@@ -99,8 +99,11 @@ class CircuitRecord(_Record):
     out_features: int
     max_l1: int
     max_l2: float
-    upload_limbs: int
-    reply_bytes: int
+    upload_bits: int | None = None
+    reply_bits: int | None = None
+    upload_limbs: int | None = None
+    reply_bytes: int | None = None
+    """Whole bytes instead of bits, in a plan of version 5 or before."""
     noise_std: float
     effective_bits: float
     weight_sha256: str
@@ -118,13 +121,15 @@ class CircuitRecord(_Record):
 
     def parameters(self) -> LinearParameters:
         """Return the checked form. Raises InputError where the numbers cannot belong together."""
+        upload_bits = 8 * (self.upload_limbs or 0) if self.upload_bits is None else self.upload_bits
+        reply_bits = 8 * (self.reply_bytes or 0) if self.reply_bits is None else self.reply_bits
         return LinearParameters(
             in_features=self.in_features,
             out_features=self.out_features,
             max_l1=self.max_l1,
             max_l2=self.max_l2,
-            upload_bits=8 * self.upload_limbs,
-            reply_bits=8 * self.reply_bytes,
+            upload_bits=upload_bits,
+            reply_bits=reply_bits,
             gain=self.gain or 1.0,
             hint_bits=LOG_Q if self.hint_bits is None else self.hint_bits,
         )

@@ -60,6 +60,7 @@ class Product:
         weight_bits: of the quantised weight.
         effective_bits, noise_std: predicted precision; noise in units of the integer product.
         unseen_error: from which on verification sees an error of a single result, in units of the same.
+        upload_limbs, reply_bytes: as many bytes as hold those bits.
         multiplications: per token, of a byte of the input by a byte of a weight.
     """
 
@@ -73,6 +74,8 @@ class Product:
     noise_std: float
     unseen_error: float
     input_bound: int
+    upload_bits: int
+    reply_bits: int
     upload_limbs: int
     reply_bytes: int
     bytes_up: int
@@ -82,11 +85,12 @@ class Product:
     @classmethod
     def of(cls, record: CircuitRecord, parameters: LinearParameters, weight_bits: int, trained: bool) -> Product:
         """Describe a record of a plan whose weights have `weight_bits`."""
-        limbs = limb_products(record.upload_limbs, 1 if weight_bits <= 8 else 2)
+        limbs = limb_products(parameters.upload_limbs, 1 if weight_bits <= 8 else 2)
         return cls(
             record.linear, record.direction, trained, record.in_features, record.out_features, weight_bits,
             record.effective_bits, record.noise_std, float(result_tolerance(parameters)), int(parameters.input_bound),
-            record.upload_limbs, record.reply_bytes, parameters.bytes_up(1), parameters.bytes_down(1),
+            parameters.upload_bits, parameters.reply_bits, parameters.upload_limbs, parameters.reply_bytes,
+            parameters.bytes_up(1), parameters.bytes_down(1),
             record.in_features * record.out_features * limbs,
         )  # fmt: skip
 

@@ -108,8 +108,8 @@ def products_table(products: Sequence[Product]) -> Text:
 def noise_table(products: Sequence[Product]) -> Text:
     """Return a row per product, with its noise, and the error that a worker could add unseen."""
     columns: dict[str, Callable[[Sequence[Product]], str]] = {
-        "limbs\nup": lambda those: span(p.upload_limbs for p in those),
-        "bytes\ndown": lambda those: span(p.reply_bytes for p in those),
+        "bits\nup": lambda those: span(p.upload_bits for p in those),
+        "bits\ndown": lambda those: span(p.reply_bits for p in those),
         "noise\nstd": lambda those: span((p.noise_std for p in those), "{:.4g}".format),
         "unseen error\n/ noise std": lambda those: span((p.unseen_error / p.noise_std for p in those), "{:.3g}".format),
         "input\nbound": lambda those: span((p.input_bound for p in those), "{:.0f}".format),

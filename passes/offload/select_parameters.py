@@ -1,6 +1,6 @@
-"""Choose the cheapest ring, and the bytes that travel for every linear on the worker, for a wanted precision.
+"""Choose the cheapest ring, and the bits of the words that travel for every linear on the worker, for a wanted precision.
 
-    QuantizedLinear(x, Q, s) @worker  →  the node with upload_limbs, reply_bytes and crest for each direction, the
+    QuantizedLinear(x, Q, s) @worker  →  the node with upload_bits, reply_bits, crest and gain for each direction, the
                                           backward one where x needs a gradient
     model                              →  metadata: ring_dim, rank, packed
 
@@ -10,25 +10,28 @@ input bound X (no overflow, whatever comes), crest factor c of the encoded token
     rms(W_i·x) ≈ ‖W_i‖·X/c      std(noise) = LinearParameters.noise_std(‖W_i‖)
 
 (the first for inputs that are uncorrelated with the row, which is where precision is scarcest). With calibrated bounds X is
-larger by a gain that calibration gives (`hecompile.plan.circuits.calibrated_gain`), unless bytes are so few that noise would
-hide a product that wraps (`hecompile.he.wraps`); then these bytes have the proven bound. The modulus is q = 2^32 for
-every linear; each rounds what travels to a modulus of its own, 2^(8·upload_limbs) up and 2^(8·reply_bytes) down.
+larger by a gain that calibration gives (`hecompile.plan.circuits.calibrated_gain`), unless words are so short that noise
+would hide a product that wraps (`hecompile.he.wraps`); then these have the proven bound. The modulus is q = 2^32 for
+every linear; each rounds what travels to a modulus of its own, 2^upload_bits up and 2^reply_bits down.
 
-Among the byte counts that reach the wanted bits, the pass takes those with the least time on wire and worker
-(`hecompile.plan.costs`); the client's work does not depend on them. One ring serves the whole plan, that of the least client
-work. A product's precision does not depend on it, and a ring per linear would save at most 1 % of that work (all shapes of
-Llama-3.2-1B, 32 to 4096 tokens, default costs) for the price of several matrices A.
+Among the pairs of 8 to 32 bits that reach the wanted precision, the pass takes the one with the least time on wire and
+worker (`hecompile.plan.costs`): bits on the wire, whole bytes on the worker. The client's work does not depend on them. With
+fewer bits of one word precision never grows, so of all pairs only the fewest bits down for each number up are looked at. A
+reply must be fine enough to be verified (`hecompile.he.check_vectors`): 12 bits at 2048 outputs and more.
+
+One ring serves the whole plan, that of the least client work. A product's precision does not depend on it, and a ring per
+linear would save at most 1 % of that work (all shapes of Llama-3.2-1B, 32 to 4096 tokens, default costs) for the price of
+several matrices A.
 
 A stacked backward product has many inputs, and noise in proportion to its signal grows as their number: gate and up together
-have 16384 at 1B size, and need 4 limbs for 8 bits. Uploading the two gradients apart would save a byte per input up and cost
-a second reply: 57 kB per token instead of 70 kB where 3 limbs then suffice (to 6.5 bits); for 8 bits five parts would be
-needed, and 70 kB. So they stay together, and only there the limbs grow.
+have 16384 at 1B size, and need words of 27 bits up and 15 down for 8 effective bits (normal weights of 8 bits): 59 kB per
+token. Uploading the two gradients apart would save a bit per input up and cost a second reply: 61 kB. So they stay together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,7 +51,7 @@ from hecompile.graph.ir import (
     nodes_of_type,
 )
 from hecompile.he.check_tolerances import can_be_verified
-from hecompile.he.parameters import CATALOGUE, LinearParameters, RingParameters
+from hecompile.he.parameters import CATALOGUE, LOG_Q, MIN_BITS, LinearParameters, RingParameters
 from hecompile.he.security import AMPLE_BITS
 from hecompile.he.weight_norms import WeightNorms, measure_norms
 from hecompile.he.wraps import largest_factor
@@ -57,16 +60,15 @@ from hecompile.plan.costs import CostModel
 
 RING_DIM, RANK, PACKED = "hecompile.ring_dim", "hecompile.rank", "hecompile.packed"
 _SIMILAR_COST = 1.2  # sets whose costs differ by less count as equal
-_BYTE_COUNTS = tuple((limbs, reply) for limbs in (1, 2, 3, 4) for reply in range(1, limbs + 1))
 
 
 @dataclass(frozen=True)
 class SelectParameters(ir.passes.InPlacePass):
-    """Write ring and byte counts into the graph.
+    """Write ring and bits of words into the graph.
 
     effective_bits: precision wanted of every product. tokens: tokens per step that the ring is sized for. ring: fixes the
     ring instead. stored_hints: without them the worker's products for the hints count as well. Raises InputError when no
-    byte counts reach the precision, with the numbers.
+    words reach the precision, with the numbers.
     """
 
     effective_bits: float = 8.0
@@ -93,8 +95,8 @@ class SelectParameters(ir.passes.InPlacePass):
                 parameters = self._cheapest(f"{module_path(node)}, {direction}", norms, crest, weight.itemsize, gain)
                 circuits.append(parameters)
                 for attribute in (
-                    ir.AttrInt64(f"{direction}_upload_limbs", parameters.upload_limbs),
-                    ir.AttrInt64(f"{direction}_reply_bytes", parameters.reply_bytes),
+                    ir.AttrInt64(f"{direction}_upload_bits", parameters.upload_bits),
+                    ir.AttrInt64(f"{direction}_reply_bits", parameters.reply_bits),
                     ir.AttrFloat32(f"{direction}_crest", crest),
                     ir.AttrFloat32(f"{direction}_gain", parameters.gain),
                 ):
@@ -110,29 +112,54 @@ class SelectParameters(ir.passes.InPlacePass):
     def _cheapest(
         self, where: str, norms: WeightNorms, crest: float, weight_bytes: int, gain: float
     ) -> LinearParameters:
-        best, best_bits = None, -math.inf
-        reaching: list[LinearParameters] = []
-        for limbs, reply in _BYTE_COUNTS:
-            try:
-                candidate = LinearParameters.from_norms(norms, 8 * limbs, 8 * reply, gain)
-            except HecompileError:
-                continue  # so few bytes that no input fits
-            if not can_be_verified(candidate):
-                continue
-            if gain > 1 and largest_factor(candidate, norms) is None:
-                candidate = candidate.proven
-            bits = effective_bits(candidate, norms, crest)
-            if bits >= self.effective_bits:
-                reaching.append(candidate)
-            elif bits > best_bits:
-                best, best_bits = candidate, bits
-        if reaching:
-            return min(reaching, key=lambda p: self.costs.wire(p, 1) + self.costs.worker(p, 1, weight_bytes))
-        raise InputError(
-            f"{where}: {self.effective_bits} effective bits cannot be reached; "
-            f"the best is {best_bits:.1f} with {best.upload_limbs if best else 4} bytes up. "
-            "Ask for a lower precision, or for fewer weight bits"
-        )
+        try:
+            return cheapest_parameters(norms, crest, self.effective_bits, self.costs, weight_bytes, gain)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+
+
+def cheapest_parameters(
+    norms: WeightNorms, crest: float, wanted: float, costs: CostModel, weight_bytes: int = 1, gain: float = 1.0
+) -> LinearParameters:
+    """Choose the words with the least time on wire and worker for `wanted` effective bits.
+
+    Raises InputError where no words reach them, with the most that any reach.
+    """
+    reaching = list(_reaching(norms, crest, wanted, gain))
+    if reaching:
+        return min(reaching, key=lambda p: costs.wire(p, 1) + costs.worker(p, 1, weight_bytes))
+    best = _precision(norms, crest, LOG_Q, LOG_Q, gain)[0]
+    raise InputError(
+        f"{wanted} effective bits cannot be reached; the best is {best:.1f} with words of {LOG_Q} bits. "
+        "Ask for a lower precision, or for fewer weight bits"
+    )
+
+
+def _reaching(norms: WeightNorms, crest: float, wanted: float, gain: float) -> Iterator[LinearParameters]:
+    """Yield parameters that reach the precision: for each number of bits up, the fewest down that can be verified."""
+    reply = MIN_BITS
+    for upload in range(LOG_Q, MIN_BITS - 1, -1):
+        # Bits down that were too few are too few with fewer up as well.
+        while reply <= upload and _precision(norms, crest, upload, reply, gain)[0] < wanted:
+            reply += 1
+        for enough in range(reply, upload + 1):  # with all of them nothing is rounded, and so verified exactly
+            candidate = _precision(norms, crest, upload, enough, gain)[1]
+            if candidate is not None and can_be_verified(candidate):
+                yield candidate
+                break
+
+
+def _precision(
+    norms: WeightNorms, crest: float, upload: int, reply: int, gain: float
+) -> tuple[float, LinearParameters | None]:
+    """Return the effective bits of words of so many bits, -inf with None where no input fits."""
+    try:
+        parameters = LinearParameters.from_norms(norms, upload, reply, gain)
+    except HecompileError:
+        return -math.inf, None
+    if gain > 1 and largest_factor(parameters, norms) is None:
+        parameters = parameters.proven
+    return effective_bits(parameters, norms, crest), parameters
 
 
 def choose_ring(

@@ -59,7 +59,7 @@ def _circuits(node: ir.Node, directions: Sequence[str]) -> Iterator[RemoteCircui
     if value is None or value.metadata_props.get(SECRECY) != "public":
         raise SecurityError(f"the weight of {name} is not marked public; it must not be given to the worker")
     weight = constant_of(value)
-    if weight is None or "forward_upload_limbs" not in node.attributes:
+    if weight is None or "forward_upload_bits" not in node.attributes:
         raise LegalityError(f"{name}: run quantize and select_parameters before split")
     attributes = attributes_of(node)
     # Transposed once, by torch, which is several times as fast: each circuit then holds the bytes of its file.
@@ -69,9 +69,9 @@ def _circuits(node: ir.Node, directions: Sequence[str]) -> Iterator[RemoteCircui
     for direction, stored, norms in zip(DIRECTIONS, both_stored, both_norms, strict=True):
         if direction not in directions:
             continue
-        limbs, reply = attributes[f"{direction}_upload_limbs"], attributes[f"{direction}_reply_bytes"]
+        upload, reply = attributes[f"{direction}_upload_bits"], attributes[f"{direction}_reply_bits"]
         gain = attributes[f"{direction}_gain"]
-        parameters = LinearParameters.from_norms(norms, upload_bits=8 * limbs, reply_bits=8 * reply, gain=gain)
+        parameters = LinearParameters.from_norms(norms, upload_bits=upload, reply_bits=reply, gain=gain)
         yield RemoteCircuit(name, direction, parameters, stored, norms, attributes[f"{direction}_crest"])
 
 

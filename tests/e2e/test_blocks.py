@@ -16,6 +16,7 @@ from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.wire import protocol
 from hecompile.runtime.wire.framing import Frame
 from hecompile.runtime.worker.worker import Worker
+from hecompile.word_sizes import wire_bytes
 from tests.e2e.conftest import SEQUENCE_BUCKETS, Build
 
 OVERHEAD = 250
@@ -80,7 +81,7 @@ def test_any_number_of_tokens(build: Build, adapter: dict[str, Tensor], case: st
         # A row per token and circuit and nothing for padding, whatever the block size.
         parameters = bundle.circuits[circuit]
         assert shape == (parameters.upload_limbs, tokens, parameters.in_features), circuit
-        assert size < tokens * parameters.upload_limbs * parameters.in_features + OVERHEAD
+        assert size < wire_bytes(parameters.upload_bits, tokens * parameters.in_features) + OVERHEAD
 
 
 @pytest.mark.parametrize("zeros", ["none", "some", "all"])
@@ -103,5 +104,5 @@ def test_products_across_the_ring_dimension_and_rows_of_zeros(build: Build, extr
     step = x.abs().amax(dim=1, keepdim=True).double() / parameters.input_bound
     bound = step * (parameters.noise_bound + 0.5 * parameters.max_l1 + 1)
     assert bool(((result - expected).abs() <= bound + 1e-4 * expected.abs()).all())
-    payload = tokens * parameters.in_features * parameters.upload_limbs
+    payload = wire_bytes(parameters.upload_bits, tokens * parameters.in_features)
     assert payload <= products.costs.bytes_up - sent < payload + OVERHEAD

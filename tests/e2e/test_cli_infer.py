@@ -57,7 +57,7 @@ def test_a_token_costs_one_row_of_every_circuit_whatever_came_before(build: Buil
     steps = CachedSteps(model)
     steps.next_logits({0: [1] + [70] * 30, 1: [1, 90, 80]})
     forward = [p for name, p in model.bundle.circuits.items() if name.endswith(".forward")]
-    payload = sum(p.upload_limbs * p.in_features + p.reply_bytes * p.out_features for p in forward)
+    payload = sum(p.bytes_up(1) + p.bytes_down(1) for p in forward)
     for sequences in ({0: [71], 1: [72]}, {1: [73]}):
         before = model.stats()
         steps.next_logits(sequences)

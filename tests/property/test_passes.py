@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hecompile.errors import HecompileError
 from hecompile.graph.interpreter import Interpreter
 from hecompile.graph.ir import DOMAIN, ORIGIN, add_initializer, attributes_of
+from hecompile.he.check_vectors import can_be_verified
 from hecompile.he.parameters import CATALOGUE, LinearParameters
 from hecompile.he.weight_norms import measure_norms
 from hecompile.passes.offload.select_parameters import choose_ring
@@ -83,13 +84,13 @@ def test_the_bytes_chosen_are_the_cheapest_that_reach_the_precision(
     best: dict[str, float | None] = {}
     for direction, norms in zip(("forward", "backward"), measure_norms(torch.from_numpy(weight)), strict=True):
         seconds = []
-        for limbs, reply in itertools.product((1, 2, 3, 4), repeat=2):
+        for upload, reply in itertools.product(range(8, 33), repeat=2):
             try:
-                parameters = LinearParameters.from_norms(norms, 8 * limbs, 8 * reply)
+                parameters = LinearParameters.from_norms(norms, upload, reply)
             except HecompileError:
                 continue
-            if effective_bits(parameters, norms, 16.0) >= wanted:
-                seconds.append(cost_of_bytes(costs, limbs, reply, *weight.shape[:: 1 if direction == "backward" else -1]))
+            if effective_bits(parameters, norms, 16.0) >= wanted and can_be_verified(parameters):
+                seconds.append(costs.wire(parameters, 1) + costs.worker(parameters, 1))
         best[direction] = min(seconds, default=None)
     try:
         run_pass(model, "select_parameters", effective_bits=wanted, costs=costs)
@@ -98,14 +99,14 @@ def test_the_bytes_chosen_are_the_cheapest_that_reach_the_precision(
         return
     chosen = attributes_of(model.graph.node(0))
     for direction, (features_in, features_out) in {"forward": shape[::-1], "backward": shape}.items():
-        limbs, reply = chosen[f"{direction}_upload_limbs"], chosen[f"{direction}_reply_bytes"]
-        assert cost_of_bytes(costs, limbs, reply, features_in, features_out) == best[direction]
+        upload, reply = chosen[f"{direction}_upload_bits"], chosen[f"{direction}_reply_bits"]
+        assert cost_of_bits(costs, upload, reply, features_in, features_out) == best[direction]
 
 
-def cost_of_bytes(costs: CostModel, limbs: int, reply: int, features_in: int, features_out: int) -> float:
-    """Seconds per token that depend on the bytes, for an int8 weight."""
-    wire = (limbs * features_in + reply * features_out) / costs.bandwidth
-    return wire + 2 * features_in * features_out * limbs / costs.worker_flops
+def cost_of_bits(costs: CostModel, upload: int, reply: int, features_in: int, features_out: int) -> float:
+    """Seconds per token that depend on the bits, for an int8 weight."""
+    wire = (-(-upload * features_in // 8) + -(-reply * features_out // 8)) / costs.bandwidth
+    return wire + 2 * features_in * features_out * -(-upload // 8) / costs.worker_flops
 
 
 @settings(max_examples=60, deadline=None)

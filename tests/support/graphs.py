@@ -84,7 +84,7 @@ def text_of(plan: SplitPlan) -> str:
     """Print the client plan and a line per circuit; nothing in it depends on the last digits of a float."""
     lines = [
         f"circuit {circuit.name}: {p.in_features} -> {p.out_features} {circuit.weight.dtype}, "
-        f"{p.upload_limbs} bytes up, {p.reply_bytes} down\n"
+        f"{p.upload_bits} bits up, {p.reply_bits} down\n"
         for circuit in plan.circuits
         for p in (circuit.parameters,)
     ]

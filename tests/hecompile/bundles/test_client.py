@@ -218,7 +218,9 @@ def test_a_ring_that_the_kernels_are_not_for_is_refused(client: Path) -> None:
     assert "ring_dim must be a power of two of at least 16, got 8" in refused(client)
 
 
-@pytest.mark.parametrize("change", [{"upload_limbs": 5}, {"reply_bytes": 4, "upload_limbs": 3}, {"max_l2": -1.0}])
+@pytest.mark.parametrize(
+    "change", [{"upload_bits": 33}, {"reply_bits": 25, "upload_bits": 24}, {"upload_bits": None}, {"max_l2": -1.0}]
+)
 def test_circuit_that_cannot_be_is_refused(client: Path, change: dict[str, object]) -> None:
     circuit = "model.layers.0.self_attn.o_proj.forward"
     edit_manifest(client, lambda m: m["plan"]["circuits"][circuit].update(change), rehash=True)

@@ -129,7 +129,8 @@ def test_rows_are_told_by_their_powers_of_two_and_directions() -> None:
 
 
 def test_they_are_stored_and_earlier_files_without_them_are_read(tmp_path: Path) -> None:
-    checks, linear = Checks.draw(_diagonal([64, 3]), SecretRandom()), LinearParameters.from_weight(_diagonal([64, 3]), 24, 16)
+    weight = _diagonal([64, 3])
+    checks, linear = Checks.draw(weight, SecretRandom()), LinearParameters.from_weight(weight, 24, 16)
     packed = checks.pack()
     found = Checks.unpack(packed, linear)
     assert np.array_equal(found.means(linear), checks.means(linear)) and checks.means(linear).any()

@@ -63,18 +63,20 @@ def test_one_row_per_kind_and_direction(products: list[Product]) -> None:
         f" model.layers.*.{name}" for name in (QKV, "self_attn.o_proj", "mlp.gate_proj-up_proj", "mlp.down_proj")
     ]
     forward, backward = rows_below(text, f"model.layers.*.{QKV}")
-    assert forward[:4] == ["forward", "2", "32→64", "10"] and forward[5:] == [str(3 * 32), str(2 * 64)]
-    assert backward[:4] == ["backward", "1", "64→32", "10"] and backward[5:] == [str(3 * 64), str(2 * 32)]
+    bits = [(p.upload_bits, p.reply_bits) for p in products if p.linear == f"model.layers.1.{QKV}"]
+    (up, down), (back_up, back_down) = bits
+    assert forward[:4] == ["forward", "2", "32→64", "10"] and forward[5:] == [str(up * 4), str(down * 8)]
+    assert backward[:4] == ["backward", "1", "64→32", "10"] and backward[5:] == [str(back_up * 8), str(back_down * 4)]
 
 
 def test_what_differs_between_layers_is_a_range(products: list[Product]) -> None:
     """Sees weight bits, precision and bytes of each layer, and puts apart only what is of another kind."""
     known = [product for product in products if product.linear == f"model.layers.0.{QKV}"]
+    known = [replace(product, weight_bits=8, effective_bits=8.5, bytes_up=3 * 32, bytes_down=128) for product in known]
     other = [
         replace(product, linear=f"model.layers.7.{QKV}", weight_bits=12, effective_bits=11.25, bytes_up=4 * 32)
         for product in known
     ]
-    known = [replace(product, weight_bits=8, effective_bits=8.5) for product in known]
     text = rendered(kinds_table([*known, *other]))
     assert rows_below(text, f"model.layers.*.{QKV}")[0][1:] == ["2", "32→64", "8–12", "8.5–11.2", "96–128", "128"]
 
@@ -100,17 +102,25 @@ def test_layers_shows_every_product(products: list[Product]) -> None:
     assert text.count("\n model.layers.") == text.count("   forward") == 8 and text.count("   backward") == 7
     (forward, _) = rows_below(text, "model.layers.1.mlp.down_proj")
     assert forward[1:3] == ["48→32", "10"] and 8.0 <= float(forward[3]) < 16.0
-    assert forward[4:] == [str(3 * 48), str(2 * 32)]
     noise = rows_below(rendered(noise_table(products)), "model.layers.1.mlp.down_proj")[0]
     (product,) = [p for p in products if p.linear == "model.layers.1.mlp.down_proj" and p.direction == "forward"]
-    assert noise[1:4] == ["3", "2", f"{product.noise_std:.4g}"] and noise[5] == str(product.input_bound)
+    assert forward[4:] == [str(product.upload_bits * 48 // 8), str(product.reply_bits * 32 // 8)]
+    bits = [str(product.upload_bits), str(product.reply_bits)]
+    assert noise[1:4] == [*bits, f"{product.noise_std:.4g}"] and noise[5] == str(product.input_bound)
 
 
 def test_totals(bundle: ClientBundle, products: list[Product], build: Path) -> None:
-    """Per layer: qkv 32 → 64, o 32 → 32, gate and up 32 → 96, down 48 → 32. 3 bytes up, 2 down everywhere. The first
-    layer's qkv backward is never called: no adapter stands before it."""
-    forward_in, forward_out = 2 * (32 + 32 + 32 + 48), 2 * (64 + 32 + 96 + 32)
-    up, down = 3 * (forward_in + forward_out - 64), 2 * (forward_out + forward_in - 32)
+    """Per layer: qkv 32 → 64, o 32 → 32, gate and up 32 → 96, down 48 → 32. Up to 3 bytes up everywhere. The first layer's
+    qkv backward is never called: no adapter stands before it."""
+    traffic = {
+        name: (p.upload_bits * p.in_features // 8, p.reply_bits * p.out_features // 8) for name, p in bundle.circuits.items()
+    }
+    up, down = (sum(sizes) - of_first for sizes, of_first in zip(
+        zip(*traffic.values(), strict=True), traffic[f"model.layers.0.{QKV}.backward"], strict=True
+    ))  # fmt: skip
+    forward_up, forward_down = (sum(sizes) for sizes in zip(
+        *(sizes for name, sizes in traffic.items() if name.endswith(".forward")), strict=True
+    ))  # fmt: skip
     weights = 2 * (32 * 64 + 32 * 32 + 32 * 96 + 48 * 32)
     totals = Totals.of(bundle, products)
     assert totals.step_tokens == 2 * 16 and totals.remote_weights == weights
@@ -121,7 +131,7 @@ def test_totals(bundle: ClientBundle, products: list[Product], build: Path) -> N
     assert totals.worker_disk is not None and totals.worker_disk > 4 * weights
     text = rendered(totals_table(bundle, products), 120)
     assert f"{up} up, {down} down" in text
-    assert f"{3 * forward_in} up, {2 * forward_out} down" in text
+    assert f"{forward_up} up, {forward_down} down" in text
     assert "161 bits (MATZOV, classical): ring LWE, dimension 1536, q = 2^32; ring 128 x 12" in text
     assert f"{weights} of 10 bits" in text
     assert "r = 2, alpha = 4, q_proj, v_proj, down_proj" in text
@@ -202,5 +212,7 @@ def test_a_backward_circuit_that_training_never_calls_is_not_there(bundle: Clien
     assert f"{first}.forward" in bundle.circuits and f"{first}.backward" not in bundle.circuits
     down = "model.layers.1.mlp.down_proj.forward"
     every, used = predicted_traffic(bundle.circuits), predicted_traffic(bundle.circuits, frozenset({down}))
-    assert (every.bytes_up - used.bytes_up, every.bytes_down - used.bytes_down) == (3 * 48, 2 * 32)
+    skipped = bundle.circuits[down]
+    wanted = (skipped.upload_bits * 48 // 8, skipped.reply_bits * 32 // 8)
+    assert (every.bytes_up - used.bytes_up, every.bytes_down - used.bytes_down) == wanted
     assert used.total == used.bytes_up + used.bytes_down

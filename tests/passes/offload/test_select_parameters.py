@@ -71,24 +71,27 @@ def test_refused_precision_names_the_linear_and_the_best() -> None:
     error = refused(model_with_ranges(), "select_parameters", effective_bits=30.0)
     assert isinstance(error, InputError)
     best = effective_bits(LinearParameters.from_norms(NORMS), NORMS, CREST)
-    expected = f"{PATH}, forward: 30.0 effective bits cannot be reached; the best is {best:.1f} with 4 bytes up. Ask for"
-    assert str(error).startswith(expected)
+    expected = f"{PATH}, forward: 30.0 effective bits cannot be reached; the best is {best:.1f} with words of 32 bits. "
+    assert str(error).startswith(expected + "Ask for")
 
 
 def test_boundary_bits_that_are_just_reached_and_just_missed() -> None:
-    reached = effective_bits(LinearParameters.from_norms(NORMS, 16, 16), NORMS, CREST)
+    """To the last bit down, and over the wire to the last bit up."""
     model = model_with_ranges()
+    run_pass(model, "select_parameters", effective_bits=6.0)
+    up, down = attributes(model)["forward_upload_bits"], attributes(model)["forward_reply_bits"]
+    reached = effective_bits(LinearParameters.from_norms(NORMS, up, down), NORMS, CREST)
     run_pass(model, "select_parameters", effective_bits=reached)
-    assert (attributes(model)["forward_upload_limbs"], attributes(model)["forward_reply_bytes"]) == (2, 2)
+    assert (attributes(model)["forward_upload_bits"], attributes(model)["forward_reply_bits"]) == (up, down)
     run_pass(model, "select_parameters", effective_bits=reached + 1e-9)
-    assert (attributes(model)["forward_upload_limbs"], attributes(model)["forward_reply_bytes"]) == (3, 2)
+    assert attributes(model)["forward_upload_bits"] + attributes(model)["forward_reply_bits"] == up + down + 1
 
 
-def test_boundary_a_matrix_of_zeros_needs_the_fewest_bytes() -> None:
+def test_boundary_a_matrix_of_zeros_needs_the_fewest_bits() -> None:
     model = prepared(parse(TEXT.replace("{100, -50, 3, 0, 127, 127, -127, 127}", "{0, 0, 0, 0, 0, 0, 0, 0}"), {"y": PATH}))
     run_pass(model, "select_parameters", effective_bits=20.0)
-    assert {key: attributes(model)[key] for key in ("forward_upload_limbs", "backward_reply_bytes")} == {
-        "forward_upload_limbs": 1, "backward_reply_bytes": 1,
+    assert {key: attributes(model)[key] for key in ("forward_upload_bits", "backward_reply_bits")} == {
+        "forward_upload_bits": 8, "backward_reply_bits": 8,
     }  # fmt: skip
 
 
@@ -139,16 +142,14 @@ def test_of_rings_that_cost_about_the_same_the_more_secure_is_taken(monkeypatch:
         assert choose_ring(1024, circuits, costs) == chosen
 
 
-def test_who_is_slow_decides_between_a_limb_and_a_reply_byte() -> None:
-    """Backward, 2 inputs and 4 outputs: 3 bytes up and 3 down are 18 on the wire and 3 products; 4 and 2 are 16, and 4."""
+def test_who_is_slow_decides_between_a_limb_and_bits_down() -> None:
+    """Backward, 2 inputs and 4 outputs: a bit down costs two up on the wire; the worker has another product beyond 24 up."""
     model = model_with_ranges()
     _, norms = measure_norms(torch.from_numpy(WEIGHT))
-    bits = {
-        (limbs, reply): effective_bits(LinearParameters.from_norms(norms, 8 * limbs, 8 * reply), norms, 4.0)
-        for limbs, reply in ((3, 2), (3, 3), (4, 2))
-    }
-    wanted = min(bits[3, 3], bits[4, 2])
-    assert bits[3, 2] < wanted
-    for costs, chosen in ((CostModel(worker_flops=1e18), (4, 2)), (CostModel(bandwidth=1e18), (3, 3))):
+    wanted = effective_bits(LinearParameters.from_norms(norms, 24, 24), norms, 4.0)
+    chosen = {}
+    for slow, costs in (("link", CostModel(worker_flops=1e18)), ("worker", CostModel(bandwidth=1e18))):
         run_pass(model, "select_parameters", effective_bits=wanted, costs=costs)
-        assert (attributes(model)["backward_upload_limbs"], attributes(model)["backward_reply_bytes"]) == chosen
+        chosen[slow] = attributes(model)["backward_upload_bits"], attributes(model)["backward_reply_bits"]
+    assert chosen["worker"] == (24, 24)
+    assert chosen["link"][0] > 24 and 2 * chosen["link"][0] + 4 * chosen["link"][1] < 2 * 24 + 4 * 24
