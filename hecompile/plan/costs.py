@@ -9,7 +9,7 @@ F(d) = 2.5·log2(d/2) flops per coefficient of a complex FFT of length d/2 (5·n
     hint's row                    m·d·F(d)                           its transforms: files have words
     hint, per output feature      4·m·d bytes read, at most
     worker                        2·in·out·T operations per limb product, of which L limbs need L (2L - 1 for int16 weights)
-    wire                          L·T·in bytes up, R·T·out bytes down
+    wire                          B·T·in/8 bytes up, C·T·out/8 bytes down, for words of B and C bits
     hint from the worker          as a product of d·m tokens with 4 limbs, and 4 bytes down (plans without stored hints)
 
 and a constant per element for what does not depend on the ring (error sampling, encoding, rounding, packing).
