@@ -113,10 +113,21 @@ def _minimum_cut(model: ir.Model, sources: Iterable[ir.Node], trained: frozenset
 def _features(value: ir.Value, model: ir.Model) -> int | None:
     """Return F of a value [B, S, F] of real numbers; None for another, which cannot be kept by position."""
     (tokens, *_) = model.graph.inputs
-    if value.shape is None or tokens.shape is None or value.dtype != ir.DataType.FLOAT or len(value.shape) != 3:
+    shape = value.shape or _shape_of_product(value.producer())
+    if shape is None or tokens.shape is None or value.dtype not in (None, ir.DataType.FLOAT) or len(shape) != 3:
         return None
-    last = value.shape[2]
-    return last if isinstance(last, int) and tuple(value.shape)[:2] == tuple(tokens.shape) else None
+    last = shape[2]
+    return last if isinstance(last, int) and tuple(shape)[:2] == tuple(tokens.shape) else None
+
+
+def _shape_of_product(node: ir.Node | None) -> ir.Shape | None:
+    """Return the shape of a remote product whose node was made without one: that of x, with an output for each scale."""
+    if node is None or node.op_type != "RemoteLinear":
+        return None
+    x, scale = node.inputs
+    if x is None or scale is None or x.shape is None or scale.shape is None:
+        return None
+    return ir.Shape([*tuple(x.shape)[:-1], scale.shape[0]])
 
 
 def _prefix(model: ir.Model, kept: Iterable[str]) -> ir.Model:

@@ -22,8 +22,12 @@ from hecompile.checkpoint.families import FAMILIES
 from hecompile.compiler import linear
 from hecompile.compiler.options import CompileOptions
 from hecompile.errors import InputError
+from hecompile.graph.gradients import without_gradient
+from hecompile.graph.ir import module_path, nodes_of_type
 from hecompile.he.random.sampling import PublicSeed
 from hecompile.passes.offload.attach_lora import AttachLora
+from hecompile.passes.offload.cut_prefix import CutPrefix
+from hecompile.passes.offload.fuse import Fuse
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import EncryptedProducts
 from hecompile.runtime.inference.generation import CachedSteps, generate
@@ -101,6 +105,17 @@ def test_a_step_has_the_gradients_of_plaintext_peft(name: str, family_root: Path
         cosine = float(F.cosine_similarity(gradient.flatten(), reference[key].flatten(), dim=0))
         ratio = float(gradient.norm() / reference[key].norm())
         assert cosine >= COSINE and 0.97 < ratio < 1.03, f"{key}: cosine {cosine}, length ratio {ratio}"
+
+
+@pytest.mark.parametrize("name", BASIC)
+def test_the_first_products_are_kept_whole(name: str, family_root: Path) -> None:
+    """They read what no adapter changes: all that do leave the plan, whatever the family puts between them and LoRA."""
+    model = Fuse()(trained(name, family_root).encrypted.bundle.graph()).model
+    constant = {module_path(node) for node in without_gradient(model, "RemoteLinear")}
+    cut = CutPrefix()(model)
+    assert cut is not None and constant
+    assert {module_path(node) for node in nodes_of_type(cut.prefix, "RemoteLinear")} == constant
+    assert constant.isdisjoint(module_path(node) for node in nodes_of_type(cut.rest, "RemoteLinear"))
 
 
 @pytest.mark.parametrize("name", BASIC)

@@ -21,8 +21,10 @@ from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import CleartextProducts, EncryptedProducts
 from hecompile.runtime.model.data import PadToBucket, load_examples
 from hecompile.runtime.privacy.accountant import Mechanism, spent_epsilon
+from hecompile.runtime.recipes.prefix import PrefixCacheSection
 from hecompile.runtime.recipes.training import Recipe, load_recipe
 from hecompile.runtime.training.metrics import read_metrics
+from hecompile.runtime.training.private_trainer import PadPossiblyEmpty
 from hecompile.runtime.training.train import run_training
 from hecompile.runtime.transports import InProcessTransport
 from hecompile.runtime.worker.worker import Worker
@@ -97,11 +99,16 @@ def test_its_noise_has_the_promised_size(tmp_path: Path) -> None:
     assert abs(correlation) < 7 / math.sqrt(count)
 
 
-def test_micro_batches_in_flight_change_nothing(bundles: tuple[ClientBundle, WorkerBundle], tmp_path: Path) -> None:
+def test_micro_batches_in_flight_change_nothing_nor_does_what_is_kept_of_the_first_layer(
+    bundles: tuple[ClientBundle, WorkerBundle], tmp_path: Path
+) -> None:
     adapters = []
-    for number, flight in enumerate((1, 3)):
+    for number, (flight, kept) in enumerate(((1, None), (3, None), (3, "1MB"))):
         settings = everyone(max_steps=2, micro_batches_in_flight=flight)
         recipe = private_recipe(tmp_path / str(number), {"noise_multiplier": 0, "max_grad_norm": 0.2}, **settings)
+        if kept is not None:
+            section = PrefixCacheSection.model_validate({"size": kept, "dtype": "float32"})
+            recipe = recipe.model_copy(update={"prefix_cache": section})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = EncryptedCausalLM(bundles[0], CleartextProducts(*bundles), seed=1)
@@ -109,6 +116,11 @@ def test_micro_batches_in_flight_change_nothing(bundles: tuple[ClientBundle, Wor
         adapters.append(model.adapter_state())
     for name, value in adapters[0].items():
         assert torch.equal(value, adapters[1][name]), name
+        torch.testing.assert_close(value, adapters[2][name], rtol=1e-4, atol=1e-6)
+
+
+def test_an_empty_sample_has_no_examples() -> None:
+    assert PadPossiblyEmpty(BUCKETS, 0, with_examples=True)([])["examples"].shape == (0,)
 
 
 def test_through_the_encrypted_worker_it_keeps_to_its_budget(
