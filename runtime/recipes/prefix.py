@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ByteSize, Field
+from pydantic import ByteSize, Field, field_validator
 
 from hecompile.runtime.recipes.section import Section
+
+_SIZE = re.compile(r"\s*\d+(\.\d+)?\s*([kKMGT]i?)?[bB]?\s*")
 
 
 class PrefixCacheSection(Section):
@@ -21,3 +24,10 @@ class PrefixCacheSection(Section):
     size: Annotated[ByteSize, Field(gt=0)]
     directory: Path | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _bytes(cls, value: object) -> object:
+        if isinstance(value, bool) or not _SIZE.fullmatch(str(value)):
+            raise ValueError("must be a number of bytes, such as 2GB or 500MB")
+        return value

@@ -171,3 +171,21 @@ def test_lora_settings_may_only_repeat_the_exported_ones() -> None:
     check_lora(LoraSection(layers_to_transform=[2, 1], layers_pattern=["layers"]), upper)
     with pytest.raises(InputError, match=r"lora\.layers_to_transform is \[1\] but the model was exported with \[1, 2\]"):
         check_lora(LoraSection(layers_to_transform=[1]), upper)
+
+
+def test_a_prefix_cache_is_a_size_or_a_section(recipe_file: Path) -> None:
+    short = load_recipe(recipe_file, ["prefix_cache=2GB"]).prefix_cache
+    assert short is not None and (short.size, short.directory, short.dtype) == (2 * 10**9, None, "bfloat16")
+    other = load_recipe(recipe_file, ["prefix_cache={size: 1.5GiB, directory: kept, dtype: float32}"]).prefix_cache
+    assert other is not None and other.size == 3 * 2**29 and other.directory == Path.cwd() / "kept"
+
+
+@pytest.mark.parametrize("size", ["banana", "true", "-1", "2 XB", "2GB\\n"])
+def test_a_prefix_cache_without_a_size_is_refused(recipe_file: Path, size: str) -> None:
+    with pytest.raises(InputError, match="prefix_cache"):
+        load_recipe(recipe_file, [f"prefix_cache={size}"])
+
+
+def test_a_prefix_cache_is_not_for_range_loss(recipe_file: Path) -> None:
+    with pytest.raises(InputError, match="range_loss looks into the layers that prefix_cache computes once: drop one"):
+        load_recipe(recipe_file, ["prefix_cache=2GB", "range_loss={}"])
