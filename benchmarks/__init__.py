@@ -22,6 +22,7 @@ SECTIONS = {
     "step": "benchmarks.training.step",
     "client_cpu": "benchmarks.training.client_cpu",
     "bytes": "benchmarks.training.bytes",
+    "head_precision": "benchmarks.training.head_precision",
     "client_saved": "benchmarks.crypto.client_saved",
     "field": "benchmarks.crypto.field",
     "precision": "benchmarks.training.precision",

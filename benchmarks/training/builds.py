@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from benchmarks.training.checkpoints import llama_1b_config, make_checkpoint
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.compiler.linear import CompileOptions, compile_checkpoint
-from hecompile.compiler.options import WeightBits
+from hecompile.compiler.options import Head, WeightBits
 from hecompile.errors import InputError
 from hecompile.inspection.linear import Traffic, circuits_without_gradient, predicted_traffic
 from hecompile.models import TINY_LLAMA
@@ -67,17 +67,18 @@ def options(
 
 @contextmanager
 def llama_1b(
-    layers: int, batch_size: int, length: int, precision: float = PRECISION, weight_bits: WeightBits = WEIGHT_BITS
-) -> Iterator[Built]:
+    layers: int, batch_size: int, length: int, precision: float = PRECISION, weight_bits: WeightBits = WEIGHT_BITS,
+    head: Head = "local",
+) -> Iterator[Built]:  # fmt: skip
     """Open a model of the 1B shape with `layers` layers.
 
     It is that in the folders `checkpoint` and `build` of $HECOMPILE_BENCHMARK_1B where this is set (made for at least that
-    batch, in any precision). Otherwise it is made under build/ and removed afterwards (15 GB). Raises InputError where one
-    of these folders is missing.
+    batch, in any precision), `build-remote` for a remote head. Otherwise it is made under build/ and removed
+    afterwards (15 GB). Raises InputError where one of these folders is missing.
     """
     given = os.environ.get(ONE_B)
     if given:
-        built = Built(Path(given) / "checkpoint", Path(given) / "build")
+        built = Built(Path(given) / "checkpoint", Path(given) / ("build-remote" if head == "remote" else "build"))
         for path in (built.checkpoint, built.build / CLIENT, built.build / WORKER):
             if not path.is_dir():
                 raise InputError(f"{ONE_B}={given}: there is no {path}")
@@ -85,7 +86,8 @@ def llama_1b(
         return
     with scratch_folder() as scratch:
         checkpoint = make_checkpoint(scratch / "checkpoint", layers)
-        compile_checkpoint(str(checkpoint), scratch / "build", options(batch_size, length, precision, weight_bits))
+        chosen = replace(options(batch_size, length, precision, weight_bits), head=head)
+        compile_checkpoint(str(checkpoint), scratch / "build", chosen)
         yield Built(checkpoint, scratch / "build")
 
 

@@ -21,11 +21,11 @@ from hecompile.graph.ir import DOMAIN
 from hecompile.graph.operators import OPERATORS, Operator
 
 CRYPTOGRAPHY, WIRE, ATTENTION, NORMS = "cryptography", "serialisation", "attention and rotary", "norms and SwiGLU"
-LORA, GRAPH, HEAD, HEAD_CRYPTOGRAPHY = "LoRA", "rest of the graph", "head and loss", "cryptography of the head"
+LORA, GRAPH, HEAD, HEAD_CRYPTOGRAPHY = "LoRA", "rest of the graph", "head and loss", "cryptography and bytes of the head"
 OPTIMIZER, REST = "optimizer", "rest"
 PARTS = (CRYPTOGRAPHY, WIRE, ATTENTION, NORMS, LORA, GRAPH, HEAD, HEAD_CRYPTOGRAPHY, OPTIMIZER, REST)
-OUTSIDE_LAYERS = (HEAD, HEAD_CRYPTOGRAPHY)
-"""Parts that do not grow with the number of layers."""
+OUTSIDE_LAYERS = (HEAD, HEAD_CRYPTOGRAPHY, REST)
+"""Parts of a client that do not grow with the number of layers. The rest of plaintext training is its layers."""
 
 _PART_OF = {
     "RMSNorm": NORMS, "SwiGLU": NORMS, "SiLU": NORMS, "Lora": LORA, "GatedLora": LORA, "Attention": ATTENTION,
@@ -68,15 +68,15 @@ class PartClock:
         for (domain, name), function in OPERATORS.items():
             standard = name in ("Transpose", "Reshape") or domain == DOMAIN
             OPERATORS[domain, name] = self._operator(function, _PART_OF.get(name, GRAPH) if standard else GRAPH)
-        self._replace(products, "encrypt_reals", self._cryptography)
-        self._replace(products, "decrypt_reals", self._cryptography)
-        self._replace(products.EncryptedProducts, "_ask", lambda: WIRE)
+        self._replace(products, "encrypt_reals", lambda: self._of_product(CRYPTOGRAPHY))
+        self._replace(products, "decrypt_reals", lambda: self._of_product(CRYPTOGRAPHY))
+        self._replace(products.EncryptedProducts, "_ask", lambda: self._of_product(WIRE))
         self._replace(encrypted_model, "head_cross_entropy", lambda: HEAD)
         self._replace(plaintext, "linear_cross_entropy", lambda: HEAD)
         self._replace(torch.optim.AdamW, "step", lambda: OPTIMIZER)
 
-    def _cryptography(self) -> str:
-        return HEAD_CRYPTOGRAPHY if self.now == HEAD else CRYPTOGRAPHY
+    def _of_product(self, part: str) -> str:
+        return HEAD_CRYPTOGRAPHY if self.now == HEAD else part
 
     def _replace(self, owner: Any, name: str, part: Callable[[], str]) -> None:
         function = getattr(owner, name)

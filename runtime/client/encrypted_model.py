@@ -64,9 +64,12 @@ class EncryptedCausalLM(torch.nn.Module):
         bundle: the opened client bundle.
         products: who computes the remote linears (`EncryptedProducts`, or `CleartextProducts` for debugging).
         seed: of the initial adapter, drawn as PEFT does: A Kaiming-uniform, B zero.
+        head_dtype: of the products of a local output head (`hecompile.runtime.model.head.LocalHead`).
     """
 
-    def __init__(self, bundle: ClientBundle, products: Products, seed: int = 0) -> None:
+    def __init__(
+        self, bundle: ClientBundle, products: Products, seed: int = 0, head_dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         self.bundle, self.products = bundle, products
         model = Fuse()(bundle.graph()).model
@@ -74,7 +77,7 @@ class EncryptedCausalLM(torch.nn.Module):
         head = detach_head(model)
         self._form = head.form
         self._model, self._interpreter = model, Interpreter(model)
-        self._head = head.open(model, self._interpreter.constants, products, bundle.ring.ring_dim)
+        self._head = head.open(model, self._interpreter.constants, products, bundle.ring.ring_dim, head_dtype)
         self._range_loss = RangeLoss(model)
         self.prefix = PrefixKeeper(model, bundle.plan_id)
         self.with_range_terms = False

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
-from hecompile.errors import LegalityError
+from hecompile.errors import InputError, LegalityError
 from hecompile.graph.ir import DOMAIN, constant_of
 from hecompile.runtime.client.mapped import release
 from hecompile.runtime.client.products import Products
@@ -37,13 +38,32 @@ class DetachedHead:
     weight: str | None
     parts: tuple[tuple[str, str], ...] = ()
 
-    def open(self, model: ir.Model, constants: Mapping[str, Tensor], products: Products, ring_dim: int) -> OutputHead:
-        """Return the head itself. constants: the graph's initializers; ring_dim: tokens of a block of a ciphertext."""
+    def open(
+        self,
+        model: ir.Model,
+        constants: Mapping[str, Tensor],
+        products: Products,
+        ring_dim: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> OutputHead:
+        """Return the head itself.
+
+        constants: the graph's initializers; ring_dim: tokens of a block of a ciphertext; dtype: of a local head's products.
+        Raises InputError for bfloat16 where this processor has no such products, or the head is remote.
+        """
+        if dtype == torch.bfloat16:
+            self._require_bfloat16()
         if self.weight is None:
             return RemoteHead(products, [(linear, constants[scale]) for linear, scale in self.parts], ring_dim)
         stored = constant_of(model.graph.initializers[self.weight])
         assert stored is not None
-        return LocalHead(constants[self.weight], lambda rows: release(stored[rows]))
+        return LocalHead(constants[self.weight], lambda rows: release(stored[rows]), dtype)
+
+    def _require_bfloat16(self) -> None:
+        if self.weight is None:
+            raise InputError("head_products is bfloat16 but the plan's head is remote: drop head_products")
+        if not any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16")):
+            raise InputError("head_products is bfloat16 but this processor has no bfloat16 products: drop head_products")
 
 
 class RemoteHead:

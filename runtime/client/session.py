@@ -64,7 +64,8 @@ def open_session(place: Workplace) -> Iterator[Session]:
     products = open_products(bundle, place)
     seed = place.training.seed if isinstance(place, Recipe) else 0
     try:
-        yield Session(EncryptedCausalLM(bundle, products, seed), tokenizer, bundle)
+        dtype = getattr(torch, place.head_products)
+        yield Session(EncryptedCausalLM(bundle, products, seed, head_dtype=dtype), tokenizer, bundle)
     finally:
         products.close()
 

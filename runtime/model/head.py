@@ -89,13 +89,16 @@ class OutputHead(Protocol):
 
 
 class LocalHead:
-    """Multiply by a weight [V, H] of this process, WEIGHT_ROWS rows at a time: one of 16 bits is converted to float32.
+    """Multiply by a weight [V, H] of this process, WEIGHT_ROWS rows at a time: one of 16 bits is converted to `dtype`.
 
-    release: called with the rows of the weight that have been used.
+    release: called with the rows of the weight that have been used. dtype: of the products, float32 or bfloat16, whose
+    results are rounded to bfloat16; sums over the vocabulary, softmax and its gradient are float32 either way.
     """
 
-    def __init__(self, weight: Tensor, release: Release = lambda rows: None) -> None:
-        self._weight, self._release = weight, release
+    def __init__(
+        self, weight: Tensor, release: Release = lambda rows: None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self._weight, self._release, self._dtype = weight, release, dtype
         self._vocabulary = [
             slice(at, min(at + WEIGHT_ROWS, len(weight))) for at in range(0, len(weight), WEIGHT_ROWS)
         ]
@@ -107,8 +110,13 @@ class LocalHead:
     def products(self, hidden: Tensor) -> list[Tensor]:
         """See `OutputHead.products`."""
         logits = hidden.new_empty(len(hidden), len(self._weight))  # [n, V]
+        rounded = hidden.to(self._dtype)
         for words in self._vocabulary:
-            torch.mm(hidden, self._weight[words].to(hidden.dtype).t(), out=logits[:, words])
+            weight = self._weight[words].to(self._dtype)
+            if self._dtype == logits.dtype:
+                torch.mm(rounded, weight.t(), out=logits[:, words])
+            else:
+                logits[:, words] = rounded @ weight.t()
             self._release(words)
         return [logits]
 
@@ -116,7 +124,11 @@ class LocalHead:
         """See `OutputHead.gradient`."""
         gradient = pieces[0].new_zeros(len(pieces[0]), self._weight.shape[1])  # [n, H]
         for words in reversed(self._vocabulary):
-            gradient.addmm_(pieces[0][:, words], self._weight[words].to(gradient.dtype))
+            weight = self._weight[words].to(self._dtype)
+            if self._dtype == gradient.dtype:
+                gradient.addmm_(pieces[0][:, words], weight)
+            else:
+                gradient += pieces[0][:, words].to(self._dtype) @ weight
             self._release(words)
         pieces.clear()
         return gradient

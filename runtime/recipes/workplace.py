@@ -60,6 +60,7 @@ class Workplace(Section):
     worker: str | Annotated[list[str], Field(min_length=1)] = "inprocess"
     worker_bundle: Path | None = None
     engine: Literal["auto", "vnni", "torch", "torch-cuda", "onnxruntime", "cleartext"] | None = None
+    head_products: Literal["float32", "bfloat16"] = "float32"
     connection: ConnectionSection = ConnectionSection()
 
     @property

@@ -15,6 +15,7 @@ from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.bundles.worker import WorkerBundle
 from hecompile.compiler import pipeline
 from hecompile.compiler.linear import compile_checkpoint
+from hecompile.errors import InputError
 from hecompile.graph.attention_cache import AttentionCache
 from hecompile.passes.offload.cut_wide import CutWide
 from hecompile.runtime.client import output_head
@@ -101,6 +102,13 @@ def test_pieces_of_rows_give_the_same_loss(
     assert abs(loss - expected) < 1e-3 * expected
     for name, gradient in own.items():
         assert float(F.cosine_similarity(gradient.flatten(), reference[name].flatten(), dim=0)) >= 0.999, name
+
+
+def test_a_remote_head_has_no_products_of_the_clients_own(
+    models: tuple[EncryptedCausalLM, PlaintextPeftModel],
+) -> None:
+    with pytest.raises(InputError, match="the plan's head is remote: drop head_products"):
+        EncryptedCausalLM(models[0].bundle, models[0].products, head_dtype=torch.bfloat16)
 
 
 def test_the_next_token_has_the_logits_of_plaintext(models: tuple[EncryptedCausalLM, PlaintextPeftModel]) -> None:

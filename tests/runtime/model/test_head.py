@@ -61,6 +61,19 @@ def test_a_weight_of_16_bits_is_multiplied_as_the_float32_that_it_is(monkeypatch
     assert torch.equal(gradients[0][0], gradients[1][0]) and torch.equal(gradients[0][1], gradients[1][1])
 
 
+def test_products_in_bfloat16_are_near() -> None:
+    hidden, weight, targets = inputs(64)
+    exact = linear_cross_entropy(hidden, weight, targets)
+    exact.backward()
+    assert hidden.grad is not None
+    expected, hidden.grad = hidden.grad, None
+    loss = head.head_cross_entropy(hidden, head.LocalHead(weight, dtype=torch.bfloat16), targets)
+    loss.backward()
+    assert abs(float(loss - exact)) < 1e-3 * float(exact) and hidden.grad.dtype == torch.float32
+    assert float(F.cosine_similarity(hidden.grad.flatten(), expected.flatten(), dim=0)) > 0.9999
+    assert not torch.equal(hidden.grad, expected)
+
+
 def test_large_logits_do_not_overflow() -> None:
     hidden, weight, targets = inputs(4)
     loss = linear_cross_entropy(1000 * hidden, weight, targets)
