@@ -9,7 +9,7 @@ ever exists. (The idea is that of Liger Kernel's fused linear cross entropy, Hsu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -111,8 +111,7 @@ class LocalHead:
         """See `OutputHead.products`."""
         logits = hidden.new_empty(len(hidden), len(self._weight))  # [n, V]
         rounded = hidden.to(self._dtype)
-        for words in self._vocabulary:
-            weight = self._weight[words].to(self._dtype)
+        for words, weight in self._converted(self._vocabulary):
             if self._dtype == logits.dtype:
                 torch.mm(rounded, weight.t(), out=logits[:, words])
             else:
@@ -123,8 +122,7 @@ class LocalHead:
     def gradient(self, pieces: list[Tensor]) -> Tensor:
         """See `OutputHead.gradient`."""
         gradient = pieces[0].new_zeros(len(pieces[0]), self._weight.shape[1])  # [n, H]
-        for words in reversed(self._vocabulary):
-            weight = self._weight[words].to(self._dtype)
+        for words, weight in self._converted(self._vocabulary[::-1]):
             if self._dtype == gradient.dtype:
                 gradient.addmm_(pieces[0][:, words], weight)
             else:
@@ -132,6 +130,17 @@ class LocalHead:
             self._release(words)
         pieces.clear()
         return gradient
+
+
+    def _converted(self, vocabulary: list[slice]) -> Iterator[tuple[slice, Tensor]]:
+        """Yield rows of the weight in the type of the products; what was converted is valid until the next."""
+        if self._weight.dtype == self._dtype:
+            yield from ((words, self._weight[words]) for words in vocabulary)
+            return
+        most = min(WEIGHT_ROWS, len(self._weight))
+        piece = torch.empty(most, self._weight.shape[1], dtype=self._dtype)
+        for words in vocabulary:
+            yield words, piece[: words.stop - words.start].copy_(self._weight[words])
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
