@@ -125,7 +125,7 @@ class EncryptionOptions:
         str | None,
         typer.Option(
             help="Who multiplies by the output head. 'local': the client, for which it is more than half of its work at "
-            "1B size. 'remote': the worker, for about six bytes per word of the vocabulary and scored position. 'auto': "
+            "1B size. 'remote': the worker, for about seven bytes per word of the vocabulary and scored position. 'auto': "
             "whoever makes a step shorter by the cost model. Default: local; auto with --placement cheapest."
         ),
     ] = None

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from hecompile.bundles.client import ClientBundle, LoraRecord
 from hecompile.he.security import show_bits
-from hecompile.inspection.kinds import kind_of, numbers, span
+from hecompile.inspection.kinds import kind_of, layer_of, numbers, span
 from hecompile.inspection.linear import Product, Totals, Work, reached_precision, weight_bits_text
 from hecompile.inspection.prediction import hint_file_bytes, megabytes
 from hecompile.inspection.rows import named_rows
@@ -39,7 +39,7 @@ def totals_table(bundle: ClientBundle, products: Sequence[Product]) -> Table:
     rows = {
         "bytes per token, forward": _traffic(totals.forward),
         "bytes per token, backward": _traffic(totals.backward),
-        "bytes per token, training": _traffic(totals.training),
+        "bytes per token, training": _traffic(totals.training) + _head(products),
         "bytes per token, prefix kept": _kept(totals),
         f"bytes per step of {totals.step_tokens} tokens": _step(totals),
         "worker's products of bytes": f"per token {forward} forward, {backward} backward",
@@ -71,6 +71,12 @@ def _kept(totals: Totals) -> str:
     if totals.prefix_kept is None:
         return "nothing to keep"
     return f"{_traffic(totals.prefix_kept)}, for {totals.kept_values} values"
+
+
+def _head(products: Sequence[Product]) -> str:
+    """Say how much of a token's bytes is a remote output head's, which positions that are not scored do not have."""
+    head = [product for product in products if layer_of(product.linear) is None]
+    return f", of which the output head, where scored: {_traffic(Work.of(head))}" if head else ""
 
 
 def _step(totals: Totals) -> str:

@@ -110,14 +110,12 @@ def test_layers_shows_every_product(products: list[Product]) -> None:
 
 
 def test_totals(bundle: ClientBundle, products: list[Product], build: Path) -> None:
-    """Per layer: qkv 32 → 64, o 32 → 32, gate and up 32 → 96, down 48 → 32. Up to 3 bytes up everywhere. The first layer's
-    qkv backward is never called: no adapter stands before it."""
+    """Per layer: qkv 32 → 64, o 32 → 32, gate and up 32 → 96, down 48 → 32. Up to 3 bytes up everywhere. There is
+    no backward product of the first layer's qkv: no adapter stands before it."""
     traffic = {
         name: (p.upload_bits * p.in_features // 8, p.reply_bits * p.out_features // 8) for name, p in bundle.circuits.items()
     }
-    up, down = (sum(sizes) - of_first for sizes, of_first in zip(
-        zip(*traffic.values(), strict=True), traffic[f"model.layers.0.{QKV}.backward"], strict=True
-    ))  # fmt: skip
+    up, down = (sum(sizes) for sizes in zip(*traffic.values(), strict=True))
     forward_up, forward_down = (sum(sizes) for sizes in zip(
         *(sizes for name, sizes in traffic.items() if name.endswith(".forward")), strict=True
     ))  # fmt: skip
@@ -136,8 +134,16 @@ def test_totals(bundle: ClientBundle, products: list[Product], build: Path) -> N
     assert f"{weights} of 10 bits" in text
     assert "r = 2, alpha = 4, q_proj, v_proj, down_proj" in text
     assert f"{megabytes(up * 32)} up, {megabytes(down * 32)} down" in text
-    kept_up, kept_down = up - 3 * 32, down - 2 * 64  # all but the forward product of the first queries, keys and values
+    first = bundle.circuits[f"model.layers.0.{QKV}.forward"]  # the one product that is not sent again
+    kept_up, kept_down = up - first.bytes_up(1), down - first.bytes_down(1)
     assert f"{kept_up} up, {kept_down} down, for 64 values" in text and totals.kept_values == 64
+
+
+def test_a_remote_heads_bytes_stand_beside_a_tokens(bundle: ClientBundle, products: list[Product]) -> None:
+    head = replace(products[0], linear="lm_head.part0", bytes_up=64, bytes_down=518)
+    assert "output head" not in rendered(totals_table(bundle, products), 160)
+    text = rendered(totals_table(bundle, [*products, head]), 160)
+    assert ", of which the output head, where scored: 64 up, 518 down" in text
 
 
 def test_a_half_that_is_not_there_is_not_counted(build: Path, products: list[Product], tmp_path: Path) -> None:
