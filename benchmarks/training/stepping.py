@@ -51,7 +51,7 @@ class Batch:
 class Side:
     """Hold one side's rounds: the counted steps' records of metrics.jsonl, CPU seconds per step, peak resident bytes.
 
-    parts: CPU seconds per step by part (`benchmarks.training.client_parts`), if they were asked for.
+    parts: CPU seconds per step by part (`benchmarks.client.client_parts`), if they were asked for.
     """
 
     rounds: list[list[dict[str, Any]]]

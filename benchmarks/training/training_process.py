@@ -22,8 +22,8 @@ import peft
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from benchmarks.client.client_parts import PartClock
 from benchmarks.timing import resident_bytes
-from benchmarks.training.client_parts import PartClock
 from hecompile.runtime.client.session import open_session
 from hecompile.runtime.model.adapter import AdapterModel
 from hecompile.runtime.model.plaintext import PlaintextPeftModel
@@ -38,7 +38,7 @@ class Spec:
     """Say what to train. `recipe` is a file; `worker` an address, or None for plaintext PEFT on `checkpoint`.
 
     lora, sequence_buckets, batch_size: those of the plan, for the plaintext model, which has no bundle to read them from.
-    parts: split the CPU seconds by part (`benchmarks.training.client_parts`).
+    parts: split the CPU seconds by part (`benchmarks.client.client_parts`).
     """
 
     recipe: str

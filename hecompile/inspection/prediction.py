@@ -23,9 +23,8 @@ from hecompile.he.security import show_bits
 from hecompile.inspection.kinds import layer_of
 from hecompile.plan.costs import hint_bytes
 
-LIKELY_HINT_BITS = 22
-"""Bits of a stored word in the mean: 19 to 24 at 8 effective bits, as words up have whole bytes, and the rest of their
-precision is kept (`benchmarks/results/hints.md`)."""
+LIKELY_HINT_BITS = 19
+"""Bits of a stored word in the mean, at 8 effective bits (`benchmarks/results/hints.md`)."""
 HINT_ROW_GROUP = 8
 """Rows of a hint are padded to a multiple of this on disk."""
 _LOGIT_COPIES = 5

@@ -100,7 +100,7 @@ def test_reply_of_another_shape_is_refused(bundle: WorkerBundle) -> None:
         def evaluate(self, circuit: str, planes: np.ndarray) -> np.ndarray:
             return super().evaluate(circuit, planes)[:, :, 1:]
 
-    with pytest.raises(WorkerError, match=r"the reply has shape \(3, 5, 36\); needs \(3, 5, 37\)"):
+    with pytest.raises(WorkerError, match=r"the reply has shape \(3, 5, 36\) with 24 bits a word; needs \(3, 5, 37\)"):
         open_connection(InProcessTransport(Worker(bundle, Truncating(bundle, exact)).exchange), PLAN_ID)
 
 

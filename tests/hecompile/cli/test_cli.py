@@ -168,10 +168,10 @@ def test_inspect_of_a_checkpoint_predicts_its_sizes(checkpoint: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert "15 products, 704 rows of hints; predicted" in shown.output
     (row,) = [line for line in shown.output.splitlines() if "512 x 3" in line]
-    assert "161 bits" in row and "about 3.0 MB" in row
+    assert "161 bits" in row and "about 2.6 MB" in row
     found = json.loads(CliRunner().invoke(app, ["inspect", str(checkpoint), "--json"]).output)
     assert (found["what"], found["products"], found["hint_rows"]) == ("prediction", 15, 704)
-    assert {ring["ring_dim"]: ring["hint_bytes"] for ring in found["rings"]}[512] == 704 * 1536 * 22 // 8
+    assert {ring["ring_dim"]: ring["hint_bytes"] for ring in found["rings"]}[512] == 704 * 1536 * 19 // 8
 
 
 def test_inspect_draws_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from benchmarks.client.client_parts import HEAD, OUTSIDE_LAYERS, PARTS
 from benchmarks.report import table
 from benchmarks.training.builds import Built, llama_1b
-from benchmarks.training.client_parts import HEAD, OUTSIDE_LAYERS, PARTS
 from benchmarks.training.stepping import Batch, measure_steps
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT
