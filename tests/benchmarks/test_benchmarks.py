@@ -16,7 +16,8 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks import SECTIONS, report, timing
-from benchmarks.crypto import client_saved, crypto
+from benchmarks.client import client_saved
+from benchmarks.crypto import crypto
 from benchmarks.crypto.client_path import PATHS
 from benchmarks.training.step import bytes_table
 from benchmarks.training.stepping import Side, Steps, text_of_length
