@@ -138,7 +138,13 @@ class SecretRandom(Unsharable):
         return samples
 
     def below_power_of_two(self, bits: int, count: int) -> NDArray[np.int64]:
-        """Draw independent uniform integers in [0, 2^bits), bits ≤ 8: int64 `[count]`."""
+        """Draw independent uniform integers in [0, 2^bits), bits ≤ 8: int64 `[count]`.
+
+        Raises:
+            SecurityError: more bits, which a byte does not have: all would be 0.
+        """
+        if not 0 <= bits <= 8:
+            raise SecurityError(f"integers of 0 to 8 bits are drawn, not of {bits}")
         return (np.frombuffer(os.urandom(count), dtype=np.uint8) >> (8 - bits)).astype(np.int64)
 
     def below(self, bound: int, count: int) -> NDArray[np.int64]:

@@ -56,6 +56,12 @@ def test_a_keystream_of_several_calls_is_the_cipher_s(monkeypatch: pytest.Monkey
     assert keystream.take(count).tobytes() + keystream.take(count).tobytes() == wanted
 
 
+def test_integers_of_more_bits_than_a_byte_has_are_not_drawn_as_zeros() -> None:
+    assert set(SecretRandom().below_power_of_two(2, 400)) == {0, 1, 2, 3}
+    with pytest.raises(SecurityError, match="of 0 to 8 bits"):
+        SecretRandom().below_power_of_two(22, 4)
+
+
 def test_ternary_is_uniform() -> None:
     count = 300_000
     observed = np.bincount(SecretRandom().ternary(count).astype(int) + 1, minlength=3)
