@@ -7,8 +7,8 @@ A file holds the words of a hint in one of three forms:
     float32 [groups, rank · ring_dim, 8]       their transform, where decryption is in float32 and no bit can be spared
 
 Rounding them to `LinearParameters.hint_bits` is part of the noise that the parameters allow for. Packed words are unpacked
-and transformed at each use: at 20 bits they are three fifths of the bytes to keep, to fetch and to read, and the transform
-takes half as long as decrypting a block of 512 tokens. A transform in the file takes as much room as whole words.
+and transformed at each use: at 21 bits they are two thirds of the bytes to keep, to fetch and to read, and decrypting a
+block of 512 tokens takes 1.6 times as long as from a transform in the file, which takes as much room as whole words.
 
 Training visits every circuit in turn, over and over. Where the transformed hints of all circuits fit in memory (four or
 eight bytes a word), they stay there. Otherwise all are streamed: the order of the last visit tells which come
