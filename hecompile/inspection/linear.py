@@ -62,6 +62,7 @@ class Product:
         unseen_error: from which on verification sees an error of a single result, in units of the same.
         upload_limbs, reply_bytes: as many bytes as hold those bits.
         multiplications: per token, of a byte of the input by a byte of a weight.
+        gain: how many times longer than proven a token is scaled to be; 1 for a proven bound.
     """
 
     linear: str
@@ -81,6 +82,7 @@ class Product:
     bytes_up: int
     bytes_down: int
     multiplications: int
+    gain: float
 
     @classmethod
     def of(cls, record: CircuitRecord, parameters: LinearParameters, weight_bits: int, trained: bool) -> Product:
@@ -91,7 +93,7 @@ class Product:
             record.effective_bits, record.noise_std, float(result_tolerance(parameters)), int(parameters.input_bound),
             parameters.upload_bits, parameters.reply_bits, parameters.upload_limbs, parameters.reply_bytes,
             parameters.bytes_up(1), parameters.bytes_down(1),
-            record.in_features * record.out_features * limbs,
+            record.in_features * record.out_features * limbs, parameters.gain,
         )  # fmt: skip
 
     @property

@@ -14,6 +14,7 @@ from hecompile.inspection.prediction import hint_file_bytes
 _RANGES = (
     "in_features", "out_features", "weight_bits", "effective_bits", "noise_std", "unseen_error", "input_bound",
     "upload_bits", "reply_bits", "upload_limbs", "reply_bytes", "bytes_up", "bytes_down", "multiplications",
+    "gain",
 )  # fmt: skip
 
 

@@ -119,6 +119,7 @@ def noise_table(products: Sequence[Product]) -> Text:
         "noise\nstd": lambda those: span((p.noise_std for p in those), "{:.4g}".format),
         "unseen error\n/ noise std": lambda those: span((p.unseen_error / p.noise_std for p in those), "{:.3g}".format),
         "input\nbound": lambda those: span((p.input_bound for p in those), "{:.0f}".format),
+        "bound's\ngain": lambda those: span((p.gain for p in those), "{:.2g}".format),
     }
     return _rows("noise, in units of the integer product", _by_linear(products), columns)
 
