@@ -26,11 +26,12 @@ def hashes(directory: Path) -> dict[str, str]:
     """Relative path → SHA-256, of every file but the check vectors, which are drawn afresh."""
     found = {}
     for path in sorted(directory.rglob("*")):
-        if path.is_file() and path.parent.name != "checks":
+        if path.is_file() and path.parent.name not in ("checks", "wraps"):
             content = path.read_bytes()
             if path == directory / "client" / "manifest.json":
                 manifest = json.loads(content)
-                manifest["files"] = [file for file in manifest["files"] if not file["path"].startswith("checks/")]
+                secret = ("checks/", "wraps/")
+                manifest["files"] = [file for file in manifest["files"] if not file["path"].startswith(secret)]
                 content = json.dumps(manifest).encode()
             found[path.relative_to(directory).as_posix()] = hashlib.sha256(content).hexdigest()
     return found
