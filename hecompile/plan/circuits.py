@@ -21,6 +21,9 @@ from hecompile.plan.encrypted_linear import encrypted_linear_model
 DIRECTIONS = ("forward", "backward")
 MOST_OUTPUTS = 2**15
 """Inputs of the backward product of a linear: as many as hints and check vectors are exact for."""
+PART = 2**14
+"""Outputs of a part of a wider linear, at most. The public matrix has a row for each input of the widest product, and half
+as many outputs have half a bit more precision backward; stacked projections of the models in use have as many."""
 _FALLBACK_CREST = 16.0
 """Crest of values that calibration did not see, because their gradient was zero."""
 
@@ -90,6 +93,13 @@ class SplitPlan:
 
     client: ir.Model
     circuits: tuple[RemoteCircuit, ...]
+
+
+def parts_of(outputs: int, most: int = MOST_OUTPUTS, part: int = PART) -> list[slice]:
+    """Return the outputs of each product of a linear: all where they are up to `most`, else parts of about one size, up to
+    `part`."""
+    size = outputs if outputs <= most else math.ceil(outputs / math.ceil(outputs / part))
+    return [slice(start, min(start + size, outputs)) for start in range(0, outputs, size)]
 
 
 def effective_bits(parameters: LinearParameters, norms: WeightNorms, crest: float) -> float:

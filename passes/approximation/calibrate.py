@@ -38,6 +38,7 @@ from hecompile.graph.ir import (
     constant_of,
     nodes_of_type,
 )
+from hecompile.plan.circuits import MOST_OUTPUTS, parts_of
 from hecompile.polynomial.inputs import AttentionInputs, NonlinearNodes
 from hecompile.polynomial.ranges import check_domain, range_of, write_range
 
@@ -111,29 +112,47 @@ def _keep(node: ir.Node, seen: dict[ir.Value, Tensor]) -> None:
 def _write_peaks(nodes: list[ir.Node], seen: dict[ir.Value, Tensor]) -> None:
     """Write PRODUCT_PEAK of the results and GRADIENT_PEAK of what is read, of each where there is something but zeros.
 
-    Linears that read one value send their gradients in one row, and get the sum of their products.
+    Linears that read one value send their gradients in one row, and get the sum of their products. One that is wider than a
+    product can be sends each part of its gradient in a row of its own. Each counts in proportion to its own length: beside
+    the one entry of a target, the gradients of all other words of a vocabulary are short, and point one way.
     """
     squares: dict[ir.Value, Tensor] = {}
+    parts: dict[ir.Value, float] = {}
     for node in nodes:
         x, y, weight = node.inputs[0], node.outputs[0], constant_of(node.inputs[1])
         assert x is not None and weight is not None
         largest = torch.from_numpy(np.abs(weight).max(axis=1))  # [out]
         result, gradient = seen[y].detach(), seen[y].grad
-        _write_peak(y, PRODUCT_PEAK, torch.where(largest > 0, result / largest, 0.0), _length(seen[x].detach()))
+        _write_peak(y, PRODUCT_PEAK, _peak(torch.where(largest > 0, result / largest, 0.0), _length(seen[x].detach())))
         if gradient is not None:
             squares[x] = squares.get(x, torch.zeros(())) + _length(gradient * largest).square()
+            if len(weight) > MOST_OUTPUTS:
+                parts[x] = max(parts.get(x, 0.0), _peak_of_parts(gradient, weight, largest))
     for x, square in squares.items():
         product = seen[x].grad
         if product is not None:
-            _write_peak(x, GRADIENT_PEAK, product, square.sqrt())
+            _write_peak(x, GRADIENT_PEAK, max(_peak(product, square.sqrt()), parts.get(x, 0.0)))
 
 
-def _write_peak(value: ir.Value, key: str, product: Tensor, length: Tensor) -> None:
-    """Write the largest |product| [..., n] in proportion to `length` [T], of tokens whose length is not zero."""
+def _peak_of_parts(gradient: Tensor, weight: np.ndarray, largest: Tensor) -> float:
+    """Return the largest `_peak` of the parts that a wide linear is cut into, gradient [..., out], weight [out, in]."""
+    peaks = []
+    for rows in parts_of(len(weight)):
+        part = gradient[..., rows]
+        peaks.append(_peak(part @ torch.tensor(weight[rows], dtype=part.dtype), _length(part * largest[rows])))
+    return max(peaks)
+
+
+def _peak(product: Tensor, length: Tensor) -> float:
+    """Return the largest |product| [..., n] in proportion to `length` [T], of tokens whose length is not zero; else 0."""
     largest = product.flatten(0, -2).abs().amax(dim=1).double()  # [T]
     live = (length > 0) & (largest > 0)
-    if bool(live.any()):
-        value.metadata_props[key] = f"{float((largest[live] / length[live]).max()):.4g}"
+    return float((largest[live] / length[live]).max()) if bool(live.any()) else 0.0
+
+
+def _write_peak(value: ir.Value, key: str, peak: float) -> None:
+    if peak > 0:
+        value.metadata_props[key] = f"{peak:.4g}"
 
 
 def _length(rows: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ is in, whose gradients are small, keep their precision. The gradient of x is the
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,11 +26,7 @@ from hecompile.graph.ir import (
     remove_unused,
     replace_node,
 )
-from hecompile.plan.circuits import MOST_OUTPUTS
-
-PART = 2**14
-"""Outputs of a part at most. The public matrix has a row for each input of the widest product, and half as many outputs have
-half a bit more precision backward; stacked projections of the models in use have as many."""
+from hecompile.plan.circuits import MOST_OUTPUTS, PART, parts_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ class CutWide(ir.passes.InPlacePass):
         for node in nodes_of_type(model, "QuantizedLinear"):
             weight = constant_of(node.inputs[1])
             if node.metadata_props.get(PLACEMENT) == "worker" and weight is not None and len(weight) > self.most:
-                _cut(model.graph, node, weight, math.ceil(len(weight) / math.ceil(len(weight) / self.part)))
+                _cut(model.graph, node, weight, parts_of(len(weight), self.most, self.part))
                 modified = True
         if modified:
             remove_unused(model)
@@ -60,12 +55,12 @@ class CutWide(ir.passes.InPlacePass):
                 raise ir.passes.PostconditionError(f"{module_path(node)} has more outputs than a product can take")
 
 
-def _cut(graph: ir.Graph, node: ir.Node, weight: np.ndarray, size: int) -> None:
+def _cut(graph: ir.Graph, node: ir.Node, weight: np.ndarray, cuts: list[slice]) -> None:
     name, scale, output = module_path(node), constant_of(node.inputs[2]), node.outputs[0]
     assert scale is not None
     parts = []
-    for index, start in enumerate(range(0, len(weight), size)):
-        path, rows = f"{name}.part{index}", slice(start, start + size)
+    for index, rows in enumerate(cuts):
+        path = f"{name}.part{index}"
         part = ir.node(
             "QuantizedLinear",
             [

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from hecompile.errors import InputError
-from hecompile.graph.ir import GRADIENT_RANGE, RANGE, print_model
+from hecompile.graph.ir import GRADIENT_PEAK, GRADIENT_RANGE, RANGE, print_model
 from hecompile.graph.legality import ADAPTED
+from hecompile.plan.circuits import MOST_OUTPUTS, parts_of
 from tests.conftest import Golden
 from tests.support.graphs import evaluate, parse, refused, run_pass
 
@@ -98,3 +99,26 @@ def test_boundary_one_live_feature_gives_the_largest_crest() -> None:
     model = linear()
     run_pass(model, "calibrate", ADAPTED, samples=((1, 1),))
     assert ranges(model, "x", RANGE)["crest"] == pytest.approx(math.sqrt(2), rel=1e-3)
+
+
+def test_the_peak_of_a_wide_head_is_that_of_the_worst_part_of_its_gradient() -> None:
+    """The parts without the target have short gradients that all point one way: their peaks are far above the whole's."""
+    vocabulary, sample = MOST_OUTPUTS + 8, (0, 1, 2, 1)
+    generator = torch.Generator().manual_seed(0)
+    table, w = torch.rand(vocabulary, 2, generator=generator), 1 + torch.rand(vocabulary, 2, generator=generator)
+    model = parse(TEXT.replace("float[B,S,3]", f"float[B,S,{vocabulary}]"), {"logits": "lm_head"})
+    for name, matrix in (("table", table), ("w", w)):
+        value = model.graph.initializers[name]
+        value.shape, value.const_value = ir.Shape(matrix.shape), ir.Tensor(matrix.numpy(), name=name)
+    run_pass(model, "calibrate", ADAPTED, samples=(sample,))
+    (x,) = [output for node in model.graph for output in node.outputs if output.name == "x"]
+    tokens = torch.tensor(sample)
+    gradient = torch.softmax(table[tokens[:-1]] @ w.t(), dim=1) - torch.nn.functional.one_hot(tokens[1:], vocabulary)
+
+    def peak(rows: slice) -> float:
+        part, matrix = gradient[:, rows], w[rows]
+        return float(((part @ matrix).abs().amax(dim=1) / (part * matrix.amax(dim=1)).norm(dim=1)).max())
+
+    expected = max(map(peak, parts_of(vocabulary)))
+    assert float(x.metadata_props[GRADIENT_PEAK]) == pytest.approx(expected, rel=1e-3)
+    assert expected > 10 * peak(slice(None))
