@@ -1,7 +1,8 @@
 """Keep bytes for each example within a budget: in memory, or in a file encrypted under a key that is in memory alone.
 
 A file has no name: it is gone with the process, however that ends, and a key of one store opens nothing of another. Each
-record is one message of AES-256-GCM (NIST SP 800-38D) under a nonce of its own, bound to its example and its text.
+record is one message of AES-256-GCM (NIST SP 800-38D) under a nonce of its own, bound to its example and its text. Nonces
+are counted, so that a forked process, whose count would go on from the same number, keeps nothing.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class PrefixStore:
         self._lock = threading.Lock()
         self._cipher = AESGCM(AESGCM.generate_key(_KEY_BITS))
         self._nonces = itertools.count()
+        self._process = os.getpid()
         self._file: IO[bytes] | None = None
         if directory is not None:
             try:
@@ -87,7 +89,9 @@ class PrefixStore:
             return None
 
     def put(self, number: int, digest: bytes, content: bytes) -> None:
-        """Keep a record unless the budget or the disk has no room for it."""
+        """Keep a record unless the budget or the disk has no room for it, or this process is a fork of the store's."""
+        if os.getpid() != self._process:
+            return  # both would encrypt under the same nonces, and write to the same places of one file
         size = len(content) + (0 if self._file is None else _TAG_BYTES)
         with self._lock:
             if self._full or number in self._records:

@@ -59,3 +59,11 @@ def test_a_full_disk_ends_keeping_and_nothing_else(
     assert store.get(0, b"a") == b"x" * 100 and store.get(1, b"b") is None
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("prefix_cache: No space left on device. 1 examples are kept")
+
+
+def test_a_forked_process_reads_but_keeps_nothing(store: PrefixStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put(0, b"a", b"x" * 100)
+    forked = os.getpid() + 1
+    monkeypatch.setattr(os, "getpid", lambda: forked)
+    store.put(1, b"b", b"y" * 100)
+    assert store.get(0, b"a") == b"x" * 100 and store.get(1, b"b") is None and len(store) == 1
