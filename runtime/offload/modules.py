@@ -105,9 +105,10 @@ class SharedProduct:
     def part(self, index: int, x: Tensor) -> Tensor:
         """Return the results of linear `index` for x [..., in], of x's type; differentiable in x."""
         shared = self._shared
-        same = shared.x is x and shared.version == x._version and shared.graded == torch.is_grad_enabled()
+        version = 0 if x.is_inference() else x._version  # what inference_mode makes counts no changes in place
+        same = shared.x is x and shared.version == version and shared.graded == torch.is_grad_enabled()
         if not same or index not in shared.parts:
-            shared.x, shared.version, shared.graded = x, x._version, torch.is_grad_enabled()
+            shared.x, shared.version, shared.graded = x, version, torch.is_grad_enabled()
             shared.parts = dict(enumerate(torch.split(self._compute(x), self._outputs, dim=-1)))
         part = shared.parts.pop(index)
         if not shared.parts:

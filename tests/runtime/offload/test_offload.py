@@ -126,6 +126,13 @@ def test_generation_and_a_pipeline_answer_token_for_token(
         assert answers[0] == answers[1]
 
 
+def test_inference_mode_whose_tensors_count_no_changes(compiled: Compiled) -> None:
+    plain, model = compiled.model().eval(), compiled.model().eval()
+    with compiled.offload(model), torch.inference_mode():
+        found, wanted = (one(input_ids=TOKENS, attention_mask=MASK).logits[MASK.bool()] for one in (model, plain))
+        assert F.cosine_similarity(found.flatten(), wanted.flatten(), dim=0) > 0.999
+
+
 def test_frozen_weights_leave_memory(compiled: Compiled) -> None:
     model = compiled.model()
     weights = [weakref.ref(module.weight) for module in model.model.modules() if type(module) is nn.Linear]
