@@ -20,8 +20,11 @@ which 8 standard deviations of N, for the longest v that is kept, and what a wor
 
 **What a worker can add.** Verification goes first. An error of Euclidean norm L moves its sums by √2.5·L in the mean, up to
 the tolerance t, and D by L·√E[r²]. Room is kept for 4 times √E[r²]·t/√2.5: an error that reaches q/2 is as a rule several
-times as long as what passes with even odds, so that whoever tries is caught. An error that passes decides only where
-a V_i is within 2·t of ±q/2, as no single one is larger: `boundary_share` says how near that is.
+times as long as what passes with even odds, so that whoever tries is caught. An error below the tolerance
+decides only where a V_i is within 2·t of ±q/2: `boundary_share` says how near that is. What `verification` lets pass by luck
+can be larger: several results or tokens that are wrong together. Where it moves D by q/2 it is an alarm whatever the data
+(one result of two tokens off by q/2 passes with probability 0.29 at most, and is one), else it decides where a V_i is within
+it of ±q/2.
 """
 
 from __future__ import annotations

@@ -67,6 +67,12 @@ def test_every_pattern_of_wraps_is_seen_and_nothing_else(largest: int) -> None:
     assert wrapped.nonzero().flatten().tolist() == [1, 3, 4, 6, 7, 9]
 
 
+def test_half_the_modulus_that_passed_verification_by_luck_is_an_alarm_whatever_the_data() -> None:
+    wraps = torch.zeros((TOKENS, OUTPUTS))
+    wraps[2, 5], wraps[3, 5] = 0.5, -0.5
+    assert checks_of().wrapped(*product_of(wraps)).nonzero().flatten().tolist() == [2, 3]
+
+
 def test_nothing_is_seen_without_scales_either_and_zeros_are_no_wrap() -> None:
     x = torch.randn((3, INPUTS), generator=torch.Generator().manual_seed(3))
     x[1] = 0
