@@ -40,7 +40,7 @@ class _Step:
     dead: tuple[str, ...]
 
 
-def _as_tensor(array: np.ndarray) -> Tensor:
+def as_tensor(array: np.ndarray) -> Tensor:
     """Make a tensor on the array's own memory, even where that is a file mapped read-only.
 
     No operator writes to its inputs, and a copy of a large vocabulary's embedding would double the client's resident memory.
@@ -65,7 +65,7 @@ class Interpreter:
             array = constant_of(value)
             if array is None:
                 raise LegalityError(f"initializer {name} has no data")
-            self.constants[name] = _as_tensor(array)
+            self.constants[name] = as_tensor(array)
         self._steps: list[_Step] = []
         last_use: dict[str, int] = {}
         nodes = [node for node in self.graph if not self._fold_constant(node)]

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from hecompile.bundles.client import ClientBundle
 from hecompile.errors import InputError
+from hecompile.graph.interpreter import as_tensor
 from hecompile.graph.ir import constant_of
 from hecompile.polynomial.names import EXACT
 from hecompile.runtime.client.functions import functions_of
@@ -208,7 +209,7 @@ def _check_same(base: PreTrainedModel, graph: ir.Model) -> None:
         own, array = state.get(name.removeprefix(_EXPORTED)), constant_of(value)
         if own is None or array is None or tuple(own.shape) != array.shape:
             continue
-        if not torch.equal(own.detach(), torch.from_numpy(array.copy()).to(own.dtype)):
+        if not torch.equal(own.detach(), as_tensor(array).to(own.dtype)):
             raise InputError(f"{name.removeprefix(_EXPORTED)} of the model differs from the plan's: {_OTHER}")
         compared += 1
     if not compared:

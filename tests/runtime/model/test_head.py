@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Gemma2Config, GraniteConfig, LlamaConfig
 
-from hecompile.graph.interpreter import _as_tensor
+from hecompile.graph.interpreter import as_tensor
 from hecompile.runtime.client.mapped import release
 from hecompile.runtime.model import head
 from hecompile.runtime.model.head import LogitsForm, linear_cross_entropy, scored_positions, scored_targets
@@ -113,7 +113,7 @@ def test_a_mapped_weight_is_let_go_of_row_by_row(monkeypatch: pytest.MonkeyPatch
         released.append(rows)
         release(array[rows])
 
-    mapped = _as_tensor(array)
+    mapped = as_tensor(array)
     loss = linear_cross_entropy(hidden, mapped, targets, let_go)
     torch.testing.assert_close(loss, linear_cross_entropy(hidden, weight, targets))
     assert {rows.start for rows in released} == {0, 10, 20, 30}

@@ -7,6 +7,7 @@ import threading
 import weakref
 from typing import Any
 
+import onnx_ir as ir
 import peft
 import pytest
 import torch
@@ -14,10 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, pipeline
 
+from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT, WORKER
 from hecompile.errors import InputError
+from hecompile.passes.offload.narrow import Narrow
 from hecompile.runtime.offload import offload
 from hecompile.runtime.offload.modules import OffloadedLinear
+from hecompile.runtime.offload.offload import _check_same
 from tests.runtime.offload.conftest import Compiled, lora
 
 TOKENS = torch.randint(3, 259, (3, 12), generator=torch.Generator().manual_seed(5))
@@ -192,6 +196,21 @@ def test_another_model_is_refused_and_unchanged(compiled: Compiled, tmp_path: An
         offload(compiled.model(), compiled.build / CLIENT, "somewhere")
     with pytest.raises(InputError):
         offload(compiled.model(), compiled.build / WORKER, worker_bundle=compiled.build / WORKER)
+
+
+def test_a_plan_whose_embedding_is_stored_in_16_bits_is_compared(compiled: Compiled) -> None:
+    base, graph = compiled.model(), ClientBundle.open(compiled.build / CLIENT).graph()
+    embedding = base.model.embed_tokens.weight.data
+    embedding.copy_(embedding.bfloat16())
+    named = graph.graph.initializers.items()
+    (value,) = [value for name, value in named if name.endswith(("embed_tokens.weight", "lm_head.weight"))]  # they are one
+    value.const_value = ir.Tensor(embedding.numpy().copy(), name=value.name)
+    assert Narrow(elements=1)(graph).modified and value.dtype == ir.DataType.BFLOAT16
+    for dtype in (torch.bfloat16, torch.float32):
+        _check_same(base.to(dtype), graph)
+    base.model.embed_tokens.weight.data[3, 1] += 1
+    with pytest.raises(InputError, match=r"weight of the model differs from the plan's"):
+        _check_same(base, graph)
 
 
 def test_dora_and_merged_adapters_are_refused(compiled: Compiled) -> None:
