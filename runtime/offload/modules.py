@@ -199,20 +199,19 @@ class OffloadedConv1D(_Offloaded, Conv1D):  # type: ignore[misc]  # transformers
 
 
 def stand_in(module: nn.Module, product: SharedProduct, index: int, path: str) -> nn.Module:
-    """Return the stand-in for a linear. Raises InputError for another kind of module."""
+    """Return the stand-in for a linear of which `outputs_of` told the outputs."""
     if isinstance(module, Conv1D):
         return OffloadedConv1D(module, product, index, path)
-    if type(module) is nn.Linear:
-        return OffloadedLinear(module, product, index, path)
-    raise InputError(f"{path} is a {type(module).__name__}, and can be offloaded as a torch.nn.Linear alone")
+    assert isinstance(module, nn.Linear)
+    return OffloadedLinear(module, product, index, path)
 
 
 def outputs_of(module: Any, path: str) -> int:
-    """Return the number of features that a linear makes. Raises InputError for another kind of module."""
+    """Return the number of features that a linear makes. Raises InputError for another kind of module, or a stand-in."""
+    if isinstance(module, _Offloaded):
+        raise InputError(f"{path} is offloaded already, and its weight is not here: load the model from its checkpoint again")
     if isinstance(module, Conv1D):
         return int(module.nf)
-    if isinstance(module, nn.Linear):
+    if type(module) is nn.Linear:
         return module.out_features
     raise InputError(f"{path} is a {type(module).__name__}, and can be offloaded as a torch.nn.Linear alone")
-
-

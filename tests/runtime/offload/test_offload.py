@@ -220,3 +220,18 @@ def test_dora_and_merged_adapters_are_refused(compiled: Compiled) -> None:
     merged.merge_adapter()
     with pytest.raises(InputError, match="unmerge_adapter"):
         compiled.offload(merged)
+
+
+def test_an_offloaded_model_and_a_linear_of_another_kind_are_refused_and_unchanged(compiled: Compiled) -> None:
+    class Other(nn.Linear):
+        pass
+
+    model = compiled.model()
+    model.model.layers[1].mlp.down_proj.__class__ = Other
+    with pytest.raises(InputError, match=r"down_proj is a Other, and can be offloaded as a torch.nn.Linear alone"):
+        compiled.offload(model)
+    assert not any(isinstance(module, OffloadedLinear) for module in model.modules())
+    model.model.layers[1].mlp.down_proj.__class__ = nn.Linear
+    compiled.offload(model).close()
+    with pytest.raises(InputError, match=r"q_proj is offloaded already, .* load the model from its checkpoint again"):
+        compiled.offload(model)
