@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hecompile.errors import InputError
 from hecompile.runtime.client.products import Products
 
 
@@ -14,7 +15,7 @@ def remote_linear(x: Tensor, scale: Tensor, products: Products, linear: str) -> 
     """Return (x·Wᵀ) ⊙ scale, W the integer weight of a linear of the plan, differentiable in x; no activation is kept.
 
     x: float32 [..., in]. scale: float32 [out]. The result is float32 [..., out]. Raises what `Products.product` does, also
-    in backward.
+    in backward, and there InputError for a linear that the plan has no backward product of.
     """
     result: Tensor = _RemoteLinear.apply(x, scale, products, linear)
     return result
@@ -36,6 +37,12 @@ class _RemoteLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
+        if f"{ctx.linear}.backward" not in ctx.products.circuits:
+            raise InputError(
+                f"a gradient is wanted before {ctx.linear}, and the plan has no backward product of it, for at export no "
+                "adapter stood before it: train nothing before it (embeddings, prompts, adapters of lower layers), do not "
+                "call enable_input_require_grads, or export with adapters on lower layers"
+            )
         (scale,) = ctx.saved_tensors
         if not gradients[0].numel():
             return gradients[0].new_zeros(ctx.shape), None, None, None

@@ -86,6 +86,7 @@ class SharedProduct:
     Attributes:
         rows: given the shape of an input without its features, which of its rows are real, bool of that shape; None for
             all. Others are not sent; their results are zeros.
+        trained_before: tells whether something is trained that stands before the product.
 
     Raises:
         InputError: the sizes do not fit the plan.
@@ -100,6 +101,8 @@ class SharedProduct:
         self._planned, self._outputs = planned, list(outputs)
         self._products = products
         self.rows: Rows = lambda shape: None
+        self.trained_before: Callable[[], bool] = lambda: True
+        self._backward = f"{planned.linear}.backward" in products.circuits
         self._shared = _Shared()
 
     def part(self, index: int, x: Tensor) -> Tensor:
@@ -121,6 +124,8 @@ class SharedProduct:
 
     def _compute(self, x: Tensor) -> Tensor:
         rows = self.rows(tuple(x.shape[:-1]))
+        if x.requires_grad and not self._backward and not self.trained_before():
+            x = x.detach()  # gradient checkpointing wants a gradient of the embedding's output, which nobody reads
         values = x.float() if rows is None else x.float()[rows]
         scale = self._planned.row_scale
         result = remote_linear(self._planned.prepare(values), scale, self._products, self._planned.linear)
@@ -209,7 +214,7 @@ def stand_in(module: nn.Module, product: SharedProduct, index: int, path: str) -
 def outputs_of(module: Any, path: str) -> int:
     """Return the number of features that a linear makes. Raises InputError for another kind of module, or a stand-in."""
     if isinstance(module, _Offloaded):
-        raise InputError(f"{path} is offloaded already, and its weight is not here: load the model from its checkpoint again")
+        raise InputError(f"{path} is offloaded already, and has no weight here: load the model from its checkpoint again")
     if isinstance(module, Conv1D):
         return int(module.nf)
     if type(module) is nn.Linear:

@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -69,7 +70,8 @@ class _Rows:
 
     def __init__(self, model: PreTrainedModel, shared: Sequence[SharedProduct]) -> None:
         self._model, self._shared, self._now = model, shared, threading.local()
-        decoder = model.base_model  # PEFT calls its forward through it, and that of the model with the head by a shortcut
+        # PEFT calls its forward through it, and that of the model with the head by a shortcut
+        decoder = self._decoder = model.base_model
         decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         decoder.register_forward_hook(self._end, always_call=True)
 
@@ -80,7 +82,21 @@ class _Rows:
             return None
         return mask
 
+    def trained_before(self, later: Sequence[str]) -> bool:
+        """Tell whether something trained stands before a product; `later` has the paths of its linears and all after it.
+
+        That is an embedding that the decoder was called with, or a parameter of the decoder in none of these linears.
+        """
+        if getattr(self._now, "embedded", False):
+            return True
+        prefix = next((f"{name}." for name, part in self._model.named_modules() if part is self._decoder and name), "")
+        after = tuple(f"{path}." for path in later)
+        trained = (prefix + name for name, value in self._decoder.named_parameters() if value.requires_grad)
+        return not all(name.startswith(after) for name in trained)
+
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        embedded = kwargs.get("inputs_embeds")
+        self._now.embedded = isinstance(embedded, Tensor) and embedded.requires_grad
         mask = kwargs.get("attention_mask")
         self._now.mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
@@ -134,8 +150,9 @@ def offload(
     try:
         shared = [SharedProduct(product, size, products) for product, size in zip(planned, sizes, strict=True)]
         rows = _Rows(base, shared)
-        for product, group in zip(shared, targets, strict=True):
-            product.rows = rows.real
+        for number, (product, group) in enumerate(zip(shared, targets, strict=True)):
+            later = tuple(path for one in planned[number:] for path in one.modules)
+            product.rows, product.trained_before = rows.real, partial(rows.trained_before, later)
             for index, target in enumerate(group):
                 target.replace(product, index)
         base.save_pretrained = _refuse_saving  # type: ignore[method-assign]  # of an adapter, PeftModel's own is called

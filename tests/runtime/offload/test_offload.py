@@ -97,6 +97,29 @@ def test_gradient_checkpointing_and_accumulation(compiled: Compiled) -> None:
     assert_same_gradients(gradients(model), gradients(plain))
 
 
+@pytest.mark.parametrize("settings", [{"target_modules": ["embed_tokens"]}, {"target_modules": ["embed_tokens", "q_proj"]}])
+def test_a_gradient_that_the_plan_has_no_product_for_is_refused(compiled: Compiled, settings: dict[str, Any]) -> None:
+    model = compiled.adapted(**settings)
+    with compiled.offload(model):
+        loss = model(**BATCH).loss
+        with pytest.raises(InputError, match=r"before model\.layers\.0\.self_attn\..*no backward product.*export with"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_by_a_trainer_needs_no_product_before_the_lowest_adapter(
+    compiled: Compiled, reentrant: bool
+) -> None:
+    plain, model = compiled.adapted(), compiled.adapted()
+    with compiled.offload(model):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        model.train()
+        model(**BATCH).loss.backward()
+    plain(**BATCH).loss.backward()
+    assert_same_gradients(gradients(model), gradients(plain))
+
+
 def test_several_threads(compiled: Compiled) -> None:
     plain, model = compiled.model().eval(), compiled.model().eval()
     results: dict[int, Tensor] = {}
