@@ -17,6 +17,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hecompile.bundles.client import ClientBundle
 from hecompile.errors import InputError
@@ -25,9 +26,10 @@ from hecompile.graph.ir import constant_of
 from hecompile.polynomial.names import EXACT
 from hecompile.runtime.client.functions import functions_of
 from hecompile.runtime.client.products import Costs, Products
+from hecompile.runtime.client.remote_linear import remote_linear
 from hecompile.runtime.client.session import open_products
 from hecompile.runtime.offload.modules import SharedProduct, outputs_of, stand_in
-from hecompile.runtime.offload.plan import products_of
+from hecompile.runtime.offload.plan import PlannedProduct, products_of
 from hecompile.runtime.recipes.workplace import make_workplace
 
 _EXPORTED = "checkpoint."
@@ -149,6 +151,8 @@ def offload(
     products = open_products(bundle, place)
     try:
         shared = [SharedProduct(product, size, products) for product, size in zip(planned, sizes, strict=True)]
+        for one, group in zip(planned if bundle.plan.hints == "stored" else planned[:1], targets, strict=False):
+            _check_weights(one, group, products)
         rows = _Rows(base, shared)
         for number, (product, group) in enumerate(zip(shared, targets, strict=True)):
             later = tuple(path for one in planned[number:] for path in one.modules)
@@ -187,9 +191,30 @@ class _Target:
         if self._module.weight.device.type != "cpu":
             raise InputError("an offloaded model runs on the CPU: its heavy part is on the worker")
 
+    def frozen_product(self, x: Tensor) -> Tensor:
+        """Return x·Wᵀ [T, out] by the model's own weight, for float32 x [T, in]."""
+        weight = self._module.weight.detach().float()
+        return x @ (weight if isinstance(self._module, Conv1D) else weight.t())
+
     def replace(self, product: SharedProduct, index: int) -> None:
         setattr(self._holder, self._name, stand_in(self._module, product, index, self._path))
         del self._module
+
+
+def _check_weights(planned: PlannedProduct, group: Sequence[_Target], products: Products) -> None:
+    """Ask the worker for one product of random numbers, and compare it with the model's own.
+
+    Raises InputError where they point elsewhere: quantised weights alone are a hundred times nearer.
+    """
+    inputs = products.circuits[f"{planned.linear}.forward"].in_features
+    x = torch.randn(1, inputs, generator=torch.Generator().manual_seed(0))
+    own = torch.cat([target.frozen_product(x) for target in group], dim=1)
+    found = remote_linear(planned.prepare(x), planned.row_scale, products, planned.linear)
+    if torch.nn.functional.cosine_similarity(own, found).item() < _SAME and bool(own.any()):
+        raise InputError(f"the weights of {planned.linear} in the model differ from the plan's: {_OTHER}")
+
+
+_SAME = 0.99
 
 
 def _refuse_saving(*arguments: Any, **settings: Any) -> None:

@@ -48,7 +48,8 @@ def lora(**settings: object) -> peft.LoraConfig:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     directory = tmp_path_factory.mktemp("offload")
     checkpoint = save_checkpoint(directory / "checkpoint")
-    compile_checkpoint(str(checkpoint), directory / "build", replace(OPTIONS, batch_size=4, sequence_buckets=BUCKETS))
+    options = replace(OPTIONS, effective_bits=11, weight_bits=12, batch_size=4, sequence_buckets=BUCKETS)
+    compile_checkpoint(str(checkpoint), directory / "build", options)
     return Compiled(checkpoint, directory / "build")
 
 

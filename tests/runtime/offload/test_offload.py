@@ -213,6 +213,10 @@ def test_another_model_is_refused_and_unchanged(compiled: Compiled, tmp_path: An
     with pytest.raises(InputError, match=r"model\.norm\.weight of the model differs from the plan's"):
         compiled.offload(other)
     assert type(other.model.layers[0].self_attn.q_proj) is nn.Linear
+    merged = compiled.adapted().merge_and_unload()
+    with pytest.raises(InputError, match=r"layers\.0\.self_attn\.q_proj-k_proj-v_proj in the model differ from the plan's"):
+        compiled.offload(merged)
+    assert type(merged.model.layers[0].self_attn.q_proj) is nn.Linear
     with pytest.raises(InputError, match="a model of transformers"):
         compiled.offload(nn.Linear(2, 2))
     with pytest.raises(InputError, match="worker"):
