@@ -24,7 +24,7 @@ from hecompile.passes.offload.place import Place
 from hecompile.passes.offload.rotate import Rotate
 from hecompile.passes.offload.split import Split
 from hecompile.passes.offload.stack_projections import StackProjections
-from hecompile.plan.circuits import SplitPlan
+from hecompile.plan.circuits import SplitPlan, weight_bits
 from hecompile.plan.costs import CostModel
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 
@@ -32,9 +32,8 @@ from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 def calibrated(exported: ir.Model, samples: Samples, rotated: bool, feedback: bool) -> ir.Model:
     """Lower a copy of an export up to calibration; `feedback`: with the samples that rounding needs."""
     model = CompileOptions().lora(approximate(exported.clone())).model
-    if rotated:
-        model = Rotate()(model).model
-    return Calibrate(samples, feedback)(model).model
+    model = Calibrate(samples, feedback)(model).model
+    return Rotate()(model).model if rotated else model
 
 
 def split_plan(model: ir.Model, bits: WeightBits, budget: float = 0.0) -> SplitPlan:
@@ -92,7 +91,7 @@ class MeasuredPlan:
     def rounded(cls, plan: SplitPlan) -> MeasuredPlan:
         """Take a split plan, to be run without encryption."""
         circuits = {circuit.name: circuit.parameters for circuit in plan.circuits}
-        bits = {circuit.name: circuit.weight_bits for circuit in plan.circuits}
+        bits = {circuit.name: weight_bits(circuit.weight) for circuit in plan.circuits}
         return cls(RoundedModel(plan), circuits, bits, circuits_without_gradient(plan.client))
 
     @classmethod

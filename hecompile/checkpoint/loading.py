@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hecompile.checkpoint.configuration import family_of, read_answer_ends, read_configuration
 from hecompile.checkpoint.folder import check_folder
 from hecompile.checkpoint.gguf import opened
 from hecompile.checkpoint.tokenizer import check_vocabulary, load_tokenizer
-from hecompile.checkpoint.weights import read_weights
+from hecompile.checkpoint.weights import HEAD, Weights, empty_model, find_weights, read_weights
 from hecompile.environment import without_launcher
 from hecompile.errors import InputError
 
@@ -42,12 +43,36 @@ def load_model(
     Raises InputError naming what is wrong. Everything that can be refused without the weights is refused before they are
     read. The model's generation_config has the ids of bos, eos and padding, and nothing else: `answer_ends` reads them.
     """
+    config, tokenizer, ends = _load_words(directory)
+    return _model(directory, config, ends, read_weights(directory, config), attention), tokenizer
+
+
+def load_hollow(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Weights]:
+    """Load a checkpoint as `load_model` does, but with zeros that take no memory in the place of weights.
+
+    Raises InputError as `load_model` does, but for values, which are looked at when `Weights` reads them.
+    """
+    config, tokenizer, ends = _load_words(directory)
+    weights = find_weights(directory, config)
+    zeros = {name: torch.zeros(()).expand(value.shape) for name, value in empty_model(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        zeros.pop(HEAD, None)
+    return _model(directory, config, ends, zeros, "eager"), tokenizer, weights
+
+
+def _load_words(directory: Path) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, tuple[int, ...]]:
+    """Load all but the weights: the configuration, the tokenizer, and the ids of the tokens that end an answer."""
     with opened(directory) as folder:
         config = load_configuration(folder)
         ends = read_answer_ends(folder, config)
         tokenizer = load_tokenizer(folder, config)
         check_vocabulary(directory, tokenizer, config.vocab_size)
-    weights = read_weights(directory, config)
+    return config, tokenizer, tuple(ends)
+
+
+def _model(
+    directory: Path, config: PretrainedConfig, ends: tuple[int, ...], weights: dict[str, Tensor], attention: str
+) -> PreTrainedModel:
     kind: Any = getattr(transformers, family_of(config).model)
     try:
         with without_launcher():
@@ -59,9 +84,10 @@ def load_model(
         raise InputError(f"cannot load the weights of {directory}: {' '.join(str(error).split())}") from error
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, pad_token_id=config.pad_token_id,
-        eos_token_id=ends[0] if len(ends) == 1 else ends or None,
+        eos_token_id=ends[0] if len(ends) == 1 else list(ends) or None,
     )  # fmt: skip
-    return model.eval(), tokenizer
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def answer_ends(model: Any) -> frozenset[int]:

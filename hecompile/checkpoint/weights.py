@@ -1,14 +1,19 @@
 """Read a model's weights, in whatever format: names and shapes first, then values, a tensor at a time, in float32.
 
+`find_weights` does the first alone: a checkpoint larger than memory is read where its tensors are wanted.
+
 What a library would leave out with a warning (a bias, a matrix of LoRA, anything that the model has no place for) is
 refused, for the model without it is another one.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,10 @@ from hecompile.errors import InputError
 HEAD = "lm_head.weight"
 _COMPUTED = re.compile(r"(.+\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)")
 """Older files hold what follows from the configuration, too."""
+_EXPERT = re.compile(r"(.+\.experts\.\d+)\.(gate_up_proj|down_proj)\.weight")
+"""An expert's linears, where each is on its own."""
+_EXPERTS = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
+"""The linears of all experts, as transformers has them."""
 _OLDER = {"embed_out.weight": HEAD}
 """Names that older files have (GPT-NeoX)."""
 
@@ -87,17 +96,88 @@ def _stored(name: str, shape: tuple[int, ...], experts: Experts | None) -> Itera
             yield f"{base}.{number}.{part}.weight", (outputs // len(parts), inputs)
 
 
-def read_weights(place: Path, config: PretrainedConfig) -> dict[str, Tensor]:
-    """Return every weight of the model by its name in transformers, float32; tensors may be mapped from the files.
+@dataclass(frozen=True)
+class Weights:
+    """Hold where the weights of a model are, whose names and shapes are those of its configuration.
 
-    Raises InputError naming the tensor that is missing, superfluous, of another shape or kind, or not finite.
+    Attributes:
+        place: the checkpoint.
+        stored: the tensors by their names in the files, without those that are tied.
+        experts: of the family.
+        tied: the embedding that is the head too, None where none is.
+    """
+
+    place: Path
+    stored: Mapping[str, Stored]
+    experts: Experts | None
+    tied: str | None = None
+
+    @property
+    def elements(self) -> int:
+        """Count the weights."""
+        return sum(math.prod(stored.shape) for stored in self.stored.values())
+
+    def has(self, name: str) -> bool:
+        """Tell whether this is the name of a tensor in transformers, or of an expert's linear on its own."""
+        return all(part in self.stored for part in self.parts(name))
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor by its name in transformers, or an expert's linear, float32. It may be mapped from the file.
+
+        Raises InputError naming a tensor that cannot be read or is not finite.
+        """
+        if self.experts is not None and (stacked := _EXPERTS.fullmatch(name)) is not None:
+            base, last = stacked.groups()
+            names = (f"{base}.{number}.{last}.weight" for number in count())
+            return torch.stack([self.read(each) for each in takewhile(self.has, names)])
+        parts = self.parts(name)
+        return _read(self.place, parts[0], self.stored[parts[0]]) if len(parts) == 1 else self._read_parts(parts)
+
+    def _read_parts(self, parts: list[str]) -> Tensor:
+        return torch.cat([_read(self.place, part, self.stored[part]) for part in parts])
+
+    def parts(self, name: str) -> list[str]:
+        """Return the names in the files of what makes up a tensor."""
+        if name == HEAD and self.tied is not None:
+            return [self.tied]
+        if self.experts is None or ".mlp." not in name:
+            return [name]
+        renamed = name.replace(".mlp.", f".{self.experts.block}.")
+        found = _EXPERT.fullmatch(renamed)
+        if found is None:
+            return [renamed]
+        base, last = found.groups()
+        parts = (self.experts.gate, self.experts.up) if last == "gate_up_proj" else (self.experts.down,)
+        return [f"{base}.{part}.weight" for part in parts]
+
+
+def find_weights(place: Path, config: PretrainedConfig) -> Weights:
+    """Find every weight of the model, and read none of them.
+
+    Raises InputError naming the tensor that is missing, superfluous, or of another shape or kind.
     """
     shape = _Shape.of(config)
-    try:
+    with _readable(place):
         stored = dequantised(place, stored_tensors(place, config))
         found = {shape.name(key): tensor for key, tensor in stored.items() if not _COMPUTED.fullmatch(key)}
         _check_names(place, shape.tensors, found)
-        return _drop_tied_head(place, shape, {name: _read(place, name, found[name]) for name in sorted(found)})
+        found = _drop_tied_head(place, shape, found)
+    return Weights(place, dict(sorted(found.items())), family_of(config).experts, shape.tied)
+
+
+def read_weights(place: Path, config: PretrainedConfig) -> dict[str, Tensor]:
+    """Return every weight of the model by its name in the files, float32; tensors may be mapped from the files.
+
+    Raises InputError as `find_weights` does, and naming a tensor that is not finite.
+    """
+    weights = find_weights(place, config)
+    return {name: _read(place, name, stored) for name, stored in weights.stored.items()}
+
+
+@contextmanager
+def _readable(place: Path) -> Iterator[None]:
+    try:
+        yield
     except InputError:
         raise
     except Exception as error:  # safetensors and torch raise many kinds for a damaged file
@@ -123,16 +203,17 @@ def _check_names(place: Path, expected: Mapping[str, tuple[int, ...]], found: Ma
 
 
 def _read(place: Path, name: str, stored: Stored) -> Tensor:
-    value = stored.read()
-    if not torch.isfinite(torch.stack(torch.aminmax(value))).all():  # no copy of the tensor, as isfinite of it makes
-        raise cannot(place, f"{name} has values that are infinite or not a number")
-    return value
+    with _readable(place):
+        value = stored.read()
+        if not torch.isfinite(torch.stack(torch.aminmax(value))).all():  # no copy of the tensor, as isfinite of it makes
+            raise cannot(place, f"{name} has values that are infinite or not a number")
+        return value
 
 
-def _drop_tied_head(place: Path, shape: _Shape, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _drop_tied_head(place: Path, shape: _Shape, found: dict[str, Stored]) -> dict[str, Stored]:
     """Leave out a head that is the embedding. Raises InputError where it is said to be, and is not."""
-    if shape.tied is None or HEAD not in weights:
-        return weights
-    if not torch.equal(weights[HEAD], weights[shape.tied]):
+    if shape.tied is None or HEAD not in found:
+        return found
+    if not torch.equal(found[HEAD].read(), found[shape.tied].read()):
         raise cannot(place, f"{HEAD} is not {shape.tied}, and config.json says tie_word_embeddings")
-    return {name: value for name, value in weights.items() if name != HEAD}
+    return {name: stored for name, stored in found.items() if name != HEAD}

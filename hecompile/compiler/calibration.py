@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from hecompile.checkpoint.loading import answer_ends
+from hecompile.compiler.byte_model import in_bytes
 from hecompile.compiler.frontend import Checkpoint
 from hecompile.compiler.pipeline import approximate
 from hecompile.compiler.polynomial_options import PolynomialOptions
@@ -22,6 +23,9 @@ _SEQUENCES = 8
 SHORT_LENGTH = 128
 """Tokens per sequence that are enough where no polynomial needs the ranges of long sequences: with 32, weights are
 rounded for the sample more than for the text that comes."""
+
+_MOST_FLOATS = 2**29
+"""Weights up to which a model writes in float32: two gigabytes."""
 
 
 def write_samples(
@@ -39,7 +43,8 @@ def write_samples(
     start = 0 if config.bos_token_id is None else int(config.bos_token_id)
     if polynomials.retrained:
         return _write_by_graph(exported, polynomials, start, number, length)
-    return _write_by_checkpoint(checkpoint, start, number, min(length, config.max_position_embeddings))
+    with _filled(checkpoint):
+        return _write_by_checkpoint(checkpoint, start, number, min(length, config.max_position_embeddings))
 
 
 def _write_by_checkpoint(checkpoint: Checkpoint, start: int, seed: int, length: int) -> Samples:
@@ -53,6 +58,27 @@ def _write_by_checkpoint(checkpoint: Checkpoint, start: int, seed: int, length: 
         torch.manual_seed(seed)
         tokens = model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), generation_config=asked)
     return tuple(tuple(int(token) for token in row) for row in tokens)
+
+
+@contextmanager
+def _filled(checkpoint: Checkpoint) -> Iterator[None]:
+    """Give a model its weights for as long as it writes: as they are where there is room for them."""
+    weights = checkpoint.weights
+    if weights is None:
+        yield
+        return
+    if weights.elements > _MOST_FLOATS:
+        with in_bytes(checkpoint.model, weights):
+            yield
+        return
+    zeros = {parameter: parameter.data for parameter in checkpoint.model.parameters()}
+    try:
+        for name, parameter in checkpoint.model.named_parameters():
+            parameter.data = weights.read(name)
+        yield
+    finally:
+        for parameter, data in zeros.items():
+            parameter.data = data
 
 
 @contextmanager

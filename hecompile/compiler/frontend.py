@@ -8,30 +8,42 @@ import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 import transformers
 from torch import Tensor
 
-from hecompile.checkpoint.loading import load_configuration, load_model
+from hecompile.checkpoint.loading import load_configuration, load_hollow, load_model
 from hecompile.checkpoint.place import find_checkpoint
 from hecompile.checkpoint.rope import LENGTH_DEPENDENT
+from hecompile.checkpoint.weights import Weights
 from hecompile.compiler.experts import experts_apart
 from hecompile.graph.ir import ATTENTION_BIAS, NAME_SCOPES, SLIDING_BIAS, WINDOW
+from hecompile.graph.lazy import lazy_tensor
 
 OPSET = 23
+_MODEL = "checkpoint."
+"""What `_ExportWrapper` puts before the names of the model's tensors."""
+_LARGE = 2**16
+"""Elements from which a tensor stays in its file."""
 _GRAPH_INPUTS = ("input_ids", ATTENTION_BIAS, "position_ids")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Hold a causal language model, its tokenizer and the name that it was loaded by."""
+    """Hold a causal language model, its tokenizer and the name that it was loaded by.
+
+    weights: where they are, for a model that has zeros in their place; None where it has them.
+    """
 
     name: str
     model: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
+    weights: Weights | None = None
 
 
 class _ExportWrapper(torch.nn.Module):
@@ -93,6 +105,37 @@ def load_checkpoint(model_name_or_path: str) -> Checkpoint:
     load_config(model_name_or_path)  # what it refuses need not be fetched
     model, tokenizer = load_model(find_checkpoint(model_name_or_path))
     return Checkpoint(model_name_or_path, model, tokenizer)
+
+
+def open_checkpoint(model_name_or_path: str) -> Checkpoint:
+    """Load a checkpoint as `load_checkpoint` does, but leave the weights where they are.
+
+    Raises InputError as `load_checkpoint` does, but for values, which are looked at when they are read.
+    """
+    load_config(model_name_or_path)
+    return Checkpoint(model_name_or_path, *load_hollow(find_checkpoint(model_name_or_path)))
+
+
+def fill(exported: ir.Model, checkpoint: Checkpoint) -> None:
+    """Put the weights of a checkpoint in the place of the zeros that its graph was exported with.
+
+    Large ones are read from there whenever they are wanted (`hecompile.graph.lazy`).
+    """
+    if (weights := checkpoint.weights) is None:
+        return
+    hollow = {name for name, _ in checkpoint.model.named_parameters(remove_duplicate=False)}
+    for name, value in exported.graph.initializers.items():
+        own, zeros = name.removeprefix(_MODEL), value.const_value
+        if zeros is None or (own not in hollow and not weights.has(own)):
+            continue
+        if zeros.size < _LARGE:
+            value.const_value = ir.Tensor(weights.read(own).numpy(), name=name)
+        else:
+            value.const_value = lazy_tensor(name, zeros.shape.numpy(), np.float32, partial(_array, weights, own))
+
+
+def _array(weights: Weights, name: str) -> np.ndarray:
+    return weights.read(name).numpy()
 
 
 def export_onnx(model: transformers.PreTrainedModel) -> ir.Model:

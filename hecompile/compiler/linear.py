@@ -37,10 +37,11 @@ from hecompile.checkpoint.tokenizer import write_answer_ends
 from hecompile.compiler.calibration import SHORT_LENGTH, write_samples
 from hecompile.compiler.calibration_file import read_samples
 from hecompile.compiler.circuit_writer import Progress, write_circuits, write_circuits_without_hints
-from hecompile.compiler.frontend import export_onnx, load_checkpoint
+from hecompile.compiler.frontend import export_onnx, fill, open_checkpoint
 from hecompile.compiler.options import CompileOptions
 from hecompile.compiler.pipeline import lower_linear
 from hecompile.compiler.polynomial_options import PolynomialOptions, require_trained
+from hecompile.compiler.shelf import Shelf
 from hecompile.compiler.staging import staging
 from hecompile.compiler.target import check_target
 from hecompile.errors import InputError
@@ -52,7 +53,8 @@ from hecompile.he.hint_rounding import WORD_BITS
 from hecompile.he.parameters import RingParameters
 from hecompile.he.random.sampling import PublicSeed, SecretRandom
 from hecompile.he.wraps import WrapChecks, write_wrap_checks
-from hecompile.plan.circuits import RemoteCircuit, SplitPlan
+from hecompile.memory import large_arrays_apart
+from hecompile.plan.circuits import RemoteCircuit, SplitPlan, weight_bits
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -70,14 +72,14 @@ def compile_checkpoint(
     there (`hecompile.compiler.staging`). Raises HecompileError.
     """
     check_target(out, BundleKind.CLIENT)
-    with only_writer(out):
+    with only_writer(out), large_arrays_apart():
         check_target(out, BundleKind.CLIENT)  # another export may have ended in between
         return _compile(model_name_or_path, out, options, progress)
 
 
 def _compile(model_name_or_path: str, out: Path, options: CompileOptions, progress: Progress) -> str:
     progress("load", 0, 1)
-    checkpoint = load_checkpoint(model_name_or_path)
+    checkpoint = open_checkpoint(model_name_or_path)
     name, tokenizer, ends = checkpoint.name, checkpoint.tokenizer, answer_ends(checkpoint.model)
     family = family_of(checkpoint.model.config)
     longest, what = longest_exact(checkpoint.model.config)
@@ -93,12 +95,15 @@ def _compile(model_name_or_path: str, out: Path, options: CompileOptions, progre
         seed = stage.public_seed
         progress("export", 0, 1)
         model = export_onnx(checkpoint.model)
+        fill(model, checkpoint)
         progress("sample", 0, 1)
         samples = given or write_samples(checkpoint, model, polynomials, seed, length)
-        # The graph holds the weights from here on, and lets go of each as it is quantised.
         del checkpoint
         gc.collect()  # the exporter's program is part of reference cycles
-        plan, ring = lower_linear(model, options, samples, lambda step: progress(step, 0, 1), polynomials)
+        shelf = Shelf(stage.scratch)
+        plan, ring = lower_linear(
+            model, options, samples, lambda step: progress(step, 0, 1), polynomials, shelf.keep, shelf.keep_rows
+        )
         del model
         record = _plan_record(name, plan, ring, seed, options, family.conv1d)
         where = (stage, plan, ring, record.plan_id(), progress)
@@ -157,7 +162,7 @@ def _plan_record(
 
 
 def _circuit_record(circuit: RemoteCircuit) -> CircuitRecord:
-    parameters = circuit.parameters
+    parameters, weight = circuit.parameters, circuit.weight
     return CircuitRecord(
         linear=circuit.linear,
         direction="forward" if circuit.direction == "forward" else "backward",
@@ -169,8 +174,8 @@ def _circuit_record(circuit: RemoteCircuit) -> CircuitRecord:
         reply_bits=parameters.reply_bits,
         noise_std=circuit.noise_std,
         effective_bits=round(circuit.effective_bits, 2),
-        weight_sha256=hashlib.sha256(np.ascontiguousarray(circuit.weight).data).hexdigest(),
-        weight_bits=circuit.weight_bits,
+        weight_sha256=hashlib.sha256(np.ascontiguousarray(weight).data).hexdigest(),
+        weight_bits=weight_bits(weight),
         gain=None if circuit.largest_factor is None else parameters.gain,
         hint_bits=parameters.hint_bits if parameters.hint_bits < WORD_BITS else None,
     )

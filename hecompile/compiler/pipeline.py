@@ -6,6 +6,7 @@ polynomial plan (`lower_polynomial`). The stage beside each pass says what is le
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -17,6 +18,7 @@ from hecompile.compiler.polynomial_options import PolynomialOptions
 from hecompile.errors import HecompileError, LegalityError
 from hecompile.graph.head import head_shape, keep_head_digest
 from hecompile.graph.ir import ATTENTION_BIAS, SLIDING_BIAS
+from hecompile.graph.lazy import Keep, KeepRows, in_memory, rows_in_memory
 from hecompile.graph.legality import (
     ADAPTED,
     CANONICAL,
@@ -157,10 +159,13 @@ def lower_linear(
     samples: Samples,
     on_step: OnStep = _silent,
     polynomials: PolynomialOptions | None = None,
+    keep: Keep = in_memory,
+    keep_rows: KeepRows = rows_in_memory,
 ) -> tuple[SplitPlan, RingParameters]:
     """Lower an exported graph (consumed) to the plan of linears: the validated split plan and the ring chosen.
 
-    samples: for calibration. polynomials: default to those that `options` name.
+    samples: for calibration. polynomials: default to those that `options` name. keep, keep_rows: where integers and the rows
+    that calibration saw go.
     """
     polynomials = options.polynomials() if polynomials is None else polynomials
     run = partial(run_step, on_step=on_step)
@@ -172,10 +177,10 @@ def lower_linear(
         keep_head_digest(model)
     model = run(model, "attach_lora", options.lora, ADAPTED)
     model = run(model, "rotate", Rotate(options.remote_head), ADAPTED)
-    model = run(model, "calibrate", Calibrate(samples, keep_samples=True), ADAPTED)
+    model = run(model, "calibrate", Calibrate(samples, keep_samples=True, keep_rows=keep_rows), ADAPTED)
     if options.weight_bits == "auto":
         model = run(model, "select_weight_bits", options.select_weight_bits(), ADAPTED)
-    model = run(model, "quantize", options.quantize(), QUANTIZED)
+    model = run(model, "quantize", dataclasses.replace(options.quantize(), keep=keep), QUANTIZED)
     model = run(model, "annotate_secrecy", AnnotateSecrecy(), QUANTIZED)
     model = run(model, "place", Place(options.policy, options.costs), QUANTIZED)
     if options.experts == "routed" and has_experts(model):

@@ -4,6 +4,7 @@
     .NAME.partial/lock              held while an export is writing
     .NAME.partial/circuits.jsonl    the plan id, then one line per circuit whose files are complete, with their hashes
     .NAME.partial/build/            will become NAME
+    .NAME.partial/scratch/          integer weights that are not written yet
 
 An export that is killed leaves the folder. The next export into that target with the same request takes its seed and every
 circuit whose files still hash to their line, and makes the rest. A line is written after its files are on the disk, so an
@@ -28,7 +29,7 @@ from hecompile.files import locked, reason_of, replace_directory, write_whole
 from hecompile.he.random.sampling import PublicSeed
 
 FORMAT, VERSION = "hecompile-export", 1
-RECORD, LOCK, JOURNAL, BUILD = "export.json", "lock", "circuits.jsonl", "build"
+RECORD, LOCK, JOURNAL, BUILD, SCRATCH = "export.json", "lock", "circuits.jsonl", "build", "scratch"
 
 
 class _Record(BaseModel):
@@ -49,6 +50,7 @@ class Staging:
 
     Attributes:
         build: the folder that will become the target.
+        scratch: a folder for what the build is made of.
         public_seed: of this build; that of the interrupted one where it goes on.
         resumed: whether it goes on from an interrupted export with the same request.
     """
@@ -56,7 +58,7 @@ class Staging:
     def __init__(self, folder: Path, request: str, drawn: PublicSeed) -> None:
         self._folder = folder
         self._journal = folder / JOURNAL
-        self.build = folder / BUILD
+        self.build, self.scratch = folder / BUILD, folder / SCRATCH
         record = _read_record(folder)
         self.resumed = record is not None and record.request == request
         if self.resumed and record is not None:

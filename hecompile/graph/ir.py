@@ -60,9 +60,6 @@ WINDOW = "hecompile.window"
 SAMPLES = "hecompile.samples"
 """Key in a value's `meta`, which no file holds: float32 [T, features], what calibration saw a Linear read."""
 
-GRADIENT_SAMPLES = "hecompile.gradient_samples"
-"""Key in a value's `meta`: float32 [T, features], the gradients of a Linear's result that calibration saw."""
-
 WEIGHT_BITS = "hecompile.weight_bits"
 """Metadata key of a Linear: how many bits its weights are to have as integers."""
 

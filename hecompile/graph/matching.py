@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from hecompile.errors import LegalityError
 from hecompile.graph.ir import ATTENTION_OPERATORS, DOMAIN, attribute, constant_of, nodes_of_type, window_of
+from hecompile.graph.lazy import is_lazy
 
 _TRANSPOSED = (0, 1, 3, 2)
 """The permutation that turns k [B, heads, S, D] into kᵀ."""
@@ -126,6 +127,8 @@ def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
 
 
 def _scalar(value: ir.Value | None) -> float | None:
+    if is_lazy(value):
+        return None  # a large one
     array = constant_of(value)
     return float(array) if array is not None and array.size == 1 else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +42,7 @@ class RemoteCircuit:
     Attributes:
         linear: name of the linear; the circuit is `<linear>.<direction>`.
         parameters: shapes, norms and bits of a word.
-        weight: int8 or int16 [features_in, features_out], as the worker multiplies by it from the right.
+        read_weight: returns `weight`; it may be read from a file at each call, so that a plan needs no memory for it.
         norms: of the matrix [features_out, features_in], measured.
         crest: max|x| / rms(x) of the values that will be encoded, from calibration.
     """
@@ -50,7 +50,7 @@ class RemoteCircuit:
     linear: str
     direction: str
     parameters: LinearParameters
-    weight: np.ndarray
+    read_weight: Callable[[], np.ndarray]
     norms: WeightNorms
     crest: float
 
@@ -59,10 +59,9 @@ class RemoteCircuit:
         return f"{self.linear}.{self.direction}"
 
     @property
-    def weight_bits(self) -> int:
-        """Return the bits that hold every weight: 8, or more where they are int16."""
-        largest = max(int(self.weight.max()), -int(self.weight.min()))
-        return max(8, largest.bit_length() + 1)
+    def weight(self) -> np.ndarray:
+        """Return int8 or int16 [features_in, features_out], as the worker multiplies by it from the right."""
+        return self.read_weight()
 
     def model(self) -> ir.Model:
         """Make the worker circuit, not yet lowered."""
@@ -160,6 +159,11 @@ def reachable_bits(weight: np.ndarray, forward_crest: float, backward_crest: flo
         except HecompileError:
             return -math.inf
     return min(reached)
+
+
+def weight_bits(weight: np.ndarray) -> int:
+    """Return the bits that hold every weight of an int8 or int16 matrix: 8, or more where they are int16."""
+    return max(8, max(int(weight.max()), -int(weight.min())).bit_length() + 1)
 
 
 def rms_noise(parameters: LinearParameters, norms: WeightNorms) -> float:

@@ -10,7 +10,8 @@ Calibration measures their ranges (`hecompile.polynomial.ranges`), a check finds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -94,6 +95,11 @@ class NonlinearNodes:
         self.read = {value for _, parts in self.attentions.values() for value in (parts.q, parts.k, parts.bias)}
         self.read |= {value for _, value in self.others.values()}
 
+    def readers(self) -> Counter[ir.Value]:
+        """Count how many of the watched nodes read each value."""
+        read = [value for _, parts in self.attentions.values() for value in (parts.q, parts.k, parts.bias)]
+        return Counter([*read, *(value for _, value in self.others.values())])
+
     def __bool__(self) -> bool:
         return bool(self.attentions or self.others)
 
@@ -128,6 +134,7 @@ class InputRecorder:
     ) -> None:
         self._nodes, self._receive, self._lengths, self._gradients = nodes, receive, lengths, gradients
         self._values: dict[ir.Value, Tensor] = {}
+        self._readers = nodes.readers()
         for value in nodes.read:
             if value.is_graph_input() and str(value.name) in graph_inputs:
                 self._keep(value, graph_inputs[str(value.name)])
@@ -140,14 +147,23 @@ class InputRecorder:
             node, parts = self._nodes.attentions[value]
             for inputs in self._attention_inputs(parts):
                 self._receive(node, inputs)
+            self._drop_read((parts.q, parts.k, parts.bias))
         elif value in self._nodes.others:
             node, read = self._nodes.others[value]
             x = self._values[read]
             variances = node.op_type in NORMS
             self._receive(node, x.pow(2).mean(-1) + float(attribute(node, "epsilon")) if variances else x)  # type: ignore[arg-type]
+            self._drop_read((read,))
 
     def _keep(self, value: ir.Value, tensor: Tensor) -> None:
         self._values[value] = tensor if self._gradients else tensor.detach()
+
+    def _drop_read(self, values: Iterable[ir.Value]) -> None:
+        """Let go of values that every node that reads them has received."""
+        for value in values:
+            self._readers[value] -= 1
+            if self._readers[value] == 0 and not value.is_graph_input():
+                self._values.pop(value, None)
 
     def _attention_inputs(self, parts: AttentionParts) -> Iterator[AttentionInputs]:
         q, k = self._values[parts.q], self._values[parts.k]  # [B, heads, S, D]

@@ -12,32 +12,35 @@ Attentions, RMSNorms and SiLUs, exact or approximated, get what a polynomial in 
 divisors, variances, inputs (`hecompile.polynomial.ranges`). Where a polynomial stands already and its domain does not
 cover what was seen, the pass refuses the graph.
 
-With `keep_samples` the rows themselves stay in memory beside the values, for passes that round weights by them.
+With `keep_samples` the rows that linears read stay beside the values, for passes that round weights by them, and so do sums
+of squares (`hecompile.graph.recorded.Moments`). The run holds the weights of one block at a time
+(`hecompile.graph.streaming`).
 """
 
 from __future__ import annotations
 
-import json
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from hecompile.errors import InputError
-from hecompile.graph.interpreter import Interpreter, graph_inputs
-from hecompile.graph.ir import (
-    DOMAIN,
-    GRADIENT_PEAK,
-    GRADIENT_RANGE,
-    GRADIENT_SAMPLES,
-    PRODUCT_PEAK,
-    RANGE,
-    SAMPLES,
-    constant_of,
-    nodes_of_type,
+from hecompile.graph.interpreter import graph_inputs
+from hecompile.graph.ir import DOMAIN, GRADIENT_PEAK, GRADIENT_RANGE, PRODUCT_PEAK, RANGE, SAMPLES, nodes_of_type
+from hecompile.graph.lazy import KeepRows, rows_in_memory
+from hecompile.graph.recorded import (
+    MOMENTS,
+    Moments,
+    ProductPeak,
+    RowRange,
+    SummedProducts,
+    largest_of_rows,
+    lengths,
+    squares,
 )
+from hecompile.graph.streaming import StreamedRun
 from hecompile.plan.circuits import MOST_OUTPUTS, parts_of
 from hecompile.polynomial.inputs import AttentionInputs, NonlinearNodes
 from hecompile.polynomial.ranges import check_domain, range_of, write_range
@@ -50,13 +53,14 @@ Samples = tuple[tuple[int, ...], ...]
 class Calibrate(ir.passes.InPlacePass):
     """Record the ranges that a run on sample tokens sees.
 
-    samples: sequences of one length, at least 2. keep_samples: keep what the linears read, and their gradients
-    (`hecompile.graph.ir.SAMPLES`). Raises InputError for other samples; LegalityError where the domain of a polynomial does
-    not cover what was seen.
+    samples: sequences of one length, at least 2. keep_samples: keep what the linears read (`hecompile.graph.ir.SAMPLES`),
+    where `keep_rows` puts it, and moments. Raises InputError for other samples; LegalityError where the domain of a
+    polynomial does not cover what was seen.
     """
 
     samples: Samples
     keep_samples: bool = False
+    keep_rows: KeepRows = rows_in_memory
 
     def requires(self, model: ir.Model) -> None:
         if not self.samples or len({len(sample) for sample in self.samples}) != 1 or len(self.samples[0]) < 2:
@@ -65,32 +69,21 @@ class Calibrate(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         if not _linears(model):
             return ir.passes.PassResult(model, False)
-        watched = {value for node in _linears(model) for value in (node.inputs[0], node.outputs[0])}
         input_ids = torch.tensor(self.samples, dtype=torch.int64)
         inputs = graph_inputs(input_ids, torch.ones_like(input_ids), model) | _adapter_at_zero(model)
         recorder = NonlinearNodes(model).record(_write_range, inputs)
-        seen: dict[ir.Value, Tensor] = {}
+        record = _Record(model, input_ids.numel(), self.keep_rows if self.keep_samples else None)
 
         def observe(value: ir.Value, result: Tensor) -> None:
             recorder.observe(value, result)
-            if value in watched:
-                if not result.requires_grad:
-                    result.requires_grad_()  # a leaf here: everything before it is frozen
-                result.retain_grad()
-                seen[value] = result
+            record.observe(value, result)
 
-        with torch.enable_grad():
-            logits = Interpreter(model).run(inputs, observer=observe)[str(model.graph.outputs[0].name)]
-            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()).backward()
-        for value, tensor in seen.items():
-            value.metadata_props[RANGE] = _summary(tensor.detach())
-        for node in _linears(model):
-            gradient = seen[node.outputs[0]].grad
-            if gradient is not None:
-                node.outputs[0].metadata_props[GRADIENT_RANGE] = _summary(gradient)
-            if self.keep_samples:
-                _keep(node, seen)
-        _write_peaks(_linears(model), seen)
+        def loss(logits: Tensor, rows: slice) -> Tensor:
+            predicted, wanted = logits[:, :-1].flatten(0, 1), input_ids[rows, 1:].flatten()
+            return torch.nn.functional.cross_entropy(predicted, wanted, reduction="sum") / input_ids[:, 1:].numel()
+
+        StreamedRun(model, inputs, observe, record.take_gradient, record.take_product).run(len(input_ids), loss)
+        record.write()
         for node in model.graph:
             check_domain(node)
         return ir.passes.PassResult(model, True)
@@ -101,63 +94,72 @@ class Calibrate(ir.passes.InPlacePass):
                 raise ir.passes.PostconditionError(f"{node.name} was not reached by calibration")
 
 
-def _keep(node: ir.Node, seen: dict[ir.Value, Tensor]) -> None:
-    x, y = node.inputs[0], node.outputs[0]
-    assert x is not None
-    x.meta[SAMPLES] = seen[x].detach().flatten(0, -2)  # [T, in]
-    if (gradient := seen[y].grad) is not None:
-        y.meta[GRADIENT_SAMPLES] = gradient.flatten(0, -2)  # [T, out]
+class _Record:
+    """Gather what a run sees at its linears, which read `rows` rows. keep_rows: None to keep ranges and peaks alone."""
 
+    def __init__(self, model: ir.Model, rows: int, keep_rows: KeepRows | None) -> None:
+        self._nodes, self._keep_rows = _linears(model), keep_rows
+        self._read = {node.inputs[0] for node in self._nodes}
+        self._made = {node.outputs[0] for node in self._nodes}
+        self._ranges: dict[ir.Value, RowRange] = defaultdict(RowRange)
+        self._gradients: dict[ir.Value, RowRange] = defaultdict(RowRange)
+        self._largest: dict[ir.Node, Tensor] = {}  # of each row of the weight, [out]
+        self._peaks: dict[ir.Value, ProductPeak] = defaultdict(ProductPeak)
+        readers = Counter(node.inputs[0] for node in self._nodes)
+        self._peaks_back = {x: SummedProducts(number, rows) for x, number in readers.items() if x is not None}
+        self._squares: dict[ir.Value, Tensor] = {}
+        self._squares_back: dict[ir.Value, tuple[Tensor, Tensor]] = {}
 
-def _write_peaks(nodes: list[ir.Node], seen: dict[ir.Value, Tensor]) -> None:
-    """Write PRODUCT_PEAK of the results and GRADIENT_PEAK of what is read, of each where there is something but zeros.
+    def observe(self, value: ir.Value, result: Tensor) -> None:
+        """Take a value of the run; what the last Linear makes comes in parts."""
+        if value in self._read or value in self._made:
+            self._ranges[value].add(result)
+            if self._keep_rows is not None:
+                self._squares[value] = squares(result) + self._squares.get(value, 0.0)
+        if value in self._read and self._keep_rows is not None:
+            value.meta[SAMPLES] = self._keep_rows(str(value.name), result.flatten(0, -2))  # [T, in]
 
-    Linears that read one value send their gradients in one row, and get the sum of their products. One that is wider than a
-    product can be sends each part of its gradient in a row of its own. Each counts in proportion to its own length: beside
-    the one entry of a target, the gradients of all other words of a vocabulary are short, and point one way.
-    """
-    squares: dict[ir.Value, Tensor] = {}
-    parts: dict[ir.Value, float] = {}
-    for node in nodes:
-        x, y, weight = node.inputs[0], node.outputs[0], constant_of(node.inputs[1])
-        assert x is not None and weight is not None
-        largest = torch.from_numpy(np.abs(weight).max(axis=1))  # [out]
-        result, gradient = seen[y].detach(), seen[y].grad
-        _write_peak(y, PRODUCT_PEAK, _peak(torch.where(largest > 0, result / largest, 0.0), _length(seen[x].detach())))
-        if gradient is not None:
-            squares[x] = squares.get(x, torch.zeros(())) + _length(gradient * largest).square()
-            if len(weight) > MOST_OUTPUTS:
-                parts[x] = max(parts.get(x, 0.0), _peak_of_parts(gradient, weight, largest))
-    for x, square in squares.items():
-        product = seen[x].grad
-        if product is not None:
-            _write_peak(x, GRADIENT_PEAK, max(_peak(product, square.sqrt()), parts.get(x, 0.0)))
+    def take_product(self, node: ir.Node, x: Tensor, weight: Tensor, y: Tensor) -> None:
+        """Take what a Linear reads and makes; they may come in parts."""
+        if node not in self._largest:
+            self._largest[node] = largest_of_rows(weight)
+        largest = self._largest[node]
+        self._peaks[node.outputs[0]].add(torch.where(largest > 0, y / largest, 0.0), lengths(x))
 
+    def take_gradient(self, node: ir.Node, gradient: Tensor, product: Tensor, weight: Tensor) -> None:
+        """Take the gradient of a Linear's result, and that times its weight; they may come in parts.
 
-def _peak_of_parts(gradient: Tensor, weight: np.ndarray, largest: Tensor) -> float:
-    """Return the largest `_peak` of the parts that a wide linear is cut into, gradient [..., out], weight [out, in]."""
-    peaks = []
-    for rows in parts_of(len(weight)):
-        part = gradient[..., rows]
-        peaks.append(_peak(part @ torch.tensor(weight[rows], dtype=part.dtype), _length(part * largest[rows])))
-    return max(peaks)
+        Linears that read one value send their gradients in one row, and get the sum of their products. One that is wider
+        than a product can be sends each part of its gradient in a row of its own. Each counts in proportion to its own
+        length: beside the one entry of a target, the gradients of all other words of a vocabulary are short, and point one
+        way.
+        """
+        x, y = node.inputs[0], node.outputs[0]
+        assert x is not None
+        self._gradients[y].add(gradient)
+        sent = gradient * self._largest[node]
+        self._peaks_back[x].add(str(y.name), product, sent)
+        for part in parts_of(len(weight)) if len(weight) > MOST_OUTPUTS else ():
+            self._peaks_back[x].add_alone(gradient[..., part] @ weight[part], sent[..., part])
+        if self._keep_rows is not None:
+            rows, products = self._squares_back.get(y, (0.0, 0.0))
+            self._squares_back[y] = squares(gradient) + rows, squares(product) + products
 
-
-def _peak(product: Tensor, length: Tensor) -> float:
-    """Return the largest |product| [..., n] in proportion to `length` [T], of tokens whose length is not zero; else 0."""
-    largest = product.flatten(0, -2).abs().amax(dim=1).double()  # [T]
-    live = (length > 0) & (largest > 0)
-    return float((largest[live] / length[live]).max()) if bool(live.any()) else 0.0
-
-
-def _write_peak(value: ir.Value, key: str, peak: float) -> None:
-    if peak > 0:
-        value.metadata_props[key] = f"{peak:.4g}"
-
-
-def _length(rows: Tensor) -> Tensor:
-    """Return the Euclidean norm of every token of [..., features], float64 [T]."""
-    return torch.linalg.vector_norm(rows.flatten(0, -2), dim=1, dtype=torch.float64)
+    def write(self) -> None:
+        """Write what was gathered into the graph."""
+        for value, found in self._ranges.items():
+            value.metadata_props[RANGE] = found.text()
+        for value, found in self._gradients.items():
+            value.metadata_props[GRADIENT_RANGE] = found.text()
+        for key, peaks in ((PRODUCT_PEAK, self._peaks), (GRADIENT_PEAK, self._peaks_back)):
+            for value, peak in peaks.items():
+                if (text := peak.text()) is not None:
+                    value.metadata_props[key] = text
+        for node in self._nodes if self._keep_rows is not None else ():
+            x, y = node.inputs[0], node.outputs[0]
+            assert x is not None
+            back = self._squares_back.get(y, (None, None))
+            y.meta[MOMENTS] = Moments(self._squares[x], float(self._squares[y].sum()), *back)
 
 
 def _write_range(node: ir.Node, inputs: AttentionInputs | Tensor) -> None:
@@ -174,14 +176,3 @@ def _adapter_at_zero(model: ir.Model) -> dict[str, Tensor]:
         for value in model.graph.inputs
         if ".lora_" in str(value.name) and value.shape is not None
     }
-
-
-def _summary(tensor: Tensor) -> str:
-    """JSON of the largest magnitude and the crest factor over tokens; tokens that are all zero do not count."""
-    rows = tensor.reshape(-1, tensor.shape[-1])  # [T, features]
-    peak = rows.abs().amax(dim=1)  # [T]
-    live = peak > 0
-    if not bool(live.any()):
-        return json.dumps({"max": 0.0, "crest": 1.0})
-    crest = peak[live] / rows[live].pow(2).mean(dim=1).sqrt()  # [live tokens]
-    return json.dumps({"max": float(f"{peak.max():.4g}"), "crest": float(f"{crest.pow(2).mean().sqrt():.4g}")})

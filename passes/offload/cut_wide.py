@@ -39,8 +39,10 @@ class CutWide(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in nodes_of_type(model, "QuantizedLinear"):
+            if not self._too_wide(node):
+                continue
             weight = constant_of(node.inputs[1])
-            if node.metadata_props.get(PLACEMENT) == "worker" and weight is not None and len(weight) > self.most:
+            if weight is not None:
                 _cut(model.graph, node, weight, parts_of(len(weight), self.most, self.part))
                 modified = True
         if modified:
@@ -49,10 +51,13 @@ class CutWide(ir.passes.InPlacePass):
 
     def ensures(self, model: ir.Model) -> None:
         for node in nodes_of_type(model, "QuantizedLinear"):
-            weight = node.inputs[1]
-            remote = node.metadata_props.get(PLACEMENT) == "worker"
-            if remote and weight is not None and weight.shape is not None and weight.shape.numpy()[0] > self.most:
+            if self._too_wide(node):
                 raise ir.passes.PostconditionError(f"{module_path(node)} has more outputs than a product can take")
+
+    def _too_wide(self, node: ir.Node) -> bool:
+        weight = node.inputs[1]
+        remote = node.metadata_props.get(PLACEMENT) == "worker"
+        return remote and weight is not None and weight.shape is not None and int(weight.shape.numpy()[0]) > self.most
 
 
 def _cut(graph: ir.Graph, node: ir.Node, weight: np.ndarray, cuts: list[slice]) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from hecompile.graph.ir import DOMAIN, ORIGIN, PLACEMENT, constant_of, module_path
+from hecompile.graph.ir import DOMAIN, ORIGIN, PLACEMENT, module_path
+from hecompile.graph.lazy import is_lazy, lazy_tensor
 
 _ROWS = 2**12
 """Rows that are looked at and converted at a time."""
@@ -30,15 +31,15 @@ class Narrow(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for value in list(model.graph.initializers.values()):
-            array = constant_of(value)
-            if array is None or array.dtype != np.float32 or array.ndim != 2 or array.size < self.elements:
+            tensor = value.const_value
+            if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != 2 or tensor.size < self.elements:
                 continue
             readers = list(value.uses())
             if not readers or not all(_reads_rows(node, index) for node, index in readers):
                 continue
-            narrowed = _narrowed(array)
+            narrowed = _narrowed(tensor.numpy())
             if narrowed is not None:
-                value.const_value = ir.Tensor(narrowed, name=value.name)
+                value.const_value = _stored(value, narrowed)
                 value.type = ir.TensorType(value.const_value.dtype)
                 for node in {node for node, _ in readers if node.op_type == "Gather"}:
                     _widen(model.graph, node)
@@ -49,6 +50,15 @@ class Narrow(ir.passes.InPlacePass):
 def _reads_rows(node: ir.Node, index: int) -> bool:
     gathers = (node.domain, node.op_type) == ("", "Gather") and index == 0
     return gathers or ((node.domain, node.op_type) == (DOMAIN, "Linear") and index == 1)
+
+
+def _stored(value: ir.Value, narrowed: NDArray[np.generic]) -> ir.TensorProtocol:
+    """Make the constant of a narrowed matrix, which is made again when it is wanted where that of the wide one is."""
+    wide, name = value.const_value, str(value.name)
+    if wide is None or not is_lazy(value):
+        return ir.Tensor(narrowed, name=name)
+    dtype = narrowed.dtype
+    return lazy_tensor(name, narrowed.shape, dtype, lambda: wide.numpy().astype(dtype))
 
 
 def _narrowed(array: NDArray[np.float32]) -> NDArray[np.generic] | None:

@@ -23,7 +23,6 @@ from hecompile.approximation.error_feedback import ErrorFeedback
 from hecompile.errors import InputError
 from hecompile.graph.ir import (
     DOMAIN,
-    GRADIENT_SAMPLES,
     ORIGIN,
     SAMPLES,
     add_initializer,
@@ -35,6 +34,7 @@ from hecompile.graph.ir import (
     replace_node,
 )
 from hecompile.graph.ir import WEIGHT_BITS as CHOSEN_BITS
+from hecompile.graph.lazy import Keep, add_constant, in_memory
 
 WEIGHT_BITS = (8, 9, 10, 11, 12)
 """Up to 8 bits are one byte a weight on the worker; up to 12 are two, and the worker has up to twice the work."""
@@ -47,12 +47,14 @@ _ROWS = 2**15
 class Quantize(ir.passes.InPlacePass):
     """Quantise every Linear inside the decoder layers, and the output head where `include_head` is set.
 
-    bits: of the linears that none are chosen for (`hecompile.graph.ir.WEIGHT_BITS`). Samples are let go of.
+    bits: of the linears that none are chosen for (`hecompile.graph.ir.WEIGHT_BITS`). keep: where the integers go.
+    Samples are let go of, those of each input when the linears that read it are done.
     Raises InputError when a weight is not finite, or `bits` is not one of WEIGHT_BITS.
     """
 
     bits: int = 8
     include_head: bool = False
+    keep: Keep = in_memory
 
     def __post_init__(self) -> None:
         if self.bits not in WEIGHT_BITS:
@@ -64,13 +66,36 @@ class Quantize(ir.passes.InPlacePass):
             if in_block(node) or self.include_head:
                 readers.setdefault(node.inputs[0], []).append(node)
         for x, nodes in readers.items():
-            samples = None if x is None else x.meta.get(SAMPLES)
+            samples = None if x is None else x.meta.pop(SAMPLES, None)
             feedback = None if samples is None else ErrorFeedback(samples)
+            del samples
             for node in nodes:
-                _quantize_node(model.graph, node, int(node.metadata_props.get(CHOSEN_BITS, self.bits)), feedback)
+                self._quantize(model.graph, node, feedback)
         _forget_samples(model)
         remove_unused(model)
         return ir.passes.PassResult(model, bool(readers))
+
+    def _quantize(self, graph: ir.Graph, node: ir.Node, feedback: ErrorFeedback | None) -> None:
+        path, frozen = module_path(node), node.inputs[1]
+        weight = constant_of(frozen)
+        assert weight is not None
+        if not np.isfinite(weight).all():
+            raise InputError(f"the weight of {path} holds values that are not finite; the checkpoint is damaged")
+        bits = int(node.metadata_props.get(CHOSEN_BITS, self.bits))
+        quantized, scale = quantize_weight(weight, bits, feedback)
+        name = f"{path}.weight_{quantized.dtype}"
+        inputs = [
+            node.inputs[0],
+            add_constant(graph, name, self.keep(name, quantized)),
+            add_initializer(graph, f"{path}.weight_scale", scale),
+        ]
+        new = ir.node("QuantizedLinear", inputs, domain=DOMAIN, metadata_props={ORIGIN: path})
+        replace_node(node, [new], new.outputs)
+        if frozen is not None and frozen.name is not None and not frozen.uses():
+            # At once, and the array too, for values outlive their graph in reference cycles: all float weights beside all
+            # integer ones would take too much memory.
+            del graph.initializers[frozen.name]
+            frozen.const_value = None
 
     def ensures(self, model: ir.Model) -> None:
         for node in nodes_of_type(model, "QuantizedLinear"):
@@ -100,30 +125,8 @@ def quantize_weight(
     return quantized.astype(np.int8 if bits <= 8 else np.int16), scale.astype(np.float32)
 
 
-def _quantize_node(graph: ir.Graph, node: ir.Node, bits: int, feedback: ErrorFeedback | None) -> None:
-    path, frozen = module_path(node), node.inputs[1]
-    weight = constant_of(frozen)
-    assert weight is not None
-    if not np.isfinite(weight).all():
-        raise InputError(f"the weight of {path} holds values that are not finite; the checkpoint is damaged")
-    quantized, scale = quantize_weight(weight, bits, feedback)
-    inputs = [
-        node.inputs[0],
-        add_initializer(graph, f"{path}.weight_{quantized.dtype}", quantized),
-        add_initializer(graph, f"{path}.weight_scale", scale),
-    ]
-    new = ir.node("QuantizedLinear", inputs, domain=DOMAIN, metadata_props={ORIGIN: path})
-    replace_node(node, [new], new.outputs)
-    if frozen is not None and frozen.name is not None and not frozen.uses():
-        # At once, and the array too, for values outlive their graph in reference cycles: all float weights beside all
-        # integer ones would take too much memory.
-        del graph.initializers[frozen.name]
-        frozen.const_value = None
-
-
 def _forget_samples(model: ir.Model) -> None:
     for node in model.graph:
         for value in (*node.inputs, *node.outputs):
             if value is not None:
                 value.meta.pop(SAMPLES, None)
-                value.meta.pop(GRADIENT_SAMPLES, None)

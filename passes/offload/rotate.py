@@ -10,12 +10,14 @@ columns: integers of few bits then lose less of W, and an encoded token uses mor
 The gradient of x is spread likewise, and so are errors of it. Without c they would drown the entries that are small because
 their column of W is, and that a gain before it makes large again (scales as in Xiao et al., SmoothQuant, arXiv 2211.10438).
 Linears that read one value share c and the rotation. LoRA reads x as it was.
+A weight that is read when it is wanted (`hecompile.graph.lazy`) is rotated then.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -30,6 +32,7 @@ from hecompile.graph.ir import (
     nodes_of_type,
     remove_unused,
 )
+from hecompile.graph.lazy import add_constant, is_lazy, lazy_tensor
 from hecompile.graph.rotation import rotate
 
 _SPREAD = 2.0
@@ -51,11 +54,11 @@ class Rotate(ir.passes.InPlacePass):
             if node.inputs[0] is not None and (in_block(node) or self.include_head):
                 readers.setdefault(node.inputs[0], []).append(node)
         for x, nodes in readers.items():
-            balance = _balance([_weight(node) for node in nodes])
+            balance = _balance(nodes)
             rotated = _insert(model.graph, nodes[0], x, balance)
             for node in nodes:
                 node.replace_input_with(0, rotated)
-                _replace_weight(model.graph, node, rotate(_weight(node) / balance))
+                _replace_weight(model.graph, node, balance)
         remove_unused(model)
         return ir.passes.PassResult(model, bool(readers))
 
@@ -71,12 +74,12 @@ def _weight(node: ir.Node) -> Tensor:
     return torch.tensor(weight)  # [out, in]
 
 
-def _balance(weights: list[Tensor]) -> Tensor:
-    """Return c, f32 [in], of weights [out, in] that stand on top of each other.
+def _balance(nodes: list[ir.Node]) -> Tensor:
+    """Return c, f32 [in], of the weights [out, in] of nodes, which stand on top of each other.
 
     It is 1 for columns of zeros and for those that are not finite, which are refused later.
     """
-    norms = torch.stack([torch.linalg.vector_norm(weight, dim=0) for weight in weights]).norm(dim=0)  # [in]
+    norms = torch.stack([torch.linalg.vector_norm(_weight(node), dim=0) for node in nodes]).norm(dim=0)  # [in]
     known = torch.isfinite(norms) & (norms > 0)
     if not bool(known.any()):
         return torch.ones_like(norms)
@@ -96,10 +99,21 @@ def _insert(graph: ir.Graph, before: ir.Node, x: ir.Value, balance: Tensor) -> i
     return rotated.outputs[0]
 
 
-def _replace_weight(graph: ir.Graph, node: ir.Node, weight: Tensor) -> None:
-    frozen = node.inputs[1]
-    node.replace_input_with(1, add_initializer(graph, f"{module_path(node)}.weight_rotated", weight.numpy()))
-    if frozen is not None and frozen.name is not None and not frozen.uses():
+def _replace_weight(graph: ir.Graph, node: ir.Node, balance: Tensor) -> None:
+    frozen, name = node.inputs[1], f"{module_path(node)}.weight_rotated"
+    assert frozen is not None and frozen.shape is not None
+    if is_lazy(frozen):
+        stored = frozen.const_value
+        assert stored is not None
+        tensor = lazy_tensor(name, frozen.shape.numpy(), np.float32, lambda: _rotated(stored.numpy(), balance))
+        node.replace_input_with(1, add_constant(graph, name, tensor))
+    else:
+        node.replace_input_with(1, add_initializer(graph, name, _rotated(_weight(node).numpy(), balance)))
+    if frozen.name is not None and not frozen.uses():
         # At once, and the array too: values outlive their graph in reference cycles.
         del graph.initializers[frozen.name]
         frozen.const_value = None
+
+
+def _rotated(weight: np.ndarray, balance: Tensor) -> np.ndarray:
+    return rotate(torch.from_numpy(weight) / balance).numpy()  # [out, in]

@@ -87,11 +87,12 @@ class SelectParameters(ir.passes.InPlacePass):
                 continue
             weight = constant_of(node.inputs[1])
             assert weight is not None
+            largest = max(int(weight.max()), -int(weight.min()))
             for direction, norms in zip(DIRECTIONS, measure_norms(torch.from_numpy(weight)), strict=True):
                 if direction == "backward" and node in forward_only:
                     continue
                 crest = _crest(node, direction)
-                gain = _gain(node, direction, norms) if self.calibrated else 1.0
+                gain = _gain(node, direction, norms, largest) if self.calibrated else 1.0
                 parameters = self._cheapest(f"{module_path(node)}, {direction}", norms, crest, weight.itemsize, gain)
                 circuits.append(parameters)
                 for attribute in (
@@ -204,13 +205,14 @@ def _crest(node: ir.Node, direction: str) -> float:
     return largest_crest(_results(node), GRADIENT_RANGE)
 
 
-def _gain(node: ir.Node, direction: str, norms: WeightNorms) -> float:
-    """Return the gain of a product's bound by calibration, in float32, as the graph holds it."""
-    weight = constant_of(node.inputs[1])
-    assert weight is not None and node.inputs[0] is not None
+def _gain(node: ir.Node, direction: str, norms: WeightNorms, largest: int) -> float:
+    """Return the gain of a product's bound by calibration, in float32, as the graph holds it.
+
+    largest: the largest magnitude of the weights.
+    """
+    assert node.inputs[0] is not None
     values, key = (_results(node), PRODUCT_PEAK) if direction == "forward" else ([node.inputs[0]], GRADIENT_PEAK)
     peaks = [float(value.metadata_props[key]) for value in values if key in value.metadata_props]
-    largest = max(int(weight.max()), -int(weight.min()))
     return float(np.float32(calibrated_gain(max(peaks, default=0.0), norms, largest)))
 
 

@@ -27,15 +27,14 @@ from hecompile.errors import InputError, LegalityError
 from hecompile.graph.gradients import without_gradient
 from hecompile.graph.ir import (
     GRADIENT_RANGE,
-    GRADIENT_SAMPLES,
     RANGE,
-    SAMPLES,
     WEIGHT_BITS,
     constant_of,
     in_block,
     module_path,
     nodes_of_type,
 )
+from hecompile.graph.recorded import MOMENTS
 from hecompile.plan.circuits import MOST_OUTPUTS, largest_crest, reachable_bits
 
 ONE_BYTE, TWO_BYTES = 8, 12
@@ -109,24 +108,21 @@ def one_byte_error(node: ir.Node, both: bool = True) -> float:
 
     δ² is 0 where no gradient reached it. Raises LegalityError where calibration kept no samples of it.
     """
-    x, y, array = node.inputs[0], node.outputs[0], constant_of(node.inputs[1])
-    if x is None or array is None or SAMPLES not in x.meta:
+    array, moments = constant_of(node.inputs[1]), node.outputs[0].meta.get(MOMENTS)
+    if array is None or moments is None:
         raise LegalityError(f"{module_path(node)}: calibrate with keep_samples before bits are chosen")
-    weight, samples = torch.from_numpy(np.ascontiguousarray(array)), x.meta[SAMPLES]  # [out, in], [T, in]
-    variance = (weight.abs().amax(dim=1) / (2 ** (ONE_BYTE - 1) - 1)).square() / 12  # [out]
-    error = _ratio(samples.square().sum() * variance.sum(), (samples @ weight.t()).square().sum())
-    gradient = y.meta.get(GRADIENT_SAMPLES)  # [T, out]
-    if both and gradient is not None and bool(gradient.any()):
-        gradient = gradient / gradient.abs().max()  # its squares may be too small for float32
-        noise = weight.shape[1] * (gradient.square() @ variance).sum()
-        error += _ratio(noise, (gradient @ weight).square().sum())
+    largest = torch.from_numpy(np.abs(array).max(axis=1)).double()
+    variance = (largest / (2 ** (ONE_BYTE - 1) - 1)).square() / 12  # [out]
+    error = _ratio(moments.inputs.sum() * variance.sum(), moments.outputs)
+    if both and moments.gradients is not None and moments.products is not None:
+        error += _ratio(array.shape[1] * (moments.gradients @ variance), float(moments.products.sum()))
     return error
 
 
-def _ratio(noise: torch.Tensor, signal: torch.Tensor) -> float:
-    return float(noise / signal) if signal > 0 else 0.0
+def _ratio(noise: torch.Tensor, signal: float) -> float:
+    return float(noise) / signal if signal > 0 else 0.0
 
 
 def _weights(node: ir.Node) -> int:
-    weight = constant_of(node.inputs[1])
-    return 0 if weight is None else weight.size
+    weight = node.inputs[1]
+    return 0 if weight is None or weight.shape is None else int(np.prod(weight.shape.numpy()))

@@ -62,17 +62,20 @@ def _circuits(node: ir.Node, directions: Sequence[str]) -> Iterator[RemoteCircui
     if weight is None or "forward_upload_bits" not in node.attributes:
         raise LegalityError(f"{name}: run quantize and select_parameters before split")
     attributes = attributes_of(node)
-    # Transposed once, by torch, which is several times as fast: each circuit then holds the bytes of its file.
-    transposed = torch.from_numpy(weight).t().contiguous().numpy()  # [in, out]
-    both_stored = (transposed, np.ascontiguousarray(weight))
     both_norms = measure_norms(torch.from_numpy(weight))
-    for direction, stored, norms in zip(DIRECTIONS, both_stored, both_norms, strict=True):
+    stored = value.const_value
+    assert stored is not None
+
+    def transposed() -> np.ndarray:
+        return torch.from_numpy(stored.numpy()).t().contiguous().numpy()  # [in, out]; torch is several times as fast
+
+    for direction, read, norms in zip(DIRECTIONS, (transposed, stored.numpy), both_norms, strict=True):
         if direction not in directions:
             continue
         upload, reply = attributes[f"{direction}_upload_bits"], attributes[f"{direction}_reply_bits"]
         gain = attributes[f"{direction}_gain"]
         parameters = LinearParameters.from_norms(norms, upload_bits=upload, reply_bits=reply, gain=gain)
-        yield RemoteCircuit(name, direction, parameters, stored, norms, attributes[f"{direction}_crest"])
+        yield RemoteCircuit(name, direction, parameters, read, norms, attributes[f"{direction}_crest"])
 
 
 def _make_remote(node: ir.Node) -> None:

@@ -28,6 +28,7 @@ from hecompile.graph.ir import (
     nodes_of_type,
     remove_unused,
 )
+from hecompile.graph.lazy import add_constant, is_lazy, lazy_tensor
 from hecompile.plan.circuits import MOST_OUTPUTS
 
 
@@ -101,15 +102,29 @@ def _numbered(paths: list[str]) -> str | None:
     return ".".join([*words[0][: different[0]], f"{numbers[0]}-{numbers[-1]}", *words[0][different[0] + 1 :]])
 
 
+def _on_top_of_each_other(name: str, weights: list[ir.Value]) -> ir.TensorProtocol:
+    """Return the stacked weight, int8 or, where a part is, int16; it is read when it is wanted where a part is."""
+    parts = [weight.const_value for weight in weights if weight.const_value is not None]
+    shapes = [part.shape.numpy() for part in parts]
+    dtype = np.result_type(*(part.dtype.numpy() for part in parts))
+
+    def read() -> np.ndarray:
+        return np.concatenate([part.numpy() for part in parts])
+
+    name = f"{name}.weight_{dtype}"
+    if any(is_lazy(weight) for weight in weights):
+        return lazy_tensor(name, (sum(rows for rows, _ in shapes), shapes[0][1]), dtype, read)
+    return ir.Tensor(read(), name=name)
+
+
 def _stack(graph: ir.Graph, group: list[ir.Node]) -> None:
     name = stacked_name([module_path(node) for node in group])
-    weights = [constant_of(node.inputs[1]) for node in group]
+    weights = [value for node in group if (value := node.inputs[1]) is not None]
     scales = [constant_of(node.inputs[2]) for node in group]
-    stacked_weight = np.concatenate([weight for weight in weights if weight is not None])
-    weight_name = f"{name}.weight_{stacked_weight.dtype}"
-    if weight_name in graph.initializers:
+    stacked_weight = _on_top_of_each_other(name, weights)
+    if stacked_weight.name in graph.initializers:
         raise LegalityError(f"{name}: two stacked linears have this name")
-    weight = add_initializer(graph, weight_name, stacked_weight)
+    weight = add_constant(graph, str(stacked_weight.name), stacked_weight)
     scale = add_initializer(graph, f"{name}.weight_scale", np.concatenate(scales))  # type: ignore[arg-type]
     sizes = add_initializer(graph, f"{name}.split", np.array([len(s) for s in scales if s is not None], dtype=np.int64))
     for value in (weight, scale, sizes):

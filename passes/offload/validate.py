@@ -67,10 +67,11 @@ class Validate:
             raise LegalityError(
                 f"{circuit.name}: {parameters.in_features} inputs sum up to {accumulated}, over the int32 accumulator's 2^31"
             )
-        if circuit.weight.shape != (parameters.in_features, parameters.out_features):
-            raise LegalityError(f"{circuit.name}: the weight is {circuit.weight.shape}, its parameters say otherwise")
+        weight = circuit.weight
+        if weight.shape != (parameters.in_features, parameters.out_features):
+            raise LegalityError(f"{circuit.name}: the weight is {weight.shape}, its parameters say otherwise")
         # The input bound, and so the promise that nothing overflows mod q, rests on these norms.
-        norms, _ = measure_norms(torch.from_numpy(circuit.weight.T))  # of [features_out, features_in]
+        norms, _ = measure_norms(torch.from_numpy(weight.T))  # of [features_out, features_in]
         measured = dataclasses.replace(parameters, max_l1=norms.max_l1, max_l2=norms.max_l2)
         if measured != parameters:
             raise LegalityError(

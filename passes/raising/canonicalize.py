@@ -20,6 +20,7 @@ import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
 from hecompile.graph.ir import DOMAIN, ORIGIN, constant_of, module_path, remove_unused, source_of
+from hecompile.graph.lazy import is_lazy
 
 MatchResult = pattern.MatchResult
 
@@ -164,6 +165,8 @@ RULES: tuple[type[pattern.RewriteRuleClassBase], ...] = (LinearRule, RMSNormRule
 
 
 def _scalar(value: ir.Value | None) -> float | None:
+    if is_lazy(value):
+        return None  # a large one
     array = constant_of(value)
     return float(array) if array is not None and array.size == 1 else None
 

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from hecompile.graph.ir import ORIGIN, attribute, constant_of, module_path, replace_node, source_of
+from hecompile.graph.lazy import is_lazy
 
 _INT64_MAX = np.iinfo(np.int64).max
 
@@ -90,6 +91,8 @@ def _dtype(value: ir.Value | None) -> ir.DataType | None:
 
 
 def _is_scalar_one(value: ir.Value | None) -> bool:
+    if is_lazy(value):
+        return False  # a large one
     array = constant_of(value)
     return array is not None and array.ndim == 0 and bool(array == 1.0)
 

@@ -28,6 +28,7 @@ from hecompile.graph.ir import (
     remove_unused,
     replace_node,
 )
+from hecompile.graph.lazy import add_constant, is_lazy, lazy_tensor
 
 _FOLDED = frozenset({"Add", "Sub", "Mul", "Div"})
 """Elementwise operators whose result is a constant where all of their inputs are."""
@@ -120,8 +121,12 @@ def _name_parts(graph: ir.Graph, node: ir.Node) -> bool:
 
 def _fold(graph: ir.Graph, node: ir.Node) -> bool:
     """Compute a node all of whose inputs are constants, one of them an initializer."""
+    if not any(value is not None and value.is_initializer() for value in node.inputs):
+        return False
+    if any(is_lazy(value) for value in node.inputs):
+        return False  # a matrix, which stays apart
     arrays = [constant_of(value) for value in node.inputs]
-    if any(array is None for array in arrays) or not any(v is not None and v.is_initializer() for v in node.inputs):
+    if any(array is None for array in arrays):
         return False
     (result,) = evaluate_node(node, [torch.from_numpy(np.array(array)) for array in arrays])
     folded = add_initializer(graph, f"{node.outputs[0].name}_folded", result.numpy())
@@ -143,16 +148,24 @@ def _product(
 ) -> tuple[ir.Value, list[ir.Node]]:
     """Return x·W and its nodes, written MatMul(x, Transpose(W')) with the name scopes of `node`."""
     assert weight is not None
-    array = constant_of(weight)
-    assert array is not None
     name = f"{weight.name}_turned"
     turned = graph.initializers.get(name)
     if turned is None:
-        turned = add_initializer(graph, name, np.ascontiguousarray(array.T))  # [out, in]
+        turned = add_constant(graph, name, _turned(name, weight))  # [out, in]
     kept = {key: value for key, value in node.metadata_props.items() if key in (NAME_SCOPES, ORIGIN)}
     transpose = ir.node("Transpose", [turned], {"perm": [1, 0]}, metadata_props=dict(kept))
     product = ir.node("MatMul", [x, transpose.outputs[0]], metadata_props=dict(kept))
     return product.outputs[0], [transpose, product]
+
+
+def _turned(name: str, weight: ir.Value) -> ir.TensorProtocol:
+    """Return the transpose of a frozen matrix; it is read when it is wanted where the matrix is."""
+    stored = weight.const_value
+    assert stored is not None
+    if not is_lazy(weight):
+        return ir.Tensor(np.ascontiguousarray(stored.numpy().T), name=name)
+    rows, columns = stored.shape.numpy()
+    return lazy_tensor(name, (columns, rows), stored.dtype.numpy(), lambda: np.ascontiguousarray(stored.numpy().T))
 
 
 def _is_matrix(value: ir.Value | None) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,11 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 def safetensors_tensors(path: Path) -> dict[str, Stored]:
     """Return the tensors of a file by name. Raises what safetensors raises for a damaged file."""
 
-    @cache
-    def whole() -> Any:
-        return safe_open(path, framework="pt")
-
-    def reader(name: str, kind: str) -> Any:
+    def reader(name: str) -> Any:
         def read() -> Tensor:
-            if kind == "F32":
-                value: Tensor = whole().get_tensor(name)  # mapped: pages are the system's to drop
+            with safe_open(path, framework="pt") as file:  # its pages are let go with it, or with a tensor mapped from them
+                value: Tensor = file.get_tensor(name).to(torch.float32)
                 return value
-            with safe_open(path, framework="pt") as file:  # its pages are let go with it
-                return _float32(file.get_tensor(name))
 
         return read
 
@@ -37,9 +30,5 @@ def safetensors_tensors(path: Path) -> dict[str, Stored]:
         for name in file.keys():  # noqa: SIM118  it is no mapping
             part = file.get_slice(name)
             kind = str(part.get_dtype())
-            found[name] = Stored(tuple(part.get_shape()), kind, kind in FLOATS, reader(name, kind))
+            found[name] = Stored(tuple(part.get_shape()), kind, kind in FLOATS, reader(name))
     return found
-
-
-def _float32(value: Tensor) -> Tensor:
-    return value.to(torch.float32)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 
 from hecompile.errors import InputError, LegalityError
-from hecompile.graph.ir import GRADIENT_SAMPLES, SAMPLES, WEIGHT_BITS, add_initializer, nodes_of_type, print_model
+from hecompile.graph.ir import WEIGHT_BITS, add_initializer, nodes_of_type, print_model
 from hecompile.graph.legality import ADAPTED
+from hecompile.graph.recorded import MOMENTS, Moments, squares
 from hecompile.passes.offload.quantize import quantize_weight
 from hecompile.passes.offload.select_weight_bits import SelectWeightBits, one_byte_error
 from hecompile.plan.circuits import reachable_bits
@@ -40,9 +43,15 @@ def layer(outlier: float = 1.0) -> ir.Model:
         rows = gaussian(200, weight.shape[1], seed=10)
         if outlier != 1:
             rows[:, 3] /= outlier
-        node.inputs[0].meta[SAMPLES] = x if node.inputs[0].name == "x" else rows
-        node.outputs[0].meta[GRADIENT_SAMPLES] = 1e-20 * gaussian(200, len(weight), seed=11)
+        read, gradient = x if node.inputs[0].name == "x" else rows, 1e-20 * gaussian(200, len(weight), seed=11)
+        node.outputs[0].meta[MOMENTS] = moments(read, weight, gradient)
+        node.meta["rows"] = read, gradient
     return model
+
+
+def moments(x: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor) -> Moments:
+    outputs, products = squares(x @ weight.t()), squares(gradient.double() @ weight.double())
+    return Moments(squares(x), float(outputs.sum()), squares(gradient), products)
 
 
 def bits_of(model: ir.Model) -> dict[str, str]:
@@ -52,8 +61,8 @@ def bits_of(model: ir.Model) -> dict[str, str]:
 def test_the_prediction_is_the_error_that_rounding_makes() -> None:
     model = layer()
     for node in list(nodes_of_type(model, "Linear"))[:3]:
-        weight, x = torch.from_numpy(node.inputs[1].const_value.numpy()), node.inputs[0].meta[SAMPLES]
-        gradient = 1e20 * node.outputs[0].meta[GRADIENT_SAMPLES]
+        weight, (x, gradient) = torch.from_numpy(node.inputs[1].const_value.numpy()), node.meta["rows"]
+        gradient = 1e20 * gradient
         integers, scale = (torch.from_numpy(array) for array in quantize_weight(weight.numpy()))
         error = integers * scale[:, None] - weight
         pairs = ((x @ error.t(), x @ weight.t()), (gradient @ error, gradient @ weight))
@@ -105,14 +114,14 @@ def test_a_budget_that_is_none_is_refused(budget: float) -> None:
 def test_zeros_have_no_error_and_a_gradient_may_be_missing() -> None:
     model = layer()
     q, k, o, _ = nodes_of_type(model, "Linear")
-    del q.outputs[0].meta[GRADIENT_SAMPLES]
+    q.outputs[0].meta[MOMENTS] = dataclasses.replace(q.outputs[0].meta[MOMENTS], gradients=None, products=None)
     assert 0 < one_byte_error(q) < one_byte_error(k)
-    o.inputs[0].meta[SAMPLES], o.outputs[0].meta[GRADIENT_SAMPLES] = torch.zeros(5, 32), torch.zeros(5, 8)
+    o.outputs[0].meta[MOMENTS] = moments(torch.zeros(5, 32), torch.ones(8, 32), torch.zeros(5, 8))
     assert one_byte_error(o) == 0
 
 
 def test_without_samples_it_is_refused_by_name() -> None:
     model = layer()
-    model.graph.inputs[0].meta.clear()
+    next(nodes_of_type(model, "Linear")).outputs[0].meta.clear()
     error = refused(model, "select_weight_bits", ADAPTED)
     assert isinstance(error, LegalityError) and "m.layers.0.q_proj: calibrate with keep_samples" in str(error)

@@ -88,12 +88,14 @@ def weight_left_behind(plan: SplitPlan) -> SplitPlan:
 
 
 def weight_of_another_shape(plan: SplitPlan) -> SplitPlan:
-    return with_first(plan, weight=plan.circuits[0].weight[:, :1])
+    weight = plan.circuits[0].weight[:, :1]
+    return with_first(plan, read_weight=lambda: weight)
 
 
 def weight_of_larger_norm(plan: SplitPlan) -> SplitPlan:
     """Its products could wrap mod q at the input bound that the parameters promise."""
-    return with_first(plan, weight=np.full_like(plan.circuits[0].weight, -128))
+    weight = np.full_like(plan.circuits[0].weight, -128)
+    return with_first(plan, read_weight=lambda: weight)
 
 
 def too_many_inputs(plan: SplitPlan) -> SplitPlan:
@@ -103,7 +105,7 @@ def too_many_inputs(plan: SplitPlan) -> SplitPlan:
 def with_inputs(plan: SplitPlan, features: int) -> SplitPlan:
     weight = np.ones((features, 2), dtype=np.int8)
     parameters = LinearParameters.from_weight(torch.from_numpy(weight.T.copy()))
-    return with_first(plan, weight=weight, parameters=parameters)
+    return with_first(plan, read_weight=lambda: weight, parameters=parameters)
 
 
 REFUSED: dict[Callable[[SplitPlan], SplitPlan], tuple[type[HecompileError], str]] = {
@@ -135,6 +137,6 @@ def test_a_zero_matrix_is_exact_and_passes() -> None:
     zeros = np.zeros_like(first.weight)
     norms, _ = measure_norms(torch.from_numpy(zeros.T))
     parameters = LinearParameters.from_norms(norms)
-    exact = RemoteCircuit(first.linear, first.direction, parameters, zeros, norms, first.crest)
+    exact = RemoteCircuit(first.linear, first.direction, parameters, lambda: zeros, norms, first.crest)
     assert exact.effective_bits == float("inf")
     validate(SplitPlan(plan.client, (exact, *plan.circuits[1:])), effective_bits=5.0)
