@@ -1,6 +1,6 @@
-"""Make checkpoints of the shape of Llama-3.2-1B with random weights, saved and loaded as real ones are.
+"""Make checkpoints of the shapes of Llama-3.2-1B and Llama-3.1-8B with random weights, saved and loaded as real ones are.
 
-    python benchmarks/training/checkpoints.py DIR [--layers 16]
+    python benchmarks/training/checkpoints.py DIR [--layers 16] [--shape 8b]
 
 Speed, memory and bytes depend on the shape and not on what the weights say. The tokenizer is the small Llama's: 1024 of
 the 128256 tokens have a text, and none of the figures depends on which.
@@ -45,18 +45,30 @@ def llama_1b_config(layers: int = 16) -> LlamaConfig:
     )
 
 
-def make_checkpoint(directory: Path, layers: int = 16, seed: int = 0) -> Path:
-    """Save a random model of that configuration in bfloat16, and a tokenizer beside it; returns `directory`.
+def llama_8b_config(layers: int = 32) -> LlamaConfig:
+    """Return the configuration of meta-llama/Llama-3.1-8B, with the special tokens of the small Llama's tokenizer."""
+    config = llama_1b_config(layers)
+    config.hidden_size, config.intermediate_size, config.head_dim = 4096, 14336, 128
+    config.tie_word_embeddings = False
+    config.rope_parameters = {**(config.rope_parameters or {}), "factor": 8.0}
+    return config
+
+
+SHAPES = {"1b": llama_1b_config, "8b": llama_8b_config}
+
+
+def make_checkpoint(directory: Path, layers: int = 16, seed: int = 0, shape: str = "1b") -> Path:
+    """Save a random model of a shape in bfloat16, and a tokenizer beside it; returns `directory`.
 
     The initialisation is Hugging Face's: normal weights of standard deviation 0.02, unit norms. The folder takes 2.5 GB at
-    16 layers, 0.8 GB at 2.
+    16 layers, 0.8 GB at 2; at the 8B shape 2.1 GB and 0.44 GB for each layer.
     """
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = LlamaForCausalLM(llama_1b_config(layers))
+            model = LlamaForCausalLM(SHAPES[shape](layers))
     finally:
         torch.set_default_dtype(dtype)
     model.save_pretrained(directory)
@@ -69,8 +81,9 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
     options = parser.parse_args()
-    print(make_checkpoint(options.directory, options.layers, options.seed))
+    print(make_checkpoint(options.directory, options.layers, options.seed, options.shape))
 
 
 if __name__ == "__main__":
