@@ -35,9 +35,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[EncryptedCausalLM,
     """Compile the tests' Llama of 259 tokens with a head of three parts."""
     directory = tmp_path_factory.mktemp("remote-head")
     checkpoint = save_checkpoint(directory / "checkpoint")
+    options = dataclasses.replace(OPTIONS, effective_bits=11, weight_bits=12, head="remote")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "CutWide", partial(CutWide, most=100, part=100))
-        compile_checkpoint(str(checkpoint), directory / "build", dataclasses.replace(OPTIONS, head="remote"))
+        compile_checkpoint(str(checkpoint), directory / "build", options)
     client = ClientBundle.open(directory / "build" / CLIENT)
     worker = WorkerBundle.open(directory / "build" / WORKER)
     transport = InProcessTransport(Worker(worker, "onnxruntime").exchange)

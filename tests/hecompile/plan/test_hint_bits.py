@@ -19,9 +19,9 @@ NORMS, _ = measure_norms(WEIGHT)
 CREST = 5.0
 
 
-@pytest.mark.parametrize(("limbs", "reply"), [(3, 2), (4, 2)])
-def test_one_bit_less_would_take_more(limbs: int, reply: int) -> None:
-    whole = LinearParameters.from_norms(NORMS, limbs, reply)
+@pytest.mark.parametrize(("upload", "reply"), [(24, 16), (32, 16), (21, 12)])
+def test_one_bit_less_would_take_more(upload: int, reply: int) -> None:
+    whole = LinearParameters.from_norms(NORMS, upload, reply)
     chosen = fewest_hint_bits(whole, NORMS, CREST, 6.0)
     before = effective_bits(whole, NORMS, CREST)
     coarser = dataclasses.replace(chosen, hint_bits=chosen.hint_bits - 1)
@@ -31,7 +31,7 @@ def test_one_bit_less_would_take_more(limbs: int, reply: int) -> None:
 
 
 def test_what_was_asked_for_is_kept() -> None:
-    whole = LinearParameters.from_norms(NORMS, 3, 2)
+    whole = LinearParameters.from_norms(NORMS, 24, 16)
     asked = effective_bits(whole, NORMS, CREST) - HINT_LOSS / 50
     free, bound = (fewest_hint_bits(whole, NORMS, CREST, wanted) for wanted in (6.0, asked))
     assert effective_bits(free, NORMS, CREST) < asked <= effective_bits(bound, NORMS, CREST)
@@ -39,7 +39,7 @@ def test_what_was_asked_for_is_kept() -> None:
 
 
 def test_words_stay_whole_where_none_can_be_spared() -> None:
-    exact = LinearParameters.from_norms(NORMS, 4, 4)
+    exact = LinearParameters.from_norms(NORMS)
     assert fewest_hint_bits(exact, NORMS, CREST, 6.0).hint_bits in range(24, 29)
     nothing = dataclasses.replace(exact, max_l1=1, max_l2=1.0)
     norms = dataclasses.replace(NORMS, max_l1=1, max_l2=1.0, mean_square_l2=1.0)
