@@ -204,9 +204,24 @@ def _rows_to_gradient(rows: list[Tensor], targets: Tensor, form: LogitsForm, wan
     return (sums.log() - at_target).sum()
 
 
+class _HeadProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: OutputHead) -> Tensor:
+        pieces = head.products(hidden)
+        ctx.head, ctx.sizes = head, [piece.shape[1] for piece in pieces]
+        return torch.cat(pieces, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        return ctx.head.gradient([piece.contiguous() for piece in gradients[0].split(ctx.sizes, dim=1)]), None
+
+
 def logits_of(hidden: Tensor, head: OutputHead, form: LogitsForm = _AS_THEY_ARE) -> Tensor:
-    """Return form(hidden·Wᵀ) of f32 [N, H], f32 [N, V]."""
-    return form(torch.cat(head.products(hidden), dim=1))
+    """Return form(hidden·Wᵀ) of f32 [N, H], f32 [N, V]; differentiable in `hidden`."""
+    products: Tensor = _HeadProducts.apply(hidden, head)
+    return form(products)
 
 
 def head_cross_entropy(hidden: Tensor, head: OutputHead, targets: Tensor, form: LogitsForm = _AS_THEY_ARE) -> Tensor:

@@ -36,8 +36,9 @@ def saved(directory: Path, **settings: Any) -> Path:
     return directory
 
 
-def test_merging_is_pefts(tmp_path: Path) -> None:
-    adapter = saved(tmp_path / "a")
+@pytest.mark.parametrize("settings", [{}, {"layers_to_transform": [1]}], ids=["all layers", "one layer"])
+def test_merging_is_pefts(tmp_path: Path, settings: dict[str, Any]) -> None:
+    adapter = saved(tmp_path / "a", **settings)
     expected: Any = peft.PeftModel.from_pretrained(make_base(), adapter).eval()
     merged = merged_checkpoint(checkpoint(), adapter)
     assert torch.allclose(merged.model(TOKENS).logits, expected(TOKENS).logits, atol=1e-5)
@@ -52,7 +53,6 @@ def test_merging_is_pefts(tmp_path: Path) -> None:
         ({"use_rslora": True}, "use_rslora is True"),
         ({"use_dora": True}, "use_dora is True"),
         ({"rank_pattern": {"q_proj": 1}}, "rank_pattern is"),
-        ({"layers_to_transform": [0]}, "layers_to_transform is"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
         ({"target_modules": ["lm_head"]}, "has no place for base_model.model.lm_head"),
     ],

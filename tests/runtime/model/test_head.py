@@ -146,3 +146,14 @@ def test_the_form_of_logits_is_read_off_a_configuration() -> None:
     assert LogitsForm.of(LlamaConfig()) == LogitsForm()
     assert LogitsForm.of(GraniteConfig(logits_scaling=4.0)) == LogitsForm(0.25)
     assert LogitsForm.of(Gemma2Config(final_logit_softcapping=8.0)) == LogitsForm(0.125, 8.0)
+
+
+def test_logits_are_differentiable_in_the_hidden_states() -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight, hidden = torch.randn(7, 5, generator=generator), torch.randn(3, 5, generator=generator).requires_grad_()
+    factors = torch.randn(3, 7, generator=generator)
+    (head.logits_of(hidden, head.LocalHead(weight), LogitsForm(0.5, 3.0)) * factors).sum().backward()
+    own, hidden.grad = hidden.grad, None
+    (LogitsForm(0.5, 3.0)(hidden @ weight.t()) * factors).sum().backward()
+    assert own is not None and hidden.grad is not None
+    torch.testing.assert_close(own, hidden.grad)
