@@ -75,11 +75,15 @@ def _weight(node: ir.Node) -> Tensor:
 
 
 def _balance(nodes: list[ir.Node]) -> Tensor:
-    """Return c, f32 [in], of the weights [out, in] of nodes, which stand on top of each other.
+    """Return c, f32 [in], of the weights [out, in] of nodes, which stand on top of each other."""
+    return _scales(torch.stack([torch.linalg.vector_norm(_weight(node), dim=0) for node in nodes]).norm(dim=0))
+
+
+def _scales(norms: Tensor) -> Tensor:
+    """Return c of the norms of columns, both f32 [in].
 
     It is 1 for columns of zeros and for those that are not finite, which are refused later.
     """
-    norms = torch.stack([torch.linalg.vector_norm(_weight(node), dim=0) for node in nodes]).norm(dim=0)  # [in]
     known = torch.isfinite(norms) & (norms > 0)
     if not bool(known.any()):
         return torch.ones_like(norms)

@@ -73,7 +73,7 @@ def test_the_hints_are_those_that_would_be_stored_and_the_client_has_their_diges
     for name, record in fetched.client.fetched.items():
         assert (stored / hint_path(name)).read_bytes() == fetched.worker.hint_file(name).tobytes()
         assert record.bytes == (stored / hint_path(name)).stat().st_size
-    assert fetched.client.fetched.keys() == fetched.client.circuits.keys() and len(fetched.client.fetched) == 16
+    assert fetched.client.fetched.keys() == fetched.client.circuits.keys() and len(fetched.client.fetched) == 15
     assert not fetched.client.hints.exists() and not ClientBundle.open(stored).fetched
     assert not (fetched.directory.parent / "stored" / WORKER / "hints").exists()
 

@@ -89,7 +89,7 @@ def test_the_wheel_has_one_name_its_data_and_nothing_else(wheel: Path) -> None:
     assert files >= SHIPPED
     assert {name for name in files if name.endswith(".py")} == modules(ROOT / "hecompile")
     data = {name for name in files if not name.endswith(".py")}
-    assert {name.split("/")[0] for name in data} == {"models"}
+    assert {name.split("/")[0] for name in data} == {"models", "__init__.pyi"}
     assert {Path(name).suffix for name in data} == {".json", ".jsonl", ".safetensors", ".yaml"}
 
 

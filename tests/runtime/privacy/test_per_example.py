@@ -128,7 +128,7 @@ def test_through_encryption_they_differ_by_its_noise(
 def test_their_sum_is_the_batch_gradient_and_dropout_is_the_same(
     bundles: tuple[ClientBundle, WorkerBundle], batch: dict[str, Tensor]
 ) -> None:
-    for model in (clear(bundles, CleartextProducts).train(), make_model(dropout=0.3).train()):
+    for model in (clear(bundles, FloatProducts).train(), make_model(dropout=0.3).train()):
         loss = model(**batch, num_items_in_batch=1, generator=torch.Generator().manual_seed(1)).loss
         expected = torch.autograd.grad(loss, list(model.adapter_state().values()))
         found = model.per_example_gradients(**batch, generator=torch.Generator().manual_seed(1))

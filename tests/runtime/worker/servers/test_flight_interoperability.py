@@ -47,7 +47,7 @@ MOST_GROWTH = 24 << 20
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
-    return Worker(write_bundle(tmp_path_factory.mktemp("flight") / "worker", {"linear": (WEIGHT, 3, 2)}), "torch")
+    return Worker(write_bundle(tmp_path_factory.mktemp("flight") / "worker", {"linear": (WEIGHT, 24, 16)}), "torch")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_our_client_is_answered_by_a_foreign_server(worker: Worker) -> None:
     with ForeignServer(worker) as foreign, closing(connect(f"flight://127.0.0.1:{foreign.port}")) as transport:
         open_connection(transport, PLAN_ID)
         np.testing.assert_array_equal(
-            transport.evaluate(CIRCUIT, PLANES).planes, encrypted_linear_reference(PLANES, WEIGHT, 2)
+            transport.evaluate(CIRCUIT, PLANES).planes, encrypted_linear_reference(PLANES, WEIGHT, 16)
         )
 
 
@@ -95,7 +95,7 @@ def test_a_foreign_client_is_answered_by_our_server(server: FlightWorkerServer) 
     client = fl.FlightClient(server.address.replace("flight://", "grpc://"))
     writer, reader = client.do_exchange(fl.FlightDescriptor.for_command(COMMAND), fl.FlightCallOptions(timeout=20))
     batch = pa.record_batch({"payload": pa.array(PLANES.reshape(-1))})
-    header = {"kind": "evaluate", "id": 7, "circuit": CIRCUIT, "shape": list(PLANES.shape)}
+    header = {"kind": "evaluate", "id": 7, "circuit": CIRCUIT, "shape": [24, *PLANES.shape[1:]]}
     with writer:
         writer.begin(batch.schema)
         writer.write_with_metadata(batch, json.dumps(header).encode())
@@ -105,8 +105,8 @@ def test_a_foreign_client_is_answered_by_our_server(server: FlightWorkerServer) 
             reader.read_chunk()
     told = json.loads(answer.app_metadata.to_pybytes())
     assert (told["id"], answer.data.schema.field(0)) == (7, pa.field("payload", pa.uint8(), nullable=False))
-    planes = answer.data.column(0).to_numpy().reshape(told["shape"])
-    np.testing.assert_array_equal(planes, encrypted_linear_reference(PLANES, WEIGHT, 2))
+    planes = answer.data.column(0).to_numpy().reshape(2, *told["shape"][1:])
+    np.testing.assert_array_equal(planes, encrypted_linear_reference(PLANES, WEIGHT, 16))
 
 
 @pytest.fixture(scope="module")
