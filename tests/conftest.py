@@ -1,9 +1,10 @@
-"""Fixtures that every test may use: golden files."""
+"""Fixtures that every test may use: golden files. A peer that goes away ends no test process."""
 
 from __future__ import annotations
 
 import difflib
 import os
+import signal
 from pathlib import Path
 
 # Read by the OpenMP runtime when torch is imported: test processes share the cores.
@@ -14,6 +15,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 """The top of the repository."""
 GOLDEN_DIR = Path(__file__).parent / "golden" / "expected"
+
+
+@pytest.fixture(autouse=True)
+def _no_broken_pipe_ends_the_process() -> None:
+    """Ignore SIGPIPE, as Python does from its start: LLVM, inside concrete-python, undoes that where a test loads it."""
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

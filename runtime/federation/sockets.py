@@ -176,7 +176,7 @@ class FederationServer:
     def _authenticate(self, connection: socket.socket) -> str:
         """Return the name of the owner who proves to be it. Raises FederationError for anybody else."""
         challenge = os.urandom(32)
-        connection.sendall(challenge)
+        send_exactly(connection, challenge, _HELLO_SECONDS)
         _, hello = _receive(connection, _HELLO_SECONDS, limit=1024, patience=_HELLO_SECONDS)
         signature, name = hello[:64], hello[64:].decode()
         try:

@@ -90,7 +90,7 @@ def test_the_wheel_has_one_name_its_data_and_nothing_else(wheel: Path) -> None:
     assert {name for name in files if name.endswith(".py")} == modules(ROOT / "hecompile")
     data = {name for name in files if not name.endswith(".py")}
     assert {name.split("/")[0] for name in data} == {"models", "__init__.pyi"}
-    assert {Path(name).suffix for name in data} == {".json", ".jsonl", ".safetensors", ".yaml"}
+    assert {Path(name).suffix for name in data} == {".pyi", ".json", ".jsonl", ".safetensors", ".yaml"}
 
 
 def test_the_package_is_the_wheels_whatever_lies_in_the_working_directory(environment: Path, elsewhere: Path) -> None:
