@@ -40,7 +40,7 @@ from tests.support.families import BASIC, Checkpoint, checkpoint
 
 BUCKETS, ROWS = (8, 16), 2
 COSINE, LOGITS = 0.999, 0.02
-"""Smallest cosine of a gradient; largest difference of a logit, of the logits' range. Products have 10 effective bits."""
+"""Smallest cosine of a gradient; largest difference of a logit, of the logits' range. Products have 12 effective bits."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Trained:
 def trained(name: str, root: Path) -> Trained:
     made, out = checkpoint(name, root), root / f"{name}-build"
     options = CompileOptions(
-        lora=AttachLora(2, 4.0, target_modules=FAMILIES[name].linears), effective_bits=10, weight_bits=12,
+        lora=AttachLora(2, 4.0, target_modules=FAMILIES[name].linears), effective_bits=12, weight_bits=12,
         batch_size=ROWS, sequence_buckets=BUCKETS, public_seed=PublicSeed.from_hex("5eed" * 16),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
