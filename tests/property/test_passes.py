@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hecompile.errors import HecompileError
 from hecompile.graph.interpreter import Interpreter
 from hecompile.graph.ir import DOMAIN, ORIGIN, add_initializer, attributes_of
-from hecompile.he.check_vectors import can_be_verified
+from hecompile.he.check_tolerances import can_be_verified
 from hecompile.he.parameters import CATALOGUE, LinearParameters
 from hecompile.he.weight_norms import measure_norms
 from hecompile.passes.offload.select_parameters import choose_ring
@@ -37,7 +37,7 @@ def linears(weights: dict[str, np.ndarray], sources: dict[str, str]) -> ir.Model
         matrix = add_initializer(graph, f"{name}.w", weight)
         scale = add_initializer(graph, f"{name}.s", np.ones(len(weight), dtype=np.float32))
         node = ir.node(
-            "QuantizedLinear", [inputs[sources[name]], matrix, scale], domain=DOMAIN, metadata_props={ORIGIN: f"m.{name}"}
+            "QuantizedLinear", [inputs[sources[name]], matrix, scale], domain=DOMAIN, metadata_props={ORIGIN: f"m.0.{name}"}
         )
         node.outputs[0].name = name
         node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
