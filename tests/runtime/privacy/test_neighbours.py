@@ -123,7 +123,8 @@ def test_what_an_earlier_version_wrote_is_not_carried_on(tmp_path: Path) -> None
     run_training(make_model(), TOKENIZER, longer, resume=True)
     texts = [(run / name).read_text() for name in ("metrics.jsonl", "checkpoint-4/trainer_state.json")]
     for text in texts:
-        assert "loss" not in text and "77" not in text and "12345" not in text
+        # As values: the digits alone may turn up in a noisy number.
+        assert "loss" not in text and ": 77.0" not in text and ": 12345.0" not in text
     assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [3, 4]
 
 
