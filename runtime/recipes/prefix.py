@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ByteSize, Field, field_validator
+from pydantic import Field
 
-from hecompile.runtime.recipes.section import Section
-
-_SIZE = re.compile(r"\s*\d+(\.\d+)?\s*([kKMGT]i?)?[bB]?\s*")
+from hecompile.runtime.recipes.section import Section, Size
 
 
 class PrefixCacheSection(Section):
@@ -21,13 +18,6 @@ class PrefixCacheSection(Section):
     * `dtype`: how numbers are kept. With `float32` gradients are those of a run without it.
     """
 
-    size: Annotated[ByteSize, Field(gt=0)]
+    size: Annotated[Size, Field(gt=0)]
     directory: Path | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-
-    @field_validator("size", mode="before")
-    @classmethod
-    def _bytes(cls, value: object) -> object:
-        if isinstance(value, bool) or not _SIZE.fullmatch(str(value)):
-            raise ValueError("must be a number of bytes, such as 2GB or 500MB")
-        return value

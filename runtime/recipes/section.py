@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
+
+_SIZE = re.compile(r"\s*\d+(\.\d+)?\s*([kKMGT]i?)?[bB]?\s*")
+
+
+def _check_size(value: object) -> object:
+    if isinstance(value, bool) or not _SIZE.fullmatch(str(value)):
+        raise ValueError("must be a number of bytes, such as 2GB or 500MB")
+    return value
+
+
+Size = Annotated[ByteSize, BeforeValidator(_check_size)]
+"""A number of bytes, such as 2GB."""
 
 
 class Section(BaseModel):

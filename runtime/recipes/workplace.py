@@ -9,7 +9,7 @@ from pydantic import ByteSize, Field, ValidationError, field_validator, model_va
 
 from hecompile.errors import InputError
 from hecompile.runtime.recipes.key_hints import explain
-from hecompile.runtime.recipes.section import Positive, Section
+from hecompile.runtime.recipes.section import Positive, Section, Size
 from hecompile.runtime.wire.address import DIRECTORY_SCHEMES, parse_address
 
 UNIX_PREFIX = "unix://"
@@ -35,7 +35,7 @@ class ConnectionSection(Section):
     reply_timeout: Annotated[float, Field(gt=0)] = 600.0
     attempts: Positive = 6
     on_bad_worker: Literal["stop", "retry-elsewhere"] = "stop"
-    hint_cache: ByteSize = ByteSize(512 << 20)
+    hint_cache: Size = ByteSize(512 << 20)
     hints: str | None = None
 
     @field_validator("hints")

@@ -186,6 +186,12 @@ def test_a_prefix_cache_without_a_size_is_refused(recipe_file: Path, size: str) 
         load_recipe(recipe_file, [f"prefix_cache={size}"])
 
 
+@pytest.mark.parametrize("size", ["-5", "lots", "null", "true", "[1]"])
+def test_a_hint_cache_that_is_no_size_is_refused(recipe_file: Path, size: str) -> None:
+    with pytest.raises(InputError, match=r"connection\.hint_cache: must be a number of bytes, such as 2GB"):
+        load_recipe(recipe_file, [f"connection.hint_cache={size}"])
+
+
 def test_a_prefix_cache_is_not_for_range_loss(recipe_file: Path) -> None:
     with pytest.raises(InputError, match="range_loss looks into the layers that prefix_cache computes once: drop one"):
         load_recipe(recipe_file, ["prefix_cache=2GB", "range_loss={}"])
