@@ -228,8 +228,9 @@ class AdapterTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save the bounds of products beside both, for the run that goes on: they have followed the data."""
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._keeps_gains and isinstance(self._adapter_model, BoundedModel):
-            write_gains(Path(output_dir) / GAINS_FILE, self._adapter_model.gains)
+        gains = self._adapter_model.gains if isinstance(self._adapter_model, BoundedModel) else {}
+        if self._keeps_gains and gains:  # there are none without encryption
+            write_gains(Path(output_dir) / GAINS_FILE, gains)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load both, and go on at the learning rate and the intervals that this run has at this step.
