@@ -64,6 +64,7 @@ def _export(
     from hecompile.bundles.kinds import BundleKind
     from hecompile.checkpoint.configuration import family_of
     from hecompile.checkpoint.families import all_linears
+    from hecompile.checkpoint.weights import empty_model
     from hecompile.compiler.frontend import load_config
     from hecompile.compiler.target import check_target
 
@@ -71,8 +72,10 @@ def _export(
         lora.attach(all_linears()), encryption, batches, polynomials
     )  # refused before anything is looked up
     check_target(out, BundleKind.CLIENT)
-    family = family_of(load_config(model))
+    config = load_config(model)
+    family = family_of(config)
     options = _compile_options(lora.attach(family.linears), encryption, batches, polynomials)
+    options.lora.check_paths(path for path, _ in empty_model(config).named_modules())
     console = wide_console()
     console.print(predicted_sizes(model, options))
     if family.experts is not None and options.experts == "routed":
@@ -130,7 +133,8 @@ def predicted_sizes(model: str, options: CompileOptions) -> Table:
 
     tokens = options.batch_size * options.sequence_buckets[-1]
     size = ModelSize.of(load_config(model), options.lora.adapts)
-    return prediction_table(size, options.weight_bits, tokens, options.ring_parameters())
+    stored = options.hints == "stored"
+    return prediction_table(size, options.weight_bits, tokens, options.ring_parameters(), stored_hints=stored)
 
 
 def _chosen(out: Path) -> str:

@@ -146,13 +146,13 @@ class EncryptionOptions:
         ),
     ] = "calibrated"
     hints: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="'stored': hints lie in the client bundle. 'fetched': they lie in the worker's, and the client downloads "
             "each ahead of its use, once per pass over a batch. 'computed': the worker computes one with every product. "
-            "`inspect` shows the bytes (docs/hints.md)."
+            "`inspect` shows the bytes (docs/hints.md). By default 'stored'."
         ),
-    ] = "stored"
+    ] = None
     no_hints: Annotated[bool, typer.Option("--no-hints", help="As --hints computed.")] = False
 
     def bits(self) -> int | Literal["auto"]:
@@ -166,11 +166,11 @@ class EncryptionOptions:
 
     def hints_option(self) -> Hints:
         """Return where hints are. Raises InputError for a place that is none, or two of them."""
-        if self.no_hints and self.hints not in ("stored", "computed"):  # "stored" is what --hints is where it is not given
+        if self.no_hints and self.hints not in (None, "computed"):
             raise InputError(f"--no-hints is --hints computed; drop it, or --hints {self.hints}")
-        if self.hints not in ("stored", "fetched", "computed"):
+        if self.hints not in (None, "stored", "fetched", "computed"):
             raise InputError(f"--hints must be stored, fetched or computed, got {self.hints!r}")
-        return "computed" if self.no_hints else cast("Hints", self.hints)
+        return "computed" if self.no_hints else cast("Hints", self.hints or "stored")
 
     def seed(self) -> PublicSeed | None:
         """Return the seed of the public matrix, None where one is drawn. Raises InputError for anything but 64 digits."""

@@ -116,9 +116,17 @@ class ModelSize:
 
 
 def prediction_table(
-    size: ModelSize, weight_bits: int | Literal["auto"], tokens: int, ring: RingParameters | None = None
+    size: ModelSize,
+    weight_bits: int | Literal["auto"],
+    tokens: int,
+    ring: RingParameters | None = None,
+    *,
+    stored_hints: bool = True,
 ) -> Table:
-    """Show storage and memory for one ring, or for each that can be selected. `tokens`: of the largest batch."""
+    """Show storage and memory for one ring, or for each that can be selected.
+
+    tokens: of the largest batch. stored_hints: False where the client keeps none.
+    """
     table = Table(title=f"{len(size.products)} products, {size.hint_rows} rows of hints; predicted")
     for heading in ("ring x rank", "security", "hints on the client", "client plan", "client memory", "worker bundle"):
         table.add_column(heading, justify="left" if heading == "ring x rank" else "right")
@@ -126,7 +134,7 @@ def prediction_table(
         table.add_row(
             f"{candidate.ring_dim} x {candidate.rank}",
             show_bits(candidate.security_bits),
-            f"about {megabytes(size.hint_file_bytes(candidate))}",
+            f"about {megabytes(size.hint_file_bytes(candidate))}" if stored_hints else "none",
             megabytes(size.plan_bytes),
             f"about {megabytes(size.client_resident_bytes(candidate, tokens))}",
             ("up to " if weight_bits == "auto" else "") + megabytes(size.worker_bytes(weight_bits)),

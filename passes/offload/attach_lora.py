@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -80,15 +81,23 @@ class AttachLora(ir.passes.InPlacePass):
         """Tell whether the linear at the module path `path` gets an adapter, by PEFT's own rule."""
         return path.rpartition(".")[2] in self.target_modules and is_target(self.peft_config, path)
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        linears = [n for n in nodes_of_type(model, "Linear") if module_path(n).rpartition(".")[2] in self.target_modules]
+    def check_paths(self, paths: Iterable[str]) -> None:
+        """Raise InputError where a target module, or a layer, is none of those with the module paths `paths`."""
+        linears = [path for path in paths if path.rpartition(".")[2] in self.target_modules]
         for target in self.target_modules:
-            if not any(module_path(node).endswith(f".{target}") for node in linears):
+            if not any(path.endswith(f".{target}") for path in linears):
                 raise InputError(f"target module {target!r} does not exist in this model")
+        where = f" under {', '.join(self.layers_pattern)} (layers_pattern)" if self.layers_pattern else ""
         for layer in self.layers_to_transform or ():
             alone = dataclasses.replace(self, layers_to_transform=(layer,)).peft_config
-            if not any(is_target(alone, module_path(node)) for node in linears):
-                raise InputError(f"layers_to_transform: layer {layer} does not exist in this model, or has no target module")
+            if not any(is_target(alone, path) for path in linears):
+                raise InputError(
+                    f"layers_to_transform: layer {layer} does not exist in this model{where}, or has no target module"
+                )
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        linears = [n for n in nodes_of_type(model, "Linear") if module_path(n).rpartition(".")[2] in self.target_modules]
+        self.check_paths(map(module_path, linears))
         config = self.peft_config
         targets = [node for node in linears if is_target(config, module_path(node))]
         for node in targets:

@@ -137,6 +137,25 @@ def test_bad_export_options(tmp_path: Path, arguments: tuple[str, ...], message:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--layers-to-transform", "1,7"), "layer 7 does not exist in this model, or has no target module"),
+        (
+            ("--layers-to-transform", "0", "--layers-pattern", "blocks"),
+            r"layer 0 does not exist in this model under blocks \(layers_pattern\)",
+        ),
+    ],
+)
+def test_layers_that_a_model_lacks_are_refused_before_it_is_read(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.setattr("hecompile.cli.export._compile", lambda *a: pytest.fail("the model was read"))
+    command = ["export", "llama", "--model", str(checkpoint), "--out", str(tmp_path / "out"), *arguments]
+    with pytest.raises(HecompileError, match=message):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+
+
 @pytest.mark.usefixtures("quick_export")
 def test_export_then_inspect(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

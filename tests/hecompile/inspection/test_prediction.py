@@ -75,4 +75,6 @@ def test_one_row_per_ring(checkpoint: Path) -> None:
     size = ModelSize.of(load_config(str(checkpoint)))
     assert prediction_table(size, 8, 32).row_count == len(CATALOGUE)
     assert prediction_table(size, 8, 32, CATALOGUE["512x3"]).row_count == 1
+    stored, kept_nowhere = (prediction_table(size, 8, 32, CATALOGUE["512x3"], stored_hints=s) for s in (True, False))
+    assert next(iter(stored.columns[2].cells)).startswith("about ") and [*kept_nowhere.columns[2].cells] == ["none"]
     assert megabytes(99_940) == "99.9 kB" and megabytes(1_500_000) == "1.5 MB" and megabytes(3_724_541_952) == "3.72 GB"

@@ -50,7 +50,7 @@ def test_the_option_and_its_old_name() -> None:
     for given in ({"no_hints": True}, {"hints": "computed"}):
         assert EncryptionOptions(**given).hints_option() == "computed"  # type: ignore[arg-type]
     assert EncryptionOptions().hints_option() == "stored"
-    both = {"hints": "fetched", "no_hints": True}
-    for wrong, message in (({"hints": "none"}, "--hints must be stored"), (both, "drop it")):
+    both = [({"hints": place, "no_hints": True}, "drop it") for place in ("stored", "fetched")]
+    for wrong, message in (({"hints": "none"}, "--hints must be stored"), *both):
         with pytest.raises(InputError, match=message):
             EncryptionOptions(**wrong).hints_option()  # type: ignore[arg-type]

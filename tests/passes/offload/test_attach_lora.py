@@ -101,7 +101,9 @@ def test_refused_layer_that_the_model_does_not_have(layers: tuple[int, ...], pat
         parse(FOUR, PATHS), "attach_lora", ADAPTED,
         target_modules=("q_proj",), layers_to_transform=layers, layers_pattern=pattern,
     )  # fmt: skip
-    assert str(error) == f"layers_to_transform: layer {layers[-1]} does not exist in this model, or has no target module"
+    where = "" if pattern is None else " under blocks (layers_pattern)"
+    expected = f"layers_to_transform: layer {layers[-1]} does not exist in this model{where}, or has no target module"
+    assert str(error) == expected
 
 
 @pytest.mark.parametrize(
