@@ -69,28 +69,3 @@ from hecompile.errors import (
 )
 
 __version__: str
-__all__ = [
-    "Build",
-    "CompileOptions",
-    "Costs",
-    "FederationError",
-    "HecompileError",
-    "InputError",
-    "Lora",
-    "Offload",
-    "PrivacyError",
-    "PrivacySpent",
-    "Reply",
-    "RoundRecord",
-    "SecurityError",
-    "Session",
-    "TrainingResult",
-    "VerificationError",
-    "WorkerError",
-    "export",
-    "federate",
-    "load",
-    "offload",
-    "privacy_spent",
-    "train",
-]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import os
 import subprocess
@@ -59,8 +60,11 @@ def test_owners(tmp_path: Path) -> None:
     assert "round 1: 3 owners" in printed and (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
 
 
-def test_every_name_can_be_imported() -> None:
+def test_every_name_can_be_imported_and_is_known_to_type_checkers() -> None:
     assert all(getattr(hecompile, name) is not None for name in hecompile.__all__)
+    stub = ast.parse((ROOT / "hecompile" / "__init__.pyi").read_text(encoding="utf-8"))
+    imports = (node for node in stub.body if isinstance(node, ast.ImportFrom))
+    assert sorted(alias.asname or "" for node in imports for alias in node.names) == hecompile.__all__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = hecompile.nothing
 
