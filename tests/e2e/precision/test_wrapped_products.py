@@ -15,8 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from hecompile.bundles.client import ClientBundle
 from hecompile.bundles.kinds import CLIENT, WORKER
+from hecompile.bundles.worker import WorkerBundle
+from hecompile.compiler.linear import CompileOptions, compile_checkpoint
 from hecompile.errors import InputError, VerificationError
 from hecompile.he.parameters import LARGEST_GAIN, LOG_Q
+from hecompile.models import TINY_LLAMA
 from hecompile.runtime.client.bounds import read_gains
 from hecompile.runtime.client.encrypted_model import EncryptedCausalLM
 from hecompile.runtime.client.products import EncryptedProducts
@@ -26,7 +29,7 @@ from hecompile.runtime.training.trainer import GAINS_FILE
 from hecompile.runtime.transports import InProcessTransport, connect
 from hecompile.runtime.worker.process import worker_process
 from hecompile.runtime.worker.worker import Worker
-from tests.e2e.conftest import Build
+from tests.e2e.conftest import BATCH_SIZE, SEQUENCE_BUCKETS, Build
 from tests.e2e.precision.test_gradients import gradients
 from tests.support.training import make_recipe
 
@@ -50,6 +53,15 @@ def products(build: Build) -> Iterator[EncryptedProducts]:
         own = EncryptedProducts(build.client, connect(address))
         yield own
         own.close()
+
+
+@pytest.fixture(scope="module")
+def precise(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Compile the small Llama with bits enough for rows under the proven bound, whose noise is larger by the gain."""
+    directory = tmp_path_factory.mktemp("precise") / "tiny"
+    options = CompileOptions(effective_bits=11, weight_bits=10, batch_size=BATCH_SIZE, sequence_buckets=SEQUENCE_BUCKETS)
+    compile_checkpoint(str(TINY_LLAMA), directory, options)
+    return Build(directory, ClientBundle.open(directory / CLIENT), WorkerBundle.open(directory / WORKER))
 
 
 def rows_for(build: Build, circuit: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,20 +105,20 @@ def test_a_gain_that_was_lowered_does_not_wrap_again(products: EncryptedProducts
 
 @pytest.mark.parametrize("in_flight", [1, 3])
 def test_gradients_are_those_of_proven_bounds_though_most_rows_wrap(
-    build: Build, batch: dict[str, Tensor], adapter: dict[str, Tensor], in_flight: int
+    precise: Build, batch: dict[str, Tensor], adapter: dict[str, Tensor], in_flight: int
 ) -> None:
     def models_of(bundle: ClientBundle, count: int) -> list[EncryptedCausalLM]:
-        products = EncryptedProducts(bundle, InProcessTransport(Worker(build.worker).exchange))
+        products = EncryptedProducts(bundle, InProcessTransport(Worker(precise.worker).exchange))
         models = [EncryptedCausalLM(bundle, products) for _ in range(count)]
         for model in models:
             model.load_adapter_state(adapter)
         return models
 
-    models = models_of(wrapping(build.client), in_flight)
+    models = models_of(wrapping(precise.client), in_flight)
     with ThreadPoolExecutor(in_flight) as threads:
         found = list(threads.map(lambda model: gradients(model, batch), models))
     assert models[0].stats()["repeated_rows"] > 100
-    loss, reference = gradients(models_of(build.client, 1)[0], batch)
+    loss, reference = gradients(models_of(precise.client, 1)[0], batch)
     for own_loss, own in found:
         assert own_loss == pytest.approx(loss, rel=0.01)
         for name, gradient in own.items():  # both have noise; a wrap that gets in leaves nothing alike
